@@ -1,0 +1,160 @@
+"""The command line.
+
+Exit codes: 0 done; 1 the search failed; 2 something given is wrong; 3 Ray died; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["app", "main"]
+
+USER_ERROR, SEARCH_FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Architecture search for compressed vision transformers.",
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="the run's folder, for example runs/digits", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="a stable form for scripts")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's own log lines")]
+
+
+@app.command()
+def search(
+    config: Annotated[Path, typer.Argument(help="a TOML file, for example examples/digits.toml", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="the run's folder  [default: runs/NAME]", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. search.trials=48")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the space, then stop")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Search for the Pareto front of accuracy against MACs."""
+    from search import load_config, run_search
+
+    console = Console()
+    result = run_search(load_config(config, overrides or []), out, console=console, dry_run=dry_run, verbose=verbose)
+    if result is not None:
+        _conclude(result, console)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    trials: Annotated[int | None, typer.Option(min=1, help="a new number of trials, to go on searching")] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a search that was stopped or killed."""
+    from search import resume_search
+
+    console = Console()
+    _conclude(resume_search(run, trials=trials, console=console, verbose=verbose), console)
+
+
+def _conclude(result: Any, console: Console) -> None:
+    import os
+
+    shown = os.path.relpath(result.path)
+    if not result.finished:
+        console.print(f"stopped; go on with: prunesweep resume {shown}", highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+    console.print(f"front: {shown}/front.json   report: {shown}/report.html", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """How far a search is."""
+    from search import Run
+
+    found = Run.existing(run).status()
+    if as_json:
+        print(json.dumps(found))
+        return
+    trials, source = found["trials"], found["source"]
+    console = Console()
+    console.print(
+        f"{trials['finished']} of {found['requested']} trials finished, {trials['running']} running, "
+        f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
+        highlight=False,
+    )
+    console.print(f"source: top-1 {source['top1']:.2f} %, {source['macs']:,} MACs, {source['params']:,} params")
+
+
+@app.command()
+def front(
+    run: RunArgument,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")] = False,
+) -> None:
+    """The Pareto front of a run; each model is a folder that loads in one line."""
+    from search import Run
+    from search.display import front_table
+
+    found = Run.existing(run)
+    points = [{**p, "model": str(run / p["model"])} for p in found.front()]
+    if as_json:
+        print(json.dumps(points))
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, ["trial", "top1", "macs", "params", "arch_hash", "model"])
+        writer.writeheader()
+        writer.writerows(points)
+    else:
+        Console().print(front_table(points, found.facts()["source"]["macs"]))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
+    data: Annotated[str, typer.Option(help="digits, or imagefolder:PATH", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a saved model's accuracy."""
+    from models import arch_of, cost, load
+    from training import EVAL_BATCH, open_data
+    from training import evaluate as measure
+
+    loaded: Any = load(model)
+    top1 = measure(loaded, open_data(data, loaded.pretrained_cfg).val_loader(EVAL_BATCH))["top1"]
+    spent = cost(arch_of(loaded))
+    if as_json:
+        print(json.dumps({"top1": top1, "macs": spent.macs, "params": spent.params}))
+    else:
+        Console().print(f"top-1 {top1:.2f} %, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write the run's report.html again."""
+    from search import Run
+    from search.report import write_report
+
+    print(write_report(Run.existing(run)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: user errors are one clear message, everything else is a defect and keeps its traceback."""
+    from models import UserError
+
+    try:
+        app(arguments, standalone_mode=True)
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

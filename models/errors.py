@@ -1,0 +1,21 @@
+"""The one error type that is meant for the user, not for the developer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UserError", "nearest"]
+
+
+class UserError(ValueError):
+    """Something that the user gave is wrong; the message says what, where, what is allowed, and what to do.
+
+    The command line prints it without a traceback and exits with 2. Every other exception is a defect of ours.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` for the closest known word, or an empty string where nothing is close."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,104 @@
+"""NViT's one-shot saliency of residual channels, heads, query/key channels, value channels and MLP units.
+
+Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
+eq. 6; which tensors enter, and the divisors, are those that its published models were made with:
+
+    raw_u = sum over the unit's weights of w * dL/dw        s_u = mean over batches of (raw_u / D_kind)^2
+
+Only w * dL/dw of Q enters ``qk`` and that of V enters ``v``: K and the projection add the same amounts again, because
+the loss does not change when Q is scaled up and K down. The gradient is the loss's on plain labels, in eval mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import Arch, arch_of
+
+from .scores import Scores, vector_sizes
+
+__all__ = ["raw_saliency", "score"]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def divisors(arch: Arch) -> dict[str, float]:
+    """D of every kind: the number of blocks for the residual stream, 12 for heads, 2 for qk and v, 1 for the MLP."""
+    return {"embed": arch.depth, "heads": 12, "qk": 2, "v": 2, "mlp": 1}
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    loss: Loss = F.cross_entropy,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Saliency of every unit of ``model``; one forward and backward pass per batch.
+
+    Args:
+        model: a ViT that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
+        batches: (images B·C·H·W, labels B). The batch size matters: scores are means of squared batch sums.
+        loss: mean loss of (logits, labels).
+        progress: called with the number of batches done.
+    """
+    arch = arch_of(model)
+    sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in vector_sizes(arch).items()}
+    by_kind = divisors(arch)
+    count = images = 0
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for x, y in batches:
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                torch.autograd.backward(loss(model(x.to(device)), y.to(device)))
+            for name, raw in raw_saliency(model, arch).items():
+                sums[name] += (raw.double().cpu() / by_kind[name.rpartition(".")[2]]) ** 2
+            count, images = count + 1, images + len(x)
+            if progress:
+                progress(count)
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+    if count == 0:
+        raise ValueError("no batches to score on")
+    return Scores(
+        {name: total / count for name, total in sums.items()},
+        {"method": "nvit", "arch": arch.hash, "batches": count, "images": images},
+    )
+
+
+def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
+    """Signed sum of w * dL/dw of every unit, from the gradients that ``model`` holds now."""
+    terms = {name: (p * p.grad).detach() for name, p in model.named_parameters() if p.grad is not None}
+    embed = _flat(terms["patch_embed.proj.weight"]) + terms.get("patch_embed.proj.bias", 0)
+    raw: dict[str, Any] = {}
+    for i, block in enumerate(arch.stages[0].blocks):
+        part = {name.removeprefix(f"blocks.{i}."): t for name, t in terms.items() if name.startswith(f"blocks.{i}.")}
+        if block.mixer == "attn":
+            rows = part["attn.qkv.weight"].sum(1) + part.get("attn.qkv.bias", 0)
+            width = block.heads * block.qk
+            q, k, v = torch.split(rows, [width, width, sum(block.v_widths)])
+            q, k, v = (r.view(block.heads, -1) for r in (q, k, v))  # heads x channels
+            raw[f"blocks.{i}.heads"] = q.sum(1) + k.sum(1) + v.sum(1)
+            raw[f"blocks.{i}.qk"], raw[f"blocks.{i}.v"] = q.sum(0), v.sum(0)
+            embed = embed + part["attn.qkv.weight"].sum(0) + _rows_and_bias(part, "attn.proj")
+        if block.mlp:
+            raw[f"blocks.{i}.mlp"] = _rows_and_bias(part, "mlp.fc1")
+            embed = embed + part["mlp.fc1.weight"].sum(0) + _rows_and_bias(part, "mlp.fc2")
+    raw["embed"] = embed
+    return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in raw.items()}
+
+
+def _flat(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten(1).sum(1)
+
+
+def _rows_and_bias(part: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
+    return part[f"{layer}.weight"].sum(1) + part[f"{layer}.bias"]

@@ -1,0 +1,192 @@
+"""What a search shows while it runs, for people: progress bars, the space, a live table, the front."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import SpaceTable
+from .coordinator import Coordinator
+from .front import hypervolume
+from .run import Result
+from .source import Prepared
+from .space import Spread, Summary
+
+__all__ = ["Display", "front_table"]
+
+BANDS = 5
+
+
+class Display:
+    """Draws on ``console``; on one that is no terminal it prints a line per event instead of redrawing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Live | None = None
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Any]:
+        """A callable (what, share done, note) that draws one bar per ``what``."""
+        columns = (
+            TextColumn("{task.description:22}"),
+            BarColumn(30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, share: float, note: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=1.0, note="")
+                if not self.console.is_terminal:
+                    self.note(f"{what} ...")
+            bars.update(tasks[what], completed=share, note=note)
+            if share >= 1 and not self.console.is_terminal:
+                self.note(f"{what}: {note}")
+
+        with bars:
+            yield report
+
+    def space(self, prepared: Prepared, table: SpaceTable, summary: Summary, zero_shot: Spread) -> None:
+        """The source, every variable with its range, the objectives over a sample, and what can be reached."""
+        source = prepared.cost
+        self.note(
+            f"source: {prepared.arch.source}  top-1 {prepared.top1:.2f} %  "
+            f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
+        )
+        variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
+        variables.add_row("budget", *(f"{b:g}" for b in table.budget), "MACs of the result / MACs of the source")
+        variables.add_row("skip", *(str(s) for s in table.skip), "blocks dropped, least important first")
+        variables.add_row("lr", *(f"{lr:g}" for lr in table.lr), "finetuning learning rate (log scale)")
+        columns = ("objective", "min", "median", "max")
+        objectives = Table(*columns, title="over a sample of the space", title_justify="left")
+        spread = (summary.macs.low, summary.macs.median, summary.macs.high)
+        objectives.add_row("macs (M) ↓", *(f"{v / 1e6:.2f}" for v in spread))
+        objectives.add_row("macs / source", *(f"{v / source.macs:.3f}" for v in spread))
+        params = (summary.params.low, summary.params.median, summary.params.high)
+        objectives.add_row("params (M)", *(f"{v / 1e6:.3f}" for v in params))
+        shots = (zero_shot.low, zero_shot.median, zero_shot.high)
+        objectives.add_row("top-1 (%) ↑, before finetuning", *(f"{v:.2f}" for v in shots))
+        self.console.print(Group(variables, objectives))
+        low, high = summary.reachable
+        share = "all of it" if summary.feasible == 1 else f"{summary.feasible:.0%} of it"
+        self.note(
+            f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: satisfiable, {share} "
+            f"(reachable {low:.3f} to {high:.3f}); {summary.architectures} distinct architectures"
+        )
+
+    @contextlib.contextmanager
+    def live(self, coordinator: Coordinator, source_macs: int, window: tuple[float, float]) -> Iterator[Any]:
+        """A callable that is told of every change; the table also moves by itself, for the clock's sake."""
+        started, before = time.monotonic(), len(coordinator.results)
+        seen = before
+
+        def render() -> RenderableType:
+            return live_table(coordinator, source_macs, window, time.monotonic() - started, before)
+
+        def changed() -> None:
+            nonlocal seen
+            if self.console.is_terminal:
+                return
+            for result in coordinator.results[seen:]:
+                self.note(_line(result, coordinator, source_macs))
+            seen = len(coordinator.results)
+
+        if not self.console.is_terminal:
+            yield changed
+            return
+        with Live(get_renderable=render, console=self.console, refresh_per_second=2) as self._live:
+            yield changed
+        self._live = None
+
+    def close(self) -> None:
+        """Give the terminal back; for ends that run no further code."""
+        if self._live is not None:
+            self._live.stop()
+
+    def front(self, front: Sequence[dict[str, Any]], source_macs: int) -> None:
+        self.console.print(front_table(front, source_macs))
+
+
+def live_table(
+    coordinator: Coordinator, source_macs: int, window: tuple[float, float], elapsed: float, before: int
+) -> RenderableType:
+    """Trials, front, hypervolume, time left, and the best top-1 in every band of the budget window."""
+    results, failed = coordinator.results, len(coordinator.failures)
+    settled = len(results) + failed
+    eta = elapsed / (settled - before) * (coordinator.requested - settled) if settled > before else None
+    state = Table(box=None, show_header=False)
+    state.add_row(
+        f"[bold]{len(results)}/{coordinator.requested}[/] done",
+        f"{coordinator.live} running",
+        f"{failed} failed",
+        f"front {len(coordinator.front)}",
+        f"hypervolume {hypervolume(results, source_macs):.4f}",
+        f"{_clock(elapsed)} elapsed",
+        f"ETA {_clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
+    )
+    bands = Table("MACs / source", *(f"{low:.2f}-{high:.2f}" for low, high in _bands(window)), box=None)
+    best = [
+        max((r.top1 for r in results if low < r.macs / source_macs <= high), default=None)
+        for low, high in _bands(window)
+    ]
+    bands.add_row("best top-1 (%)", *("-" if b is None else f"{b:.2f}" for b in best))
+    return Group(state, bands)
+
+
+def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
+    """Equal bands of the window; the first one reaches down to 0, since dropped blocks can undershoot."""
+    low, high = window
+    edges = [low + (high - low) * i / BANDS for i in range(BANDS + 1)]
+    edges[0] = 0.0
+    return list(pairwise(edges))
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
+    point = "  ".join(f"{k} {v:.3g}" for k, v in result.point.items())
+    return (
+        f"[{len(coordinator.results)}/{coordinator.requested}] trial {result.trial}: top-1 {result.top1:.2f} %  "
+        f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
+    )
+
+
+def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
+    """The Pareto set, one row per model."""
+    table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
+    for name in ("trial", "top-1 (%)", "MACs (M)", "/ source", "params (M)"):
+        table.add_column(name, justify="right")
+    table.add_column("model", overflow="fold")
+    for point in front:
+        table.add_row(
+            str(point["trial"]),
+            f"{point['top1']:.2f}",
+            f"{point['macs'] / 1e6:.2f}",
+            f"{point['macs'] / source_macs:.3f}",
+            f"{point['params'] / 1e6:.3f}",
+            point["model"],
+        )
+    return table

@@ -1,0 +1,233 @@
+"""A search from its configuration to its front, and the same again after it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tensorboardX import SummaryWriter
+
+from models import UserError, cut, read_arch
+from models.files import publish_folder, write_text
+from pruners import Scores
+from training import EVAL_BATCH, evaluate
+
+from .config import SearchConfig, load_config
+from .coordinator import Coordinator
+from .display import Display
+from .front import hypervolume, pareto_front
+from .provenance import versions
+from .report import write_report
+from .run import Lease, Run, unit_id
+from .runtime import LocalRay, execute, slots
+from .source import Prepared, prepare
+from .space import Space, Spread, Summary
+from .study import Study
+
+__all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
+
+SAMPLE = 256  # points of the space whose cost is shown before the search
+SCORED = 16  # of them, those that are also cut and evaluated without training
+RAY_DIED = 3  # exit code
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Where a search stands: its folder, its Pareto set (``Run.front``), and whether all trials are done."""
+
+    path: Path
+    front: list[dict[str, Any]]
+    finished: bool
+
+
+def run_search(
+    config: SearchConfig | str | Path,
+    out: str | Path | None = None,
+    *,
+    console: Console | None = None,
+    dry_run: bool = False,
+    verbose: bool = False,
+) -> SearchResult | None:
+    """Run a search and return its front.
+
+    Args:
+        config: the configuration, or the path of a TOML file.
+        out: the run's folder, which must not exist yet; ``runs/NAME`` by default.
+        console: where to draw; nothing is drawn by default.
+        dry_run: stop, and return None, after the space was shown.
+        verbose: show Ray's own log lines.
+
+    Raises:
+        UserError: the configuration, the data or the source cannot be used; nothing is created.
+        SearchFailed: too many trials failed.
+    """
+    if not isinstance(config, SearchConfig):
+        config = load_config(config)
+    display = Display(console or Console(quiet=True))
+    run = Run(out if out is not None else Path("runs") / config.name)
+    if run.path.exists():
+        raise UserError(
+            f"{run.path} exists: go on with 'prunesweep resume {run.path}', or choose another folder with --out"
+        )
+    slots(config.resources)
+    with display.progress() as progress:
+        prepared = prepare(config, run.path.parent / "cache", progress)
+    summary = prepared.space.summarise(SAMPLE, config.seed)
+    display.space(prepared, config.space, summary, _zero_shot(prepared, summary))
+    if dry_run:
+        return None
+    _create(run, config, prepared)
+    return _search(run, config, prepared.space, display, verbose=verbose)
+
+
+def resume_search(
+    path: str | Path, *, trials: int | None = None, console: Console | None = None, verbose: bool = False
+) -> SearchResult:
+    """Go on with a search that was stopped or killed; unfinished trials first, from their last epoch.
+
+    Args:
+        path: the run's folder.
+        trials: a new number of trials; what the run was made with by default.
+        console: where to draw; nothing is drawn by default.
+        verbose: show Ray's own log lines.
+
+    Raises:
+        UserError: ``path`` is no run, or another process is working on it.
+        SearchFailed: too many trials failed.
+    """
+    run = Run.existing(path)
+    config = load_config(run / "search.toml", [] if trials is None else [f"search.trials={trials}"])
+    slots(config.resources)
+    facts = run.facts()["scores"]
+    widths, depth = (Scores.load(run / "scores" / facts[kind]) for kind in ("width", "depth"))
+    space = Space(config.space, read_arch(run / "source"), widths, depth)
+    return _search(run, config, space, Display(console or Console(quiet=True)), verbose=verbose)
+
+
+def _zero_shot(prepared: Prepared, summary: Summary) -> Spread:
+    """Accuracy before finetuning, over a few points of the sample."""
+    found = []
+    for point in summary.points[:SCORED]:
+        model = cut(prepared.model, prepared.space.decode(point).decision)
+        found.append(evaluate(model, prepared.data.val_loader(EVAL_BATCH))["top1"])
+    return Spread.of(found)
+
+
+def _create(run: Run, config: SearchConfig, prepared: Prepared) -> None:
+    """The run's folder, whole or not at all."""
+    cost = prepared.cost
+    facts = {
+        "source": {
+            "name": prepared.arch.source,
+            "weights": prepared.weights,
+            "top1": prepared.top1,
+            "macs": cost.macs,
+            "params": cost.params,
+        },
+        "data": prepared.data.info.fingerprint,
+        "scores": {kind: path.name for kind, path in prepared.score_files.items()},
+        "versions": versions(),
+    }
+    with publish_folder(run.path) as folder:
+        write_text(folder / "search.toml", config.to_toml())
+        shutil.copytree(prepared.folder, folder / "source")
+        (folder / "scores").mkdir()
+        for path in prepared.score_files.values():
+            shutil.copy2(path, folder / "scores" / path.name)
+        (folder / "trials").mkdir()
+        write_text(folder / "run.json", json.dumps(facts, indent=1))
+
+
+def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, verbose: bool) -> SearchResult:
+    """The search proper: everything but the source, the scores and the space, which a run has from the start."""
+    with Lease(run.path) as lease:
+        run.stop_file.unlink(missing_ok=True)
+        write_text(run / "search.toml", config.to_toml())
+        study = Study(run / "study.journal", space.distributions, config.seed)
+        coordinator = Coordinator(
+            run,
+            study,
+            space,
+            requested=config.search.trials,
+            slots=slots(config.resources),
+            seed=config.seed,
+        )
+        source_macs = space.source_cost.macs
+
+        def ray_died() -> None:
+            display.close()
+            display.note(f"Ray died. No finished trial is lost: prunesweep resume {_shown(run)}")
+            lease.release()
+            os._exit(RAY_DIED)  # Ray's client code would end this process too, with exit code 0
+
+        try:
+            if not coordinator.done:
+                with (
+                    display.live(coordinator, source_macs, config.space.budget) as changed,
+                    _board(run, coordinator, source_macs) as logged,
+                    _interruptible(coordinator, display),
+                    LocalRay(config.resources, verbose=verbose, on_death=ray_died),
+                ):
+                    execute(coordinator, config.resources, [changed, logged])
+        finally:
+            write_report(run)
+        finished = not coordinator.stopping
+        if finished:
+            display.front(coordinator.front, source_macs)
+        return SearchResult(run.path, run.front(absolute=True), finished)
+
+
+def _shown(run: Run) -> str:
+    """The run's folder as a user would type it."""
+    return os.path.relpath(run.path)
+
+
+@contextlib.contextmanager
+def _interruptible(coordinator: Coordinator, display: Display) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM lets the running trials save their state and end; the second one ends at once."""
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        if coordinator.stopping:
+            raise KeyboardInterrupt
+        coordinator.stop()
+        display.note("stopping: the running trials save their state (once more to end at once)")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _board(run: Run, coordinator: Coordinator, source_macs: int) -> Iterator[Callable[[], None]]:
+    """TensorBoard: hypervolume and front size over finished trials, and a row of hyperparameters per trial."""
+    writer = SummaryWriter(str(run / "tb" / "search"))
+    logged = len(coordinator.results)
+
+    def changed() -> None:
+        nonlocal logged
+        for result in coordinator.results[logged:]:
+            logged += 1
+            writer.add_scalar("hypervolume", hypervolume(coordinator.results[:logged], source_macs), logged)
+            writer.add_scalar("front_size", len(pareto_front(coordinator.results[:logged])), logged)
+            values = {"hparam/top1": result.top1, "hparam/macs": result.macs}
+            writer.add_hparams(dict(result.point), values, name=unit_id(result.trial))
+
+    try:
+        yield changed
+    finally:
+        writer.close()

@@ -1,0 +1,217 @@
+"""A Ray of our own on this machine, and Ray Tune as the executor of units.
+
+Tune runs units in reused actors and decides nothing: no scheduler, no restore, no state of value. It restarts a unit
+whose process was lost; what to run is the coordinator's decision, asked for through a Searcher.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from models import UserError
+
+from .config import ResourcesTable
+from .coordinator import Coordinator, SearchFailed
+from .run import Unit
+
+if "ray" not in sys.modules:  # Ray reads these when it is imported
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # only this run's processes know it
+for name, value in {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # units write their own logs
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the driver's, see search.driver
+}.items():
+    os.environ.setdefault(name, value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
+
+from .unit import run_unit  # noqa: E402
+
+__all__ = ["LocalRay", "execute", "slots"]
+
+OBJECT_STORE_BYTES = 128 * 2**20  # units exchange files, not objects
+RESTARTS = 2  # of a unit whose process was lost
+
+
+def slots(resources: ResourcesTable) -> int:
+    """Units that can run side by side. Raises UserError where not even one fits."""
+    cpus = _cpus(resources)
+    if resources.cpus_per_trial > cpus:
+        raise UserError(f"resources.cpus_per_trial = {resources.cpus_per_trial}: this machine offers {cpus} CPUs")
+    by_cpu = cpus // resources.cpus_per_trial
+    if not resources.gpus_per_trial:
+        return by_cpu
+    import torch
+
+    gpus = torch.cuda.device_count()
+    share = resources.gpus_per_trial
+    by_gpu = int(gpus // share) if share >= 1 else gpus * int(1 / share)
+    if not by_gpu:
+        raise UserError(f"resources.gpus_per_trial = {share}: this machine offers {gpus} GPUs")
+    return min(by_cpu, by_gpu)
+
+
+def _cpus(resources: ResourcesTable) -> int:
+    return resources.cpus or len(os.sched_getaffinity(0))
+
+
+class LocalRay:
+    """A single-node Ray for the time of a ``with`` block; ``on_death`` is called, in a thread, should it die."""
+
+    def __init__(self, resources: ResourcesTable, *, verbose: bool, on_death: Callable[[], None]) -> None:
+        self._resources, self._verbose, self._on_death = resources, verbose, on_death
+        self._stop = threading.Event()
+
+    def __enter__(self) -> LocalRay:
+        level = logging.INFO if self._verbose else logging.ERROR
+        logging.getLogger("ray").setLevel(level)
+        context = ray.init(
+            address="local",
+            num_cpus=_cpus(self._resources),
+            include_dashboard=False,
+            log_to_driver=self._verbose,
+            logging_level=level,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+        host, _, port = context.address_info["gcs_address"].rpartition(":")
+        node = ray.nodes()[0]
+        doors = [(host, int(port)), (node["NodeManagerAddress"], int(node["NodeManagerPort"]))]
+        threading.Thread(target=self._watch, args=(doors,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        ray.shutdown()
+
+    def _watch(self, doors: list[tuple[str, int]]) -> None:
+        """Ray itself notices the loss of its head only after a minute, and then ends this process with exit code 0."""
+        closed = 0
+        while closed < 2:
+            if self._stop.wait(1.0):
+                return
+            closed = 0 if all(_open(door) for door in doors) else closed + 1
+        if not self._stop.is_set():
+            self._on_death()
+
+
+def _open(door: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(door, timeout=5).close()
+    except TimeoutError:
+        return True  # busy, not dead
+    except OSError:
+        return False
+    return True
+
+
+class _UnitActor(tune.Trainable):  # type: ignore[misc]
+    """Runs one unit per step; Tune hands it the next one without a new process."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        import torch
+
+        self.reset_config(config)
+        torch.set_num_threads(config["threads"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._job = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        found = run_unit(Path(self._job["run"]), Unit(**self._job["unit"]))
+        return {"state": found["state"], "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune saves every trial that ends; a unit's state is in its own folder."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See ``save_checkpoint``."""
+
+
+class _Searcher(Searcher):  # type: ignore[misc]
+    """Asks the coordinator for units and tells it of their ends."""
+
+    def __init__(self, coordinator: Coordinator, on_change: Sequence[Callable[[], None]]) -> None:
+        super().__init__()
+        self._coordinator, self._on_change = coordinator, on_change
+        self._units: dict[str, str] = {}
+        self.failure: Exception | None = None
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        try:
+            unit = self._coordinator.next()
+        except UserError as error:
+            self._give_up(error)
+            unit = None
+        if unit is None:
+            return Searcher.FINISHED if self._coordinator.done else None
+        self._units[trial_id] = unit.id
+        self._changed()
+        return {"unit": asdict(unit)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)"
+        try:
+            self._coordinator.complete(self._units.pop(trial_id), error=lost if error else None)
+        except SearchFailed as failure:
+            self._give_up(failure)
+        self._changed()
+
+    def _changed(self) -> None:
+        for tell in self._on_change:
+            tell()
+
+    def _give_up(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+        self._coordinator.stop()
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune snapshots its searcher; ours keeps everything on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search is resumed from its folder, not from Tune's state")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def execute(coordinator: Coordinator, resources: ResourcesTable, on_change: Sequence[Callable[[], None]] = ()) -> None:
+    """Run units until the coordinator is done, telling ``on_change`` of every start and end. Needs a ``LocalRay``.
+
+    Raises:
+        SearchFailed: too many units failed.
+        UserError: the space cannot be sampled.
+    """
+    searcher = _Searcher(coordinator, on_change)
+    # by default Tune asks for the second unit once the first one's process is up; they should start side by side
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.slots)
+    trainable = tune.with_resources(_UnitActor, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial})
+    with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
+        tune.Tuner(
+            trainable,
+            param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial},
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="units",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            ),
+        ).fit()
+    if searcher.failure:
+        raise searcher.failure

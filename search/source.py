@@ -1,0 +1,187 @@
+"""The source model and its scores: made once, kept in a cache by content, copied into each run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+
+from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save
+from models.errors import nearest
+from pruners import PRUNERS, Scores, score_depth
+from training import EVAL_BATCH, Data, evaluate, fit, images_only, open_data, seeded
+
+from .config import SearchConfig, SourceTable
+from .provenance import digest, versions, weights_digest
+from .space import Space
+
+__all__ = ["Prepared", "Progress", "prepare"]
+
+Progress = Callable[[str, float, str], None]  # what is being done, the share of it done in [0, 1], a note
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a search starts from. ``folder`` is the saved source, ``score_files`` has ``width`` and ``depth``."""
+
+    data: Data
+    model: nn.Module
+    arch: Arch
+    cost: Cost
+    top1: float
+    weights: str
+    folder: Path
+    space: Space
+    score_files: Mapping[str, Path]
+
+
+def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
+    """Open the data, make or find the source, score it or find its scores, and build the space.
+
+    Args:
+        config: the search's configuration.
+        cache: folder for what takes long to make; created once there is something to keep.
+        progress: told what goes on.
+
+    Raises:
+        UserError: the data or the source are not there, do not go together, or cannot meet the budget.
+    """
+    model, data = _create(config)
+    device = torch.device("cuda" if config.resources.gpus_per_trial else "cpu")
+    arch = arch_of(model)
+    _check_fit(arch, data, config)
+    Space.check(config.space, arch)
+    folder = cache / "sources" / _source_key(config, model, data)
+    if not folder.exists():
+        _make(config, model.to(device), data, folder, progress)
+    source = load(folder)
+    weights = weights_digest(source)
+    arch = arch_of(source)
+    source.to(device)
+
+    def scored(what: str, method: str, steps: int, compute: Callable[[Any, Any], Scores]) -> Path:
+        settings = config.scores.model_dump(exclude={"method"})
+        facts = {"method": method, "weights": weights, "data": data.info.fingerprint, **settings}
+        path = cache / "scores" / f"{method}-{digest(facts)}.safetensors"
+        if not path.exists():
+            batches = data.calibration(config.scores.images, config.scores.batch_size, config.scores.seed)
+            total = steps or len(batches)
+            scores = compute(batches, lambda done: progress(what, done / total, f"{done}/{total}"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
+            os.replace(scratch, path)
+        return path
+
+    method = config.scores.method
+    widths = scored("scoring widths", method, 0, lambda b, p: PRUNERS[method](source, b, progress=p))
+    evaluations = arch.depth * (arch.depth + 1) // 2 - 1
+    depth = scored(
+        "measuring blocks", "depth_kl", evaluations, lambda b, p: score_depth(source, images_only(b), progress=p)
+    )
+    return Prepared(
+        data=data,
+        model=source,
+        arch=arch,
+        cost=cost(arch),
+        top1=load_provenance(folder)["top1"],
+        weights=weights,
+        folder=folder,
+        space=Space(config.space, arch, Scores.load(widths), Scores.load(depth)),
+        score_files={"width": widths, "depth": depth},
+    )
+
+
+def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
+    """The source before training, and the data in the form that it takes."""
+    source, workers = config.source, config.data.loader_workers
+    if source.model.startswith("local-dir:"):
+        model = load(source.model.removeprefix("local-dir:"))
+        return model, open_data(config.data.name, _preprocessing(model), loader_workers=workers)
+    bare = source.model.split(".")[0]
+    if not timm.is_model(bare):
+        hint = nearest(bare, timm.list_models())
+        raise UserError(f"source.model = {source.model!r}: not a timm model. {hint}".strip())
+    if not source.train:
+        model = _timm_model(source, dict(source.args), {})
+        return model, open_data(config.data.name, _preprocessing(model), loader_workers=workers)
+    cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False)
+    preprocessing = cfg.to_dict() if cfg is not None else {}
+    if "img_size" in source.args:
+        side = source.args["img_size"]
+        preprocessing["input_size"] = (3, *(side if isinstance(side, list) else (side, side)))
+    data = open_data(config.data.name, preprocessing, loader_workers=workers)
+    channels, *size = data.info.input_size
+    args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **source.args}
+    overlay = {"input_size": data.info.input_size, "mean": data.info.mean, "std": data.info.std}
+    with seeded(config.seed):
+        model = _timm_model(source, args, overlay)
+        if source.pos_embed_std is not None:
+            trunc_normal_(model.pos_embed, std=source.pos_embed_std)
+    return model, data
+
+
+def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[str, Any]) -> Any:
+    try:
+        return timm.create_model(
+            source.model, pretrained=source.pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args
+        )
+    except Exception as error:  # timm raises whatever its parts raise; all of it follows from what the user asked for
+        raise UserError(f"source.model = {source.model!r} with args {dict(args)} cannot be made: {error}") from error
+
+
+def _preprocessing(model: nn.Module) -> Mapping[str, Any]:
+    cfg: Any = model.pretrained_cfg
+    return dict(cfg)
+
+
+def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
+    size = (arch.in_chans, *arch.img_size)
+    if size != data.info.input_size:
+        raise UserError(f"source.model takes images of {size}, {data.info.name} has {data.info.input_size}")
+    if arch.num_classes != data.info.num_classes:
+        raise UserError(
+            f"source.model has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: "
+            "use data that it was trained on, or train it with a [source.train] table"
+        )
+    if config.source.pos_embed_std is not None and not config.source.train:
+        raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")
+
+
+def _source_key(config: SearchConfig, model: nn.Module, data: Data) -> str:
+    """Folder name of the source: what is trained here is named by how, what comes trained by its weights."""
+    made = {"train": config.source.model_dump(mode="json"), "seed": config.seed}
+    facts = made if config.source.train else {"weights": weights_digest(model)}
+    name = "".join(c if c.isalnum() else "_" for c in config.source.model.removeprefix("local-dir:"))[-40:]
+    return f"{name}-{digest({**facts, 'data': data.info.fingerprint})}"
+
+
+def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, progress: Progress) -> None:
+    """Train the source where the configuration says so, measure it, and save it."""
+    recipe, note = config.source.train, ""
+    if recipe is not None:
+
+        def on_step(done: int, total: int, loss: float) -> None:
+            progress("training the source", done / total, f"loss {loss:.3f}{note}")
+
+        def on_epoch(epoch: Any) -> None:
+            nonlocal note
+            note = f"  top-1 {epoch.top1:.2f} %"
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        state = folder.with_name(folder.name + ".state.safetensors")
+        fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
+    progress("evaluating the source", 0.0, "")
+    top1 = evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
+    progress("evaluating the source", 1.0, f"top-1 {top1:.2f} %")
+    facts = {"data": data.info.fingerprint, "seed": config.seed, "top1": top1, "versions": versions()}
+    save(model, folder, {"method": "source", "source": config.source.model, **facts})
+    if recipe is not None:
+        state.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.config import SearchConfig, parse_config
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "digits"},
+    "source": {
+        "model": "vit_tiny_patch16_224",
+        "pos_embed_std": 0.5,
+        "args": {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2},
+        "train": {"epochs": 1, "lr": 2e-3, "batch_size": 128},
+    },
+    "scores": {"images": 64},
+    "space": {
+        "budget": [0.3, 0.9],
+        "skip": [0, 1],
+        "lr": [5e-4, 3e-3],
+        "groups": {"embed": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 8},
+    },
+    "search": {"trials": 4},
+    "finetune": {"epochs": 1, "batch_size": 128, "distill_weight": 1.0},
+}
+
+
+@pytest.fixture
+def tiny() -> Callable[..., SearchConfig]:
+    """The smallest useful search, with tables replaced: ``tiny(search={"trials": 6})``."""
+
+    def make(**tables: Any) -> SearchConfig:
+        merged = {k: {**v, **tables.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
+        return parse_config({**tables, **merged} | {k: v for k, v in tables.items() if not isinstance(v, dict)}, "tiny")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs; they share one cache, so the tiny source is trained once for the whole session."""
+    return tmp_path_factory.mktemp("runs")

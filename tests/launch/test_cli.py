@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from models import cost, cut_arch, save
+from search.run import Result
+from tests.generate import random_model
+from tests.search.helpers import ARCH, make_run, make_space
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, output and error output of a command."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    code = end.value.code
+    return (0 if code is None else int(code)), out.out, out.err
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with three finished trials, one of them dominated, and one failed."""
+    found = make_run(tmp_path / "runs" / "r", trials=6)
+    space = make_space()
+    save(random_model(ARCH, 0), found / "source")
+    for number, (budget, top1) in enumerate([(0.4, 80.0), (0.6, 90.0), (0.8, 85.0)]):
+        point = {"budget": budget, "skip": number % 2, "lr": 1e-3}
+        candidate = space.decode(point)
+        result = Result(number, top1, 50.0, candidate.cost.macs, candidate.cost.params, candidate.arch.hash, point, 1.0)
+        folder = found.trial(f"r0-{number:04d}")
+        folder.mkdir()
+        (folder / "spec.json").write_text("{}")
+        (folder / "arch.json").write_text(cut_arch(ARCH, candidate.decision).to_json())
+        found.write_result(f"r0-{number:04d}", result=result)
+    found.trial("r0-0003").mkdir()
+    (found.trial("r0-0003") / "spec.json").write_text("{}")
+    found.write_result("r0-0003", error="boom")
+    return found.path
+
+
+def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "status", run, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found.pop("hypervolume") > 0
+    spent = cost(ARCH)
+    assert found == {
+        "requested": 6,
+        "trials": {"finished": 3, "running": 0, "pending": 2, "failed": 1},
+        "source": {"top1": 90.0, "macs": spent.macs, "params": spent.params},
+    }
+    code, out, _ = call(capsys, "status", run)
+    assert "3 of 6 trials finished, 0 running, 2 pending, 1 failed" in out
+
+
+def test_front(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "front", run, "--json")
+    points = json.loads(out)
+    assert [p["trial"] for p in points] == [0, 1]
+    assert list(points[0]) == ["trial", "top1", "macs", "params", "arch_hash", "model"]
+    assert points[0]["model"] == str(run / "trials/r0-0000/model")
+    _, out, _ = call(capsys, "front", run, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [float(r["top1"]) for r in rows] == [80.0, 90.0]
+    _, out, _ = call(capsys, "front", run)
+    assert "Pareto front" in out
+
+
+def test_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "report", run)
+    assert code == 0
+    page = Path(out.strip()).read_text()
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0].replace("<\\/", "</"))
+    assert [t["front"] for t in data["trials"]] == [True, True, False]
+    dropped = [t["arch"]["blocks"].count(None) for t in data["trials"]]
+    assert dropped == [0, 1, 0]
+    shares = [b["share"] for b in data["source"]["arch"]["blocks"]]
+    assert shares == [{"qk": 1.0, "v": 1.0, "mlp": 1.0}] * 4
+
+
+def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(random_model(ARCH, 0).float(), tmp_path / "model")
+    code, out, _ = call(capsys, "eval", path, "--data", "digits", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found.keys() == {"top1", "macs", "params"}
+    assert (found["macs"], found["params"]) == (cost(ARCH).macs, cost(ARCH).params)
+    assert call(capsys, "eval", path, "--data", "digits")[1].startswith(f"top-1 {found['top1']:.2f} %")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "absent.toml"], "cannot read the configuration absent.toml"),
+        (["search", "{toml}", "--set", "search.trails=3"], "did you mean 'trials'?"),
+        (["search", "{toml}", "--set", "data.name=cifar"], "data.name = 'cifar': must be 'digits'"),
+        (["search", "{toml}", "--set", "source.model=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["search", "{toml}", "--set", "source.args.num_heads=5"], "cannot be made"),
+        (["search", "{toml}", "--set", "source.args.num_classes=7"], "source.model has 7 classes, digits has 10"),
+        (["search", "{toml}", "--set", "space.skip=[0,3]"], "the source has 3 blocks; one must stay"),
+        (["search", "{toml}", "--set", "space.budget=[0.0001, 0.0002]"], "cannot be met"),
+        (["search", "{toml}", "--set", "resources.cpus_per_trial=999"], "this machine offers"),
+        (["search", "{toml}", "--set", "resources.gpus_per_trial=64"], "this machine offers"),
+        (["resume", "nowhere"], "nowhere is not a run"),
+        (["status", "nowhere"], "nowhere is not a run"),
+        (["front", "nowhere"], "nowhere is not a run"),
+        (["report", "nowhere"], "nowhere is not a run"),
+        (["eval", "nowhere", "--data", "digits"], "nowhere is not a saved model"),
+    ],
+)
+def test_user_errors_are_one_message_exit_code_2_and_nothing_created(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    tiny,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toml = tmp_path / "tiny.toml"
+    toml.write_text(tiny().to_toml())
+    code, out, err = call(capsys, *(a.replace("{toml}", str(toml)) for a in arguments))
+    assert code == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err + out
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "serach")[0] == 2
+    assert call(capsys, "eval", "model")[0] == 2
+
+
+def test_a_dry_run_shows_the_space_and_makes_no_run(
+    runs: Path, tiny, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    toml = tmp_path / "tiny.toml"
+    toml.write_text(tiny().to_toml())
+    code, out, _ = call(capsys, "search", toml, "--out", runs / "dry", "--dry-run")
+    assert code == 0
+    assert "distinct architectures" in out
+    assert not (runs / "dry").exists()

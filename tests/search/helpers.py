@@ -1,0 +1,56 @@
+"""A small space with made-up scores, and a run's folder without a search behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import Arch, Block, Stage, cost
+from models.files import write_text
+from pruners import Scores, vector_sizes
+from search.config import SpaceTable
+from search.run import Run
+from search.space import Space
+
+ARCH = Arch(
+    family="vit",
+    source="test",
+    img_size=(8, 8),
+    patch_size=(2, 2),
+    in_chans=1,
+    num_classes=10,
+    stages=(
+        Stage(
+            width=16,
+            grid=(4, 4),
+            blocks=tuple(Block(src=i, heads=2, qk=8, v=8, scale=8**-0.5, mlp=64) for i in range(4)),
+        ),
+    ),
+)
+
+
+def make_space(**table: Any) -> Space:
+    generator = torch.Generator().manual_seed(0)
+    vectors = {
+        name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in vector_sizes(ARCH).items()
+    }
+    settings = {"budget": (0.3, 0.9), "skip": (0, 2), "lr": (1e-4, 1e-2), "groups": dict.fromkeys(vectors_kinds(), 4)}
+    depth = Scores({"depth": torch.tensor([9.0, 1.0, 2.0, 5.0], dtype=torch.float64)})
+    return Space(SpaceTable(**{**settings, **table}), ARCH, Scores(vectors), depth)
+
+
+def vectors_kinds() -> tuple[str, ...]:
+    return ("embed", "heads", "qk", "v", "mlp")
+
+
+def make_run(path: Path, trials: int = 12) -> Run:
+    """A run's folder with nothing but its facts."""
+    (path / "trials").mkdir(parents=True)
+    spent = cost(ARCH)
+    source = {"name": "test", "weights": "w", "top1": 90.0, "macs": spent.macs, "params": spent.params}
+    write_text(path / "run.json", json.dumps({"source": source, "scores": {}, "versions": {}}))
+    write_text(path / "search.toml", f"[search]\ntrials = {trials}\n")
+    return Run(path)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from models import UserError
+from search.config import load_config, parse_config
+from tests.conftest import TINY
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_examples_are_valid_and_commented_line_by_line(path: Path) -> None:
+    load_config(path)
+    settings = [line for line in path.read_text().splitlines() if " = " in line and not line.startswith("#")]
+    assert settings
+    assert [line for line in settings if " # " not in line] == []
+
+
+def test_resolved_configuration_round_trips(tiny) -> None:
+    config = tiny()
+    text = config.to_toml()
+    assert parse_config(tomllib.loads(text), "again") == config
+    assert tomllib.loads(text)["finetune"]["label_smoothing"] == 0.0  # defaults are filled in
+
+
+def test_overrides(tmp_path: Path, tiny) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(tiny().to_toml())
+    config = load_config(path, ["search.trials=7", "space.budget=[0.4, 0.5]", "name=other", "resources.cpus=1"])
+    assert (config.search.trials, config.space.budget, config.name) == (7, (0.4, 0.5), "other")
+    assert config.resources.cpus == 1
+    for bad, message in {
+        "search.trials": "must be key=value",
+        "name.x=1": "name is not a table",
+        "search.trails=3": "did you mean 'trials'?",
+    }.items():
+        with pytest.raises(UserError) as error:
+            load_config(path, [bad])
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": {"trails": 9}}, "search.trails: unknown key; known here: trials. did you mean 'trials'?"),
+        ({"trials": 9}, "did you mean 'search.trials'?"),
+        ({"search": {"trials": "many"}}, "search.trials = 'many': input should be a valid integer"),
+        ({"search": {"trials": 0}}, "search.trials = 0: input should be greater than or equal to 1"),
+        ({"space": {"budget": [0.9, 0.3]}}, "space: budget = [0.9, 0.3]: low must not exceed high"),
+        ({"space": {"budget": [0.5, 1.5]}}, "space: budget = [0.5, 1.5]: must lie in (0, 1]"),
+        ({"space": {"lr": [0.0, 0.1]}}, "space: lr = [0.0, 0.1]: must be above 0"),
+        ({"space": {"skip": [-1, 1]}}, "space: skip = [-1, 1]: must be at least 0"),
+        ({"space": {"groups": {"mpl": 4}}}, "groups.mpl: unknown kind; known: embed, heads, qk, v, mlp"),
+        ({"scores": {"method": "nvti"}}, "scores.method = 'nvti': must be one of nvit. did you mean 'nvit'?"),
+        ({"source": {"train": None}}, "source: has no weights: set pretrained = true"),
+        ({"source": {"train": {"epochs": 1, "distill_weight": 1.0}}}, "the source has no teacher"),
+        ({"finetune": {"label_smoothing": 1.0}}, "finetune.label_smoothing = 1.0: input should be less than 1"),
+        ({"name": "a/b"}, "name = 'a/b'"),
+        ({"data": {}}, "data.name: is missing"),
+    ],
+)
+def test_errors_name_the_key_and_what_is_allowed(changes: dict, message: str) -> None:
+    data = {**TINY}
+    for key, value in changes.items():
+        data[key] = {**TINY[key], **value} if isinstance(value, dict) and value else value
+    with pytest.raises(UserError) as error:
+        parse_config(data, "file.toml")
+    assert message in str(error.value)
+    assert str(error.value).startswith("file.toml:")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("name = \n")
+    with pytest.raises(UserError, match=r"bad.toml is not TOML: .*line 1"):
+        load_config(tmp_path / "bad.toml")

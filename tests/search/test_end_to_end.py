@@ -1,0 +1,232 @@
+"""Whole searches on a real local Ray, and the ways in which they can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import Arch, UserError, build, load, num_params
+from search import SearchFailed, SearchResult, resume_search, run_search
+from search.config import SearchConfig
+from search.front import pareto_front
+from search.run import Run
+from tests.search.test_study import trials
+from training import EVAL_BATCH, evaluate, open_data
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config() -> SearchConfig:
+    from search.config import parse_config
+    from tests.conftest import TINY
+
+    return parse_config({**TINY, "resources": {"cpus": 1}}, "tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(config: SearchConfig, runs: Path) -> tuple[Run, SearchResult, str]:
+    """A small search with one worker, and what it printed."""
+    text = StringIO()
+    result = run_search(config, runs / "first", console=Console(file=text, width=120))
+    assert result is not None
+    return Run(result.path), result, text.getvalue()
+
+
+def test_all_trials_are_done_and_told(finished: tuple[Run, SearchResult, str]) -> None:
+    run, result, _ = finished
+    assert result.finished
+    results = run.results()
+    assert [r.trial for r in results] == [0, 1, 2, 3]
+    told = trials(run / "study.journal")
+    assert [t.values for t in told] == [[r.top1, float(r.macs)] for r in results]
+    assert {p["trial"] for p in result.front} == {r.trial for r in pareto_front(results)}
+    assert json.loads((run / "front.json").read_text()) == run.front()
+    assert not (run / "lease.json").exists()
+
+
+def test_it_says_what_it_does(finished: tuple[Run, SearchResult, str]) -> None:
+    _, _, text = finished
+    for words in (
+        "source: vit_tiny_patch16_224",
+        "search space",
+        "budget window [0.3, 0.9]: satisfiable, all of it",
+        "distinct architectures",
+        "top-1 (%) ↑, before finetuning",
+        "[4/4] trial 3",
+        "Pareto front",
+    ):
+        assert words in text, words
+    assert "ray" not in text.lower()
+
+
+def test_saved_models_are_what_was_recorded(finished: tuple[Run, SearchResult, str]) -> None:
+    _, result, _ = finished
+    data = open_data("digits")
+    assert result.front
+    for point in result.front:
+        model = load(point["model"])
+        assert evaluate(model, data.val_loader(EVAL_BATCH))["top1"] == point["top1"]
+        again = timm.create_model(f"local-dir:{point['model']}", pretrained=True).eval()
+        x = torch.randn(3, 1, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(again(x), model(x))
+
+
+def test_costs_of_every_trial_are_exact(finished: tuple[Run, SearchResult, str]) -> None:
+    run, _, _ = finished
+    for result in run.results():
+        arch = Arch.from_json((run.trial(f"r0-{result.trial:04d}") / "arch.json").read_text())
+        assert arch.hash == result.arch_hash
+        model = build(arch).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randn(1, 1, 8, 8))
+        assert result.macs == counter.get_total_flops() / 2
+        assert result.params == num_params(model)
+        assert result.macs <= result.point["budget"] * run.facts()["source"]["macs"]
+
+
+def test_the_folder_holds_everything(finished: tuple[Run, SearchResult, str]) -> None:
+    run, _, _ = finished
+    assert (run / "search.toml").read_text().startswith('name = "tiny"')
+    page = (run / "report.html").read_text()
+    assert "trial" in page
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)  # self-contained
+    assert list((run / "tb").glob("r0-0000/events*"))
+    assert list((run / "tb" / "search").glob("events*"))
+    events = [json.loads(line)["event"] for line in (run.trial("r0-0000") / "metrics.jsonl").open()]
+    assert events == ["start", "epoch", "end"]
+    assert not list((run / "trials").glob("*/state.safetensors"))
+
+
+def test_an_existing_run_is_not_touched(config: SearchConfig, finished: tuple[Run, SearchResult, str]) -> None:
+    run, _, _ = finished
+    with pytest.raises(UserError, match="exists: go on with 'prunesweep resume"):
+        run_search(config, run.path)
+
+
+def test_same_seed_same_proposals_and_results(
+    config: SearchConfig, finished: tuple[Run, SearchResult, str], runs: Path
+) -> None:
+    run, _, _ = finished
+    again = run_search(config, runs / "second")
+    assert again is not None
+
+    def found(run: Run) -> list[tuple[object, ...]]:
+        return [(r.trial, r.point, r.top1, r.arch_hash) for r in run.results()]
+
+    assert found(Run(again.path)) == found(run)
+
+
+def results(run: Path) -> int:
+    return len(list(run.glob("trials/*/result.json")))
+
+
+class Search:
+    """``prunesweep`` in a process group of its own, as a terminal would start it."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "launch.cli", *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def wait_for(self, run: Path, count: int) -> None:
+        deadline = time.monotonic() + 120
+        while results(run) < count:
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() < deadline, "no progress"
+            time.sleep(0.1)
+
+    def end(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+    def children(self) -> dict[str, int]:
+        """Name and number of the processes that it started itself."""
+        listed = subprocess.run(
+            ["ps", "-o", "pid=,comm=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        )
+        return {name: int(pid) for pid, name in (line.split(None, 1) for line in listed.stdout.splitlines())}
+
+
+def finished_units(run: Path) -> dict[str, float]:
+    return {p.parent.name: p.stat().st_mtime for p in run.glob("trials/*/result.json")}
+
+
+def test_killed_in_every_way_and_resumed(tiny, runs: Path) -> None:
+    """kill -9 of the driver, kill -9 of Ray, Ctrl-C: each time nothing finished is lost or repeated."""
+    trials_ = 10
+    file, run = runs / "killed.toml", runs / "killed"
+    file.write_text(tiny(search={"trials": trials_}, finetune={"epochs": 4}).to_toml())
+
+    search = Search("search", str(file), "--out", str(run))
+    search.wait_for(run, 2)
+    os.kill(search.process.pid, signal.SIGKILL)
+    search.end()
+    time.sleep(1)  # what was being written by the workers is written or torn now
+    before = finished_units(run)
+
+    search = Search("resume", str(run))
+    search.wait_for(run, len(before) + 2)
+    os.kill(search.children()["gcs_server"], signal.SIGKILL)
+    code, output = search.end()
+    assert code == 3, output
+    assert f"Ray died. No finished trial is lost: prunesweep resume {os.path.relpath(run)}" in output
+    between = finished_units(run)
+    assert before.items() <= between.items()
+
+    search = Search("resume", str(run))
+    search.wait_for(run, len(between) + 2)
+    os.killpg(search.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    code, output = search.end()
+    assert code == 130, output
+    assert f"stopped; go on with: prunesweep resume {os.path.relpath(run)}" in output
+    assert "Traceback" not in output
+    late = finished_units(run)
+    assert between.items() <= late.items()
+    assert len(late) < trials_, "nothing was left to interrupt"
+
+    trials_ += 1  # and one more than was asked for at first
+    code, output = Search("resume", str(run), "--trials", str(trials_)).end()
+    assert code == 0, output
+    assert late.items() <= finished_units(run).items()  # not one of them was written again
+    found = Run(run)
+    assert found.status()["requested"] == trials_
+    assert found.status()["trials"] == {"finished": trials_, "running": 0, "pending": 0, "failed": 0}
+    told = [t for t in trials(run / "study.journal") if t.state.name == "COMPLETE"]
+    assert {t.number: t.values for t in told} == {r.trial: [r.top1, float(r.macs)] for r in found.results()}
+    for folder in (run / "trials").iterdir():
+        events = [json.loads(line)["event"] for line in (folder / "metrics.jsonl").open()]
+        assert events.count("epoch") == 4 or events.count("start") > 1
+        assert events.count("end") == 1
+        assert events[-1] == "end"
+
+
+def test_units_that_raise_are_failed_trials_and_too_many_end_the_search(
+    finished: tuple[Run, SearchResult, str], runs: Path
+) -> None:
+    """The data are gone when the search goes on: every unit fails, and says why."""
+    run = runs / "failing"
+    shutil.copytree(finished[0].path, run)
+    settings = (run / "search.toml").read_text()
+    (run / "search.toml").write_text(settings.replace('name = "digits"', 'name = "imagefolder:/gone"'))
+    with pytest.raises(SearchFailed, match=r"4 of 12 trials failed; the last one with:\n(.|\n)*no folder /gone/train"):
+        resume_search(run, trials=12)
+    assert len(Run(run).failures()) == 4
+    assert len(Run(run).results()) == 4
+    assert (run / "report.html").exists()

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from training import EVAL_BATCH, Epoch, Recipe, evaluate, fit, open_data, seeded
+
+
+@pytest.fixture(scope="module")
+def data():
+    return open_data("digits")
+
+
+def make(seed: int = 0, dim: int = 16) -> nn.Module:
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": dim, "depth": 2, "num_heads": 2}
+    with seeded(seed):
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape)
+    model.pretrained_cfg |= {"mean": (0.3053,), "std": (0.376,)}
+    return model
+
+
+RECIPE = Recipe(epochs=3, batch_size=128, lr=2e-3, warmup_epochs=1, drop_path=0.1, label_smoothing=0.1)
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_training_learns_and_reports(data) -> None:
+    model, epochs, steps = make(dim=32), [], []
+    with seeded(0):
+        torch.nn.init.trunc_normal_(model.pos_embed, std=0.5)
+    recipe = Recipe(epochs=4, batch_size=32, lr=3e-3)
+    done = fit(model, data, recipe, on_epoch=epochs.append, on_step=lambda *step: steps.append(step))
+    assert done
+    assert not model.training
+    assert [e.epoch for e in epochs] == [1, 2, 3, 4]
+    assert epochs[-1].loss < epochs[0].loss - 0.3
+    assert epochs[-1].top1 > 40
+    assert epochs[-1].top1 == evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
+    assert [s[0] for s in steps] == list(range(1, 4 * 43 + 1))
+    assert {s[1] for s in steps} == {4 * 43}
+
+
+def test_same_seed_same_weights_another_seed_others(data) -> None:
+    runs = [make(), make(), make()]
+    for model, seed in zip(runs, (1, 1, 2), strict=True):
+        fit(model, data, RECIPE.model_copy(update={"epochs": 1}), seed=seed)
+    first, second, other = map(weights, runs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(data, tmp_path: Path) -> None:
+    whole, cut_off, resumed = make(), make(), make(seed=9)  # a resumed model's own weights do not matter
+    teacher = make(seed=5)
+    recipe = RECIPE.model_copy(update={"distill_weight": 1.0, "distill_temperature": 2.0})
+    state = tmp_path / "state.safetensors"
+    assert fit(whole, data, recipe, teacher=teacher, seed=4)
+    assert not fit(cut_off, data, recipe, teacher=teacher, seed=4, state=state, should_stop=lambda: True)
+    seen: list[Epoch] = []
+    assert fit(resumed, data, recipe, teacher=teacher, seed=4, state=state, on_epoch=seen.append)
+    assert [e.epoch for e in seen] == [2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert fit(resumed, data, recipe, teacher=teacher, seed=4, state=state)  # nothing is left to do
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_global_generators_go_on_undisturbed(data) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    want = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    fit(make(), data, RECIPE.model_copy(update={"epochs": 1}))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with seeded(99):
+        draw()
+    assert draw() == want
+
+
+def test_distillation_pulls_towards_the_teacher(data) -> None:
+    """The teacher always answers 3: a strong enough pull makes the model answer 3, though labels say otherwise."""
+    teacher = make()
+    with torch.no_grad():
+        teacher.head.weight.zero_()
+        teacher.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(3), 10) * 9.0)
+    model, plain = make(1), make(1)
+    recipe = Recipe(epochs=2, batch_size=128, lr=2e-3, distill_weight=100.0)
+    fit(model, data, recipe, teacher=teacher)
+    fit(plain, data, recipe.model_copy(update={"distill_weight": 0.0}))
+    x = torch.cat([x for x, _ in data.val_loader(256)])
+    with torch.no_grad():
+        assert (model(x).argmax(-1) == 3).float().mean() > 0.95
+        assert (plain(x).argmax(-1) == 3).float().mean() < 0.9
+    assert not any(p.grad is not None for p in teacher.parameters())
+
+
+def test_distillation_needs_a_teacher(data) -> None:
+    with pytest.raises(ValueError, match="there is no teacher"):
+        fit(make(), data, RECIPE.model_copy(update={"distill_weight": 1.0}))
+
+
+def test_no_epochs_is_no_training(data) -> None:
+    model = make()
+    before = weights(model)
+    assert fit(model, data, Recipe(epochs=0))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+def test_evaluation_is_exact() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.p
+
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 0.0]])
+    labels = torch.tensor([0, 1, 1])
+    model = Fixed().train()
+    found = evaluate(model, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    assert found["top1"] == 100 * 2 / 3
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert model.training
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(model, [])

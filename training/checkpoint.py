@@ -1,0 +1,65 @@
+"""Training state in one safetensors file: tensors, and numbers, strings, lists and dicts around them. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+__all__ = ["load_state", "save_state"]
+
+FORMAT = "prunesweep/state/1"
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write a tree of dicts, lists, tensors, numbers, strings and None; the file is whole or absent.
+
+    Tuples come back as lists. Raises TypeError for anything else.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _flatten(state, tensors)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, scratch, metadata={"format": FORMAT, "tree": json.dumps(tree)})
+    os.replace(scratch, path)
+
+
+def load_state(path: Path) -> Any | None:
+    """What ``save_state`` wrote, on the CPU; None where there is no file or it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                return None
+            return _restore(json.loads(metadata["tree"]), file)
+    except (SafetensorError, OSError):
+        return None
+
+
+def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON form of ``node``, its tensors moved to ``tensors``. Dicts become lists of pairs: keys may be integers."""
+    if isinstance(node, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(node, dict):
+        return {"dict": [[key, _flatten(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, (list, tuple)):
+        return [_flatten(value, tensors) for value in node]
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise TypeError(f"a training state cannot hold a {type(node).__name__}")
+
+
+def _restore(node: Any, file: Any) -> Any:
+    if isinstance(node, list):
+        return [_restore(value, file) for value in node]
+    if isinstance(node, dict):
+        if "tensor" in node:
+            return file.get_tensor(node["tensor"])
+        return {key: _restore(value, file) for key, value in node["dict"]}
+    return node
