@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from io import StringIO
 from pathlib import Path
@@ -132,8 +133,8 @@ def test_same_seed_same_proposals_and_results(
     assert found(Run(again.path)) == found(run)
 
 
-def results(run: Path) -> int:
-    return len(list(run.glob("trials/*/result.json")))
+def finished_units(run: Path) -> dict[str, float]:
+    return {p.parent.name: p.stat().st_mtime for p in run.glob("trials/*/result.json")}
 
 
 class Search:
@@ -141,20 +142,22 @@ class Search:
 
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "launch.cli", *arguments]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        # a file and no pipe: Ray's own helpers, which outlive a killed Ray by half a minute, would keep a pipe open
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, start_new_session=True)
 
     def wait_for(self, run: Path, count: int) -> None:
         deadline = time.monotonic() + 120
-        while results(run) < count:
-            assert self.process.poll() is None, self.process.stdout.read()
+        while len(finished_units(run)) < count:
+            assert self.process.poll() is None, self.end()
             assert time.monotonic() < deadline, "no progress"
             time.sleep(0.1)
 
     def end(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=120)
-        return self.process.returncode, output
+        """Exit code and output, once it has ended."""
+        code = self.process.wait(timeout=120)
+        self.output.seek(0)
+        return code, self.output.read()
 
     def children(self) -> dict[str, int]:
         """Name and number of the processes that it started itself."""
@@ -164,10 +167,7 @@ class Search:
         return {name: int(pid) for pid, name in (line.split(None, 1) for line in listed.stdout.splitlines())}
 
 
-def finished_units(run: Path) -> dict[str, float]:
-    return {p.parent.name: p.stat().st_mtime for p in run.glob("trials/*/result.json")}
-
-
+@pytest.mark.timeout(900)  # four starts of Ray: two minutes here
 def test_killed_in_every_way_and_resumed(tiny, runs: Path) -> None:
     """kill -9 of the driver, kill -9 of Ray, Ctrl-C: each time nothing finished is lost or repeated."""
     trials_ = 10
