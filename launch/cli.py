@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from search import SearchResult
 
 __all__ = ["app", "main"]
 
@@ -44,10 +48,8 @@ def search(
     """Search for the Pareto front of accuracy against MACs."""
     from search import load_config, run_search
 
-    console = Console()
-    result = run_search(load_config(config, overrides or []), out, console=console, dry_run=dry_run, verbose=verbose)
-    if result is not None:
-        _conclude(result, console)
+    settings, console = load_config(config, overrides or []), Console()
+    _drive(lambda: run_search(settings, out, console=console, dry_run=dry_run, verbose=verbose), console)
 
 
 @app.command()
@@ -60,17 +62,31 @@ def resume(
     from search import resume_search
 
     console = Console()
-    _conclude(resume_search(run, trials=trials, console=console, verbose=verbose), console)
+    _drive(lambda: resume_search(run, trials=trials, console=console, verbose=verbose), console)
 
 
-def _conclude(result: Any, console: Console) -> None:
-    import os
+def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
+    """Run a search and say how it ended."""
+    from search import SearchFailed
 
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    try:
+        result = start()
+    except SearchFailed as failure:
+        say(f"the search failed: {failure}")
+        raise typer.Exit(SEARCH_FAILED) from failure
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from what is saved")
+        raise typer.Exit(INTERRUPTED) from None
+    if result is None:
+        return
     shown = os.path.relpath(result.path)
     if not result.finished:
-        console.print(f"stopped; go on with: prunesweep resume {shown}", highlight=False, soft_wrap=True)
+        say(f"stopped; go on with: prunesweep resume {shown}")
         raise typer.Exit(INTERRUPTED)
-    console.print(f"front: {shown}/front.json   report: {shown}/report.html", highlight=False, soft_wrap=True)
+    say(f"front: {shown}/front.json   report: {shown}/report.html")
 
 
 @app.command()
@@ -145,15 +161,15 @@ def report(run: RunArgument) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: user errors are one clear message, everything else is a defect and keeps its traceback."""
-    from models import UserError
-
     try:
-        app(arguments, standalone_mode=True)
+        from models import UserError
+    except KeyboardInterrupt:  # torch takes seconds to load; later ones are caught where they can be explained
+        sys.exit(INTERRUPTED)
+    try:
+        app(arguments)
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

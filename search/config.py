@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models import UserError
 from models.errors import nearest
@@ -27,25 +27,34 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _absolute(name: str) -> str:
+    """``kind:PATH`` with an absolute path: a run is read again in other processes and from other folders."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{Path(path).expanduser().absolute()}" if kind in ("imagefolder", "local-dir") and path else name
+
+
+PathName = Annotated[str, AfterValidator(_absolute)]
+
+
 class DataTable(Table):
-    name: str  # digits | imagefolder:PATH
+    name: PathName  # digits | imagefolder:PATH
     loader_workers: Natural = 0
 
 
 class SourceTable(Table):
-    """The dense model: a timm name, or ``local-dir:PATH`` of a saved one; ``train`` trains it here from scratch."""
+    """The dense model: a timm name, or ``local-dir:PATH`` of a saved one; ``train`` trains it here."""
 
-    model: str
-    args: dict[str, Any] = {}  # timm.create_model's keyword arguments
+    model: PathName
+    args: dict[str, Any] = {}  # timm.create_model's keyword arguments, checkpoint_path among them
     pretrained: bool = False
     pos_embed_std: Annotated[float, Field(gt=0)] | None = None  # of the position embedding before training
     train: Recipe | None = None
 
     @model_validator(mode="after")
     def _weights_come_from_somewhere(self) -> Self:
-        saved = self.model.startswith("local-dir:")
+        saved = self.model.startswith("local-dir:") or "checkpoint_path" in self.args
         if not (saved or self.pretrained or self.train):
-            raise ValueError("has no weights: set pretrained = true, or add a [source.train] table")
+            raise ValueError("has no weights: set pretrained = true or args.checkpoint_path, or add [source.train]")
         if self.train and self.train.distill_weight:
             raise ValueError("train.distill_weight must be 0: the source has no teacher")
         return self

@@ -85,7 +85,7 @@ def run_search(
     display.space(prepared, config.space, summary, _zero_shot(prepared, summary))
     if dry_run:
         return None
-    _create(run, config, prepared)
+    create_run(run, config, prepared)
     return _search(run, config, prepared.space, display, verbose=verbose)
 
 
@@ -122,7 +122,7 @@ def _zero_shot(prepared: Prepared, summary: Summary) -> Spread:
     return Spread.of(found)
 
 
-def _create(run: Run, config: SearchConfig, prepared: Prepared) -> None:
+def create_run(run: Run, config: SearchConfig, prepared: Prepared) -> None:
     """The run's folder, whole or not at all."""
     cost = prepared.cost
     facts = {
@@ -178,6 +178,9 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
                     LocalRay(config.resources, verbose=verbose, on_death=ray_died),
                 ):
                     execute(coordinator, config.resources, [changed, logged])
+        except KeyboardInterrupt:
+            if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
+                raise
         finally:
             write_report(run)
         finished = not coordinator.stopping

@@ -30,6 +30,7 @@ if "ray" not in sys.modules:  # Ray reads these when it is imported
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # only this run's processes know it
 for name, value in {
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # units stay in the folder that the user is in
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # units write their own logs
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the driver's, see search.driver

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from torch import nn
 
 from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save
@@ -102,21 +102,17 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
 def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
     """The source before training, and the data in the form that it takes."""
     source, workers = config.source, config.data.loader_workers
-    if source.model.startswith("local-dir:"):
-        model = load(source.model.removeprefix("local-dir:"))
-        return model, open_data(config.data.name, _preprocessing(model), loader_workers=workers)
-    bare = source.model.split(".")[0]
-    if not timm.is_model(bare):
-        hint = nearest(bare, timm.list_models())
-        raise UserError(f"source.model = {source.model!r}: not a timm model. {hint}".strip())
-    if not source.train:
+    local = source.model.startswith("local-dir:")
+    _check_name(source.model)
+    if local or not source.train:
         model = _timm_model(source, dict(source.args), {})
-        return model, open_data(config.data.name, _preprocessing(model), loader_workers=workers)
+        arch = arch_of(model)
+        preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
+        return model, open_data(config.data.name, preprocessing, loader_workers=workers)
     cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False)
     preprocessing = cfg.to_dict() if cfg is not None else {}
     if "img_size" in source.args:
-        side = source.args["img_size"]
-        preprocessing["input_size"] = (3, *(side if isinstance(side, list) else (side, side)))
+        preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))
     data = open_data(config.data.name, preprocessing, loader_workers=workers)
     channels, *size = data.info.input_size
     args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **source.args}
@@ -128,18 +124,27 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
     return model, data
 
 
+def _check_name(name: str) -> None:
+    """Raise UserError for a name that is unknown or of another family, before anything is downloaded or built."""
+    if name.startswith("local-dir:"):
+        if not Path(name.removeprefix("local-dir:"), "config.json").is_file():
+            raise UserError(f"source.model = {name!r}: no folder of a saved model (with a config.json) is there")
+        return
+    bare = name.split(".")[0]
+    if not timm.is_model(bare):
+        raise UserError(f"source.model = {name!r}: not a timm model. {nearest(bare, timm.list_models())}".strip())
+    with torch.device("meta"):
+        Arch.from_timm(timm.create_model(bare, num_classes=1))
+
+
 def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[str, Any]) -> Any:
+    pretrained = source.pretrained or source.model.startswith("local-dir:")
     try:
         return timm.create_model(
-            source.model, pretrained=source.pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args
+            source.model, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args
         )
     except Exception as error:  # timm raises whatever its parts raise; all of it follows from what the user asked for
         raise UserError(f"source.model = {source.model!r} with args {dict(args)} cannot be made: {error}") from error
-
-
-def _preprocessing(model: nn.Module) -> Mapping[str, Any]:
-    cfg: Any = model.pretrained_cfg
-    return dict(cfg)
 
 
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from search.config import SearchConfig, parse_config
 
@@ -44,3 +46,18 @@ def tiny() -> Callable[..., SearchConfig]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for runs; they share one cache, so the tiny source is trained once for the whole session."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Red and blue JPEGs: 7 + 5 for training, 3 + 2 for validation."""
+    generator, folder = np.random.default_rng(0), tmp_path / "images"
+    for split, counts in {"train": (7, 5), "val": (3, 2)}.items():
+        for label, count in enumerate(counts):
+            place = folder / split / ("red", "blue")[label]
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 90, (40, 48, 3), dtype=np.uint8)
+                pixels[..., 2 * label] += 150
+                Image.fromarray(pixels).save(place / f"{i}.jpg")
+    return folder

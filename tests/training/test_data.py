@@ -2,29 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models import UserError
 from training import open_data, seeded
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Red and blue JPEGs: 7 + 5 for training, 3 + 2 for validation."""
-    generator = np.random.default_rng(0)
-    for split, counts in {"train": (7, 5), "val": (3, 2)}.items():
-        for label, count in enumerate(counts):
-            place = tmp_path / split / ("red", "blue")[label]
-            place.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 90, (40, 48, 3), dtype=np.uint8)
-                pixels[..., 2 * label] += 150
-                Image.fromarray(pixels).save(place / f"{i}.jpg")
-    return tmp_path
-
 
 PREPROCESSING = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
 
@@ -75,8 +57,8 @@ def test_calibration_is_drawn_by_seed_from_the_training_split() -> None:
     assert sum(len(y) for _, y in data.calibration(10**6, 512, 0)) == 1347
 
 
-def test_image_folder(folder: Path) -> None:
-    data = open_data(f"imagefolder:{folder}", PREPROCESSING)
+def test_image_folder(image_folder: Path) -> None:
+    data = open_data(f"imagefolder:{image_folder}", PREPROCESSING)
     assert (data.info.num_classes, data.info.input_size) == (2, (3, 32, 32))
     batches = list(data.val_loader(4))
     assert [tuple(x.shape) for x, _ in batches] == [(4, 3, 32, 32), (1, 3, 32, 32)]
@@ -87,19 +69,19 @@ def test_image_folder(folder: Path) -> None:
     assert sum(len(y) for _, y in data.train_loader(5, torch.Generator())) == 12
 
 
-def test_image_folder_fingerprint_sees_changes(folder: Path) -> None:
-    before = open_data(f"imagefolder:{folder}", PREPROCESSING).info.fingerprint
-    assert before == open_data(f"imagefolder:{folder}", PREPROCESSING).info.fingerprint
-    assert before != open_data(f"imagefolder:{folder}", {**PREPROCESSING, "crop_pct": 0.9}).info.fingerprint
-    (folder / "train" / "red" / "0.jpg").unlink()
-    assert before != open_data(f"imagefolder:{folder}", PREPROCESSING).info.fingerprint
+def test_image_folder_fingerprint_sees_changes(image_folder: Path) -> None:
+    before = open_data(f"imagefolder:{image_folder}", PREPROCESSING).info.fingerprint
+    assert before == open_data(f"imagefolder:{image_folder}", PREPROCESSING).info.fingerprint
+    assert before != open_data(f"imagefolder:{image_folder}", {**PREPROCESSING, "crop_pct": 0.9}).info.fingerprint
+    (image_folder / "train" / "red" / "0.jpg").unlink()
+    assert before != open_data(f"imagefolder:{image_folder}", PREPROCESSING).info.fingerprint
 
 
-def test_errors_say_what_is_missing(folder: Path, tmp_path: Path) -> None:
+def test_errors_say_what_is_missing(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be 'digits' or 'imagefolder:PATH'"):
         open_data("digit")
     with pytest.raises(UserError, match="no folder .*nowhere/train"):
         open_data(f"imagefolder:{tmp_path / 'nowhere'}")
-    (folder / "val" / "green").mkdir()
+    (image_folder / "val" / "green").mkdir()
     with pytest.raises(UserError, match="different classes: green"):
-        open_data(f"imagefolder:{folder}", PREPROCESSING)
+        open_data(f"imagefolder:{image_folder}", PREPROCESSING)

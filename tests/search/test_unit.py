@@ -1,0 +1,221 @@
+"""Units of work, and the sources that they start from, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from models import UserError, arch_of, load, load_provenance, save
+from search.config import SearchConfig, parse_config
+from search.coordinator import Coordinator
+from search.driver import create_run
+from search.run import Run
+from search.source import prepare
+from search.study import Study
+from search.unit import run_unit
+from training import EVAL_BATCH, evaluate, open_data
+
+
+def nothing(what: str, share: float, note: str) -> None:
+    """A progress that is not shown."""
+
+
+def begin(config: SearchConfig, cache: Path, path: Path) -> tuple[Run, Coordinator]:
+    prepared = prepare(config, cache, nothing)
+    run = Run(path)
+    create_run(run, config, prepared)
+    study = Study(run / "study.journal", prepared.space.distributions, 0)
+    return run, Coordinator(run, study, prepared.space, requested=3, slots=3, seed=0)
+
+
+@pytest.fixture
+def started(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> tuple[Run, Coordinator]:
+    return begin(tiny(finetune={"epochs": 3}), runs / "cache", tmp_path / "run")
+
+
+def events(run: Run, unit_id: str) -> list[str]:
+    return [json.loads(line)["event"] for line in (run.trial(unit_id) / "metrics.jsonl").open()]
+
+
+def test_a_unit_gives_a_model_and_its_measurements(started: tuple[Run, Coordinator]) -> None:
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+    found = run_unit(run.path, unit)
+    assert found["state"] == "finished"
+    result = found["result"]
+    model = load(run.trial(unit.id) / "model")
+    assert evaluate(model, open_data("digits").val_loader(EVAL_BATCH))["top1"] == result["top1"]
+    assert arch_of(model).hash == unit.arch_hash == result["arch_hash"]
+    provenance = load_provenance(run.trial(unit.id) / "model")
+    assert provenance["point"] == unit.point
+    assert provenance["source"]["weights"] == run.facts()["source"]["weights"]
+    assert provenance["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert events(run, unit.id) == ["start", "epoch", "epoch", "epoch", "end"]
+    coordinator.complete(unit.id)
+    assert coordinator.results[0].top1 == result["top1"]
+
+
+def test_a_finished_unit_is_not_done_again(started: tuple[Run, Coordinator]) -> None:
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+    assert run_unit(run.path, unit) == run_unit(run.path, unit)
+    assert events(run, unit.id).count("start") == 1
+
+
+def test_a_stopped_unit_goes_on_to_the_same_result(started: tuple[Run, Coordinator], tmp_path: Path) -> None:
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+    run.stop_file.touch()
+    assert run_unit(run.path, unit) == {"state": "stopped"}
+    assert (run.trial(unit.id) / "state.safetensors").exists()
+    assert run.read_result(unit.id) is None
+    run.stop_file.unlink()
+    found = run_unit(run.path, unit)["result"]
+    assert events(run, unit.id) == ["start", "epoch", "stopped", "start", "epoch", "epoch", "end"]
+    weights = load(run.trial(unit.id) / "model").state_dict()
+
+    for file in ("result.json", "metrics.jsonl"):
+        (run.trial(unit.id) / file).unlink()
+    again = run_unit(run.path, unit)["result"]
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    uninterrupted = load(run.trial(unit.id) / "model").state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in uninterrupted.items())
+
+
+def test_the_source_is_trained_once_and_scores_are_kept(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def watch(what: str, share: float, note: str) -> None:
+        if what not in seen:
+            seen.append(what)
+
+    first = prepare(tiny(), tmp_path, watch)
+    assert seen == ["training the source", "evaluating the source", "scoring widths", "measuring blocks"]
+    seen.clear()
+    second = prepare(tiny(), tmp_path, watch)
+    assert seen == []
+    assert first.score_files == second.score_files
+    assert len(set(first.score_files.values())) == 2
+    prepare(tiny(scores={"images": 32}), tmp_path, watch)
+    assert seen == ["scoring widths", "measuring blocks"]
+    seen.clear()
+    prepare(tiny(seed=1), tmp_path, watch)
+    assert "training the source" in seen
+    assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.state.safetensors"))
+
+
+def small_timm() -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
+    return timm.create_model("deit_tiny_patch16_224", **shape)
+
+
+def folder_config(image_folder: Path, source: dict[str, Any], **tables: Any) -> SearchConfig:
+    small = {"embed": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 8}
+    data = {
+        "name": "folder",
+        "data": {"name": f"imagefolder:{image_folder}"},
+        "source": source,
+        "scores": {"images": 8, "batch_size": 4},
+        "space": {"budget": [0.4, 0.8], "skip": [0, 1], "groups": small},
+        "finetune": {"epochs": 1, "batch_size": 4, "distill_weight": 1.0},
+        **tables,
+    }
+    return parse_config(data, "folder")
+
+
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def sources(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same network in every form that a trained source can come in."""
+    model = small_timm()
+    save(model, folder / "ours")
+    timm.models.save_for_hf(model, str(folder / "timms"), safe_serialization=True)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    plain = {"model": "deit_tiny_patch16_224", "args": {**SHAPE, "num_classes": 2}}
+    return {
+        "a folder of ours": {"model": f"local-dir:{folder / 'ours'}"},
+        "a folder of timm's": {"model": f"local-dir:{folder / 'timms'}"},
+        "a .pth file": {**plain, "args": {**plain["args"], "checkpoint_path": str(folder / "weights.pth")}},
+        "a .safetensors file": {
+            **plain,
+            "args": {**plain["args"], "checkpoint_path": str(folder / "weights.safetensors")},
+        },
+    }
+
+
+def test_trained_sources_in_every_form_are_the_same_source(image_folder: Path, tmp_path: Path) -> None:
+    found = {
+        name: prepare(folder_config(image_folder, source), tmp_path / "cache", nothing)
+        for name, source in sources(tmp_path).items()
+    }
+    assert len({p.weights for p in found.values()}) == 1
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = small_timm().eval()(x)
+        assert all(torch.equal(p.model(x), want) for p in found.values())
+
+
+def test_images_from_a_folder_go_all_the_way(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(small_timm(), tmp_path / "source")
+    monkeypatch.chdir(tmp_path)  # relative paths mean the user's folder, whatever a worker's is
+    config = folder_config(Path("images"), {"model": "local-dir:source"})
+    run, coordinator = begin(config, tmp_path / "cache", tmp_path / "run")
+    unit = coordinator.next()
+    assert unit is not None
+    monkeypatch.chdir("/")
+    found = run_unit(run.path, unit)
+    assert found["state"] == "finished", found
+    assert found["result"]["macs"] <= unit.point["budget"] * run.facts()["source"]["macs"]
+
+
+def test_a_pretrained_source_can_be_trained_on_the_users_classes(image_folder: Path, tmp_path: Path) -> None:
+    train = {"epochs": 1, "batch_size": 4}
+    scratch = {"model": "deit_tiny_patch16_224", "args": SHAPE, "train": train}
+    prepared = prepare(folder_config(image_folder, scratch), tmp_path / "cache", nothing)
+    assert prepared.arch.num_classes == 2
+    saved = {"model": f"local-dir:{prepared.folder}", "train": train}
+    again = prepare(folder_config(image_folder, saved), tmp_path / "cache", nothing)
+    assert again.weights != prepared.weights
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"model": "local-dir:/nowhere"}, "no folder of a saved model"),
+        ({"model": "resnet18", "train": {"epochs": 1}, "args": {}}, "is a ResNet"),
+        ({"model": "deit_tiny_patch16_224", "args": {"checkpoint_path": "/no.pth"}}, "cannot be made"),
+        (
+            {"model": "deit_tiny_patch16_224", "args": {**SHAPE, "num_classes": 5}, "train": {"epochs": 1}},
+            "has 5 classes",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_used_say_why(
+    source: dict[str, Any], message: str, image_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(folder_config(image_folder, source), tmp_path / "cache", nothing)
+    assert message in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_position_scale_would_spoil_trained_weights(image_folder: Path, tmp_path: Path) -> None:
+    save(small_timm(), tmp_path / "ours")
+    source = {"model": f"local-dir:{tmp_path / 'ours'}", "pos_embed_std": 0.5}
+    with pytest.raises(UserError, match="would overwrite trained weights"):
+        prepare(folder_config(image_folder, source), tmp_path / "cache", nothing)
