@@ -149,10 +149,9 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     arch = arch_of(model)
     small_arch = cut_arch(arch, decision)
     weights = _gather(arch, decision, model.state_dict())
-    small = build(small_arch, pretrained_cfg=getattr(model, "pretrained_cfg", None))
-    reference = next(model.parameters())
-    small = small.to(device=reference.device, dtype=reference.dtype)
-    small.load_state_dict(weights, strict=True)
+    with torch.device("meta"):  # initial values would only be thrown away
+        small = build(small_arch, pretrained_cfg=getattr(model, "pretrained_cfg", None))
+    small.load_state_dict(weights, strict=True, assign=True)  # gathering made copies, so nothing is shared
     return small.train(model.training)
 
 

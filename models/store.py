@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.models
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,18 +54,19 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         path: the folder; one that is there is replaced.
         provenance: JSON-ready facts about where the weights come from (source, method, seed, data, versions).
     """
-    path = Path(path)
-    arch = arch_of(model)
-    if getattr(model, "arch", None) is None:
+    path, arch = Path(path), arch_of(model)
+    with torch.device("meta"):
         ours = build(arch, pretrained_cfg=getattr(model, "pretrained_cfg", None))
-        ours.load_state_dict(model.state_dict(), strict=True)
-        model = ours
+    try:
+        ours.load_state_dict(model.state_dict(), strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
     config = {"provenance": dict(provenance or {})}
     with publish_folder(path) as folder:
         timm.models.save_for_hf(
-            model, str(folder), model_config=config, model_args={"arch": arch.to_dict()}, safe_serialization=True
+            ours, str(folder), model_config=config, model_args={"arch": arch.to_dict()}, safe_serialization=True
         )
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ours.state_dict().items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(arch.to_dict())})
     return path
 

@@ -36,17 +36,17 @@ def kl_divergence(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def score_depth(
-    model: nn.Module, batches: Iterable[torch.Tensor], *, progress: Callable[[int], None] | None = None
+    model: nn.Module, batches: Iterable[torch.Tensor], *, progress: Callable[[int, int], None] | None = None
 ) -> Scores:
     """Importance ``depth`` of every block; ascending order is the order in which to drop them.
 
-    L(L+1)/2 evaluations of the images for L blocks. An entry is the divergence at the time when its block went, made
-    to rise along the order; the block that is never dropped gets infinity.
+    Takes L(L+1)/2 - 1 evaluations of the images for L blocks. An entry is the divergence at the time when its block
+    went, made to rise along the order; the block that is never dropped gets infinity.
 
     Args:
         model: a ViT that ``Arch.from_timm`` accepts; left in the mode it came in.
         batches: images B·C·H·W.
-        progress: called with the number of evaluations done.
+        progress: called with (evaluations done, evaluations in all).
     """
     arch = arch_of(model)
     device = next(model.parameters()).device
@@ -57,6 +57,7 @@ def score_depth(
     logits = [model(x) for x in images]
     importance = torch.full((len(blocks),), torch.inf, dtype=torch.float64)
     alive, done, last = list(range(len(blocks))), 0, 0.0
+    total = len(blocks) * (len(blocks) + 1) // 2 - 1
     try:
         while len(alive) > 1:
             trials = {}
@@ -65,7 +66,7 @@ def score_depth(
                 trials[b] = sum(float(kl_divergence(z, model(x)).sum()) for x, z in zip(images, logits, strict=True))
                 done += 1
                 if progress:
-                    progress(done)
+                    progress(done, total)
             least = min(alive, key=lambda b: (trials[b], b))
             # strictly rising, so that sorting the vector gives the order back
             last = max(trials[least], last + torch.finfo(torch.float64).eps * max(last, 1.0))

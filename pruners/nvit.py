@@ -11,7 +11,7 @@ the loss does not change when Q is scaled up and K down. The gradient is the los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ def divisors(arch: Arch) -> dict[str, float]:
 
 def score(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     *,
     loss: Loss = F.cross_entropy,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Saliency of every unit of ``model``; one forward and backward pass per batch.
 
@@ -45,32 +45,32 @@ def score(
         model: a ViT that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
         batches: (images B·C·H·W, labels B). The batch size matters: scores are means of squared batch sums.
         loss: mean loss of (logits, labels).
-        progress: called with the number of batches done.
+        progress: called with (batches done, batches in all).
     """
     arch = arch_of(model)
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in vector_sizes(arch).items()}
     by_kind = divisors(arch)
-    count = images = 0
+    if not batches:
+        raise ValueError("no batches to score on")
+    images = 0
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        for x, y in batches:
+        for done, (x, y) in enumerate(batches, 1):
             model.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 torch.autograd.backward(loss(model(x.to(device)), y.to(device)))
             for name, raw in raw_saliency(model, arch).items():
                 sums[name] += (raw.double().cpu() / by_kind[name.rpartition(".")[2]]) ** 2
-            count, images = count + 1, images + len(x)
+            images += len(x)
             if progress:
-                progress(count)
+                progress(done, len(batches))
     finally:
         model.train(training)
         model.zero_grad(set_to_none=True)
-    if count == 0:
-        raise ValueError("no batches to score on")
     return Scores(
-        {name: total / count for name, total in sums.items()},
-        {"method": "nvit", "arch": arch.hash, "batches": count, "images": images},
+        {name: total / len(batches) for name, total in sums.items()},
+        {"method": "nvit", "arch": arch.hash, "batches": len(batches), "images": images},
     )
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from models import Arch, UserError
 from models.arch import Block
 
-__all__ = ["KINDS", "Scores", "vector_sizes"]
+__all__ = ["FORMAT", "KINDS", "Scores", "vector_sizes"]
 
 KINDS = ("embed", "heads", "qk", "v", "mlp")
-FORMAT = "prunesweep/scores/1"
+FORMAT = "prunesweep/scores/1"  # to be counted up when a method's scores change, so that no cache is believed
 
 
 def vector_sizes(arch: Arch) -> dict[str, int]:

@@ -97,7 +97,7 @@ class SpaceTable(Table):
         return {**GROUP_SIZES, **self.groups}
 
 
-class BudgetTable(Table):
+class SearchTable(Table):
     """How much is spent: ``trials`` candidates are finetuned and evaluated."""
 
     trials: Count = 24
@@ -116,7 +116,7 @@ class SearchConfig(Table):
     source: SourceTable
     scores: ScoresTable = ScoresTable()
     space: SpaceTable = SpaceTable()
-    search: BudgetTable = BudgetTable()
+    search: SearchTable = SearchTable()
     finetune: Recipe = Recipe()
     resources: ResourcesTable = ResourcesTable()
 

@@ -72,13 +72,22 @@ class Coordinator:
         return self._stopping
 
     @property
+    def settled(self) -> int:
+        """Units that have finished or failed."""
+        return len(self.results) + len(self.failures)
+
+    @property
+    def finished(self) -> bool:
+        """All that was asked for is settled."""
+        return not self._live and not self._wanted()
+
+    @property
     def done(self) -> bool:
         """Nothing is running and nothing more will be handed out."""
-        return not self._live and (self._stopping or not self._wanted())
+        return self.finished or (self._stopping and not self._live)
 
     def _wanted(self) -> bool:
-        settled = len(self.results) + len(self.failures)
-        return bool(self._waiting) or settled + len(self._live) < self.requested
+        return bool(self._waiting) or self.settled + len(self._live) < self.requested
 
     def next(self) -> Unit | None:
         """The next unit to run, or None where there is none now."""

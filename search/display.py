@@ -34,7 +34,7 @@ class Display:
         self._live: Live | None = None
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Any]:
@@ -76,13 +76,14 @@ class Display:
         variables.add_row("lr", *(f"{lr:g}" for lr in table.lr), "finetuning learning rate (log scale)")
         columns = ("objective", "min", "median", "max")
         objectives = Table(*columns, title="over a sample of the space", title_justify="left")
-        spread = (summary.macs.low, summary.macs.median, summary.macs.high)
-        objectives.add_row("macs (M) ↓", *(f"{v / 1e6:.2f}" for v in spread))
-        objectives.add_row("macs / source", *(f"{v / source.macs:.3f}" for v in spread))
-        params = (summary.params.low, summary.params.median, summary.params.high)
-        objectives.add_row("params (M)", *(f"{v / 1e6:.3f}" for v in params))
-        shots = (zero_shot.low, zero_shot.median, zero_shot.high)
-        objectives.add_row("top-1 (%) ↑, before finetuning", *(f"{v:.2f}" for v in shots))
+        for name, spread, unit, digits in (
+            ("macs (M) ↓", summary.macs, 1e6, 2),
+            ("macs / source", summary.macs, source.macs, 3),
+            ("params (M)", summary.params, 1e6, 3),
+            ("top-1 (%) ↑, before finetuning", zero_shot, 1, 2),
+        ):
+            values = (spread.low, spread.median, spread.high)
+            objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
         self.console.print(Group(variables, objectives))
         low, high = summary.reachable
         share = "all of it" if summary.feasible == 1 else f"{summary.feasible:.0%} of it"
@@ -94,18 +95,21 @@ class Display:
     @contextlib.contextmanager
     def live(self, coordinator: Coordinator, source_macs: int, window: tuple[float, float]) -> Iterator[Any]:
         """A callable that is told of every change; the table also moves by itself, for the clock's sake."""
-        started, before = time.monotonic(), len(coordinator.results)
-        seen = before
+        started, before = time.monotonic(), coordinator.settled
+        seen, failed = len(coordinator.results), set(coordinator.failures)
 
         def render() -> RenderableType:
             return live_table(coordinator, source_macs, window, time.monotonic() - started, before)
 
         def changed() -> None:
             nonlocal seen
-            if self.console.is_terminal:
-                return
-            for result in coordinator.results[seen:]:
-                self.note(_line(result, coordinator, source_macs))
+            for unit, error in coordinator.failures.items():
+                if unit not in failed:
+                    failed.add(unit)
+                    self.note(f"trial {unit} failed: {error.strip().splitlines()[-1]}")
+            if not self.console.is_terminal:
+                for result in coordinator.results[seen:]:
+                    self.note(_line(result, coordinator, source_macs))
             seen = len(coordinator.results)
 
         if not self.console.is_terminal:
@@ -129,7 +133,7 @@ def live_table(
 ) -> RenderableType:
     """Trials, front, hypervolume, time left, and the best top-1 in every band of the budget window."""
     results, failed = coordinator.results, len(coordinator.failures)
-    settled = len(results) + failed
+    settled = coordinator.settled
     eta = elapsed / (settled - before) * (coordinator.requested - settled) if settled > before else None
     state = Table(box=None, show_header=False)
     state.add_row(

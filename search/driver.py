@@ -182,11 +182,11 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise
         finally:
+            run.stop_file.unlink(missing_ok=True)
             write_report(run)
-        finished = not coordinator.stopping
-        if finished:
+        if coordinator.finished:
             display.front(coordinator.front, source_macs)
-        return SearchResult(run.path, run.front(absolute=True), finished)
+        return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 
 
 def _shown(run: Run) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save
 from models.errors import nearest
 from pruners import PRUNERS, Scores, score_depth
+from pruners.scores import FORMAT
 from training import EVAL_BATCH, Data, evaluate, fit, images_only, open_data, seeded
 
 from .config import SearchConfig, SourceTable
@@ -66,14 +67,13 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
     arch = arch_of(source)
     source.to(device)
 
-    def scored(what: str, method: str, steps: int, compute: Callable[[Any, Any], Scores]) -> Path:
+    def scored(what: str, method: str, compute: Callable[[list[Any], Callable[[int, int], None]], Scores]) -> Path:
         settings = config.scores.model_dump(exclude={"method"})
-        facts = {"method": method, "weights": weights, "data": data.info.fingerprint, **settings}
+        facts = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
         path = cache / "scores" / f"{method}-{digest(facts)}.safetensors"
         if not path.exists():
             batches = data.calibration(config.scores.images, config.scores.batch_size, config.scores.seed)
-            total = steps or len(batches)
-            scores = compute(batches, lambda done: progress(what, done / total, f"{done}/{total}"))
+            scores = compute(batches, lambda done, total: progress(what, done / total, f"{done}/{total}"))
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
@@ -81,11 +81,8 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         return path
 
     method = config.scores.method
-    widths = scored("scoring widths", method, 0, lambda b, p: PRUNERS[method](source, b, progress=p))
-    evaluations = arch.depth * (arch.depth + 1) // 2 - 1
-    depth = scored(
-        "measuring blocks", "depth_kl", evaluations, lambda b, p: score_depth(source, images_only(b), progress=p)
-    )
+    widths = scored("scoring widths", method, lambda b, p: PRUNERS[method](source, b, progress=p))
+    depth = scored("measuring blocks", "depth_kl", lambda b, p: score_depth(source, images_only(b), progress=p))
     return Prepared(
         data=data,
         model=source,
@@ -116,7 +113,8 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
     data = open_data(config.data.name, preprocessing, loader_workers=workers)
     channels, *size = data.info.input_size
     args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **source.args}
-    overlay = {"input_size": data.info.input_size, "mean": data.info.mean, "std": data.info.std}
+    own = {"input_size": data.info.input_size, "mean": data.info.mean, "std": data.info.std}
+    overlay = {} if source.pretrained else own  # pretrained weights bring the preprocessing that they were made with
     with seeded(config.seed):
         model = _timm_model(source, args, overlay)
         if source.pos_embed_std is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
@@ -81,8 +82,8 @@ def fit(
         on_epoch: called after every epoch's evaluation.
         should_stop: asked after every epoch.
     """
-    device = next(model.parameters()).device
-    task = _task(model, teacher, recipe).to(device)
+    _set_drop_path(model, recipe.drop_path)
+    task = _task(model, teacher, recipe).to(next(model.parameters()).device)
     optimizer = create_optimizer_v2(model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
     order = torch.Generator()
     loader = data.train_loader(recipe.batch_size, order)
@@ -108,6 +109,15 @@ def fit(
 def _mix(seed: int, epoch: int) -> int:
     """A seed per epoch; neighbouring epochs of neighbouring seeds share none."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth that rises linearly from 0 at the first block to ``rate`` at the last one."""
+    blocks: Any = model.blocks
+    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):  # a block may lack either half
+                setattr(block, name, DropPath(p) if p > 0 else nn.Identity())
 
 
 def _task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> TrainingTask:

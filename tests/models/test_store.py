@@ -73,6 +73,14 @@ def test_the_record_cannot_be_overruled(saved: tuple[torch.nn.Module, Path]) -> 
         timm.create_model(f"local-dir:{saved[1]}", pretrained=True, embed_dim=64)
 
 
+def test_a_model_that_no_longer_fits_its_record_is_not_saved(tmp_path: Path) -> None:
+    model = random_model(random_arch(Random(4), missing=False), 4, torch.float32)
+    model.head = torch.nn.Linear(3, 3)
+    with pytest.raises(UserError, match="its record no longer fits"):
+        save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_entry_point_needs_a_record() -> None:
     with pytest.raises(UserError, match="needs arch="):
         timm.create_model("prunesweep")

@@ -55,12 +55,13 @@ def test_order_is_greedy_and_leaves_one_block() -> None:
     arch = deep_arch(3)
     model = random_model(arch, 3)
     x = random_images(arch, 3, batch=6)
-    done: list[int] = []
-    scores = score_depth(model, [x], progress=done.append)
+    done: list[tuple[int, int]] = []
+    scores = score_depth(model, [x], progress=lambda *step: done.append(step))
     order = drop_order(scores)
     assert len(set(order)) == arch.depth - 1
     assert torch.isinf(scores.vectors["depth"]).sum() == 1
-    assert done == list(range(1, arch.depth * (arch.depth + 1) // 2))
+    total = arch.depth * (arch.depth + 1) // 2 - 1
+    assert done == [(i, total) for i in range(1, total + 1)]
     with torch.no_grad():
         z = model(x)
         for k in range(1, len(order)):

@@ -159,6 +159,7 @@ def test_stopping_keeps_what_is_running_for_later(tmp_path: Path) -> None:
     coordinator.complete(units[0].id)
     coordinator.complete(units[1].id)  # it stopped without a result
     assert coordinator.done
+    assert not coordinator.finished
     again = start(run)
     assert len(again.results) == 1
     assert again.next() == units[1]

@@ -108,6 +108,19 @@ def test_distillation_needs_a_teacher(data) -> None:
         fit(make(), data, RECIPE.model_copy(update={"distill_weight": 1.0}))
 
 
+def test_stochastic_depth_acts_in_training_only(data) -> None:
+    recipe = Recipe(epochs=1, batch_size=128, drop_path=0.9)
+    with_drops, without = make(1), make(1)
+    fit(with_drops, data, recipe)
+    fit(without, data, recipe.model_copy(update={"drop_path": 0.0}))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(with_drops), weights(without), strict=True))
+    x = next(iter(data.val_loader(64)))[0]
+    with torch.no_grad():
+        assert torch.equal(with_drops(x), with_drops(x))
+        with_drops.train()
+        assert not torch.equal(with_drops(x), with_drops(x))
+
+
 def test_no_epochs_is_no_training(data) -> None:
     model = make()
     before = weights(model)
