@@ -5,7 +5,7 @@ Importing this package registers the timm entry point ``prunesweep``, so that
 """
 
 from .arch import Arch, Block, Stage
-from .build import arch_of, build, num_params
+from .build import arch_of, blocks_of, build, num_params
 from .cost import Cost, cost
 from .cut import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
@@ -20,6 +20,7 @@ __all__ = [
     "Stage",
     "UserError",
     "arch_of",
+    "blocks_of",
     "build",
     "cost",
     "cut",

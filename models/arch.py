@@ -5,6 +5,9 @@ cutting (``models.cut``), storing (``models.store``), the search space and the r
 describes a model. A block that is skipped is absent; a block without attention or without MLP says so.
 
 Dimensions: D residual width, H heads, E query/key width of a head, V value width of a head, M MLP width, N tokens.
+
+Methods: widths, ragged values and missing blocks as in UVC and NViT; ``conv1x1``, ``conv3x3`` and ``norm_residual`` are
+SPViT's (arXiv 2111.11802); ``tokens`` is Prune-and-Merge's (arXiv 2503.23455).
 """
 
 from __future__ import annotations
@@ -20,51 +23,45 @@ from .errors import UserError, nearest
 __all__ = ["Arch", "Block", "Stage"]
 
 FORMAT = "prunesweep/arch/1"
-FAMILIES = ("vit",)
-MIXERS = ("attn", "none")
-POOLS = ("token", "avg")
-HEAD_NORMS = ("tokens", "pooled", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """One transformer block: a token mixer and an MLP, each with its own residual connection.
 
-    ``v`` is one width for all heads or, when ragged, one width per head. ``scale`` multiplies the attention logits and
-    is the source model's: it never follows from a pruned ``qk``. ``mlp = 0`` means that the block has no MLP.
+    ``v`` is one width for all heads or, when ragged, one width per head; for a convolution it is the bottleneck width.
+    ``scale`` multiplies the attention logits and is the source model's: it never follows from a pruned ``qk``. What
+    does not apply is 0: heads, qk and scale of a convolution, those and v of a missing mixer, ``mlp`` of a missing MLP.
     """
 
     src: int  # index of this block in the source model
-    mixer: str = "attn"
+    mixer: str = "attn"  # attn | conv1x1 | conv3x3 | none
     heads: int
     qk: int
     v: int | tuple[int, ...]
     scale: float
     mlp: int
+    sr: int = 0  # PVTv2: channels of the spatially reduced map that keys and values read; 0 where nothing is reduced
+    shifted: bool = False  # Swin: attention in windows shifted by half a window
+    norm_residual: bool = False  # a missing mixer adds the normalised input (SPViT's finetuned skip), not nothing
+    tokens: int | None = None  # tokens inside the block, prefix included, merged before and recovered after it
+    merge: str = "sparse"  # sparse | dense: every token in at most one merged token, or full matrices
+    token_scale: bool = False  # NViT's frozen factor per token on query, key and value
 
     @property
     def v_widths(self) -> tuple[int, ...]:
         """Value width of every head."""
         return (self.v,) * self.heads if isinstance(self.v, int) else self.v
 
-    def validate(self, where: str) -> None:
-        """Raise UserError naming the first impossible field as ``where.field``."""
-        if self.mixer not in MIXERS:
-            raise UserError(f"{where}.mixer = {self.mixer!r}: must be one of {', '.join(MIXERS)}")
-        _at_least(f"{where}.src", self.src, 0)
-        _at_least(f"{where}.mlp", self.mlp, 0)
-        if self.mixer == "none":
-            if (self.heads, self.qk, self.v, self.scale) != (0, 0, 0, 0.0):
-                raise UserError(f"{where}: heads, qk, v and scale must be 0 where mixer is 'none'")
-            return
-        _at_least(f"{where}.heads", self.heads, 1)
-        _at_least(f"{where}.qk", self.qk, 1)
-        if len(self.v_widths) != self.heads:
-            raise UserError(f"{where}.v has {len(self.v_widths)} widths for {self.heads} heads: give one per head")
-        for head, width in enumerate(self.v_widths):
-            _at_least(f"{where}.v[{head}]", width, 1)
-        if not isinstance(self.scale, float) or not self.scale > 0:
-            raise UserError(f"{where}.scale = {self.scale!r}: must be a positive float (the source's E ** -0.5)")
+    @property
+    def total_v(self) -> int:
+        """Value channels of all heads, or the bottleneck width of a convolution."""
+        return sum(self.v_widths) if self.heads else self.v  # type: ignore[return-value]  # ragged v has heads
+
+    @property
+    def conv_kernel(self) -> int:
+        """Side of the convolution's kernel; 0 where the mixer is not a convolution."""
+        return {"conv1x1": 1, "conv3x3": 3}.get(self.mixer, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +71,15 @@ class Stage:
     width: int
     grid: tuple[int, int]
     blocks: tuple[Block, ...]
+    window: tuple[int, int] | None = None  # Swin: rows and columns of an attention window
+    sr_ratio: int = 1  # PVTv2: stride of the spatial reduction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str
+    family: str  # vit | swin | pvt_v2
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -91,8 +90,8 @@ class Arch:
     dist_token: bool = False  # DeiT's distillation token, with a head of its own
     reg_tokens: int = 0
     prefix_pos_embed: bool = True  # the position embedding has entries for the prefix tokens
-    pool: str = "token"
-    head_norm: str = "tokens"  # last LayerNorm: over all tokens, over the pooled feature, or none
+    pool: str = "token"  # token | avg
+    head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
     qk_norm: bool = False
@@ -114,6 +113,11 @@ class Arch:
     @property
     def depth(self) -> int:
         return sum(len(stage.blocks) for stage in self.stages)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of all stages, in order."""
+        return tuple(block for stage in self.stages for block in stage.blocks)
 
     @property
     def hash(self) -> str:
@@ -151,66 +155,21 @@ class Arch:
             raise UserError(f"an architecture record must be JSON: {error}") from error
 
     @classmethod
-    def from_timm(cls, model: Any) -> Arch:
-        """The record of a timm model (a name or a module); UserError says why where a model cannot be represented."""
+    def from_timm(cls, model: Any, *, img_size: int | tuple[int, int] | None = None) -> Arch:
+        """The record of a timm model (a name or a module); UserError says why where a model cannot be represented.
+
+        ``img_size`` is needed only where the model itself does not say for which images it is meant (PVTv2 takes any):
+        without it, the size in the model's ``pretrained_cfg``.
+        """
         from .timm_import import arch_from_timm
 
-        return arch_from_timm(model)
+        return arch_from_timm(model, img_size)
 
     def validate(self) -> None:
         """Raise UserError naming the first field that makes this record impossible to build."""
-        _one_of("family", self.family, FAMILIES)
-        _one_of("pool", self.pool, POOLS)
-        _one_of("head_norm", self.head_norm, HEAD_NORMS)
-        for name in ("in_chans", "num_classes"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("reg_tokens", self.reg_tokens, 0)
-        for i, (image, patch) in enumerate(zip(self.img_size, self.patch_size, strict=True)):
-            _at_least(f"patch_size[{i}]", patch, 1)
-            if image < patch:
-                raise UserError(f"img_size[{i}] = {image}: must be at least patch_size[{i}] = {patch}")
-        if self.pool == "token" and not self.class_token:
-            raise UserError("pool = 'token': needs class_token = true; use pool = 'avg'")
-        if self.dist_token:
-            self._validate_distilled()
-        self._validate_stages()
+        from .validate import validate
 
-    def _validate_distilled(self) -> None:
-        """What timm's VisionTransformerDistilled takes for granted."""
-        needed = {
-            "class_token": True,
-            "reg_tokens": 0,
-            "prefix_pos_embed": True,
-            "pool": "token",
-            "head_norm": "tokens",
-        }
-        for name, value in needed.items():
-            if getattr(self, name) != value:
-                raise UserError(f"dist_token = true: needs {name} = {value!r}, got {getattr(self, name)!r}")
-
-    def _validate_stages(self) -> None:
-        if len(self.stages) != 1:
-            raise UserError(f"stages: a {self.family} has exactly one stage, got {len(self.stages)}")
-        grid = tuple(i // p for i, p in zip(self.img_size, self.patch_size, strict=True))
-        for s, stage in enumerate(self.stages):
-            _at_least(f"stages[{s}].width", stage.width, 1)
-            if stage.grid != grid:
-                raise UserError(f"stages[{s}].grid = {list(stage.grid)}: img_size / patch_size gives {list(grid)}")
-            if not stage.blocks:
-                raise UserError(f"stages[{s}].blocks is empty: at least one block must be kept")
-            for b, block in enumerate(stage.blocks):
-                block.validate(f"stages[{s}].blocks[{b}]")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        hint = nearest(str(value), allowed)
-        raise UserError(f"{name} = {value!r}: must be one of {', '.join(allowed)}. {hint}".strip())
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} = {value!r}: must be a whole number of at least {least}")
+        validate(self)
 
 
 def _dump(record: Any) -> Any:
@@ -259,7 +218,10 @@ def _read(cls: type, data: Any, where: str) -> Any:
 
 def _value(value: Any, annotation: str, where: str) -> Any:
     for option in annotation.split(" | "):
-        if option.startswith("tuple["):
+        if option == "None":
+            if value is None:
+                return None
+        elif option.startswith("tuple["):
             whole = option in ("tuple[Stage, ...]", "tuple[Block, ...]")  # records that the caller has read already
             if whole or _is_ints(value, None if "..." in option else option.count("int")):
                 return tuple(value)

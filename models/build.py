@@ -6,18 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from torch import nn
 
 from .arch import Arch
 from .errors import UserError
+from .pvt import build_pvt_v2
+from .swin import build_swin
 from .vit import build_vit
 
-__all__ = ["ENTRY_POINT", "arch_of", "build", "create", "num_params"]
+__all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "num_params"]
 
 ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
-BUILDERS = {"vit": build_vit}
+BUILDERS = {"vit": build_vit, "swin": build_swin, "pvt_v2": build_pvt_v2}
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -60,12 +63,33 @@ def create(
     )
 
 
+def build_with(
+    arch: Arch, weights: Mapping[str, torch.Tensor], *, pretrained_cfg: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """``build(arch)`` holding the tensors of ``weights`` themselves: nothing is initialised or copied.
+
+    Raises:
+        RuntimeError: a weight is missing, left over, or of another shape (as ``load_state_dict`` says it).
+    """
+    with torch.device("meta"):
+        model = build(arch, pretrained_cfg=pretrained_cfg)
+    model.load_state_dict(weights, strict=True, assign=True)
+    device = next(model.parameters()).device
+    for module in model.modules():  # Swin's masks and position indices are in no state dict
+        derived = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, buffer in derived.items():
+            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=device)
+        if any(buffer is not None for buffer in derived.values()):
+            module.init_non_persistent_buffers()  # type: ignore[operator]
+    return model
+
+
 def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     half = (0.5,) * arch.in_chans
     own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
     fixed = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "custom_load": False}
     no_download = {"url": "", "hf_hub_id": None}
-    classifier = ("head", "head_dist") if arch.dist_token else "head"
+    classifier = ("head", "head_dist") if arch.dist_token else {"swin": "head.fc"}.get(arch.family, "head")
     defaults = {} if arch.in_chans == 3 else {"mean": half, "std": half}
     return {
         **defaults,
@@ -80,6 +104,12 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
 def arch_of(model: nn.Module) -> Arch:
     """The record that a built or cut model carries, or that of a stock timm model."""
     return Arch.from_timm(model)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of all stages of a ViT, Swin or PVTv2, in the order of ``Arch.blocks``."""
+    stages: Any = getattr(model, "layers", None) or getattr(model, "stages", None) or [model]
+    return [block for stage in stages for block in stage.blocks]
 
 
 def num_params(model: nn.Module) -> int:

@@ -1,19 +1,22 @@
 """Exact cost of a record by closed formula, without building anything.
 
-1 MAC is one multiply-add of a convolution, a linear layer or one of attention's two matrix products; what
-``torch.utils.flop_counter.FlopCounterMode`` counts, halved. Norms, softmax, activations and biases are not MACs.
-Source: "Global Vision Transformer Pruning with Hessian-Aware Saliency" (NViT), tables 1 and 7 agree with these
-formulas, as do timm's parameter counts.
+1 MAC is one multiply-add of a convolution, a linear layer or a matrix product; what
+``torch.utils.flop_counter.FlopCounterMode`` counts, halved. Norms, softmax, activations, biases and the sums of a
+sparse token plan are not MACs. Parameters are what ``sum(p.numel())`` counts; buffers are not parameters.
+
+Sources of the formulas: NViT (arXiv 2110.04869) tables 1 and 7 for ViTs, UP-ViT (arXiv 2111.15127) for PVTv2, SPViT
+(arXiv 2111.11802) for Swin and convolutions; tables of all of them are reproduced (``models.published``).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from .arch import Arch, Block
+from .arch import Arch, Block, Stage
 
-__all__ = ["Cost", "block_macs", "cost", "stem_macs"]
+__all__ = ["Cost", "block_cost", "block_macs", "cost", "stem_macs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +30,14 @@ class Cost:
 def block_macs(tokens: int, width: Any, heads: Any, qk: Any, v: Any, mlp: Any) -> Any:
     """MACs of one ViT block on N tokens with equal heads; ints, or numpy arrays of equal shape.
 
-    N·D·H(2E+V) for Q, K and V, N²·H(E+V) for attention, N·H·V·D for the projection, 2·N·D·M for the MLP. Ragged heads
-    enter as ``heads=H, v=sum(V)/H``; a missing half has heads or mlp 0.
+    N·D·H(2E+V) for Q, K and V, N²·H(E+V) for attention, N·H·V·D for the projection, 2·N·D·M for the MLP; a missing half
+    has heads or mlp 0.
     """
     return tokens * width * heads * (2 * qk + 2 * v) + tokens**2 * heads * (qk + v) + 2 * tokens * width * mlp
 
 
 def stem_macs(arch: Arch, width: Any) -> Any:
-    """MACs outside the blocks, patch embedding and classifiers, at residual width D; all of it is linear in D."""
+    """MACs of a ViT outside its blocks, patch embedding and classifiers, at residual width D; all linear in D."""
     rows, columns = arch.stages[0].grid
     pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
     return width * (rows * columns * pixels + (1 + arch.dist_token) * arch.num_classes)
@@ -42,33 +45,106 @@ def stem_macs(arch: Arch, width: Any) -> Any:
 
 def cost(arch: Arch) -> Cost:
     """MACs per image and parameters of ``build(arch)``."""
-    (stage,) = arch.stages
-    width, tokens = stage.width, arch.tokens
-    macs, params = stem_macs(arch, width), _stem_params(arch, width)
-    for block in stage.blocks:
-        total_v = sum(block.v_widths)
-        macs += block_macs(tokens, width, 1, block.heads * block.qk, total_v, block.mlp)
-        params += _block_params(arch, block, width, total_v)
+    macs, params = _OUTSIDE[arch.family](arch)
+    for stage in arch.stages:
+        for block in stage.blocks:
+            block_macs, block_params = _block(arch, stage, block)
+            macs += block_macs
+            params += block_params
     return Cost(macs, params)
 
 
-def _stem_params(arch: Arch, width: int) -> int:
-    rows, columns = arch.stages[0].grid
-    embed = width * arch.patch_size[0] * arch.patch_size[1] * arch.in_chans + (0 if arch.pre_norm else width)
-    positions = rows * columns + (arch.prefix_tokens if arch.prefix_pos_embed else 0)
-    norms = int(arch.head_norm != "none") + int(arch.pre_norm)
-    heads = (1 + arch.dist_token) * (width * arch.num_classes + arch.num_classes)
-    return embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads
+def block_cost(arch: Arch, stage: Stage, block: Block) -> Cost:
+    """What one block of ``arch`` adds."""
+    return Cost(*_block(arch, stage, block))
 
 
-def _block_params(arch: Arch, block: Block, width: int, total_v: int) -> int:
-    params = 0
+def _vit_outside(arch: Arch) -> tuple[int, int]:
+    (stage,) = arch.stages
+    width, patches = stage.width, stage.grid[0] * stage.grid[1]
+    pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+    embed = width * pixels + (0 if arch.pre_norm else width)
+    positions = patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0)
+    norms = (arch.head_norm != "none") + arch.pre_norm
+    heads = (1 + arch.dist_token) * (width + 1) * arch.num_classes
+    return stem_macs(arch, width), embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads
+
+
+def _swin_outside(arch: Arch) -> tuple[int, int]:
+    """Patch embedding with a norm, patch merging (norm and reduction over 4 neighbours), norm and classifier."""
+    first, last = arch.stages[0], arch.stages[-1]
+    pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+    macs = first.grid[0] * first.grid[1] * pixels * first.width + last.width * arch.num_classes
+    params = first.width * (pixels + 3) + last.width * 2 + (last.width + 1) * arch.num_classes
+    for before, stage in zip(arch.stages, arch.stages[1:], strict=False):
+        macs += stage.grid[0] * stage.grid[1] * 4 * before.width * stage.width
+        params += 8 * before.width + 4 * before.width * stage.width
+    return macs, params
+
+
+def _pvt_outside(arch: Arch) -> tuple[int, int]:
+    """Overlapping patch embeddings (7x7, then 3x3) with a norm each, a norm per stage, classifier."""
+    last = arch.stages[-1]
+    macs, params = last.width * arch.num_classes, (last.width + 1) * arch.num_classes
+    channels, kernel = arch.in_chans, 49
+    for stage in arch.stages:
+        macs += stage.grid[0] * stage.grid[1] * stage.width * channels * kernel
+        params += stage.width * (channels * kernel + 5)
+        channels, kernel = stage.width, 9
+    return macs, params
+
+
+_OUTSIDE = {"vit": _vit_outside, "swin": _swin_outside, "pvt_v2": _pvt_outside}
+
+
+def _block(arch: Arch, stage: Stage, block: Block) -> tuple[int, int]:
+    """MACs and parameters of one block."""
+    width, patches = stage.width, stage.grid[0] * stage.grid[1]
+    places = patches + arch.prefix_tokens  # between blocks
+    tokens = block.tokens or places  # inside
+    norm = width * (2 + arch.layer_scale)
+    macs = params = 0
+    if block.tokens is not None:
+        dense = block.merge == "dense"
+        macs += dense * 2 * tokens * places * width
+        params += 2 * places * (tokens if dense else 1)
     if block.mixer == "attn":
-        rows = 2 * block.heads * block.qk + total_v
-        params += rows * (width + arch.qkv_bias) + total_v * width + width
-        params += 4 * block.qk * arch.qk_norm
-        params += width * (2 + arch.layer_scale)
+        macs, params = macs + _attention_macs(stage, block, tokens), params + _attention_params(arch, stage, block)
+    elif block.conv_kernel:
+        taps = block.conv_kernel**2
+        macs += patches * width * block.total_v * (taps + 1)
+        params += (width * (taps + 1) + 3) * block.total_v + width
+    if block.mixer != "none" or block.norm_residual:
+        params += norm
     if block.mlp:
-        params += 2 * width * block.mlp + block.mlp + width
-        params += width * (2 + arch.layer_scale)
+        depthwise = arch.family == "pvt_v2"
+        macs += tokens * block.mlp * (2 * width + 9 * depthwise)
+        params += block.mlp * (2 * width + 1 + 10 * depthwise) + width + norm
+    return macs, params
+
+
+def _attention_macs(stage: Stage, block: Block, tokens: int) -> int:
+    """Queries from all places; keys and values from all, the window's, or the reduced map's."""
+    qk, v = block.heads * block.qk, block.total_v
+    queries, read_from, channels, keys, macs = tokens, tokens, stage.width, tokens, 0
+    if stage.window is not None:  # the map is padded to whole windows
+        keys = math.prod(stage.window)
+        windows = math.prod(-(-side // w) for side, w in zip(stage.grid, stage.window, strict=True))
+        queries = read_from = windows * keys
+    elif block.sr:
+        keys = read_from = math.prod(side // stage.sr_ratio for side in stage.grid)
+        channels = block.sr
+        macs = read_from * stage.width * block.sr * stage.sr_ratio**2
+    return macs + queries * (stage.width + keys) * (qk + v) + read_from * channels * (qk + v)
+
+
+def _attention_params(arch: Arch, stage: Stage, block: Block) -> int:
+    qk, v = block.heads * block.qk, block.total_v
+    channels = block.sr or stage.width
+    params = qk * (stage.width + arch.qkv_bias) + (qk + v) * (channels + arch.qkv_bias) + (v + 1) * stage.width
+    params += 4 * block.qk * arch.qk_norm
+    if block.sr:
+        params += block.sr * (stage.width * stage.sr_ratio**2 + 3)
+    if stage.window is not None:
+        params += block.heads * math.prod(2 * w - 1 for w in stage.window)
     return params

@@ -1,23 +1,25 @@
 """Decisions, and the one place where weights are gathered.
 
-Every width method emits a ``Cut``: which channels of the residual stream, of each block's query/key and value heads and
-of its MLP stay, and which blocks go. ``cut_arch`` says what the record becomes, ``cut`` gathers the weights. A masked
-source and its cut model are the same function; LayerNorm then counts kept channels only.
+Every width method emits a ``Cut``: which channels of the residual streams, of each block's query/key and value heads
+and of its MLP stay, and which blocks go. ``cut_arch`` says what the record becomes, ``cut`` gathers the weights. A
+masked source and its cut model are the same function; LayerNorm then counts kept channels only.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from .arch import Arch, Block
-from .build import arch_of, build
+from .arch import Arch, Block, Stage
+from .build import arch_of, build_with
 from .errors import UserError
 
 __all__ = ["BlockCut", "Cut", "cut", "cut_arch"]
@@ -31,13 +33,16 @@ class BlockCut:
     """What stays of one block; ``None`` keeps all of it.
 
     ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut; ``mlp`` lists
-    hidden units. Channels are ascending. Both of ``qk`` and ``v`` are given or neither, one entry per remaining head.
+    hidden units, ``sr`` channels of PVTv2's reduced map. Channels are ascending. Both of ``qk`` and ``v`` are given or
+    neither, one entry per remaining head; a convolution has ``v`` alone, with one entry: its bottleneck channels. A new
+    head may take channels of several old ones, except in Swin, where a head has position biases of its own.
     """
 
     keep: bool = True
     qk: tuple[Indices, ...] | None = None
     v: tuple[Indices, ...] | None = None
     mlp: Indices | None = None
+    sr: Indices | None = None
 
     @classmethod
     def aligned(
@@ -55,9 +60,12 @@ class BlockCut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """What stays: residual channels (``None`` = all), and one ``BlockCut`` per block in the model's order."""
+    """What stays: residual channels of every stage, and one ``BlockCut`` per block in the model's order.
 
-    embed: Indices | None = None
+    ``embed`` is ``None`` where all channels of all stages stay; a stage's entry is ``None`` where all of its own do.
+    """
+
+    embed: tuple[Indices | None, ...] | None = None
     blocks: tuple[BlockCut, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,45 +88,71 @@ def _tuples(value: Any) -> Any:
 
 def cut_arch(arch: Arch, decision: Cut) -> Arch:
     """The record of ``cut(model, decision)``. Raises UserError naming the first impossible index."""
-    (stage,) = arch.stages
-    if len(decision.blocks) != len(stage.blocks):
-        raise UserError(f"cut.blocks has {len(decision.blocks)} entries for {len(stage.blocks)} blocks")
-    width = stage.width
-    if decision.embed is not None:
-        _check("cut.embed", decision.embed, stage.width)
-        width = len(decision.embed)
-    blocks = tuple(
-        _cut_block(block, choice, f"cut.blocks[{i}]")
-        for i, (block, choice) in enumerate(zip(stage.blocks, decision.blocks, strict=True))
-        if choice.keep
-    )
-    if arch.qk_norm:
-        _check_shared_norm(stage.blocks, decision)
-    small = dataclasses.replace(arch, stages=(dataclasses.replace(stage, width=width, blocks=blocks),))
+    if len(decision.blocks) != arch.depth:
+        raise UserError(f"cut.blocks has {len(decision.blocks)} entries for {arch.depth} blocks")
+    embed = _embed(arch, decision)
+    stages, choices = [], iter(enumerate(decision.blocks))
+    for s, stage in enumerate(arch.stages):
+        if embed[s] is not None:
+            _check(f"cut.embed[{s}]", embed[s], stage.width)
+        width = stage.width if embed[s] is None else len(embed[s])
+        pairs = [(block, *next(choices)) for block in stage.blocks]
+        blocks = tuple(_cut_block(arch, block, choice, f"cut.blocks[{i}]") for block, i, choice in pairs if choice.keep)
+        stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
+    small = dataclasses.replace(arch, stages=tuple(stages))
     small.validate()
     return small
 
 
-def _cut_block(block: Block, choice: BlockCut, where: str) -> Block:
-    if (choice.qk is None) != (choice.v is None):
-        raise UserError(f"{where}: give both qk and v, or neither")
+def _embed(arch: Arch, decision: Cut) -> tuple[Any, ...]:
+    if decision.embed is None:
+        return (None,) * len(arch.stages)
+    if len(decision.embed) != len(arch.stages):
+        raise UserError(f"cut.embed has {len(decision.embed)} entries for {len(arch.stages)} stages")
+    return decision.embed
+
+
+def _cut_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Block:
     changes: dict[str, Any] = {}
-    if choice.mlp is not None:
-        _check(f"{where}.mlp", choice.mlp, block.mlp)
-        changes["mlp"] = len(choice.mlp)
-    if choice.qk is not None and choice.v is not None:
-        if len(choice.qk) != len(choice.v):
-            raise UserError(f"{where}: qk has {len(choice.qk)} heads, v has {len(choice.v)}")
-        widths = sorted({len(head) for head in choice.qk})
-        if len(widths) != 1:
-            raise UserError(f"{where}.qk: heads keep different widths {widths}; they must be equal")
-        for h, (qk, v) in enumerate(zip(choice.qk, choice.v, strict=True)):
-            _check(f"{where}.qk[{h}]", qk, block.heads * block.qk)
-            _check(f"{where}.v[{h}]", v, sum(block.v_widths))
-        v_widths = tuple(len(head) for head in choice.v)
-        changes["heads"], changes["qk"] = len(choice.qk), widths[0]
-        changes["v"] = v_widths[0] if len(set(v_widths)) == 1 else v_widths
+    for name, kept in (("mlp", choice.mlp), ("sr", choice.sr)):
+        if kept is not None:
+            _check(f"{where}.{name}", kept, getattr(block, name))
+            changes[name] = len(kept)
+    if block.conv_kernel:
+        if choice.qk is not None or (choice.v is not None and len(choice.v) != 1):
+            raise UserError(f"{where}: a convolution takes v alone, with one entry: the bottleneck channels that stay")
+        if choice.v is not None:
+            _check(f"{where}.v[0]", choice.v[0], block.total_v)
+            changes["v"] = len(choice.v[0])
+    elif choice.qk is not None and choice.v is not None:
+        changes |= _cut_heads(arch, block, choice.qk, choice.v, where)
+    elif choice.qk is not None or choice.v is not None:
+        raise UserError(f"{where}: give both qk and v, or neither")
     return dataclasses.replace(block, **changes)
+
+
+def _cut_heads(arch: Arch, block: Block, qk: tuple[Indices, ...], v: tuple[Indices, ...], where: str) -> dict[str, Any]:
+    if len(qk) != len(v):
+        raise UserError(f"{where}: qk has {len(qk)} heads, v has {len(v)}")
+    widths = sorted({len(head) for head in qk})
+    if len(widths) != 1:
+        raise UserError(f"{where}.qk: heads keep different widths {widths}; they must be equal")
+    for h, (own_qk, own_v) in enumerate(zip(qk, v, strict=True)):
+        _check(f"{where}.qk[{h}]", own_qk, block.heads * block.qk)
+        _check(f"{where}.v[{h}]", own_v, block.total_v)
+        if arch.family == "swin" and len({c // block.qk for c in own_qk} | _heads_of(block, own_v)) > 1:
+            raise UserError(f"{where}.qk[{h}]: a Swin head has position biases of its own; keep channels of one head")
+    if arch.qk_norm and len({tuple(c % block.qk for c in head) for head in qk}) > 1:
+        # all heads share one q and one k LayerNorm
+        raise UserError(f"{where}.qk: with q/k norm every head must keep the same channels")
+    v_widths = tuple(len(head) for head in v)
+    return {"heads": len(qk), "qk": widths[0], "v": v_widths[0] if len(set(v_widths)) == 1 else v_widths}
+
+
+def _heads_of(block: Block, v: Indices) -> set[int]:
+    """The heads that value channels belong to."""
+    ends = list(accumulate(block.v_widths))
+    return {bisect.bisect_right(ends, c) for c in v}
 
 
 def _check(where: str, kept: Indices, size: int) -> None:
@@ -128,13 +162,6 @@ def _check(where: str, kept: Indices, size: int) -> None:
         raise UserError(f"{where}: indices must ascend without repetition")
     if kept[0] < 0 or kept[-1] >= size:
         raise UserError(f"{where}: index {kept[0] if kept[0] < 0 else kept[-1]} is outside 0..{size - 1}")
-
-
-def _check_shared_norm(blocks: Sequence[Block], decision: Cut) -> None:
-    """All heads share one q and one k LayerNorm, so they can only lose the same channels."""
-    for i, (block, choice) in enumerate(zip(blocks, decision.blocks, strict=True)):
-        if choice.keep and choice.qk and len({tuple(c % block.qk for c in head) for head in choice.qk}) > 1:
-            raise UserError(f"cut.blocks[{i}].qk: with q/k norm every head must keep the same channels")
 
 
 def cut(model: nn.Module, decision: Cut) -> nn.Module:
@@ -148,48 +175,125 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     """
     arch = arch_of(model)
     small_arch = cut_arch(arch, decision)
-    weights = _gather(arch, decision, model.state_dict())
-    with torch.device("meta"):  # initial values would only be thrown away
-        small = build(small_arch, pretrained_cfg=getattr(model, "pretrained_cfg", None))
-    small.load_state_dict(weights, strict=True, assign=True)  # gathering made copies, so nothing is shared
+    weights = _gather(arch, decision, model.state_dict())  # gathering makes copies, so nothing is shared
+    small = build_with(small_arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
     return small.train(model.training)
 
 
+_BLOCK = re.compile(r"(?:(?P<stage>(?:layers|stages)\.(?P<s>\d+))\.)?blocks\.(?P<b>\d+)\.(?P<part>.+)")
+_STAGE = re.compile(r"(?:layers|stages)\.(?P<s>\d+)\.(?P<part>.+)")
+
+
 def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Index every tensor of a ViT along the axes that the cut shortens; blocks are renumbered."""
-    (stage,) = arch.stages
-    embed = torch.tensor(decision.embed if decision.embed is not None else range(stage.width))
-    kept = [i for i, choice in enumerate(decision.blocks) if choice.keep]
-    number = {old: new for new, old in enumerate(kept)}
-    rows = {i: _rows(stage.blocks[i], decision.blocks[i]) for i in kept}
+    """Index every tensor along the axes that the cut shortens; blocks are renumbered within their stage."""
+    embed = [
+        torch.tensor(range(stage.width) if kept is None else kept)
+        for stage, kept in zip(arch.stages, _embed(arch, decision), strict=True)
+    ]
+    choices = iter(decision.blocks)
+    rows: dict[tuple[int, int], tuple[int, dict[str, torch.Tensor]]] = {}
+    for s, stage in enumerate(arch.stages):
+        kept = [(b, block, choice) for b, block in enumerate(stage.blocks) if (choice := next(choices)).keep]
+        rows |= {(s, b): (new, _rows(block, choice, embed[s])) for new, (b, block, choice) in enumerate(kept)}
     small: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
-        if not name.startswith("blocks."):
-            small[name] = _select(tensor, _STEM_AXES[_stem(name)], embed)
-            continue
-        _, index, part = name.split(".", 2)
-        if int(index) in number:
-            axes = _block_axes(part, rows[int(index)], embed)
-            for axis, chosen in axes:
-                tensor = _select(tensor, axis, chosen)
-            small[f"blocks.{number[int(index)]}.{part}"] = tensor
+        if match := _BLOCK.fullmatch(name):
+            place = int(match["s"] or 0), int(match["b"])
+            if place in rows:
+                new, own = rows[place]
+                prefix = f"{match['stage']}." if match["stage"] else ""
+                small[f"{prefix}blocks.{new}.{match['part']}"] = _take(tensor, _BLOCK_AXES[match["part"]], own)
+        elif match := _STAGE.fullmatch(name):
+            s, part = int(match["s"]), match["part"]
+            if arch.family == "swin":  # its norm stands before the reduction, PVTv2's behind the projection
+                part = part.replace("downsample.norm", "downsample.norm_merged")
+            own = {"in": embed[max(s - 1, 0)], "out": embed[s], "merged": _merged(embed[s - 1], arch.stages[s - 1])}
+            small[name] = _take(tensor, _STAGE_AXES[part], own)
+        else:
+            small[name] = _take(tensor, _STEM_AXES[_stem(name)], {"in": embed[0], "out": embed[-1]})
     return small
 
 
-# Where a tensor outside the blocks has its residual channels; None: nowhere.
-_STEM_AXES: dict[str, int | None] = {
-    "cls_token": -1,
-    "dist_token": -1,
-    "reg_token": -1,
-    "pos_embed": -1,
-    "patch_embed": 0,
-    "norm_pre": 0,
-    "norm": 0,
-    "fc_norm": 0,
-    "head.weight": 1,
-    "head_dist.weight": 1,
-    "head.bias": None,
-    "head_dist.bias": None,
+def _merged(kept: torch.Tensor, stage: Stage) -> torch.Tensor:
+    """Channels after Swin's patch merging, which lays four neighbours of a stage's width side by side."""
+    return torch.cat([kept + part * stage.width for part in range(4)])
+
+
+def _rows(block: Block, choice: BlockCut, embed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What stays of every axis of one block's tensors."""
+
+    def long(indices: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(indices), dtype=torch.long)
+
+    width = block.heads * block.qk
+    qk = choice.qk or tuple(tuple(range(h * block.qk, (h + 1) * block.qk)) for h in range(block.heads))
+    flat_qk = long(chain.from_iterable(qk))
+    v = long(range(block.total_v) if choice.v is None else chain.from_iterable(choice.v))
+    sr = long(range(block.sr) if choice.sr is None else choice.sr)
+    return {
+        "embed": embed,
+        "q": flat_qk,
+        "kv": torch.cat([flat_qk, width + v]),
+        "qkv": torch.cat([flat_qk, width + flat_qk, 2 * width + v]),
+        "v": v,
+        "heads": long(head[0] // block.qk for head in qk),
+        "qk_norm": long(c % block.qk for c in qk[0]) if qk else long(()),
+        "sr": sr,
+        "kv_in": sr if block.sr else embed,
+        "mlp": long(range(block.mlp) if choice.mlp is None else choice.mlp),
+    }
+
+
+def _both(name: str, *axes: str) -> dict[str, tuple[str, ...]]:
+    """Axes of ``name.weight``, the first of which is also the bias's."""
+    return {f"{name}.weight": axes, f"{name}.bias": axes[:1]}
+
+
+# What each axis of a tensor counts, from the first on; axes left out are kept whole.
+_BLOCK_AXES: dict[str, tuple[str, ...]] = {
+    **_both("norm1", "embed"),
+    **_both("norm2", "embed"),
+    "ls1.gamma": ("embed",),
+    "ls2.gamma": ("embed",),
+    **_both("attn.qkv", "qkv", "embed"),
+    **_both("attn.q_norm", "qk_norm"),
+    **_both("attn.k_norm", "qk_norm"),
+    **_both("attn.q", "q", "embed"),
+    **_both("attn.kv", "kv", "kv_in"),
+    **_both("attn.sr", "sr", "embed"),
+    **_both("attn.norm", "sr"),
+    **_both("attn.proj", "embed", "v"),
+    "attn.relative_position_bias_table": ("", "heads"),
+    "attn.token_scale": (),
+    **_both("attn.bconv.0", "v", "embed"),
+    **_both("attn.bconv.1", "v"),
+    "attn.bconv.1.running_mean": ("v",),
+    "attn.bconv.1.running_var": ("v",),
+    "attn.bconv.1.num_batches_tracked": (),
+    **_both("attn.bconv.3", "embed", "v"),
+    **_both("mlp.fc1", "mlp", "embed"),
+    **_both("mlp.dwconv", "mlp"),
+    **_both("mlp.fc2", "embed", "mlp"),
+    **{f"token_merge.{part}": () for part in ("assign", "weight", "matrix", "recover", "takes_part")},
+}
+_STAGE_AXES: dict[str, tuple[str, ...]] = {
+    **_both("downsample.proj", "out", "in"),
+    "downsample.reduction.weight": ("out", "merged"),
+    **_both("norm", "out"),
+    **_both("downsample.norm", "out"),
+    **_both("downsample.norm_merged", "merged"),
+}
+_STEM_AXES: dict[str, tuple[str, ...]] = {
+    "cls_token": ("", "", "in"),
+    "dist_token": ("", "", "in"),
+    "reg_token": ("", "", "in"),
+    "pos_embed": ("", "", "in"),
+    "patch_embed": ("in",),
+    "norm_pre": ("in",),
+    "norm": ("out",),
+    "fc_norm": ("out",),
+    **{f"{head}.weight": ("", "out") for head in ("head", "head.fc", "head_dist")},
+    **{f"{head}.bias": () for head in ("head", "head.fc", "head_dist")},
 }
 
 
@@ -197,44 +301,10 @@ def _stem(name: str) -> str:
     return name if name.startswith("head") else name.split(".")[0]
 
 
-def _rows(block: Block, choice: BlockCut) -> dict[str, torch.Tensor]:
-    """Kept rows of ``qkv``, columns of ``proj``, hidden units, and q/k-norm channels of one block."""
-    width = block.heads * block.qk
-    qk = choice.qk or tuple(tuple(range(h * block.qk, (h + 1) * block.qk)) for h in range(block.heads))
-    flat_qk = torch.tensor([c for head in qk for c in head], dtype=torch.long)
-    total_v = sum(block.v_widths)
-    flat_v = torch.tensor([c for head in choice.v for c in head] if choice.v else range(total_v), dtype=torch.long)
-    return {
-        "qkv": torch.cat([flat_qk, width + flat_qk, 2 * width + flat_v]),
-        "proj": flat_v,
-        "mlp": torch.tensor(choice.mlp if choice.mlp is not None else range(block.mlp), dtype=torch.long),
-        "norm": torch.tensor(qk[0] if qk else [], dtype=torch.long) % max(block.qk, 1),
-    }
-
-
-def _block_axes(part: str, rows: Mapping[str, torch.Tensor], embed: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """(axis, kept indices) pairs for one tensor of a block."""
-    return {
-        "norm1.weight": [(0, embed)],
-        "norm1.bias": [(0, embed)],
-        "norm2.weight": [(0, embed)],
-        "norm2.bias": [(0, embed)],
-        "ls1.gamma": [(0, embed)],
-        "ls2.gamma": [(0, embed)],
-        "attn.qkv.weight": [(0, rows["qkv"]), (1, embed)],
-        "attn.qkv.bias": [(0, rows["qkv"])],
-        "attn.q_norm.weight": [(0, rows["norm"])],
-        "attn.q_norm.bias": [(0, rows["norm"])],
-        "attn.k_norm.weight": [(0, rows["norm"])],
-        "attn.k_norm.bias": [(0, rows["norm"])],
-        "attn.proj.weight": [(0, embed), (1, rows["proj"])],
-        "attn.proj.bias": [(0, embed)],
-        "mlp.fc1.weight": [(0, rows["mlp"]), (1, embed)],
-        "mlp.fc1.bias": [(0, rows["mlp"])],
-        "mlp.fc2.weight": [(0, embed), (1, rows["mlp"])],
-        "mlp.fc2.bias": [(0, embed)],
-    }[part]
-
-
-def _select(tensor: torch.Tensor, axis: int | None, kept: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if axis is None else tensor.index_select(axis, kept.to(tensor.device))
+def _take(tensor: torch.Tensor, axes: tuple[str, ...], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A copy of ``tensor`` with the kept indices of every named axis."""
+    taken = tensor
+    for axis, what in enumerate(axes):
+        if what:
+            taken = taken.index_select(axis, kept[what].to(tensor.device))
+    return tensor.clone() if taken is tensor else taken

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import timm.models
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .arch import Arch
-from .build import ENTRY_POINT, arch_of, build, create
+from .build import ENTRY_POINT, arch_of, build_with, create
 from .errors import UserError
 from .files import publish_folder
 
@@ -55,10 +54,8 @@ def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | Non
         provenance: JSON-ready facts about where the weights come from (source, method, seed, data, versions).
     """
     path, arch = Path(path), arch_of(model)
-    with torch.device("meta"):
-        ours = build(arch, pretrained_cfg=getattr(model, "pretrained_cfg", None))
     try:
-        ours.load_state_dict(model.state_dict(), strict=True, assign=True)
+        ours = build_with(arch, model.state_dict(), pretrained_cfg=getattr(model, "pretrained_cfg", None))
     except RuntimeError as error:
         raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
     config = {"provenance": dict(provenance or {})}
@@ -107,9 +104,9 @@ def load_provenance(path: str | Path) -> dict[str, Any]:
 def load(path: str | Path) -> nn.Module:
     """The saved model on the CPU, in eval mode. Raises UserError where the folder is not one, or is damaged."""
     arch = read_arch(path)
-    model = build(arch, pretrained_cfg=_config(path)["pretrained_cfg"])
     try:
-        model.load_state_dict(load_file(Path(path) / WEIGHTS), strict=True)
+        weights = load_file(Path(path) / WEIGHTS)
+        model = build_with(arch, weights, pretrained_cfg=_config(path)["pretrained_cfg"])
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{Path(path) / WEIGHTS} does not fit its record: {error}") from error
     return model.eval()

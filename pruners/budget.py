@@ -53,7 +53,7 @@ class WidthPath:
                 blocks.append(BlockCut(mlp=mlp))
             else:
                 blocks.append(BlockCut.aligned(block, heads=heads, qk=qk, v=v, mlp=mlp))
-        return Cut(embed=kept["embed"], blocks=tuple(blocks))
+        return Cut(embed=(kept["embed"],), blocks=tuple(blocks))
 
     def step_for(self, macs: float) -> int:
         """The first step with at most ``macs`` MACs. Raises UserError where the floors do not let it be reached."""

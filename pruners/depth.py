@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from models import arch_of
+from models import UserError, arch_of
 
 from .scores import Scores
 
@@ -47,8 +47,13 @@ def score_depth(
         model: a ViT that ``Arch.from_timm`` accepts; left in the mode it came in.
         batches: images B·C·H·W.
         progress: called with (evaluations done, evaluations in all).
+
+    Raises:
+        UserError: the model is not a ViT.
     """
     arch = arch_of(model)
+    if arch.family != "vit":
+        raise UserError(f"{arch.source} is of family {arch.family!r}: blocks can be scored for family 'vit'")
     device = next(model.parameters()).device
     images = [x.to(device) for x in batches]
     blocks = list(model.blocks)  # type: ignore[arg-type]

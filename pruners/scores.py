@@ -28,8 +28,11 @@ FORMAT = "prunesweep/scores/1"  # to be counted up when a method's scores change
 def vector_sizes(arch: Arch) -> dict[str, int]:
     """Name and number of units of every width vector of ``arch``: embed, then heads, qk, v, mlp of each block.
 
-    ``qk`` and ``v`` units are channel indices within a head, aligned over the heads of the block.
+    ``qk`` and ``v`` units are channel indices within a head, aligned over the heads of the block. Raises UserError for
+    a family, a mixer or a token plan whose widths cannot be scored yet.
     """
+    if arch.family != "vit":
+        raise UserError(f"{arch.source} is of family {arch.family!r}: widths can be scored for family 'vit'")
     (stage,) = arch.stages
     sizes = {"embed": stage.width}
     for i, block in enumerate(stage.blocks):
@@ -38,6 +41,9 @@ def vector_sizes(arch: Arch) -> dict[str, int]:
 
 
 def _block_sizes(block: Block, index: int) -> Iterator[tuple[str, int]]:
+    if block.conv_kernel or block.tokens is not None:
+        what = f"mixer {block.mixer!r}" if block.conv_kernel else "a token plan"
+        raise UserError(f"blocks[{index}] has {what}: widths are to be pruned before")
     if block.mixer == "attn":
         if not isinstance(block.v, int):
             raise UserError(f"blocks[{index}].v is ragged: aligned scores need one value width for all heads")

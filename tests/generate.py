@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import count
 from random import Random
+from typing import Any
 
 import torch
 from torch import nn
 
 from models import Arch, Block, BlockCut, Cut, Stage, build
 
+FAMILIES = ("vit", "swin", "pvt_v2")
 
-def random_block(random: Random, index: int, *, ragged: bool = True, missing: bool = True) -> Block:
+
+def random_block(
+    random: Random, index: int, *, ragged: bool = True, missing: bool = True, extras: bool = True
+) -> Block:
+    """Attention of any widths and an MLP; with ``missing`` either half may be absent, with ``extras`` a convolution."""
     mlp = random.choice([0, 5, 16, 33] if missing else [5, 16, 33])
-    if missing and mlp and random.random() < 0.15:
-        return Block(src=index, mixer="none", heads=0, qk=0, v=0, scale=0.0, mlp=mlp)
+    draw = random.random()
+    if missing and draw < 0.15:
+        residual = extras and draw < 0.07
+        return Block(src=index, mixer="none", heads=0, qk=0, v=0, scale=0.0, mlp=mlp, norm_residual=residual)
+    if extras and draw < 0.3:
+        mixer = random.choice(["conv1x1", "conv3x3"])
+        return Block(src=index, mixer=mixer, heads=0, qk=0, v=random.randint(1, 9), scale=0.0, mlp=mlp)
     heads, qk = random.randint(1, 4), random.randint(2, 9)
     v: int | tuple[int, ...] = random.choice([qk, random.randint(2, 9)])
     if ragged and heads > 1 and random.random() < 0.4:
@@ -22,14 +35,22 @@ def random_block(random: Random, index: int, *, ragged: bool = True, missing: bo
     return Block(src=index, heads=heads, qk=qk, v=v, scale=random.choice([qk**-0.5, 0.3]), mlp=mlp)
 
 
-def random_arch(random: Random, *, ragged: bool = True, missing: bool = True) -> Arch:
-    """A ViT of any supported form: class, distillation and register tokens, either pooling, every switch."""
+def random_arch(
+    random: Random, family: str = "vit", *, ragged: bool = True, missing: bool = True, extras: bool = True
+) -> Arch:
+    """Any record of a family; ``extras`` are convolutions, token plans and what else is no width."""
+    return {"vit": random_vit, "swin": random_swin, "pvt_v2": random_pvt}[family](random, ragged, missing, extras)
+
+
+def random_vit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Class, distillation and register tokens, either pooling, every switch, token plans."""
     patch, rows, columns = random.choice([2, 3]), random.randint(2, 4), random.randint(2, 4)
     class_token = random.random() < 0.8
     dist_token = class_token and random.random() < 0.25
     average = not class_token or (not dist_token and random.random() < 0.3)
-    blocks = tuple(random_block(random, i, ragged=ragged, missing=missing) for i in range(random.randint(1, 4)))
-    return Arch(
+    depth = random.randint(1, 4)
+    blocks = tuple(random_block(random, i, ragged=ragged, missing=missing, extras=extras) for i in range(depth))
+    arch = Arch(
         family="vit",
         source="random",
         img_size=(rows * patch, columns * patch),
@@ -48,10 +69,73 @@ def random_arch(random: Random, *, ragged: bool = True, missing: bool = True) ->
         qk_norm=random.random() < 0.25,
         layer_scale=random.random() < 0.25,
     )
+    if not extras:
+        return arch
+    planned = tuple(_with_tokens(random, arch, block) for block in blocks)
+    return dataclasses.replace(arch, stages=(dataclasses.replace(arch.stages[0], blocks=planned),))
+
+
+def _with_tokens(random: Random, arch: Arch, block: Block) -> Block:
+    if block.conv_kernel or random.random() < 0.7:
+        return dataclasses.replace(block, token_scale=block.mixer == "attn" and random.random() < 0.1)
+    tokens = random.randint(arch.prefix_tokens + 1, arch.tokens)
+    return dataclasses.replace(block, tokens=tokens, merge=random.choice(["sparse", "dense"]))
+
+
+def random_swin(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Grids that windows do not divide, shifted windows, odd grids before patch merging."""
+    patch, grid = random.choice([2, 3]), (random.randint(3, 9), random.randint(3, 9))
+    img_size = (grid[0] * patch, grid[1] * patch)
+    stages: list[Stage] = []
+    index = count()
+    for _ in range(random.randint(1, 3)):
+        window = (random.randint(1, min(4, grid[0])), random.randint(1, min(4, grid[1])))
+        blocks = []
+        for _ in range(random.randint(1, 3)):
+            block = random_block(random, next(index), ragged=ragged, missing=missing, extras=extras)
+            shifted = block.mixer == "attn" and random.random() < 0.5
+            blocks.append(dataclasses.replace(block, shifted=shifted))
+        stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), window=window))
+        grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    return _pyramid(random, "swin", img_size, (patch, patch), stages, norm_eps=1e-5)
+
+
+def random_pvt(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Any image size, reductions that do not divide the grid."""
+    img_size = (random.randint(9, 40), random.randint(9, 40))
+    grid = ((img_size[0] + 3) // 4, (img_size[1] + 3) // 4)
+    stages: list[Stage] = []
+    index = count()
+    for _ in range(random.randint(1, 3)):
+        ratio = random.choice([1, 2, 3] if min(grid) >= 3 else [1])
+        blocks = []
+        for _ in range(random.randint(1, 2)):
+            block = random_block(random, next(index), ragged=ragged, missing=missing, extras=extras)
+            reduced = random.randint(1, 12) if ratio > 1 and block.mixer == "attn" else 0
+            blocks.append(dataclasses.replace(block, sr=reduced))
+        stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), sr_ratio=ratio))
+        grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    return _pyramid(random, "pvt_v2", img_size, (4, 4), stages)
+
+
+def _pyramid(random: Random, family: str, img_size: Any, patch_size: Any, stages: list[Stage], **options: Any) -> Arch:
+    return Arch(
+        family=family,
+        source="random",
+        img_size=img_size,
+        patch_size=patch_size,
+        in_chans=random.choice([1, 3]),
+        num_classes=random.randint(2, 7),
+        stages=tuple(stages),
+        class_token=False,
+        pool="avg",
+        qkv_bias=random.random() < 0.8,
+        **options,
+    )
 
 
 def random_model(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """``build(arch)`` with every parameter, norms and biases included, drawn at random."""
+    """``build(arch)`` with every parameter, norms and biases included, and every statistic drawn at random."""
     model = build(arch).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -59,6 +143,11 @@ def random_model(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> n
             p.copy_(
                 torch.randn(p.shape, generator=generator, dtype=dtype) * 0.3 + ("norm" in name and "weight" in name)
             )
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var", "token_scale")):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=dtype))
+            elif name.endswith("assign"):  # some patches pass the block by
+                buffer[-2:] = torch.where(torch.rand(2, generator=generator) < 0.5, -1, buffer[-2:])
     return model
 
 
@@ -72,25 +161,31 @@ def subset(random: Random, size: int) -> tuple[int, ...]:
 
 
 def random_cut(random: Random, arch: Arch) -> Cut:
-    """Any cut of ``arch``: aligned or not, ragged values, dropped blocks, the residual stream cut or whole."""
-    (stage,) = arch.stages
-    choices = []
-    for block in stage.blocks:
-        mlp = subset(random, block.mlp) if block.mlp and random.random() < 0.8 else None
-        if block.mixer == "none" or random.random() < 0.2:
-            choices.append(BlockCut(mlp=mlp))
-            continue
-        heads, channels = subset(random, block.heads), subset(random, block.qk)
-        width = len(channels)
-        starts = [sum(block.v_widths[:h]) for h in range(block.heads)]
-        own = [channels if arch.qk_norm else tuple(sorted(random.sample(range(block.qk), width))) for _ in heads]
-        choices.append(
-            BlockCut(
-                qk=tuple(tuple(h * block.qk + j for j in js) for h, js in zip(heads, own, strict=True)),
-                v=tuple(tuple(starts[h] + j for j in subset(random, block.v_widths[h])) for h in heads),
-                mlp=mlp,
-            )
-        )
-    for i in random.sample(range(len(choices)), random.randint(0, len(choices) - 1)):
-        choices[i] = BlockCut(keep=False)
-    return Cut(embed=subset(random, stage.width) if random.random() < 0.8 else None, blocks=tuple(choices))
+    """Any cut of ``arch``: aligned or not, ragged values, dropped blocks, residual streams cut or whole."""
+    choices: list[BlockCut] = []
+    for stage in arch.stages:
+        own = [_random_choice(random, arch, block) for block in stage.blocks]
+        for i in random.sample(range(len(own)), random.randint(0, len(own) - 1)):
+            own[i] = BlockCut(keep=False)
+        choices += own
+    embed = tuple(subset(random, stage.width) if random.random() < 0.8 else None for stage in arch.stages)
+    return Cut(embed=embed, blocks=tuple(choices))
+
+
+def _random_choice(random: Random, arch: Arch, block: Block) -> BlockCut:
+    mlp = subset(random, block.mlp) if block.mlp and random.random() < 0.8 else None
+    sr = subset(random, block.sr) if block.sr and random.random() < 0.8 else None
+    if block.mixer == "none" or random.random() < 0.2:
+        return BlockCut(mlp=mlp, sr=sr)
+    if block.conv_kernel:
+        return BlockCut(v=(subset(random, block.total_v),), mlp=mlp)
+    heads, channels = subset(random, block.heads), subset(random, block.qk)
+    width = len(channels)
+    starts = [sum(block.v_widths[:h]) for h in range(block.heads)]
+    own = [channels if arch.qk_norm else tuple(sorted(random.sample(range(block.qk), width))) for _ in heads]
+    return BlockCut(
+        qk=tuple(tuple(h * block.qk + j for j in js) for h, js in zip(heads, own, strict=True)),
+        v=tuple(tuple(starts[h] + j for j in subset(random, block.v_widths[h])) for h in heads),
+        mlp=mlp,
+        sr=sr,
+    )

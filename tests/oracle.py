@@ -7,12 +7,15 @@ blocks pass their input on. What ``models.cut`` returns must be the same functio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from models import BlockCut, Cut, arch_of
+from models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
+
+Hook = Callable[..., None]
 
 
 def _indicator(size: int, kept: tuple[int, ...] | None, like: torch.Tensor) -> torch.Tensor:
@@ -25,7 +28,7 @@ def _indicator(size: int, kept: tuple[int, ...] | None, like: torch.Tensor) -> t
 
 def _masked_norm(keep: torch.Tensor):
     def hook(norm: nn.LayerNorm, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-        x, n = args[0], keep.sum()
+        x, n = args[0].to(keep.dtype), keep.sum()
         mean = (x * keep).sum(-1, keepdim=True) / n
         var = ((x - mean) ** 2 * keep).sum(-1, keepdim=True) / n
         return keep * (norm.weight * (x - mean) / (var + norm.eps).sqrt() + norm.bias)
@@ -37,28 +40,25 @@ def _masked_norm(keep: torch.Tensor):
 def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
     """``model`` computing the masked function of ``decision``; as it was afterwards."""
     arch = arch_of(model)
-    (stage,) = arch.stages
     weight = next(model.parameters())
-    embed = _indicator(stage.width, decision.embed, weight)
+    kept = decision.embed or (None,) * len(arch.stages)
+    embed = [_indicator(stage.width, own, weight) for stage, own in zip(arch.stages, kept, strict=True)]
     hooks = []
 
-    def hook(module: nn.Module, function, *, before: bool = False) -> None:
+    def hook(module: nn.Module, function: Any, *, before: bool = False) -> None:
         register = module.register_forward_pre_hook if before else module.register_forward_hook
         hooks.append(register(function))
 
-    def scale_output(module: nn.Module, mask: torch.Tensor) -> None:
-        hook(module, lambda _m, _a, y: y * mask)
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm) and not name.endswith(("q_norm", "k_norm")):
-            hook(module, _masked_norm(embed))
-        if name in ("head", "head_dist"):
-            hook(module, lambda _m, args: (args[0] * embed,), before=True)
-    for block, record, choice in zip(model.blocks, stage.blocks, decision.blocks, strict=True):
+    _mask_outside(model, arch, embed, hook)
+    width_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
+    for s, block, record, choice in zip(width_of, blocks_of(model), arch.blocks, decision.blocks, strict=True):
         if not choice.keep:
             hook(block, lambda _m, args, _y: args[0])
             continue
-        _mask_block(block, record, choice, weight, hook, scale_output)
+        for name in ("norm1", "norm2"):
+            if hasattr(block, name):
+                hook(getattr(block, name), _masked_norm(embed[s]))
+        _mask_block(block, record, choice, weight, hook)
     try:
         yield model
     finally:
@@ -66,16 +66,42 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
             handle.remove()
 
 
-def _mask_block(block: nn.Module, record, choice: BlockCut, weight: torch.Tensor, hook, scale_output) -> None:
-    if choice.qk is not None and choice.v is not None:
-        width, total_v = record.heads * record.qk, sum(record.v_widths)
+def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook: Hook) -> None:
+    """Norms outside the blocks, and what reads a residual stream there without a norm in between."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and ".blocks." not in f".{name}":
+            parts = name.split(".")
+            s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
+            if arch.family == "swin" and "downsample" in parts:  # over four neighbours of the stage before
+                hook(module, _masked_norm(embed[s - 1].repeat(4)))
+            else:
+                hook(module, _masked_norm(embed[s]))
+        if name in ("head", "head_dist") and isinstance(module, nn.Linear):
+            hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
+
+
+def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch.Tensor, hook: Hook) -> None:
+    def scale(module: nn.Module, mask: torch.Tensor) -> None:
+        hook(module, lambda _m, _a, y: y * mask)
+
+    if record.conv_kernel and choice.v is not None:
+        v = _indicator(record.total_v, choice.v[0], weight)
+        hook(block.attn.bconv[3], lambda _m, args: (args[0] * v[:, None, None],), before=True)
+    elif choice.qk is not None and choice.v is not None:
+        width = record.heads * record.qk
         qk = _indicator(width, tuple(c for head in choice.qk for c in head), weight)
-        v = _indicator(total_v, tuple(c for head in choice.v for c in head), weight)
-        scale_output(block.attn.qkv, torch.cat([qk, qk, v]))
-        if not isinstance(block.attn.q_norm, nn.Identity):
+        v = _indicator(record.total_v, tuple(c for head in choice.v for c in head), weight)
+        if hasattr(block.attn, "qkv"):
+            scale(block.attn.qkv, torch.cat([qk, qk, v]))
+        else:
+            scale(block.attn.q, qk)
+            scale(block.attn.kv, torch.cat([qk, v]))
+        if isinstance(getattr(block.attn, "q_norm", None), nn.LayerNorm):
             channels = _indicator(record.qk, tuple(sorted(c % record.qk for c in choice.qk[0])), weight)
             hook(block.attn.q_norm, _masked_norm(channels))
             hook(block.attn.k_norm, _masked_norm(channels))
+    if choice.sr is not None:
+        hook(block.attn.norm, _masked_norm(_indicator(record.sr, choice.sr, weight)))
     if choice.mlp is not None:
         mlp = _indicator(record.mlp, choice.mlp, weight)
         hook(block.mlp.fc2, lambda _m, args: (args[0] * mlp,), before=True)

@@ -22,6 +22,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
+from models import blocks_of
+
 from .checkpoint import load_state, save_state
 from .data import Data
 from .evaluate import EVAL_BATCH, evaluate
@@ -113,7 +115,7 @@ def _mix(seed: int, epoch: int) -> int:
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:
     """Stochastic depth that rises linearly from 0 at the first block to ``rate`` at the last one."""
-    blocks: Any = model.blocks
+    blocks = blocks_of(model)
     for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for name in ("drop_path1", "drop_path2"):
             if hasattr(block, name):  # a block may lack either half

@@ -143,7 +143,7 @@ def decision_of(case: Case) -> Cut:
     keep = {name: tuple(torch.nonzero(mask)[:, 0].tolist()) for name, mask in case.vectors("keep").items()}
     blocks = arch_of(case.model).stages[0].blocks
     return Cut(
-        embed=keep["embed"],
+        embed=(keep["embed"],),
         blocks=tuple(
             BlockCut.aligned(block, **{kind: keep[f"blocks.{i}.{kind}"] for kind in ("heads", "qk", "v", "mlp")})
             for i, block in enumerate(blocks)

@@ -23,7 +23,7 @@ def sources() -> list[tuple[Arch, Scores, tuple[int, ...]]]:
     found = []
     for seed in range(25):
         random = Random(seed)
-        arch = random_arch(random, ragged=False)
+        arch = random_arch(random, ragged=False, extras=False)
         dropped = tuple(random.sample(range(arch.depth), random.randint(0, arch.depth - 1)))
         found.append((arch, random_scores(arch, seed), dropped))
     return found
@@ -68,7 +68,7 @@ def test_a_budget_is_met_from_below_within_one_group(arch: Arch, scores: Scores,
 
 
 def test_each_step_removes_the_least_saliency_per_mac() -> None:
-    arch = random_arch(Random(4), ragged=False, missing=False)
+    arch = random_arch(Random(4), ragged=False, missing=False, extras=False)
     scores = random_scores(arch, 4)
     path = width_path(arch, scores, groups=GROUPS)
     gone = dict.fromkeys(vector_sizes(arch), 0)
@@ -96,7 +96,7 @@ def macs_without(arch: Arch, scores: Scores, gone: dict[str, int], name: str, gr
         BlockCut.aligned(block, **{kind: left[f"blocks.{i}.{kind}"] for kind in ("heads", "qk", "v", "mlp")})
         for i, block in enumerate(arch.stages[0].blocks)
     )
-    return cost(cut_arch(arch, Cut(embed=left["embed"], blocks=blocks))).macs
+    return cost(cut_arch(arch, Cut(embed=(left["embed"],), blocks=blocks))).macs
 
 
 def test_least_important_units_go_first_and_budgets_are_nested() -> None:
@@ -107,7 +107,7 @@ def test_least_important_units_go_first_and_budgets_are_nested() -> None:
     embeds = []
     for budget in (0.8, 0.5, 0.3):
         decision = path.cut(path.step_for(budget * total))
-        kept = set(decision.embed or ())
+        kept = set(decision.embed[0] or ())
         worst_kept = scores.vectors["embed"][sorted(kept)].min()
         assert all(scores.vectors["embed"][u] <= worst_kept for u in set(range(192)) - kept)
         embeds.append(kept)
@@ -115,7 +115,7 @@ def test_least_important_units_go_first_and_budgets_are_nested() -> None:
 
 
 def test_a_kind_can_be_left_whole() -> None:
-    arch = random_arch(Random(9), ragged=False, missing=False)
+    arch = random_arch(Random(9), ragged=False, missing=False, extras=False)
     path = width_path(arch, random_scores(arch, 9), groups={**GROUPS, "embed": 0, "heads": 0})
     assert {name.rpartition(".")[2] for name, _ in path.steps} <= {"qk", "v", "mlp"}
     narrowest = cut_arch(arch, path.cut(len(path.steps)))
@@ -123,7 +123,7 @@ def test_a_kind_can_be_left_whole() -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    arch = random_arch(Random(2), ragged=False, missing=False)
+    arch = random_arch(Random(2), ragged=False, missing=False, extras=False)
     scores = random_scores(arch, 2)
     with pytest.raises(UserError, match="dropped block 99"):
         width_path(arch, scores, dropped=[99])

@@ -21,7 +21,7 @@ def labelled(arch: Arch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(12))
 def test_every_unit_of_any_shape_is_scored(seed: int) -> None:
     """Heterogeneous models too, so that what was cut can be scored and cut again."""
-    arch = random_arch(Random(seed), ragged=False)
+    arch = random_arch(Random(seed), ragged=False, extras=False)
     model = random_model(arch, seed)
     model.train()
     scores = PRUNERS["nvit"](model, [labelled(arch, 1), labelled(arch, 2)])
@@ -36,7 +36,7 @@ def test_every_unit_of_any_shape_is_scored(seed: int) -> None:
 def test_identities_of_scale_invariance(seed: int) -> None:
     """Sum of w*g over Q rows equals that over K rows, and over V rows that over projection columns."""
     # with q/k norm, scaling Q is not undone by scaling K
-    arch = dataclasses.replace(random_arch(Random(seed), ragged=False, missing=False), qk_norm=False)
+    arch = dataclasses.replace(random_arch(Random(seed), ragged=False, missing=False, extras=False), qk_norm=False)
     model = random_model(arch, seed)
     x, y = labelled(arch, seed)
     F.cross_entropy(model(x), y).backward()
@@ -54,7 +54,7 @@ def test_identities_of_scale_invariance(seed: int) -> None:
 
 
 def test_a_unit_that_does_nothing_scores_nothing() -> None:
-    arch = random_arch(Random(3), ragged=False, missing=False)
+    arch = random_arch(Random(3), ragged=False, missing=False, extras=False)
     model = random_model(arch, 3)
     with torch.no_grad():
         model.blocks[0].mlp.fc2.weight[:, 1] = 0
@@ -67,7 +67,7 @@ def test_a_unit_that_does_nothing_scores_nothing() -> None:
 def test_ragged_heads_are_refused_by_name() -> None:
     arch = next(
         a
-        for a in (random_arch(Random(s)) for s in range(50))
+        for a in (random_arch(Random(s), extras=False) for s in range(50))
         if any(isinstance(b.v, tuple) for b in a.stages[0].blocks)
     )
     with pytest.raises(UserError, match="is ragged"):
@@ -76,7 +76,7 @@ def test_ragged_heads_are_refused_by_name() -> None:
 
 def test_a_cut_model_can_be_scored() -> None:
     random = Random(8)
-    arch = random_arch(random, ragged=False, missing=False)
+    arch = random_arch(random, ragged=False, missing=False, extras=False)
     small = cut(random_model(arch, 8), random_cut(random, arch))
     if all(isinstance(b.v, int) for b in arch_of(small).stages[0].blocks):
         assert PRUNERS["nvit"](small, [labelled(arch, 0)]).vectors

@@ -1,0 +1,111 @@
+"""Token mixers of one record: attention with any widths, and SPViT's bottleneck convolution.
+
+Shapes: B batch, N tokens, D residual width, H heads, E query/key width of a head, V value width of a head, d bottleneck
+width of a convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import LayerNorm
+from torch import nn
+
+__all__ = ["ConvMixer", "HeteroAttention", "attend"]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_dims: Sequence[int], scale: float, **options: Any
+) -> torch.Tensor:
+    """Softmax attention whose heads may have different value widths: (B, N, sum of ``v_dims``).
+
+    ``q`` and ``k`` are (B, H, N, E) and (B, H, M, E), ``v`` is (B, M, sum of ``v_dims``), head after head. ``options``
+    go to ``scaled_dot_product_attention``; an ``attn_mask`` has an axis of length H or 1 for the heads. Ragged heads
+    are run in groups of equal width, so nothing is padded and no multiplication is wasted.
+    """
+    widths = sorted(set(v_dims))
+    if len(widths) == 1:
+        v = rearrange(v, "b n (h v) -> b h n v", v=widths[0])
+        return rearrange(F.scaled_dot_product_attention(q, k, v, scale=scale, **options), "b h n v -> b n (h v)")
+    v_heads = torch.split(v, list(v_dims), dim=-1)
+    mask = options.pop("attn_mask", None)
+    out: list[torch.Tensor | None] = [None] * len(v_dims)
+    for width in widths:
+        heads = [h for h, d in enumerate(v_dims) if d == width]
+        own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
+        group = torch.stack([v_heads[h] for h in heads], dim=1)
+        y = F.scaled_dot_product_attention(q[:, heads], k[:, heads], group, attn_mask=own, scale=scale, **options)
+        for h, y_head in zip(heads, y.unbind(1), strict=True):
+            out[h] = y_head
+    return torch.cat([y for y in out if y is not None], dim=-1)
+
+
+class HeteroAttention(nn.Module):
+    """Self-attention with a value width that may differ from the query/key width and between heads, and a given scale.
+
+    The rows of ``qkv`` are all of Q (H*E), then K (H*E), then V (sum of the heads' widths), each head after head, which
+    is timm's layout where E equals V. With ``tokens``, query, key and value of every token are multiplied by a frozen
+    factor of its own (``token_scale``), which only NViT's released checkpoints have.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_dim: int,
+        v_dims: Sequence[int],
+        scale: float,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        norm_layer: Any = LayerNorm,
+        tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dims, self.scale = num_heads, qk_dim, tuple(v_dims), scale
+        self.attn_dim = sum(self.v_dims)
+        self.qkv = nn.Linear(dim, 2 * num_heads * qk_dim + self.attn_dim, bias=qkv_bias)
+        self.q_norm = norm_layer(qk_dim) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(qk_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(self.attn_dim, dim)
+        self.token_scale: torch.Tensor | None
+        self.register_buffer("token_scale", None if tokens is None else torch.ones(tokens, 1))
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        width = self.num_heads * self.qk_dim
+        qkv = self.qkv(x)
+        if self.token_scale is not None:
+            qkv = qkv * self.token_scale
+        q, k, v = qkv.split([width, width, self.attn_dim], dim=-1)
+        q, k = (rearrange(t, "b n (h e) -> b h n e", h=self.num_heads) for t in (q, k))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return self.proj(attend(q, k, v, self.v_dims, self.scale, attn_mask=attn_mask, is_causal=is_causal))
+
+
+class ConvMixer(nn.Module):
+    """SPViT's bottleneck convolution D -> d -> D over the grid of patches (arXiv 2111.11802), in its frozen form.
+
+    A kxk convolution with zero padding at the map's border, BatchNorm, ReLU and a 1x1 convolution. Prefix tokens have
+    no place on the grid and pass through.
+    """
+
+    def __init__(self, dim: int, bottleneck: int, kernel: int, grid: tuple[int, int], prefix_tokens: int = 0) -> None:
+        super().__init__()
+        self.grid, self.prefix_tokens = grid, prefix_tokens
+        self.bconv = nn.Sequential(
+            nn.Conv2d(dim, bottleneck, kernel, padding=kernel // 2),
+            nn.BatchNorm2d(bottleneck),
+            nn.ReLU(),
+            nn.Conv2d(bottleneck, dim, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix tokens, (B, N, D) to (B, N, D)."""
+        prefix, patches = x.tensor_split([self.prefix_tokens], dim=1)
+        x_map = rearrange(patches, "b (h w) d -> b d h w", h=self.grid[0])
+        patches = rearrange(self.bconv(x_map), "b d h w -> b (h w) d")
+        return torch.cat([prefix.to(patches.dtype), patches], dim=1) if self.prefix_tokens else patches
