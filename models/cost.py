@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from .arch import Arch, Block, Stage
 
-__all__ = ["Cost", "block_cost", "block_macs", "cost", "stem_macs"]
+__all__ = ["Cost", "block_cost", "cost", "outside_cost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +24,6 @@ class Cost:
 
     macs: int
     params: int
-
-
-def block_macs(tokens: int, width: Any, heads: Any, qk: Any, v: Any, mlp: Any) -> Any:
-    """MACs of one ViT block on N tokens with equal heads; ints, or numpy arrays of equal shape.
-
-    N·D·H(2E+V) for Q, K and V, N²·H(E+V) for attention, N·H·V·D for the projection, 2·N·D·M for the MLP; a missing half
-    has heads or mlp 0.
-    """
-    return tokens * width * heads * (2 * qk + 2 * v) + tokens**2 * heads * (qk + v) + 2 * tokens * width * mlp
-
-
-def stem_macs(arch: Arch, width: Any) -> Any:
-    """MACs of a ViT outside its blocks, patch embedding and classifiers, at residual width D; all linear in D."""
-    rows, columns = arch.stages[0].grid
-    pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
-    return width * (rows * columns * pixels + (1 + arch.dist_token) * arch.num_classes)
 
 
 def cost(arch: Arch) -> Cost:
@@ -55,19 +38,25 @@ def cost(arch: Arch) -> Cost:
 
 
 def block_cost(arch: Arch, stage: Stage, block: Block) -> Cost:
-    """What one block of ``arch`` adds."""
+    """What one block adds in a stage of a model like ``arch``."""
     return Cost(*_block(arch, stage, block))
+
+
+def outside_cost(arch: Arch) -> Cost:
+    """All but the blocks: embedding, what lies between stages, norms and classifiers."""
+    return Cost(*_OUTSIDE[arch.family](arch))
 
 
 def _vit_outside(arch: Arch) -> tuple[int, int]:
     (stage,) = arch.stages
     width, patches = stage.width, stage.grid[0] * stage.grid[1]
     pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+    macs = width * (patches * pixels + (1 + arch.dist_token) * arch.num_classes)
     embed = width * pixels + (0 if arch.pre_norm else width)
     positions = patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0)
     norms = (arch.head_norm != "none") + arch.pre_norm
     heads = (1 + arch.dist_token) * (width + 1) * arch.num_classes
-    return stem_macs(arch, width), embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads
+    return macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads
 
 
 def _swin_outside(arch: Arch) -> tuple[int, int]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arch import Arch, Block, Stage
+from .arch import Arch, Block
 from .build import arch_of, build_with
 from .errors import UserError
 
-__all__ = ["BlockCut", "Cut", "cut", "cut_arch"]
+__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "tensor_axes"]
 
 Indices = tuple[int, ...]
 FORMAT = "prunesweep/cut/1"
@@ -184,43 +184,60 @@ _BLOCK = re.compile(r"(?:(?P<stage>(?:layers|stages)\.(?P<s>\d+))\.)?blocks\.(?P
 _STAGE = re.compile(r"(?:layers|stages)\.(?P<s>\d+)\.(?P<part>.+)")
 
 
+def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
+    """What each axis of a tensor of ``build(arch)``'s state dict counts; "" or left out where nothing is ever cut.
+
+    ``stages.S.embed`` are a stage's residual channels and ``stages.S.merged`` those of four neighbours side by side
+    (Swin's patch merging); of block I there are ``blocks.I.`` and ``q`` (H·E), ``qkv`` (all of Q, K, V), ``kv``, ``v``
+    (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and ``sr``.
+    """
+    if match := _BLOCK.fullmatch(name):
+        s = int(match["s"] or 0)
+        i = sum(len(stage.blocks) for stage in arch.stages[:s]) + int(match["b"])
+        residual = f"stages.{s}.embed"
+        reads = f"blocks.{i}.sr" if arch.blocks[i].sr else residual
+        places = {"": "", "embed": residual, "kv_in": reads}
+        return tuple(places.get(axis, f"blocks.{i}.{axis}") for axis in _BLOCK_AXES[match["part"]])
+    if match := _STAGE.fullmatch(name):
+        s, part = int(match["s"]), match["part"]
+        if arch.family == "swin":  # its norm stands before the reduction, PVTv2's behind the projection
+            part = part.replace("downsample.norm", "downsample.norm_merged")
+        places = {"in": f"stages.{s - 1}.embed", "out": f"stages.{s}.embed", "merged": f"stages.{s - 1}.merged"}
+        return tuple(places[axis] for axis in _STAGE_AXES[part])
+    places = {"": "", "in": "stages.0.embed", "out": f"stages.{len(arch.stages) - 1}.embed"}
+    return tuple(places[axis] for axis in _STEM_AXES[_stem(name)])
+
+
 def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Index every tensor along the axes that the cut shortens; blocks are renumbered within their stage."""
-    embed = [
-        torch.tensor(range(stage.width) if kept is None else kept)
-        for stage, kept in zip(arch.stages, _embed(arch, decision), strict=True)
-    ]
-    choices = iter(decision.blocks)
-    rows: dict[tuple[int, int], tuple[int, dict[str, torch.Tensor]]] = {}
-    for s, stage in enumerate(arch.stages):
-        kept = [(b, block, choice) for b, block in enumerate(stage.blocks) if (choice := next(choices)).keep]
-        rows |= {(s, b): (new, _rows(block, choice, embed[s])) for new, (b, block, choice) in enumerate(kept)}
+    kept: dict[str, torch.Tensor] = {}
+    renamed: dict[tuple[int, int], int] = {}  # (stage, block) -> the block's new number in its stage
+    choices = iter(enumerate(decision.blocks))
+    for s, (stage, channels) in enumerate(zip(arch.stages, _embed(arch, decision), strict=True)):
+        embed = torch.tensor(range(stage.width) if channels is None else channels)
+        kept[f"stages.{s}.embed"] = embed
+        kept[f"stages.{s}.merged"] = torch.cat([embed + part * stage.width for part in range(4)])
+        alive = 0
+        for b, block in enumerate(stage.blocks):
+            i, choice = next(choices)
+            if choice.keep:
+                kept |= {f"blocks.{i}.{axis}": indices for axis, indices in _rows(block, choice).items()}
+                renamed[s, b], alive = alive, alive + 1
     small: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
+        new = name
         if match := _BLOCK.fullmatch(name):
             place = int(match["s"] or 0), int(match["b"])
-            if place in rows:
-                new, own = rows[place]
-                prefix = f"{match['stage']}." if match["stage"] else ""
-                small[f"{prefix}blocks.{new}.{match['part']}"] = _take(tensor, _BLOCK_AXES[match["part"]], own)
-        elif match := _STAGE.fullmatch(name):
-            s, part = int(match["s"]), match["part"]
-            if arch.family == "swin":  # its norm stands before the reduction, PVTv2's behind the projection
-                part = part.replace("downsample.norm", "downsample.norm_merged")
-            own = {"in": embed[max(s - 1, 0)], "out": embed[s], "merged": _merged(embed[s - 1], arch.stages[s - 1])}
-            small[name] = _take(tensor, _STAGE_AXES[part], own)
-        else:
-            small[name] = _take(tensor, _STEM_AXES[_stem(name)], {"in": embed[0], "out": embed[-1]})
+            if place not in renamed:
+                continue
+            prefix = f"{match['stage']}." if match["stage"] else ""
+            new = f"{prefix}blocks.{renamed[place]}.{match['part']}"
+        small[new] = _take(tensor, tensor_axes(arch, name), kept)
     return small
 
 
-def _merged(kept: torch.Tensor, stage: Stage) -> torch.Tensor:
-    """Channels after Swin's patch merging, which lays four neighbours of a stage's width side by side."""
-    return torch.cat([kept + part * stage.width for part in range(4)])
-
-
-def _rows(block: Block, choice: BlockCut, embed: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What stays of every axis of one block's tensors."""
+def _rows(block: Block, choice: BlockCut) -> dict[str, torch.Tensor]:
+    """What stays of every axis of one block's tensors, but for the residual channels."""
 
     def long(indices: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(indices), dtype=torch.long)
@@ -229,17 +246,14 @@ def _rows(block: Block, choice: BlockCut, embed: torch.Tensor) -> dict[str, torc
     qk = choice.qk or tuple(tuple(range(h * block.qk, (h + 1) * block.qk)) for h in range(block.heads))
     flat_qk = long(chain.from_iterable(qk))
     v = long(range(block.total_v) if choice.v is None else chain.from_iterable(choice.v))
-    sr = long(range(block.sr) if choice.sr is None else choice.sr)
     return {
-        "embed": embed,
         "q": flat_qk,
         "kv": torch.cat([flat_qk, width + v]),
         "qkv": torch.cat([flat_qk, width + flat_qk, 2 * width + v]),
         "v": v,
         "heads": long(head[0] // block.qk for head in qk),
         "qk_norm": long(c % block.qk for c in qk[0]) if qk else long(()),
-        "sr": sr,
-        "kv_in": sr if block.sr else embed,
+        "sr": long(range(block.sr) if choice.sr is None else choice.sr),
         "mlp": long(range(block.mlp) if choice.mlp is None else choice.mlp),
     }
 

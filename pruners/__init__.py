@@ -1,26 +1,29 @@
 """How a decision is made: scores of a model's prunable groups, and cuts that meet a budget.
 
-``PRUNERS`` is the one table of width methods: name -> function (model, batches) -> Scores.
+``PRUNERS`` is the one table of width methods.
 """
 
-from collections.abc import Callable
-
-from . import nvit
-from .budget import GROUP_SIZES, WidthPath, drop_order, width_path
+from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, width_path
 from .depth import kl_divergence, score_depth
-from .scores import KINDS, Scores, vector_sizes
-
-PRUNERS: dict[str, Callable[..., Scores]] = {"nvit": nvit.score}
+from .registry import PRUNERS, Pruner, pruner
+from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
 
 __all__ = [
     "GROUP_SIZES",
     "KINDS",
+    "MACS",
+    "PARAMS",
     "PRUNERS",
+    "Measure",
+    "Pruner",
     "Scores",
     "WidthPath",
     "drop_order",
+    "kind_of",
     "kl_divergence",
+    "pruner",
     "score_depth",
+    "unit_counts",
     "vector_sizes",
     "width_path",
 ]

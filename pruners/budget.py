@@ -1,41 +1,64 @@
-"""From scores to a width cut that meets a MACs budget: score once, decide for any budget in milliseconds.
+"""From scores to a width cut that meets a budget: score once, decide for any budget in milliseconds.
 
-Units are removed in groups, always the group that costs least saliency per MAC saved at the dimensions of that moment.
-That is NViT's rule, remove where S - eta * (saved cost) is lowest, with the exchange rate eta taken as the multiplier
-of the budget instead of a constant to tune. Groups form anew at every step from the least important live units of a
-vector, and the last group of a vector always stays (arXiv 2110.04869, section 3; the "live" schedule).
+Units are removed in groups, always the group that costs least saliency per unit of cost saved at the dimensions of that
+moment. That is NViT's rule, remove where S - eta * (saved cost) is lowest, with the exchange rate eta taken as the
+multiplier of the budget instead of a constant to tune. Groups form anew at every step from the least important live
+units of a vector, and the last group of a vector always stays (arXiv 2110.04869, section 3; the "live" schedule).
 
-The removals of one (scores, dropped blocks) pair are one path, so every budget is a prefix of it.
+The removals of one (scores, dropped blocks, measure) triple are one path, so every budget is a prefix of it.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from models import Arch, BlockCut, Cut, UserError
-from models.cost import block_macs, stem_macs
+from models.arch import Block, Stage
+from models.cost import block_cost, outside_cost
 
-from .scores import KINDS, Scores, vector_sizes
+from .scores import Scores, kind_of, unit_counts
 
-__all__ = ["GROUP_SIZES", "WidthPath", "drop_order", "width_path"]
+__all__ = ["GROUP_SIZES", "MACS", "PARAMS", "Measure", "WidthPath", "drop_order", "live_vectors", "width_path"]
 
-GROUP_SIZES: Mapping[str, int] = {"embed": 16, "heads": 2, "qk": 8, "v": 8, "mlp": 16}  # NViT's
+# Units that go together: NViT's sizes; "dim" is a channel of query, key and value in all heads of a block.
+GROUP_SIZES: Mapping[str, int] = {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A cost that adds up over blocks: ``outside`` of a record, and ``block`` of (record, stage, block)."""
+
+    name: str
+    outside: Callable[[Arch], float]
+    block: Callable[[Arch, Stage, Block], float]
+
+    def __call__(self, arch: Arch) -> float:
+        """Cost of the whole record."""
+        blocks = sum(self.block(arch, stage, block) for stage in arch.stages for block in stage.blocks)
+        return self.outside(arch) + blocks
+
+
+MACS = Measure("macs", lambda arch: outside_cost(arch).macs, lambda *block: block_cost(*block).macs)
+PARAMS = Measure("params", lambda arch: outside_cost(arch).params, lambda *block: block_cost(*block).params)
 
 
 @dataclass(frozen=True)
 class WidthPath:
-    """A source's narrowing, step by step: after ``t`` steps the model has ``macs[t]`` MACs, strictly falling."""
+    """A source's narrowing, step by step: after ``t`` steps the model costs ``costs[t]``, strictly falling."""
 
     arch: Arch
     dropped: frozenset[int]
     order: Mapping[str, tuple[int, ...]]  # units of every vector, least important first
     steps: tuple[tuple[str, int], ...]  # (vector, units removed)
-    macs: tuple[int, ...]
+    costs: tuple[float, ...]
+    measure: Measure
 
     def cut(self, step: int) -> Cut:
         """The decision after ``step`` steps."""
@@ -43,25 +66,33 @@ class WidthPath:
         for name, units in self.steps[:step]:
             gone[name] += units
         kept = {name: tuple(sorted(units[gone[name] :])) for name, units in self.order.items()}
-        (stage,) = self.arch.stages
-        blocks = []
-        for i, block in enumerate(stage.blocks):
-            heads, qk, v, mlp = (kept.get(f"blocks.{i}.{kind}") for kind in KINDS[1:])
-            if i in self.dropped:
-                blocks.append(BlockCut(keep=False))
-            elif heads is None or qk is None or v is None:
-                blocks.append(BlockCut(mlp=mlp))
-            else:
-                blocks.append(BlockCut.aligned(block, heads=heads, qk=qk, v=v, mlp=mlp))
-        return Cut(embed=(kept["embed"],), blocks=tuple(blocks))
+        embed = tuple(kept.get(f"stages.{s}.embed") for s in range(len(self.arch.stages)))
+        blocks = (self._choice(i, block, kept) for i, block in enumerate(self.arch.blocks))
+        return Cut(embed=embed, blocks=tuple(blocks))
 
-    def step_for(self, macs: float) -> int:
-        """The first step with at most ``macs`` MACs. Raises UserError where the floors do not let it be reached."""
-        step = bisect.bisect_left(self.macs, -macs, key=lambda m: -m)
-        if step == len(self.macs):
+    def _choice(self, i: int, block: Block, kept: Mapping[str, tuple[int, ...]]) -> BlockCut:
+        if i in self.dropped:
+            return BlockCut(keep=False)
+        own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in ("heads", "qk", "v", "dim", "mlp", "sr")}
+        if not any(own[kind] for kind in ("heads", "qk", "v", "dim")):
+            return BlockCut(mlp=own["mlp"], sr=own["sr"])
+        assert isinstance(block.v, int)  # ragged values have no such vectors
+        heads = BlockCut.aligned(
+            block,
+            heads=own["heads"] or range(block.heads),
+            qk=own["dim"] or own["qk"] or range(block.qk),
+            v=own["dim"] or own["v"] or range(block.v),
+            mlp=own["mlp"],
+        )
+        return dataclasses.replace(heads, sr=own["sr"])
+
+    def step_for(self, budget: float) -> int:
+        """The first step within ``budget``. Raises UserError where the floors do not let it be reached."""
+        step = bisect.bisect_left(self.costs, -budget, key=lambda c: -c)
+        if step == len(self.costs):
             raise UserError(
-                f"{macs:,.0f} MACs cannot be reached with {len(self.dropped)} blocks dropped: "
-                f"the narrowest model has {self.macs[-1]:,}. Raise the budget, drop more blocks, or use smaller groups"
+                f"{budget:,.6g} {self.measure.name} cannot be reached with {len(self.dropped)} blocks dropped: the "
+                f"narrowest model has {self.costs[-1]:,.6g}. Raise the budget, drop more blocks, or use smaller groups"
             )
         return step
 
@@ -72,89 +103,184 @@ def drop_order(scores: Scores) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.argsort(depth, stable=True)[:-1])
 
 
+def live_vectors(arch: Arch, scores: Scores) -> dict[str, np.ndarray]:
+    """The vectors that widths are decided by; ``attn`` becomes ``heads`` and ``dim``, its sums over either axis.
+
+    Raises:
+        UserError: the scores were made for another model.
+    """
+    _check_scores(arch, scores)
+    live: dict[str, np.ndarray] = {}
+    for name, vector in scores.vectors.items():
+        if kind_of(name) == "attn":
+            per_head = vector.numpy().reshape(arch.blocks[_place(name)].heads, -1)
+            stem = name.removesuffix("attn")
+            live |= {f"{stem}heads": per_head.sum(1), f"{stem}dim": per_head.sum(0)}
+        else:
+            live[name] = vector.numpy()
+    order = [f"stages.{s}.embed" for s in range(len(arch.stages))]
+    order += [f"blocks.{i}.{kind}" for i in range(arch.depth) for kind in GROUP_SIZES if kind != "embed"]
+    return {name: live[name] for name in order if name in live}
+
+
 def width_path(
     arch: Arch,
     scores: Scores,
     *,
     dropped: Sequence[int] = (),
     groups: Mapping[str, int] = GROUP_SIZES,
+    floors: Mapping[str, float] | None = None,
+    measure: Measure = MACS,
 ) -> WidthPath:
-    """All removals, in order, from ``arch`` without the ``dropped`` blocks down to one group per vector.
+    """All removals, in order, from ``arch`` without the ``dropped`` blocks down to the floors.
 
     Args:
         arch: the record that was scored.
-        scores: a width method's scores of ``arch``.
+        scores: a width method's scores of ``arch``; kinds that it does not score stay whole.
         dropped: blocks left out before any width is cut.
         groups: units per group of every kind; 0 leaves that kind whole.
+        floors: share of every vector of a kind that stays; one group always does.
+        measure: what the budget is counted in.
 
     Raises:
-        UserError: a vector is missing or has another size, an unknown kind, or a block that does not exist.
+        UserError: scores of another model, an unknown kind, a stage without blocks, or a block that does not exist.
     """
-    sizes = vector_sizes(arch)
-    _check(arch, scores, sizes, dropped, groups)
-    live = [name for name in sizes if _block(name) not in dropped]
-    order = {name: np.argsort(scores.vectors[name].numpy(), kind="stable") for name in sizes}
+    _check(arch, dropped, groups, floors or {})
+    vectors = live_vectors(arch, scores)
+    order = {name: np.argsort(vector, kind="stable") for name, vector in vectors.items()}
+    model = _Narrowing(arch, frozenset(dropped), measure)
+    live = {name: vector for name, vector in vectors.items() if groups[kind_of(name)] and model.has(name)}
     # summed saliency of the least important k units, so that a group's price is a difference
-    summed = {name: np.concatenate([[0.0], np.cumsum(scores.vectors[name].numpy()[order[name]])]) for name in live}
-    left = {name: sizes[name] for name in live}
+    summed = {name: np.concatenate([[0.0], np.cumsum(live[name][order[name]])]) for name in live}
+    floor = {name: math.ceil((floors or {}).get(kind_of(name), 0.0) * len(live[name])) for name in live}
+    gone = dict.fromkeys(live, 0)
+    price: dict[str, float] = {}
+
+    def reprice(name: str) -> None:
+        group = groups[kind_of(name)]
+        left = len(live[name]) - gone[name] - group
+        gain = model.gain(name, group) if left >= max(floor[name], 1) else 0.0
+        saliency = float(summed[name][gone[name] + group] - summed[name][gone[name]]) if gain > 0 else 0.0
+        price[name] = saliency / gain if gain > 0 else math.inf
+
     steps: list[tuple[str, int]] = []
-    macs = [_macs(arch, left)]
-    while removable := [name for name in live if 0 < groups[_kind(name)] < left[name]]:
-        gains = _gains(arch, left, groups)
-        gone = {name: sizes[name] - left[name] for name in removable}
-        price = {n: summed[n][gone[n] + groups[_kind(n)]] - summed[n][gone[n]] for n in removable}
-        name = min(removable, key=lambda n: price[n] / gains[n])
-        left[name] -= groups[_kind(name)]
-        steps.append((name, groups[_kind(name)]))
-        macs.append(macs[-1] - gains[name])
+    costs = [model.total]
+    for name in live:
+        reprice(name)
+    while price and price[name := min(price, key=price.__getitem__)] < math.inf:
+        group = groups[kind_of(name)]
+        model.remove(name, group)
+        gone[name] += group
+        steps.append((name, group))
+        costs.append(model.total)
+        for other in model.affected(name):
+            if other in live:
+                reprice(other)
     units = {name: tuple(int(u) for u in indices) for name, indices in order.items()}
-    return WidthPath(arch, frozenset(dropped), units, tuple(steps), tuple(macs))
+    return WidthPath(arch, frozenset(dropped), units, tuple(steps), tuple(costs), measure)
 
 
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
+class _Narrowing:
+    """A record whose widths shrink unit group by unit group, and what every group would save now."""
+
+    def __init__(self, arch: Arch, dropped: frozenset[int], measure: Measure) -> None:
+        self.arch, self.measure = arch, measure
+        self.stages = [dataclasses.replace(stage, blocks=()) for stage in arch.stages]
+        self.stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
+        self.blocks = {i: block for i, block in enumerate(arch.blocks) if i not in dropped}
+        self.costs = {i: self._block(i, self.blocks[i], self.stages[self.stage_of[i]]) for i in self.blocks}
+        self.outside = self._outside(self.stages)
+
+    @property
+    def total(self) -> float:
+        return self.outside + sum(self.costs.values())
+
+    def has(self, name: str) -> bool:
+        return kind_of(name) == "embed" or _place(name) in self.blocks
+
+    def gain(self, name: str, units: int) -> float:
+        """What removing ``units`` from a vector would save."""
+        outside, costs = self._without(name, units)
+        return self.outside - outside + sum(self.costs[i] - cost for i, cost in costs.items())
+
+    def remove(self, name: str, units: int) -> None:
+        self.outside, costs = self._without(name, units)
+        self.costs |= costs
+        if kind_of(name) == "embed":
+            self.stages[_place(name)] = self._narrower(_place(name), units)
+        else:
+            self.blocks[_place(name)] = _shrink(self.blocks[_place(name)], kind_of(name), units)
+
+    def affected(self, name: str) -> Iterator[str]:
+        """The vectors whose gains change when ``name`` loses units."""
+        if kind_of(name) == "embed":
+            s = _place(name)
+            stages, blocks = [s - 1, s, s + 1], [i for i in self.blocks if self.stage_of[i] == s]
+        else:
+            stages, blocks = [self.stage_of[_place(name)]], [_place(name)]
+        yield from (f"stages.{s}.embed" for s in stages)
+        yield from (f"blocks.{i}.{kind}" for i in blocks for kind in GROUP_SIZES)
+
+    def _without(self, name: str, units: int) -> tuple[float, dict[int, float]]:
+        """Cost outside the blocks, and of the blocks that change, once ``units`` of a vector are gone."""
+        place = _place(name)
+        if kind_of(name) != "embed":
+            block = _shrink(self.blocks[place], kind_of(name), units)
+            return self.outside, {place: self._block(place, block, self.stages[self.stage_of[place]])}
+        stage = self._narrower(place, units)
+        stages = [*self.stages[:place], stage, *self.stages[place + 1 :]]
+        inside = {i: self._block(i, block, stage) for i, block in self.blocks.items() if self.stage_of[i] == place}
+        return self._outside(stages), inside
+
+    def _narrower(self, s: int, units: int) -> Stage:
+        return dataclasses.replace(self.stages[s], width=self.stages[s].width - units)
+
+    def _block(self, i: int, block: Block, stage: Stage) -> float:
+        return self.measure.block(self.arch, stage, block)
+
+    def _outside(self, stages: Sequence[Stage]) -> float:
+        return self.measure.outside(dataclasses.replace(self.arch, stages=tuple(stages)))
 
 
-def _block(name: str) -> int | None:
-    return int(name.split(".")[1]) if name != "embed" else None
+def _shrink(block: Block, kind: str, units: int) -> Block:
+    if kind == "dim":
+        assert isinstance(block.v, int)
+        return dataclasses.replace(block, qk=block.qk - units, v=block.v - units)
+    return dataclasses.replace(block, **{kind: getattr(block, kind) - units})
 
 
-def _dims(arch: Arch, left: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Width, heads, qk, v and mlp of every block, as int64 arrays; a dropped block has zeros."""
-    blocks = range(len(arch.stages[0].blocks))
-    dims = {k: np.array([left.get(f"blocks.{i}.{k}", 0) for i in blocks], dtype=np.int64) for k in KINDS[1:]}
-    return {"width": np.full(len(blocks), left["embed"], dtype=np.int64), **dims}
+def _place(name: str) -> int:
+    """Index of the stage or block that a vector belongs to."""
+    return int(name.split(".")[1])
 
 
-def _macs(arch: Arch, left: Mapping[str, int]) -> int:
-    return int(stem_macs(arch, left["embed"]) + block_macs(arch.tokens, **_dims(arch, left)).sum())
-
-
-def _gains(arch: Arch, left: Mapping[str, int], groups: Mapping[str, int]) -> dict[str, int]:
-    """MACs that the removal of one more group from each vector would save, at the present dimensions."""
-    dims = _dims(arch, left)
-    before = block_macs(arch.tokens, **dims)
-    narrower = block_macs(arch.tokens, **{**dims, "width": dims["width"] - groups["embed"]})
-    gains = {"embed": int(stem_macs(arch, groups["embed"]) + (before - narrower).sum())}
-    for kind in KINDS[1:]:
-        saved = before - block_macs(arch.tokens, **{**dims, kind: dims[kind] - groups[kind]})
-        gains |= {f"blocks.{i}.{kind}": int(macs) for i, macs in enumerate(saved)}
-    return gains
-
-
-def _check(
-    arch: Arch, scores: Scores, sizes: Mapping[str, int], dropped: Sequence[int], groups: Mapping[str, int]
-) -> None:
-    depth = len(arch.stages[0].blocks)
+def _check(arch: Arch, dropped: Sequence[int], groups: Mapping[str, int], floors: Mapping[str, float]) -> None:
     for block in dropped:
-        if not 0 <= block < depth:
-            raise UserError(f"dropped block {block}: the model has blocks 0..{depth - 1}")
-    if len(set(dropped)) >= depth:
-        raise UserError(f"all {depth} blocks are dropped: at least one must be kept")
-    if set(groups) != set(KINDS) or min(groups.values()) < 0:
-        raise UserError(f"groups = {dict(groups)}: give a size of at least 0 for each of {', '.join(KINDS)}")
-    for name, size in sizes.items():
+        if not 0 <= block < arch.depth:
+            raise UserError(f"dropped block {block}: the model has blocks 0..{arch.depth - 1}")
+    first = 0
+    for s, stage in enumerate(arch.stages):
+        own = range(first, first := first + len(stage.blocks))
+        if set(own) <= set(dropped):
+            where = f"of stage {s} " if len(arch.stages) > 1 else ""
+            raise UserError(f"all {len(own)} blocks {where}are dropped: at least one must be kept")
+    if set(groups) != set(GROUP_SIZES) or min(groups.values()) < 0:
+        raise UserError(f"groups = {dict(groups)}: give a size of at least 0 for each of {', '.join(GROUP_SIZES)}")
+    for kind, share in floors.items():
+        if kind not in GROUP_SIZES or not 0 <= share <= 1:
+            raise UserError(f"floors = {dict(floors)}: give shares in 0..1 for some of {', '.join(GROUP_SIZES)}")
+
+
+def _check_scores(arch: Arch, scores: Scores) -> None:
+    counts = unit_counts(arch)
+    kinds = {kind_of(name) for name in scores.vectors}
+    foreign = [name for name in scores.vectors if name not in counts]
+    if foreign:
+        raise UserError(f"scores: {foreign[0]} does not exist in {arch.source}; were they made for another model?")
+    for name, count in counts.items():
         vector = scores.vectors.get(name)
-        if vector is None or vector.shape != (size,):
-            found = "is missing" if vector is None else f"has {vector.numel()} entries"
-            raise UserError(f"scores: {name} {found}, the model needs {size}; were they made for another model?")
+        if vector is None and kind_of(name) in kinds:
+            raise UserError(f"scores: {name} is missing; were they made for another model?")
+        if vector is not None and vector.shape != (count,):
+            found = vector.numel()
+            raise UserError(f"scores: {name} has {found} entries, the model needs {count}; another model's scores?")

@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Arch, arch_of
+from models import Arch, arch_of, blocks_of
 
-from .scores import Scores, vector_sizes
+from .scores import Scores, kind_of, vector_sizes
 
-__all__ = ["raw_saliency", "score"]
+__all__ = ["FAMILIES", "KINDS", "raw_saliency", "score"]
+
+KINDS = ("embed", "heads", "qk", "v", "mlp")
+FAMILIES = ("vit", "swin")
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -42,13 +45,13 @@ def score(
     """Saliency of every unit of ``model``; one forward and backward pass per batch.
 
     Args:
-        model: a ViT that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
+        model: a ViT or Swin that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
         batches: (images B·C·H·W, labels B). The batch size matters: scores are means of squared batch sums.
         loss: mean loss of (logits, labels).
         progress: called with (batches done, batches in all).
     """
     arch = arch_of(model)
-    sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in vector_sizes(arch).items()}
+    sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in vector_sizes(arch, KINDS).items()}
     by_kind = divisors(arch)
     if not batches:
         raise ValueError("no batches to score on")
@@ -61,7 +64,7 @@ def score(
             with torch.enable_grad():
                 torch.autograd.backward(loss(model(x.to(device)), y.to(device)))
             for name, raw in raw_saliency(model, arch).items():
-                sums[name] += (raw.double().cpu() / by_kind[name.rpartition(".")[2]]) ** 2
+                sums[name] += (raw.double().cpu() / by_kind[kind_of(name)]) ** 2
             images += len(x)
             if progress:
                 progress(done, len(batches))
@@ -75,25 +78,45 @@ def score(
 
 
 def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
-    """Signed sum of w * dL/dw of every unit, from the gradients that ``model`` holds now."""
-    terms = {name: (p * p.grad).detach() for name, p in model.named_parameters() if p.grad is not None}
-    embed = _flat(terms["patch_embed.proj.weight"]) + terms.get("patch_embed.proj.bias", 0)
+    """Signed sum of w * dL/dw of every unit, from the gradients that ``model`` holds now.
+
+    For Swin, every stage has residual channels of its own, and patch merging enters as the patch embedding does. A
+    convolution enters the residual channels as attention does, with its first weights' inputs and its last's outputs.
+    """
     raw: dict[str, Any] = {}
-    for i, block in enumerate(arch.stages[0].blocks):
-        part = {name.removeprefix(f"blocks.{i}."): t for name, t in terms.items() if name.startswith(f"blocks.{i}.")}
+    embed = [_embedding(model, s) for s in range(len(arch.stages))]
+    stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
+    for i, (module, block) in enumerate(zip(blocks_of(model), arch.blocks, strict=True)):
+        part, s = _terms(module), stage_of[i]
         if block.mixer == "attn":
             rows = part["attn.qkv.weight"].sum(1) + part.get("attn.qkv.bias", 0)
             width = block.heads * block.qk
-            q, k, v = torch.split(rows, [width, width, sum(block.v_widths)])
+            q, k, v = torch.split(rows, [width, width, block.total_v])
             q, k, v = (r.view(block.heads, -1) for r in (q, k, v))  # heads x channels
             raw[f"blocks.{i}.heads"] = q.sum(1) + k.sum(1) + v.sum(1)
             raw[f"blocks.{i}.qk"], raw[f"blocks.{i}.v"] = q.sum(0), v.sum(0)
-            embed = embed + part["attn.qkv.weight"].sum(0) + _rows_and_bias(part, "attn.proj")
+            embed[s] = embed[s] + part["attn.qkv.weight"].sum(0) + _rows_and_bias(part, "attn.proj")
+        elif block.conv_kernel:
+            inputs = part["attn.bconv.0.weight"].sum((0, 2, 3))
+            embed[s] = embed[s] + inputs + _flat(part["attn.bconv.3.weight"]) + part["attn.bconv.3.bias"]
         if block.mlp:
             raw[f"blocks.{i}.mlp"] = _rows_and_bias(part, "mlp.fc1")
-            embed = embed + part["mlp.fc1.weight"].sum(0) + _rows_and_bias(part, "mlp.fc2")
-    raw["embed"] = embed
+            embed[s] = embed[s] + part["mlp.fc1.weight"].sum(0) + _rows_and_bias(part, "mlp.fc2")
+    raw |= {f"stages.{s}.embed": vector for s, vector in enumerate(embed)}
     return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in raw.items()}
+
+
+def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
+    """w * dL/dw of every parameter that has a gradient."""
+    return {name: (p * p.grad).detach() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _embedding(model: Any, s: int) -> torch.Tensor:
+    """What a stage's residual channels receive where they begin: patch embedding, or Swin's patch merging."""
+    if s:
+        return _flat(_terms(model.layers[s].downsample)["reduction.weight"])
+    terms = _terms(model.patch_embed.proj)
+    return _flat(terms["weight"]) + terms.get("bias", 0)
 
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:

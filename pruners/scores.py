@@ -1,7 +1,14 @@
 """Importance scores: one float64 vector per prunable group of a model, with where they come from.
 
-A vector is named by its place in the record: ``embed`` (residual channels), ``blocks.3.heads``, ``blocks.3.qk``,
-``blocks.3.v``, ``blocks.3.mlp``, or ``depth`` (one entry per block). Larger is more important.
+A vector is named by its place in the record, ``stages.0.embed`` or ``blocks.3.mlp`` (blocks are counted over all
+stages), or ``depth`` (one entry per block). Larger is more important. The kinds of units:
+
+    embed   channels of a stage's residual stream
+    heads   attention heads
+    qk, v   channels within a head, query/key and value, aligned over the heads of a block
+    attn    channels of all heads, where query, key and value channels go together; heads and dims follow from it
+    mlp     hidden units of an MLP
+    sr      channels of PVTv2's spatially reduced map
 """
 
 from __future__ import annotations
@@ -19,37 +26,53 @@ from safetensors.torch import save_file
 from models import Arch, UserError
 from models.arch import Block
 
-__all__ = ["FORMAT", "KINDS", "Scores", "vector_sizes"]
+__all__ = ["FORMAT", "KINDS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
 
-KINDS = ("embed", "heads", "qk", "v", "mlp")
-FORMAT = "prunesweep/scores/1"  # to be counted up when a method's scores change, so that no cache is believed
+KINDS = ("embed", "heads", "qk", "v", "attn", "mlp", "sr")
+FORMAT = "prunesweep/scores/2"  # to be counted up when a method's scores change, so that no cache is believed
 
 
-def vector_sizes(arch: Arch) -> dict[str, int]:
-    """Name and number of units of every width vector of ``arch``: embed, then heads, qk, v, mlp of each block.
+def kind_of(name: str) -> str:
+    """The kind of unit that a vector is about."""
+    return name.rpartition(".")[2]
 
-    ``qk`` and ``v`` units are channel indices within a head, aligned over the heads of the block. Raises UserError for
-    a family, a mixer or a token plan whose widths cannot be scored yet.
+
+def unit_counts(arch: Arch) -> dict[str, int]:
+    """Name and number of units of every vector that a method may score in ``arch``.
+
+    A block has ``attn`` where all its heads have one width for query, key and value, and ``heads``, ``qk`` and ``v``
+    where values are at least equally wide in all heads; ragged values have none of them.
     """
-    if arch.family != "vit":
-        raise UserError(f"{arch.source} is of family {arch.family!r}: widths can be scored for family 'vit'")
-    (stage,) = arch.stages
-    sizes = {"embed": stage.width}
-    for i, block in enumerate(stage.blocks):
-        sizes |= {f"blocks.{i}.{kind}": size for kind, size in _block_sizes(block, i)}
-    return sizes
+    counts = {f"stages.{s}.embed": stage.width for s, stage in enumerate(arch.stages)}
+    for i, block in enumerate(arch.blocks):
+        counts |= {f"blocks.{i}.{kind}": count for kind, count in _block_counts(block)}
+    return counts
 
 
-def _block_sizes(block: Block, index: int) -> Iterator[tuple[str, int]]:
-    if block.conv_kernel or block.tokens is not None:
-        what = f"mixer {block.mixer!r}" if block.conv_kernel else "a token plan"
-        raise UserError(f"blocks[{index}] has {what}: widths are to be pruned before")
-    if block.mixer == "attn":
-        if not isinstance(block.v, int):
-            raise UserError(f"blocks[{index}].v is ragged: aligned scores need one value width for all heads")
+def _block_counts(block: Block) -> Iterator[tuple[str, int]]:
+    if block.mixer == "attn" and isinstance(block.v, int):
         yield from (("heads", block.heads), ("qk", block.qk), ("v", block.v))
+        if block.v == block.qk:
+            yield "attn", block.total_v
     if block.mlp:
         yield "mlp", block.mlp
+    if block.sr:
+        yield "sr", block.sr
+
+
+def vector_sizes(arch: Arch, kinds: tuple[str, ...]) -> dict[str, int]:
+    """Name and number of units of every vector of these kinds; what a method that scores ``kinds`` has to fill.
+
+    Raises:
+        UserError: a block has heads of unequal widths, which units aligned over heads cannot describe.
+    """
+    counts = unit_counts(arch)
+    of_heads = next((kind for kind in kinds if kind in ("heads", "qk", "v", "attn")), None)
+    for i, block in enumerate(arch.blocks):
+        if of_heads and block.mixer == "attn" and f"blocks.{i}.{of_heads}" not in counts:
+            widths = "ragged" if isinstance(block.v, tuple) else f"{block.v}, query/key width {block.qk}"
+            raise UserError(f"blocks[{i}].v is {widths}: {of_heads!r} scores need equal widths in all heads")
+    return {name: count for name, count in counts.items() if kind_of(name) in kinds}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models import UserError
 from models.errors import nearest
@@ -61,10 +61,17 @@ class SourceTable(Table):
 
 
 class ScoresTable(Table):
-    method: Literal["nvit"] = "nvit"  # the width method, a name in pruners.PRUNERS
+    method: str = "nvit"  # the width method, a name in pruners.PRUNERS
     images: Count = 1024  # calibration images, from the training split
     batch_size: Count = 16  # saliency is a mean of squared batch sums, so this matters
     seed: Natural = 0
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in PRUNERS:
+            raise ValueError(f"must be one of {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip())
+        return name
 
 
 class SpaceTable(Table):
@@ -188,8 +195,6 @@ def _explain(problem: Any) -> str:
     given = problem["input"]
     if isinstance(given, Mapping):  # a table's own rule: its message names the key
         return f"{key}: {message}"
-    if problem["type"] == "literal_error" and key == "scores.method":
-        message = f"must be one of {', '.join(PRUNERS)}. {nearest(str(given), PRUNERS)}".strip()
     return f"{key} = {given!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -58,7 +58,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
     device = torch.device("cuda" if config.resources.gpus_per_trial else "cpu")
     arch = arch_of(model)
     _check_fit(arch, data, config)
-    Space.check(config.space, arch)
+    Space.check(config.space, arch, config.scores.method)
     folder = cache / "sources" / _source_key(config, model, data)
     if not folder.exists():
         _make(config, model.to(device), data, folder, progress)
@@ -81,7 +81,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         return path
 
     method = config.scores.method
-    widths = scored("scoring widths", method, lambda b, p: PRUNERS[method](source, b, progress=p))
+    widths = scored("scoring widths", method, lambda b, p: PRUNERS[method].score(source, b, progress=p))
     depth = scored("measuring blocks", "depth_kl", lambda b, p: score_depth(source, images_only(b), progress=p))
     return Prepared(
         data=data,

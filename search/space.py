@@ -17,7 +17,7 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from models import Arch, Cost, Cut, UserError, cost, cut_arch
-from pruners import Scores, WidthPath, drop_order, vector_sizes, width_path
+from pruners import Scores, WidthPath, drop_order, pruner, vector_sizes, width_path
 
 from .config import SpaceTable
 
@@ -75,9 +75,11 @@ class Space:
         }
 
     @classmethod
-    def check(cls, table: SpaceTable, arch: Arch) -> None:
+    def check(cls, table: SpaceTable, arch: Arch, method: str) -> None:
         """Raise UserError where no point of ``table`` can meet its budget; needs no scores, only the floors count."""
-        blank = Scores({name: torch.ones(size) for name, size in vector_sizes(arch).items()})
+        pruner(method).check(method, arch)
+        sizes = vector_sizes(arch, pruner(method).kinds)
+        blank = Scores({name: torch.ones(size) for name, size in sizes.items()})
         space = cls(table, arch, blank, Scores({"depth": torch.arange(arch.depth)}))
         narrowest = space.reachable[0]
         if narrowest > table.budget[1]:
@@ -108,17 +110,17 @@ class Space:
         """MACs of the narrowest architecture and of the widest within the window, over the source's."""
         macs = self.source_cost.macs
         high = self.table.budget[1] * macs
-        widest = max(p.macs[p.step_for(high)] if p.macs[-1] <= high else 0 for p in self.paths.values())
-        return min(p.macs[-1] for p in self.paths.values()) / macs, widest / macs
+        widest = max(p.costs[p.step_for(high)] if p.costs[-1] <= high else 0 for p in self.paths.values())
+        return min(p.costs[-1] for p in self.paths.values()) / macs, widest / macs
 
     def count_architectures(self) -> int:
         """Distinct widths that a budget inside the window selects, over all numbers of dropped blocks."""
         total, macs = 0, self.source_cost.macs
         for path in self.paths.values():
-            if path.macs[-1] > self.table.budget[1] * macs:
+            if path.costs[-1] > self.table.budget[1] * macs:
                 continue
             first = path.step_for(self.table.budget[1] * macs)
-            last = path.step_for(max(self.table.budget[0] * macs, path.macs[-1]))
+            last = path.step_for(max(self.table.budget[0] * macs, path.costs[-1]))
             total += last - first + 1
         return total
 
@@ -126,7 +128,7 @@ class Space:
         """Cost of ``sample`` points drawn uniformly over the variables, without those whose budget cannot be met."""
         random_ = random.Random(seed)
         drawn = [self._draw(random_) for _ in range(sample)]
-        feasible = [p for p in drawn if self.paths[int(p["skip"])].macs[-1] <= p["budget"] * self.source_cost.macs]
+        feasible = [p for p in drawn if self.paths[int(p["skip"])].costs[-1] <= p["budget"] * self.source_cost.macs]
         if not feasible:
             raise UserError(f"space: none of {sample} points can meet its budget. Raise budget[0] or skip[0]")
         costs = [self.decode(point).cost for point in feasible]

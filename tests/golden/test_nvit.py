@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, num_params
-from pruners import nvit
+from pruners import kind_of, nvit
 from tests.oracle import masked
 
 from .conftest import cases
 
 CASES = cases("nvit", "_latency.json")
-KINDS = {"emb": "embed", "head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
+KINDS = {"emb": "stages.0.embed", "head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
 
 
 def read_arch(record: dict[str, Any]) -> Arch:
@@ -109,7 +109,7 @@ def test_saliency(path: Path, dtype: torch.dtype, loss_tolerance: float, score_t
     case = Case(path, dtype)
     arch = arch_of(case.model)
     divisors = nvit.divisors(arch)
-    assert divisors == {KINDS[k]: d for k, d in case.config["score_divisor"].items()}
+    assert divisors == {kind_of(KINDS[k]): d for k, d in case.config["score_divisor"].items()}
     want_raw, sums = case.vectors("raw"), {}
     assert set(want_raw) == set(case.vectors("score0"))
     for index, want_loss in enumerate(case.tensors["loss"]):
@@ -121,7 +121,7 @@ def test_saliency(path: Path, dtype: torch.dtype, loss_tolerance: float, score_t
         assert set(raw) == set(want_raw)
         for name, want in want_raw.items():
             assert_close(raw[name], want[index], score_tolerance, f"raw.{name}[{index}]")
-            squared = (raw[name].double() / divisors[name.rpartition(".")[2]]) ** 2
+            squared = (raw[name].double() / divisors[kind_of(name)]) ** 2
             sums[name] = sums.get(name, 0) + squared
             if index == 0:
                 assert_close(squared, case.vectors("score_batch0")[name], score_tolerance, f"score_batch0.{name}")
@@ -143,7 +143,7 @@ def decision_of(case: Case) -> Cut:
     keep = {name: tuple(torch.nonzero(mask)[:, 0].tolist()) for name, mask in case.vectors("keep").items()}
     blocks = arch_of(case.model).stages[0].blocks
     return Cut(
-        embed=(keep["embed"],),
+        embed=(keep["stages.0.embed"],),
         blocks=tuple(
             BlockCut.aligned(block, **{kind: keep[f"blocks.{i}.{kind}"] for kind in ("heads", "qk", "v", "mlp")})
             for i, block in enumerate(blocks)

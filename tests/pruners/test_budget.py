@@ -1,102 +1,123 @@
 from __future__ import annotations
 
+import dataclasses
 from random import Random
 
 import pytest
+import timm
 import torch
 
-from models import Arch, UserError, cost, cut_arch
-from pruners import GROUP_SIZES, Scores, vector_sizes, width_path
-from tests.generate import random_arch
+from models import Arch, BlockCut, Cut, UserError, cost, cut, cut_arch
+from pruners import GROUP_SIZES, MACS, PARAMS, Measure, Scores, kind_of, unit_counts, vector_sizes, width_path
+from tests.generate import FAMILIES, random_arch
 
-GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "mlp": 3}
+GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2}
+ALIGNED = ("embed", "heads", "qk", "v", "mlp", "sr")
+COUPLED = ("embed", "attn", "mlp", "sr")
 
 
-def random_scores(arch: Arch, seed: int) -> Scores:
+def random_scores(arch: Arch, seed: int, kinds: tuple[str, ...] = ALIGNED) -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    return Scores(
-        {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in vector_sizes(arch).items()}
+    sizes = vector_sizes(arch, kinds)
+    return Scores({name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()})
+
+
+def equal_widths(arch: Arch) -> Arch:
+    """``arch`` with value widths equal to query/key widths."""
+    stages = tuple(
+        dataclasses.replace(
+            stage, blocks=tuple(dataclasses.replace(b, v=b.qk) if b.mixer == "attn" else b for b in stage.blocks)
+        )
+        for stage in arch.stages
     )
+    return dataclasses.replace(arch, stages=stages)
 
 
 def sources() -> list[tuple[Arch, Scores, tuple[int, ...]]]:
+    """Records of all families with scores of both layouts and blocks that can be dropped."""
     found = []
-    for seed in range(25):
+    for seed in range(36):
         random = Random(seed)
-        arch = random_arch(random, ragged=False, extras=False)
-        dropped = tuple(random.sample(range(arch.depth), random.randint(0, arch.depth - 1)))
-        found.append((arch, random_scores(arch, seed), dropped))
+        arch = random_arch(random, FAMILIES[seed % 3], ragged=False)
+        kinds = ALIGNED
+        if seed % 2:
+            arch, kinds = equal_widths(arch), COUPLED
+        spare = [len(stage.blocks) - 1 for stage in arch.stages]
+        starts = [sum(len(s.blocks) for s in arch.stages[:k]) for k in range(len(arch.stages))]
+        dropped = tuple(s for s, n in zip(starts, spare, strict=True) if n and random.random() < 0.5)
+        found.append((arch, random_scores(arch, seed, kinds), dropped))
     return found
 
 
+@pytest.mark.parametrize("measure", [MACS, PARAMS], ids=lambda m: m.name)
 @pytest.mark.parametrize(("arch", "scores", "dropped"), sources())
-def test_every_step_is_a_real_architecture_with_exactly_its_macs(
-    arch: Arch, scores: Scores, dropped: tuple[int, ...]
+def test_every_step_is_a_real_architecture_with_exactly_its_cost(
+    arch: Arch, scores: Scores, dropped: tuple[int, ...], measure: Measure
 ) -> None:
-    path = width_path(arch, scores, dropped=dropped, groups=GROUPS)
-    assert len(path.macs) == len(path.steps) + 1
-    assert all(b < a for a, b in zip(path.macs, path.macs[1:], strict=False))
-    for step in range(len(path.macs)):
-        assert cost(cut_arch(arch, path.cut(step))).macs == path.macs[step]
+    path = width_path(arch, scores, dropped=dropped, groups=GROUPS, measure=measure)
+    assert len(path.costs) == len(path.steps) + 1
+    assert all(b < a for a, b in zip(path.costs, path.costs[1:], strict=False))
+    for step in range(0, len(path.costs), 3):
+        assert getattr(cost(cut_arch(arch, path.cut(step))), measure.name) == path.costs[step]
     narrowest = cut_arch(arch, path.cut(len(path.steps)))
-    sizes = vector_sizes(arch)
-    for name, left in vector_sizes(narrowest).items():  # the last group of every vector stays
-        kind = name.rpartition(".")[2]
-        assert 1 <= left <= GROUPS[kind]
-        assert left == 1 + (sizes[rename(name, narrowest)] - 1) % GROUPS[kind]
+    left = dict.fromkeys(path.order, 0) | {n: len(units) for n, units in path.order.items()}
+    for name, units in path.steps:
+        left[name] -= units
+    for name, count in left.items():  # the last group of every vector stays
+        if kind_of(name) == "embed" or int(name.split(".")[1]) not in dropped:
+            assert count == 1 + (len(path.order[name]) - 1) % GROUPS[kind_of(name)]
+    assert narrowest.depth == arch.depth - len(dropped)
 
 
-def rename(name: str, arch: Arch) -> str:
-    """A vector's name in the source."""
-    if name == "embed":
-        return name
-    _, index, kind = name.split(".")
-    return f"blocks.{arch.stages[0].blocks[int(index)].src}.{kind}"
-
-
-@pytest.mark.parametrize(("arch", "scores", "dropped"), sources())
+@pytest.mark.parametrize(("arch", "scores", "dropped"), sources()[:12])
 def test_a_budget_is_met_from_below_within_one_group(arch: Arch, scores: Scores, dropped: tuple[int, ...]) -> None:
     path = width_path(arch, scores, dropped=dropped, groups=GROUPS)
     random = Random(0)
     for _ in range(20):
-        budget = random.uniform(path.macs[-1], cost(arch).macs)
+        budget = random.uniform(path.costs[-1], cost(arch).macs)
         step = path.step_for(budget)
-        assert path.macs[step] <= budget
-        assert step == 0 or path.macs[step - 1] > budget
-    with pytest.raises(UserError, match="cannot be reached with"):
-        path.step_for(path.macs[-1] - 1)
+        assert path.costs[step] <= budget
+        assert step == 0 or path.costs[step - 1] > budget
+    with pytest.raises(UserError, match="macs cannot be reached with"):
+        path.step_for(path.costs[-1] - 1)
 
 
-def test_each_step_removes_the_least_saliency_per_mac() -> None:
-    arch = random_arch(Random(4), ragged=False, missing=False, extras=False)
-    scores = random_scores(arch, 4)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kinds", [ALIGNED, COUPLED])
+def test_each_step_removes_the_least_saliency_per_mac(family: str, kinds: tuple[str, ...]) -> None:
+    """Every alternative of every step is counted anew, on the record that it would give."""
+    arch = equal_widths(random_arch(Random(5), family, ragged=False, missing=False, extras=False))
+    scores = random_scores(arch, 4, kinds)
     path = width_path(arch, scores, groups=GROUPS)
-    gone = dict.fromkeys(vector_sizes(arch), 0)
-    for (name, units), before in zip(path.steps, path.macs, strict=False):
+    vectors = dict(scores.vectors)
+    for i, block in enumerate(arch.blocks):
+        if (attn := vectors.pop(f"blocks.{i}.attn", None)) is not None:
+            per_head = attn.view(block.heads, -1)
+            vectors |= {f"blocks.{i}.heads": per_head.sum(1), f"blocks.{i}.dim": per_head.sum(0)}
+    gone = dict.fromkeys(vectors, 0)
+    for (name, units), before in zip(path.steps, path.costs, strict=False):
         prices = {}
-        for other, size in vector_sizes(arch).items():
-            group = GROUPS[other.rpartition(".")[2]]
-            if size - gone[other] > group:
-                ordered = scores.vectors[other].sort().values
+        for other, vector in vectors.items():
+            group = GROUPS[kind_of(other)]
+            if len(vector) - gone[other] > group:
+                ordered = vector.sort().values
                 saliency = ordered[gone[other] : gone[other] + group].sum().item()
-                prices[other] = saliency / (before - macs_without(arch, scores, gone, other, group))
+                left = {n: tuple(v.argsort(stable=True)[gone[n] + (n == other) * group :]) for n, v in vectors.items()}
+                prices[other] = saliency / (before - cost(cut_arch(arch, decision(arch, left))).macs)
         assert prices[name] == pytest.approx(min(prices.values()), rel=1e-9)
         gone[name] += units
 
 
-def macs_without(arch: Arch, scores: Scores, gone: dict[str, int], name: str, group: int) -> int:
-    """MACs after one more group of ``name``, counted on the record."""
-    from models import BlockCut, Cut
-
-    left = {
-        n: tuple(sorted(scores.vectors[n].argsort(stable=True)[k + (group if n == name else 0) :].tolist()))
-        for n, k in gone.items()
-    }
-    blocks = tuple(
-        BlockCut.aligned(block, **{kind: left[f"blocks.{i}.{kind}"] for kind in ("heads", "qk", "v", "mlp")})
-        for i, block in enumerate(arch.stages[0].blocks)
-    )
-    return cost(cut_arch(arch, Cut(embed=(left["embed"],), blocks=blocks))).macs
+def decision(arch: Arch, left: dict[str, tuple]) -> Cut:
+    """The cut that keeps the units in ``left``."""
+    kept = {name: tuple(sorted(int(u) for u in units)) for name, units in left.items()}
+    choices = []
+    for i, block in enumerate(arch.blocks):
+        own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in GROUP_SIZES}
+        qk, v = own["dim"] or own["qk"], own["dim"] or own["v"]
+        choice = BlockCut.aligned(block, heads=own["heads"], qk=qk, v=v, mlp=own["mlp"])
+        choices.append(dataclasses.replace(choice, sr=own["sr"]))
+    return Cut(embed=tuple(kept[f"stages.{s}.embed"] for s in range(len(arch.stages))), blocks=tuple(choices))
 
 
 def test_least_important_units_go_first_and_budgets_are_nested() -> None:
@@ -104,22 +125,42 @@ def test_least_important_units_go_first_and_budgets_are_nested() -> None:
     scores = random_scores(arch, 0)
     path = width_path(arch, scores)
     total = cost(arch).macs
+    vector = scores.vectors["stages.0.embed"]
     embeds = []
     for budget in (0.8, 0.5, 0.3):
-        decision = path.cut(path.step_for(budget * total))
-        kept = set(decision.embed[0] or ())
-        worst_kept = scores.vectors["embed"][sorted(kept)].min()
-        assert all(scores.vectors["embed"][u] <= worst_kept for u in set(range(192)) - kept)
+        kept = set(path.cut(path.step_for(budget * total)).embed[0] or ())
+        worst_kept = vector[sorted(kept)].min()
+        assert all(vector[u] <= worst_kept for u in set(range(192)) - kept)
         embeds.append(kept)
     assert embeds[0] >= embeds[1] >= embeds[2]
 
 
-def test_a_kind_can_be_left_whole() -> None:
+def test_the_cut_can_be_made() -> None:
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, embed_dim=16, depths=(1, 2), num_heads=(2, 4)
+    )
+    arch = Arch.from_timm(model)
+    path = width_path(arch, random_scores(arch, 1, COUPLED), groups=GROUPS)
+    small = cut(model, path.cut(path.step_for(0.5 * cost(arch).macs)))
+    assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_floors_and_kinds_left_whole() -> None:
     arch = random_arch(Random(9), ragged=False, missing=False, extras=False)
-    path = width_path(arch, random_scores(arch, 9), groups={**GROUPS, "embed": 0, "heads": 0})
-    assert {name.rpartition(".")[2] for name, _ in path.steps} <= {"qk", "v", "mlp"}
+    path = width_path(arch, random_scores(arch, 9), groups={**GROUPS, "embed": 0, "heads": 0}, floors={"mlp": 0.5})
+    assert {kind_of(name) for name, _ in path.steps} <= {"qk", "v", "mlp"}
     narrowest = cut_arch(arch, path.cut(len(path.steps)))
     assert narrowest.stages[0].width == arch.stages[0].width
+    assert all(small.mlp >= 0.5 * whole.mlp for small, whole in zip(narrowest.blocks, arch.blocks, strict=True))
+    assert any(small.mlp < whole.mlp for small, whole in zip(narrowest.blocks, arch.blocks, strict=True))
+
+
+def test_kinds_that_are_not_scored_stay_whole() -> None:
+    arch = random_arch(Random(9), ragged=False, missing=False, extras=False)
+    path = width_path(arch, random_scores(arch, 9, ("mlp",)), groups=GROUPS)
+    narrowest = cut_arch(arch, path.cut(len(path.steps)))
+    assert [b.heads for b in narrowest.blocks] == [b.heads for b in arch.blocks]
+    assert sum(b.mlp for b in narrowest.blocks) < sum(b.mlp for b in arch.blocks)
 
 
 def test_errors_say_what_is_wrong() -> None:
@@ -129,14 +170,27 @@ def test_errors_say_what_is_wrong() -> None:
         width_path(arch, scores, dropped=[99])
     with pytest.raises(UserError, match="at least one must be kept"):
         width_path(arch, scores, dropped=range(arch.depth))
-    with pytest.raises(UserError, match="give a size of at least 0 for each of embed, heads, qk, v, mlp"):
+    with pytest.raises(UserError, match="give a size of at least 0 for each of embed, heads, qk, v, dim, mlp, sr"):
         width_path(arch, scores, groups={"embed": 1})
-    short = Scores({**scores.vectors, "embed": torch.ones(1)})
+    with pytest.raises(UserError, match="give shares in 0..1"):
+        width_path(arch, scores, floors={"mlp": 2})
+    name = "stages.0.embed"
     with pytest.raises(UserError, match=r"embed has 1 entries, the model needs"):
-        width_path(arch, short)
-    with pytest.raises(UserError, match="embed is missing"):
-        width_path(arch, Scores({}))
+        width_path(arch, Scores({**scores.vectors, name: torch.ones(1)}))
+    with pytest.raises(UserError, match=r"stages.3.embed does not exist in random"):
+        width_path(arch, Scores({**scores.vectors, "stages.3.embed": torch.ones(1)}))
+    with pytest.raises(UserError, match=r"blocks.0.mlp is missing"):
+        width_path(Arch.from_timm("deit_tiny_patch16_224"), Scores({"blocks.1.mlp": torch.ones(768)}))
+    swin = next(a for a in (random_arch(Random(s), "swin") for s in range(9)) if len(a.stages) > 1)
+    with pytest.raises(UserError, match="of stage 0 are dropped"):
+        width_path(swin, Scores({}), dropped=range(len(swin.stages[0].blocks)))
 
 
 def test_default_groups_are_nvits() -> None:
-    assert dict(GROUP_SIZES) == {"embed": 16, "heads": 2, "qk": 8, "v": 8, "mlp": 16}
+    assert dict(GROUP_SIZES) == {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16}
+
+
+def test_units_of_a_pvt() -> None:
+    counts = unit_counts(Arch.from_timm("pvt_v2_b0"))
+    assert counts["stages.1.embed"] == counts["blocks.2.sr"] == counts["blocks.2.attn"] == 64
+    assert "blocks.7.sr" not in counts

@@ -33,22 +33,18 @@ def test_damage_and_strangers_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
+    ("changes", "kinds", "message"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "is of family 'swin': widths can be scored for family 'vit'"),
-        ("deit_tiny_patch16_224", {"tokens": 99}, "blocks[1] has a token plan"),
-        (
-            "deit_tiny_patch16_224",
-            {"mixer": "conv1x1", "heads": 0, "qk": 0, "v": 64, "scale": 0.0},
-            "blocks[1] has mixer 'conv1x1'",
-        ),
+        ({"v": (64, 32, 64)}, ("heads", "qk", "v"), "blocks[1].v is ragged: 'heads' scores need equal widths"),
+        ({"v": 32}, ("attn",), "blocks[1].v is 32, query/key width 64: 'attn' scores need equal widths"),
     ],
 )
-def test_what_cannot_be_scored_is_named(name: str, changes: dict, message: str) -> None:
-    arch = Arch.from_timm(name)
-    stage = arch.stages[0]
+def test_what_cannot_be_scored_is_named(changes: dict, kinds: tuple[str, ...], message: str) -> None:
+    arch = Arch.from_timm("deit_tiny_patch16_224")
+    (stage,) = arch.stages
     blocks = (stage.blocks[0], dataclasses.replace(stage.blocks[1], **changes), *stage.blocks[2:])
-    stages = (dataclasses.replace(stage, blocks=blocks), *arch.stages[1:])
+    arch = dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=blocks),))
     with pytest.raises(UserError) as error:
-        vector_sizes(dataclasses.replace(arch, stages=stages))
+        vector_sizes(arch, kinds)
     assert message in str(error.value)
+    assert vector_sizes(arch, ("mlp",)) == {f"blocks.{i}.mlp": 768 for i in range(12)}

@@ -10,7 +10,8 @@ import torch
 
 from models import Arch, Block, Stage, cost
 from models.files import write_text
-from pruners import Scores, vector_sizes
+from pruners import GROUP_SIZES, Scores, vector_sizes
+from pruners.nvit import KINDS
 from search.config import SpaceTable
 from search.run import Run
 from search.space import Space
@@ -35,15 +36,12 @@ ARCH = Arch(
 def make_space(**table: Any) -> Space:
     generator = torch.Generator().manual_seed(0)
     vectors = {
-        name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in vector_sizes(ARCH).items()
+        name: torch.rand(size, generator=generator, dtype=torch.float64)
+        for name, size in vector_sizes(ARCH, KINDS).items()
     }
-    settings = {"budget": (0.3, 0.9), "skip": (0, 2), "lr": (1e-4, 1e-2), "groups": dict.fromkeys(vectors_kinds(), 4)}
+    settings = {"budget": (0.3, 0.9), "skip": (0, 2), "lr": (1e-4, 1e-2), "groups": dict.fromkeys(GROUP_SIZES, 4)}
     depth = Scores({"depth": torch.tensor([9.0, 1.0, 2.0, 5.0], dtype=torch.float64)})
     return Space(SpaceTable(**{**settings, **table}), ARCH, Scores(vectors), depth)
-
-
-def vectors_kinds() -> tuple[str, ...]:
-    return ("embed", "heads", "qk", "v", "mlp")
 
 
 def make_run(path: Path, trials: int = 12) -> Run:

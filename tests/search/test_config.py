@@ -54,7 +54,7 @@ def test_overrides(tmp_path: Path, tiny) -> None:
         ({"space": {"budget": [0.5, 1.5]}}, "space: budget = [0.5, 1.5]: must lie in (0, 1]"),
         ({"space": {"lr": [0.0, 0.1]}}, "space: lr = [0.0, 0.1]: must be above 0"),
         ({"space": {"skip": [-1, 1]}}, "space: skip = [-1, 1]: must be at least 0"),
-        ({"space": {"groups": {"mpl": 4}}}, "groups.mpl: unknown kind; known: embed, heads, qk, v, mlp"),
+        ({"space": {"groups": {"mpl": 4}}}, "groups.mpl: unknown kind; known: embed, heads, qk, v, dim, mlp, sr"),
         ({"scores": {"method": "nvti"}}, "scores.method = 'nvti': must be one of nvit. did you mean 'nvit'?"),
         ({"source": {"train": None}}, "source: has no weights: set pretrained = true"),
         ({"source": {"train": {"epochs": 1, "distill_weight": 1.0}}}, "the source has no teacher"),

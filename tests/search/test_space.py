@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from models import Arch, UserError, cost
-from pruners import Scores, vector_sizes
+from pruners import GROUP_SIZES, Scores, vector_sizes
+from pruners.nvit import KINDS
 from search.config import SpaceTable
 from search.space import Space
 from tests.search.helpers import ARCH, make_space
 
-GROUPS = {"embed": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
+GROUPS = {**GROUP_SIZES, "embed": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
 
 
 def test_a_point_decodes_to_the_same_architecture_within_its_budget() -> None:
@@ -37,7 +38,7 @@ def test_number_of_architectures_is_exact() -> None:
     source = cost(ARCH).macs
     seen = set()
     for skip, path in space.paths.items():
-        inside = [m / source for m in path.macs if 0.35 <= m / source <= 0.8]
+        inside = [m / source for m in path.costs if 0.35 <= m / source <= 0.8]
         for budget in [0.35, 0.8, *inside]:
             seen.add(space.decode({"budget": budget, "skip": skip, "lr": 1e-3}).arch)
     widths = {(a.stages, a.depth) for a in seen}
@@ -75,7 +76,7 @@ def test_a_partly_reachable_window_says_how_much() -> None:
 def test_an_unreachable_window_is_refused_before_any_scoring() -> None:
     table = SpaceTable(budget=(0.01, 0.02), groups={"embed": 0, "heads": 0, "qk": 0, "v": 0, "mlp": 8})
     with pytest.raises(UserError, match="cannot be met: the narrowest model still has"):
-        Space.check(table, ARCH)
+        Space.check(table, ARCH, "nvit")
 
 
 def test_at_least_one_block_must_stay() -> None:
@@ -86,7 +87,7 @@ def test_at_least_one_block_must_stay() -> None:
 def test_deit_base_is_solved_in_well_under_a_second() -> None:
     """Not a timing test: the path of the largest usual source is complete and every budget hits."""
     arch = Arch.from_timm("deit_base_patch16_224")
-    ones = Scores({name: torch.rand(size, dtype=torch.float64) for name, size in vector_sizes(arch).items()})
+    ones = Scores({name: torch.rand(size, dtype=torch.float64) for name, size in vector_sizes(arch, KINDS).items()})
     space = Space(SpaceTable(), arch, ones, Scores({"depth": torch.arange(12.0)}))
     found = space.decode({"budget": 0.39, "skip": 0, "lr": 1e-3})
     assert 0.37 < found.cost.macs / cost(arch).macs <= 0.39
