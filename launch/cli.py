@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .import_ import import_model
+from .prune import prune, score
+from .published import published
+
 if TYPE_CHECKING:
     from search import SearchResult
 
@@ -157,6 +161,12 @@ def report(run: RunArgument) -> None:
     from search.report import write_report
 
     print(write_report(Run.existing(run)))
+
+
+app.command("import")(import_model)
+app.command()(prune)
+app.command()(score)
+app.command()(published)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

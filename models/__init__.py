@@ -1,7 +1,8 @@
 """What a compressed transformer is: the record, its cost, its modules, cutting and storing.
 
-Importing this package registers the timm entry point ``prunesweep``, so that
-``timm.create_model("local-dir:PATH", pretrained=True)`` loads what ``save`` wrote.
+Importing this package registers timm's entry point ``prunesweep``, so that
+``timm.create_model("local-dir:PATH", pretrained=True)`` loads what ``save`` wrote, and the names of published
+architectures, so that ``timm.create_model("spvit_deit_small")`` builds them.
 """
 
 from .arch import Arch, Block, Stage
@@ -9,9 +10,11 @@ from .build import arch_of, blocks_of, build, num_params
 from .cost import Cost, cost
 from .cut import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
+from .published import PUBLISHED, published_arch, revit
 from .store import load, load_provenance, read_arch, save
 
 __all__ = [
+    "PUBLISHED",
     "Arch",
     "Block",
     "BlockCut",
@@ -28,6 +31,8 @@ __all__ = [
     "load",
     "load_provenance",
     "num_params",
+    "published_arch",
     "read_arch",
+    "revit",
     "save",
 ]

@@ -1,0 +1,81 @@
+"""``prunesweep import``: a checkpoint that another project wrote becomes a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from models import Arch
+
+__all__ = ["import_model"]
+
+
+def import_model(
+    file: Annotated[Path, typer.Argument(help="a checkpoint written by torch.save", show_default=False)],
+    layout: Annotated[
+        str, typer.Option("--as", metavar="LAYOUT", help="nvit, upvit, uvc, spvit or pmvit", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the model, which must not exist yet", show_default=False)],
+    config: Annotated[
+        Path | None, typer.Option(help="the run's configuration, .json or .yaml (spvit)", show_default=False)
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="attention heads, where the file does not tell: 3, or 1,2,5,8 by stage", show_default=False),
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="side of the images, where the file does not tell", show_default=False)
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="run the code that the file names")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights (model_ema)")] = False,
+) -> None:
+    """Turn a checkpoint of another project into a saved model."""
+    import hashlib
+
+    from rich.console import Console
+
+    from models import UserError, arch_of, cost, save
+    from models.importers import import_checkpoint
+
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; give a new folder")
+    numbers = None if heads is None else _numbers(heads)
+    model = import_checkpoint(file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    save(model, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
+    arch, console = arch_of(model), Console()
+    spent = cost(arch)
+    console.print(_table(arch))
+    console.print(f"{spent.macs:,} MACs, {spent.params:,} params; saved as {out}", highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from models import UserError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--heads {text}: must be a whole number, or several with commas between them") from error
+
+
+def _table(arch: Arch) -> Table:
+    """The blocks of an imported model."""
+    from rich.table import Table
+
+    rows, columns = arch.img_size
+    widths = ", ".join(str(stage.width) for stage in arch.stages)
+    table = Table(title=f"{arch.family}: images of {rows} x {columns}, width {widths}, {arch.num_classes} classes")
+    for name in ("block", "mixer", "heads", "qk", "v", "mlp", "tokens"):
+        table.add_column(name, justify="left" if name == "mixer" else "right")
+    for stage in arch.stages:
+        for block in stage.blocks:
+            v = "-".join(str(n) for n in sorted({min(block.v_widths), max(block.v_widths)})) if block.heads else block.v
+            cells = (block.src, block.mixer, block.heads or "", block.qk or "", v or "", block.mlp, block.tokens or "")
+            table.add_row(*map(str, cells))
+    return table

@@ -1,0 +1,105 @@
+"""Reading the checkpoints that other projects wrote: the released models of the methods that are searched here.
+
+    model = import_checkpoint("NViT_S.pth", "nvit")
+    model = import_checkpoint("UP_DeiT_T.pth", "upvit", heads=3)
+    model = import_checkpoint("ckpt.pth", "spvit", config="spvit_deit_ti_ft.json")
+
+The result is a model like every other one here: it has a record, can be counted, cut, finetuned, saved and searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import UserError, nearest
+from .container import read_checkpoint, read_config
+from .nvit import read_nvit
+from .pmvit import read_pmvit
+from .spvit import read_spvit
+from .tensors import Given, Tensors
+from .upvit import read_upvit
+from .uvc import read_uvc
+
+__all__ = ["LAYOUTS", "Layout", "import_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a project names its tensors: the function that reads them, and parts of keys that it alone has."""
+
+    read: Callable[[Tensors, Given], nn.Module]
+    signs: tuple[str, ...]
+    about: str
+
+
+LAYOUTS: dict[str, Layout] = {
+    "nvit": Layout(read_nvit, (".attn.qkv.Q.",), "NViT and ReViT, dense"),
+    "upvit": Layout(read_upvit, ("patch_embed1.",), "UP-ViT: DeiT and PVTv2"),
+    "uvc": Layout(read_uvc, ("block_skip_gating",), "UVC, either stage"),
+    "spvit": Layout(read_spvit, (".attn.head_probs", ".attn.bconv.", ".attn.qk."), "SPViT: DeiT and Swin, either form"),
+    "pmvit": Layout(read_pmvit, (".attn.merge_matrix",), "Prune-and-Merge"),
+}
+
+
+def import_checkpoint(
+    path: str | Path,
+    layout: str,
+    *,
+    config: str | Path | None = None,
+    heads: int | Sequence[int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    trust: bool = False,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of a foreign checkpoint, on the CPU and in eval mode.
+
+    Args:
+        path: a file written by ``torch.save``.
+        layout: whose names it has, a key of ``LAYOUTS``.
+        config: the run's configuration, .json or .yaml (SPViT only, which needs it).
+        heads: attention heads, where the file does not tell: one number for a ViT, one per stage for PVTv2 and Swin.
+        img_size: side or (rows, columns) of the images in pixels, where the file does not tell (PVTv2: 224).
+        trust: run the code that the file names; without it a file that holds more than weights is refused.
+        ema: the averaged weights that training kept beside the others.
+        dtype: of the model; the file's own if not given. Weights that are calculated are calculated in float64.
+
+    Raises:
+        UserError: the file cannot be read or holds another layout; a key is missing, unknown or has another shape;
+            ``config``, ``heads`` or ``img_size`` is needed or contradicts the file.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}. {nearest(layout, LAYOUTS)}".strip())
+    if config is not None and layout != "spvit":
+        raise UserError(f"config = {config}: layout {layout!r} has no configuration; leave it out")
+    sizes = (img_size, img_size) if isinstance(img_size, int) else img_size
+    given = Given(
+        heads=_whole_numbers("heads", (heads,) if isinstance(heads, int) else heads),
+        img_size=None if sizes is None else (sizes[0], sizes[1]),
+        config=None if config is None else read_config(Path(config)),
+    )
+    _whole_numbers("img_size", given.img_size)
+    weights, beside = read_checkpoint(Path(path), trust=trust, ema=ema)
+    _check_signs(layout, weights)
+    if dtype is not None:
+        weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
+    return LAYOUTS[layout].read(Tensors(layout, weights, beside), given)
+
+
+def _whole_numbers(name: str, values: Sequence[int] | None) -> tuple[int, ...] | None:
+    if values is not None and (not values or not all(type(n) is int and n > 0 for n in values)):
+        raise UserError(f"{name} = {values!r}: must be positive whole numbers")
+    return None if values is None else tuple(values)
+
+
+def _check_signs(layout: str, weights: dict[str, torch.Tensor]) -> None:
+    """Raise UserError where a key belongs to another layout."""
+    for other, entry in LAYOUTS.items():
+        sign = next((key for key in weights if any(sign in key for sign in entry.signs)), None)
+        if sign is not None and other != layout:
+            raise UserError(f"the file has the key {sign!r} of layout {other!r} ({entry.about}), not {layout!r}")

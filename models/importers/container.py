@@ -1,0 +1,110 @@
+"""Reading foreign files: checkpoints of ``torch.save`` without running code from them, and run configurations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from ..errors import UserError
+
+__all__ = ["read_checkpoint", "read_config"]
+
+# What training scripts keep beside the weights; ``dim`` (NViT) and ``channels`` (Prune-and-Merge) describe the model.
+TRAINING = re.compile(
+    r"(optimizer|lr_scheduler|scheduler|scaler|loss_scaler|amp|best|max|train|test|rng|ema)(\d*|_\w+)"
+    r"|model_ema|state_dict_ema|epoch|epochs|iteration|step|global_step|metric|args|config|cfg|version"
+)
+DESCRIBING = ("dim", "channels")
+REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+
+
+def read_checkpoint(path: Path, *, trust: bool, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint by name, on the CPU, and what else the file holds that describes the model.
+
+    The weights may be the whole file or its entry ``model``, with or without the prefix ``module.`` of data-parallel
+    training. ``ema`` takes the averaged weights of the entry ``model_ema`` instead.
+
+    Raises:
+        UserError: the file cannot be read, needs ``trust``, or has entries that are not known.
+    """
+    content = _load(path, trust)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}: a checkpoint is a dictionary of named tensors")
+    wrapped = isinstance(content.get("model"), Mapping)
+    wanted = "model_ema" if ema else "model"
+    if ema and not isinstance(content.get(wanted), Mapping):
+        raise UserError(f"{path} has no averaged weights (entry model_ema); leave out ema (--ema)")
+    if wrapped or ema:
+        weights = dict(content[wanted])
+        beside = {key: value for key, value in content.items() if key not in ("model", "model_ema")}
+    else:
+        weights = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        beside = {key: value for key, value in content.items() if key not in weights}
+    weights = {str(key): value for key, value in weights.items()}
+    unknown = [str(key) for key in beside if key not in DESCRIBING and not TRAINING.fullmatch(str(key))]
+    unknown += [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if unknown:
+        raise UserError(f"{path} has entries of unknown meaning: {', '.join(unknown)}; nothing was imported")
+    if not weights:
+        raise UserError(f"{path} holds no tensors: {', '.join(map(str, content)) or 'it is empty'}")
+    if all(key.startswith("module.") for key in weights):
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    # copies, because a file may hold one tensor under several names
+    tensors = {key: value.detach().clone() for key, value in weights.items()}
+    return tensors, {key: beside[key] for key in DESCRIBING if key in beside}
+
+
+def _load(path: Path, trust: bool) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give a checkpoint written by torch.save")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own for a file that is not a checkpoint
+        refused = REFUSED.search(str(error))
+        if refused is None:
+            raise _damaged(path, error) from error
+        if not trust:
+            raise UserError(
+                f"{path} holds more than weights: a {refused[1]} object. Reading it runs code that the file names, and "
+                "a file made for that purpose could do anything in your name, so it is refused. If you trust whoever "
+                "made the file, read it all the same with trust=True (--trust)"
+            ) from error
+    return _load_trusted(path, refused[1])
+
+
+def _load_trusted(path: Path, refused: str) -> Any:
+    """Read everything in the file, whatever code it names."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UserError(
+            f"{path} holds a {refused} object, whose package cannot be loaded here ({error}). Install that package "
+            "beside prunesweep, or save the weights alone again where it is installed"
+        ) from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+    return UserError(f"{path} cannot be read as a checkpoint written by torch.save; it may be cut off: {reason}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's configuration, JSON or YAML by its suffix. Raises UserError where it cannot be read."""
+    readers = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    if path.suffix not in readers:
+        raise UserError(f"config = {path}: must be a file with suffix {', '.join(readers)}")
+    try:
+        content = readers[path.suffix](path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}: a configuration is a mapping of names to values")
+    return content
