@@ -5,7 +5,7 @@
 
 from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, width_path
 from .depth import kl_divergence, score_depth
-from .registry import PRUNERS, Pruner, pruner
+from .registry import PRUNERS, Pruner, cheapest_first, pruner
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Pruner",
     "Scores",
     "WidthPath",
+    "cheapest_first",
     "drop_order",
     "kind_of",
     "kl_divergence",

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from models import Arch, UserError
+from models import Arch, Cut, UserError
 from models.errors import nearest
 
-from . import nvit
+from . import baselines, isomorphic, nvit, taylor
+from .budget import width_path
 from .scores import Scores
 
 __all__ = ["PRUNERS", "Pruner", "pruner"]
+
+
+def cheapest_first(arch: Arch, scores: Scores, budget: float, **settings: Any) -> Cut:
+    """Remove what costs least saliency per unit of cost saved, until ``budget`` is met (see ``width_path``)."""
+    path = width_path(arch, scores, **settings)
+    return path.cut(path.step_for(budget))
 
 
 @dataclass(frozen=True)
@@ -19,13 +27,16 @@ class Pruner:
     """A width method.
 
     ``score(model, batches, *, progress=None, **settings)`` takes (images B·C·H·W, labels B) batches and returns scores
-    of ``kinds``. ``families`` are those that it can serve.
+    of ``kinds``; ``decide(arch, scores, budget, *, measure, **settings)`` turns them into a cut within the budget.
+    ``families`` are those that it can serve.
     """
 
     score: Callable[..., Scores]
     kinds: tuple[str, ...]
     families: tuple[str, ...]
     source: str  # the publication
+    decide: Callable[..., Cut] = cheapest_first
+    seeded: bool = False  # ``score`` draws random numbers and takes a ``seed``
 
     def check(self, name: str, arch: Arch) -> None:
         """Raise UserError where this method cannot serve the family of ``arch``."""
@@ -37,8 +48,14 @@ class Pruner:
             )
 
 
+ISOMORPHIC = "Isomorphic Pruning, ECCV 2024, arXiv 2407.04616"
+
 PRUNERS: dict[str, Pruner] = {
     "nvit": Pruner(nvit.score, nvit.KINDS, nvit.FAMILIES, "NViT, CVPR 2023, arXiv 2110.04869"),
+    "isomorphic": Pruner(taylor.score, taylor.KINDS, taylor.FAMILIES, ISOMORPHIC, decide=isomorphic.decide),
+    "taylor": Pruner(taylor.score, taylor.KINDS, taylor.FAMILIES, ISOMORPHIC),
+    "magnitude": Pruner(baselines.score_magnitude, baselines.KINDS, baselines.FAMILIES, "control"),
+    "random": Pruner(baselines.score_random, baselines.KINDS, baselines.FAMILIES, "control", seeded=True),
 }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,15 @@ from torch import nn
 
 from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save
 from models.errors import nearest
-from pruners import PRUNERS, Scores, score_depth
-from pruners.scores import FORMAT
-from training import EVAL_BATCH, Data, evaluate, fit, images_only, open_data, seeded
+from pruners import Scores
+from training import EVAL_BATCH, Data, evaluate, fit, open_data, seeded
 
 from .config import SearchConfig, SourceTable
 from .provenance import digest, versions, weights_digest
+from .scoring import DEPTH, Calibration, Progress, cached_scores
 from .space import Space
 
 __all__ = ["Prepared", "Progress", "prepare"]
-
-Progress = Callable[[str, float, str], None]  # what is being done, the share of it done in [0, 1], a note
 
 
 @dataclass(frozen=True)
@@ -67,22 +64,11 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
     arch = arch_of(source)
     source.to(device)
 
-    def scored(what: str, method: str, compute: Callable[[list[Any], Callable[[int, int], None]], Scores]) -> Path:
-        settings = config.scores.model_dump(exclude={"method"})
-        facts = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
-        path = cache / "scores" / f"{method}-{digest(facts)}.safetensors"
-        if not path.exists():
-            batches = data.calibration(config.scores.images, config.scores.batch_size, config.scores.seed)
-            scores = compute(batches, lambda done, total: progress(what, done / total, f"{done}/{total}"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
-            os.replace(scratch, path)
-        return path
-
-    method = config.scores.method
-    widths = scored("scoring widths", method, lambda b, p: PRUNERS[method].score(source, b, progress=p))
-    depth = scored("measuring blocks", "depth_kl", lambda b, p: score_depth(source, images_only(b), progress=p))
+    settings = Calibration(**config.scores.model_dump(exclude={"method"}))
+    widths, depth = (
+        cached_scores(source, method, data, settings, cache / "scores", progress, weights=weights)
+        for method in (config.scores.method, DEPTH)
+    )
     return Prepared(
         data=data,
         model=source,

@@ -17,7 +17,7 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from models import Arch, Cost, Cut, UserError, cost, cut_arch
-from pruners import Scores, WidthPath, drop_order, pruner, vector_sizes, width_path
+from pruners import Scores, WidthPath, cheapest_first, drop_order, pruner, vector_sizes, width_path
 
 from .config import SpaceTable
 
@@ -78,6 +78,10 @@ class Space:
     def check(cls, table: SpaceTable, arch: Arch, method: str) -> None:
         """Raise UserError where no point of ``table`` can meet its budget; needs no scores, only the floors count."""
         pruner(method).check(method, arch)
+        if pruner(method).decide is not cheapest_first:
+            raise UserError(
+                f"scores.method = {method!r}: decides by ratios, not along one path of budgets; use 'taylor'"
+            )
         sizes = vector_sizes(arch, pruner(method).kinds)
         blank = Scores({name: torch.ones(size) for name, size in sizes.items()})
         space = cls(table, arch, blank, Scores({"depth": torch.arange(arch.depth)}))

@@ -1,0 +1,184 @@
+"""Isomorphic Pruning's decision: units of one structure compete with each other only, by the shape of their scores.
+
+Source: Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024 (arXiv 2407.04616). Every vector of scores is
+divided by its mean. The units of a *scope* (residual channels of a stage, all MLPs' units, all heads, all head
+channels) are then ranked together, one threshold cuts the scope's ratio, and a layer loses what lies below it.
+
+Two things are mended: a layer is never cut below its floor (the original drops the whole cut of such a layer in
+silence), and the source's attention scale is kept, so that the masked source and the cut model are one function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models import Arch, BlockCut, Cut, UserError, cut_arch
+from models.arch import Block
+
+from .budget import MACS, Measure
+from .coupled import heads_and_dims
+from .scores import Scores, kind_of
+
+__all__ = ["Ratios", "decide", "isomorphic_cut", "normalised"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """Share of the units that each kind of scope loses, in [0, 1)."""
+
+    embed: float
+    mlp: float
+    head: float
+    dim: float
+    sr: float = 0.0
+
+    def scaled(self, t: float) -> Ratios:
+        """``t`` times these ratios."""
+        return Ratios(t * self.embed, t * self.mlp, t * self.head, t * self.dim, t * self.sr)
+
+
+def normalised(arch: Arch, scores: Scores) -> dict[str, torch.Tensor]:
+    """Scores over their mean, per vector; ``heads`` and ``dim`` of a block are means of its normalised channels.
+
+    A vector of zeros stays one: its units go first, and its floor stays.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, raw in scores.vectors.items():
+        vector = raw / raw.mean() if raw.any() else raw
+        if kind_of(name) == "attn":
+            index = int(name.split(".")[1])
+            found[f"blocks.{index}.heads"], found[f"blocks.{index}.dim"] = heads_and_dims(arch, index, vector)
+        else:
+            found[name] = vector
+    return found
+
+
+def isomorphic_cut(
+    arch: Arch,
+    scores: Scores,
+    ratios: Ratios,
+    *,
+    round_to: int = 2,
+    isomorphic: bool = True,
+    pairs: Sequence[torch.Tensor] | None = None,
+) -> Cut:
+    """The cut at fixed ratios.
+
+    Args:
+        arch: the record that was scored.
+        scores: raw scores of kinds embed, attn, mlp and sr (``pruners.taylor``).
+        ratios: share of every scope's units that goes.
+        round_to: widths that lose units are rounded down to a multiple of this; heads are not.
+        isomorphic: False puts all but the heads into one scope, with ``ratios.embed`` (the paper's ablation).
+        pairs: ``taylor.attention_pairs`` of every block of a ViT: every head then drops its own channels, ranked over
+            the residual channels that stay, as the paper's published models did; by default all heads drop the same.
+
+    Raises:
+        UserError: a ratio is outside [0, 1).
+    """
+    for name in Ratios.__slots__:
+        if not 0 <= getattr(ratios, name) < 1:
+            raise UserError(f"ratios.{name} = {getattr(ratios, name)}: must lie in [0, 1)")
+    vectors = normalised(arch, scores)
+    kept: dict[str, tuple[int, ...]] = {}
+    for scope, ratio in _scopes(vectors, ratios, isomorphic):
+        members = {name: vectors[name] for name in scope}
+        multiple = 1 if kind_of(scope[0]) == "heads" else round_to
+        for name, count in _counts(members, ratio, multiple).items():
+            order = torch.argsort(members[name], descending=True, stable=True)
+            kept[name] = tuple(sorted(order[:count].tolist()))
+    embed = tuple(kept.get(f"stages.{s}.embed") for s in range(len(arch.stages)))
+    choices = (_choice(i, block, kept, embed[0], pairs) for i, block in enumerate(arch.blocks))
+    return Cut(embed=embed, blocks=tuple(choices))
+
+
+def _scopes(vectors: Mapping[str, torch.Tensor], ratios: Ratios, isomorphic: bool) -> list[tuple[list[str], float]]:
+    """The vectors of every scope, and its ratio."""
+    of_kind = {kind: [n for n in vectors if kind_of(n) == kind] for kind in ("embed", "mlp", "heads", "dim", "sr")}
+    if not isomorphic:
+        rest = [*of_kind["embed"], *of_kind["mlp"], *of_kind["dim"], *of_kind["sr"]]
+        return [(names, ratio) for names, ratio in ((rest, ratios.embed), (of_kind["heads"], ratios.head)) if names]
+    scopes = [([name], ratios.embed) for name in of_kind["embed"]]
+    by_kind = (("mlp", ratios.mlp), ("heads", ratios.head), ("dim", ratios.dim), ("sr", ratios.sr))
+    return scopes + [(of_kind[kind], ratio) for kind, ratio in by_kind if of_kind[kind]]
+
+
+def _counts(members: Mapping[str, torch.Tensor], ratio: float, round_to: int) -> dict[str, int]:
+    """Units that every layer of a scope keeps."""
+    units = torch.cat(list(members.values()))
+    cut = len(units) - math.floor(len(units) * (1 - ratio) + 1e-9)
+    if not cut:
+        return {name: len(vector) for name, vector in members.items()}
+    threshold = units.kthvalue(cut).values
+    counts = {}
+    for name, vector in members.items():
+        count = len(vector) - int((vector <= threshold).sum())
+        if count < len(vector):
+            count = max(count - count % round_to, min(round_to, len(vector)))
+        counts[name] = count
+    return counts
+
+
+def _choice(
+    index: int,
+    block: Block,
+    kept: Mapping[str, tuple[int, ...]],
+    embed: tuple[int, ...] | None,
+    pairs: Sequence[torch.Tensor] | None,
+) -> BlockCut:
+    heads, dims = kept.get(f"blocks.{index}.heads"), kept.get(f"blocks.{index}.dim")
+    mlp, sr = kept.get(f"blocks.{index}.mlp"), kept.get(f"blocks.{index}.sr")
+    if heads is None or dims is None:
+        return BlockCut(mlp=mlp, sr=sr)
+    own = [dims] * len(heads)
+    if pairs is not None:
+        columns = pairs[index] if embed is None else pairs[index][:, list(embed)]
+        per_head = columns.sum(1).view(block.heads, -1)
+        order = [torch.argsort(per_head[h], descending=True, stable=True)[: len(dims)] for h in heads]
+        own = [tuple(sorted(channels.tolist())) for channels in order]
+    flat = tuple(tuple(h * block.qk + j for j in channels) for h, channels in zip(heads, own, strict=True))
+    return BlockCut(qk=flat, v=flat, mlp=mlp, sr=sr)
+
+
+def decide(
+    arch: Arch,
+    scores: Scores,
+    budget: float,
+    *,
+    measure: Measure = MACS,
+    ratios: Ratios = Ratios(0.5, 0.5, 0.5, 0.25, 0.5),
+    round_to: int = 2,
+) -> Cut:
+    """The cut within ``budget`` whose ratios are a common multiple of ``ratios``, found by bisection.
+
+    The default proportions are those of the paper's DeiT-4.2G. Raises UserError where the floors do not let the budget
+    be reached.
+    """
+
+    def at(t: float) -> tuple[Cut, float]:
+        found = isomorphic_cut(arch, scores, ratios.scaled(t), round_to=round_to)
+        return found, measure(cut_arch(arch, found))
+
+    low, high = 0.0, (1 - 1e-6) / max(getattr(ratios, name) for name in Ratios.__slots__)
+    best, narrowest = at(high)
+    if narrowest > budget:
+        raise UserError(
+            f"{budget:,.6g} {measure.name} cannot be reached: the narrowest model has {narrowest:,.6g}. Raise the "
+            "budget, or drop blocks"
+        )
+    if measure(arch) <= budget:
+        return at(0.0)[0]
+    for _ in range(40):  # the ratios change nothing any more below one unit of the largest scope
+        middle = (low + high) / 2
+        found, cost = at(middle)
+        if cost <= budget:
+            best, high = found, middle
+        else:
+            low = middle
+        if high - low < 1e-6:
+            break
+    return best

@@ -1,0 +1,82 @@
+"""First-order Taylor importance summed over coupled weights, as Isomorphic Pruning ranks units by it.
+
+Source: Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024 (arXiv 2407.04616), with the group importance
+that its published models were made with:
+
+    G = sum over batches of d(mean cross-entropy)/dW        T = |W * G|        raw_u = sum of T over u's coupled weights
+
+Signs cancel between batches before the absolute value is taken. Of a unit's weights those of convolutions, linear
+layers and LayerNorms count; biases, tokens, position embeddings and layer scales are cut with it but do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import arch_of
+
+from .coupled import KINDS, coupled_sums
+from .scores import Scores
+
+__all__ = ["FAMILIES", "KINDS", "attention_pairs", "score", "summed_gradients", "taylor_terms"]
+
+FAMILIES = ("vit", "swin", "pvt_v2")
+Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Progress = Callable[[int, int], None]
+
+
+def score(model: nn.Module, batches: Batches, *, progress: Progress | None = None) -> Scores:
+    """Raw coupled Taylor sums of every unit; one forward and backward pass per batch.
+
+    Args:
+        model: a ViT, Swin or PVTv2 that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
+        batches: (images B·C·H·W, labels B).
+        progress: called with (batches done, batches in all).
+
+    Raises:
+        UserError: a block's heads have unequal or different query/key and value widths.
+    """
+    arch = arch_of(model)
+    vectors = coupled_sums(arch, taylor_terms(model, summed_gradients(model, batches, progress=progress)))
+    images = sum(len(x) for x, _ in batches)
+    return Scores(vectors, {"method": "taylor", "arch": arch.hash, "batches": len(batches), "images": images})
+
+
+def summed_gradients(
+    model: nn.Module, batches: Batches, *, progress: Progress | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradient of the mean cross-entropy with respect to every parameter, summed over batches, in eval mode."""
+    if not batches:
+        raise ValueError("no batches to score on")
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    try:
+        for done, (x, y) in enumerate(batches, 1):
+            with torch.enable_grad():
+                torch.autograd.backward(F.cross_entropy(model(x.to(device)), y.to(device)))
+            if progress:
+                progress(done, len(batches))
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+
+
+def taylor_terms(model: nn.Module, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """|w * gradient| of every weight that counts."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if name.endswith(".weight")}
+    return {name: (w * gradients[name]).abs() for name, w in weights.items() if name in gradients}
+
+
+def attention_pairs(terms: dict[str, torch.Tensor], block: int) -> torch.Tensor:
+    """A ViT block's terms by (attention channel, residual channel), (H·E, D): what both lose when either goes.
+
+    Isomorphic Pruning's own class ranks head channels by these, over the residual channels that stay.
+    """
+    qkv, proj = terms[f"blocks.{block}.attn.qkv.weight"], terms[f"blocks.{block}.attn.proj.weight"]
+    return qkv.view(3, -1, qkv.shape[1]).sum(0) + proj.T

@@ -1,0 +1,161 @@
+"""One method, once: score the source, decide for a budget, cut, measure, save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from models import Arch, Cost, UserError, arch_of, cost, cut, load, save
+from models.errors import nearest
+from pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pruner
+from training import EVAL_BATCH, Data, evaluate, open_data
+
+from .provenance import versions, weights_digest
+from .scoring import DEPTH, Calibration, Progress, cached_scores
+
+__all__ = ["Budget", "Pruned", "open_source", "prune_once"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``value`` is a share of the source's cost where it is at most 1, otherwise an absolute cost in ``measure``."""
+
+    value: float
+    measure: Measure = MACS
+
+    def limit(self, arch: Arch) -> float:
+        """The cost that the result must not exceed. Raises UserError for a value that is not positive."""
+        if not self.value > 0:
+            raise UserError(f"budget = {self.value}: give a share of the source in (0, 1], or a number of MACs, ...")
+        return self.value * self.measure(arch) if self.value <= 1 else self.value
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A cut model with its exact cost, and accuracy in percent before and after, without any training."""
+
+    model: nn.Module
+    source_cost: Cost
+    cost: Cost
+    source_top1: float
+    top1: float
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(name: str) -> Any:
+    """The model in a saved folder, or a timm name with its pretrained weights. Raises UserError where there is none."""
+    if Path(name).exists():
+        return load(name)
+    if not timm.is_model(name.split(".")[0]):
+        hint = nearest(name.split(".")[0], timm.list_models())
+        raise UserError(f"{name!r} is neither the folder of a saved model nor a timm model. {hint}".strip())
+    Arch.from_timm(name)
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except Exception as error:  # timm raises whatever its parts raise, a failed download above all
+        raise UserError(f"the weights of {name!r} cannot be had: {error}") from error
+
+
+def prune_once(
+    model: nn.Module,
+    data_name: str,
+    method: str,
+    budget: Budget,
+    *,
+    drop: int = 0,
+    groups: Mapping[str, int] | None = None,
+    floors: Mapping[str, float] | None = None,
+    calibration: Calibration | None = None,
+    cache: Path,
+    progress: Progress,
+) -> Pruned:
+    """Cut ``model`` by a method of ``pruners.PRUNERS`` to a budget.
+
+    Args:
+        model: the source, ours or one that ``Arch.from_timm`` accepts.
+        data_name: as for ``training.open_data``; for calibration images and accuracy.
+        method: the width method.
+        budget: what the result may cost.
+        drop: blocks that go first, least important ones by KL divergence (ViT only).
+        groups: units per group of some kinds; the others keep ``GROUP_SIZES``.
+        floors: share of every vector of some kinds that stays.
+        calibration: the images to score on.
+        cache: folder of scores.
+        progress: told what goes on.
+
+    Raises:
+        UserError: the method cannot serve the model, a setting does not fit, or the budget cannot be met.
+    """
+    arch = arch_of(model)
+    pruner(method).check(method, arch)
+    limit = budget.limit(arch)
+    if not 0 <= drop < arch.depth:
+        raise UserError(f"drop = {drop}: the model has {arch.depth} blocks, at least one must stay")
+    data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
+    settings = _settings(method, budget.measure, drop, groups, floors)
+    calibration = calibration or Calibration()
+    weights = weights_digest(model)
+    _to_device(model)
+
+    def scores(of: str) -> tuple[Scores, str]:
+        path = cached_scores(model, of, data, calibration, cache, progress, weights=weights)
+        return Scores.load(path), path.name
+
+    widths, name = scores(method)
+    if drop:
+        settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
+    small = cut(model, pruner(method).decide(arch, widths, limit, measure=budget.measure, **settings))
+    provenance = {
+        "method": method,
+        "source": {"name": arch.source, "weights": weights},
+        "scores": name,
+        "data": data.info.fingerprint,
+        "budget": {"measure": budget.measure.name, "limit": limit},
+        "seed": calibration.seed,
+        "versions": versions(),
+    }
+    return Pruned(
+        model=small,
+        source_cost=cost(arch),
+        cost=cost(arch_of(small)),
+        source_top1=_top1(model, data, progress, "evaluating the source"),
+        top1=_top1(small, data, progress, "evaluating the cut model"),
+        provenance=provenance,
+    )
+
+
+def _settings(
+    method: str,
+    measure: Measure,
+    drop: int,
+    groups: Mapping[str, int] | None,
+    floors: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """What the method's rule takes besides the budget."""
+    if pruner(method).decide is cheapest_first:
+        return {"groups": {**GROUP_SIZES, **(groups or {})}, "floors": floors}
+    if drop or groups or floors:
+        raise UserError(f"method {method!r} decides by ratios per structure: it takes no drop, groups or floors")
+    return {}
+
+
+def _to_device(model: nn.Module) -> None:
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _top1(model: nn.Module, data: Data, progress: Progress, what: str) -> float:
+    progress(what, 0.0, "")
+    top1 = evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
+    progress(what, 1.0, f"top-1 {top1:.2f} %")
+    return top1
+
+
+def save_pruned(pruned: Pruned, out: Path) -> Path:
+    """Write the cut model with where it comes from."""
+    return save(pruned.model.cpu(), out, {**pruned.provenance, "top1": pruned.top1})

@@ -1,0 +1,89 @@
+"""Scores from a cache: computed once for the same weights, method, data and settings, whoever asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from models import arch_of
+from pruners import Scores, pruner, score_depth
+from pruners.scores import FORMAT
+from training import Data, images_only
+
+from .provenance import digest, weights_digest
+
+__all__ = ["Calibration", "Progress", "cached_scores"]
+
+Progress = Callable[[str, float, str], None]  # what is being done, the share of it done in [0, 1], a note
+DEPTH = "depth_kl"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The images that scores are made on: how many, in batches of which size, drawn with which seed.
+
+    The batch size matters: saliency is a mean of squared batch sums.
+    """
+
+    images: int = 1024
+    batch_size: int = 16
+    seed: int = 0
+
+
+def cached_scores(
+    model: nn.Module,
+    method: str,
+    data: Data,
+    calibration: Calibration,
+    cache: Path,
+    progress: Progress,
+    *,
+    weights: str | None = None,
+) -> Path:
+    """The file of a method's scores of ``model``, made now where the cache does not have it.
+
+    Args:
+        model: the scored model, on its device.
+        method: a name in ``pruners.PRUNERS``, or ``depth_kl`` for the importance of whole blocks.
+        data: where the calibration images come from (its training split).
+        calibration: which of them.
+        cache: folder; the file is named by the hash of everything that it depends on.
+        progress: told what goes on.
+        weights: ``weights_digest(model)``, where it is known already.
+
+    Raises:
+        UserError: the method is unknown, or cannot serve the model.
+    """
+    if method != DEPTH:
+        pruner(method).check(method, arch_of(model))
+    weights = weights or weights_digest(model)
+    settings = asdict(calibration)
+    facts = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
+    path = cache / f"{method}-{digest(facts)}.safetensors"
+    if not path.exists():
+        what = "measuring blocks" if method == DEPTH else "scoring widths"
+        batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
+
+        def on_batch(done: int, total: int) -> None:
+            progress(what, done / total, f"{done}/{total}")
+
+        scores = _compute(model, method, batches, calibration, on_batch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
+        os.replace(scratch, path)
+    return path
+
+
+def _compute(
+    model: nn.Module, method: str, batches: Any, calibration: Calibration, progress: Callable[[int, int], None]
+) -> Scores:
+    if method == DEPTH:
+        return score_depth(model, images_only(batches), progress=progress)
+    seed = {"seed": calibration.seed} if pruner(method).seeded else {}
+    return pruner(method).score(model, batches, progress=progress, **seed)

@@ -1,0 +1,90 @@
+"""What every width method must do, whatever it measures; ``tests/pruners/test_contract.py`` runs it for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from random import Random
+
+import torch
+from torch import nn
+
+from models import Arch, arch_of, cost, cut
+from pruners import MACS, Pruner, Scores, vector_sizes
+from tests.generate import random_arch, random_images, random_model
+
+GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2}
+
+
+def source(family: str, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small model of a family whose heads have one width for queries, keys and values."""
+    arch = random_arch(Random(seed), family, ragged=False, missing=False, extras=False)
+    stages = tuple(
+        dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, v=b.qk) for b in s.blocks)) for s in arch.stages
+    )
+    return random_model(dataclasses.replace(arch, stages=stages), seed, dtype)
+
+
+def labelled(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(random_images(arch, seed + i, batch=4, dtype=dtype), torch.arange(4) % arch.num_classes) for i in range(2)]
+
+
+class PrunerContract:
+    """Checks of one pruner on one family."""
+
+    def __init__(self, pruner: Pruner, family: str) -> None:
+        self.pruner, self.family = pruner, family
+        self.model = source(family, 7)
+        self.arch = arch_of(self.model)
+        self.batches = labelled(self.arch, 1)
+
+    def score(self, model: nn.Module | None = None) -> Scores:
+        return self.pruner.score(self.model if model is None else model, self.batches)
+
+    def check_every_unit_is_scored(self) -> None:
+        scores = self.score()
+        assert {name: len(v) for name, v in scores.vectors.items()} == vector_sizes(self.arch, self.pruner.kinds)
+        for name, vector in scores.vectors.items():
+            assert vector.dtype == torch.float64, name
+            assert torch.isfinite(vector).all(), name
+            assert (vector >= 0).all(), name
+        assert scores.provenance["arch"] == self.arch.hash
+        assert scores.provenance["method"]
+
+    def check_scoring_is_a_pure_function(self) -> None:
+        self.model.train()
+        before = {name: t.clone() for name, t in self.model.state_dict().items()}
+        torch.manual_seed(0)
+        first = self.score()
+        torch.manual_seed(1)  # no global random numbers
+        second = self.score()
+        assert all(torch.equal(first.vectors[name], second.vectors[name]) for name in first.vectors)
+        assert self.model.training
+        assert all(p.grad is None for p in self.model.parameters())
+        assert all(torch.equal(before[name], t) for name, t in self.model.state_dict().items())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+
+    def check_progress_counts_to_the_end(self) -> None:
+        calls: list[tuple[int, int]] = []
+        self.pruner.score(self.model, self.batches, progress=lambda done, total: calls.append((done, total)))
+        assert calls
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+        assert calls[-1][0] == calls[-1][1]
+
+    def check_budgets_are_met_and_nested(self) -> None:
+        scores, total = self.score(), cost(self.arch).macs
+        settings = {"groups": GROUPS} if self.pruner.decide.__name__ == "cheapest_first" else {}
+        last = total
+        for share in (0.9, 0.7, 0.5):
+            decision = self.pruner.decide(self.arch, scores, share * total, measure=MACS, **settings)
+            small = cut(self.model, decision)
+            assert cost(arch_of(small)).macs <= share * total
+            assert torch.isfinite(small(self.batches[0][0])).all()
+            assert cost(arch_of(small)).macs <= last
+            last = cost(arch_of(small)).macs
+
+    def check_a_cut_model_can_be_scored_and_cut_again(self) -> None:
+        settings = {"groups": GROUPS} if self.pruner.decide.__name__ == "cheapest_first" else {}
+        total = cost(self.arch).macs
+        small = cut(self.model, self.pruner.decide(self.arch, self.score(), 0.8 * total, measure=MACS, **settings))
+        again = self.pruner.decide(arch_of(small), self.score(small), 0.6 * total, measure=MACS, **settings)
+        assert cost(arch_of(cut(small, again))).macs <= 0.6 * total
