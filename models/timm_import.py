@@ -177,19 +177,12 @@ def _swin_arch(model: Any, name: str, _: tuple[int, int]) -> Arch:
             index += 1
         window = tuple(layer.blocks[0].window_size)
         stages.append(Stage(width=layer.blocks[0].dim, grid=grid, blocks=tuple(blocks), window=window))
-    return Arch(
-        family="swin",
-        source=name,
-        img_size=tuple(embed.img_size),
-        patch_size=tuple(embed.patch_size),
-        in_chans=embed.proj.in_channels,
-        num_classes=model.num_classes,
-        stages=tuple(stages),
-        class_token=False,
-        pool="avg",
-        qkv_bias=biases.pop(),
-        norm_eps=eps,
-    )
+    shape = {
+        "img_size": tuple(embed.img_size),
+        "patch_size": tuple(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+    }
+    return _pyramid(model, "swin", name, stages, biases, norm_eps=eps, **shape)
 
 
 def _swin_block(index: int, block: Any, require: Any) -> Block:
@@ -234,18 +227,22 @@ def _pvt_arch(model: Any, name: str, img_size: tuple[int, int]) -> Arch:
         stages.append(
             Stage(width=embeds[s].proj.out_channels, grid=(grid[0], grid[1]), blocks=tuple(blocks), sr_ratio=ratio)
         )
+    shape = {"img_size": img_size, "patch_size": (4, 4), "in_chans": model.in_chans}
+    return _pyramid(model, "pvt_v2", name, stages, biases, norm_eps=eps, **shape)
+
+
+def _pyramid(model: Any, family: str, name: str, stages: list[Stage], biases: set[bool], **facts: Any) -> Arch:
+    """The record of a model of several stages, which has no prefix tokens and averages over places."""
+    _require(name, len(biases) == 1, "its blocks differ in the bias of queries, keys and values")
     return Arch(
-        family="pvt_v2",
+        family=family,
         source=name,
-        img_size=img_size,
-        patch_size=(4, 4),
-        in_chans=model.in_chans,
         num_classes=model.num_classes,
         stages=tuple(stages),
         class_token=False,
         pool="avg",
         qkv_bias=biases.pop(),
-        norm_eps=eps,
+        **facts,
     )
 
 
