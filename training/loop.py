@@ -22,7 +22,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from models import blocks_of
+from models import UserError, blocks_of
+from pruners.hook import Hook, TrainingHook
 
 from .checkpoint import load_state, save_state
 from .data import Data
@@ -65,44 +66,53 @@ def fit(
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
+    hook: TrainingHook[Any] | None = None,
     seed: int = 0,
     state: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> bool:
-    """Train ``model`` in place; True when all epochs are done, False when ``should_stop`` ended it after one.
+    """Train ``model`` in place; True when all is done, False when ``should_stop`` ended it after an epoch.
 
     Args:
         model: a classifier with timm's ``pretrained_cfg``; ends in eval mode.
         data: what to train and evaluate on.
         recipe: epochs, optimizer and losses.
         teacher: the model to distil from where ``recipe.distill_weight`` is not 0; moved to the model's device.
+        hook: a method that prunes while the model trains; new, or as it was for the run that ``state`` is of. May end
+            the training early. Its ``finish`` is the caller's to call.
         seed: together with the epoch's number fixes order, augmentation and stochastic depth.
         state: file that keeps the state after every epoch and from which an unfinished run goes on.
         on_step: called with (steps done, steps in all, loss).
         on_epoch: called after every epoch's evaluation.
         should_stop: asked after every epoch.
+
+    Raises:
+        UserError: ``state`` is that of a run with another kind of hook.
     """
     _set_drop_path(model, recipe.drop_path)
+    hook = Hook() if hook is None else hook
+    hook.wrap(model)
     task = _task(model, teacher, recipe).to(next(model.parameters()).device)
-    optimizer = create_optimizer_v2(model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = _optimizer(model, hook, recipe)
     order = torch.Generator()
     loader = data.train_loader(recipe.batch_size, order)
     scheduler = _scheduler(optimizer, recipe, len(loader))
-    done = _resume(state, model, optimizer)
-    finished = done == recipe.epochs
-    for epoch in range(done, recipe.epochs):
+    done = _resume(state, model, optimizer, hook)
+    finished = done == recipe.epochs or hook.done
+    for epoch in range(recipe.epochs if finished else done, recipe.epochs):
         with seeded(_mix(seed, epoch)):
             order.manual_seed(_mix(seed, epoch))
-            loss, rate = _train_epoch(task, model, loader, optimizer, scheduler, recipe, epoch, on_step)
+            loss, rate = _train_epoch(task, model, hook, loader, optimizer, scheduler, recipe, epoch, on_step)
         if state is not None:
-            save_state(state, {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "hook": hook.state_dict()}
+            save_state(state, {"epoch": epoch + 1, **parts})
         if on_epoch:
             top1 = evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
             on_epoch(Epoch(epoch + 1, recipe.epochs, loss, top1, optimizer.param_groups[0]["lr"], rate))
-        finished = epoch + 1 == recipe.epochs
-        if not finished and should_stop is not None and should_stop():
+        finished = epoch + 1 == recipe.epochs or hook.done
+        if finished or (should_stop is not None and should_stop()):
             break
     model.eval()
     return finished
@@ -139,6 +149,18 @@ def _task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Traini
     )
 
 
+def _optimizer(model: nn.Module, hook: TrainingHook[Any], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW over the model's parameters, and the hook's, whose groups have settings of their own."""
+    optimizer = create_optimizer_v2(model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
+    groups = hook.parameter_groups()
+    own = {id(p) for group in groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+    for group in groups:
+        optimizer.add_param_group(group)
+    return optimizer
+
+
 def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -153,19 +175,23 @@ def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> 
     return scheduler
 
 
-def _resume(state: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(state: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, hook: TrainingHook[Any]) -> int:
     """Load the last whole epoch; the number of epochs done."""
     found = load_state(state) if state is not None else None
     if found is None:
         return 0
+    if found.get("hook", {}).keys() != hook.state_dict().keys():
+        raise UserError(f"{state}: this run was started with another method of pruning; delete it, or use that method")
     model.load_state_dict(found["model"], strict=True)
     optimizer.load_state_dict(found["optimizer"])
+    hook.load_state_dict(found.get("hook", {}))
     return int(found["epoch"])
 
 
 def _train_epoch(
     task: TrainingTask,
     model: nn.Module,
+    hook: TrainingHook[Any],
     loader: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
@@ -175,18 +201,23 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """Mean loss, and images per second."""
     task.train()
+    hook.start_epoch()
     device = next(model.parameters()).device
     total, images, start = 0.0, 0, time.perf_counter()
     for index, (x, y) in enumerate(loader):
         step = epoch * len(loader) + index
         scheduler.step_update(step)
-        loss = task(x.to(device), y.to(device))["loss"]
+        loss = hook.loss(task(x.to(device), y.to(device)))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
+        hook.after_backward()
         if recipe.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
         optimizer.step()
+        hook.after_step()
         total, images = total + loss.item() * len(x), images + len(x)
         if on_step:
             on_step(step + 1, recipe.epochs * len(loader), loss.item())
+        if hook.done:
+            break
     return total / images, images / (time.perf_counter() - start)

@@ -1,8 +1,9 @@
-"""NViT against what the original code computes: saliency, and the dense model that its masks stand for."""
+"""NViT against what the original code computes: losses, saliency, latencies, whole pruning runs, the dense model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, num_params
-from pruners import kind_of, nvit
+from models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, cut_arch, num_params
+from models.latency import Setting
+from models.latency_nvit import from_nvit
+from models.latency_table import LatencyTable
+from pruners import kind_of, nvit, vector_sizes
+from pruners.masking import Masking
+from pruners.nvit_hook import NViTPruning
+from pruners.nvit_schedule import Grouping, adjust, dims_of, form_groups, narrow, reference_index, unit_gains
 from tests.oracle import masked
+from training.losses import cnn_distillation, full_model_kl
 
 from .conftest import cases
 
@@ -67,25 +75,35 @@ class Case:
         part = {name: tensor[index] for name, tensor in self.tensors.items() if name.startswith(per_batch)}
         x = part["inputs"].to(self.dtype)
         features = self.model.forward_features(x)
-        z = z_mean = self.model.head(features[:, 0])
+        z = z_dist = self.model.head(features[:, 0])
         if hasattr(self.model, "head_dist"):
-            z = self.model.head_dist(features[:, 1])
-            z_mean = (self.model.head(features[:, 0]) + z) / 2
+            z_dist = self.model.head_dist(features[:, 1])
+        z_mean = (z + z_dist) / 2
         if self.config["loss"] == "ce":
             return F.cross_entropy(z_mean, part["labels"])
-        soft = -(part["soft_targets"].to(self.dtype) * z_mean.log_softmax(-1)).sum(-1).mean()
+        soft = part["soft_targets"].to(self.dtype)
         if self.config["loss"] == "soft_ce":
-            return soft
-        temperature = self.config["kl_temperature"]
+            return F.cross_entropy(z_mean, soft)
         teacher = part["teacher_logits"]
         if "teacher_logits_dist" in part:
             teacher = (teacher + part["teacher_logits_dist"]) / 2
-        kd = F.kl_div(
-            (z_mean / temperature).log_softmax(-1), (teacher.to(self.dtype) / temperature).softmax(-1), reduction="mean"
-        )
-        alpha = self.config["distill_alpha"]
-        hard = F.cross_entropy(z, part["cnn_teacher_logits"].argmax(-1))
-        return self.config["kl_coef"] * kd + self.config["original_loss_coef"] * ((1 - alpha) * soft + alpha * hard)
+        alpha, cnn = self.config["distill_alpha"], part["cnn_teacher_logits"]
+        kl = full_model_kl(z_mean, teacher.to(self.dtype), self.config["kl_temperature"])
+        hard = self.config["original_loss_coef"] * cnn_distillation(z, z_dist, soft, cnn, alpha=alpha)
+        return self.config["kl_coef"] / z.shape[-1] * kl + hard  # its mean is over the classes, too
+
+    @property
+    def batches(self) -> int:
+        return len(self.tensors["loss"])
+
+    @property
+    def grouping(self) -> Grouping:
+        return Grouping({kind_of(KINDS[kind]): size for kind, size in self.config["group_size"].items()})
+
+    @property
+    def eta(self) -> float:
+        """Per millisecond; the golden files count in seconds."""
+        return self.config["eta"] / 1e3
 
 
 @pytest.fixture(params=CASES, ids=lambda path: path.name)
@@ -185,3 +203,158 @@ def test_costs_and_logits(path: Path) -> None:
         arch = read_arch(case.data[f"arch_{stage}"])
         assert cost(arch).macs == case.data[f"macs_{stage}"]
         assert cost(arch).params == case.data[f"params_{stage}"] == num_params(build(arch))
+
+
+def table_of(path: Path) -> LatencyTable:
+    data = json.loads(path.with_name(path.name + "_latency.json").read_text())
+    arch = read_arch(json.loads(path.with_name(path.name + ".json").read_text())["arch_initial"])
+    return from_nvit(data, source=arch, setting=Setting(batch=1), device_name="golden")
+
+
+def vector_of(kind: str, block: int) -> str:
+    return KINDS[kind] if block < 0 else f"blocks.{block}.{KINDS[kind]}"
+
+
+def test_latencies_of_a_block(path: Path) -> None:
+    case, grid = Case(path, torch.float64), table_of(path).stages[0]["attn"]
+    axes = ("embed", "heads", "qk", "v", "mlp")
+    queries = case.tensors["lat_query"].tolist()
+    for query, want, gains in zip(queries, case.tensors["lat_value"], case.tensors["lat_unit_gain"], strict=True):
+        at = dict(zip(axes, query, strict=True))
+        assert grid("block", at) / 1e3 == pytest.approx(want.item(), abs=1e-10)
+        for axis, gain in zip(axes, gains.tolist(), strict=True):
+            less = at | {axis: at[axis] - 1}
+            assert grid.covers(less) == (gain == gain), f"{less}: {gain}"
+            if grid.covers(less):
+                assert (grid("block", at) - grid("block", less)) / 1e3 == pytest.approx(gain, abs=1e-10)
+
+
+TRACES = {
+    "trace_full_ln": ("reference", "full"),
+    "trace_masked_ln": ("reference", "kept"),
+    "trace_live_masked_ln": ("live", "kept"),
+}
+
+
+def run(case: Case, path: Path, trace: str) -> tuple[NViTPruning, Iterator[dict[str, Any]]]:
+    """Prune the case as ``trace`` was: at its target latency and at the trace's last one; yields its steps."""
+    schedule, layer_norm = TRACES[trace]
+    steps, config = case.data[trace], case.config
+    budgets = {config["latency_target_ratio"] * config["latency_full"], min(s["latency_true"] for s in steps)}
+    hook = NViTPruning(
+        [budget * 1e3 * (1 + 1e-12) for budget in budgets],
+        measure=table_of(path),
+        eta=case.eta,
+        eta_unit="absolute",
+        interval=case.batches,
+        groups_per_step=config["units_per_iteration"] // config["schedule_group_size"],
+        schedule=schedule,
+        groups=case.grouping.sizes,
+        momentum=config["momentum"],
+        divide={kind_of(KINDS[kind]): d for kind, d in config["score_divisor"].items()},
+        layer_norm=layer_norm,
+    )
+    hook.wrap(case.model)
+
+    def steps_done() -> Iterator[dict[str, Any]]:
+        for step in steps:
+            for index in range(case.batches):
+                case.model.zero_grad()
+                case.loss(index).backward()
+                hook.after_backward()
+                hook.after_step()  # weights are frozen in the golden runs
+            yield step
+            if hook.done:
+                return
+
+    return hook, steps_done()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("trace", TRACES)
+def test_traces(path: Path, trace: str, dtype: torch.dtype) -> None:
+    case = Case(path, dtype)
+    arch, total = arch_of(case.model), len(case.data["ranking_iteration0"])
+    hook, steps = run(case, path, trace)
+    for step in steps:
+        where = f"{trace}[{step['iteration']}]"
+        want = {(vector_of(g["kind"], g["block"]), tuple(sorted(g["units"]))): g["score"] for g in step["pruned"]}
+        assert {(g.vector, g.units) for g in hook.last_step.removed} == set(want), where
+        small = narrow(arch, dims_of(hook.keep))
+        assert small.stages == read_arch(case.data["arch_initial"] | step["dims"]).stages, where
+        assert hook.measure.predict(small) / 1e3 == pytest.approx(step["latency_true"], abs=1e-10), where
+        if "macs" in step:
+            assert (cost(small).macs, cost(small).params) == (step["macs"], step["params"]), where
+        if "threshold" in step:
+            assert reference_index(step["iteration"], hook.groups_per_step, total) == step["threshold_index"], where
+        if "threshold" in step and dtype == torch.float64:
+            assert hook.last_step.threshold == pytest.approx(step["threshold"], rel=1e-9), where
+        if dtype == torch.float64:
+            for group in hook.last_step.removed:
+                assert group.score == pytest.approx(want[group.vector, group.units], rel=1e-9, abs=1e-12), where
+    assert hook.done
+    variant = trace.removeprefix("trace_") + "/true"
+    if variant in case.data["stops"]:
+        stop = case.data["stops"][variant]
+        first = hook.snapshots[0]
+        assert first.step == (stop["iteration"] + 1) * case.batches
+        assert first.cost / 1e3 / case.config["latency_full"] == pytest.approx(stop["latency_true_ratio"], abs=1e-10)
+        assert cut_arch(arch, first.cut).stages == read_arch(case.data["arch_initial"] | stop["dims"]).stages
+        assert cost(arch_of(first.model)).macs == stop["macs"]
+        assert num_params(first.model) == stop["params"]
+    if trace == "trace_full_ln":
+        assert hook.snapshots[0].cut == decision_of(case)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("trace", "prefix"), [("trace_full_ln", ""), ("trace_masked_ln", "masked_ln.")])
+def test_averages_and_latency_aware_scores(
+    path: Path, trace: str, prefix: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    case = Case(path, dtype)
+    hook, steps = run(case, path, trace)
+    full = vector_sizes(hook.arch, nvit.KINDS)
+    for index in (0, 1):
+        keep = {name: mask.clone() for name, mask in hook.keep.items()}
+        next(steps)
+        gains = unit_gains(hook.measure, narrow(hook.arch, dims_of(keep)), full, case.grouping)
+        adjusted = adjust(hook.scores, keep, gains, case.eta)
+        want = {"ema": case.vectors(f"{prefix}ema{index}"), "adjusted": case.vectors(f"{prefix}adjusted{index}")}
+        for what, got in (("ema", hook.scores), ("adjusted", adjusted)):
+            for name, vector in want[what].items():
+                assert_close(got[name], vector, tolerance, f"{prefix}{what}{index}.{name}")
+    assert want["ema"], "the case has no ema1"
+
+
+def test_first_ranking(path: Path) -> None:
+    case = Case(path, torch.float64)
+    hook, steps = run(case, path, "trace_full_ln")
+    keep = {name: mask.clone() for name, mask in hook.keep.items()}
+    gains = unit_gains(hook.measure, hook.arch, vector_sizes(hook.arch, nvit.KINDS), case.grouping)
+    next(steps)
+    adjusted = adjust(hook.scores, keep, gains, case.eta)
+    groups = [
+        group
+        for name, vector in adjusted.items()
+        for group in form_groups(name, vector, torch.arange(len(vector)), case.grouping.size(name))
+    ]
+    ranked = {(g.vector, g.units): g.score for g in sorted(groups, key=lambda g: g.score)}
+    want = case.data["ranking_iteration0"]
+    names = [(vector_of(g["kind"], g["block"]), tuple(sorted(g["units"]))) for g in want]
+    assert list(ranked) == names
+    for name, group in zip(names, want, strict=True):
+        assert ranked[name] == pytest.approx(group["score"], rel=1e-9, abs=1e-15)
+        assert gains[name[0]] / 1e3 == pytest.approx(group["latency_gain_per_unit"], abs=1e-10)
+        saliency = float(hook.scores[name[0]][list(name[1])].sum())
+        assert saliency == pytest.approx(group["saliency"], rel=1e-9)
+
+
+def test_masked_models(path: Path) -> None:
+    """LayerNorms over all channels are the original's, over kept ones the dense model's."""
+    for kept_norms, want in ((False, "logits_masked_full_ln"), (True, "logits_masked_masked_ln")):
+        case = Case(path, torch.float64)
+        masking = Masking(case.model, arch_of(case.model), kept_norms=kept_norms)
+        masking.set({name: mask.bool() for name, mask in case.vectors("keep").items()})
+        with torch.no_grad():
+            logits = case.model(case.tensors["inputs"][0])
+        torch.testing.assert_close(logits, case.tensors[want], rtol=0, atol=1e-10)

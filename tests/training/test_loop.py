@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import timm
 import torch
 from torch import nn
 
+from models import UserError
+from pruners.hook import Hook
 from training import EVAL_BATCH, Epoch, Recipe, evaluate, fit, open_data, seeded
 
 
@@ -126,6 +130,88 @@ def test_no_epochs_is_no_training(data) -> None:
     before = weights(model)
     assert fit(model, data, Recipe(epochs=0))
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+class Gate(Hook):
+    """Adds a parameter with a learning rate of its own and a loss term on it, and notes what is called."""
+
+    def __init__(self, lr: float = 0.0, stop_after: int | None = None) -> None:
+        self.lr, self.stop_after, self.calls, self.steps = lr, stop_after, [], 0
+
+    @property
+    def done(self) -> bool:
+        return self.steps == self.stop_after
+
+    def wrap(self, model: nn.Module) -> None:
+        self.model = model
+        model.gate = nn.Parameter(torch.ones(10))
+        self.calls.append("wrap")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.model.gate], "lr": self.lr, "weight_decay": 0.0}]
+
+    def start_epoch(self) -> None:
+        assert self.model.training
+        self.calls.append("epoch")
+
+    def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self.calls.append("loss")
+        return terms["loss"] + (self.model.gate * torch.arange(10)).sum()
+
+    def after_backward(self) -> None:
+        assert torch.equal(self.model.gate.grad, torch.arange(10.0))  # not clipped to norm 1 yet
+        self.before = weights(self.model)
+        self.calls.append("backward")
+
+    def after_step(self) -> None:
+        assert not all(torch.equal(a, b) for a, b in zip(self.before, weights(self.model), strict=True))
+        self.steps += 1
+        self.calls.append("step")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_a_hook_is_called_in_order_and_can_end_the_training(data) -> None:
+    model, hook, epochs = make(), Gate(stop_after=14), []
+    assert fit(model, data, RECIPE, hook=hook, on_epoch=epochs.append)
+    step = ["loss", "backward", "step"]
+    assert hook.calls == ["wrap", "epoch", *step * 11, "epoch", *step * 3]  # 11 steps are an epoch
+    assert len(epochs) == 2
+
+
+def test_a_hook_s_parameters_have_a_learning_rate_of_their_own(data) -> None:
+    recipe = RECIPE.model_copy(update={"warmup_epochs": 0})
+    for lr, moves in ((0.0, 0.0), (0.1, 0.1)):
+        model = make()
+        fit(model, data, recipe, hook=Gate(lr, stop_after=1))
+        torch.testing.assert_close(1 - model.gate.detach(), torch.tensor([0.0] + [moves] * 9), rtol=1e-4, atol=1e-7)
+
+
+def test_a_hook_that_does_nothing_changes_nothing(data) -> None:
+    runs = [make(), make()]
+    recipe = RECIPE.model_copy(update={"epochs": 1})
+    fit(runs[0], data, recipe)
+    fit(runs[1], data, recipe, hook=Hook())
+    assert all(torch.equal(a, b) for a, b in zip(*map(weights, runs), strict=True))
+
+
+def test_a_hook_s_state_goes_on_with_the_run(data, tmp_path: Path) -> None:
+    whole, model, state = make(), make(), tmp_path / "state.safetensors"
+    fit(whole, data, RECIPE, hook=Gate(0.1, stop_after=25), seed=3)
+    assert not fit(model, data, RECIPE, hook=Gate(0.1, 25), seed=3, state=state, should_stop=lambda: True)
+    with pytest.raises(UserError, match="was started with another method of pruning; delete it"):
+        fit(make(), data, RECIPE, state=state)
+    again, hook = make(8), Gate(0.1, stop_after=25)
+    assert fit(again, data, RECIPE, hook=hook, seed=3, state=state)
+    assert hook.steps == 25
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+    finished = Gate(0.1, stop_after=25)
+    assert fit(make(8), data, RECIPE, hook=finished, seed=3, state=state)
+    assert finished.calls == ["wrap"]
 
 
 def test_evaluation_is_exact() -> None:

@@ -1,0 +1,125 @@
+"""A model that is pruned while it trains: full-size tensors whose pruned entries are zero, and stay zero.
+
+Whatever ``models.cut`` would take away is zeroed, on both sides of a unit. A LayerNorm over residual channels then has
+to average over those that are kept, or the masked model is another function than the cut one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import Arch
+from models.cut import tensor_axes
+
+__all__ = ["KeptLayerNorm", "Masking", "axis_masks"]
+
+
+class KeptLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in ``kept``; the others come out as 0. Has the parameters of ``norm`` themselves."""
+
+    kept: torch.Tensor | None
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("kept", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) to the same; on the kept channels it is what the cut model computes."""
+        if self.kept is None:
+            return super().forward(x)
+        weight, bias = self.weight.index_select(0, self.kept), self.bias.index_select(0, self.kept)
+        y = F.layer_norm(x.index_select(-1, self.kept), (len(self.kept),), weight, bias, self.eps)
+        return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
+
+
+class Masking:
+    """Holds a ViT's or Swin's parameters at the masks of ``set``.
+
+    Gradients of pruned entries are zeroed before they are used, so what an optimizer remembers of an entry fades after
+    it was pruned, and bears on that entry alone, which is zeroed after every step.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch, *, kept_norms: bool) -> None:
+        self._model, self._arch = model, arch
+        norms = {name: m for name, m in model.named_modules() if kept_norms and isinstance(m, nn.LayerNorm)}
+        self._norms = {name: (norm, KeptLayerNorm(norm)) for name, norm in norms.items()}
+        self._pruned: list[tuple[nn.Parameter, list[torch.Tensor]]] = []
+        self._place(1)
+
+    def set(self, keep: Mapping[str, torch.Tensor]) -> None:
+        """From now on only the units in ``keep`` (bool, by vector) are there; all others are zeroed."""
+        device = next(self._model.parameters()).device
+        masks = {axis: mask.to(device) for axis, mask in axis_masks(self._arch, keep).items() if not mask.all()}
+        self._pruned = []
+        for name, parameter in self._model.named_parameters():
+            gone = [
+                ~masks[units].view(-1, *[1] * (parameter.dim() - 1 - axis))
+                for axis, units in enumerate(tensor_axes(self._arch, name))
+                if units in masks
+            ]
+            if gone:
+                self._pruned.append((parameter, gone))
+        for name, (_, norm) in self._norms.items():
+            (units,) = tensor_axes(self._arch, f"{name}.weight")
+            norm.kept = torch.nonzero(masks[units])[:, 0] if units in masks else None
+        self.zero_weights()
+
+    @torch.no_grad()
+    def zero_weights(self) -> None:
+        for parameter, masks in self._pruned:
+            for gone in masks:
+                parameter.masked_fill_(gone, 0)
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        for parameter, masks in self._pruned:
+            if parameter.grad is not None:
+                for gone in masks:
+                    parameter.grad.masked_fill_(gone, 0)
+
+    @contextlib.contextmanager
+    def stock_norms(self) -> Iterator[None]:
+        """The model has its own LayerNorms inside, as ``Arch.from_timm`` wants it."""
+        self._place(0)
+        try:
+            yield
+        finally:
+            self._place(1)
+
+    def remove(self) -> None:
+        """Give the model its own LayerNorms back for good; its weights stay as they are."""
+        self._place(0)
+
+    def _place(self, which: int) -> None:
+        for name, pair in self._norms.items():
+            pair[which].train(pair[1 - which].training)
+            self._model.set_submodule(name, pair[which])
+
+
+def axis_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bool masks of the axes that ``models.cut.tensor_axes`` names, from masks of units aligned over heads.
+
+    Args:
+        arch: a ViT or Swin whose heads have equal widths.
+        keep: by vector, such as ``stages.0.embed`` or ``blocks.3.qk``.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    for s in range(len(arch.stages)):
+        embed = keep[f"stages.{s}.embed"]
+        masks |= {f"stages.{s}.embed": embed, f"stages.{s}.merged": embed.repeat(4)}
+    for i in range(arch.depth):
+        own = {kind: keep[name] for kind in ("heads", "qk", "v", "mlp") if (name := f"blocks.{i}.{kind}") in keep}
+        if "mlp" in own:
+            masks[f"blocks.{i}.mlp"] = own["mlp"]
+        if "heads" in own:
+            heads = own["heads"][:, None]
+            q, v = (heads & own["qk"]).flatten(), (heads & own["v"]).flatten()
+            axes = {"q": q, "qkv": torch.cat([q, q, v]), "v": v, "heads": own["heads"], "qk_norm": own["qk"]}
+            masks |= {f"blocks.{i}.{axis}": mask for axis, mask in axes.items()}
+    return masks

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from models import UserError, build
+from pruners.semi_structured import is_2_4, prune_2_4, to_sparse_kernels
+from tests.pruners.test_nvit_schedule import vit
+
+
+def model_of(**widths: int) -> nn.Module:
+    torch.manual_seed(0)
+    return build(vit(**widths)).eval()
+
+
+def test_the_largest_two_of_four_stay() -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(32, 16)
+    before = layer.weight.detach().clone()
+    assert not is_2_4(before)
+    report = prune_2_4(nn.Sequential(layer))
+    assert report.pruned == ("0",)
+    assert report.params == 32 * 16
+    assert is_2_4(layer.weight)
+    for row, column in itertools.product(range(16), range(0, 32, 4)):
+        four, now = before[row, column : column + 4], layer.weight[row, column : column + 4]
+        best = max(itertools.combinations(range(4), 2), key=lambda pair: sum(four[i].abs() for i in pair))
+        want = torch.tensor([four[i] if i in best else 0.0 for i in range(4)])
+        assert torch.equal(now, want)
+    again = layer.weight.detach().clone()
+    prune_2_4(nn.Sequential(layer))
+    assert torch.equal(layer.weight, again)
+
+
+def test_of_equal_weights_the_first_two_stay() -> None:
+    layer = nn.Linear(16, 16)
+    nn.init.ones_(layer.weight)
+    prune_2_4(layer)
+    assert torch.equal(layer.weight, torch.tensor([1.0, 1, 0, 0]).repeat(16, 4))
+
+
+def test_a_transformer_and_what_cannot_be_done() -> None:
+    model = model_of(depth=2, width=32, heads=2, head=8, mlp=40)
+    report = prune_2_4(model)
+    assert report.pruned == tuple(f"blocks.{i}.attn.{part}" for i in (0, 1) for part in ("qkv", "proj"))
+    assert set(report.skipped) == {"head", *(f"blocks.{i}.mlp.{part}" for i in (0, 1) for part in ("fc1", "fc2"))}
+    assert report.skipped["blocks.0.mlp.fc1"] == "40 outputs: not a multiple of 16"
+    assert report.skipped["blocks.0.mlp.fc2"] == "40 inputs: not a multiple of 16"
+    modules = dict(model.named_modules())
+    assert all(is_2_4(modules[name].weight) for name in report.pruned)
+    assert not any(is_2_4(modules[name].weight) for name in report.skipped)
+    assert model(torch.randn(2, 1, 4, 4)).isfinite().all()
+
+
+def test_weights_in_odd_numbers_are_not_2_4() -> None:
+    assert not is_2_4(torch.zeros(4, 6))
+    assert is_2_4(torch.zeros(4, 8))
+
+
+def test_sparse_kernels_need_cuda_and_half_precision() -> None:
+    with pytest.raises(UserError, match="on cpu in torch.float32: sparse kernels need CUDA and float16 or bfloat16"):
+        to_sparse_kernels(model_of())

@@ -1,0 +1,53 @@
+"""NViT's losses on the logits of a distilled ViT's two heads, which timm's tasks do not have in this form.
+
+Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
+eq. 8 and 9, in the form and with the weights of the code that its published models were trained with:
+
+    pruning       cnn_distillation + 100 * full_model_kl(mean of both heads, T = 3)
+    finetuning    cnn_distillation + 100 * mean of full_model_kl of each head (T = 20)
+
+Shapes: B batch, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["cnn_distillation", "full_model_kl"]
+
+
+def full_model_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)) of logits B·K, mean over the batch, without a factor T².
+
+    NViT averages over batch and classes, so its coefficient 1e5 for 1000 classes is 100 here. ``Recipe.distill_weight``
+    multiplies a T² of timm's: 100 here is 100 / T² there.
+    """
+    log_p, log_q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def cnn_distillation(
+    logits: torch.Tensor,
+    dist_logits: torch.Tensor,
+    target: torch.Tensor,
+    cnn_logits: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    base_on: str = "mean",
+) -> torch.Tensor:
+    """(1 - alpha) * CE(base, target) + alpha * CE(distillation head, the CNN's answer).
+
+    Args:
+        logits, dist_logits: of the class and the distillation head, B·K.
+        target: labels B, or probabilities B·K (mixup, label smoothing).
+        cnn_logits: the teacher's, B·K; only its most likely class counts.
+        alpha: share of the distillation.
+        base_on: ``mean`` of both heads is what answers the target, as in the code, or the class head alone (``cls``),
+            as in the paper's eq. 8.
+    """
+    if base_on not in ("mean", "cls"):
+        raise ValueError(f"base_on = {base_on!r}: must be 'mean' or 'cls'")
+    base = (logits + dist_logits) / 2 if base_on == "mean" else logits
+    hard = F.cross_entropy(dist_logits, cnn_logits.argmax(-1))
+    return (1 - alpha) * F.cross_entropy(base, target) + alpha * hard
