@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .bench import bench
+from .export import export_model, push_model
+from .finetune import finetune
 from .import_ import import_model
+from .latency import latency
 from .prune import prune, score
 from .published import published
 
@@ -163,8 +167,13 @@ def report(run: RunArgument) -> None:
     print(write_report(Run.existing(run)))
 
 
+app.command()(bench)
+app.command()(latency)
+app.command("export")(export_model)
+app.command("push")(push_model)
 app.command("import")(import_model)
 app.command()(prune)
+app.command()(finetune)
 app.command()(score)
 app.command()(published)
 

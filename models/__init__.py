@@ -10,6 +10,11 @@ from .build import arch_of, blocks_of, build, num_params
 from .cost import Cost, cost
 from .cut import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
+from .export import export
+from .hub import push
+from .latency import Setting, measure
+from .latency_build import build_table
+from .latency_table import LatencyTable
 from .published import PUBLISHED, published_arch, revit
 from .store import load, load_provenance, read_arch, save
 
@@ -20,18 +25,24 @@ __all__ = [
     "BlockCut",
     "Cost",
     "Cut",
+    "LatencyTable",
+    "Setting",
     "Stage",
     "UserError",
     "arch_of",
     "blocks_of",
     "build",
+    "build_table",
     "cost",
     "cut",
     "cut_arch",
+    "export",
     "load",
     "load_provenance",
+    "measure",
     "num_params",
     "published_arch",
+    "push",
     "read_arch",
     "revit",
     "save",

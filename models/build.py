@@ -88,7 +88,8 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     half = (0.5,) * arch.in_chans
     own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
     fixed = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "custom_load": False}
-    no_download = {"url": "", "hf_hub_id": None}
+    # the source model's own address is dropped, but "hf-hub:" names the place of these very weights
+    no_download = {"url": ""} if given.get("source") == "hf-hub" else {"url": "", "hf_hub_id": None}
     classifier = ("head", "head_dist") if arch.dist_token else {"swin": "head.fc"}.get(arch.family, "head")
     defaults = {} if arch.in_chans == 3 else {"mean": half, "std": half}
     return {

@@ -3,11 +3,13 @@
     import models, timm
     model = timm.create_model("local-dir:runs/digits/trials/r0-0007/model", pretrained=True)
 
-No pickle is written or read.
+``config.json`` is timm's, with the record as ``model_args.arch``, with ``provenance`` and with ``weights_sha256``, the
+SHA-256 of ``model.safetensors``. No pickle is written or read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +25,10 @@ from .build import ENTRY_POINT, arch_of, build_with, create
 from .errors import UserError
 from .files import publish_folder
 
-__all__ = ["load", "load_provenance", "read_arch", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt", "save"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DIGEST = "weights_sha256"  # absent from folders that older versions wrote
 
 
 @timm.models.register_model
@@ -45,27 +48,54 @@ def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
     )
 
 
+def rebuilt(model: nn.Module) -> nn.Module:
+    """A new module of the model's record that holds the model's own weights.
+
+    Raises:
+        UserError: the model cannot be represented, or was changed after it was built.
+    """
+    try:
+        return build_with(arch_of(model), model.state_dict(), pretrained_cfg=getattr(model, "pretrained_cfg", None))
+    except RuntimeError as error:
+        raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
+
+
 def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
     """Write ``model`` (ours, or a timm model that ``Arch.from_timm`` accepts) as a folder, whole or not at all.
 
     Args:
         model: the model; its weights are stored as they are.
         path: the folder; one that is there is replaced.
-        provenance: JSON-ready facts about where the weights come from (source, method, seed, data, versions).
+        provenance: JSON-ready facts about where the weights come from; ``load_provenance`` gives them back. Any key may
+            be used. By convention, each where it applies: ``method`` (the pruner's name, ``source``, ``import``),
+            ``source`` (facts about the dense model), ``scores`` (the cached scores' file names), ``point`` (the
+            search's parameters), ``data`` (fingerprint of the data set), ``seed``, ``top1`` (per cent) and ``versions``
+            (package to version).
+
+    Raises:
+        UserError: the model cannot be represented, or was changed after it was built.
     """
-    path, arch = Path(path), arch_of(model)
-    try:
-        ours = build_with(arch, model.state_dict(), pretrained_cfg=getattr(model, "pretrained_cfg", None))
-    except RuntimeError as error:
-        raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
-    config = {"provenance": dict(provenance or {})}
+    path, ours = Path(path), rebuilt(model)
+    record = arch_of(ours).to_dict()
     with publish_folder(path) as folder:
         timm.models.save_for_hf(
-            ours, str(folder), model_config=config, model_args={"arch": arch.to_dict()}, safe_serialization=True
+            ours,
+            str(folder),
+            model_config={"provenance": dict(provenance or {})},
+            model_args={"arch": record},
+            safe_serialization=True,
         )
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ours.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(arch.to_dict())})
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(record)})
+        config = json.loads((folder / CONFIG).read_text())
+        config[DIGEST] = _sha256(folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2))
     return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _config(path: str | Path) -> dict[str, Any]:
@@ -75,8 +105,8 @@ def _config(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{folder} is not a saved model: {name} is missing")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        architecture = config["architecture"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        architecture, _ = config["architecture"], config["pretrained_cfg"]
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
         raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if architecture != ENTRY_POINT:
         raise UserError(f"{folder} holds a {architecture!r}, not a {ENTRY_POINT!r} model; load it with timm")
@@ -102,11 +132,22 @@ def load_provenance(path: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> nn.Module:
-    """The saved model on the CPU, in eval mode. Raises UserError where the folder is not one, or is damaged."""
+    """The saved model on the CPU, in eval mode.
+
+    Raises:
+        UserError: the folder is not a saved model, a file is damaged, or the weights are not those that were saved.
+    """
+    config, weights_file = _config(path), Path(path) / WEIGHTS
+    if DIGEST in config and (found := _sha256(weights_file)) != config[DIGEST]:
+        raise UserError(
+            f"{weights_file} is damaged: its SHA-256 is {found}, but {Path(path) / CONFIG} says {config[DIGEST]}. "
+            "One of the two was cut short or changed after they were saved; copy the folder or save the model again"
+        )
     arch = read_arch(path)
     try:
-        weights = load_file(Path(path) / WEIGHTS)
-        model = build_with(arch, weights, pretrained_cfg=_config(path)["pretrained_cfg"])
+        # copied: safetensors maps the file, and at its odd addresses kernels round differently
+        weights = {name: tensor.clone() for name, tensor in load_file(weights_file).items()}
+        model = build_with(arch, weights, pretrained_cfg=config["pretrained_cfg"])
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{Path(path) / WEIGHTS} does not fit its record: {error}") from error
+        raise UserError(f"{weights_file} does not fit its record: {error}") from error
     return model.eval()

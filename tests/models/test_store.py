@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from random import Random
@@ -106,9 +107,10 @@ def test_damage_is_named(saved: tuple[torch.nn.Module, Path], tmp_path: Path) ->
     config.write_text(text.replace('"in_chans": 3', '"in_chans": 1').replace('"in_chans": 1', '"in_chans": 2', 1))
     with pytest.raises(UserError, match=r"different records|must be|lacks"):
         load(path)
-    config.write_text(text[:50])
-    with pytest.raises(UserError, match="config.json is damaged"):
-        load(path)
+    for damaged in (text[:50].encode(), b"\xff" + text.encode(), b'{"architecture": "prunesweep"}', b"[]"):
+        config.write_bytes(damaged)
+        with pytest.raises(UserError, match="config.json is damaged"):
+            load(path)
     config.write_text(text.replace('"architecture": "prunesweep"', '"architecture": "resnet50"'))
     with pytest.raises(UserError, match="holds a 'resnet50'"):
         load(path)
@@ -117,6 +119,40 @@ def test_damage_is_named(saved: tuple[torch.nn.Module, Path], tmp_path: Path) ->
         load(path)
     with pytest.raises(UserError, match="is not a saved model"):
         load(tmp_path / "nowhere")
+
+
+def test_weights_other_than_those_saved_are_refused(saved: tuple[torch.nn.Module, Path]) -> None:
+    model, path = saved
+    weights, config = path / "model.safetensors", path / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    expected = json.loads(text)["weights_sha256"]
+    assert expected == hashlib.sha256(whole).hexdigest()
+
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight: a valid file
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=rf"model.safetensors is damaged: .*{found}, but .*config.json says {expected}"):
+        load(path)
+    assert read_arch(path) == arch_of(model)
+
+    older = json.loads(text)
+    del older["weights_sha256"]
+    weights.write_bytes(whole)
+    config.write_text(json.dumps(older))
+    loaded = load(path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_loaded_weights_are_independent_of_the_file(saved: tuple[torch.nn.Module, Path]) -> None:
+    model, path = saved
+    loaded = load(path)
+    assert {p.data_ptr() % 16 for p in loaded.parameters()} == {0}  # kernels round differently at odd addresses
+    x = random_images(arch_of(model), 0, dtype=torch.float32)
+    with torch.no_grad():
+        before = loaded(x)
+        size = (path / "model.safetensors").stat().st_size
+        with (path / "model.safetensors").open("r+b") as file:  # in place: a mapped file would change with it
+            file.write(bytes(size))
+        assert torch.equal(loaded(x), before)
 
 
 def test_publishing_is_all_or_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""``prunesweep bench``: measured latency and throughput of models side by side."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from torch import nn
+
+    from models.latency import Timing
+
+__all__ = ["bench", "numbers", "open_model", "progress_bar"]
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="measure torch.compile'd models")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads  [default: torch's own number]", show_default=False)
+]
+
+
+def bench(
+    names: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="folders of saved models, or timm names", show_default=False)
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="what speed-ups refer to  [default: the first model]", show_default=False),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="batch sizes, with commas between them")] = "1,64",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    compiled: CompileOption = False,
+    threads: ThreadsOption = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="time to measure each model for, at each batch size")] = 2.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the results here, too", show_default=False)
+    ] = None,
+) -> None:
+    """Measure models side by side: latency, throughput, and the speed-up that their MACs promise."""
+    import json
+
+    from rich.console import Console
+
+    from models import UserError
+    from models.files import write_text
+    from models.latency import Setting, measure_all
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: its folder does not exist")
+    common: Any = {"device": device, "dtype": dtype, "compiled": compiled, "threads": threads}
+    settings = [Setting(batch=size, **common) for size in numbers("--batch", batch)]
+    settings[0].require_device()
+    chosen = list(dict.fromkeys([*([] if source is None else [source]), *names]))
+    loaded = [open_model(name) for name in chosen]
+    console = Console()
+    timings = []
+    with progress_bar(console) as bar:
+        for setting in settings:
+            progress = bar(f"batch {setting.batch}")
+            timings.append(measure_all(loaded, setting, min_seconds=seconds, progress=progress))
+    found = {**_header(settings[0]), "source": chosen[0], "models": _results(chosen, loaded, timings)}
+    if json_file is not None:
+        write_text(json_file, json.dumps(found, indent=1))
+    console.print(_table(found))
+
+
+def open_model(name: str) -> nn.Module:
+    """A saved model, or a timm model with random weights. Raises UserError where it is neither."""
+    import timm
+
+    from models import Arch, load
+
+    folder = Path(name.removeprefix("local-dir:"))
+    if folder.exists() or ("/" in name and not name.startswith("hf-hub:")):
+        return load(folder)
+    Arch.from_timm(name)  # explains what is unknown or cannot be represented
+    return timm.create_model(name)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Positive whole numbers with commas between them."""
+    from models import UserError
+
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} {text}: must be whole numbers of at least 1 with commas between them, such as 1,64")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars with an ETA: a callable that takes what is being done and gives a callable (done, total)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:10}"),
+        BarColumn(30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def start(what: str) -> Callable[[int, int], None]:
+        task = bars.add_task(what)
+        return lambda done, total: bars.update(task, completed=done, total=total)
+
+    with bars:
+        yield start
+
+
+def _header(setting: Any) -> dict[str, Any]:
+    """The conditions that all batch sizes share."""
+    import torch
+
+    from models.latency import device_name
+
+    shared = {key: value for key, value in setting.to_dict().items() if key != "batch"}
+    if setting.device == "cpu":
+        shared["threads"] = setting.threads or torch.get_num_threads()
+    return {**shared, "device_name": device_name(setting.device), "torch": torch.__version__}
+
+
+def _results(
+    names: Sequence[str], loaded: Sequence[nn.Module], timings: Sequence[Sequence[Timing]]
+) -> list[dict[str, Any]]:
+    """Per model its cost, and per batch size its timing; the first model is the source."""
+    from models import arch_of, cost
+
+    costs = [cost(arch_of(model)) for model in loaded]
+    results = []
+    for i, (name, spent) in enumerate(zip(names, costs, strict=True)):
+        by_batch = []
+        for own in timings:
+            speed_up = own[0].median_ms / own[i].median_ms
+            by_batch.append(
+                {
+                    "batch": own[i].batch,
+                    "latency_ms": own[i].median_ms,
+                    "iqr_ms": own[i].iqr_ms,
+                    "calls": own[i].calls,
+                    "throughput": own[i].throughput,
+                    "speed_up": speed_up,
+                    "speed_up_per_macs_ratio": speed_up * spent.macs / costs[0].macs,
+                }
+            )
+        results.append({"model": name, "macs": spent.macs, "params": spent.params, "timings": by_batch})
+    return results
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    """One row per model, one line in it per batch size."""
+    from rich.table import Table
+    from rich.text import Text
+
+    threads = f", CPU threads: {found['threads']}" if found["device"] == "cpu" else ""
+    how = f"{found['dtype']}{', compiled' if found['compiled'] else ''}{threads}, torch {found['torch']}"
+    caption = "/ MACs: speed-up / ratio of MACs; 1 where all saved MACs are saved time"
+    table = Table(title=f"{found['device_name']}, {how}", caption=caption, show_lines=True)
+    table.add_column("model", overflow="fold")
+    for name in ("batch", "ms (IQR)", "images/s", "speed-up", "/ MACs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    formats = (
+        "{batch}",
+        "{latency_ms:.2f} ({iqr_ms:.2f})",
+        "{throughput:.1f}",
+        "{speed_up:.2f}x",
+        "{speed_up_per_macs_ratio:.2f}",
+    )
+    for model in found["models"]:
+        cost = f"{model['macs'] / 1e9:.3f} G MACs\n{model['params'] / 1e6:.2f} M params"
+        lines = ("\n".join(form.format(**timing) for timing in model["timings"]) for form in formats)
+        table.add_row(Text(f"{model['model']}\n{cost}"), *lines)
+    return table

@@ -1,0 +1,92 @@
+"""``prunesweep latency``: a table that predicts the latency of every compressed form of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .bench import CompileOption, DeviceOption, DtypeOption, ThreadsOption, open_model, progress_bar
+
+if TYPE_CHECKING:
+    from models import Arch
+    from models.latency_table import LatencyTable
+
+__all__ = ["latency"]
+
+
+def latency(
+    source: Annotated[
+        str, typer.Argument(help="the model to be compressed: a saved folder or a timm name", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="the table's file, for example table.json", show_default=False)],
+    points: Annotated[int, typer.Option(min=2, help="widths per axis")] = 3,
+    tokens: Annotated[int, typer.Option(min=0, help="numbers of tokens, for token plans; 0: none")] = 0,
+    least: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=WIDTH", help="smallest width of an axis, e.g. qk=4", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images per batch")] = 64,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    compiled: CompileOption = False,
+    threads: ThreadsOption = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="time to measure each block for")] = 0.3,
+    check: Annotated[int, typer.Option(min=0, help="random models to measure the prediction's error on; 0: none")] = 20,
+) -> None:
+    """Measure a latency table of a model's blocks, and how well it predicts whole models."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from models import UserError, arch_of
+    from models.latency import Setting
+    from models.latency_build import build_table
+    from models.latency_check import prediction_error
+
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist")
+    if check == 1:
+        raise UserError("--check 1: a rank correlation needs at least 2 models; 0 for none")
+    setting = Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads)
+    arch, console = arch_of(open_model(source)), Console()
+    with progress_bar(console) as bar:
+        table = build_table(
+            arch,
+            setting,
+            points=points,
+            token_points=tokens,
+            least=_widths(least or []),
+            min_seconds=seconds,
+            progress=bar("blocks"),
+        )
+        table.save(out)
+        if check:
+            error = prediction_error(table, n=check, min_seconds=3 * seconds, progress=bar("models"))
+            table = dataclasses.replace(table, check=error.to_dict())
+            table.save(out)
+    for line in _report(table, arch, out):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _report(table: LatencyTable, arch: Arch, out: Path) -> Iterator[str]:
+    if found := table.check:
+        yield (
+            f"predicted against measured on {len(found['measured'])} random models: relative error "
+            f"{found['median_error']:.1%} (median), {found['max_error']:.1%} (largest), bias {found['bias']:+.1%}; "
+            f"Spearman {found['spearman']:.3f}, Kendall {found['kendall']:.3f}"
+        )
+    ms, batch = table.predict(arch), table.setting.batch
+    yield f"{arch.source}: {ms:.2f} ms per batch of {batch} predicted; table saved as {out}"
+
+
+def _widths(texts: Sequence[str]) -> Mapping[str, int]:
+    from models import UserError
+
+    pairs = [text.partition("=") for text in texts]
+    for text, (_, _, width) in zip(texts, pairs, strict=True):
+        if not width.isdecimal():
+            raise UserError(f"--least {text}: must be AXIS=WIDTH, such as qk=4")
+    return {axis: int(width) for axis, _, width in pairs}

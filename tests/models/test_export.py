@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+
+from models import Arch, Block, Stage, UserError, arch_of, build
+from models.export import FORMATS, default_path, export
+from tests.generate import random_images, random_model
+
+
+def attn(src: int, **changes: object) -> Block:
+    return Block(**{"src": src, "heads": 2, "qk": 4, "v": 4, "scale": 0.5, "mlp": 8, **changes})  # type: ignore[arg-type]
+
+
+def other(src: int, mixer: str, **changes: object) -> Block:
+    return attn(src, mixer=mixer, heads=0, qk=0, scale=0.0, **changes)
+
+
+VIT = Arch(
+    family="vit",
+    source="test",
+    img_size=(6, 8),
+    patch_size=(2, 2),
+    in_chans=1,
+    num_classes=3,
+    dist_token=True,
+    qk_norm=True,
+    stages=(
+        Stage(
+            width=8,
+            grid=(3, 4),
+            blocks=(
+                attn(0, v=(1, 3), tokens=6),
+                other(1, "conv3x3", v=3, mlp=0),
+                attn(2, token_scale=True),
+                other(3, "none", v=0, norm_residual=True, tokens=5, merge="dense"),
+                attn(4, mlp=0),
+            ),
+        ),
+    ),
+)
+SWIN = Arch(
+    family="swin",
+    source="test",
+    img_size=(10, 14),
+    patch_size=(2, 2),
+    in_chans=3,
+    num_classes=3,
+    class_token=False,
+    pool="avg",
+    stages=(
+        Stage(width=6, grid=(5, 7), window=(2, 3), blocks=(attn(0, v=(2, 3), shifted=True), other(1, "none", v=0))),
+        Stage(width=7, grid=(3, 4), window=(3, 2), blocks=(attn(2, scale=0.3), attn(3), other(4, "conv1x1", v=3))),
+    ),
+)
+PVT = Arch(
+    family="pvt_v2",
+    source="test",
+    img_size=(18, 13),
+    patch_size=(4, 4),
+    in_chans=3,
+    num_classes=3,
+    class_token=False,
+    pool="avg",
+    stages=(
+        Stage(width=8, grid=(5, 4), sr_ratio=2, blocks=(attn(0, v=(1, 2), sr=5),)),
+        Stage(width=8, grid=(3, 2), blocks=(attn(1), other(2, "conv3x3", v=3))),
+    ),
+)
+ARCHS = {"vit": VIT, "swin": SWIN, "pvt_v2": PVT}
+OPSETS = {"vit": 23, "swin": 20, "pvt_v2": 18}
+
+
+# what torch.export makes of PVTv2 is what the ONNX exporter starts from
+@pytest.mark.parametrize(
+    ("to", "family"),
+    [(to, family) for to in FORMATS for family in ARCHS if (to, family) != ("torch-export", "pvt_v2")],
+)
+def test_the_artefact_computes_the_same_for_any_batch(to: str, family: str, tmp_path: Path) -> None:
+    arch = ARCHS[family]
+    model = random_model(arch, 0, torch.float32)
+    path = tmp_path / "made" / "small.pt2"
+    error = export(model, path, to, opset=OPSETS[arch.family])
+    assert error < 1e-5
+    images = random_images(arch, 0, batch=5, dtype=torch.float32)
+    with torch.no_grad():
+        expected, logits = model(images), run(path, to, images, arch)
+    assert logits.shape == (5, 3)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert [p.name for p in path.parent.iterdir()] == ["small.pt2"]
+    assert path.is_dir() or str(Path(timm.__file__).parents[1]).encode() not in path.read_bytes()  # nobody's own files
+
+
+def run(path: Path, to: str, images: torch.Tensor, arch: Arch) -> torch.Tensor:
+    """Logits of an artefact, loaded as its users do; its record and preprocessing must be the model's."""
+    if to == "timm":
+        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        assert arch_of(model) == arch
+        return model(images)
+    if to == "torch-export":
+        files = {"arch.json": "", "preprocessing.json": ""}
+        program = torch.export.load(path, extra_files=files)
+        record, preprocessing = files["arch.json"], files["preprocessing.json"]
+        logits = program.module()(images)
+    else:
+        session = onnxruntime.InferenceSession(str(path))
+        facts = session.get_modelmeta().custom_metadata_map
+        record, preprocessing = facts["arch"], facts["preprocessing"]
+        assert session.get_inputs()[0].shape == ["batch", *images.shape[1:]]
+        assert onnx.load(path).opset_import[0].version == OPSETS[arch.family]
+        logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    assert Arch.from_json(record) == arch
+    assert json.loads(preprocessing)["input_size"] == list(images.shape[1:])
+    return logits
+
+
+def test_the_model_is_not_changed(tmp_path: Path) -> None:
+    model = random_model(VIT, 0).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert export(model, tmp_path / "m", "timm") < 1e-5
+    assert model.training
+    after = model.state_dict()
+    assert all(
+        torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype for name, tensor in after.items()
+    )
+
+
+def test_an_artefact_that_computes_something_else_is_not_published(tmp_path: Path) -> None:
+    model = random_model(VIT, 0, torch.float32)
+    model.register_forward_hook(lambda module, args, logits: logits + 0.5)
+    path = tmp_path / "new" / "m"
+    with pytest.raises(UserError, match=r"computes something else: at batch 1 its logits are off by 0\.5"):
+        export(model, path, "timm")
+    assert list(tmp_path.iterdir()) == []
+    assert export(model, path, "timm", tolerance=0.6) == pytest.approx(0.5, abs=1e-5)
+    assert path.exists()
+
+
+def test_logits_that_are_not_finite_cannot_be_compared(tmp_path: Path) -> None:
+    model = random_model(VIT, 0)
+    model.head.bias.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        export(model, tmp_path / "m", "timm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        export(build(VIT), tmp_path / "m", "timm")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        export(build(VIT), tmp_path / "file" / "m", "timm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m"]
+
+
+def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = build(VIT), tmp_path / "m"
+    with pytest.raises(UserError, match=r"to = 'onyx': must be one of torch-export, onnx, timm. did you mean 'onnx'"):
+        export(model, path, "onyx")
+    with pytest.raises(UserError, match=r"opset = 17: must lie in 18\.\.23"):
+        export(model, path, "onnx", opset=17)
+    with pytest.raises(UserError, match="cannot be represented|represents timm's"):
+        export(timm.create_model("resnet10t"), path, "timm")
+    changed = build(VIT)
+    changed.head = torch.nn.Linear(3, 3)
+    with pytest.raises(UserError, match="its record no longer fits"):
+        export(changed, path, "timm")
+    monkeypatch.setattr(sys.modules["models.export"], "ONNX_LIMIT", 100)
+    with pytest.raises(UserError, match=r"an ONNX file holds 100; export to torch-export"):
+        export(model, path, "onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"package onnxscript .* pip install -e '\.\[export\]'"):
+        export(model, path, "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_path_is_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model.v2"
+    folder.mkdir()
+    assert default_path(folder, "onnx") == tmp_path / "model.v2.onnx"
+    assert default_path(folder, "torch-export") == tmp_path / "model.v2.pt2"
+    monkeypatch.chdir(folder)
+    assert default_path(".", "timm") == tmp_path / "model.v2-timm"
