@@ -55,8 +55,8 @@ class SourceTable(Table):
         saved = self.model.startswith("local-dir:") or "checkpoint_path" in self.args
         if not (saved or self.pretrained or self.train):
             raise ValueError("has no weights: set pretrained = true or args.checkpoint_path, or add [source.train]")
-        if self.train and self.train.distill_weight:
-            raise ValueError("train.distill_weight must be 0: the source has no teacher")
+        if self.train and any(term.teacher == "source" for term in self.train.distill):
+            raise ValueError("train.distill: the source has no source to learn from; name another teacher, or drop it")
         return self
 
 
@@ -151,6 +151,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     for override in overrides:
         _apply(data, override)
     return parse_config(data, str(path))
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key.path=value`` options as nested tables. Raises UserError for one that has no key or no value."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply(data, override)
+    return data
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

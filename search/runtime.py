@@ -6,6 +6,7 @@ whose process was lost; what to run is the coordinator's decision, asked for thr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,7 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +44,7 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from .unit import run_unit  # noqa: E402
 
-__all__ = ["LocalRay", "execute", "slots"]
+__all__ = ["LocalRay", "connected", "execute", "slots"]
 
 OBJECT_STORE_BYTES = 128 * 2**20  # units exchange files, not objects
 RESTARTS = 2  # of a unit whose process was lost
@@ -108,6 +109,33 @@ class LocalRay:
             closed = 0 if all(_open(door) for door in doors) else closed + 1
         if not self._stop.is_set():
             self._on_death()
+
+
+@contextlib.contextmanager
+def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
+    """A running cluster at ``address``, or a Ray of our own with ``cpus``, for the time of a ``with`` block.
+
+    Raises:
+        UserError: nothing answers at ``address``, or it does not have what is asked for.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(address="local", **own, **options)
+    else:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
+    try:
+        total = ray.cluster_resources()
+        for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if wanted > total.get(name, 0):
+                raise UserError(f"the workers need {wanted:g} {name}s in all, Ray has {total.get(name, 0):g}")
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _open(door: tuple[str, int]) -> bool:

@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
         "groups": {"embed": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 8},
     },
     "search": {"trials": 4},
-    "finetune": {"epochs": 1, "batch_size": 128, "distill_weight": 1.0},
+    "finetune": {"epochs": 1, "batch_size": 128, "distill": [{}]},
 }
 
 

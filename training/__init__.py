@@ -1,22 +1,28 @@
-"""Data, losses and the one training loop."""
+"""Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
 from .data import Data, DataInfo, images_only, open_data
 from .evaluate import EVAL_BATCH, evaluate
-from .loop import Epoch, fit, seeded
-from .recipe import Recipe
+from .loop import Diverged, Epoch, fit, seeded
+from .recipe import Distill, Recipe, load_recipe, recipe_names
+from .world import World
 
 __all__ = [
     "EVAL_BATCH",
     "Data",
     "DataInfo",
+    "Distill",
+    "Diverged",
     "Epoch",
     "Recipe",
+    "World",
     "evaluate",
     "fit",
     "images_only",
+    "load_recipe",
     "load_state",
     "open_data",
+    "recipe_names",
     "save_state",
     "seeded",
 ]

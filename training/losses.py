@@ -20,8 +20,8 @@ __all__ = ["cnn_distillation", "full_model_kl"]
 def full_model_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)) of logits B·K, mean over the batch, without a factor T².
 
-    NViT averages over batch and classes, so its coefficient 1e5 for 1000 classes is 100 here. ``Recipe.distill_weight``
-    multiplies a T² of timm's: 100 here is 100 / T² there.
+    NViT averages over batch and classes, so its coefficient 1e5 for 1000 classes is 100 here. A ``Distill`` term of a
+    recipe has the factor T²: 100 here is a weight of 100 / T² there.
     """
     log_p, log_q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -1,30 +1,131 @@
-"""How a model is trained; every field of a recipe can be set in the configuration."""
+"""How a model is trained; every field of a recipe can be set in the configuration.
+
+``load_recipe`` knows the recipes of the published methods by name (``training/recipes/*.toml``).
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["Recipe"]
+from models import UserError
+from models.errors import nearest
+
+__all__ = ["Distill", "Recipe", "load_recipe", "recipe_names"]
+
+RECIPES = files("training") / "recipes"
 
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Recipe(BaseModel):
-    """AdamW with linear warm-up and cosine decay per update, on cross-entropy and, optionally, distillation."""
-
+class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+class Distill(_Table):
+    """One term of distillation, added to the loss with ``weight``.
+
+    ``soft`` is temperature^2 * KL(teacher || student) of logits over the temperature, mean over images; ``hard`` is
+    cross-entropy to the teacher's decision; ``feature`` is the mean squared error of the pooled features before the
+    classifier. ``on = "token"`` takes the student's distillation head instead of its output.
+    """
+
+    teacher: str = "source"  # the source model, or a timm name with its pretrained weights
+    kind: Literal["soft", "hard", "feature"] = "soft"
+    on: Literal["output", "token"] = "output"
+    weight: NotNegative = 1.0
+    temperature: Positive = 1.0
+
+
+class Recipe(_Table):
+    """Optimizer, schedule, augmentation and losses of one training run."""
+
     epochs: Annotated[int, Field(ge=0)] = 1
-    batch_size: Annotated[int, Field(ge=2)] = 64
+    batch_size: Annotated[int, Field(ge=2)] = 64  # of one update, over all workers and accumulated parts
+    accumulate: Annotated[int, Field(ge=1)] = 1  # parts in which a worker does its share of a batch
+    optimizer: str = "adamw"  # any of timm's
     lr: Positive = 5e-4
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lr_batch: Annotated[int, Field(ge=1)] | None = None  # lr is for this batch size, and proportional to the real one
+    min_lr: NotNegative = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"  # per update
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on biases, norms and position embeddings
-    clip_grad: Positive | None = 1.0  # global norm
+    warmup_lr: NotNegative | None = None  # where warm-up starts; a hundredth of lr by default
+    weight_decay: NotNegative = 0.05
+    decay_all: bool = False  # decay biases, norms, tokens and position embeddings too
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # factor of lr from block to block, downwards
+    clip_grad: NotNegative = 1.0  # global norm; 0 is off
     label_smoothing: Fraction = 0.0
     drop_path: Fraction = 0.0
-    distill_weight: Annotated[float, Field(ge=0)] = 0.0  # of KL(source || model), beside cross-entropy at weight 1
-    distill_temperature: Positive = 1.0
+    mixup: NotNegative = 0.0  # alpha of the Beta distribution; 0 is off
+    cutmix: NotNegative = 0.0
+    mix_prob: Share = 1.0
+    switch_prob: Share = 0.5  # of cutmix where both are on
+    auto_augment: str | None = None  # a timm policy such as rand-m9-mstd0.5-inc1; for image files
+    color_jitter: NotNegative = 0.4
+    random_erasing: Share = 0.0
+    repeats: Annotated[int, Field(ge=1)] = 1  # repeated augmentation: views of an image in an epoch of the same length
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay per update; the average is evaluated and kept
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    channels_last: bool = False
+    compile: bool = False
+    loss_weight: NotNegative = 1.0  # of cross-entropy
+    distill: tuple[Distill, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be below epochs = {self.epochs}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of accumulate = {self.accumulate}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
+
+
+def recipe_names() -> list[str]:
+    """The named recipes."""
+    return sorted(f.name.removesuffix(".toml") for f in RECIPES.iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A named recipe, or one in a TOML file (a name that ends in ``.toml``), with some fields replaced.
+
+    Raises:
+        UserError: no such recipe, an unknown field, or a value that is not allowed.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"recipe {name}: no such file")
+        text = path.read_text()
+    elif name in recipe_names():
+        text = (RECIPES / f"{name}.toml").read_text()
+    else:
+        known = ", ".join(recipe_names())
+        raise UserError(f"unknown recipe {name!r}; known: {known}. {nearest(name, recipe_names())}".strip())
+    try:
+        return Recipe.model_validate({**tomllib.loads(text), **(overrides or {})})
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {name}: {error}") from error
+    except ValidationError as error:
+        raise UserError("\n".join(f"recipe {name}: {_explain(p)}" for p in error.errors())) from error
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        hint = nearest(str(problem["loc"][-1]), list(Recipe.model_fields))
+        return f"{key}: unknown field; known: {', '.join(Recipe.model_fields)}. {hint}".strip()
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}" if key else message

@@ -22,7 +22,7 @@ from pruners.nvit_schedule import Grouping, narrow, total_cost
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 from tests.pruners.test_nvit_schedule import vit
-from training import Recipe, fit, open_data, seeded
+from training import Distill, Recipe, fit, open_data, seeded
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "mlp": 4}
 
@@ -302,7 +302,7 @@ def digits_model(seed: int = 0) -> nn.Module:
     return model
 
 
-RECIPE = Recipe(epochs=30, batch_size=64, lr=3e-3, drop_path=0.1, distill_weight=0.1)
+RECIPE = Recipe(epochs=30, batch_size=64, lr=3e-3, drop_path=0.1, distill=(Distill(weight=0.1),))
 
 
 def digits_hook(arch: Arch, **settings) -> NViTPruning:

@@ -57,7 +57,7 @@ def test_overrides(tmp_path: Path, tiny) -> None:
         ({"space": {"groups": {"mpl": 4}}}, "groups.mpl: unknown kind; known: embed, heads, qk, v, dim, mlp, sr"),
         ({"scores": {"method": "nvti"}}, "scores.method = 'nvti': must be one of nvit. did you mean 'nvit'?"),
         ({"source": {"train": None}}, "source: has no weights: set pretrained = true"),
-        ({"source": {"train": {"epochs": 1, "distill_weight": 1.0}}}, "the source has no teacher"),
+        ({"source": {"train": {"epochs": 1, "distill": [{}]}}}, "the source has no source to learn from"),
         ({"finetune": {"label_smoothing": 1.0}}, "finetune.label_smoothing = 1.0: input should be less than 1"),
         ({"name": "a/b"}, "name = 'a/b'"),
         ({"data": {}}, "data.name: is missing"),

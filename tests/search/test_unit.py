@@ -128,7 +128,7 @@ def folder_config(image_folder: Path, source: dict[str, Any], **tables: Any) -> 
         "source": source,
         "scores": {"images": 8, "batch_size": 4},
         "space": {"budget": [0.4, 0.8], "skip": [0, 1], "groups": small},
-        "finetune": {"epochs": 1, "batch_size": 4, "distill_weight": 1.0},
+        "finetune": {"epochs": 1, "batch_size": 4, "distill": [{}]},
         **tables,
     }
     return parse_config(data, "folder")

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import io
+import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import UserError
-from training import open_data, seeded
+from training import Recipe, World, open_data, seeded
+from training.batches import EpochBatches
 
 PREPROCESSING = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
 
 
 def test_digits_split_is_fixed_and_complete() -> None:
     data = open_data("digits")
-    train, val = (data.split(split, augment=False) for split in ("train", "val"))
+    train, val = (data.split(split, augment=None) for split in ("train", "val"))
     assert (len(train), len(val)) == (1347, 450)
     assert (data.info.num_classes, data.info.input_size) == (10, (1, 8, 8))
     assert data.info.fingerprint == open_data("digits").info.fingerprint == "c99babc3031ef854"
@@ -35,17 +39,13 @@ def test_order_and_augmentation_follow_from_the_seed() -> None:
 
     def first(seed: int) -> torch.Tensor:
         with seeded(seed):
-            x, _ = next(iter(data.train_loader(32, torch.Generator().manual_seed(seed))))
+            batches = EpochBatches(data.train_images, 32, World())
+            batches.start(seed)
+            x, _ = next(iter(data.train_loader(batches, Recipe())))
         return x
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
-
-
-def test_a_last_batch_of_one_image_is_left_out() -> None:
-    data = open_data("digits")
-    assert sum(len(y) for _, y in data.train_loader(1346, torch.Generator())) == 1346
-    assert sum(len(y) for _, y in data.train_loader(64, torch.Generator())) == 1347
 
 
 def test_calibration_is_drawn_by_seed_from_the_training_split() -> None:
@@ -66,7 +66,7 @@ def test_image_folder(image_folder: Path) -> None:
     assert y.tolist() == [0, 0, 1, 1, 1]  # classes in the order of their names: blue, red
     red_minus_blue = (x[:, 0] - x[:, 2]).mean((1, 2))
     assert ((red_minus_blue > 0).long() == y).all()
-    assert sum(len(y) for _, y in data.train_loader(5, torch.Generator())) == 12
+    assert sum(len(y) for _, y in data.train_loader(EpochBatches(12, 4, World()), Recipe())) == 12
 
 
 def test_image_folder_fingerprint_sees_changes(image_folder: Path) -> None:
@@ -78,10 +78,84 @@ def test_image_folder_fingerprint_sees_changes(image_folder: Path) -> None:
 
 
 def test_errors_say_what_is_missing(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="must be 'digits' or 'imagefolder:PATH'"):
+    with pytest.raises(UserError, match="must be 'digits', 'imagefolder:PATH', 'wds:PATH' or 'hfds:NAME'"):
         open_data("digit")
     with pytest.raises(UserError, match="no folder .*nowhere/train"):
         open_data(f"imagefolder:{tmp_path / 'nowhere'}")
     (image_folder / "val" / "green").mkdir()
     with pytest.raises(UserError, match="different classes: green"):
         open_data(f"imagefolder:{image_folder}", PREPROCESSING)
+
+
+@pytest.fixture
+def shards(image_folder: Path, tmp_path: Path) -> Path:
+    """The image folder as webdataset shards: two for training, one for validation."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for split, count in (("train", 2), ("val", 1)):
+        images = sorted((image_folder / split).rglob("*.jpg"))
+        for k in range(count):
+            with tarfile.open(folder / f"{split}-{k}.tar", "w") as tar:
+                for i, image in enumerate(images[k::count]):
+                    tar.add(image, f"{i:04}.jpg")
+                    label = io.BytesIO(b"0" if image.parent.name == "blue" else b"1")
+                    entry = tarfile.TarInfo(f"{i:04}.cls")
+                    entry.size = 1
+                    tar.addfile(entry, label)
+    return folder
+
+
+def test_shards_hold_what_the_folder_holds(image_folder: Path, shards: Path) -> None:
+    folder, tars = (
+        open_data(f"{kind}:{path}", PREPROCESSING) for kind, path in (("imagefolder", image_folder), ("wds", shards))
+    )
+    assert tars.info.num_classes == 2
+    assert sorted(tars.train_labels().tolist()) == sorted(folder.train_labels().tolist())
+    pixels = [{(x.sum().item(), int(y)) for x, y in data.split("val", augment=None)} for data in (folder, tars)]
+    assert pixels[0] == pixels[1]
+    assert len(pixels[0]) == 5
+    assert open_data(f"wds:{shards}", PREPROCESSING).info.fingerprint == tars.info.fingerprint
+
+
+def test_shards_that_are_not_whole(shards: Path) -> None:
+    with tarfile.open(shards / "train-9.tar", "w") as tar:
+        entry = tarfile.TarInfo("x.cls")
+        entry.size = 1
+        tar.addfile(entry, io.BytesIO(b"0"))
+    with pytest.raises(UserError, match="x in train-9.tar has label only"):
+        open_data(f"wds:{shards}", PREPROCESSING)
+    with pytest.raises(UserError, match=r"no shard .*/train\*.tar with images"):
+        open_data(f"wds:{shards / 'nowhere'}", PREPROCESSING)
+
+
+def test_images_that_cannot_be_read(image_folder: Path) -> None:
+    broken = sorted((image_folder / "val").rglob("*.jpg"))
+    broken[1].write_bytes(b"no image")
+    data = open_data(f"imagefolder:{image_folder}", PREPROCESSING).split("val", augment=None)
+    with pytest.warns(
+        UserWarning,
+        match="an image cannot be read and is replaced by its neighbour: cannot identify image file .*1.jpg",
+    ):
+        assert len([x for x, _ in data]) == 5
+    for path in broken:
+        path.write_bytes(b"no image")
+    data = open_data(f"imagefolder:{image_folder}", PREPROCESSING).split("val", augment=None)
+    with pytest.raises(UserError, match="more than 10 images cannot be read: image 0"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data[0]
+
+
+def test_calibration_per_class() -> None:
+    data = open_data("digits")
+    batches = data.calibration(5, 16, 0, per_class=True)
+    labels = torch.cat([y for _, y in batches])
+    assert labels.tolist() == [c for c in range(10) for _ in range(5)]
+
+
+def test_evaluation_is_exact_for_any_number_of_workers() -> None:
+    data = open_data("digits")
+    shares = [list(data.val_loader(64, World(rank, 4))) for rank in range(4)]
+    labels = [y for share in shares for _, y in share]
+    assert sum(map(len, labels)) == 450
+    want = torch.cat([y for _, y in data.val_loader(64)]).bincount()
+    assert torch.equal(torch.cat(labels).bincount(), want)

@@ -13,7 +13,7 @@ from torch import nn
 
 from models import UserError
 from pruners.hook import Hook
-from training import EVAL_BATCH, Epoch, Recipe, evaluate, fit, open_data, seeded
+from training import EVAL_BATCH, Distill, Diverged, Epoch, Recipe, evaluate, fit, open_data, seeded
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_training_learns_and_reports(data) -> None:
     assert epochs[-1].loss < epochs[0].loss - 0.3
     assert epochs[-1].top1 > 40
     assert epochs[-1].top1 == evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
-    assert [s[0] for s in steps] == list(range(1, 4 * 43 + 1))
-    assert {s[1] for s in steps} == {4 * 43}
+    assert [s[0] for s in steps] == list(range(1, 4 * 42 + 1))
+    assert {s[1] for s in steps} == {4 * 42}
 
 
 def test_same_seed_same_weights_another_seed_others(data) -> None:
@@ -64,7 +64,7 @@ def test_same_seed_same_weights_another_seed_others(data) -> None:
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(data, tmp_path: Path) -> None:
     whole, cut_off, resumed = make(), make(), make(seed=9)  # a resumed model's own weights do not matter
     teacher = make(seed=5)
-    recipe = RECIPE.model_copy(update={"distill_weight": 1.0, "distill_temperature": 2.0})
+    recipe = RECIPE.model_copy(update={"distill": (Distill(temperature=2.0),)})
     state = tmp_path / "state.safetensors"
     assert fit(whole, data, recipe, teacher=teacher, seed=4)
     assert not fit(cut_off, data, recipe, teacher=teacher, seed=4, state=state, should_stop=lambda: True)
@@ -97,9 +97,9 @@ def test_distillation_pulls_towards_the_teacher(data) -> None:
         teacher.head.weight.zero_()
         teacher.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(3), 10) * 9.0)
     model, plain = make(1), make(1)
-    recipe = Recipe(epochs=2, batch_size=128, lr=2e-3, distill_weight=100.0)
+    recipe = Recipe(epochs=2, batch_size=128, lr=2e-3, distill=(Distill(weight=100.0),))
     fit(model, data, recipe, teacher=teacher)
-    fit(plain, data, recipe.model_copy(update={"distill_weight": 0.0}))
+    fit(plain, data, recipe.model_copy(update={"distill": ()}))
     x = torch.cat([x for x, _ in data.val_loader(256)])
     with torch.no_grad():
         assert (model(x).argmax(-1) == 3).float().mean() > 0.95
@@ -108,8 +108,8 @@ def test_distillation_pulls_towards_the_teacher(data) -> None:
 
 
 def test_distillation_needs_a_teacher(data) -> None:
-    with pytest.raises(ValueError, match="there is no teacher"):
-        fit(make(), data, RECIPE.model_copy(update={"distill_weight": 1.0}))
+    with pytest.raises(UserError, match="there is no source model to learn from"):
+        fit(make(), data, RECIPE.model_copy(update={"distill": (Distill(),)}))
 
 
 def test_stochastic_depth_acts_in_training_only(data) -> None:
@@ -179,7 +179,7 @@ def test_a_hook_is_called_in_order_and_can_end_the_training(data) -> None:
     model, hook, epochs = make(), Gate(stop_after=14), []
     assert fit(model, data, RECIPE, hook=hook, on_epoch=epochs.append)
     step = ["loss", "backward", "step"]
-    assert hook.calls == ["wrap", "epoch", *step * 11, "epoch", *step * 3]  # 11 steps are an epoch
+    assert hook.calls == ["wrap", "epoch", *step * 10, "epoch", *step * 4]  # 10 steps are an epoch
     assert len(epochs) == 2
 
 
@@ -232,3 +232,62 @@ def test_evaluation_is_exact() -> None:
     assert model.training
     with pytest.raises(ValueError, match="no images"):
         evaluate(model, [])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"amp": "bf16"}, {"channels_last": True}, {"mixup": 0.8, "cutmix": 1.0}, {"layer_decay": 0.7}]
+)
+def test_options_train_too(data, fields: dict[str, Any]) -> None:
+    epochs: list[Epoch] = []
+    recipe = Recipe(epochs=2, batch_size=64, lr=3e-3, **fields)
+    assert fit(make(dim=32), data, recipe, on_epoch=epochs.append)
+    assert epochs[1].loss < epochs[0].loss
+    assert epochs[1].top5 >= epochs[1].top1
+
+
+def test_the_average_is_evaluated_and_kept(data, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=2, batch_size=128, lr=2e-3, ema=0.9)
+    model, plain, epochs, state = make(), make(), [], tmp_path / "state.safetensors"
+    fit(plain, data, recipe.model_copy(update={"ema": None}), seed=1)
+    assert not fit(model, data, recipe, seed=1, state=state, should_stop=lambda: True)
+    assert fit(model, data, recipe, seed=1, state=state, on_epoch=epochs.append)  # resumed, its average too
+    whole = make()
+    fit(whole, data, recipe, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(whole), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(model)[:4], weights(plain)[:4], strict=True))
+    assert epochs[-1].top1 == evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_what_was_good(data, tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    good = make()
+    assert not fit(good, data, RECIPE, seed=1, state=state, should_stop=lambda: True)
+    kept = weights(good)
+    with pytest.raises(Diverged, match=r"the loss is nan at update 1\d with learning rate .*: lower lr"):
+        fit(make(), data, RECIPE, hook=Poison(), seed=1, state=state)
+    again = make(seed=3)
+    fit(again, data, RECIPE, seed=1, state=state, should_stop=lambda: True)  # epoch 2 is done again, from epoch 1
+    assert not torch.equal(weights(again)[0], kept[0])
+
+
+class Poison(Hook):
+    """Turns the third loss of an epoch into no number."""
+
+    seen = 0
+
+    def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self.seen += 1
+        return terms["loss"] * (torch.nan if self.seen == 3 else 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 2000}, "batch_size = 2000, but digits has 1347 training images"),
+        ({"batch_size": 66, "accumulate": 6, "mixup": 0.5}, "mixup needs an even number of images at a time, not 11"),
+        ({"optimizer": "adamx"}, "optimizer = 'adamx': timm has none of that name"),
+    ],
+)
+def test_recipes_that_do_not_fit(data, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(make(), data, Recipe(**fields))

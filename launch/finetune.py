@@ -1,0 +1,93 @@
+"""``prunesweep finetune``: train a saved model by a recipe, in this process or on Ray Train's workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["finetune"]
+
+
+def finetune(
+    model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
+    data: Annotated[str, typer.Option(help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="folder of the trained model, which must not exist yet", show_default=False)
+    ],
+    recipe: Annotated[str, typer.Option(help="a named recipe, or a .toml file")] = "quick",
+    teacher: Annotated[
+        Path | None, typer.Option(help="saved model that distillation calls the source", show_default=False)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="instead of the recipe's", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a field of the recipe, e.g. lr=1e-4"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="processes that train together, on Ray Train where above 1")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each worker")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker")] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="of a running Ray cluster; a Ray of its own by default", show_default=False)
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="path or URI that all nodes can write to  [default: beside --out]", show_default=False),
+    ] = None,
+    loader_workers: Annotated[int, typer.Option(min=0, help="processes per worker that load images")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
+) -> None:
+    """Train a saved model; the same command goes on with a run that was stopped."""
+    from rich.console import Console
+
+    from models import UserError, arch_of, cost, load, read_arch
+    from search.config import read_overrides
+    from search.display import Display
+    from search.finetune import Finetuning, finetune_here, finetune_on_workers
+    from training import load_recipe
+
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; give a new folder")
+    fields: dict[str, Any] = read_overrides(overrides or [])
+    if epochs is not None:
+        fields["epochs"] = epochs
+    read_arch(model)
+    job = Finetuning(
+        model=model.absolute(),
+        data=data,
+        recipe=load_recipe(recipe, fields),
+        out=out.absolute(),
+        teacher=None if teacher is None else teacher.absolute(),
+        seed=seed,
+        loader_workers=loader_workers,
+    )
+    console = Console(stderr=as_json)
+    with Display(console).progress() as progress:
+        note = ""
+
+        def on_step(done: int, total: int, loss: float) -> None:
+            progress("finetuning", done / total, f"loss {loss:.3f}{note}")
+
+        def on_epoch(epoch: Any) -> None:
+            nonlocal note
+            note = f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %  {epoch.images_per_s:,.0f} images/s"
+            progress("finetuning", epoch.epoch / epoch.epochs, f"loss {epoch.loss:.3f}{note}")
+
+        if workers == 1 and address is None:
+            finetune_here(job, on_step=on_step, on_epoch=on_epoch)
+        else:
+            finetune_on_workers(
+                job, workers=workers, cpus=cpus, gpus=gpus, address=address, storage=storage, on_epoch=on_epoch
+            )
+    if not out.exists():  # a worker of torchrun's that is not the first one
+        return
+    from models import load_provenance
+
+    spent, top1 = cost(arch_of(load(out))), load_provenance(out)["top1"]
+    if as_json:
+        print(json.dumps({"top1": top1, "macs": spent.macs, "params": spent.params, "model": str(out)}))
+    else:
+        console.print(f"top-1 {top1:.2f} %, {spent.macs:,} MACs; saved as {out}", highlight=False, soft_wrap=True)

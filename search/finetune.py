@@ -1,0 +1,210 @@
+"""Finetuning one model: in this process, as a worker that torchrun started, or on Ray Train."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensorboardX import SummaryWriter
+
+from models import UserError, arch_of, load, save
+from training import EVAL_BATCH, Data, Epoch, Recipe, World, evaluate, fit, open_data
+
+from .provenance import digest, versions, weights_digest
+
+__all__ = ["Finetuning", "finetune_here", "finetune_on_workers"]
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """One job: folders of saved models, data by name, and a recipe.
+
+    ``work`` is a folder beside the result, named by the job's content: training state, ``metrics.jsonl`` and
+    TensorBoard logs. The same job goes on from what is there.
+    """
+
+    model: Path
+    data: str
+    recipe: Recipe
+    out: Path
+    teacher: Path | None = None
+    seed: int = 0
+    loader_workers: int = 0
+
+    @property
+    def name(self) -> str:
+        """The result's name and the hash of everything that it depends on."""
+        facts = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+        models = {
+            "model": weights_digest(load(self.model)),
+            "teacher": self.teacher and weights_digest(load(self.teacher)),
+        }
+        return f"{self.out.name}-{digest({**facts, **models})}"
+
+    @property
+    def work(self) -> Path:
+        return self.out.parent / f".{self.name}"
+
+    def check(self) -> Data:
+        """Open the data; UserError where they, the model and the teacher do not go together."""
+        model: Any = load(self.model)
+        data = open_data(self.data, model.pretrained_cfg, loader_workers=self.loader_workers)
+        for what, path in (("model", self.model), ("teacher", self.teacher)):
+            if path is None:
+                continue
+            arch = arch_of(load(path))
+            if arch.num_classes != data.info.num_classes:
+                raise UserError(
+                    f"{what} {path} has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: give "
+                    f"it a new head with timm.create_model('local-dir:{path}', pretrained=True, "
+                    f"num_classes={data.info.num_classes}) and models.save, or take data of its classes"
+                )
+            size = (arch.in_chans, *arch.img_size)
+            if size != data.info.input_size:
+                raise UserError(f"{what} {path} takes images of {size}, {data.info.name} has {data.info.input_size}")
+        return data
+
+    def provenance(self, data: Data) -> dict[str, Any]:
+        """For the result's ``config.json``."""
+        return {
+            "method": "finetune",
+            "source": str(self.model),
+            "teacher": None if self.teacher is None else str(self.teacher),
+            "data": data.info.fingerprint,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+
+@contextmanager
+def logged(work: Path) -> Iterator[Callable[[Epoch], None]]:
+    """Writes every epoch to ``metrics.jsonl`` and TensorBoard."""
+    work.mkdir(parents=True, exist_ok=True)
+    with SummaryWriter(str(work / "tb")) as board, (work / "metrics.jsonl").open("a", buffering=1) as lines:
+
+        def log(epoch: Epoch) -> None:
+            lines.write(json.dumps(asdict(epoch)) + "\n")
+            for name in ("loss", "top1", "top5", "lr", "images_per_s"):
+                board.add_scalar(name, getattr(epoch, name), epoch.epoch)
+
+        yield log
+
+
+def finetune_here(
+    job: Finetuning,
+    *,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> dict[str, float]:
+    """Train in this process, which may be one of torchrun's, and publish the result; its accuracy.
+
+    Raises:
+        UserError: the parts do not go together, or the loss diverged.
+    """
+    with _process_group() as (world, device):
+        data = job.check()
+        model: Any = load(job.model).to(device)
+        teacher = None if job.teacher is None else load(job.teacher).to(device)
+        with logged(job.work / f"rank{world.rank}" if world.rank else job.work) as log:
+
+            def report(epoch: Epoch) -> None:
+                log(epoch)
+                if on_epoch and world.first:
+                    on_epoch(epoch)
+
+            fit(
+                model,
+                data,
+                job.recipe,
+                teacher=teacher,
+                seed=job.seed,
+                state=job.work / "state.safetensors",
+                on_step=on_step if world.first else None,
+                on_epoch=report,
+            )
+        found = evaluate(model, data.val_loader(EVAL_BATCH, world), world)
+        if world.first:
+            save(model.cpu(), job.out, {**job.provenance(data), "top1": found["top1"]})
+            (job.work / "state.safetensors").unlink(missing_ok=True)
+    return found
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[World, torch.device]]:
+    """torchrun's process group where it started this process, and the device of this worker."""
+    gpu = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if gpu else "cpu")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield World(), device
+        return
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield World.current(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def finetune_on_workers(
+    job: Finetuning,
+    *,
+    workers: int,
+    cpus: int = 1,
+    gpus: float = 0,
+    address: str | None = None,
+    storage: str | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> None:
+    """Train on Ray Train's workers and publish the result.
+
+    Args:
+        job: what is trained; on a cluster, its folders are paths that every node can read.
+        workers: processes that train together; each takes its share of every batch.
+        cpus, gpus: of each worker.
+        address: of a running Ray cluster; a Ray of its own for this run by default.
+        storage: path or URI that all nodes can write to; beside the result by default.
+        on_epoch: called after every epoch.
+
+    Raises:
+        UserError: the parts do not go together, training failed, or the machine cannot hold the workers.
+    """
+    from training.ray_train import FinetuneJob, TrainingFailed, Workers, finetune_on_ray
+
+    from .runtime import connected
+
+    data = job.check()
+    described = FinetuneJob(
+        model=str(job.model),
+        data=job.data,
+        recipe=job.recipe.model_dump(mode="json"),
+        teacher=None if job.teacher is None else str(job.teacher),
+        seed=job.seed,
+        loader_workers=job.loader_workers,
+    )
+    with logged(job.work) as log, connected(address, cpus=workers * cpus, gpus=workers * gpus):
+
+        def report(epoch: Epoch) -> None:
+            log(epoch)
+            if on_epoch:
+                on_epoch(epoch)
+
+        try:
+            finetune_on_ray(
+                described,
+                Workers(workers, cpus, gpus),
+                job.out,
+                storage=storage or str(job.work / "ray"),
+                name=job.name,
+                provenance=job.provenance(data),
+                on_epoch=report,
+            )
+        except TrainingFailed as error:
+            raise UserError(f"training failed: {error}") from error

@@ -1,0 +1,61 @@
+"""Optimizer and schedule of a recipe, from timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from models import UserError
+from models.errors import nearest
+from pruners.hook import TrainingHook
+
+from .recipe import Recipe
+
+__all__ = ["make_optimizer", "make_scheduler"]
+
+
+def make_optimizer(model: nn.Module, hook: TrainingHook[Any], recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the model's parameters, and the hook's, whose groups have settings of their own.
+
+    Raises:
+        UserError: timm has no such optimizer.
+    """
+    if recipe.optimizer not in list_optimizers():
+        hint = nearest(recipe.optimizer, list_optimizers())
+        raise UserError(f"recipe: optimizer = {recipe.optimizer!r}: timm has none of that name. {hint}".strip())
+    optimizer = create_optimizer_v2(
+        model,
+        recipe.optimizer,
+        lr=recipe.peak_lr,
+        weight_decay=recipe.weight_decay,
+        filter_bias_and_bn=not recipe.decay_all,
+        layer_decay=recipe.layer_decay,
+    )
+    groups = hook.parameter_groups()
+    own = {id(p) for group in groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+    for group in groups:
+        optimizer.add_param_group(group)
+    return optimizer
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Any:
+    """Linear warm-up, then cosine decay or a constant rate, per update; ``updates`` is those of an epoch."""
+    start = recipe.peak_lr / 100 if recipe.warmup_lr is None else recipe.warmup_lr
+    constant = recipe.schedule == "constant"
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=max(recipe.epochs, 1),
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=start,
+        min_lr=recipe.peak_lr if constant else recipe.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    return scheduler

@@ -1,0 +1,133 @@
+"""The loss: cross-entropy and any number of distillation terms, as a timm training task.
+
+timm's own distillation tasks have one teacher and one term each; NViT's recipe needs two of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask
+from timm.task.distillation import DistillationTeacher
+from torch import nn
+
+from models import UserError
+
+from .recipe import Distill, Recipe
+
+__all__ = ["DistillationTask", "make_task"]
+
+
+def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
+    """The task of ``recipe``; ``teacher`` is what its terms call the source.
+
+    Raises:
+        UserError: a term needs a teacher or a head that is not there, or the teacher has other classes.
+    """
+    mixes = recipe.mixup > 0 or recipe.cutmix > 0
+    criterion = {"smoothing": recipe.label_smoothing, "soft_targets": mixes}
+    terms = [term for term in recipe.distill if term.weight]
+    if not terms:
+        return ClassificationTask(model, criterion_kwargs=criterion, verbose=False)
+    teachers = {name: _teacher(name, teacher, model) for name in dict.fromkeys(term.teacher for term in terms)}
+    return DistillationTask(model, terms, teachers, recipe.loss_weight, criterion)
+
+
+def _teacher(name: str, source: nn.Module | None, student: Any) -> nn.Module:
+    if name == "source":
+        if source is None:
+            raise UserError("recipe: a distill term has teacher = 'source', but there is no source model to learn from")
+        found: Any = source
+    else:
+        if not timm.is_model(name.split(".")[0]):
+            raise UserError(f"recipe: distill.teacher = {name!r}: neither 'source' nor a timm model")
+        try:
+            found = timm.create_model(name, pretrained=True)
+        except Exception as error:  # timm raises whatever its parts raise, a failed download above all
+            raise UserError(f"recipe: the weights of distill.teacher = {name!r} cannot be had: {error}") from error
+    if found.num_classes != student.num_classes:
+        raise UserError(
+            f"recipe: teacher {name!r} has {found.num_classes} classes, the model {student.num_classes}: "
+            "distil from a teacher of the same classes, or drop the term"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
+    """``loss_weight`` times cross-entropy of the output, plus every term of distillation; teachers get no gradient.
+
+    A model with a distillation head gives the mean of its heads, as in evaluation, and that head's logits to the terms
+    ``on`` it (NViT's code; DeiT's own takes the class head alone for cross-entropy).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: list[Distill],
+        teachers: Mapping[str, nn.Module],
+        loss_weight: float,
+        criterion: Mapping[str, Any],
+    ) -> None:
+        super().__init__(model, criterion_kwargs=dict(criterion), verbose=False)
+        self.terms, self.loss_weight = terms, loss_weight
+        self.names = list(teachers)
+        self.teachers = nn.ModuleList(DistillationTeacher(module) for module in teachers.values())
+        self.by_token = any(term.on == "token" for term in terms)
+        self._features: torch.Tensor | None = None
+        if self.by_token and not hasattr(model, "set_distilled_training"):
+            raise UserError("recipe: a distill term is on the 'token', but the model has no distillation head")
+        student: Any = model
+        if any(term.kind == "feature" for term in terms):  # one forward pass gives logits and features, under DDP too
+            if isinstance(student.get_classifier(), tuple):
+                raise UserError("recipe: features of a model with two heads cannot be distilled")
+            student.get_classifier().register_forward_pre_hook(self._keep_features)
+        cfg = student.pretrained_cfg
+        for name in ("mean", "std"):
+            self.register_buffer(f"student_{name}", torch.tensor(cfg[name]).view(1, -1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> DistillationTask:
+        """Teachers stay in evaluation mode; the student's two heads are told apart while it trains."""
+        super().train(mode)
+        self.teachers.eval()
+        student: Any = timm.utils.unwrap_model(self.trainable_module)
+        if self.by_token:
+            student.set_distilled_training(mode)
+        return self
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: A002 (timm's name)
+        """``loss`` and ``output``, the student's logits."""
+        found = self.trainable_module(input)
+        token = found[1] if isinstance(found, tuple) else None
+        output = found if token is None else (found[0] + found[1]) / 2
+        loss = self.loss_weight * self.criterion(output, target)
+        for term in self.terms:
+            logits = output if token is None or term.on == "output" else token
+            loss = loss + term.weight * self._term(term, input, logits)
+        return {"loss": loss, "output": output}
+
+    def _keep_features(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self._features = inputs[0]
+
+    def _term(self, term: Distill, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        teacher: Any = self.teachers[self.names.index(term.teacher)]
+        with torch.no_grad():
+            known = teacher.normalize_input(x, self.student_mean, self.student_std)
+            wanted = teacher(known, return_features=term.kind == "feature")
+        if term.kind == "feature":
+            features, self._features = self._features, None
+            assert features is not None
+            if features.shape != wanted.shape:
+                raise UserError(
+                    f"recipe: the model has {features.shape[1]} features, teacher {term.teacher!r} {wanted.shape[1]}: "
+                    "features can be distilled between equal widths only"
+                )
+            return F.mse_loss(features, wanted)
+        if term.kind == "hard":
+            return F.cross_entropy(logits, wanted.argmax(-1))
+        T = term.temperature
+        log_p, log_q = (wanted / T).log_softmax(-1), (logits / T).log_softmax(-1)
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * T**2

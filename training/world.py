@@ -1,0 +1,37 @@
+"""Which of how many workers this process is; one worker where nothing was started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["World"]
+
+
+@dataclass(frozen=True)
+class World:
+    """``rank`` of ``size`` workers of one training run, each with a share of every batch."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> World:
+        """The initialised process group (Ray Train's or torchrun's), or one worker."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker writes what is written once."""
+        return self.rank == 0
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of ``values`` over all workers, on every one of them."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
