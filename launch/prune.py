@@ -28,7 +28,10 @@ def prune(
     ],
     data: DataName,
     out: Annotated[Path, typer.Option(help="folder of the cut model, which must not exist yet", show_default=False)],
-    measure: Annotated[str, typer.Option(help="what the budget is counted in: macs or params")] = "macs",
+    measure: Annotated[str, typer.Option(help="what the budget is counted in: macs, params or latency_ms")] = "macs",
+    table: Annotated[
+        Path | None, typer.Option(help="latency table of `prunesweep latency`, for latency_ms", show_default=False)
+    ] = None,
     drop: Annotated[int, typer.Option(min=0, help="blocks to drop before, the least important ones")] = 0,
     groups: Annotated[
         list[str] | None,
@@ -46,23 +49,28 @@ def prune(
     """Cut a model to a budget by one method, without training it."""
     from rich.console import Console
 
-    from models import UserError
-    from pruners import MACS, PARAMS
+    from models import LatencyTable, UserError, arch_of
+    from pruners import MACS, PARAMS, latency
     from search.display import Display
     from search.prune import Budget, open_source, prune_once, save_pruned
     from search.scoring import Calibration
 
     measures = {"macs": MACS, "params": PARAMS}
-    if measure not in measures:
-        raise UserError(f"--measure {measure}: must be one of {', '.join(measures)}")
+    if measure not in (*measures, "latency_ms"):
+        raise UserError(f"--measure {measure}: must be one of {', '.join(measures)}, latency_ms")
+    if (table is None) == (measure == "latency_ms"):
+        raise UserError("--measure latency_ms and --table TABLE go together")
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
-    wanted = Budget(_cost(budget), measures[measure])
     units, shares = _pairs("--group", groups, int), _pairs("--floor", floors, float)
     console = Console(stderr=as_json)
+    model = open_source(source)
+    if table is not None:
+        measures["latency_ms"] = latency(LatencyTable.load(table), arch_of(model))
+    wanted = Budget(_cost(budget), measures[measure])
     with Display(console).progress() as progress:
         pruned = prune_once(
-            open_source(source),
+            model,
             data,
             method,
             wanted,

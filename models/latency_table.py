@@ -155,6 +155,18 @@ class LatencyTable:
         self._check_kind(arch)
         return self.overhead("arch", _widths(arch)) + sum(block.ms() for block in self._place(arch))
 
+    def outside(self, arch: Arch) -> float:
+        """Milliseconds per batch outside the blocks of ``arch``. Raises UserError out of the table's range."""
+        return self.overhead("arch", _widths(arch))
+
+    def block(self, arch: Arch, stage: Stage, block: Block) -> float:
+        """Milliseconds per batch of one block in ``stage``, which is told by its grid.
+
+        Raises UserError out of the table's range, or for something that it was built without.
+        """
+        s = next(s for s, own in enumerate(self.source.stages) if own.grid == stage.grid)
+        return self._place_block(s, arch, stage, block, f"blocks[{block.src}]").ms()
+
     def unit_gains(self, arch: Arch) -> dict[str, float]:
         """Milliseconds per batch that one unit less of every prunable vector saves, at the widths of ``arch``.
 

@@ -3,7 +3,7 @@
 ``PRUNERS`` is the one table of width methods.
 """
 
-from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, width_path
+from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
 from .depth import kl_divergence, score_depth
 from .registry import PRUNERS, Pruner, cheapest_first, pruner
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
@@ -21,6 +21,7 @@ __all__ = [
     "cheapest_first",
     "drop_order",
     "kind_of",
+    "latency",
     "kl_divergence",
     "pruner",
     "score_depth",

@@ -15,17 +15,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from models import Arch, BlockCut, Cut, UserError
+from models import Arch, BlockCut, Cut, LatencyTable, UserError
 from models.arch import Block, Stage
 from models.cost import block_cost, outside_cost
 
 from .scores import Scores, kind_of, unit_counts
 
-__all__ = ["GROUP_SIZES", "MACS", "PARAMS", "Measure", "WidthPath", "drop_order", "live_vectors", "width_path"]
+__all__ = [
+    "GROUP_SIZES",
+    "MACS",
+    "PARAMS",
+    "Measure",
+    "WidthPath",
+    "drop_order",
+    "latency",
+    "live_vectors",
+    "width_path",
+]
 
 # Units that go together: NViT's sizes; "dim" is a channel of query, key and value in all heads of a block.
 GROUP_SIZES: Mapping[str, int] = {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16}
@@ -47,6 +58,26 @@ class Measure:
 
 MACS = Measure("macs", lambda arch: outside_cost(arch).macs, lambda *block: block_cost(*block).macs)
 PARAMS = Measure("params", lambda arch: outside_cost(arch).params, lambda *block: block_cost(*block).params)
+
+
+def latency(table: LatencyTable, arch: Arch) -> Measure:
+    """Predicted milliseconds per batch, for cuts of ``arch``; what lies outside the table's range is never chosen.
+
+    Raises:
+        UserError: the table is one of other models, or does not cover ``arch`` itself.
+    """
+    table.predict(arch)
+
+    def inside(predict: Callable[..., float]) -> Callable[..., float]:
+        def cost(*at: Any) -> float:
+            try:
+                return predict(*at)
+            except UserError:
+                return math.inf
+
+        return cost
+
+    return Measure("latency_ms", inside(table.outside), inside(table.block))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,19 @@ import timm
 import torch
 
 from models import Arch, BlockCut, Cut, UserError, cost, cut, cut_arch
-from pruners import GROUP_SIZES, MACS, PARAMS, Measure, Scores, kind_of, unit_counts, vector_sizes, width_path
+from models.latency_build import macs_table
+from pruners import (
+    GROUP_SIZES,
+    MACS,
+    PARAMS,
+    Measure,
+    Scores,
+    kind_of,
+    latency,
+    unit_counts,
+    vector_sizes,
+    width_path,
+)
 from tests.generate import FAMILIES, random_arch
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2}
@@ -143,6 +155,24 @@ def test_the_cut_can_be_made() -> None:
     path = width_path(arch, random_scores(arch, 1, COUPLED), groups=GROUPS)
     small = cut(model, path.cut(path.step_for(0.5 * cost(arch).macs)))
     assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_latency_from_a_table() -> None:
+    """A table of MACs gives what MACs give, and what it does not cover is not chosen."""
+    arch = Arch.from_timm("deit_tiny_patch16_224")
+    table = macs_table(arch, ms_per_gmac=3.0)
+    measure = latency(table, arch)
+    share = cost(arch).macs / measure(arch)
+    scores = random_scores(arch, 3)
+    by_macs, by_table = (width_path(arch, scores, measure=m) for m in (MACS, measure))
+    step = by_table.step_for(0.5 * measure(arch))
+    assert cost(cut_arch(arch, by_table.cut(step))).macs == pytest.approx(share * by_table.costs[step])
+    common = min(len(by_macs.steps), len(by_table.steps), 200)
+    assert by_macs.steps[:common] == by_table.steps[:common]
+    narrowest = cut_arch(arch, by_table.cut(len(by_table.steps)))
+    assert table.predict(narrowest) == pytest.approx(by_table.costs[-1])
+    with pytest.raises(UserError, match="the latency table was measured with"):
+        latency(table, Arch.from_timm("deit_tiny_distilled_patch16_224"))
 
 
 def test_floors_and_kinds_left_whole() -> None:
