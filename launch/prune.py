@@ -11,7 +11,7 @@ import typer
 __all__ = ["prune", "score"]
 
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
-Method = Annotated[str, typer.Option(help="nvit, isomorphic, taylor, magnitude, random, ...", show_default=False)]
+Method = Annotated[str, typer.Option(help="nvit, upvit, isomorphic, taylor, magnitude or random", show_default=False)]
 DataName = Annotated[str, typer.Option("--data", help="digits, or imagefolder:PATH", show_default=False)]
 Images = Annotated[int, typer.Option(min=1, help="calibration images, from the training split")]
 BatchSize = Annotated[int, typer.Option(min=1, help="calibration images per batch")]

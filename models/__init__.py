@@ -9,6 +9,7 @@ from .arch import Arch, Block, Stage
 from .build import arch_of, blocks_of, build, num_params
 from .cost import Cost, cost
 from .cut import BlockCut, Cut, cut, cut_arch
+from .digest import weights_digest
 from .errors import UserError
 from .export import export
 from .hub import push
@@ -46,4 +47,5 @@ __all__ = [
     "read_arch",
     "revit",
     "save",
+    "weights_digest",
 ]

@@ -7,6 +7,8 @@ from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, l
 from .depth import kl_divergence, score_depth
 from .registry import PRUNERS, Pruner, cheapest_first, pruner
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
+from .upvit import merge, score_blocks
+from .upvit_rules import Target, select
 
 __all__ = [
     "GROUP_SIZES",
@@ -17,14 +19,18 @@ __all__ = [
     "Measure",
     "Pruner",
     "Scores",
+    "Target",
     "WidthPath",
     "cheapest_first",
     "drop_order",
     "kind_of",
-    "latency",
     "kl_divergence",
+    "latency",
+    "merge",
     "pruner",
+    "score_blocks",
     "score_depth",
+    "select",
     "unit_counts",
     "vector_sizes",
     "width_path",

@@ -9,7 +9,7 @@ from typing import Any
 from models import Arch, Cut, UserError
 from models.errors import nearest
 
-from . import baselines, isomorphic, nvit, taylor
+from . import baselines, isomorphic, nvit, taylor, upvit
 from .budget import width_path
 from .scores import Scores
 
@@ -52,6 +52,7 @@ ISOMORPHIC = "Isomorphic Pruning, ECCV 2024, arXiv 2407.04616"
 
 PRUNERS: dict[str, Pruner] = {
     "nvit": Pruner(nvit.score, nvit.KINDS, nvit.FAMILIES, "NViT, CVPR 2023, arXiv 2110.04869"),
+    "upvit": Pruner(upvit.score, upvit.KINDS, upvit.FAMILIES, "UP-ViT, SCIS 2023, arXiv 2111.15127", seeded=True),
     "isomorphic": Pruner(taylor.score, taylor.KINDS, taylor.FAMILIES, ISOMORPHIC, decide=isomorphic.decide),
     "taylor": Pruner(taylor.score, taylor.KINDS, taylor.FAMILIES, ISOMORPHIC),
     "magnitude": Pruner(baselines.score_magnitude, baselines.KINDS, baselines.FAMILIES, "control"),

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
-from models import UserError, arch_of, load, save
+from models import UserError, arch_of, load, save, weights_digest
 from training import EVAL_BATCH, Data, Epoch, Recipe, World, evaluate, fit, open_data
 
-from .provenance import digest, versions, weights_digest
+from .provenance import digest, versions
 
 __all__ = ["Finetuning", "finetune_here", "finetune_on_workers"]
 

@@ -11,12 +11,12 @@ import timm
 import torch
 from torch import nn
 
-from models import Arch, Cost, UserError, arch_of, cost, cut, load, save
+from models import Arch, Cost, UserError, arch_of, cost, cut, load, save, weights_digest
 from models.errors import nearest
 from pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pruner
 from training import EVAL_BATCH, Data, evaluate, open_data
 
-from .provenance import versions, weights_digest
+from .provenance import versions
 from .scoring import DEPTH, Calibration, Progress, cached_scores
 
 __all__ = ["Budget", "Pruned", "open_source", "prune_once"]

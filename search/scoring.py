@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from models import arch_of
+from models import arch_of, weights_digest
 from pruners import Scores, pruner, score_depth
 from pruners.scores import FORMAT
 from training import Data, images_only
 
-from .provenance import digest, weights_digest
+from .provenance import digest
 
 __all__ = ["Calibration", "Progress", "cached_scores"]
 

@@ -12,13 +12,13 @@ import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import nn
 
-from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save
+from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save, weights_digest
 from models.errors import nearest
 from pruners import Scores
 from training import EVAL_BATCH, Data, evaluate, fit, open_data, seeded
 
 from .config import SearchConfig, SourceTable
-from .provenance import digest, versions, weights_digest
+from .provenance import digest, versions
 from .scoring import DEPTH, Calibration, Progress, cached_scores
 from .space import Space
 

@@ -58,12 +58,13 @@ def test_in_one_process(source: Path, tmp_path: Path) -> None:
         (("--set", "epoch=3"), "epoch: unknown field"),
         (("--set", "batch_size=4000"), "but digits has 1347 training images"),
         (("--data", "imagefolder:/nowhere"), "no folder /nowhere/train"),
-        (("--recipe", "spvit_distilled"), "the weights of distill.teacher = 'regnety_160.deit_in1k' cannot be had"),
+        (
+            ("--set", 'distill=[{teacher="regnety_16O"}]'),
+            "distill.teacher = 'regnety_16O': neither 'source' nor a timm",
+        ),
     ],
 )
 def test_errors_leave_no_model(source: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
-    if "spvit_distilled" in options:
-        os.environ["HF_HUB_OFFLINE"] = "1"
     result = runner.invoke(app, command(source, tmp_path / "trained", *options))
     assert isinstance(result.exception, UserError), result.output
     assert message in str(result.exception)

@@ -1,0 +1,19 @@
+"""A name for the content of a model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+__all__ = ["weights_digest"]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of a model's state dict, names and bytes."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()[:16]
