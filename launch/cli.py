@@ -141,7 +141,7 @@ def front(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
-    data: Annotated[str, typer.Option(help="digits, or imagefolder:PATH", show_default=False)],
+    data: Annotated[str, typer.Option(help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
     """Measure a saved model's accuracy."""
