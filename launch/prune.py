@@ -12,7 +12,9 @@ __all__ = ["prune", "score"]
 
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
 Method = Annotated[str, typer.Option(help="nvit, upvit, isomorphic, taylor, magnitude or random", show_default=False)]
-DataName = Annotated[str, typer.Option("--data", help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)]
+DataName = Annotated[
+    str, typer.Option("--data", help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)
+]
 Images = Annotated[int, typer.Option(min=1, help="calibration images, from the training split")]
 BatchSize = Annotated[int, typer.Option(min=1, help="calibration images per batch")]
 Seed = Annotated[int, typer.Option(min=0, help="of the choice of calibration images")]
