@@ -99,15 +99,16 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
         return self
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: A002 (timm's name)
-        """``loss`` and ``output``, the student's logits."""
+        """``loss``, ``output`` (the student's logits), and what the loss is made of, by timm's names."""
         found = self.trainable_module(input)
         token = found[1] if isinstance(found, tuple) else None
         output = found if token is None else (found[0] + found[1]) / 2
-        loss = self.loss_weight * self.criterion(output, target)
+        task_loss, kd_loss = self.criterion(output, target), output.new_zeros(())
         for term in self.terms:
             logits = output if token is None or term.on == "output" else token
-            loss = loss + term.weight * self._term(term, input, logits)
-        return {"loss": loss, "output": output}
+            kd_loss = kd_loss + term.weight * self._term(term, input, logits)
+        loss = self.loss_weight * task_loss + kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
     def _keep_features(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         self._features = inputs[0]

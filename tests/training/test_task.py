@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from models import UserError
+from pruners.nvit_hook import NViTPruning
 from training import Distill, Recipe
 from training.task import make_task
 
@@ -44,6 +45,9 @@ def test_soft_and_hard_terms(batch) -> None:
     )
     torch.testing.assert_close(found["loss"], want)
     torch.testing.assert_close(found["output"], z)
+    torch.testing.assert_close(found["task_loss"], F.cross_entropy(z, y))
+    torch.testing.assert_close(found["kd_loss"], want - 0.7 * F.cross_entropy(z, y))
+    assert torch.equal(NViTPruning([1.0]).loss(found), found["task_loss"])  # its first interval goes without teachers
     found["loss"].backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
