@@ -43,7 +43,7 @@ def finetune(
     """Train a saved model; the same command goes on with a run that was stopped."""
     from rich.console import Console
 
-    from models import UserError, arch_of, cost, load, read_arch
+    from models import UserError, cost, load_provenance, read_arch
     from search.config import read_overrides
     from search.display import Display
     from search.finetune import Finetuning, finetune_here, finetune_on_workers
@@ -84,9 +84,7 @@ def finetune(
             )
     if not out.exists():  # a worker of torchrun's that is not the first one
         return
-    from models import load_provenance
-
-    spent, top1 = cost(arch_of(load(out))), load_provenance(out)["top1"]
+    spent, top1 = cost(read_arch(out)), load_provenance(out)["top1"]
     if as_json:
         print(json.dumps({"top1": top1, "macs": spent.macs, "params": spent.params, "model": str(out)}))
     else:

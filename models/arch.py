@@ -59,6 +59,11 @@ class Block:
         return sum(self.v_widths) if self.heads else self.v  # type: ignore[return-value]  # ragged v has heads
 
     @property
+    def stock_heads(self) -> bool:
+        """Whether timm's own attention can hold the heads: V equal to E everywhere, and the scale E ** -0.5."""
+        return self.mixer == "attn" and self.v == self.qk and self.scale == self.qk**-0.5
+
+    @property
     def conv_kernel(self) -> int:
         """Side of the convolution's kernel; 0 where the mixer is not a convolution."""
         return {"conv1x1": 1, "conv3x3": 3}.get(self.mixer, 0)

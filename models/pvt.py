@@ -104,9 +104,8 @@ def build_pvt_v2(arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransfor
 
 
 def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer: Any) -> nn.Module:
-    usual = block.mixer == "attn" and block.mlp and block.v == block.qk and block.scale == block.qk**-0.5
     reduced = stage.width if stage.sr_ratio > 1 else 0
-    if not (usual and block.heads * block.qk == stage.width and block.sr == reduced):
+    if not (block.stock_heads and block.mlp and block.heads * block.qk == stage.width and block.sr == reduced):
         return HeteroPvtBlock(arch, stage, block, drop_path=drop_path, norm_layer=norm_layer)
     return TimmBlock(
         stage.width,

@@ -123,8 +123,7 @@ def build_swin(arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
 
 
 def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer: Any) -> SwinTransformerBlock:
-    usual = block.mixer == "attn" and block.mlp and block.v == block.qk and block.scale == block.qk**-0.5
-    if not usual:
+    if not (block.stock_heads and block.mlp):
         return HeteroSwinBlock(arch, stage, block, drop_path=drop_path, norm_layer=norm_layer)
     return SwinTransformerBlock(
         stage.width,

@@ -83,7 +83,7 @@ def _mixer(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
     if block.conv_kernel:
         return ConvMixer(stage.width, block.total_v, block.conv_kernel, stage.grid, arch.prefix_tokens)
     options = {"qkv_bias": arch.qkv_bias, "qk_norm": arch.qk_norm, "norm_layer": norm_layer}
-    if block.v == block.qk and block.scale == block.qk**-0.5 and not block.token_scale:
+    if block.stock_heads and not block.token_scale:
         return Attention(stage.width, block.heads, attn_head_dim=block.qk, **options)
     tokens = arch.tokens if block.token_scale else None
     return HeteroAttention(stage.width, block.heads, block.qk, block.v_widths, block.scale, tokens=tokens, **options)

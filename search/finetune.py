@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
-from models import UserError, arch_of, load, save, weights_digest
+from models import UserError, load, read_arch, save, weights_digest
 from training import EVAL_BATCH, Data, Epoch, Recipe, World, evaluate, fit, open_data
 
 from .provenance import digest, versions
@@ -38,7 +39,7 @@ class Finetuning:
     seed: int = 0
     loader_workers: int = 0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The result's name and the hash of everything that it depends on."""
         facts = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
@@ -59,7 +60,7 @@ class Finetuning:
         for what, path in (("model", self.model), ("teacher", self.teacher)):
             if path is None:
                 continue
-            arch = arch_of(load(path))
+            arch = read_arch(path)
             if arch.num_classes != data.info.num_classes:
                 raise UserError(
                     f"{what} {path} has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: give "

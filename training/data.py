@@ -165,6 +165,7 @@ class _Files(Data):
     def __init__(self, name: str, preprocessing: Mapping[str, Any], facts: Any, classes: int, workers: int) -> None:
         super().__init__(loader_workers=workers)
         self._config = resolve_data_config(pretrained_cfg=dict(preprocessing))
+        self._splits: dict[str, Dataset[Any]] = {}
         config = self._config
         content = hashlib.sha256(repr((sorted(config.items()), facts)).encode())
         self.info = DataInfo(
@@ -178,16 +179,22 @@ class _Files(Data):
 
     @abstractmethod
     def _open(self, split: str) -> Dataset[Any]:
-        """The images of a split, not yet transformed."""
+        """The images of a split, not yet transformed; may have to list all files."""
+
+    def _images(self, split: str) -> Dataset[Any]:
+        """A split, opened once."""
+        if split not in self._splits:
+            self._splits[split] = self._open(split)
+        return self._splits[split]
 
     @property
     def train_images(self) -> int:
-        return len(self._open("train"))  # type: ignore[arg-type]
+        return len(self._images("train"))  # type: ignore[arg-type]
 
     def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
         config = {k: self._config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")}
         if augment is None:
-            return _Readable(self._open(split), create_transform(**config))
+            return _Readable(self._images(split), create_transform(**config))
         transform = create_transform(
             **config,
             is_training=True,
@@ -196,7 +203,7 @@ class _Files(Data):
             re_prob=augment.random_erasing,
             re_mode="pixel",
         )
-        return _Readable(self._open(split), transform)
+        return _Readable(self._images(split), transform)
 
 
 class _Readable(Dataset[Batch]):
@@ -243,7 +250,7 @@ class ImageFolder(_Files):
         return _Opened(create_dataset("", root=str(self._path / split), split=split, search_split=False).reader)
 
     def train_labels(self) -> torch.Tensor:
-        data: Any = self._open("train")
+        data: Any = self._images("train")
         return torch.tensor([label for _, label in data.reader.samples])
 
 
@@ -348,7 +355,7 @@ class HuggingFace(_Files):
         return create_dataset(f"hfds/{self._name}", root=None, split=named)  # type: ignore[no-any-return]
 
     def train_labels(self) -> torch.Tensor:
-        reader: Any = self._open("train").reader  # type: ignore[attr-defined]
+        reader: Any = self._images("train").reader  # type: ignore[attr-defined]
         return torch.tensor(reader.dataset[reader.label_key])
 
 
