@@ -1,8 +1,10 @@
 """Decisions, and the one place where weights are gathered.
 
-Every width method emits a ``Cut``: which channels of the residual streams, of each block's query/key and value heads
-and of its MLP stay, and which blocks go. ``cut_arch`` says what the record becomes, ``cut`` gathers the weights. A
-masked source and its cut model are the same function; LayerNorm then counts kept channels only.
+Every method emits a ``Cut``: which channels of the residual streams, of each block's query/key and value heads and of
+its MLP stay, which blocks go, which mixer takes the place of attention, and which tokens a block gets. They apply in
+this order: blocks dropped, widths cut, mixers replaced, tokens planned. ``cut_arch`` says what the record becomes,
+``cut`` gathers the weights. As far as widths and blocks go, a masked source and its cut model are the same function;
+LayerNorm then counts kept channels only.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import nn
 from .arch import Arch, Block
 from .build import arch_of, build_with
 from .errors import UserError
+from .replace import replace_block, replace_tensors
+from .tokens import TokenPlan
 
 __all__ = ["BlockCut", "Cut", "cut", "cut_arch", "tensor_axes"]
 
@@ -35,7 +39,8 @@ class BlockCut:
     ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut; ``mlp`` lists
     hidden units, ``sr`` channels of PVTv2's reduced map. Channels are ascending. Both of ``qk`` and ``v`` are given or
     neither, one entry per remaining head; a convolution has ``v`` alone, with one entry: its bottleneck channels. A new
-    head may take channels of several old ones, except in Swin, where a head has position biases of its own.
+    head may take channels of several old ones, except in Swin, where a head has position biases of its own. ``mixer``
+    is one of ``models.replace.REPLACEMENTS``.
     """
 
     keep: bool = True
@@ -43,6 +48,8 @@ class BlockCut:
     v: tuple[Indices, ...] | None = None
     mlp: Indices | None = None
     sr: Indices | None = None
+    mixer: str | None = None
+    tokens: TokenPlan | None = None
 
     @classmethod
     def aligned(
@@ -78,8 +85,13 @@ class Cut:
         """Read ``to_dict``'s form. Raises UserError for another format."""
         if data.get("format") != FORMAT:
             raise UserError(f"cut.format = {data.get('format')!r}: this version reads {FORMAT!r}")
-        blocks = tuple(BlockCut(**{k: _tuples(v) for k, v in block.items()}) for block in data["blocks"])
-        return cls(embed=_tuples(data["embed"]), blocks=blocks)
+        return cls(embed=_tuples(data["embed"]), blocks=tuple(_read_block(block) for block in data["blocks"]))
+
+
+def _read_block(data: Mapping[str, Any]) -> BlockCut:
+    read = {name: _tuples(value) for name, value in data.items() if name != "tokens"}
+    plan = data.get("tokens")
+    return BlockCut(**read, tokens=None if plan is None else TokenPlan.from_dict(plan))
 
 
 def _tuples(value: Any) -> Any:
@@ -113,6 +125,11 @@ def _embed(arch: Arch, decision: Cut) -> tuple[Any, ...]:
 
 
 def _cut_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Block:
+    narrow = _narrow_block(arch, block, choice, where)
+    return replace_block(arch, narrow, choice.mixer, choice.tokens, where)
+
+
+def _narrow_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Block:
     changes: dict[str, Any] = {}
     for name, kept in (("mlp", choice.mlp), ("sr", choice.sr)):
         if kept is not None:
@@ -176,6 +193,7 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     arch = arch_of(model)
     small_arch = cut_arch(arch, decision)
     weights = _gather(arch, decision, model.state_dict())  # gathering makes copies, so nothing is shared
+    weights = _replace(arch, decision, weights)
     small = build_with(small_arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
     return small.train(model.training)
 
@@ -234,6 +252,23 @@ def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> d
             new = f"{prefix}blocks.{renamed[place]}.{match['part']}"
         small[new] = _take(tensor, tensor_axes(arch, name), kept)
     return small
+
+
+def _replace(arch: Arch, decision: Cut, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give blocks their new mixers and token plans; ``weights`` are those of the narrowed model."""
+    stage_name = {"swin": "layers.{}.", "pvt_v2": "stages.{}."}.get(arch.family, "")
+    choices = iter(enumerate(decision.blocks))
+    for s, stage in enumerate(arch.stages):
+        pairs = [(block, *next(choices)) for block in stage.blocks]
+        for b, (block, i, choice) in enumerate(pair for pair in pairs if pair[2].keep):
+            if choice.mixer is None and choice.tokens is None:
+                continue
+            prefix = f"{stage_name.format(s)}blocks.{b}."
+            own = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+            narrow = _narrow_block(arch, block, choice, f"cut.blocks[{i}]")
+            new = replace_tensors(arch, narrow, own, choice.mixer, choice.tokens)
+            weights |= {prefix + name: tensor for name, tensor in new.items()}
+    return weights
 
 
 def _rows(block: Block, choice: BlockCut) -> dict[str, torch.Tensor]:

@@ -7,15 +7,92 @@ pass the block by (arXiv 2503.23455, methods of record: the released code's "mer
 there are always N tokens, so the grid of patches survives.
 
 Two forms of one function: *sparse*, where every token belongs to at most one merged token, costs O(N D) and no matrix
-product; *dense* holds full M and R, as training all their entries leaves them.
+product; *dense* holds full M and R, as training all their entries leaves them. A ``TokenPlan`` is the decision for one
+block, in either form.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["DenseMerge", "SparseMerge", "default_groups", "make_merge"]
+from .errors import UserError, nearest
+
+__all__ = ["FORMS", "DenseMerge", "SparseMerge", "TokenPlan", "default_groups", "make_merge"]
+
+FORMS = ("sparse", "dense")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPlan:
+    """Which token of one block goes to which merged token, and with what weight.
+
+    ``kept`` is c, prefix tokens included; ``assign`` (N) holds the merged token of every token, -1 where it passes the
+    block by; ``weight`` (N) its entry of M, 0 where it passes. Prefix tokens are alone: token j in merged token j. A
+    merged token may have no members; it is then zero. ``form`` is that of the module: ``sparse`` or ``dense``.
+    """
+
+    kept: int
+    assign: tuple[int, ...]
+    weight: tuple[float, ...]
+    form: str = "sparse"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TokenPlan:
+        """Read ``dataclasses.asdict``'s form, from JSON too. Raises UserError for an unknown or missing key."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in data:
+            if key not in known:
+                raise UserError(f"token plan: unknown key {key!r}; known: {', '.join(known)}. {nearest(key, known)}")
+        for key in known[:3]:
+            if key not in data:
+                raise UserError(f"token plan: lacks {key!r}")
+        return cls(**{**data, "assign": tuple(data["assign"]), "weight": tuple(data["weight"])})
+
+    def check(self, tokens: int, prefix: int, where: str = "token plan") -> None:
+        """Raise UserError where this is no plan for ``tokens`` tokens, the first ``prefix`` of them without a place."""
+        if self.form not in FORMS:
+            raise UserError(f"{where}.form = {self.form!r}: must be one of {', '.join(FORMS)}")
+        for name in ("assign", "weight"):
+            if len(getattr(self, name)) != tokens:
+                raise UserError(
+                    f"{where}.{name} has {len(getattr(self, name))} entries, the block has {tokens} tokens ({prefix} "
+                    "without a patch): a plan fits one grid of patches only; plan again for this image size"
+                )
+        if type(self.kept) is not int or not prefix < self.kept <= tokens:
+            raise UserError(f"{where}.kept = {self.kept!r}: must lie in {prefix + 1}..{tokens}")
+        for j, (row, weight) in enumerate(zip(self.assign, self.weight, strict=True)):
+            if not -1 <= row < self.kept:
+                raise UserError(f"{where}.assign[{j}] = {row}: must lie in -1..{self.kept - 1}")
+            if (j < prefix or row in range(prefix)) and row != j:
+                raise UserError(
+                    f"{where}.assign[{j}] = {row}: prefix tokens 0..{prefix - 1} must be alone, each its own"
+                )
+            if not math.isfinite(weight) or (weight <= 0 if row >= 0 else weight != 0):
+                allowed = "finite and above 0" if row >= 0 else "0 where a token passes the block by"
+                raise UserError(f"{where}.weight[{j}] = {weight!r}: must be {allowed}")
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """State of a block's ``token_merge``: ``assign``, ``weight``, ``recover`` (sparse), ``matrix``, ... (dense).
+
+        R is the pseudo-inverse of M, which has disjoint rows: R[j, i] = M[i, j] / sum over l of M[i, l]^2.
+        """
+        assign, weight = torch.tensor(self.assign), torch.tensor(self.weight, dtype=torch.float64)
+        takes_part, row = assign >= 0, assign.clamp(min=0)
+        squares = torch.zeros(self.kept, dtype=torch.float64).index_add(0, row, weight**2)
+        recover = torch.where(takes_part, weight / squares[row], 0.0)
+        if self.form == "sparse":
+            return {"assign": assign, "weight": weight.to(dtype), "recover": recover.to(dtype)}
+        member = (assign == torch.arange(self.kept)[:, None]).double()
+        matrix, spread = member * weight, (member * recover).T.contiguous()
+        return {"matrix": matrix.to(dtype), "recover": spread.to(dtype), "takes_part": takes_part}
 
 
 def default_groups(tokens: int, kept: int, prefix: int) -> torch.Tensor:
@@ -43,15 +120,39 @@ class SparseMerge(nn.Module):
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """M x: (B, N, D) to (B, c, D)."""
-        B, _, D = x.shape
-        weighted = x * self.weight[:, None]
-        row = torch.where(self.assign < 0, self.kept, self.assign)  # tokens that pass by go to a row that is dropped
-        return weighted.new_zeros(B, self.kept + 1, D).index_add(1, row, weighted)[:, : self.kept]
+        B, N, D = x.shape
+        row = self.assign.clamp(min=0)  # tokens that pass by add nothing to merged token 0
+        weight = torch.where(self.assign < 0, 0, self.weight).to(x.dtype)
+        if not _in_bags(x):
+            return x.new_zeros(B, self.kept, D).index_add(1, row, x * weight[:, None])
+        row, order = row.sort(stable=True)
+        starts = torch.searchsorted(row, torch.arange(self.kept))
+        image = torch.arange(B)[:, None] * N
+        return _bags(x, (image + order).flatten(), (image + starts).flatten(), weight[order]).view(B, self.kept, D)
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
-        y = z[:, self.assign.clamp(min=0)] * self.recover[:, None]
-        return torch.where((self.assign < 0)[:, None], x, y)
+        B, N, D = x.shape
+        passes = self.assign < 0
+        if not _in_bags(x):
+            y = z.index_select(1, self.assign.clamp(min=0)) * self.recover[:, None]
+            return torch.where(passes[:, None], x, y)
+        both = torch.cat([z, x], dim=1)
+        place = torch.where(passes, self.kept + torch.arange(N), self.assign)
+        index = (torch.arange(B)[:, None] * (self.kept + N) + place).flatten()
+        recover = torch.where(passes, 1, self.recover).to(both.dtype)
+        return _bags(both, index, torch.arange(len(index)), recover).view(B, N, D)
+
+
+def _in_bags(x: torch.Tensor) -> bool:
+    """Whether to sum by ``embedding_bag``: on a CPU it is many times as fast as ``index_add``, but not traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _bags(x: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of tokens of x (B, N, D), which are counted over the batch; ``weight`` is one image's."""
+    weights = weight.repeat(x.shape[0])
+    return F.embedding_bag(index, x.reshape(-1, x.shape[2]), starts, mode="sum", per_sample_weights=weights)
 
 
 class DenseMerge(nn.Module):
@@ -72,8 +173,7 @@ class DenseMerge(nn.Module):
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
-        y = self.recover @ z
-        return torch.where(self.takes_part[:, None], y, y + x)
+        return torch.addcmul(self.recover @ z, x, (~self.takes_part[:, None]).to(x.dtype))
 
 
 def make_merge(form: str, tokens: int, kept: int, prefix: int) -> SparseMerge | DenseMerge:

@@ -5,7 +5,8 @@ moment. That is NViT's rule, remove where S - eta * (saved cost) is lowest, with
 multiplier of the budget instead of a constant to tune. Groups form anew at every step from the least important live
 units of a vector, and the last group of a vector always stays (arXiv 2110.04869, section 3; the "live" schedule).
 
-The removals of one (scores, dropped blocks, measure) triple are one path, so every budget is a prefix of it.
+The removals for one set of scores, dropped blocks, replaced mixers and token plans are one path, so every budget is a
+prefix of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ import torch
 from models import Arch, BlockCut, Cut, LatencyTable, UserError
 from models.arch import Block, Stage
 from models.cost import block_cost, outside_cost
+from models.replace import replace_block
+from models.tokens import TokenPlan
 
 from .scores import Scores, kind_of, unit_counts
 
@@ -90,6 +94,8 @@ class WidthPath:
     steps: tuple[tuple[str, int], ...]  # (vector, units removed)
     costs: tuple[float, ...]
     measure: Measure
+    mixers: Mapping[int, str]
+    tokens: Mapping[int, TokenPlan]
 
     def cut(self, step: int) -> Cut:
         """The decision after ``step`` steps."""
@@ -105,8 +111,9 @@ class WidthPath:
         if i in self.dropped:
             return BlockCut(keep=False)
         own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in ("heads", "qk", "v", "dim", "mlp", "sr")}
-        if not any(own[kind] for kind in ("heads", "qk", "v", "dim")):
-            return BlockCut(mlp=own["mlp"], sr=own["sr"])
+        new: dict[str, Any] = {"mixer": self.mixers.get(i), "tokens": self.tokens.get(i)}
+        if new["mixer"] in ("none", "norm") or not any(own[kind] for kind in ("heads", "qk", "v", "dim")):
+            return BlockCut(mlp=own["mlp"], sr=own["sr"], **new)
         assert isinstance(block.v, int)  # ragged values have no such vectors
         heads = BlockCut.aligned(
             block,
@@ -115,7 +122,7 @@ class WidthPath:
             v=own["dim"] or own["v"] or range(block.v),
             mlp=own["mlp"],
         )
-        return dataclasses.replace(heads, sr=own["sr"])
+        return dataclasses.replace(heads, sr=own["sr"], **new)
 
     def step_for(self, budget: float) -> int:
         """The first step within ``budget``. Raises UserError where the floors do not let it be reached."""
@@ -162,8 +169,14 @@ def width_path(
     groups: Mapping[str, int] = GROUP_SIZES,
     floors: Mapping[str, float] | None = None,
     measure: Measure = MACS,
+    mixers: Mapping[int, str] = MappingProxyType({}),
+    tokens: Mapping[int, TokenPlan] = MappingProxyType({}),
+    least: float = 0.0,
 ) -> WidthPath:
     """All removals, in order, from ``arch`` without the ``dropped`` blocks down to the floors.
+
+    Whatever else is decided comes first and counts as decided: a block that becomes a convolution has value channels
+    and hidden units to lose, but no heads, and every MAC is that of the tokens a block will have.
 
     Args:
         arch: the record that was scored.
@@ -172,14 +185,18 @@ def width_path(
         groups: units per group of every kind; 0 leaves that kind whole.
         floors: share of every vector of a kind that stays; one group always does.
         measure: what the budget is counted in.
+        mixers: new mixers by block (``models.BlockCut.mixer``).
+        tokens: token plans by block.
+        least: no budget below this will be asked for; the path ends with the first step within it.
 
     Raises:
-        UserError: scores of another model, an unknown kind, a stage without blocks, or a block that does not exist.
+        UserError: scores of another model, an unknown kind, a stage without blocks, a block that does not exist, or a
+            mixer or plan that it cannot have.
     """
     _check(arch, dropped, groups, floors or {})
     vectors = live_vectors(arch, scores)
     order = {name: np.argsort(vector, kind="stable") for name, vector in vectors.items()}
-    model = _Narrowing(arch, frozenset(dropped), measure)
+    model = _Narrowing(arch, frozenset(dropped), measure, mixers, tokens)
     live = {name: vector for name, vector in vectors.items() if groups[kind_of(name)] and model.has(name)}
     # summed saliency of the least important k units, so that a group's price is a difference
     summed = {name: np.concatenate([[0.0], np.cumsum(live[name][order[name]])]) for name in live}
@@ -198,7 +215,7 @@ def width_path(
     costs = [model.total]
     for name in live:
         reprice(name)
-    while price and price[name := min(price, key=price.__getitem__)] < math.inf:
+    while model.total > least and price and price[name := min(price, key=price.__getitem__)] < math.inf:
         group = groups[kind_of(name)]
         model.remove(name, group)
         gone[name] += group
@@ -208,17 +225,28 @@ def width_path(
             if other in live:
                 reprice(other)
     units = {name: tuple(int(u) for u in indices) for name, indices in order.items()}
-    return WidthPath(arch, frozenset(dropped), units, tuple(steps), tuple(costs), measure)
+    return WidthPath(arch, frozenset(dropped), units, tuple(steps), tuple(costs), measure, mixers, tokens)
 
 
 class _Narrowing:
     """A record whose widths shrink unit group by unit group, and what every group would save now."""
 
-    def __init__(self, arch: Arch, dropped: frozenset[int], measure: Measure) -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        dropped: frozenset[int],
+        measure: Measure,
+        mixers: Mapping[int, str],
+        tokens: Mapping[int, TokenPlan],
+    ) -> None:
         self.arch, self.measure = arch, measure
         self.stages = [dataclasses.replace(stage, blocks=()) for stage in arch.stages]
         self.stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
-        self.blocks = {i: block for i, block in enumerate(arch.blocks) if i not in dropped}
+        self.blocks = {
+            i: replace_block(arch, block, mixers.get(i), tokens.get(i), f"block {i}")
+            for i, block in enumerate(arch.blocks)
+            if i not in dropped
+        }
         self.costs = {i: self._block(i, self.blocks[i], self.stages[self.stage_of[i]]) for i in self.blocks}
         self.outside = self._outside(self.stages)
 
@@ -227,7 +255,13 @@ class _Narrowing:
         return self.outside + sum(self.costs.values())
 
     def has(self, name: str) -> bool:
-        return kind_of(name) == "embed" or _place(name) in self.blocks
+        """Whether there is anything to remove: a convolution has its bottleneck, no mixer has nothing."""
+        if kind_of(name) == "embed":
+            return True
+        block = self.blocks.get(_place(name))
+        if block is None or block.mixer == "attn" or kind_of(name) == "mlp":
+            return block is not None
+        return block.conv_kernel > 0 and kind_of(name) in ("v", "dim")
 
     def gain(self, name: str, units: int) -> float:
         """What removing ``units`` from a vector would save."""
@@ -276,7 +310,7 @@ class _Narrowing:
 def _shrink(block: Block, kind: str, units: int) -> Block:
     if kind == "dim":
         assert isinstance(block.v, int)
-        return dataclasses.replace(block, qk=block.qk - units, v=block.v - units)
+        return dataclasses.replace(block, qk=max(block.qk - units, 0), v=block.v - units)  # a convolution has no qk
     return dataclasses.replace(block, **{kind: getattr(block, kind) - units})
 
 

@@ -9,6 +9,7 @@ import torch
 
 from models import Arch, BlockCut, Cut, UserError, cost, cut, cut_arch
 from models.latency_build import macs_table
+from models.tokens import TokenPlan
 from pruners import (
     GROUP_SIZES,
     MACS,
@@ -21,7 +22,7 @@ from pruners import (
     vector_sizes,
     width_path,
 )
-from tests.generate import FAMILIES, random_arch
+from tests.generate import FAMILIES, random_arch, random_images, random_model
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2}
 ALIGNED = ("embed", "heads", "qk", "v", "mlp", "sr")
@@ -79,6 +80,37 @@ def test_every_step_is_a_real_architecture_with_exactly_its_cost(
         if kind_of(name) == "embed" or int(name.split(".")[1]) not in dropped:
             assert count == 1 + (len(path.order[name]) - 1) % GROUPS[kind_of(name)]
     assert narrowest.depth == arch.depth - len(dropped)
+
+
+@pytest.mark.parametrize("measure", [MACS, PARAMS], ids=lambda m: m.name)
+@pytest.mark.parametrize("kinds", [ALIGNED, COUPLED])
+@pytest.mark.parametrize("seed", range(12))
+def test_what_else_is_decided_counts_as_decided(seed: int, kinds: tuple[str, ...], measure: Measure) -> None:
+    """New mixers and token plans: every step costs exactly what its record costs, and the cut can be made."""
+    random = Random(seed)
+    arch = equal_widths(random_arch(random, ("vit", "swin")[seed % 2], ragged=False, missing=False, extras=False))
+    new = {i: random.choice(["conv1x1", "conv3x3", "none", "norm", None]) for i in range(arch.depth)}
+    mixers = {i: mixer for i, mixer in new.items() if mixer}
+    kept = arch.prefix_tokens + 2
+    rows = [*range(kept), *([kept - 1] * (arch.tokens - kept))]
+    plan = TokenPlan(kept, tuple(rows), (1.0,) * arch.tokens)
+    tokens = {i: plan for i in range(arch.depth) if arch.family == "vit" and not mixers.get(i, "").startswith("conv")}
+    settings = {"groups": GROUPS, "measure": measure, "mixers": mixers, "tokens": tokens}
+    scores = random_scores(arch, seed, kinds)
+    path = width_path(arch, scores, **settings)
+    for step in range(len(path.costs)):
+        small = cut_arch(arch, path.cut(step))
+        assert getattr(cost(small), measure.name) == path.costs[step]
+        assert all(small.blocks[i].mixer == mixer.replace("norm", "none") for i, mixer in mixers.items())
+        assert all(small.blocks[i].tokens == kept for i in tokens)
+    convs = [i for i, mixer in mixers.items() if mixer.startswith("conv")]
+    assert all(small.blocks[i].total_v <= 2 for i in convs)  # the bottleneck narrows too
+    budget = path.costs[len(path.costs) // 2]
+    short = width_path(arch, scores, **settings, least=budget)
+    assert short.steps == path.steps[: len(short.steps)]
+    assert short.step_for(budget) == path.step_for(budget) == len(short.steps)
+    model = random_model(arch, seed)
+    assert cut(model, path.cut(path.step_for(budget)))(random_images(arch, seed)).isfinite().all()
 
 
 @pytest.mark.parametrize(("arch", "scores", "dropped"), sources()[:12])
