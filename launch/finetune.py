@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "reports"]
 
 
 def finetune(
@@ -27,7 +29,14 @@ def finetune(
         typer.Option("--set", metavar="KEY=VALUE", help="override a field of the recipe, e.g. lr=1e-4"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="processes that train together, on Ray Train where above 1")] = 1,
+    workers: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MIN-MAX",
+            help="processes that train together, on Ray Train where above 1; 2-4 goes on with as few as 2 where nodes "
+            "are lost, with the same batches",
+        ),
+    ] = "1",
     cpus: Annotated[int, typer.Option(min=1, help="CPUs of each worker")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker")] = 0,
     address: Annotated[
@@ -46,7 +55,7 @@ def finetune(
     from models import UserError, cost, load_provenance, read_arch
     from search.config import read_overrides
     from search.display import Display
-    from search.finetune import Finetuning, finetune_here, finetune_on_workers
+    from search.finetune import Finetuning, finetune_here, finetune_on_workers, worker_range
     from training import load_recipe
 
     if out.exists():
@@ -54,6 +63,7 @@ def finetune(
     fields: dict[str, Any] = read_overrides(overrides or [])
     if epochs is not None:
         fields["epochs"] = epochs
+    least, most = worker_range(workers)
     read_arch(model)
     job = Finetuning(
         model=model.absolute(),
@@ -65,23 +75,15 @@ def finetune(
         loader_workers=loader_workers,
     )
     console = Console(stderr=as_json)
-    with Display(console).progress() as progress:
-        note = ""
-
-        def on_step(done: int, total: int, loss: float) -> None:
-            progress("finetuning", done / total, f"loss {loss:.3f}{note}")
-
-        def on_epoch(epoch: Any) -> None:
-            nonlocal note
-            note = f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %  {epoch.images_per_s:,.0f} images/s"
-            progress("finetuning", epoch.epoch / epoch.epochs, f"loss {epoch.loss:.3f}{note}")
-
-        if workers == 1 and address is None:
-            finetune_here(job, on_step=on_step, on_epoch=on_epoch)
+    display = Display(console)
+    with display.progress() as progress:
+        say = reports(display, progress, job.recipe.batch_size)
+        if most == 1 and address is None:
+            finetune_here(job, **say)
         else:
-            finetune_on_workers(
-                job, workers=workers, cpus=cpus, gpus=gpus, address=address, storage=storage, on_epoch=on_epoch
-            )
+            fewer = least if least < most else None
+            resources: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "address": address, "storage": storage}
+            finetune_on_workers(job, workers=most, least=fewer, **resources, **say)
     if not out.exists():  # a worker of torchrun's that is not the first one
         return
     spent, top1 = cost(read_arch(out)), load_provenance(out)["top1"]
@@ -89,3 +91,40 @@ def finetune(
         print(json.dumps({"top1": top1, "macs": spent.macs, "params": spent.params, "model": str(out)}))
     else:
         console.print(f"top-1 {top1:.2f} %, {spent.macs:,} MACs; saved as {out}", highlight=False, soft_wrap=True)
+
+
+def reports(
+    display: Any, progress: Callable[[str, float, str], None], batch_size: int, *, what: str = "finetuning"
+) -> dict[str, Any]:
+    """Callables for ``fit``: a bar with loss, speed and accuracy; where nothing can be redrawn, a line per epoch."""
+    from search.finetune import StepRate
+
+    rate, note, eta = StepRate(batch_size), "", ""
+    begun: tuple[float, int] | None = None  # when, and after how many updates
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        nonlocal begun, eta
+        begun = begun or (time.monotonic(), done)
+        if done > begun[1]:
+            eta = f"  ETA {_clock((time.monotonic() - begun[0]) / (done - begun[1]) * (total - done))}"
+        speed = rate.step(done)
+        now = f"  {speed[0]:,.0f} images/s  {speed[1]:.2f} updates/s" if speed else ""
+        progress(what, done / total, f"loss {loss:.3f}{now}{note}")
+
+    def on_epoch(epoch: Any) -> None:
+        nonlocal note
+        rate.pause()
+        facts = "".join(f"  {name} {f if isinstance(f, str) else f'{f:.4g}'}" for name, f in epoch.facts.items())
+        note = f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %{facts}"
+        line = f"loss {epoch.loss:.3f}{note}  {epoch.images_per_s:,.0f} images/s"
+        progress(what, epoch.epoch / epoch.epochs, line)
+        if not display.console.is_terminal and epoch.epoch < epoch.epochs:
+            display.note(f"epoch {epoch.epoch}/{epoch.epochs}: {line}{eta}")
+
+    return {"on_step": on_step, "on_epoch": on_epoch, "on_note": display.note}
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -10,6 +10,7 @@
             after_backward()                            gradients are final, but for clipping
             after_step()                                weights are updated
             done                                        True ends the training
+    facts                                               after every epoch, for its record
     state_dict()                                        after every epoch, where the run keeps its state
 
 and the caller calls ``finish()`` once ``fit`` has returned True.
@@ -34,6 +35,10 @@ class TrainingHook(Protocol[Result]):
     @property
     def done(self) -> bool:
         """Whether training may end now, in the middle of an epoch too."""
+
+    @property
+    def facts(self) -> Mapping[str, float | str]:
+        """What a person wants to see of the method after an epoch, the same on every rank; JSON-ready, may be empty."""
 
     def wrap(self, model: nn.Module) -> None:
         """Take the model, once. May replace modules, and register parameters, which are then saved with the model."""
@@ -69,6 +74,10 @@ class Hook:
     @property
     def done(self) -> bool:
         return False
+
+    @property
+    def facts(self) -> Mapping[str, float | str]:
+        return {}
 
     def wrap(self, model: nn.Module) -> None:
         pass

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
 from models import UserError, load, read_arch, save, weights_digest
-from training import EVAL_BATCH, Data, Epoch, Recipe, World, evaluate, fit, open_data
+from training import EVAL_BATCH, Data, Epoch, Recipe, World, batches_of, evaluate, fit, open_data
 
 from .provenance import digest, versions
 
-__all__ = ["Finetuning", "finetune_here", "finetune_on_workers"]
+if TYPE_CHECKING:
+    from training.ray_train import FinetuneJob
+
+__all__ = ["Finetuning", "StepRate", "finetune_here", "finetune_on_workers", "worker_range"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class Finetuning:
     @property
     def work(self) -> Path:
         return self.out.parent / f".{self.name}"
+
+    @property
+    def teacher_cache(self) -> Path:
+        """Beside the result too, but for all jobs there: teachers' logits, named by what they follow from."""
+        return self.out.parent / ".teacher_logits"
 
     def check(self) -> Data:
         """Open the data; UserError where they, the model and the teacher do not go together."""
@@ -93,10 +103,36 @@ def logged(work: Path) -> Iterator[Callable[[Epoch], None]]:
 
         def log(epoch: Epoch) -> None:
             lines.write(json.dumps(asdict(epoch)) + "\n")
-            for name in ("loss", "top1", "top5", "lr", "images_per_s"):
-                board.add_scalar(name, getattr(epoch, name), epoch.epoch)
+            scalars = {name: getattr(epoch, name) for name in ("loss", "top1", "top5", "lr", "images_per_s")}
+            scalars |= {f"facts/{name}": fact for name, fact in epoch.facts.items() if not isinstance(fact, str)}
+            for name, value in scalars.items():
+                board.add_scalar(name, value, epoch.epoch)
 
         yield log
+
+
+class StepRate:
+    """How fast training goes: updates of the last ``window`` seconds, without what lies between epochs."""
+
+    def __init__(self, batch_size: int, window: float = 30.0) -> None:
+        self.batch_size, self.window = batch_size, window
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def step(self, done: int) -> tuple[float, float] | None:
+        """Images and updates per second; None until two calls have come since the last epoch's end."""
+        now = time.monotonic()
+        self._seen.append((now, done))
+        while now - self._seen[0][0] > self.window and len(self._seen) > 2:
+            self._seen.popleft()
+        (before, first), (_, last) = self._seen[0], self._seen[-1]
+        if last <= first or now <= before:
+            return None
+        rate = (last - first) / (now - before)
+        return rate * self.batch_size, rate
+
+    def pause(self) -> None:
+        """An epoch has ended: what follows is not training."""
+        self._seen.clear()
 
 
 def finetune_here(
@@ -104,8 +140,11 @@ def finetune_here(
     *,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Train in this process, which may be one of torchrun's, and publish the result; its accuracy.
+
+    The callables are as for ``fit``.
 
     Raises:
         UserError: the parts do not go together, or the loss diverged.
@@ -128,8 +167,10 @@ def finetune_here(
                 teacher=teacher,
                 seed=job.seed,
                 state=job.work / "state.safetensors",
+                teacher_cache=job.teacher_cache,
                 on_step=on_step if world.first else None,
                 on_epoch=report,
+                on_note=on_note if world.first else None,
             )
         found = evaluate(model, data.val_loader(EVAL_BATCH, world), world)
         if world.first:
@@ -158,39 +199,38 @@ def finetune_on_workers(
     job: Finetuning,
     *,
     workers: int,
+    least: int | None = None,
     cpus: int = 1,
     gpus: float = 0,
     address: str | None = None,
     storage: str | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> None:
     """Train on Ray Train's workers and publish the result.
 
     Args:
         job: what is trained; on a cluster, its folders are paths that every node can read.
         workers: processes that train together; each takes its share of every batch.
+        least: go on with as few as that where nodes are lost; the batches stay the same.
         cpus, gpus: of each worker.
         address: of a running Ray cluster; a Ray of its own for this run by default.
         storage: path or URI that all nodes can write to; beside the result by default.
-        on_epoch: called after every epoch.
+        on_step, on_epoch, on_note: as for ``finetune_on_ray``.
 
     Raises:
         UserError: the parts do not go together, training failed, or the machine cannot hold the workers.
     """
-    from training.ray_train import FinetuneJob, TrainingFailed, Workers, finetune_on_ray
+    from training.ray_train import TrainingFailed, Workers, finetune_on_ray
 
     from .runtime import connected
 
     data = job.check()
-    described = FinetuneJob(
-        model=str(job.model),
-        data=job.data,
-        recipe=job.recipe.model_dump(mode="json"),
-        teacher=None if job.teacher is None else str(job.teacher),
-        seed=job.seed,
-        loader_workers=job.loader_workers,
-    )
-    with logged(job.work) as log, connected(address, cpus=workers * cpus, gpus=workers * gpus):
+    for number in range(workers if least is None else least, workers + 1):
+        batches_of(data, job.recipe, World(0, number))
+    needed = workers if least is None or address is None else least
+    with logged(job.work) as log, connected(address, cpus=needed * cpus, gpus=needed * gpus):
 
         def report(epoch: Epoch) -> None:
             log(epoch)
@@ -199,13 +239,38 @@ def finetune_on_workers(
 
         try:
             finetune_on_ray(
-                described,
-                Workers(workers, cpus, gpus),
+                _described(job),
+                Workers(workers, cpus, gpus, least),
                 job.out,
                 storage=storage or str(job.work / "ray"),
                 name=job.name,
                 provenance=job.provenance(data),
+                on_step=on_step,
                 on_epoch=report,
+                on_note=on_note,
             )
         except TrainingFailed as error:
             raise UserError(f"training failed: {error}") from error
+
+
+def _described(job: Finetuning) -> FinetuneJob:
+    """For Ray Train's workers."""
+    from training.ray_train import FinetuneJob
+
+    return FinetuneJob(
+        model=str(job.model),
+        data=job.data,
+        recipe=job.recipe.model_dump(mode="json"),
+        teacher=None if job.teacher is None else str(job.teacher),
+        teacher_cache=str(job.teacher_cache),
+        seed=job.seed,
+        loader_workers=job.loader_workers,
+    )
+
+
+def worker_range(given: str) -> tuple[int, int]:
+    """Least and most workers of ``N`` or ``MIN-MAX``. Raises UserError for anything else."""
+    low, dash, high = given.partition("-")
+    if not (low.isdecimal() and (high.isdecimal() or not dash) and 1 <= int(low) <= int(high or low)):
+        raise UserError(f"--workers {given}: must be a number from 1 on, or a range such as 2-4")
+    return int(low), int(high or low)

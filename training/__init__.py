@@ -5,6 +5,7 @@ from .data import Data, DataInfo, images_only, open_data
 from .evaluate import EVAL_BATCH, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
+from .trainer import DoesNotFit, batches_of
 from .world import World
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "DataInfo",
     "Distill",
     "Diverged",
+    "DoesNotFit",
     "Epoch",
     "Recipe",
     "World",
+    "batches_of",
     "evaluate",
     "fit",
     "images_only",

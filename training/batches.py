@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from .world import World
 
-__all__ = ["EpochBatches", "own_share"]
+__all__ = ["EpochBatches", "WithRows", "own_share"]
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -51,3 +52,17 @@ class EpochBatches(Sampler[list[int]]):
 def own_share(images: int, world: World) -> list[int]:
     """Every ``size``-th image from ``rank`` on: over all workers each image once, without padding."""
     return list(range(world.rank, images, world.size))
+
+
+class WithRows(Dataset[Any]):
+    """Images, labels, and the rows that tables have for each image by its index, by the tables' names."""
+
+    def __init__(self, data: Dataset[Any], known: Mapping[str, Any]) -> None:
+        self.data, self.known = data, known
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.data[index]
+        return image, label, {name: rows[index] for name, rows in self.known.items()}

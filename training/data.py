@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from models import UserError
 
-from .batches import EpochBatches, own_share
+from .batches import EpochBatches, WithRows, own_share
 from .recipe import Recipe
 from .world import World
 
@@ -68,9 +69,17 @@ class Data(ABC):
     def train_labels(self) -> torch.Tensor:
         """Labels of all training images, without reading the images."""
 
-    def train_loader(self, batches: EpochBatches, recipe: Recipe) -> DataLoader[Batch]:
-        """Training images, augmented as ``recipe`` says, in the order of ``batches``."""
-        data = self.split("train", augment=recipe)
+    def train_loader(
+        self, batches: EpochBatches, recipe: Recipe, known: Mapping[str, Any] = MappingProxyType({})
+    ) -> DataLoader[Any]:
+        """Training images, augmented as ``recipe`` says, in the order of ``batches``; (images, labels) per batch.
+
+        With ``known``, tables that have a row for every training image by index, batches have their rows as a third
+        item, by the tables' names.
+        """
+        data: Dataset[Any] = self.split("train", augment=None if recipe.fixed_view else recipe)
+        if known:
+            data = WithRows(data, known)
         return DataLoader(data, batch_sampler=batches, num_workers=self.loader_workers, pin_memory=_pin())
 
     def val_loader(self, batch_size: int, world: World | None = None) -> DataLoader[Batch]:

@@ -1,4 +1,4 @@
-"""NViT's losses on the logits of a distilled ViT's two heads, which timm's tasks do not have in this form.
+"""Losses of distillation on logits; and NViT's on the two heads of a distilled ViT, as the sum of them that it is.
 
 Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
 eq. 8 and 9, in the form and with the weights of the code that its published models were trained with:
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["cnn_distillation", "full_model_kl"]
+__all__ = ["cnn_distillation", "full_model_kl", "hard_distillation"]
 
 
 def full_model_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -27,6 +27,11 @@ def full_model_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: flo
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+def hard_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits B·K to the teacher's most likely class, mean over the batch (DeiT, arXiv 2012.12877)."""
+    return F.cross_entropy(student, teacher.argmax(-1))
+
+
 def cnn_distillation(
     logits: torch.Tensor,
     dist_logits: torch.Tensor,
@@ -36,7 +41,9 @@ def cnn_distillation(
     alpha: float = 0.5,
     base_on: str = "mean",
 ) -> torch.Tensor:
-    """(1 - alpha) * CE(base, target) + alpha * CE(distillation head, the CNN's answer).
+    """(1 - alpha) * CE(base, target) + alpha * hard_distillation(distillation head, CNN).
+
+    A recipe says the same with ``loss_weight = 1 - alpha`` and a hard ``Distill`` term of weight alpha on the token.
 
     Args:
         logits, dist_logits: of the class and the distillation head, B·K.
@@ -49,5 +56,4 @@ def cnn_distillation(
     if base_on not in ("mean", "cls"):
         raise ValueError(f"base_on = {base_on!r}: must be 'mean' or 'cls'")
     base = (logits + dist_logits) / 2 if base_on == "mean" else logits
-    hard = F.cross_entropy(dist_logits, cnn_logits.argmax(-1))
-    return (1 - alpha) * F.cross_entropy(base, target) + alpha * hard
+    return (1 - alpha) * F.cross_entropy(base, target) + alpha * hard_distillation(dist_logits, cnn_logits)

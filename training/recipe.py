@@ -35,7 +35,8 @@ class Distill(_Table):
 
     ``soft`` is temperature^2 * KL(teacher || student) of logits over the temperature, mean over images; ``hard`` is
     cross-entropy to the teacher's decision; ``feature`` is the mean squared error of the pooled features before the
-    classifier. ``on = "token"`` takes the student's distillation head instead of its output.
+    classifier. ``on = "token"`` takes the student's distillation head instead of its output. ``cache_teacher``
+    computes the teacher's logits on the training images once; that needs images that look the same in every epoch.
     """
 
     teacher: str = "source"  # the source model, or a timm name with its pretrained weights
@@ -43,6 +44,7 @@ class Distill(_Table):
     on: Literal["output", "token"] = "output"
     weight: NotNegative = 1.0
     temperature: Positive = 1.0
+    cache_teacher: bool = False
 
 
 class Recipe(_Table):
@@ -71,6 +73,7 @@ class Recipe(_Table):
     auto_augment: str | None = None  # a timm policy such as rand-m9-mstd0.5-inc1; for image files
     color_jitter: NotNegative = 0.4
     random_erasing: Share = 0.0
+    fixed_view: bool = False  # training images as for evaluation: no random crop, flip, jitter or move
     repeats: Annotated[int, Field(ge=1)] = 1  # repeated augmentation: views of an image in an epoch of the same length
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay per update; the average is evaluated and kept
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -85,6 +88,20 @@ class Recipe(_Table):
             raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be below epochs = {self.epochs}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of accumulate = {self.accumulate}")
+        if self.fixed_view and (self.auto_augment or self.random_erasing):
+            raise ValueError(
+                "fixed_view = true: training images are those of evaluation, so auto_augment and random_erasing must "
+                "be off"
+            )
+        cached = [term for term in self.distill if term.cache_teacher]
+        if any(term.kind == "feature" for term in cached):
+            raise ValueError("distill.cache_teacher = true: logits are kept, not features; drop it for this term")
+        if cached and not (self.fixed_view and self.mixup == self.cutmix == 0):
+            raise ValueError(
+                f"distill.cache_teacher = true with fixed_view = {str(self.fixed_view).lower()}, mixup = {self.mixup}, "
+                f"cutmix = {self.cutmix}: the teacher's answers can be kept only for images that look the same in "
+                "every epoch: set fixed_view = true and mixup = cutmix = 0, or drop cache_teacher"
+            )
         return self
 
     @property

@@ -6,6 +6,7 @@ timm's own distillation tasks have one teacher and one term each; NViT's recipe 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -17,6 +18,7 @@ from torch import nn
 
 from models import UserError
 
+from .losses import full_model_kl, hard_distillation
 from .recipe import Distill, Recipe
 
 __all__ = ["DistillationTask", "make_task"]
@@ -85,9 +87,10 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
             if isinstance(student.get_classifier(), tuple):
                 raise UserError("recipe: features of a model with two heads cannot be distilled")
             student.get_classifier().register_forward_pre_hook(self._keep_features)
-        cfg = student.pretrained_cfg
+        self.student_cfg = student.pretrained_cfg
         for name in ("mean", "std"):
-            self.register_buffer(f"student_{name}", torch.tensor(cfg[name]).view(1, -1, 1, 1), persistent=False)
+            values = torch.tensor(self.student_cfg[name]).view(1, -1, 1, 1)
+            self.register_buffer(f"student_{name}", values, persistent=False)
 
     def train(self, mode: bool = True) -> DistillationTask:
         """Teachers stay in evaluation mode; the student's two heads are told apart while it trains."""
@@ -98,28 +101,56 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
             student.set_distilled_training(mode)
         return self
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: A002 (timm's name)
-        """``loss``, ``output`` (the student's logits), and what the loss is made of, by timm's names."""
+    def forward(
+        self,
+        input: torch.Tensor,  # noqa: A002 (timm's name)
+        target: torch.Tensor,
+        known: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> dict[str, torch.Tensor]:
+        """``loss``, ``output`` (the student's logits), and what the loss is made of, by timm's names.
+
+        ``known`` has the logits B·K of the teachers whose terms have ``cache_teacher``, by name.
+        """
         found = self.trainable_module(input)
         token = found[1] if isinstance(found, tuple) else None
         output = found if token is None else (found[0] + found[1]) / 2
         task_loss, kd_loss = self.criterion(output, target), output.new_zeros(())
+        answers = dict(known)
         for term in self.terms:
+            if term.kind != "feature" and term.teacher not in answers:
+                answers[term.teacher] = self.answers(term.teacher, input)
             logits = output if token is None or term.on == "output" else token
-            kd_loss = kd_loss + term.weight * self._term(term, input, logits)
+            kd_loss = kd_loss + term.weight * self._term(term, input, logits, answers)
+        self._features = None
         loss = self.loss_weight * task_loss + kd_loss
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
+
+    def teacher(self, name: str) -> Any:
+        """timm's wrapper around a teacher."""
+        return self.teachers[self.names.index(name)]
+
+    @torch.no_grad()
+    def answers(self, name: str, x: torch.Tensor, *, features: bool = False) -> torch.Tensor:
+        """A teacher's logits B·K, or pooled features B·D, for images that are normalised for the student."""
+        teacher = self.teacher(name)
+        return teacher(teacher.normalize_input(x, self.student_mean, self.student_std), return_features=features)
+
+    def release_cached_teachers(self) -> None:
+        """Forget teachers of whom nothing but their logits is asked."""
+        cached = {term.teacher for term in self.terms if term.cache_teacher}
+        needed = {term.teacher for term in self.terms if term.kind == "feature" or term.teacher not in cached}
+        self.teachers = nn.ModuleList(self.teacher(name) for name in self.names if name in needed)
+        self.names = [name for name in self.names if name in needed]
 
     def _keep_features(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         self._features = inputs[0]
 
-    def _term(self, term: Distill, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        teacher: Any = self.teachers[self.names.index(term.teacher)]
-        with torch.no_grad():
-            known = teacher.normalize_input(x, self.student_mean, self.student_std)
-            wanted = teacher(known, return_features=term.kind == "feature")
+    def _term(
+        self, term: Distill, x: torch.Tensor, logits: torch.Tensor, answers: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         if term.kind == "feature":
-            features, self._features = self._features, None
+            wanted = self.answers(term.teacher, x, features=True)
+            features = self._features
             assert features is not None
             if features.shape != wanted.shape:
                 raise UserError(
@@ -128,7 +159,5 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
                 )
             return F.mse_loss(features, wanted)
         if term.kind == "hard":
-            return F.cross_entropy(logits, wanted.argmax(-1))
-        T = term.temperature
-        log_p, log_q = (wanted / T).log_softmax(-1), (logits / T).log_softmax(-1)
-        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * T**2
+            return hard_distillation(logits, answers[term.teacher])
+        return full_model_kl(logits, answers[term.teacher], term.temperature) * term.temperature**2

@@ -35,3 +35,10 @@ class World:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """Put the first worker's ``tensor`` into everybody's."""
+        if self.size > 1:
+            values = tensor.contiguous()  # of any memory format before
+            dist.broadcast(values, src=0)
+            tensor.copy_(values)

@@ -291,3 +291,22 @@ class Poison(Hook):
 def test_recipes_that_do_not_fit(data, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         fit(make(), data, Recipe(**fields))
+
+
+def test_what_a_hook_says_is_in_every_epoch(data) -> None:
+    epochs: list[Epoch] = []
+    fit(make(), data, RECIPE, hook=Telling(0.1), on_epoch=epochs.append)
+    assert [epoch.facts for epoch in epochs] == [
+        {"steps": 10.0, "phase": "x"},
+        {"steps": 20.0, "phase": "xx"},
+        {"steps": 30.0, "phase": "xxx"},
+    ]
+    plain: list[Epoch] = []
+    fit(make(), data, RECIPE, on_epoch=plain.append)
+    assert [epoch.facts for epoch in plain] == [{}, {}, {}]
+
+
+class Telling(Gate):
+    @property
+    def facts(self) -> Mapping[str, float | str]:
+        return {"steps": float(self.steps), "phase": "x" * (self.steps // 10)}

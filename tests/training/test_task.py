@@ -86,3 +86,15 @@ def test_features_of_unequal_width(batch) -> None:
     task = make_task(model(0), Recipe(distill=({"kind": "feature"},)), model(1, embed_dim=16)).double()
     with pytest.raises(UserError, match="the model has 8 features, teacher 'source' 16"):
         task(*batch)
+
+
+def test_features_of_two_teachers(batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = model(2)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: other)
+    student, teacher = model(0), model(1)
+    terms = ({"kind": "feature"}, {"kind": "feature", "teacher": "vit_tiny_patch16_224", "weight": 2.0})
+    task = make_task(student, Recipe(distill=terms), teacher).double()
+    x, y = batch
+    pooled = [m.forward_head(m.forward_features(x), pre_logits=True) for m in (student, teacher, other)]
+    want = F.mse_loss(pooled[0], pooled[1]) + 2 * F.mse_loss(pooled[0], pooled[2])
+    torch.testing.assert_close(task(x, y)["kd_loss"], want)

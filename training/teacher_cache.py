@@ -1,0 +1,129 @@
+"""A teacher's logits on every training image, computed once: what ``Distill.cache_teacher`` asks for.
+
+Only right where an image looks the same in every epoch, which ``Recipe`` sees to (``fixed_view``, no mixing). On disk,
+logits lie in shards of ``SHARD`` images under a name that the teacher's weights, the data and the input settings give;
+they appear whole or not at all, and later runs read them from there, page by page.
+
+Source of the warning that goes with it: a teacher that sees other views than the student, or always the same one, is a
+worse teacher (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, figure 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.task import TrainingTask
+from torch.utils.data import DataLoader
+
+from models import UserError, arch_of, weights_digest
+
+from .data import Data
+from .recipe import Recipe
+from .task import DistillationTask
+from .world import World
+
+__all__ = ["SHARD", "TeacherLogits", "cache_teachers"]
+
+SHARD = 8192  # images
+BATCH = 256  # images of all workers at a time
+
+
+class TeacherLogits:
+    """``logits[i]``: the teacher's answer (K) to training image i."""
+
+    def __init__(self, shards: list[torch.Tensor]) -> None:
+        self.shards = shards
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.shards[index // SHARD][index % SHARD]
+
+
+def cache_teachers(
+    task: TrainingTask,
+    data: Data,
+    recipe: Recipe,
+    world: World,
+    folder: Path | None,
+    on_note: Callable[[str], None] | None = None,
+) -> dict[str, TeacherLogits]:
+    """Logits of the teachers whose terms have ``cache_teacher``, by name; all workers compute them together.
+
+    The task lets go of teachers that it needs no more.
+
+    Raises:
+        UserError: another worker cannot read what the first one wrote to ``folder``.
+    """
+    if not isinstance(task, DistillationTask):
+        return {}
+    found = {}
+    for name in dict.fromkeys(term.teacher for term in task.terms if term.cache_teacher):
+        place = None if folder is None else folder / _key(task, name, data, recipe)
+        if on_note and not (place and place.exists()):
+            on_note(f"computing the logits of teacher {name!r} on {data.train_images:,} images")
+        with torch.random.fork_rng():  # a run that finds them must draw what one that computes them does
+            shards = [
+                _shard(task, name, data, recipe, world, place, start) for start in range(0, data.train_images, SHARD)
+            ]
+        found[name] = TeacherLogits(shards)
+    task.release_cached_teachers()
+    return found
+
+
+def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
+    """16 hex digits of all that the logits follow from."""
+    teacher: Any = task.teacher(name).model
+    try:
+        form = arch_of(teacher).hash  # weights alone do not tell the number of heads
+    except UserError:  # a teacher of a family that is not pruned
+        form = teacher.pretrained_cfg.get("architecture")
+    normalised = [[cfg["mean"], cfg["std"]] for cfg in (teacher.pretrained_cfg, task.student_cfg)]
+    facts = [weights_digest(teacher), form, data.info.fingerprint, normalised, recipe.amp]
+    return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def _shard(
+    task: DistillationTask, name: str, data: Data, recipe: Recipe, world: World, place: Path | None, start: int
+) -> torch.Tensor:
+    """Logits of the images from ``start`` on, found or made; the first worker decides which, and writes them."""
+    file = None if place is None else place / f"{start // SHARD:05}.safetensors"
+    known = torch.tensor(float(world.first and file is not None and file.exists()), device=task.device)
+    if world.total(known).item() == 0:
+        logits = _logits(task, name, data, recipe, world, range(start, min(start + SHARD, data.train_images)))
+        if file is None:
+            return logits
+        if world.first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+            save_file({"logits": logits}, scratch)
+            os.replace(scratch, file)
+        world.total(known)  # nobody reads before it is written
+    assert file is not None
+    missing = world.total(torch.tensor(float(not file.exists()), device=task.device)).item()
+    if missing:
+        raise UserError(f"{file}: not there for {missing:.0f} of {world.size} workers: take a folder that all can read")
+    return load_file(file)["logits"]
+
+
+@torch.no_grad()
+def _logits(task: DistillationTask, name: str, data: Data, recipe: Recipe, world: World, images: range) -> torch.Tensor:
+    """Every worker answers its share of every batch, and all get the whole."""
+    split, low = data.split("train", augment=None), torch.float16 if recipe.amp == "fp16" else torch.bfloat16
+    batches = [list(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    own = [batch[world.rank :: world.size] or batch[:1] for batch in batches]  # nobody has an empty batch
+    loader = DataLoader(split, batch_sampler=own, num_workers=data.loader_workers)
+    found = []
+    for batch, (x, _) in zip(batches, loader, strict=True):
+        with torch.autocast(task.device.type, low, enabled=recipe.amp != "off"):
+            answers = task.answers(name, x.to(task.device))
+        rows = answers.new_zeros(len(batch), answers.shape[1])
+        if world.rank < len(batch):
+            rows[world.rank :: world.size] = answers
+        found.append(world.total(rows).cpu())
+    return torch.cat(found)

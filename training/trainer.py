@@ -1,0 +1,329 @@
+"""What one worker of the training loop does from the first update to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.task import TrainingTask
+from timm.utils import distribute_bn
+from torch import nn
+
+from models import UserError, blocks_of
+from pruners.hook import Hook, TrainingHook
+
+from .batches import EpochBatches
+from .checkpoint import load_state
+from .data import Data
+from .optim import make_optimizer, make_scheduler
+from .recipe import Recipe
+from .task import make_task
+from .teacher_cache import cache_teachers
+from .world import World
+
+__all__ = ["Diverged", "DoesNotFit", "Trainer", "batches_of"]
+
+CHECK_EVERY = 20  # updates between two looks at the loss on a GPU, where looking waits for it
+PROVING = 2  # updates by hand before DDP: the second one is the first with the optimizer's state in memory
+
+
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
+class DoesNotFit(UserError):
+    """Not even one image at a time fits into the memory of every worker's device."""
+
+
+class Trainer:
+    """A model with its task, optimizer and schedule; the arguments are those of ``training.fit``.
+
+    Several workers do their first ``PROVING`` updates without DistributedDataParallel, and all of them where there is a
+    hook: gradients are averaged once they are there. Workers can then agree on how many images fit into memory, which
+    is too late in the middle of DDP's reductions; DDP learns whether parameters go unused; and a hook may have
+    parameters in its loss alone, or lead the forward pass around parts of the model. BatchNorm normalises by a worker's
+    own images (those of one forward pass), as in timm; its running statistics are averaged after every epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        hook: TrainingHook[Any],
+        teacher: nn.Module | None,
+        world: World,
+        *,
+        teacher_cache: Path | None,
+        on_step: Callable[[int, int, float], None] | None,
+        on_note: Callable[[str], None] | None,
+    ) -> None:
+        self.model, self.recipe, self.hook, self.world = model, recipe, hook, world
+        self.on_step, self.on_note = on_step, on_note
+        self.device = next(model.parameters()).device
+        self.batches = batches_of(data, recipe, world)
+        self.micro_batch = recipe.batch_size // (world.size * recipe.accumulate)  # images of one forward pass
+        _set_drop_path(model, recipe.drop_path)
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        hook.wrap(model)
+        self.task: TrainingTask = make_task(model, recipe, teacher).to(self.device)
+        known = cache_teachers(self.task, data, recipe, world, teacher_cache, on_note)
+        self.loader = data.train_loader(self.batches, recipe, known)
+        if recipe.ema is not None:
+            self.task.setup_ema(decay=recipe.ema)
+        self.optimizer = make_optimizer(model, hook, recipe)
+        if recipe.compile:
+            self.task.compile()
+        self.by_hand: float = 0 if world.size == 1 else PROVING if type(hook) is Hook else math.inf  # updates
+        self.scheduler = make_scheduler(self.optimizer, recipe, self.batches.updates)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.mixup = _mixup(recipe, data.info.num_classes)
+
+    def train_epoch(self, epoch: int) -> tuple[float, float]:
+        """Mean loss, and images per second, over all workers."""
+        self.task.train()
+        self.hook.start_epoch()
+        parts, updates = self.recipe.accumulate, self.batches.updates
+        total, done, start = torch.zeros((), dtype=torch.float64, device=self.device), 0, time.perf_counter()
+        for index, piece in enumerate(self.loader):
+            update = epoch * updates + index // parts
+            if index % parts == 0:
+                self.scheduler.step_update(update)
+                self.optimizer.zero_grad(set_to_none=True)
+                share, randomness = [], _Randomness(self.device)
+                loss = torch.zeros_like(total)
+            share.append(piece)
+            last = len(share) == parts
+            loss = self._add_gradients(share, loss, randomness, last=last)
+            if last:
+                self._update(update)
+                total += loss
+                done += 1
+                self._watch(loss, update)
+                if self.hook.done:
+                    break
+        sums = self.world.total(torch.stack([total, torch.tensor(float(done), dtype=torch.float64).to(total)]))
+        mean = float(sums[0] / sums[1])
+        if not np.isfinite(mean):
+            self._diverged(mean, (epoch + 1) * updates)
+        if self.world.size > 1:  # BatchNorm's running statistics are the only state that workers do not share
+            for model in self._models():
+                distribute_bn(model, self.world.size, reduce=True)
+        return mean, done * self.recipe.batch_size / (time.perf_counter() - start)
+
+    def _add_gradients(
+        self, share: list[Any], loss: torch.Tensor, randomness: _Randomness, *, last: bool
+    ) -> torch.Tensor:
+        """Add the gradients of the newest piece of a batch's share; the loss of the share so far.
+
+        Where a piece does not fit into memory, all pieces of the share are done again in smaller parts.
+        """
+        todo = share[-1:]
+        while True:
+            fits = True
+            try:
+                for index, piece in enumerate(todo, start=len(share) - len(todo) + 1):
+                    loss = loss + self._backward(piece, sync=last and index == len(share))
+            except torch.OutOfMemoryError:
+                if self.world.size > 1 and not self.by_hand:  # the others are in DDP's reductions: start again
+                    raise
+                fits = False
+            if self.by_hand:
+                flag = torch.tensor(float(not fits), device=self.device)
+                fits = self.world.total(flag).item() == 0
+            if fits:
+                return loss
+            self._halve()
+            randomness.restore()
+            todo, loss = share, torch.zeros_like(loss)
+
+    def _halve(self) -> None:
+        """Let fewer images go through the model at a time, and forget the gradients of this batch."""
+        found, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
+        if found == 1:
+            raise DoesNotFit(
+                "out of memory with one image at a time: take a smaller model or smaller images, set amp, or use a "
+                "device with more memory"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.on_note:
+            self.on_note(
+                f"out of memory with {found} images at a time: going on with {self.micro_batch}, which changes no "
+                f"batch (batch_size = {self.recipe.batch_size})"
+            )
+
+    def _backward(self, piece: Any, *, sync: bool) -> torch.Tensor:
+        """Add a piece's gradients; its part of the loss. ``sync``: DDP averages what is there after this piece."""
+        x, y, *known = piece
+        form = torch.channels_last if self.recipe.channels_last else torch.preserve_format
+        mixes = self.mixup is not None  # in place, and the images may be needed once more
+        x = x.to(self.device, memory_format=form, non_blocking=True, copy=mixes)
+        y = y.to(self.device, non_blocking=True)
+        known = [{name: rows.to(self.device, non_blocking=True) for name, rows in k.items()} for k in known]
+        if self.mixup is not None:
+            x, y = self.mixup(x, y)
+        low = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, len(x), self.micro_batch):
+            own = slice(start, start + self.micro_batch)
+            weight = len(x[own]) / len(x) / self.recipe.accumulate
+            final = sync and own.stop >= len(x)
+            with contextlib.nullcontext() if final else self.task.no_sync():
+                with torch.autocast(self.device.type, low, enabled=self.recipe.amp != "off"):
+                    rows = [{name: r[own] for name, r in k.items()} for k in known]
+                    loss = self.hook.loss(self.task(x[own], y[own], *rows))
+                torch.autograd.backward(self.scaler.scale(loss * weight))
+            total += loss.detach().double() * weight
+        return total
+
+    def _update(self, update: int) -> None:
+        if self.by_hand:
+            self._average_gradients()
+        self.scaler.unscale_(self.optimizer)
+        self.hook.after_backward()
+        if self.recipe.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.hook.after_step()
+        self.task.update_ema(step=update)
+
+    def _average_gradients(self) -> None:
+        """What DDP does, after the backward pass; DDP takes over once enough updates have passed."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        own = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
+        used = [p for p, workers in zip(trained, self.world.total(own).tolist(), strict=True) if workers]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+        mean = self.world.total(torch.cat([g.flatten() for g in gradients])) / self.world.size
+        for p, values in zip(used, torch.split(mean, [p.numel() for p in used]), strict=True):
+            p.grad = values.view_as(p)
+        self.by_hand -= 1
+        if self.by_hand == 0:
+            self.task.prepare_distributed(
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                find_unused_parameters=len(used) < len(trained),
+                broadcast_buffers=False,
+                init_sync=False,
+            )
+
+    def _watch(self, loss: torch.Tensor, update: int) -> None:
+        """Report the loss, and stop where it is no number."""
+        if self.device.type == "cuda" and update % CHECK_EVERY:
+            return
+        value = loss.item()
+        if self.world.size == 1 and not np.isfinite(value):  # with several workers all stop together, at an epoch's end
+            self._diverged(value, update + 1)
+        if self.on_step:
+            self.on_step(update + 1, self.recipe.epochs * self.batches.updates, value)
+
+    def _diverged(self, loss: float, update: int) -> None:
+        lr = self.optimizer.param_groups[0]["lr"]
+        raise Diverged(
+            f"the loss is {loss} at update {update} with learning rate {lr:.3g}: lower lr, raise warmup_epochs or "
+            "clip more; the state of the last whole epoch is kept"
+        )
+
+    def kept_model(self) -> nn.Module:
+        """What is evaluated and kept: the average where there is one."""
+        average = self.task.get_trainable_module(ema=True)
+        return self.model if average is None else average.module
+
+    def _models(self) -> list[nn.Module]:
+        """The model, and its average where there is one."""
+        return [self.model] if self.recipe.ema is None else [self.model, self.kept_model()]
+
+    def keep_average(self) -> None:
+        """Put the averaged weights into the model."""
+        if self.recipe.ema is not None:
+            self.model.load_state_dict(self.kept_model().state_dict(), strict=True)
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.recipe.ema is not None:
+            parts["average"] = self.kept_model().state_dict()
+        return {"epoch": epoch, **parts, "scaler": self.scaler.state_dict(), "hook": self.hook.state_dict()}
+
+    def resume(self, path: Path | None) -> int:
+        """Start from the last whole epoch, on all workers from the same weights; the number of epochs done."""
+        found = load_state(path) if path is not None else None
+        if found is not None:
+            self._load(found, path)
+        for model in self._models():
+            for tensor in model.state_dict().values():
+                self.world.share(tensor)
+        return 0 if found is None else int(found["epoch"])
+
+    def _load(self, found: dict[str, Any], path: Path | None) -> None:
+        if found["hook"].keys() != self.hook.state_dict().keys():
+            raise UserError(f"{path}: this run was started with another method of pruning; delete it, or use that one")
+        if ("average" in found) != (self.recipe.ema is not None):
+            raise UserError(f"{path}: this run was started with another recipe (ema); delete it, or use that one")
+        self.model.load_state_dict(found["model"], strict=True)
+        self.optimizer.load_state_dict(found["optimizer"])
+        if self.recipe.ema is not None:
+            self.kept_model().load_state_dict(found["average"], strict=True)
+        self.scaler.load_state_dict(found["scaler"])
+        self.hook.load_state_dict(found["hook"])
+
+
+class _Randomness:
+    """The generators that mixup and stochastic depth draw from, as they were when this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.legacy, self.cpu = device, np.random.get_state(), torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        np.random.set_state(self.legacy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+def batches_of(data: Data, recipe: Recipe, world: World) -> EpochBatches:
+    """A worker's share of every batch. Raises UserError where a batch fits neither the data nor the workers."""
+    images, parts = data.train_images, world.size * recipe.accumulate
+    if recipe.batch_size > images:
+        raise UserError(f"recipe: batch_size = {recipe.batch_size}, but {data.info.name} has {images} training images")
+    if recipe.batch_size % parts:
+        raise UserError(
+            f"recipe: batch_size = {recipe.batch_size} cannot be shared by {world.size} workers with accumulate = "
+            f"{recipe.accumulate}: it must be a multiple of {parts}"
+        )
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
+        raise UserError(f"recipe: mixup needs an even number of images at a time, not {recipe.batch_size // parts}")
+    return EpochBatches(images, recipe.batch_size, world, accumulate=recipe.accumulate, repeats=recipe.repeats)
+
+
+def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.mix_prob,
+        switch_prob=recipe.switch_prob,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth that rises linearly from 0 at the first block to ``rate`` at the last one."""
+    blocks = blocks_of(model)
+    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):  # a block may lack either half
+                setattr(block, name, DropPath(p) if p > 0 else nn.Identity())
