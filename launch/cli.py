@@ -21,8 +21,10 @@ from .export import export_model, push_model
 from .finetune import finetune
 from .import_ import import_model
 from .latency import latency
+from .promote import promote
 from .prune import prune, score
 from .published import published
+from .show import show
 
 if TYPE_CHECKING:
     from search import SearchResult
@@ -64,13 +66,17 @@ def search(
 def resume(
     run: RunArgument,
     trials: Annotated[int | None, typer.Option(min=1, help="a new number of trials, to go on searching")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="another value, e.g. resources.cpus=4")
+    ] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Go on with a search that was stopped or killed."""
     from search import resume_search
 
     console = Console()
-    _drive(lambda: resume_search(run, trials=trials, console=console, verbose=verbose), console)
+    settings = overrides or []
+    _drive(lambda: resume_search(run, trials=trials, overrides=settings, console=console, verbose=verbose), console)
 
 
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
@@ -124,18 +130,28 @@ def front(
 ) -> None:
     """The Pareto front of a run; each model is a folder that loads in one line."""
     from search import Run
-    from search.display import front_table
+    from search.display import front_table, promoted_table
+    from search.promote import promoted
 
     found = Run.existing(run)
     points = [{**p, "model": str(run / p["model"])} for p in found.front()]
+    further = {p["unit"]: p for p in promoted(found)}
+    if as_json or as_csv:
+        for point in points:
+            again = further.get(f"r{point['rung']}-{point['trial']:04d}")
+            point["promoted_top1"] = again and again["top1"]
+            point["promoted_model"] = again and str(run / again["model"])
     if as_json:
         print(json.dumps(points))
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, ["trial", "top1", "macs", "params", "arch_hash", "model"])
+        writer = csv.DictWriter(sys.stdout, list(points[0]) if points else ["trial"])
         writer.writeheader()
         writer.writerows(points)
     else:
-        Console().print(front_table(points, found.facts()["source"]["macs"]))
+        console, source = Console(), found.facts()["source"]
+        console.print(front_table(points, source["macs"]))
+        if further:
+            console.print(promoted_table(list(further.values()), source["macs"], run))
 
 
 @app.command(name="eval")
@@ -174,7 +190,9 @@ app.command("push")(push_model)
 app.command("import")(import_model)
 app.command()(prune)
 app.command()(finetune)
+app.command()(promote)
 app.command()(score)
+app.command()(show)
 app.command()(published)
 
 

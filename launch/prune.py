@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["prune", "score"]
 
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
-Method = Annotated[str, typer.Option(help="nvit, upvit, isomorphic, taylor, magnitude or random", show_default=False)]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="widths: nvit, upvit, isomorphic, taylor, magnitude, random; while training: uvc, spvit, nvit-iterative; "
+        "tokens: pmvit; a comparison without training: tome",
+        show_default=False,
+    ),
+]
 DataName = Annotated[
     str, typer.Option("--data", help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)
 ]
 Images = Annotated[int, typer.Option(min=1, help="calibration images, from the training split")]
 BatchSize = Annotated[int, typer.Option(min=1, help="calibration images per batch")]
-Seed = Annotated[int, typer.Option(min=0, help="of the choice of calibration images")]
+Seed = Annotated[int, typer.Option(min=0, help="of the choice of calibration images, and of training")]
 Cache = Annotated[Path, typer.Option(help="folder of cached scores")]
 CACHE = Path("runs/cache/scores")
 
@@ -25,11 +34,22 @@ CACHE = Path("runs/cache/scores")
 def prune(
     source: Source,
     method: Method,
-    budget: Annotated[
-        str, typer.Option(help="share of the source's cost (0.5), or a cost with K, M or G (1.2G)", show_default=False)
-    ],
     data: DataName,
-    out: Annotated[Path, typer.Option(help="folder of the cut model, which must not exist yet", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the result, which must not exist yet", show_default=False)
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="share of the source's cost (0.5), or a cost with K, M or G (1.2G); uvc and nvit-iterative serve "
+            "several in one run (0.7,0.5)",
+            show_default=False,
+        ),
+    ] = None,
+    keep_rate: Annotated[
+        float | None, typer.Option(help="pmvit: share of patches kept, in place of a budget", show_default=False)
+    ] = None,
+    r: Annotated[int | None, typer.Option(min=0, help="tome: tokens merged per block", show_default=False)] = None,
     measure: Annotated[str, typer.Option(help="what the budget is counted in: macs, params or latency_ms")] = "macs",
     table: Annotated[
         Path | None, typer.Option(help="latency table of `prunesweep latency`, for latency_ms", show_default=False)
@@ -42,60 +62,112 @@ def prune(
     floors: Annotated[
         list[str] | None, typer.Option("--floor", metavar="KIND=SHARE", help="share that stays, e.g. mlp=0.25")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="a setting of uvc, spvit, nvit-iterative or pmvit, e.g. skip=111110, or a field of a recipe, "
+            "recipe.epochs=5 or finetune.lr=1e-4",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="of training while deciding  [default: the method's]", show_default=False)
+    ] = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option(help="recipe of training afterwards, or none  [default: the method's]", show_default=False),
+    ] = None,
     images: Images = 1024,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     cache: Cache = CACHE,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
-    """Cut a model to a budget by one method, without training it."""
+    """Make a model smaller by one method: cut it, plan its tokens, or search while it trains, and finetune."""
     from rich.console import Console
 
-    from models import LatencyTable, UserError, arch_of
-    from pruners import MACS, PARAMS, latency
-    from search.display import Display
-    from search.prune import Budget, open_source, prune_once, save_pruned
+    from models import UserError
+    from models.errors import nearest
+    from pruners import PRUNERS
+    from pruners.trained import TRAINED
     from search.scoring import Calibration
 
-    measures = {"macs": MACS, "params": PARAMS}
-    if measure not in (*measures, "latency_ms"):
-        raise UserError(f"--measure {measure}: must be one of {', '.join(measures)}, latency_ms")
+    from .prune_kinds import Request, prune_tokens, prune_trained, prune_widths, tome
+
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(PRUNERS, prune_widths),
+        **dict.fromkeys(TRAINED, prune_trained),
+        "pmvit": prune_tokens,
+        "tome": tome,
+    }
+    if method not in kinds:
+        raise UserError(f"--method {method}: must be one of {', '.join(kinds)}. {nearest(method, kinds)}".strip())
+    given = {
+        "--budget": budget is not None,
+        "--keep-rate": keep_rate is not None,
+        "--r": r is not None,
+        "--drop": drop > 0,
+        "--group": bool(groups),
+        "--floor": bool(floors),
+        "--set": bool(settings),
+        "--recipe": recipe is not None,
+        "--measure": measure != "macs",
+    }
+    _check_options(method, kinds[method].__name__, given)
+    if out is None and method != "tome":
+        raise UserError("--out: give the folder of the result")
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: is there already; give a new folder")
+    if measure not in ("macs", "params", "latency_ms"):
+        raise UserError(f"--measure {measure}: must be one of macs, params, latency_ms")
     if (table is None) == (measure == "latency_ms"):
         raise UserError("--measure latency_ms and --table TABLE go together")
-    if out.exists():
-        raise UserError(f"--out {out}: is there already; give a new folder")
-    units, shares = _pairs("--group", groups, int), _pairs("--floor", floors, float)
-    console = Console(stderr=as_json)
-    model = open_source(source)
-    if table is not None:
-        measures["latency_ms"] = latency(LatencyTable.load(table), arch_of(model))
-    wanted = Budget(_cost(budget), measures[measure])
-    with Display(console).progress() as progress:
-        pruned = prune_once(
-            model,
-            data,
-            method,
-            wanted,
+    kinds[method](
+        Request(
+            source=source,
+            method=method,
+            data=data,
+            out=out,
+            budgets=[_cost(part) for part in budget.split(",")] if budget is not None else [],
+            keep_rate=keep_rate,
+            r=r,
+            measure=measure,
+            table=table,
             drop=drop,
-            groups=units,
-            floors=shares,
+            groups=_pairs("--group", groups, int),
+            floors=_pairs("--floor", floors, float),
+            settings=settings or [],
+            recipe=recipe,
+            finetune=finetune,
             calibration=Calibration(images, batch_size, seed),
             cache=cache,
-            progress=progress,
+            seed=seed,
+            as_json=as_json,
+            console=Console(stderr=as_json),
         )
-    save_pruned(pruned, out)
-    before, after = pruned.source_cost, pruned.cost
-    if as_json:
-        facts = {"top1": pruned.top1, "source_top1": pruned.source_top1, "macs": after.macs, "params": after.params}
-        print(json.dumps({**facts, "model": str(out)}))
-        return
-    console.print(
-        f"{after.macs:,} MACs ({after.macs / before.macs:.3f} of the source's), "
-        f"{after.params:,} params ({after.params / before.params:.3f})\n"
-        f"top-1 without training {pruned.top1:.2f} % (source {pruned.source_top1:.2f} %); saved as {out}",
-        highlight=False,
-        soft_wrap=True,
     )
+
+
+# Options that mean something to some kinds of methods only.
+ALLOWED = {
+    "prune_widths": {"--budget", "--drop", "--group", "--floor", "--measure"},
+    "prune_trained": {"--budget", "--set", "--recipe"},
+    "prune_tokens": {"--budget", "--keep-rate", "--set", "--measure"},
+    "tome": {"--r"},
+}
+
+
+def _check_options(method: str, kind: str, given: dict[str, bool]) -> None:
+    from models import UserError
+
+    for option, is_given in given.items():
+        if is_given and option not in ALLOWED[kind]:
+            raise UserError(
+                f"{option}: means nothing to method {method!r}; it takes {', '.join(sorted(ALLOWED[kind]))}"
+            )
+    if kind in ("prune_widths", "prune_trained") and not given["--budget"]:
+        raise UserError(f"--budget: method {method!r} needs one, for example 0.5")
 
 
 def score(

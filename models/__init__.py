@@ -5,7 +5,7 @@ Importing this package registers timm's entry point ``prunesweep``, so that
 architectures, so that ``timm.create_model("spvit_deit_small")`` builds them.
 """
 
-from .arch import Arch, Block, Stage
+from .arch import Arch, Block, Stage, Text
 from .build import arch_of, blocks_of, build, num_params
 from .cost import Cost, cost
 from .cut import BlockCut, Cut, cut, cut_arch
@@ -29,6 +29,7 @@ __all__ = [
     "LatencyTable",
     "Setting",
     "Stage",
+    "Text",
     "UserError",
     "arch_of",
     "blocks_of",

@@ -6,6 +6,9 @@ describes a model. A block that is skipped is absent; a block without attention 
 
 Dimensions: D residual width, H heads, E query/key width of a head, V value width of a head, M MLP width, N tokens.
 
+A language model (family ``lm``) is a record too: a text of T words is a grid of 1 x T places, ``num_classes`` are the
+words, and ``Text`` says what images have not.
+
 Methods: widths, ragged values and missing blocks as in UVC and NViT; ``conv1x1``, ``conv3x3`` and ``norm_residual`` are
 SPViT's (arXiv 2111.11802); ``tokens`` is Prune-and-Merge's (arXiv 2503.23455).
 """
@@ -16,11 +19,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from .errors import UserError, nearest
 
-__all__ = ["Arch", "Block", "Stage"]
+__all__ = ["Arch", "Block", "Stage", "Text"]
 
 FORMAT = "prunesweep/arch/1"
 
@@ -81,10 +85,27 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Words in bands by frequency (adaptive input, arXiv 1809.10853, and softmax, arXiv 1609.04309), and positions.
+
+    The words of band 0 are those below ``cutoffs[0]``, their vectors have the residual width; those of band j begin at
+    ``cutoffs[j - 1]`` and have ``tails[j - 1]`` channels.
+    """
+
+    cutoffs: tuple[int, ...]
+    tails: tuple[int, ...]
+    tied: str = "all"  # what the softmax shares with the input: all | tables | none
+    embed_scale: float  # factor on word vectors, the source model's
+    positions: int  # columns of the source's table of sinusoids; the residual channels have some of them
+    first_position: int = 2  # row of that table that the first word gets (fairseq: behind the padding's)
+    vocabulary: str = ""  # digest of the list of words, where it is known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | swin | pvt_v2
+    family: str  # vit | swin | pvt_v2 | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -95,7 +116,7 @@ class Arch:
     dist_token: bool = False  # DeiT's distillation token, with a head of its own
     reg_tokens: int = 0
     prefix_pos_embed: bool = True  # the position embedding has entries for the prefix tokens
-    pool: str = "token"  # token | avg
+    pool: str = "token"  # token | avg | none
     head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
@@ -103,6 +124,7 @@ class Arch:
     layer_scale: bool = False
     norm_eps: float = 1e-6
     act: str = "gelu"
+    text: Text | None = None  # of family lm
 
     @property
     def prefix_tokens(self) -> int:
@@ -111,7 +133,7 @@ class Arch:
 
     @property
     def tokens(self) -> int:
-        """N: prefix tokens and patches of the first stage."""
+        """N: prefix tokens and patches of the first stage; the words of a text."""
         rows, columns = self.stages[0].grid
         return self.prefix_tokens + rows * columns
 
@@ -123,6 +145,12 @@ class Arch:
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of all stages, in order."""
         return tuple(block for stage in self.stages for block in stage.blocks)
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """Word numbers of every band of a language model's vocabulary."""
+        cutoffs = () if self.text is None else (0, *self.text.cutoffs, self.num_classes)
+        return tuple(range(*pair) for pair in pairwise(cutoffs))
 
     @property
     def hash(self) -> str:
@@ -148,6 +176,8 @@ class Arch:
             raise UserError(f"arch.format = {found!r}: this version reads {FORMAT!r}")
         stages = _sequence(data, "stages", "arch")
         data["stages"] = tuple(_read_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
+        if data.get("text") is not None:
+            data["text"] = _read(Text, data["text"], "arch.text")
         arch = _read(cls, data, "arch")
         arch.validate()
         return arch
@@ -203,7 +233,13 @@ def _sequence(data: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return value
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "bool": (bool,),
+    "Text": (Text,),  # read already
+}
 
 
 def _read(cls: type, data: Any, where: str) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 from .arch import Arch
 from .errors import UserError
+from .lm import build_lm
 from .pvt import build_pvt_v2
 from .swin import build_swin
 from .vit import build_vit
@@ -20,7 +21,7 @@ from .vit import build_vit
 __all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "num_params"]
 
 ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
-BUILDERS = {"vit": build_vit, "swin": build_swin, "pvt_v2": build_pvt_v2}
+BUILDERS = {"vit": build_vit, "swin": build_swin, "pvt_v2": build_pvt_v2, "lm": build_lm}
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -51,6 +52,8 @@ def create(
             if (to_2tuple(value) if name == "img_size" else value) != own:
                 raise UserError(f"{name} = {value!r}: this model's record says {own!r}")
         classes = given.pop("num_classes", arch.num_classes)  # timm drops the classifier's weights where it differs
+        if arch.text is not None and classes != arch.num_classes:
+            raise UserError(f"num_classes = {classes}: this model's vocabulary has {arch.num_classes} words")
         if given:
             raise UserError(f"unknown model argument {', '.join(given)}: the record alone says what the model is")
         arch = dataclasses.replace(arch, num_classes=classes)
@@ -87,10 +90,11 @@ def build_with(
 def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     half = (0.5,) * arch.in_chans
     own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
-    fixed = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "custom_load": False}
+    first_conv = None if arch.text else "patch_embed.proj"
+    fixed = {"fixed_input_size": True, "first_conv": first_conv, "custom_load": False}
     # the source model's own address is dropped, but "hf-hub:" names the place of these very weights
     no_download = {"url": ""} if given.get("source") == "hf-hub" else {"url": "", "hf_hub_id": None}
-    classifier = ("head", "head_dist") if arch.dist_token else {"swin": "head.fc"}.get(arch.family, "head")
+    classifier = ("head", "head_dist") if arch.dist_token else {"swin": "head.fc", "lm": None}.get(arch.family, "head")
     defaults = {} if arch.in_chans == 3 else {"mean": half, "std": half}
     return {
         **defaults,

@@ -2,7 +2,8 @@
 
 1 MAC is one multiply-add of a convolution, a linear layer or a matrix product; what
 ``torch.utils.flop_counter.FlopCounterMode`` counts, halved. Norms, softmax, activations, biases and the sums of a
-sparse token plan are not MACs. Parameters are what ``sum(p.numel())`` counts; buffers are not parameters.
+sparse token plan are not MACs. A text's are those of one word: every word attends to a whole context and is predicted
+by the whole softmax. Parameters are what ``sum(p.numel())`` counts; buffers are not parameters.
 
 Sources of the formulas: NViT (arXiv 2110.04869) tables 1 and 7 for ViTs, UP-ViT (arXiv 2111.15127) for PVTv2, SPViT
 (arXiv 2111.11802) for Swin and convolutions; tables of all of them are reproduced (``models.published``).
@@ -20,14 +21,14 @@ __all__ = ["Cost", "block_cost", "cost", "outside_cost"]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """``macs`` per image and ``params``, both exact integers."""
+    """``macs`` per image, or per word of a text, and ``params``, both exact integers."""
 
     macs: int
     params: int
 
 
 def cost(arch: Arch) -> Cost:
-    """MACs per image and parameters of ``build(arch)``."""
+    """MACs per image (of a language model, per word) and parameters of ``build(arch)``."""
     macs, params = _OUTSIDE[arch.family](arch)
     for stage in arch.stages:
         for block in stage.blocks:
@@ -83,7 +84,19 @@ def _pvt_outside(arch: Arch) -> tuple[int, int]:
     return macs, params
 
 
-_OUTSIDE = {"vit": _vit_outside, "swin": _swin_outside, "pvt_v2": _pvt_outside}
+def _lm_outside(arch: Arch) -> tuple[int, int]:
+    """Tables and projections of all bands, clusters; the softmax shares what is tied."""
+    (stage,), text = arch.stages, arch.text
+    assert text is not None
+    width, tails = stage.width, sum(text.tails)
+    vectors = [len(band) * own for band, own in zip(arch.bands, (width, *text.tails), strict=True)]
+    projections, clusters = width * (width + tails), width * len(text.tails)
+    macs = projections + clusters + sum(vectors) + width * tails
+    own = width * tails * (text.tied != "all") + sum(vectors) * (text.tied == "none")
+    return macs, sum(vectors) + projections + clusters + own
+
+
+_OUTSIDE = {"vit": _vit_outside, "swin": _swin_outside, "pvt_v2": _pvt_outside, "lm": _lm_outside}
 
 
 def _block(arch: Arch, stage: Stage, block: Block) -> tuple[int, int]:
@@ -109,7 +122,7 @@ def _block(arch: Arch, stage: Stage, block: Block) -> tuple[int, int]:
         depthwise = arch.family == "pvt_v2"
         macs += tokens * block.mlp * (2 * width + 9 * depthwise)
         params += block.mlp * (2 * width + 1 + 10 * depthwise) + width + norm
-    return macs, params
+    return (macs // places if arch.text else macs), params
 
 
 def _attention_macs(stage: Stage, block: Block, tokens: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arch import Arch, Block
+from .arch import Arch, Block, Text
 from .build import arch_of, build_with
 from .errors import UserError
 from .replace import replace_block, replace_tensors
@@ -70,22 +70,27 @@ class Cut:
     """What stays: residual channels of every stage, and one ``BlockCut`` per block in the model's order.
 
     ``embed`` is ``None`` where all channels of all stages stay; a stage's entry is ``None`` where all of its own do.
+    ``tails`` says the same of a language model's word vectors, band by band from the second on; those of the first band
+    have the residual channels.
     """
 
     embed: tuple[Indices | None, ...] | None = None
     blocks: tuple[BlockCut, ...]
+    tails: tuple[Indices | None, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; what is kept whole is left out."""
         blocks = [{k: v for k, v in dataclasses.asdict(b).items() if v is not None} for b in self.blocks]
-        return {"format": FORMAT, "embed": self.embed, "blocks": blocks}
+        whole = {} if self.tails is None else {"tails": self.tails}
+        return {"format": FORMAT, "embed": self.embed, "blocks": blocks, **whole}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cut:
         """Read ``to_dict``'s form. Raises UserError for another format."""
         if data.get("format") != FORMAT:
             raise UserError(f"cut.format = {data.get('format')!r}: this version reads {FORMAT!r}")
-        return cls(embed=_tuples(data["embed"]), blocks=tuple(_read_block(block) for block in data["blocks"]))
+        blocks = tuple(_read_block(block) for block in data["blocks"])
+        return cls(embed=_tuples(data["embed"]), blocks=blocks, tails=_tuples(data.get("tails")))
 
 
 def _read_block(data: Mapping[str, Any]) -> BlockCut:
@@ -111,9 +116,22 @@ def cut_arch(arch: Arch, decision: Cut) -> Arch:
         pairs = [(block, *next(choices)) for block in stage.blocks]
         blocks = tuple(_cut_block(arch, block, choice, f"cut.blocks[{i}]") for block, i, choice in pairs if choice.keep)
         stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
-    small = dataclasses.replace(arch, stages=tuple(stages))
+    small = dataclasses.replace(arch, stages=tuple(stages), text=_cut_text(arch, decision))
     small.validate()
     return small
+
+
+def _cut_text(arch: Arch, decision: Cut) -> Text | None:
+    if decision.tails is None:
+        return arch.text
+    widths = () if arch.text is None else arch.text.tails
+    if arch.text is None or len(decision.tails) != len(widths):
+        raise UserError(f"cut.tails has {len(decision.tails)} entries for {len(widths)} tails")
+    for j, (kept, width) in enumerate(zip(decision.tails, widths, strict=True)):
+        if kept is not None:
+            _check(f"cut.tails[{j}]", kept, width)
+    left = (width if kept is None else len(kept) for kept, width in zip(decision.tails, widths, strict=True))
+    return dataclasses.replace(arch.text, tails=tuple(left))
 
 
 def _embed(arch: Arch, decision: Cut) -> tuple[Any, ...]:
@@ -200,6 +218,7 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
 
 _BLOCK = re.compile(r"(?:(?P<stage>(?:layers|stages)\.(?P<s>\d+))\.)?blocks\.(?P<b>\d+)\.(?P<part>.+)")
 _STAGE = re.compile(r"(?:layers|stages)\.(?P<s>\d+)\.(?P<part>.+)")
+_WORDS = re.compile(r"(?:words|softmax)\.(?P<part>tables|projections)\.(?P<b>\d+)\.weight")
 
 
 def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
@@ -207,7 +226,8 @@ def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
 
     ``stages.S.embed`` are a stage's residual channels and ``stages.S.merged`` those of four neighbours side by side
     (Swin's patch merging); of block I there are ``blocks.I.`` and ``q`` (H·E), ``qkv`` (all of Q, K, V), ``kv``, ``v``
-    (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and ``sr``.
+    (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and ``sr``. Of a
+    language model's bands from the second on there is ``bands.B.tail``, the channels of their words.
     """
     if match := _BLOCK.fullmatch(name):
         s = int(match["s"] or 0)
@@ -222,6 +242,9 @@ def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
             part = part.replace("downsample.norm", "downsample.norm_merged")
         places = {"in": f"stages.{s - 1}.embed", "out": f"stages.{s}.embed", "merged": f"stages.{s - 1}.merged"}
         return tuple(places[axis] for axis in _STAGE_AXES[part])
+    if match := _WORDS.fullmatch(name):
+        channels = f"bands.{match['b']}.tail" if int(match["b"]) else "stages.0.embed"
+        return ("" if match["part"] == "tables" else "stages.0.embed", channels)
     places = {"": "", "in": "stages.0.embed", "out": f"stages.{len(arch.stages) - 1}.embed"}
     return tuple(places[axis] for axis in _STEM_AXES[_stem(name)])
 
@@ -241,6 +264,9 @@ def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> d
             if choice.keep:
                 kept |= {f"blocks.{i}.{axis}": indices for axis, indices in _rows(block, choice).items()}
                 renamed[s, b], alive = alive, alive + 1
+    for j, width in enumerate(arch.text.tails if arch.text else ()):
+        own = decision.tails[j] if decision.tails else None
+        kept[f"bands.{j + 1}.tail"] = torch.tensor(range(width) if own is None else own)
     small: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         new = name
@@ -339,6 +365,8 @@ _STEM_AXES: dict[str, tuple[str, ...]] = {
     "pos_embed": ("", "", "in"),
     "patch_embed": ("in",),
     "norm_pre": ("in",),
+    "columns": ("in",),
+    "clusters": ("", "in"),
     "norm": ("out",),
     "fc_norm": ("out",),
     **{f"{head}.weight": ("", "out") for head in ("head", "head.fc", "head_dist")},

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .arch import Arch, Block, Stage
 from .cost import cost
 
-__all__ = ["NVIT", "PMVIT", "SPVIT", "UVC", "Counting", "exact_macs", "exact_params"]
+__all__ = ["NVIT", "PMVIT", "SPVIT", "UVC", "Counting", "exact_macs", "exact_params", "tables_twice"]
 
 
 def exact_macs(arch: Arch) -> int:
@@ -35,6 +35,13 @@ class Counting:
     note: str
     macs: Callable[[Arch], int] = exact_macs
     params: Callable[[Arch], int] = exact_params
+
+
+def tables_twice(arch: Arch) -> int:
+    """UP-ViT's parameters of a language model: fairseq's tables of words, which input and softmax share, count twice."""
+    widths = () if arch.text is None else (arch.stages[0].width, *arch.text.tails)
+    shared = arch.text is not None and arch.text.tied != "none"
+    return cost(arch).params + shared * sum(len(band) * d for band, d in zip(arch.bands, widths, strict=True))
 
 
 def _nvit_macs(arch: Arch) -> int:

@@ -25,7 +25,7 @@ from torch import nn
 
 from .errors import UserError, nearest
 
-__all__ = ["FORMS", "DenseMerge", "SparseMerge", "TokenPlan", "default_groups", "make_merge"]
+__all__ = ["FORMS", "DenseMerge", "SparseMerge", "TokenPlan", "add_rows", "default_groups", "make_merge"]
 
 FORMS = ("sparse", "dense")
 
@@ -50,7 +50,9 @@ class TokenPlan:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise UserError(f"token plan: unknown key {key!r}; known: {', '.join(known)}. {nearest(key, known)}")
+                raise UserError(
+                    f"token plan: unknown key {key!r}; known: {', '.join(known)}. {nearest(key, known)}".strip()
+                )
         for key in known[:3]:
             if key not in data:
                 raise UserError(f"token plan: lacks {key!r}")
@@ -72,9 +74,7 @@ class TokenPlan:
             if not -1 <= row < self.kept:
                 raise UserError(f"{where}.assign[{j}] = {row}: must lie in -1..{self.kept - 1}")
             if (j < prefix or row in range(prefix)) and row != j:
-                raise UserError(
-                    f"{where}.assign[{j}] = {row}: prefix tokens 0..{prefix - 1} must be alone, each its own"
-                )
+                raise UserError(f"{where}.assign[{j}] = {row}: the first {prefix} must be alone, token k in row k of M")
             if not math.isfinite(weight) or (weight <= 0 if row >= 0 else weight != 0):
                 allowed = "finite and above 0" if row >= 0 else "0 where a token passes the block by"
                 raise UserError(f"{where}.weight[{j}] = {weight!r}: must be {allowed}")
@@ -120,15 +120,8 @@ class SparseMerge(nn.Module):
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """M x: (B, N, D) to (B, c, D)."""
-        B, N, D = x.shape
         row = self.assign.clamp(min=0)  # tokens that pass by add nothing to merged token 0
-        weight = torch.where(self.assign < 0, 0, self.weight).to(x.dtype)
-        if not _in_bags(x):
-            return x.new_zeros(B, self.kept, D).index_add(1, row, x * weight[:, None])
-        row, order = row.sort(stable=True)
-        starts = torch.searchsorted(row, torch.arange(self.kept))
-        image = torch.arange(B)[:, None] * N
-        return _bags(x, (image + order).flatten(), (image + starts).flatten(), weight[order]).view(B, self.kept, D)
+        return add_rows(x, row, torch.where(self.assign < 0, 0, self.weight), self.kept)
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
@@ -140,8 +133,26 @@ class SparseMerge(nn.Module):
         both = torch.cat([z, x], dim=1)
         place = torch.where(passes, self.kept + torch.arange(N), self.assign)
         index = (torch.arange(B)[:, None] * (self.kept + N) + place).flatten()
-        recover = torch.where(passes, 1, self.recover).to(both.dtype)
-        return _bags(both, index, torch.arange(len(index)), recover).view(B, N, D)
+        return _bags(both, index, torch.arange(len(index)), torch.where(passes, 1, self.recover)).view(B, N, D)
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """M (c, N), R (N, c) and m (N,) bool."""
+        member = self.assign == torch.arange(self.kept, device=self.assign.device)[:, None]
+        return member * self.weight, (member * self.recover).T, self.assign >= 0
+
+
+def add_rows(x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """(B, rows, D): token j of x (B, N, D), times ``weight`` (N), added to row ``row`` (N) int64.
+
+    The same bits every time on a CPU; on a GPU where ``torch.use_deterministic_algorithms`` asks for it.
+    """
+    B, N, D = x.shape
+    if not _in_bags(x):
+        return x.new_zeros(B, rows, D).index_add(1, row, x * weight.to(x.dtype)[:, None])
+    row, order = row.sort(stable=True)
+    starts = torch.searchsorted(row, torch.arange(rows))
+    image = torch.arange(B)[:, None]
+    return _bags(x, (image * N + order).flatten(), (image * N + starts).flatten(), weight[order]).view(B, rows, D)
 
 
 def _in_bags(x: torch.Tensor) -> bool:
@@ -151,7 +162,7 @@ def _in_bags(x: torch.Tensor) -> bool:
 
 def _bags(x: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Weighted sums of tokens of x (B, N, D), which are counted over the batch; ``weight`` is one image's."""
-    weights = weight.repeat(x.shape[0])
+    weights = weight.to(x.dtype).repeat(x.shape[0])
     return F.embedding_bag(index, x.reshape(-1, x.shape[2]), starts, mode="sum", per_sample_weights=weights)
 
 
@@ -174,6 +185,10 @@ class DenseMerge(nn.Module):
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
         return torch.addcmul(self.recover @ z, x, (~self.takes_part[:, None]).to(x.dtype))
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """M (c, N), R (N, c) and m (N,) bool."""
+        return self.matrix, self.recover, self.takes_part
 
 
 def make_merge(form: str, tokens: int, kept: int, prefix: int) -> SparseMerge | DenseMerge:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arch import Arch, Block, Stage
+from .arch import Arch, Block, Stage, Text
 from .errors import UserError, nearest
 
 __all__ = ["FAMILIES", "MIXERS", "validate"]
 
-FAMILIES = ("vit", "swin", "pvt_v2")
+FAMILIES = ("vit", "swin", "pvt_v2", "lm")
 MIXERS = ("attn", "conv1x1", "conv3x3", "none")
-POOLS = ("token", "avg")
+POOLS = ("token", "avg", "none")
 HEAD_NORMS = ("tokens", "pooled", "none")
 MERGES = ("sparse", "dense")
+TIED = ("all", "tables", "none")
+ACTIVATIONS = ("relu", "gelu")  # of a language model
 
-# What timm's VisionTransformerDistilled and the two pyramids take for granted.
+# What timm's VisionTransformerDistilled, the two pyramids and a language model take for granted.
 DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
 PYRAMID = {
     "class_token": False,
@@ -27,6 +29,7 @@ PYRAMID = {
     "qk_norm": False,
     "layer_scale": False,
 }
+LANGUAGE_MODEL = PYRAMID | {"pool": "none", "head_norm": "none", "in_chans": 1, "patch_size": (1, 1)}
 
 
 def validate(arch: Arch) -> None:
@@ -42,7 +45,9 @@ def validate(arch: Arch) -> None:
         if image < patch:
             raise UserError(f"img_size[{i}] = {image}: must be at least patch_size[{i}] = {patch}")
     if arch.family != "vit":
-        _require(arch, f"family = {arch.family!r}", PYRAMID)
+        _require(arch, f"family = {arch.family!r}", LANGUAGE_MODEL if arch.family == "lm" else PYRAMID)
+    elif arch.pool == "none":
+        raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
     elif arch.pool == "token" and not arch.class_token:
         raise UserError("pool = 'token': needs class_token = true; use pool = 'avg'")
     if arch.dist_token:
@@ -50,6 +55,7 @@ def validate(arch: Arch) -> None:
     if arch.family == "pvt_v2" and arch.patch_size != (4, 4):
         raise UserError(f"patch_size = {list(arch.patch_size)}: the patch embedding of pvt_v2 has stride [4, 4]")
     _validate_stages(arch)
+    _validate_text(arch)
 
 
 def _require(arch: Arch, why: str, needed: dict[str, Any]) -> None:
@@ -59,8 +65,9 @@ def _require(arch: Arch, why: str, needed: dict[str, Any]) -> None:
 
 
 def _validate_stages(arch: Arch) -> None:
-    if not arch.stages or (arch.family == "vit" and len(arch.stages) != 1):
-        number = "exactly one stage" if arch.family == "vit" else "at least one stage"
+    one = arch.family in ("vit", "lm")
+    if not arch.stages or (one and len(arch.stages) != 1):
+        number = "exactly one stage" if one else "at least one stage"
         raise UserError(f"stages: a {arch.family} has {number}, got {len(arch.stages)}")
     for s, (stage, grid) in enumerate(zip(arch.stages, expected_grids(arch), strict=True)):
         where = f"stages[{s}]"
@@ -144,6 +151,8 @@ def _validate_extras(arch: Arch, stage: Stage, block: Block, where: str) -> None
         raise UserError(f"{where}.shifted: is for attention in the windows of family 'swin' only")
     if block.norm_residual and block.mixer != "none":
         raise UserError(f"{where}.norm_residual: is for mixer 'none' only, got {block.mixer!r}")
+    if block.conv_kernel and arch.family == "lm":
+        raise UserError(f"{where}.mixer = {block.mixer!r}: a convolution would see the words that are to be predicted")
     if block.token_scale and (arch.family != "vit" or block.mixer != "attn" or block.tokens is not None):
         raise UserError(f"{where}.token_scale: is for attention over all tokens of family 'vit' only")
 
@@ -160,6 +169,35 @@ def _validate_tokens(arch: Arch, block: Block, where: str) -> None:
             f"{where}.tokens = {block.tokens!r}: must lie in {least}..{arch.tokens} "
             f"({patches} patches + {arch.prefix_tokens} prefix token{plural})"
         )
+
+
+def _validate_text(arch: Arch) -> None:
+    if (arch.text is None) == (arch.family == "lm"):
+        needs = "family 'lm' needs its vocabulary" if arch.text is None else "is for family 'lm' only"
+        raise UserError(f"text: {needs}")
+    if arch.text is not None:
+        _validate_vocabulary(arch, arch.text)
+
+
+def _validate_vocabulary(arch: Arch, text: Text) -> None:
+    _one_of("act", arch.act, ACTIVATIONS)
+    _one_of("text.tied", text.tied, TIED)
+    if arch.img_size[0] != 1:
+        raise UserError(f"img_size = {list(arch.img_size)}: a text has one row of words, [1, length]")
+    if not text.cutoffs or any(len(band) == 0 for band in arch.bands):
+        raise UserError(
+            f"text.cutoffs = {list(text.cutoffs)}: must be one or more, ascending in 1..{arch.num_classes - 1}"
+        )
+    if len(text.tails) != len(text.cutoffs):
+        raise UserError(f"text.tails = {list(text.tails)}: must have one width per cutoff, {len(text.cutoffs)}")
+    for j, width in enumerate(text.tails):
+        _at_least(f"text.tails[{j}]", width, 1)
+    if not isinstance(text.embed_scale, float) or not text.embed_scale > 0:
+        raise UserError(f"text.embed_scale = {text.embed_scale!r}: must be a positive float (the source's D ** 0.5)")
+    _at_least("text.positions", text.positions, max(4, arch.stages[0].width))
+    if text.positions % 2:
+        raise UserError(f"text.positions = {text.positions}: must be even, as many sines as cosines")
+    _at_least("text.first_position", text.first_position, 0)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ stages), or ``depth`` (one entry per block). Larger is more important. The kinds
     attn    channels of all heads, where query, key and value channels go together; heads and dims follow from it
     mlp     hidden units of an MLP
     sr      channels of PVTv2's spatially reduced map
+    tokens  patches, scored for token plans (``pmvit``), of no meaning to widths
 """
 
 from __future__ import annotations

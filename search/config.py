@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,8 @@ from models import UserError
 from models.errors import nearest
 from pruners import GROUP_SIZES, PRUNERS
 from training import Recipe
+
+from .front import OBJECTIVES, TWO
 
 __all__ = ["SearchConfig", "load_config", "parse_config"]
 
@@ -74,26 +76,63 @@ class ScoresTable(Table):
         return name
 
 
+RANGES = ("budget", "skip", "conv", "conv3", "keep_rate", "merge_start", "mlp_weight", "lr", "distill_weight")
+
+
 class SpaceTable(Table):
     """Every variable is a range [low, high]; low = high fixes it."""
 
+    encoding: Literal["compact", "full"] = "compact"  # ordinal variables, or a bit and a mixer for every block
+    methods: tuple[str, ...] = ()  # width methods to choose from; scores.method alone by default
     budget: tuple[float, float] = (0.25, 0.9)  # MACs of the result over MACs of the source
     skip: tuple[int, int] = (0, 0)  # blocks dropped, least important first
+    conv: tuple[int, int] = (0, 0)  # blocks whose attention becomes a convolution, from the first on
+    conv3: tuple[int, int] = (0, 0)  # of these, 3x3 ones, the last ones
+    keep_rate: tuple[float, float] = (1.0, 1.0)  # share of patches kept inside merging blocks
+    merge_start: tuple[int, int] = (0, 0)  # first block that merges tokens
+    mlp_weight: tuple[float, float] = (1.0, 1.0)  # factor on the saliency of MLP units: what is spared
     lr: tuple[float, float] = (5e-4, 5e-4)  # of finetuning, searched on a logarithmic scale
+    distill_weight: tuple[float, float] = (1.0, 1.0)  # factor on the weights of finetune.distill
+    prune_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of patches that pass a merging block by
     groups: dict[str, Natural] = dict(GROUP_SIZES)  # units removed at a time; 0 leaves a kind whole
+    params: tuple[float, float] | None = None  # window; what lies outside is never built
+    latency_ms: tuple[float, float] | None = None  # window of the prediction
+    latency_table: str | None = None  # file of `prunesweep latency`
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in PRUNERS:
+                raise ValueError(
+                    f"{name!r} is no method; known: {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip()
+                )
+        if len(set(names)) < len(names):
+            raise ValueError("names a method twice")
+        return names
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name in ("budget", "skip", "lr"):
-            low, high = getattr(self, name)
+        for name in (*RANGES, "params", "latency_ms"):
+            low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name} = [{low}, {high}]: low must not exceed high")
-        if not 0 < self.budget[0] <= self.budget[1] <= 1:
-            raise ValueError(f"budget = {list(self.budget)}: must lie in (0, 1]")
-        if self.skip[0] < 0:
-            raise ValueError(f"skip = {list(self.skip)}: must be at least 0")
-        if self.lr[0] <= 0:
-            raise ValueError(f"lr = {list(self.lr)}: must be above 0")
+        for name in ("budget", "keep_rate"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} = [{low}, {high}]: must lie in (0, 1]")
+        for name in ("skip", "conv", "conv3", "merge_start", "distill_weight"):
+            if getattr(self, name)[0] < 0:
+                raise ValueError(f"{name} = {list(getattr(self, name))}: must be at least 0")
+        for name in ("lr", "mlp_weight"):
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name} = {list(getattr(self, name))}: must be above 0")
+        if self.conv3[0] > self.conv[1]:
+            raise ValueError(f"conv3 = {list(self.conv3)}: these are among the {self.conv[1]} of conv")
+        if self.encoding == "full" and (self.skip != (0, 0) or self.conv != (0, 0)):
+            raise ValueError("skip, conv: belong to encoding 'compact'; 'full' decides for every block")
+        if self.latency_ms is not None and self.latency_table is None:
+            raise ValueError("latency_ms: needs latency_table, the file of `prunesweep latency`")
         if unknown := sorted(set(self.groups) - set(GROUP_SIZES)):
             raise ValueError(f"groups.{unknown[0]}: unknown kind; known: {', '.join(GROUP_SIZES)}")
         return self
@@ -105,9 +144,33 @@ class SpaceTable(Table):
 
 
 class SearchTable(Table):
-    """How much is spent: ``trials`` candidates are finetuned and evaluated."""
+    """What is optimised, by which sampler, and how much is spent: ``trials`` candidates, the best of them further.
+
+    ``rungs`` are epochs of finetuning. Every candidate starts on the first rung; one of ``eta`` goes on to the next,
+    from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images`` images of the
+    training split. Without rungs there is one, of ``finetune.epochs``.
+    """
 
     trials: Count = 24
+    objectives: tuple[str, ...] = TWO
+    sampler: Literal["auto", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
+    rungs: tuple[Natural, ...] = ()
+    eta: Annotated[float, Field(gt=1)] = 3.0
+    screen_images: Count = 1024
+    start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
+    start_from: str | None = None  # another run, whose front's points are begun with
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        names = self.objectives
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ValueError(f"objectives: {name!r} is none; known: {', '.join(OBJECTIVES)}")
+        if "top1" not in names or len(set(names)) < len(names) or len(names) < 2:
+            raise ValueError(f"objectives = {list(names)}: must be top1 and one or more costs, each once")
+        if 0 in self.rungs[1:] or self.rungs == (0,):
+            raise ValueError(f"rungs = {list(self.rungs)}: only the first of several may have 0 epochs")
+        return self
 
 
 class ResourcesTable(Table):

@@ -1,7 +1,8 @@
 """What to run next, and what became of it: the search as a small state machine, without processes or clocks.
 
-The study is only told what a unit's ``result.json`` says. A trial that was asked for and has no result is handed out
-again, first, under its own number; so killing anything at any moment loses no finished result and repeats none.
+Candidates start on rung 0; the best of a rung go on to the next one (``promotion``). The study is only told what a
+unit's ``result.json`` says. A unit that was handed out and has no result is handed out again, first, under its own
+name; so killing anything at any moment loses no finished result and repeats none.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import numpy as np
 from models import UserError
 from models.files import write_text
 
+from .config import SearchTable
+from .front import OBJECTIVES, directions, values
+from .promotion import Promotions
 from .run import Result, Run, Unit
-from .space import Space
+from .space import Candidate, Space
 from .study import Study
 
-__all__ = ["Coordinator", "SearchFailed"]
+__all__ = ["BANDS", "Coordinator", "SearchFailed"]
 
-MAX_REJECTED = 1000  # proposals in a row that no architecture meets
+MAX_REJECTED = 1000  # proposals in a row that are no new candidate
+BANDS = 5  # of the budget window, over which promotions are spread
 
 
 class SearchFailed(RuntimeError):
@@ -31,37 +36,79 @@ class SearchFailed(RuntimeError):
 
 
 class Coordinator:
-    """Hands out units until ``requested`` of them have finished or failed."""
+    """Hands out units until ``search.trials`` candidates have finished or failed, and none is left to promote."""
 
-    def __init__(self, run: Run, study: Study, space: Space, *, requested: int, slots: int, seed: int) -> None:
-        self.run, self.requested, self.slots = run, requested, slots
-        self._study, self._space, self._seed = study, space, seed
+    def __init__(self, run: Run, study: Study, space: Space, search: SearchTable, *, slots: int, seed: int) -> None:
+        self.run, self.search, self.slots = run, search, slots
+        self.space, self._study, self._seed = space, study, seed
         self._live: dict[str, Unit] = {}
-        self._stopping = False
-        self._waiting = deque(self._adopt())
-        self.results = run.results()
-        self.failures = run.failures()
-        self.front = run.update_front(self.results)
+        self._stopping = self._exhausted = False
+        self.results, self.failures = run.results(), run.failures()
+        self._ladder = self._make_ladder()
+        self._candidates = {r.key: r.trial for r in self.results if r.rung == 0}
+        self._at = {(r.trial, r.rung): r for r in self.results}
+        above = list(run.unfinished())
+        for unit in above:
+            self._ladder.promoted(unit.rung, unit.number)
+        self._waiting = deque([*above, *self._adopt()])
+        self._candidates |= {u.key: u.number for u in self._waiting if u.rung == 0}
+        first = {f"r0-{r.trial:04d}" for r in self.results} | {name for name in self.failures if name.startswith("r0-")}
+        self._begun = len(first | {u.id for u in self._waiting if u.rung == 0})
+        self.duplicates = 0  # proposals of this driver that were candidates already
+        self.front = run.update_front(self.results, self._wanted_models())
+
+    @property
+    def requested(self) -> int:
+        """Candidates that were asked for."""
+        return self.search.trials
+
+    def _make_ladder(self) -> Promotions:
+        objectives = self.search.objectives
+        cost = next(name for name in objectives if OBJECTIVES[name] == "minimize")
+        low, high = self.space.table.budget
+        edges = [low + (high - low) * i / BANDS for i in range(1, BANDS)] if low < high else []
+        whole = self.space.source_value(cost)
+        ladder = Promotions(
+            max(len(self.search.rungs), 1),
+            self.search.eta,
+            directions(objectives),
+            bands=[edge * whole for edge in edges],
+        )
+        for r in self.results:
+            ladder.add(r.rung, r.trial, values(r, objectives))
+        for rung, number in [(r.rung, r.trial) for r in self.results] + [_place(name) for name in self.failures]:
+            if rung:
+                ladder.promoted(rung, number)
+        return ladder
 
     def _adopt(self) -> Iterator[Unit]:
         """Settle what a dead driver left: tell what was done but not told; the units that were begun but not done."""
         for number, point in self._study.running().items():
-            unit = self._unit(number, point) if point else None
-            if unit is None:
+            candidate = self._decode(point) if point is not None else None
+            if point is None or candidate is None:
                 self._study.prune(number)  # the driver died while it asked
-            elif found := self.run.read_result(unit.id):
+                continue
+            unit = self._unit(number, point, candidate)
+            if found := self.run.read_result(unit.id):
                 self._tell(unit, found)
+            elif self._candidates.get(candidate.key, number) != number:
+                self._settle_duplicate(number, candidate)
             else:
                 yield unit
 
-    def _unit(self, number: int, point: dict[str, float]) -> Unit | None:
-        """The unit of a point, or None where no architecture meets its budget."""
+    def _decode(self, point: Mapping[str, Any]) -> Candidate | None:
+        """The candidate of a point, or None where no architecture meets its budget."""
         try:
-            arch_hash = self._space.decode(point).arch.hash
+            return self.space.decode(point)
         except UserError:
             return None
-        seed = int(np.random.SeedSequence([self._seed, 0, number]).generate_state(1)[0])
-        return Unit(number, point, arch_hash, seed)
+
+    def _unit(self, number: int, point: Mapping[str, Any], candidate: Candidate) -> Unit:
+        full = self.space.complete(point)
+        return Unit(number, full, candidate.arch.hash, candidate.key, self._seed_of(0, number))
+
+    def _seed_of(self, rung: int, number: int) -> int:
+        return int(np.random.SeedSequence([self._seed, rung, number]).generate_state(1)[0])
 
     @property
     def live(self) -> int:
@@ -77,37 +124,85 @@ class Coordinator:
         return len(self.results) + len(self.failures)
 
     @property
+    def expected(self) -> int:
+        """Units that there will be, should all proposals be found and none fail."""
+        total = level = self.requested
+        for _ in self.search.rungs[1:]:
+            level = int(level // self.search.eta)
+            total += level
+        return max(total, self.settled)
+
+    @property
     def finished(self) -> bool:
         """All that was asked for is settled."""
-        return not self._live and not self._wanted()
+        return not self._live and not self._waiting and not self._proposing() and self._ladder.next() is None
 
     @property
     def done(self) -> bool:
         """Nothing is running and nothing more will be handed out."""
-        return self.finished or (self._stopping and not self._live)
+        return (self._stopping and not self._live) or self.finished
 
-    def _wanted(self) -> bool:
-        return bool(self._waiting) or self.settled + len(self._live) < self.requested
+    def _proposing(self) -> bool:
+        return self._begun < self.requested and not self._exhausted
 
     def next(self) -> Unit | None:
         """The next unit to run, or None where there is none now."""
-        if self._stopping or len(self._live) >= self.slots or not self._wanted():
+        if self._stopping or len(self._live) >= self.slots:
             return None
-        unit = self._waiting.popleft() if self._waiting else self._propose()
+        unit = self._waiting.popleft() if self._waiting else self._promotion() or self._proposal()
+        if unit is None:
+            return None
         folder = self.run.trial(unit.id)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "spec.json", json.dumps(asdict(unit), indent=1))
         self._live[unit.id] = unit
         return unit
 
-    def _propose(self) -> Unit:
+    def _promotion(self) -> Unit | None:
+        found = self._ladder.next()
+        if found is None:
+            return None
+        rung, number = found
+        self._ladder.promoted(rung, number)
+        below = self._at[number, rung - 1]
+        return Unit(number, below.point, below.arch_hash, below.key, self._seed_of(rung, number), rung)
+
+    def _proposal(self) -> Unit | None:
+        """A new candidate, or None where enough are found, or no more can be.
+
+        Raises:
+            UserError: none of very many proposals could be built.
+        """
+        if not self._proposing():
+            return None
+        known = self.duplicates
         for _ in range(MAX_REJECTED):
             number, point = self._study.ask()
-            unit = self._unit(number, point)
-            if unit is not None:
-                return unit
+            candidate = self._decode(point)
+            if candidate is None:
+                self._study.prune(number)
+            elif candidate.key in self._candidates:
+                self._settle_duplicate(number, candidate)
+                self.duplicates += 1
+            else:
+                self._candidates[candidate.key] = number
+                self._begun += 1
+                return self._unit(number, point, candidate)
+        if self.duplicates == known:
+            raise UserError(
+                f"{MAX_REJECTED} proposals in a row cannot be built: raise space.budget or space.skip, or widen the "
+                "windows"
+            )
+        self._exhausted = True
+        return None
+
+    def _settle_duplicate(self, number: int, candidate: Candidate) -> None:
+        """Tell the study what the same candidate gave under its first number, where it is known already."""
+        first = self._at.get((self._candidates[candidate.key], 0))
+        if first is None:
             self._study.prune(number)
-        raise UserError(f"{MAX_REJECTED} proposals in a row cannot meet their budget: raise space.budget or space.skip")
+        else:
+            self._study.tell(number, values(first, self.search.objectives))
 
     def complete(self, unit_id: str, *, error: str | None = None) -> None:
         """A unit ended: with the result in its folder; stopped, without one; or by ``error``, its process lost.
@@ -123,18 +218,30 @@ class Coordinator:
         found = found or self.run.write_result(unit_id, error=error)
         self._tell(unit, found)
         if found["state"] == "finished":
-            self.results.append(Result(**found["result"]))
-            self.front = self.run.update_front(self.results)
+            result = Result(**found["result"])
+            self.results.append(result)
+            self._at[result.trial, result.rung] = result
+            self._ladder.add(result.rung, result.trial, values(result, self.search.objectives))
+            self.front = self.run.update_front(self.results, self._wanted_models())
             return
         self.failures[unit_id] = found["error"]
         if len(self.failures) > max(2, self.requested // 4):
             raise SearchFailed(
-                f"{len(self.failures)} of {self.requested} trials failed; the last one with:\n{found['error']}"
+                f"{len(self.failures)} of {self.expected} trials failed; the last one with:\n{found['error']}"
             )
 
+    def _wanted_models(self) -> set[str]:
+        """Models that a promotion may still start from."""
+        if len(self.search.rungs) < 2 or self.finished:
+            return set()
+        top = len(self.search.rungs) - 1
+        return {r.id for r in self.results if r.rung < top and (r.trial, r.rung + 1) not in self._at}
+
     def _tell(self, unit: Unit, found: Mapping[str, Any]) -> None:
+        if unit.rung:
+            return  # the study knows of rung 0
         if found["state"] == "finished":
-            self._study.tell(unit.number, found["result"]["top1"], found["result"]["macs"])
+            self._study.tell(unit.number, values(Result(**found["result"]), self.search.objectives))
         else:
             self._study.fail(unit.number)
 
@@ -142,3 +249,9 @@ class Coordinator:
         """Hand out nothing more, and ask what is running to save its state and end."""
         self._stopping = True
         self.run.stop_file.touch()
+
+
+def _place(unit_id: str) -> tuple[int, int]:
+    """Rung and number of a unit, from its name."""
+    rung, number = unit_id.removeprefix("r").split("-")
+    return int(rung), int(number)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,14 +16,13 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .config import SpaceTable
 from .coordinator import Coordinator
 from .front import hypervolume
 from .run import Result
 from .source import Prepared
 from .space import Spread, Summary
 
-__all__ = ["Display", "front_table"]
+__all__ = ["Display", "front_table", "promoted_table"]
 
 BANDS = 5
 
@@ -63,7 +64,7 @@ class Display:
         with bars:
             yield report
 
-    def space(self, prepared: Prepared, table: SpaceTable, summary: Summary, zero_shot: Spread) -> None:
+    def space(self, prepared: Prepared, summary: Summary, zero_shot: Spread) -> None:
         """The source, every variable with its range, the objectives over a sample, and what can be reached."""
         source = prepared.cost
         self.note(
@@ -71,35 +72,41 @@ class Display:
             f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
         )
         variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
-        variables.add_row("budget", *(f"{b:g}" for b in table.budget), "MACs of the result / MACs of the source")
-        variables.add_row("skip", *(str(s) for s in table.skip), "blocks dropped, least important first")
-        variables.add_row("lr", *(f"{lr:g}" for lr in table.lr), "finetuning learning rate (log scale)")
+        free = [v for v in prepared.space.variables if not v.fixed]
+        for v in free:
+            if v.choices:
+                variables.add_row(v.name, ", ".join(v.choices), "", v.meaning)
+            else:
+                variables.add_row(v.name, f"{v.low:g}", f"{v.high:g}", v.meaning)
         columns = ("objective", "min", "median", "max")
         objectives = Table(*columns, title="over a sample of the space", title_justify="left")
         for name, spread, unit, digits in (
             ("macs (M) ↓", summary.macs, 1e6, 2),
             ("macs / source", summary.macs, source.macs, 3),
             ("params (M)", summary.params, 1e6, 3),
+            *([("latency (ms) ↓, predicted", summary.latency_ms, 1, 3)] if summary.latency_ms else []),
             ("top-1 (%) ↑, before finetuning", zero_shot, 1, 2),
         ):
             values = (spread.low, spread.median, spread.high)
             objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
         self.console.print(Group(variables, objectives))
         low, high = summary.reachable
+        table = prepared.space.table
         share = "all of it" if summary.feasible == 1 else f"{summary.feasible:.0%} of it"
         self.note(
             f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: satisfiable, {share} "
-            f"(reachable {low:.3f} to {high:.3f}); {summary.architectures} distinct architectures"
+            f"(reachable {low:.3f} to {high:.3f}); {len(free)} variables, {summary.distinct} distinct candidates in a "
+            f"sample of {round(len(summary.points) / summary.feasible)}"
         )
 
     @contextlib.contextmanager
-    def live(self, coordinator: Coordinator, source_macs: int, window: tuple[float, float]) -> Iterator[Any]:
+    def live(self, coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float]) -> Iterator[Any]:
         """A callable that is told of every change; the table also moves by itself, for the clock's sake."""
         started, before = time.monotonic(), coordinator.settled
         seen, failed = len(coordinator.results), set(coordinator.failures)
 
         def render() -> RenderableType:
-            return live_table(coordinator, source_macs, window, time.monotonic() - started, before)
+            return live_table(coordinator, source, window, time.monotonic() - started, before)
 
         def changed() -> None:
             nonlocal seen
@@ -109,7 +116,7 @@ class Display:
                     self.note(f"trial {unit} failed: {error.strip().splitlines()[-1]}")
             if not self.console.is_terminal:
                 for result in coordinator.results[seen:]:
-                    self.note(_line(result, coordinator, source_macs))
+                    self.note(_line(result, coordinator, source["macs"]))
             seen = len(coordinator.results)
 
         if not self.console.is_terminal:
@@ -129,25 +136,25 @@ class Display:
 
 
 def live_table(
-    coordinator: Coordinator, source_macs: int, window: tuple[float, float], elapsed: float, before: int
+    coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float], elapsed: float, before: int
 ) -> RenderableType:
     """Trials, front, hypervolume, time left, and the best top-1 in every band of the budget window."""
-    results, failed = coordinator.results, len(coordinator.failures)
-    settled = coordinator.settled
-    eta = elapsed / (settled - before) * (coordinator.requested - settled) if settled > before else None
+    failed, settled = len(coordinator.failures), coordinator.settled
+    results = [r for r in coordinator.results if r.has_model]
+    eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
     state = Table(box=None, show_header=False)
     state.add_row(
-        f"[bold]{len(results)}/{coordinator.requested}[/] done",
+        f"[bold]{_rungs(coordinator)}[/] done",
         f"{coordinator.live} running",
         f"{failed} failed",
         f"front {len(coordinator.front)}",
-        f"hypervolume {hypervolume(results, source_macs):.4f}",
+        f"hypervolume {hypervolume(results, source, coordinator.search.objectives):.4f}",
         f"{_clock(elapsed)} elapsed",
         f"ETA {_clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
     )
     bands = Table("MACs / source", *(f"{low:.2f}-{high:.2f}" for low, high in _bands(window)), box=None)
     best = [
-        max((r.top1 for r in results if low < r.macs / source_macs <= high), default=None)
+        max((r.top1 for r in results if low < r.macs / source["macs"] <= high), default=None)
         for low, high in _bands(window)
     ]
     bands.add_row("best top-1 (%)", *("-" if b is None else f"{b:.2f}" for b in best))
@@ -170,12 +177,44 @@ def _clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
+def _rungs(coordinator: Coordinator) -> str:
+    """Finished units of every rung, and the candidates that were asked for."""
+    counts = Counter(result.rung for result in coordinator.results)
+    above = "".join(f" > {counts[rung]}" for rung in range(1, len(coordinator.search.rungs)))
+    return f"{counts[0]}/{coordinator.requested}{above}"
+
+
 def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
-    point = "  ".join(f"{k} {v:.3g}" for k, v in result.point.items())
+    varying = {v.name for v in coordinator.space.variables if not v.fixed}
+    point = "  ".join(
+        f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in result.point.items() if k in varying
+    )
+    rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
     return (
-        f"[{len(coordinator.results)}/{coordinator.requested}] trial {result.trial}: top-1 {result.top1:.2f} %  "
+        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: top-1 {result.top1:.2f} %  "
         f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
     )
+
+
+def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> Table:
+    """Front members after their full finetuning, beside what the search had found."""
+    table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
+    for name in ("unit", "top-1 (%)", "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
+        table.add_column(name, justify="right")
+    table.add_column("model", overflow="fold")
+    for p in found:
+        latency = p["latency"]
+        table.add_row(
+            p["unit"],
+            f"{p['top1']:.2f}",
+            f"{p['searched_top1']:.2f}",
+            f"{p['macs'] / source_macs:.3f}",
+            f"{p['params'] / 1e6:.3f}",
+            "" if latency is None else f"{latency['median_ms']:.3f} (batch {latency['batch']})",
+            p["recipe"],
+            str(run / p["model"]),
+        )
+    return table
 
 
 def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:

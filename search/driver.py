@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from tensorboardX import SummaryWriter
 
 from models import UserError, cut, read_arch
 from models.files import publish_folder, write_text
-from pruners import Scores
 from training import EVAL_BATCH, evaluate
 
 from .config import SearchConfig, load_config
@@ -27,10 +26,10 @@ from .display import Display
 from .front import hypervolume, pareto_front
 from .provenance import versions
 from .report import write_report
-from .run import Lease, Run, unit_id
+from .run import Lease, Run
 from .runtime import LocalRay, execute, slots
 from .source import Prepared, prepare
-from .space import Space, Spread, Summary
+from .space import Params, Space, Spread, Summary, read_scores
 from .study import Study
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
@@ -82,35 +81,79 @@ def run_search(
     with display.progress() as progress:
         prepared = prepare(config, run.path.parent / "cache", progress)
     summary = prepared.space.summarise(SAMPLE, config.seed)
-    display.space(prepared, config.space, summary, _zero_shot(prepared, summary))
+    display.space(prepared, summary, _zero_shot(prepared, summary))
     if dry_run:
         return None
     create_run(run, config, prepared)
     return _search(run, config, prepared.space, display, verbose=verbose)
 
 
+HARMLESS = ("search.trials", "resources.", "data.loader_workers")  # keys that change no candidate and no figure
+
+
 def resume_search(
-    path: str | Path, *, trials: int | None = None, console: Console | None = None, verbose: bool = False
+    path: str | Path,
+    *,
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    verbose: bool = False,
 ) -> SearchResult:
     """Go on with a search that was stopped or killed; unfinished trials first, from their last epoch.
 
     Args:
         path: the run's folder.
         trials: a new number of trials; what the run was made with by default.
+        overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure (``HARMLESS``).
         console: where to draw; nothing is drawn by default.
         verbose: show Ray's own log lines.
 
     Raises:
-        UserError: ``path`` is no run, or another process is working on it.
+        UserError: ``path`` is no run, another process is working on it, or an override would change the search.
         SearchFailed: too many trials failed.
     """
     run = Run.existing(path)
-    config = load_config(run / "search.toml", [] if trials is None else [f"search.trials={trials}"])
+    made = load_config(run / "search.toml")
+    config = load_config(run / "search.toml", [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
+    _check_same_search(run, made, config)
     slots(config.resources)
-    facts = run.facts()["scores"]
-    widths, depth = (Scores.load(run / "scores" / facts[kind]) for kind in ("width", "depth"))
-    space = Space(config.space, read_arch(run / "source"), widths, depth)
+    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.facts()["scores"]))
     return _search(run, config, space, Display(console or Console(quiet=True)), verbose=verbose)
+
+
+def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> None:
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (made, wanted))
+    changed = [key for key in before | after if before.get(key) != after.get(key) and not key.startswith(HARMLESS)]
+    if changed:
+        lines = "\n".join(f"  {key}: {before.get(key)!r}, now {after.get(key)!r}" for key in changed)
+        raise UserError(
+            f"{run.path} was made with other settings, so its results would not compare:\n{lines}\n"
+            "start a new search (search.start_from takes over this one's front), or leave these keys as they are"
+        )
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _start_points(config: SearchConfig, space: Space) -> list[Params]:
+    """What the user wants to begin with. Raises UserError for a point that is not in the space."""
+    points: list[Params] = list(config.search.start)
+    if config.search.start_from is not None:
+        other = Run.existing(config.search.start_from)
+        by_unit = {(r.trial, r.rung): r for r in other.results()}
+        points += [by_unit[p["trial"], p["rung"]].point for p in other.front()]
+    for i, point in enumerate(points):
+        try:
+            space.complete(point)
+        except UserError as error:
+            where = "search.start" if i < len(config.search.start) else f"search.start_from {config.search.start_from}"
+            raise UserError(f"{where}: {error}") from error
+    return points
 
 
 def _zero_shot(prepared: Prepared, summary: Summary) -> Spread:
@@ -125,6 +168,7 @@ def _zero_shot(prepared: Prepared, summary: Summary) -> Spread:
 def create_run(run: Run, config: SearchConfig, prepared: Prepared) -> None:
     """The run's folder, whole or not at all."""
     cost = prepared.cost
+    latency = prepared.space.source_value("latency_ms") if config.space.latency_table else None
     facts = {
         "source": {
             "name": prepared.arch.source,
@@ -132,6 +176,7 @@ def create_run(run: Run, config: SearchConfig, prepared: Prepared) -> None:
             "top1": prepared.top1,
             "macs": cost.macs,
             "params": cost.params,
+            **({} if latency is None else {"latency_ms": latency}),
         },
         "data": prepared.data.info.fingerprint,
         "scores": {kind: path.name for kind, path in prepared.score_files.items()},
@@ -152,16 +197,17 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
     with Lease(run.path) as lease:
         run.stop_file.unlink(missing_ok=True)
         write_text(run / "search.toml", config.to_toml())
-        study = Study(run / "study.journal", space.distributions, config.seed)
-        coordinator = Coordinator(
-            run,
-            study,
-            space,
-            requested=config.search.trials,
-            slots=slots(config.resources),
-            seed=config.seed,
+        study = Study(
+            run / "study.journal",
+            space.distributions,
+            config.seed,
+            objectives=config.search.objectives,
+            sampler=config.search.sampler,
+            trials=config.search.trials,
+            start=_start_points(config, space),
         )
-        source_macs = space.source_cost.macs
+        coordinator = Coordinator(run, study, space, config.search, slots=slots(config.resources), seed=config.seed)
+        source = run.facts()["source"]
 
         def ray_died() -> None:
             display.close()
@@ -172,8 +218,8 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
         try:
             if not coordinator.done:
                 with (
-                    display.live(coordinator, source_macs, config.space.budget) as changed,
-                    _board(run, coordinator, source_macs) as logged,
+                    display.live(coordinator, source, config.space.budget) as changed,
+                    _board(run, coordinator, source) as logged,
                     _interruptible(coordinator, display),
                     LocalRay(config.resources, verbose=verbose, on_death=ray_died),
                 ):
@@ -185,7 +231,7 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
             run.stop_file.unlink(missing_ok=True)
             write_report(run)
         if coordinator.finished:
-            display.front(coordinator.front, source_macs)
+            display.front(coordinator.front, source["macs"])
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 
 
@@ -216,7 +262,7 @@ def _interruptible(coordinator: Coordinator, display: Display) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _board(run: Run, coordinator: Coordinator, source_macs: int) -> Iterator[Callable[[], None]]:
+def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """TensorBoard: hypervolume and front size over finished trials, and a row of hyperparameters per trial."""
     writer = SummaryWriter(str(run / "tb" / "search"))
     logged = len(coordinator.results)
@@ -225,10 +271,12 @@ def _board(run: Run, coordinator: Coordinator, source_macs: int) -> Iterator[Cal
         nonlocal logged
         for result in coordinator.results[logged:]:
             logged += 1
-            writer.add_scalar("hypervolume", hypervolume(coordinator.results[:logged], source_macs), logged)
-            writer.add_scalar("front_size", len(pareto_front(coordinator.results[:logged])), logged)
+            objectives = coordinator.search.objectives
+            found = [r for r in coordinator.results[:logged] if r.has_model]
+            writer.add_scalar("hypervolume", hypervolume(found, source, objectives), logged)
+            writer.add_scalar("front_size", len(pareto_front(found, objectives)), logged)
             values = {"hparam/top1": result.top1, "hparam/macs": result.macs}
-            writer.add_hparams(dict(result.point), values, name=unit_id(result.trial))
+            writer.add_hparams(dict(result.point), values, name=result.id)
 
     try:
         yield changed

@@ -11,15 +11,16 @@ import timm
 import torch
 from torch import nn
 
-from models import Arch, Cost, UserError, arch_of, cost, cut, load, save, weights_digest
+from models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
 from models.errors import nearest
-from pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pruner
+from pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
 from training import EVAL_BATCH, Data, evaluate, open_data
 
 from .provenance import versions
-from .scoring import DEPTH, Calibration, Progress, cached_scores
+from .scoring import Calibration, Progress, cached_scores
+from .space import DEPTH, TOKENS
 
-__all__ = ["Budget", "Pruned", "open_source", "prune_once"]
+__all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def prune_once(
     settings = _settings(method, budget.measure, drop, groups, floors)
     calibration = calibration or Calibration()
     weights = weights_digest(model)
-    _to_device(model)
+    to_device(model)
 
     def scores(of: str) -> tuple[Scores, str]:
         path = cached_scores(model, of, data, calibration, cache, progress, weights=weights)
@@ -110,23 +111,62 @@ def prune_once(
     widths, name = scores(method)
     if drop:
         settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
-    small = cut(model, pruner(method).decide(arch, widths, limit, measure=budget.measure, **settings))
-    provenance = {
-        "method": method,
-        "source": {"name": arch.source, "weights": weights},
-        "scores": name,
-        "data": data.info.fingerprint,
-        "budget": {"measure": budget.measure.name, "limit": limit},
-        "seed": calibration.seed,
-        "versions": versions(),
-    }
+    decision = pruner(method).decide(arch, widths, limit, measure=budget.measure, **settings)
+    facts = {"budget": {"measure": budget.measure.name, "limit": limit}, "scores": name, "seed": calibration.seed}
+    return _cut(model, decision, data, {"method": method, "weights": weights, **facts}, progress)
+
+
+def plan_once(
+    model: nn.Module,
+    data_name: str,
+    *,
+    keep_rate: float | None = None,
+    budget: Budget | None = None,
+    settings: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    cache: Path,
+    progress: Progress,
+) -> Pruned:
+    """Plan the tokens of ``model`` by Prune-and-Merge, for a keep rate or for a budget.
+
+    Args:
+        model, data_name, calibration, cache, progress: as for ``prune_once``.
+        keep_rate: share of patches that are centres; else
+        budget: what the result may cost.
+        settings: other fields of ``pruners.pmvit.PlanSettings``.
+
+    Raises:
+        UserError: not exactly one of ``keep_rate`` and ``budget``, a setting that does not fit, another family.
+    """
+    if (keep_rate is None) == (budget is None):
+        raise UserError("give either a keep rate or a budget: each of them decides how many tokens stay")
+    arch, options = arch_of(model), dict(settings or {})
+    limit = None if budget is None else budget.limit(arch)
+    data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
+    calibration = calibration or Calibration()
+    weights = weights_digest(to_device(model))
+    path = cached_scores(model, TOKENS, data, calibration, cache, progress, weights=weights)
+    scores = Scores.load(path)
+    if budget is not None and limit is not None:
+        decision = pmvit.plan_for_budget(arch, scores, limit, measure=budget.measure, **options)
+    else:
+        assert keep_rate is not None
+        decision = pmvit.plan(arch, scores, keep_rate, **options)
+    facts = {"keep_rate": keep_rate, "limit": limit, "settings": options, "scores": path.name, "seed": calibration.seed}
+    return _cut(model, decision, data, {"method": TOKENS, "weights": weights, **facts}, progress)
+
+
+def _cut(model: nn.Module, decision: Cut, data: Data, facts: Mapping[str, Any], progress: Progress) -> Pruned:
+    """Cut and measure."""
+    arch, small = arch_of(model), cut(model, decision)
+    facts = {**facts, "source": {"name": arch.source, "weights": facts["weights"]}}
     return Pruned(
         model=small,
         source_cost=cost(arch),
         cost=cost(arch_of(small)),
         source_top1=_top1(model, data, progress, "evaluating the source"),
         top1=_top1(small, data, progress, "evaluating the cut model"),
-        provenance=provenance,
+        provenance={**facts, "data": data.info.fingerprint, "versions": versions()},
     )
 
 
@@ -145,8 +185,9 @@ def _settings(
     return {}
 
 
-def _to_device(model: nn.Module) -> None:
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+def to_device(model: nn.Module) -> nn.Module:
+    """``model`` itself, on a GPU where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _top1(model: nn.Module, data: Data, progress: Progress, what: str) -> float:

@@ -12,14 +12,14 @@ from plotly.offline import get_plotlyjs
 from models import Arch, read_arch
 from models.files import write_text
 
-from .run import Run, unit_id
+from .run import Run
 
 __all__ = ["write_report"]
 
 
 def write_report(run: Run) -> Path:
     """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the one that is chosen."""
-    facts, front = run.facts(), {point["trial"] for point in run.front()}
+    facts, front = run.facts(), {(point["trial"], point["rung"]) for point in run.front()}
     source = read_arch(run / "source")
     trials = [
         {
@@ -31,10 +31,13 @@ def write_report(run: Run) -> Path:
             "point": r.point,
             "seconds": r.seconds,
             "arch_hash": r.arch_hash,
-            "front": r.trial in front,
-            "arch": _picture(Arch.from_json((run.trial(unit_id(r.trial)) / "arch.json").read_text()), source),
+            "front": (r.trial, r.rung) in front,
+            "rung": r.rung,
+            "epochs": r.epochs,
+            "arch": _picture(Arch.from_json((run.trial(r.id) / "arch.json").read_text()), source),
         }
         for r in run.results()
+        if r.has_model
     ]
     data = {
         "name": run.path.name,
@@ -56,9 +59,9 @@ def write_report(run: Run) -> Path:
 
 def _picture(arch: Arch, source: Arch) -> dict[str, Any]:
     """Kept channels of every block of the source, in numbers and as shares; None for a block that was dropped."""
-    kept = {block.src: block for block in arch.stages[0].blocks}
+    kept = {block.src: block for block in arch.blocks}
     blocks: list[dict[str, Any] | None] = []
-    for whole in source.stages[0].blocks:
+    for whole in source.blocks:
         block = kept.get(whole.src)
         if block is None:
             blocks.append(None)
@@ -66,6 +69,8 @@ def _picture(arch: Arch, source: Arch) -> dict[str, Any]:
         own, full = ({"qk": b.heads * b.qk, "v": sum(b.v_widths), "mlp": b.mlp} for b in (block, whole))
         blocks.append(
             {
+                "mixer": block.mixer,
+                "tokens": block.tokens,
                 "heads": block.heads,
                 "qk": block.qk,
                 "v": block.v,

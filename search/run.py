@@ -6,7 +6,8 @@
     study.journal    Optuna's journal          front.json, report.html, tb/
     trials/r0-0007/  spec.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
 
-The files are the truth: a unit of work is finished exactly when its ``result.json`` is there.
+The files are the truth: a unit of work is finished exactly when its ``result.json`` is there. ``r0-0007`` is trial 7
+on rung 0; a trial that was promoted has a folder on every rung that it reached.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from models import UserError
 from models.files import write_text
 
-from .front import hypervolume, pareto_front
+from .front import TWO, hypervolume, pareto_front
 
 __all__ = ["Lease", "Result", "Run", "Unit", "read_json", "unit_id"]
 
@@ -42,8 +43,9 @@ class Unit:
     """One piece of work: (rung, candidate). It ends by itself and can be started again at any time."""
 
     number: int  # the Optuna trial
-    point: dict[str, float]
+    point: dict[str, Any]  # values of all variables, fixed ones too
     arch_hash: str
+    key: str  # of the candidate
     seed: int
     rung: int = 0
 
@@ -62,8 +64,17 @@ class Result:
     macs: int
     params: int
     arch_hash: str
-    point: dict[str, float]
+    point: dict[str, Any]
     seconds: float
+    key: str = ""
+    rung: int = 0
+    epochs: int = 0  # of finetuning, on this rung and those below
+    latency_ms: float | None = None  # predicted
+    has_model: bool = True  # False on a rung that only screens
+
+    @property
+    def id(self) -> str:
+        return unit_id(self.trial, self.rung)
 
 
 class Run:
@@ -100,9 +111,10 @@ class Run:
         return iter(sorted((self.path / "trials").glob(f"*/{name}")))
 
     def results(self) -> list[Result]:
-        """Every finished unit's result, by trial number."""
+        """Every finished unit's result, by trial number and rung."""
         found = [read_json(path) for path in self._trial_files("result.json")]
-        return sorted((Result(**r["result"]) for r in found if r["state"] == "finished"), key=lambda r: r.trial)
+        finished = (Result(**r["result"]) for r in found if r["state"] == "finished")
+        return sorted(finished, key=lambda r: (r.trial, r.rung))
 
     def failures(self) -> dict[str, str]:
         """Unit and error of every unit that failed."""
@@ -124,45 +136,66 @@ class Run:
     def status(self) -> dict[str, Any]:
         """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
         facts = self.facts()
-        requested = tomllib.loads((self / "search.toml").read_text(encoding="utf-8"))["search"]["trials"]
-        results, failed = self.results(), len(self.failures())
-        started = sum(1 for _ in self._trial_files("spec.json"))
-        running = started - len(results) - failed if Lease.holder(self.path) else 0
+        table = self.search_table()
+        results, failures = self.results(), self.failures()
+        rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table.get("rungs", [])), 1))]
+        failed = sum(unit.startswith("r0-") for unit in failures)
+        started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
+        running = started - rungs[0] - failed if Lease.holder(self.path) else 0
         return {
-            "requested": requested,
+            "requested": table["trials"],
             "trials": {
-                "finished": len(results),
+                "finished": rungs[0],
                 "running": running,
-                "pending": max(requested - len(results) - failed - running, 0),
-                "failed": failed,
+                "pending": max(table["trials"] - rungs[0] - failed - running, 0),
+                "failed": len(failures),
             },
-            "hypervolume": hypervolume(results, facts["source"]["macs"]),
+            "rungs": rungs,
+            "hypervolume": hypervolume([r for r in results if r.has_model], facts["source"], self.objectives),
             "source": {key: facts["source"][key] for key in ("top1", "macs", "params")},
         }
 
+    def search_table(self) -> dict[str, Any]:
+        """``[search]`` of the configuration."""
+        return dict(tomllib.loads((self / "search.toml").read_text(encoding="utf-8"))["search"])
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return tuple(self.search_table().get("objectives", TWO))
+
+    def unfinished(self) -> Iterator[Unit]:
+        """Units above rung 0 that were handed out and have no result."""
+        for path in self._trial_files("spec.json"):
+            if not path.parent.name.startswith("r0-") and not (path.parent / "result.json").is_file():
+                yield Unit(**read_json(path))
+
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
-        """The Pareto set of ``results`` (by default all), ascending MACs; ``model`` is relative unless ``absolute``."""
+        """The Pareto set of those ``results`` (all by default) that have a model; its path is relative by default."""
         base = self.path if absolute else Path()
+        found = [r for r in (self.results() if results is None else results) if r.has_model]
         return [
             {
                 "trial": r.trial,
+                "rung": r.rung,
+                "epochs": r.epochs,
                 "top1": r.top1,
                 "macs": r.macs,
                 "params": r.params,
+                **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),
                 "arch_hash": r.arch_hash,
-                "model": str(base / "trials" / unit_id(r.trial) / "model"),
+                "model": str(base / "trials" / r.id / "model"),
             }
-            for r in pareto_front(self.results() if results is None else results)
+            for r in pareto_front(found, self.objectives)
         ]
 
-    def update_front(self, results: Sequence[Result]) -> list[dict[str, Any]]:
-        """Rewrite ``front.json``, then delete the models of those results that it does not hold."""
+    def update_front(self, results: Sequence[Result], wanted: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Rewrite ``front.json``, then delete the models of those results that are neither in it nor ``wanted``."""
         front = self.front(results)
         write_text(self / "front.json", json.dumps(front, indent=1))
-        members = {point["trial"] for point in front}
+        members = {unit_id(point["trial"], point["rung"]) for point in front} | set(wanted)
         for result in results:
-            model = self.trial(unit_id(result.trial)) / "model"
-            if result.trial not in members and model.exists():  # a dominated point never comes back
+            model = self.trial(result.id) / "model"
+            if result.id not in members and model.exists():  # a dominated point never comes back
                 shutil.rmtree(model)
         return front
 

@@ -11,16 +11,16 @@ from typing import Any
 from torch import nn
 
 from models import arch_of, weights_digest
-from pruners import Scores, pruner, score_depth
+from pruners import Scores, pmvit, pruner, score_depth
 from pruners.scores import FORMAT
 from training import Data, images_only
 
 from .provenance import digest
+from .space import DEPTH, TOKENS
 
 __all__ = ["Calibration", "Progress", "cached_scores"]
 
 Progress = Callable[[str, float, str], None]  # what is being done, the share of it done in [0, 1], a note
-DEPTH = "depth_kl"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def cached_scores(
 
     Args:
         model: the scored model, on its device.
-        method: a name in ``pruners.PRUNERS``, or ``depth_kl`` for the importance of whole blocks.
+        method: a name in ``pruners.PRUNERS``, ``depth_kl`` for the importance of whole blocks, or ``pmvit`` for that of
+            patches.
         data: where the calibration images come from (its training split).
         calibration: which of them.
         cache: folder; the file is named by the hash of everything that it depends on.
@@ -59,14 +60,14 @@ def cached_scores(
     Raises:
         UserError: the method is unknown, or cannot serve the model.
     """
-    if method != DEPTH:
+    if method not in (DEPTH, TOKENS):
         pruner(method).check(method, arch_of(model))
     weights = weights or weights_digest(model)
     settings = asdict(calibration)
     facts = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
     path = cache / f"{method}-{digest(facts)}.safetensors"
     if not path.exists():
-        what = "measuring blocks" if method == DEPTH else "scoring widths"
+        what = {DEPTH: "measuring blocks", TOKENS: "scoring patches"}.get(method, "scoring widths")
         batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
 
         def on_batch(done: int, total: int) -> None:
@@ -85,5 +86,7 @@ def _compute(
 ) -> Scores:
     if method == DEPTH:
         return score_depth(model, images_only(batches), progress=progress)
+    if method == TOKENS:
+        return pmvit.score(model, batches, progress=progress)
     seed = {"seed": calibration.seed} if pruner(method).seeded else {}
     return pruner(method).score(model, batches, progress=progress, **seed)

@@ -19,15 +19,15 @@ from training import EVAL_BATCH, Data, evaluate, fit, open_data, seeded
 
 from .config import SearchConfig, SourceTable
 from .provenance import digest, versions
-from .scoring import DEPTH, Calibration, Progress, cached_scores
-from .space import Space
+from .scoring import Calibration, Progress, cached_scores
+from .space import Space, score_names
 
 __all__ = ["Prepared", "Progress", "prepare"]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a search starts from. ``folder`` is the saved source, ``score_files`` has ``width`` and ``depth``."""
+    """All that a search starts from. ``folder`` is the saved source, ``score_files`` are by name."""
 
     data: Data
     model: nn.Module
@@ -65,10 +65,10 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
     source.to(device)
 
     settings = Calibration(**config.scores.model_dump(exclude={"method"}))
-    widths, depth = (
-        cached_scores(source, method, data, settings, cache / "scores", progress, weights=weights)
-        for method in (config.scores.method, DEPTH)
-    )
+    files = {
+        name: cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
+        for name in score_names(config.space, config.scores.method)
+    }
     return Prepared(
         data=data,
         model=source,
@@ -77,8 +77,8 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         top1=load_provenance(folder)["top1"],
         weights=weights,
         folder=folder,
-        space=Space(config.space, arch, Scores.load(widths), Scores.load(depth)),
-        score_files={"width": widths, "depth": depth},
+        space=Space(config.space, arch, {name: Scores.load(path) for name, path in files.items()}),
+        score_files=files,
     )
 
 

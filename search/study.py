@@ -4,50 +4,101 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-__all__ = ["Study"]
+from .front import TWO, directions
+from .variables import Params
 
-NAME = "r0"  # one study per rung
+__all__ = ["SAMPLERS", "Study", "make_sampler"]
+
+NAME = "r0"
+SAMPLERS = ("auto", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
+MANY = 1500  # trials from which a proposal of TPE takes longer than it is worth
+
+
+def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trials: int, seed: int) -> BaseSampler:
+    """Optuna's sampler of this name.
+
+    ``auto`` takes multivariate TPE, and NSGA-II for more than ``MANY`` trials, as every proposal of TPE takes longer
+    than the one before. ``qmc`` draws categorical variables independently.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "auto":
+            name = "tpe" if trials <= MANY else "nsga2"
+        start = max(3 * len(distributions), 10)
+        if name == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=start, multivariate=True)
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=start)
+        if name == "qmc":
+            return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        genetic = {"nsga2": optuna.samplers.NSGAIISampler, "nsga3": optuna.samplers.NSGAIIISampler}[name]
+        numbers = not any(isinstance(d, CategoricalDistribution) for d in distributions.values())
+        crossover = {"crossover": optuna.samplers.nsgaii.SBXCrossover()} if numbers else {}
+        return genetic(seed=seed, population_size=min(50, max(10, trials // 5)), **crossover)
 
 
 class Study:
-    """Two objectives, top-1 (percent) up and MACs down. Open it only while holding the run's lease."""
+    """Objectives of mixed directions. Open it only while holding the run's lease.
 
-    def __init__(self, journal: Path, distributions: Mapping[str, BaseDistribution], seed: int) -> None:
+    Args:
+        journal: Optuna's journal file; a torn last line is cut off.
+        distributions: the variables.
+        seed: of the proposals; together with the number of trials that are there already.
+        objectives: names, in the order of ``tell``'s values.
+        sampler: one of ``SAMPLERS``.
+        trials: how many proposals are planned.
+        start: points to propose first, by variables; those that were proposed already are left out.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        distributions: Mapping[str, BaseDistribution],
+        seed: int,
+        *,
+        objectives: Sequence[str] = TWO,
+        sampler: str = "auto",
+        trials: int = 0,
+        start: Sequence[Params] = (),
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         _repair(journal)
         self._distributions = dict(distributions)
         storage = JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(
-            study_name=NAME, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
+            study_name=NAME, storage=storage, directions=directions(objectives), load_if_exists=True
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["top1", "macs"])  # for optuna-dashboard
+            study.set_metric_names(list(objectives))  # for optuna-dashboard
         # a sampler keeps its random state in memory: after a resume it must not draw the same points again
         state = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False))])
-        study.sampler = optuna.samplers.TPESampler(
-            seed=int(state.generate_state(1)[0]), n_startup_trials=3 * len(self._distributions)
-        )
+        study.sampler = make_sampler(sampler, self._distributions, trials, int(state.generate_state(1)[0]))
+        for point in start:
+            study.enqueue_trial({n: v for n, v in point.items() if n in distributions}, skip_if_exists=True)
         self._study = study
 
-    def ask(self) -> tuple[int, dict[str, float]]:
+    def ask(self) -> tuple[int, dict[str, float | int | str]]:
         """Number and point of a new trial."""
         trial = self._study.ask(self._distributions)
         return trial.number, dict(trial.params)
 
-    def tell(self, number: int, top1: float, macs: int) -> None:
+    def tell(self, number: int, values: Sequence[float]) -> None:
         """Finish a trial; does nothing where it is finished already."""
-        self._study.tell(number, [top1, macs], skip_if_finished=True)
+        self._study.tell(number, list(values), skip_if_finished=True)
 
     def fail(self, number: int) -> None:
         """Finish a trial without values."""
@@ -57,7 +108,11 @@ class Study:
         """Take back a proposal that is no candidate."""
         self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
-    def running(self) -> dict[int, dict[str, float] | None]:
+    def count(self, *states: TrialState) -> int:
+        """Trials in any of these states."""
+        return len(self._study.get_trials(deepcopy=False, states=states))
+
+    def running(self) -> dict[int, dict[str, float | int | str] | None]:
         """Trials that were asked for and not told, with their points; None where the driver died while asking."""
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         complete = set(self._distributions)

@@ -1,4 +1,4 @@
-"""One unit of work: cut the source, score it as it is, finetune it briefly with distillation, report.
+"""One unit of work: a candidate on one rung. Cut the source, or take the model of the rung below; finetune it; report.
 
 It can be killed and started again at any moment: finetuning goes on from its last whole epoch, and a unit that has a
 result returns it.
@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from torch import nn
 
 from models import arch_of, cut, load, save
 from models.files import write_text
-from pruners import Scores
-from training import EVAL_BATCH, Data, Epoch, evaluate, fit, open_data
+from models.recalibrate import recalibrate
+from training import EVAL_BATCH, Data, Epoch, Recipe, evaluate, fit, open_data
 
 from .config import SearchConfig, load_config
 from .provenance import versions
-from .run import Result, Run, Unit
-from .space import Space
+from .run import Result, Run, Unit, read_json, unit_id
+from .space import Candidate, Space, read_scores
 
 __all__ = ["run_unit"]
 
@@ -43,9 +43,8 @@ class Workplace:
         self.data: Data = open_data(self.config.data.name, cfg, loader_workers=self.config.data.loader_workers)
         self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
         self.facts = run.facts()
-        names = self.facts["scores"]
-        widths, depth = (Scores.load(run / "scores" / names[kind]) for kind in ("width", "depth"))
-        self.space = Space(self.config.space, arch_of(source), widths, depth)
+        scores = read_scores(run / "scores", self.facts["scores"])
+        self.space = Space(self.config.space, arch_of(source), scores)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -53,9 +52,33 @@ class Workplace:
         """The workplace of a run's folder; the last one is kept, for the next unit in this process."""
         return cls(Run(path))
 
+    @cached_property
+    def screen(self) -> list[Any]:
+        """Images of the training split, for rungs that do not train and for BatchNorm."""
+        return self.data.calibration(self.config.search.screen_images, EVAL_BATCH, self.config.seed)
+
     def evaluate(self, model: nn.Module) -> float:
         """Validation top-1 in percent."""
         return evaluate(model, self.data.val_loader(EVAL_BATCH))["top1"]
+
+    def epochs(self, rung: int) -> int:
+        """Epochs of finetuning on a rung."""
+        return self.config.search.rungs[rung] if self.config.search.rungs else self.config.finetune.epochs
+
+    def recipe(self, unit: Unit) -> Recipe:
+        """The finetuning of a unit: complete in itself, with its own schedule."""
+        epochs = self.epochs(unit.rung)
+        recipe = self.config.finetune
+        terms = [
+            term.model_copy(update={"weight": term.weight * unit.point["distill_weight"]}) for term in recipe.distill
+        ]
+        changes = {
+            "lr": unit.point["lr"],
+            "epochs": epochs,
+            "warmup_epochs": min(recipe.warmup_epochs, max(epochs - 1, 0)),
+            "distill": tuple(terms),
+        }
+        return recipe.model_copy(update=changes)
 
 
 def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
@@ -79,21 +102,14 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
     run, start = workplace.run, time.monotonic()
     folder = run.trial(unit.id)
     candidate = workplace.space.decode(unit.point)
-    if candidate.arch.hash != unit.arch_hash:
-        raise RuntimeError(f"the point decodes to {candidate.arch.hash}, the driver decoded {unit.arch_hash}")
+    if candidate.key != unit.key:
+        raise RuntimeError(f"the point decodes to {candidate.key}, the driver decoded {unit.key}")
     write_text(folder / "arch.json", candidate.arch.to_json())
-    model = cut(workplace.source, candidate.decision)
-    zero_shot = workplace.evaluate(model)
-    state = folder / "state.safetensors"
-    with _log(run, unit) as log:
-        log("start", resumed=state.exists(), zero_shot=zero_shot)
-        top1 = _finetune(workplace, model, unit, state, log)
-        if top1 is None:
-            log("stopped")
-            return None
-        save(model.cpu(), folder / "model", _provenance(workplace, unit, top1))
-        log("end", top1=top1)
-    state.unlink(missing_ok=True)
+    screens = workplace.epochs(unit.rung) == 0
+    found = _screen(workplace, unit, candidate) if screens else _train(workplace, unit, candidate, folder)
+    if found is None:
+        return None
+    zero_shot, top1 = found
     return Result(
         trial=unit.number,
         top1=top1,
@@ -103,7 +119,56 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
         arch_hash=candidate.arch.hash,
         point=unit.point,
         seconds=time.monotonic() - start,
+        key=unit.key,
+        rung=unit.rung,
+        epochs=sum(workplace.epochs(rung) for rung in range(unit.rung + 1)),
+        latency_ms=candidate.latency_ms,
+        has_model=not screens,
     )
+
+
+def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[float, float]:
+    top1 = evaluate(_cut(workplace, candidate), workplace.screen)["top1"]
+    with _log(workplace.run, unit) as log:
+        log("end", top1=top1)
+    return top1, top1
+
+
+def _train(workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path) -> tuple[float, float] | None:
+    """Top-1 before and after finetuning, or None where it was asked to stop."""
+    model = _start(workplace, unit, candidate)
+    before = workplace.evaluate(model)
+    state = folder / "state.safetensors"
+    with _log(workplace.run, unit) as log:
+        log("start", resumed=state.exists(), zero_shot=before)
+        top1 = _finetune(workplace, model, unit, state, log)
+        if top1 is None:
+            log("stopped")
+            return None
+        save(model.cpu(), folder / "model", _provenance(workplace, unit, top1))
+        log("end", top1=top1)
+    state.unlink(missing_ok=True)
+    return before, top1
+
+
+def _cut(workplace: Workplace, candidate: Candidate) -> nn.Module:
+    """The source, cut; BatchNorms of new convolutions have seen images."""
+    model = cut(workplace.source, candidate.decision)
+    recalibrate(model, workplace.screen)
+    return model
+
+
+def _start(workplace: Workplace, unit: Unit, candidate: Candidate) -> nn.Module:
+    """The model that a unit starts from: the cut source, or what the rung below has made of it.
+
+    Where that model is gone, because it was off the front when an earlier search ended, it is made again.
+    """
+    if unit.rung == 0 or workplace.epochs(unit.rung - 1) == 0:
+        return _cut(workplace, candidate)
+    below = workplace.run.trial(unit_id(unit.number, unit.rung - 1))
+    if not (below / "model").exists():
+        _train(workplace, Unit(**read_json(below / "spec.json")), candidate, below)
+    return load(below / "model").to(next(workplace.source.parameters()).device)
 
 
 def _finetune(
@@ -119,10 +184,11 @@ def _finetune(
     finished = fit(
         model,
         workplace.data,
-        workplace.config.finetune.model_copy(update={"lr": unit.point["lr"]}),
+        workplace.recipe(unit),
         teacher=workplace.source,
         seed=unit.seed,
         state=state,
+        teacher_cache=workplace.run / "teacher_logits",
         on_epoch=on_epoch,
         should_stop=workplace.run.stop_file.exists,
     )
@@ -134,11 +200,12 @@ def _finetune(
 def _provenance(workplace: Workplace, unit: Unit, top1: float) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     return {
-        "method": workplace.config.scores.method,
+        "method": unit.point["method"],
         "source": workplace.facts["source"],
         "scores": workplace.facts["scores"],
         "data": workplace.data.info.fingerprint,
         "point": unit.point,
+        "rung": unit.rung,
         "seed": unit.seed,
         "top1": top1,
         "versions": versions(),

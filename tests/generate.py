@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import Arch, Block, BlockCut, Cut, Stage, build
+from models import Arch, Block, BlockCut, Cut, Stage, Text, build
 
-FAMILIES = ("vit", "swin", "pvt_v2")
+FAMILIES = ("vit", "swin", "pvt_v2")  # of images; there is "lm" too
 
 
 def random_block(
@@ -39,7 +39,8 @@ def random_arch(
     random: Random, family: str = "vit", *, ragged: bool = True, missing: bool = True, extras: bool = True
 ) -> Arch:
     """Any record of a family; ``extras`` are convolutions, token plans and what else is no width."""
-    return {"vit": random_vit, "swin": random_swin, "pvt_v2": random_pvt}[family](random, ragged, missing, extras)
+    makers = {"vit": random_vit, "swin": random_swin, "pvt_v2": random_pvt, "lm": random_lm}
+    return makers[family](random, ragged, missing, extras)
 
 
 def random_vit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
@@ -118,6 +119,34 @@ def random_pvt(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
     return _pyramid(random, "pvt_v2", img_size, (4, 4), stages)
 
 
+def random_lm(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Up to three tails, every way of sharing, residual channels that are some of the source's."""
+    cutoffs = tuple(sorted(random.sample(range(1, 20), random.randint(1, 3))))
+    width, length = random.randint(4, 16), random.randint(3, 8)
+    blocks = tuple(random_block(random, i, ragged=ragged, missing=missing, extras=False) for i in range(3))
+    return Arch(
+        family="lm",
+        source="random",
+        img_size=(1, length),
+        patch_size=(1, 1),
+        in_chans=1,
+        num_classes=random.randint(20, 30),
+        stages=(Stage(width=width, grid=(1, length), blocks=blocks[: random.randint(1, 3)]),),
+        class_token=False,
+        pool="none",
+        head_norm="none",
+        norm_eps=1e-5,
+        act=random.choice(["relu", "gelu"]),
+        text=Text(
+            cutoffs=cutoffs,
+            tails=tuple(random.randint(1, 6) for _ in cutoffs),
+            tied=random.choice(["all", "all", "tables", "none"]),
+            embed_scale=random.choice([1.0, width**0.5]),
+            positions=2 * random.randint(8, 10),
+        ),
+    )
+
+
 def _pyramid(random: Random, family: str, img_size: Any, patch_size: Any, stages: list[Stage], **options: Any) -> Arch:
     return Arch(
         family=family,
@@ -146,13 +175,19 @@ def random_model(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> n
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "running_var", "token_scale")):
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=dtype))
+            elif name == "columns":  # some of the source's sinusoids
+                text = model.arch.text
+                buffer.copy_(torch.randperm(text.positions, generator=generator)[: len(buffer)].sort().values)
             elif name.endswith("assign"):  # some patches pass the block by
                 buffer[-2:] = torch.where(torch.rand(2, generator=generator) < 0.5, -1, buffer[-2:])
     return model
 
 
 def random_images(arch: Arch, seed: int, batch: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """What the model takes: of a language model, word numbers B·T."""
     generator = torch.Generator().manual_seed(seed)
+    if arch.family == "lm":
+        return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
     return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator, dtype=dtype)
 
 
@@ -169,7 +204,8 @@ def random_cut(random: Random, arch: Arch) -> Cut:
             own[i] = BlockCut(keep=False)
         choices += own
     embed = tuple(subset(random, stage.width) if random.random() < 0.8 else None for stage in arch.stages)
-    return Cut(embed=embed, blocks=tuple(choices))
+    tails = arch.text and tuple(subset(random, d) if random.random() < 0.8 else None for d in arch.text.tails)
+    return Cut(embed=embed, blocks=tuple(choices), tails=tails)
 
 
 def _random_choice(random: Random, arch: Arch, block: Block) -> BlockCut:

@@ -49,7 +49,11 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
         register = module.register_forward_pre_hook if before else module.register_forward_hook
         hooks.append(register(function))
 
-    _mask_outside(model, arch, embed, hook)
+    if arch.family == "lm":
+        tables = _mask_words(model, arch, embed[0], decision, hook)
+    else:
+        tables = {}
+        _mask_outside(model, arch, embed, hook)
     width_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
     for s, block, record, choice in zip(width_of, blocks_of(model), arch.blocks, decision.blocks, strict=True):
         if not choice.keep:
@@ -59,9 +63,13 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
             if hasattr(block, name):
                 hook(getattr(block, name), _masked_norm(embed[s]))
         _mask_block(block, record, choice, weight, hook)
+    if arch.family == "lm":  # the softmax reads the last block without a norm in between
+        hook(blocks_of(model)[-1], lambda _m, _a, y: y * embed[0])
     try:
         yield model
     finally:
+        for table, original in tables.items():
+            table.weight.data.copy_(original)
         for handle in hooks:
             handle.remove()
 
@@ -78,6 +86,20 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
                 hook(module, _masked_norm(embed[s]))
         if name in ("head", "head_dist") and isinstance(module, nn.Linear):
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
+
+
+def _mask_words(
+    model: nn.Module, arch: Arch, embed: torch.Tensor, decision: Cut, hook: Hook
+) -> dict[nn.Module, torch.Tensor]:
+    """Word vectors without the channels that go, for the input and the softmax; the tables to be put back."""
+    hook(model.words.projections[0], lambda _m, args: (args[0] * embed,), before=True)
+    originals = {}
+    tails = decision.tails or (None,) * len(arch.text.tails)
+    for b, (width, kept) in enumerate(zip(arch.text.tails, tails, strict=True), start=1):
+        for table in {model.words.tables[b], *([model.softmax.tables[str(b)]] if model.softmax.tables else [])}:
+            originals[table] = table.weight.detach().clone()
+            table.weight.data *= _indicator(width, kept, table.weight)
+    return originals
 
 
 def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch.Tensor, hook: Hook) -> None:

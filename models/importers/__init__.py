@@ -3,6 +3,7 @@
     model = import_checkpoint("NViT_S.pth", "nvit")
     model = import_checkpoint("UP_DeiT_T.pth", "upvit", heads=3)
     model = import_checkpoint("ckpt.pth", "spvit", config="spvit_deit_ti_ft.json")
+    model = import_checkpoint("adaptive_lm_wiki103.pt", "fairseq", heads=8)
 
 The result is a model like every other one here: it has a record, can be counted, cut, finetuned, saved and searched.
 """
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..errors import UserError, nearest
 from .container import read_checkpoint, read_config
+from .fairseq import read_fairseq
 from .nvit import read_nvit
 from .pmvit import read_pmvit
 from .spvit import read_spvit
@@ -43,6 +45,7 @@ LAYOUTS: dict[str, Layout] = {
     "uvc": Layout(read_uvc, ("block_skip_gating",), "UVC, either stage"),
     "spvit": Layout(read_spvit, (".attn.head_probs", ".attn.bconv.", ".attn.qk."), "SPViT: DeiT and Swin, either form"),
     "pmvit": Layout(read_pmvit, (".attn.merge_matrix",), "Prune-and-Merge"),
+    "fairseq": Layout(read_fairseq, ("decoder.embed_tokens.",), "fairseq's adaptive language models"),
 }
 
 
@@ -63,7 +66,8 @@ def import_checkpoint(
         path: a file written by ``torch.save``.
         layout: whose names it has, a key of ``LAYOUTS``.
         config: the run's configuration, .json or .yaml (SPViT only, which needs it).
-        heads: attention heads, where the file does not tell: one number for a ViT, one per stage for PVTv2 and Swin.
+        heads: attention heads, where the file does not tell: one number for a ViT or a language model, one per stage
+            for PVTv2 and Swin.
         img_size: side or (rows, columns) of the images in pixels, where the file does not tell (PVTv2: 224).
         trust: run the code that the file names; without it a file that holds more than weights is refused.
         ema: the averaged weights that training kept beside the others.

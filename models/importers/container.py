@@ -15,12 +15,14 @@ from ..errors import UserError
 
 __all__ = ["read_checkpoint", "read_config"]
 
-# What training scripts keep beside the weights; ``dim`` (NViT) and ``channels`` (Prune-and-Merge) describe the model.
+# What training scripts keep beside the weights; ``dim`` (NViT), ``channels`` (Prune-and-Merge) and, in trusted files,
+# ``args`` (fairseq) describe the model.
 TRAINING = re.compile(
     r"(optimizer|lr_scheduler|scheduler|scaler|loss_scaler|amp|best|max|train|test|rng|ema)(\d*|_\w+)"
     r"|model_ema|state_dict_ema|epoch|epochs|iteration|step|global_step|metric|args|config|cfg|version"
+    r"|extra_state|last_optimizer_state"
 )
-DESCRIBING = ("dim", "channels")
+DESCRIBING = ("dim", "channels", "args")
 REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 

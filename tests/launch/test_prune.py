@@ -63,7 +63,7 @@ def test_another_budget_costs_no_scoring(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "nvti"}, "unknown method 'nvti'; known: nvit,"),
+        ({"method": "nvti"}, "--method nvti: must be one of nvit, upvit,"),
         ({"budget": "half"}, "--budget half: must be a number such as 0.5, 300M or 1.2G"),
         ({"budget": "-1"}, "budget = -1.0: give a share"),
         ({"budget": "0.0001"}, "macs cannot be reached"),

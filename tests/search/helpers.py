@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from models import Arch, Block, Stage, cost
@@ -41,14 +42,16 @@ def make_space(**table: Any) -> Space:
     }
     settings = {"budget": (0.3, 0.9), "skip": (0, 2), "lr": (1e-4, 1e-2), "groups": dict.fromkeys(GROUP_SIZES, 4)}
     depth = Scores({"depth": torch.tensor([9.0, 1.0, 2.0, 5.0], dtype=torch.float64)})
-    return Space(SpaceTable(**{**settings, **table}), ARCH, Scores(vectors), depth)
+    patches = {f"blocks.{i}.tokens": torch.rand(16, generator=generator, dtype=torch.float64) for i in range(4)}
+    scores = {"nvit": Scores(vectors), "depth_kl": depth, "pmvit": Scores(patches)}
+    return Space(SpaceTable(**{**settings, **table}), ARCH, scores)
 
 
-def make_run(path: Path, trials: int = 12) -> Run:
+def make_run(path: Path, trials: int = 12, **search: Any) -> Run:
     """A run's folder with nothing but its facts."""
     (path / "trials").mkdir(parents=True)
     spent = cost(ARCH)
     source = {"name": "test", "weights": "w", "top1": 90.0, "macs": spent.macs, "params": spent.params}
     write_text(path / "run.json", json.dumps({"source": source, "scores": {}, "versions": {}}))
-    write_text(path / "search.toml", f"[search]\ntrials = {trials}\n")
+    write_text(path / "search.toml", tomli_w.dumps({"search": {"trials": trials, **search}}))
     return Run(path)

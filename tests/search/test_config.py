@@ -46,7 +46,10 @@ def test_overrides(tmp_path: Path, tiny) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"search": {"trails": 9}}, "search.trails: unknown key; known here: trials. did you mean 'trials'?"),
+        (
+            {"search": {"trails": 9}},
+            "start, start_from. did you mean 'trials'?",
+        ),
         ({"trials": 9}, "did you mean 'search.trials'?"),
         ({"search": {"trials": "many"}}, "search.trials = 'many': input should be a valid integer"),
         ({"search": {"trials": 0}}, "search.trials = 0: input should be greater than or equal to 1"),

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from models.files import write_text
+from pruners import GROUP_SIZES
+from search.config import SearchTable
 from search.coordinator import Coordinator, SearchFailed
 from search.front import pareto_front
 from search.run import Result, Run, Unit
@@ -21,18 +23,23 @@ from tests.search.test_study import trials
 SPACE = make_space()
 
 
-def start(run: Run, requested: int = 12, slots: int = 3, seed: int = 0, space: Any = SPACE) -> Coordinator:
+def start(
+    run: Run, requested: int = 12, slots: int = 3, seed: int = 0, space: Any = SPACE, **search: Any
+) -> Coordinator:
     study = Study(run / "study.journal", space.distributions, seed)
-    return Coordinator(run, study, space, requested=requested, slots=slots, seed=seed)
+    return Coordinator(run, study, space, SearchTable(trials=requested, **search), slots=slots, seed=seed)
 
 
 def work(run: Run, unit: Unit) -> Result:
     """What an actor would do: a made-up accuracy, a model's folder, a result."""
     candidate = SPACE.decode(unit.point)
     assert candidate.arch.hash == unit.arch_hash
+    assert candidate.key == unit.key
     result = Result(
         trial=unit.number,
-        top1=90 * unit.point["budget"] ** 0.3 - unit.point["skip"],
+        rung=unit.rung,
+        key=unit.key,
+        top1=90 * unit.point["budget"] ** 0.3 - unit.point["skip"] + unit.rung,
         zero_shot=10.0,
         macs=candidate.cost.macs,
         params=candidate.cost.params,
@@ -228,3 +235,116 @@ def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
     with Lease(run.path):
         assert run.status()["trials"] == {"finished": 0, "running": 1, "pending": 11, "failed": 0}
     write_text(run / "front.json", "[]")
+
+
+LADDER: dict[str, Any] = {"rungs": (0, 1, 2), "eta": 3}
+
+
+def climb(coordinator: Coordinator, run: Run, random: Random, chance: float = 0.0) -> Counter[str]:
+    """Work in any order until all is done, or with some chance die at any moment."""
+    done: Counter[str] = Counter()
+    live: list[Unit] = []
+    while not coordinator.done:
+        if random.random() < chance:
+            return done
+        unit = coordinator.next() if random.random() < 0.6 else None
+        if unit is not None:
+            live.append(unit)
+        elif live:
+            unit = live.pop(random.randrange(len(live)))
+            work(run, unit)
+            done[unit.id] += 1
+            if random.random() < chance:
+                return done
+            coordinator.complete(unit.id)
+    return done
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Path) -> None:
+    run, random = make_run(tmp_path / "r", 27, **LADDER), Random(seed)
+    done: Counter[str] = Counter()
+    for death in range(20):
+        coordinator = start(run, 27, **LADDER)
+        done += climb(coordinator, run, random, 0.05 if death < 8 else 0.0)
+        if coordinator.finished:
+            break
+    assert set(done.values()) == {1}
+    assert Counter(name[:2] for name in done) == {"r0": 27, "r1": 9, "r2": 3}
+    assert run.status()["rungs"] == [27, 9, 3]
+    # every promoted candidate is the one from the rung below, with a seed of its own
+    by_place = {(r.trial, r.rung): r for r in run.results()}
+    for (trial, rung), result in by_place.items():
+        if rung:
+            assert result.key == by_place[trial, rung - 1].key
+            assert result.point == by_place[trial, rung - 1].point
+    # once all is done only the front's models are left
+    assert {p.parent.name for p in run.path.glob("trials/*/model")} == {
+        f"r{p['rung']}-{p['trial']:04d}" for p in json.loads((run / "front.json").read_text())
+    }
+    assert Counter(t.state.name for t in trials(run / "study.journal"))["COMPLETE"] >= 27
+
+
+def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", 9, rungs=(1, 2), eta=3)
+    coordinator = start(run, 9, slots=1, rungs=(1, 2), eta=3)
+    for _ in range(8):
+        unit = coordinator.next()
+        assert unit is not None
+        work(run, unit)
+        coordinator.complete(unit.id)
+        promoted = {r.trial for r in coordinator.results if r.rung == 1}
+        kept = {p.parent.name for p in run.path.glob("trials/r0-*/model")}
+        assert kept >= {r.id for r in coordinator.results if r.rung == 0 and r.trial not in promoted}
+
+
+def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path) -> None:
+    """A space of three architectures: the search ends when it has them all, and the study knows what they gave."""
+    coarse = make_space(
+        budget=(0.35, 0.9), skip=(0, 0), lr=(1e-3, 1e-3), groups={**dict.fromkeys(GROUP_SIZES, 0), "embed": 4}
+    )
+    run = make_run(tmp_path / "r")
+    coordinator = start(run, space=coarse)
+    keys = []
+    while (unit := coordinator.next()) is not None:
+        keys.append(unit.key)
+        candidate = coarse.decode(unit.point)
+        run.write_result(
+            unit.id,
+            result=Result(
+                trial=unit.number,
+                key=unit.key,
+                top1=50.0,
+                zero_shot=0.0,
+                macs=candidate.cost.macs,
+                params=candidate.cost.params,
+                arch_hash=unit.arch_hash,
+                point=unit.point,
+                seconds=0.0,
+            ),
+        )
+        (run.trial(unit.id) / "model").mkdir()
+        coordinator.complete(unit.id)
+    assert coordinator.finished
+    assert len(keys) == len(set(keys)) < 12
+    assert coordinator.duplicates > 0
+    told = [t for t in trials(run / "study.journal") if t.state.name == "COMPLETE"]
+    assert len(told) == len(keys) + coordinator.duplicates
+    assert start(run, space=coarse).next() is None or start(run, space=coarse).duplicates
+
+
+def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    wanted = [{"budget": 0.7, "skip": 1, "lr": 1e-3}, {"budget": 0.5, "skip": 2, "lr": 2e-3}]
+    for expected in ([0.7, 0.5], []):
+        study = Study(run / "study.journal", SPACE.distributions, 0, start=wanted)
+        coordinator = Coordinator(run, study, SPACE, SearchTable(trials=12), slots=9, seed=0)
+        budgets = []
+        for _ in range(3):
+            unit = coordinator.next()
+            assert unit is not None
+            budgets.append(unit.point["budget"])
+            work(run, unit)
+            coordinator.complete(unit.id)
+        assert budgets[: len(expected)] == expected
+        assert not {0.7, 0.5} & set(budgets[len(expected) :])

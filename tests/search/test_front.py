@@ -36,14 +36,16 @@ def test_front_is_what_nothing_beats(found: list[P]) -> None:
 @given(points)
 def test_hypervolume_agrees_with_optunas(found: list[P]) -> None:
     if not found:
-        assert hypervolume(found, SOURCE) == 0
+        assert hypervolume(found, {"macs": SOURCE}) == 0
         return
     losses = np.array([[-p.top1 / 100, p.macs / SOURCE] for p in found])
     inside = losses[(losses < [0.0, 1.0]).all(axis=1)]
     want = compute_hypervolume(inside, np.array([0.0, 1.0])) if len(inside) else 0.0
-    assert hypervolume(found, SOURCE) == pytest.approx(want, abs=1e-12)
+    assert hypervolume(found, {"macs": SOURCE}) == pytest.approx(want, abs=1e-12)
 
 
 @given(points, st.builds(P, st.floats(0, 100), st.integers(0, SOURCE)))
 def test_a_further_point_never_lowers_it(found: list[P], more: P) -> None:
-    assert 0 <= hypervolume(found, SOURCE) <= hypervolume([*found, more], SOURCE) + 1e-12 <= 1 + 1e-9
+    assert (
+        0 <= hypervolume(found, {"macs": SOURCE}) <= hypervolume([*found, more], {"macs": SOURCE}) + 1e-12 <= 1 + 1e-9
+    )

@@ -25,7 +25,7 @@ def run(study: Study, count: int) -> list[dict[str, float]]:
     for _ in range(count):
         number, point = study.ask()
         points.append(point)
-        study.tell(number, 100 * point["budget"], int(1000 * point["budget"]))
+        study.tell(number, [100 * point["budget"], int(1000 * point["budget"])])
     return points
 
 
@@ -59,7 +59,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="torn"):
         study = Study(journal, SPACE, seed=0)
     assert list(study.running()) == [4]  # the cut trial runs again, it is not lost
-    study.tell(4, 1.0, 2)
+    study.tell(4, [1.0, 2])
     run(study, 1)
     assert [t.state for t in trials(journal)] == [TrialState.COMPLETE] * 6
 
@@ -77,7 +77,7 @@ def test_a_dead_drivers_lock_does_not_delay(tmp_path: Path) -> None:
 def test_telling_twice_changes_nothing(tmp_path: Path) -> None:
     study = Study(tmp_path / "j", SPACE, seed=0)
     number, _ = study.ask()
-    study.tell(number, 50.0, 10)
-    study.tell(number, 60.0, 20)
+    study.tell(number, [50.0, 10])
+    study.tell(number, [60.0, 20])
     study.fail(number)
     assert trials(tmp_path / "j")[0].values == [50.0, 10.0]

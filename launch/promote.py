@@ -1,0 +1,70 @@
+"""``prunesweep promote``: finetune chosen members of a run's front with a full recipe, and measure them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["promote"]
+
+
+def promote(
+    run: Annotated[Path, typer.Argument(help="the run's folder, for example runs/digits", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="a named recipe, or a .toml file", show_default=False)],
+    top: Annotated[int | None, typer.Option(min=1, help="the most accurate ones", show_default=False)] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COST=LIMIT",
+            help="the most accurate one within a limit, e.g. macs=0.5 (a share of the source's), params=5000000",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field of the recipe")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images per batch when latency is measured")] = 1,
+    device: Annotated[str, typer.Option(help="where latency is measured: cpu, cuda or cuda:N")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="processes that train together, on Ray Train where above 1")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each worker")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker")] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="of a running Ray cluster; a Ray of its own by default", show_default=False)
+    ] = None,
+) -> None:
+    """Finetune chosen models of the front with a full recipe, and measure their latency; all of them by default."""
+    from rich.console import Console
+
+    from models import UserError
+    from models.latency import Setting
+    from search import Run
+    from search.config import read_overrides
+    from search.display import Display, promoted_table
+    from search.promote import choose, promoted
+    from search.promote import promote as promote_one
+    from training import load_recipe
+
+    from .finetune import reports
+
+    found = Run.existing(run)
+    limits = []
+    for text in at or []:
+        name, _, value = text.partition("=")
+        try:
+            limits.append((name, float(value)))
+        except ValueError as error:
+            raise UserError(f"--at {text}: must be COST=LIMIT with a number, for example macs=0.5") from error
+    chosen = choose(found, top=top, at=limits)
+    fields = load_recipe(recipe, read_overrides(overrides or []))
+    setting = Setting(batch=batch, device=device)
+    setting.require_device()
+    console = Console()
+    display = Display(console)
+    for number, point in enumerate(chosen, 1):
+        display.note(f"{number}/{len(chosen)}: trial {point['trial']}, top-1 {point['top1']:.2f} % in the search")
+        with display.progress() as progress:
+            resources: dict[str, Any] = {"workers": workers, "cpus": cpus, "gpus": gpus, "address": address}
+            say = reports(display, progress, fields.batch_size)
+            promote_one(found, point, recipe, fields, setting=setting, **resources, **say)
+    console.print(promoted_table(promoted(found), found.facts()["source"]["macs"], run))

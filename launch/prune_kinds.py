@@ -1,0 +1,236 @@
+"""What ``prunesweep prune`` does for each kind of method, from the source to the line that says what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, read_arch, save
+from pruners import MACS, PARAMS, Measure, latency
+from search.config import read_overrides
+from search.display import Display
+from search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
+from search.scoring import Calibration
+from training import EVAL_BATCH, evaluate, load_recipe, open_data
+
+from .finetune import reports
+
+if TYPE_CHECKING:
+    from search.prune_training import Candidate
+
+__all__ = ["Request", "prune_tokens", "prune_trained", "prune_widths", "tome"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command's options, read."""
+
+    source: str
+    method: str
+    data: str
+    out: Path | None
+    budgets: Sequence[float]
+    keep_rate: float | None
+    r: int | None
+    measure: str
+    table: Path | None
+    drop: int
+    groups: Mapping[str, int]
+    floors: Mapping[str, float]
+    settings: Sequence[str]
+    recipe: str | None
+    finetune: str | None
+    calibration: Calibration
+    cache: Path
+    seed: int
+    as_json: bool
+    console: Console
+
+    def budget(self, model: Any) -> Budget:
+        """The only budget, in its measure."""
+        if len(self.budgets) > 1:
+            raise UserError(f"--budget: method {self.method!r} serves one in a run, got {len(self.budgets)}")
+        measures: dict[str, Measure] = {"macs": MACS, "params": PARAMS}
+        if self.table is not None:
+            measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
+        return Budget(self.budgets[0], measures[self.measure])
+
+    @property
+    def folder(self) -> Path:
+        assert self.out is not None
+        return self.out.absolute()
+
+    def options(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Settings of the method, fields of the recipe, and of the finetuning's."""
+        found = read_overrides(self.settings)
+        tables = [found.pop(name, {}) for name in ("recipe", "finetune")]
+        for name, table in zip(("recipe", "finetune"), tables, strict=True):
+            if not isinstance(table, dict):
+                raise UserError(f"--set {name}={table}: give --{name} {table}, or fields: --set {name}.epochs=3")
+        return found, *tables
+
+
+def prune_widths(request: Request) -> None:
+    """Score, decide, cut; finetune where a recipe is given."""
+    model = open_source(request.source)
+    with Display(request.console).progress() as progress:
+        pruned = prune_once(
+            model,
+            request.data,
+            request.method,
+            request.budget(model),
+            drop=request.drop,
+            groups=request.groups,
+            floors=request.floors,
+            calibration=request.calibration,
+            cache=request.cache,
+            progress=progress,
+        )
+    _finish(request, model, pruned)
+
+
+def prune_tokens(request: Request) -> None:
+    """Score patches, plan, and apply the plan; finetune where a recipe is given."""
+    model = open_source(request.source)
+    options, _, _ = request.options()
+    with Display(request.console).progress() as progress:
+        pruned = plan_once(
+            model,
+            request.data,
+            keep_rate=request.keep_rate,
+            budget=request.budget(model) if request.budgets else None,
+            settings=options,
+            calibration=request.calibration,
+            cache=request.cache,
+            progress=progress,
+        )
+    _finish(request, model, pruned)
+
+
+def _finish(request: Request, model: Any, pruned: Pruned) -> None:
+    wanted = request.finetune not in (None, "none")
+    untrained = request.folder.with_name(f".{request.folder.name}-untrained") if wanted else request.folder
+    save_pruned(pruned, untrained)
+    top1 = pruned.top1
+    if wanted:
+        top1 = _finetune(request, model, untrained, request.folder, str(request.finetune))
+    _report(request, pruned.source_cost, pruned.source_top1, [(request.folder, pruned.cost, pruned.top1, top1)])
+
+
+def prune_trained(request: Request) -> None:
+    """Train while the method decides, cut, finetune."""
+    from pruners.trained import trained_pruner
+    from search.prune_training import TrainedPruning
+
+    method, model = trained_pruner(request.method), open_source(request.source)
+    whole = cost(arch_of(model))
+    shares = [b if b <= 1 else b / whole.macs for b in request.budgets]
+    options, recipe, _ = request.options()
+    chosen = load_recipe(request.recipe or method.recipe, recipe)
+    after = request.finetune or method.finetune
+    decided = request.folder if after == "none" else request.folder.with_name(f".{request.folder.name}-decided")
+    run = TrainedPruning(
+        model,
+        request.data,
+        request.method,
+        shares,
+        chosen,
+        decided,
+        options=options,
+        calibration=request.calibration,
+        seed=request.seed,
+    )
+    display = Display(request.console)
+    found = _existing(decided, shares)
+    if found is None:
+        with display.progress() as progress:
+            found = run.run(**reports(display, progress, chosen.batch_size, what=f"{request.method}: deciding"))
+    rows = []
+    for one in found:
+        folder, top1 = request.folder / one.folder.relative_to(decided), one.top1
+        if after != "none":
+            top1 = _finetune(request, model, one.folder, folder, after)
+        rows.append((folder, one.cost, one.top1, top1))
+    data = open_data(request.data, model.pretrained_cfg)
+    _report(request, whole, evaluate(model, data.val_loader(EVAL_BATCH))["top1"], rows)
+
+
+def _existing(decided: Path, shares: Sequence[float]) -> list[Candidate] | None:
+    """What an interrupted command has decided already, where that is all of it."""
+    from search.prune_training import Candidate
+
+    folders = [decided] if len(shares) == 1 else [decided / f"{share:.4g}" for share in sorted(shares, reverse=True)]
+    if not all((folder / "config.json").exists() for folder in folders):
+        return None
+    facts = [load_provenance(folder) for folder in folders]
+    return [
+        Candidate(fact["budget"], folder, cost(read_arch(folder)), fact["top1"])
+        for folder, fact in zip(folders, facts, strict=True)
+    ]
+
+
+def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> float:
+    """Train ``start`` with the source as teacher; the result's top-1."""
+    from search.finetune import Finetuning, finetune_here
+
+    teacher = request.folder.with_name(f".{request.folder.name}-source")
+    if not teacher.exists():
+        save(source.cpu(), teacher)
+    _, _, fields = request.options()
+    job = Finetuning(start, request.data, load_recipe(recipe, fields), out, teacher=teacher, seed=request.seed)
+    display = Display(request.console)
+    with display.progress() as progress:
+        return finetune_here(job, **reports(display, progress, job.recipe.batch_size))["top1"]
+
+
+def _report(
+    request: Request, source: Cost, source_top1: float, rows: Sequence[tuple[Path, Cost, float, float]]
+) -> None:
+    """What came out: folder, cost, top-1 at first and at last."""
+    if request.as_json:
+        facts = [
+            {"top1": top1, "untrained_top1": first, "macs": own.macs, "params": own.params, "model": str(folder)}
+            for folder, own, first, top1 in rows
+        ]
+        facts = [{"source_top1": source_top1, **fact} for fact in facts]
+        print(json.dumps(facts[0] if len(facts) == 1 else facts))
+        return
+    for folder, own, first, top1 in rows:
+        trained = f"top-1 {top1:.2f} % ({first:.2f} % without finetuning" if top1 != first else f"top-1 {top1:.2f} % ("
+        comma = ", " if top1 != first else ""
+        request.console.print(
+            f"{own.macs:,} MACs ({own.macs / source.macs:.3f} of the source's), "
+            f"{own.params:,} params ({own.params / source.params:.3f})\n"
+            f"{trained}{comma}source {source_top1:.2f} %); saved as {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def tome(request: Request) -> None:
+    """Evaluate the source with ToMe's merging, which no record describes and nothing is saved of."""
+    from models.tome import apply_tome, tome_macs
+
+    if request.r is None:
+        raise UserError("--r: method 'tome' needs the number of tokens that every block merges, for example 8")
+    if request.finetune not in (None, "none") or request.out is not None:
+        raise UserError("method 'tome' is evaluated as it is: it takes no --finetune and saves nothing, so no --out")
+    model = open_source(request.source)
+    arch = arch_of(model)
+    merged = apply_tome(model, request.r)
+    data = open_data(request.data, model.pretrained_cfg)
+    tops = [evaluate(m, data.val_loader(EVAL_BATCH))["top1"] for m in (model, merged)]
+    macs, whole = tome_macs(arch, request.r), cost(arch).macs
+    if request.as_json:
+        print(json.dumps({"top1": tops[1], "source_top1": tops[0], "macs": macs}))
+        return
+    request.console.print(
+        f"{macs:,} MACs ({macs / whole:.3f} of the source's), top-1 {tops[1]:.2f} % (source {tops[0]:.2f} %)",
+        highlight=False,
+        soft_wrap=True,
+    )

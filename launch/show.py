@@ -1,0 +1,69 @@
+"""``prunesweep show``: what a saved model is, and which tokens its blocks work on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["show"]
+
+
+def show(
+    model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="draw kept, merged and passing patches on this image", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="of the picture  [default: MODEL-tokens.png]")] = None,
+) -> None:
+    """Print a model's blocks and cost; with --tokens, draw what becomes of an image's patches, block by block."""
+    from PIL import Image, UnidentifiedImageError
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from models import UserError, cost, load, read_arch
+    from models.cost import block_cost
+    from search.token_picture import draw_tokens
+
+    arch, console = read_arch(model), Console()
+    spent = cost(arch)
+    table = Table(box=box.SIMPLE)
+    for name in ("block", "of the source", "mixer", "heads", "qk", "v", "mlp", "tokens", "MACs (M)"):
+        table.add_column(name, justify="right")
+    number = 0
+    for s, stage in enumerate(arch.stages):
+        table.add_section()
+        for block in stage.blocks:
+            widths = str(block.v) if isinstance(block.v, int) else " ".join(map(str, block.v))
+            attends = block.mixer == "attn"
+            table.add_row(
+                f"{s}.{number}" if len(arch.stages) > 1 else str(number),
+                str(block.src),
+                block.mixer,
+                str(block.heads) if attends else "",
+                str(block.qk) if attends else "",
+                widths if block.mixer != "none" else "",
+                str(block.mlp),
+                "all" if block.tokens is None else str(block.tokens),
+                f"{block_cost(arch, stage, block).macs / 1e6:.2f}",
+            )
+            number += 1
+    widths = ", ".join(str(stage.width) for stage in arch.stages)
+    console.print(
+        f"{arch.source}, family {arch.family}, width {widths}, {arch.img_size[0]}x{arch.img_size[1]} images\n"
+        f"{spent.macs:,} MACs, {spent.params:,} params",
+        highlight=False,
+    )
+    console.print(table)
+    if tokens is None:
+        return
+    picture = out or model.with_name(f"{model.name}-tokens.png")
+    try:
+        image = Image.open(tokens)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--tokens {tokens}: is no image that can be read: {error}") from error
+    draw_tokens(load(model), image, picture)
+    console.print(f"drawn: {picture}", highlight=False, soft_wrap=True)

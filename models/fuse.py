@@ -1,0 +1,119 @@
+"""Token plans without what inference does not need; an equivalent model, which is run and not stored.
+
+Between two planned blocks that no token passes by, R of the first and M of the second are one map from merged tokens
+to merged tokens, T = M R: all tokens are never there. Behind the last block, a head that reads prefix tokens needs
+their rows of R alone. Source: arXiv 2503.23455; both follow from its eq. y = R z + (1 - m) x.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arch import Arch
+from .build import arch_of, blocks_of
+from .errors import UserError
+from .tokens import DenseMerge, SparseMerge, add_rows
+
+__all__ = ["FusedMerge", "fuse_tokens"]
+
+Merge = SparseMerge | DenseMerge
+
+
+def fuse_tokens(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, in evaluation mode: the same logits, fewer operations between blocks.
+
+    The copy has no record, and its ``forward_features`` may give prefix tokens only.
+
+    Args:
+        model: a ViT with a token plan in at least one block; it is not changed.
+
+    Raises:
+        UserError: the model has no token plan.
+    """
+    arch = arch_of(model)
+    if all(block.tokens is None for block in arch.blocks):
+        raise UserError(f"{arch.source} has no token plan: there is nothing to fuse")
+    fused: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    del fused.arch
+    merges: list[Any] = [block.token_merge for block in blocks_of(fused)]
+    bridges = [_bridge(first, second) for first, second in pairwise(merges)]
+    for i, block in enumerate(blocks_of(fused)):
+        if merges[i] is None:
+            continue
+        enter, leave = bridges[i - 1] if i else None, _leave(arch, merges, bridges, i)
+        if enter is not None or leave is not None:
+            block.token_merge = FusedMerge(merges[i], enter, leave)
+    return fused
+
+
+class FusedMerge(nn.Module):
+    """In place of a block's token plan: ``enter`` takes merged tokens, ``leave`` gives less than all tokens."""
+
+    def __init__(self, plan: Merge, enter: nn.Module | None, leave: nn.Module | None) -> None:
+        super().__init__()
+        self.plan: Any = plan if enter is None else None
+        self.enter, self.leave = enter, leave
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, c, D) from all tokens, or from the merged tokens of the block before."""
+        return self.plan.merge(x) if self.enter is None else self.enter(x)
+
+    def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """All tokens (B, N, D); or z itself, for the next block; or the prefix tokens."""
+        return self.plan.spread(z, x) if self.leave is None else self.leave(z)
+
+
+class Dense(nn.Module):
+    """A z with a full matrix A."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Buffer(matrix)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ z
+
+
+class Sparse(nn.Module):
+    """A z with A given by its entries: token ``source`` of z, times ``weight``, is added to ``row``."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        row, source = torch.nonzero(matrix, as_tuple=True)
+        self.rows = len(matrix)
+        self.row, self.source, self.weight = nn.Buffer(row), nn.Buffer(source), nn.Buffer(matrix[row, source])
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return add_rows(z.index_select(1, self.source), self.row, self.weight, self.rows)
+
+
+def _map(matrix: torch.Tensor, sparse: bool) -> nn.Module:
+    return Sparse(matrix) if sparse else Dense(matrix)
+
+
+def _leave(arch: Arch, merges: list[Any], bridges: list[nn.Module | None], i: int) -> nn.Module | None:
+    """What follows the inside of planned block ``i``; None where its plan is needed as it is."""
+    if i < len(bridges) and bridges[i] is not None:
+        return nn.Identity()
+    _, R, _ = merges[i].matrices()
+    if i == len(bridges) and arch.pool == "token":
+        return Dense(R[: arch.prefix_tokens])
+    if i and bridges[i - 1] is not None:  # nothing passes by, and the tokens from before the block are not there
+        return _map(R, isinstance(merges[i], SparseMerge))
+    return None
+
+
+def _bridge(first: Merge | None, second: Merge | None) -> nn.Module | None:
+    """T from the merged tokens of one block to those of the next; None where a token passes either by."""
+    if first is None or second is None:
+        return None
+    (_, R, m), (M, _, next_m) = first.matrices(), second.matrices()
+    if not (m.all() and next_m.all()):
+        return None
+    sparse = isinstance(first, SparseMerge) and isinstance(second, SparseMerge)
+    return _map(M @ R, sparse)

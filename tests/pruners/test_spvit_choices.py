@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from models import Arch, BlockCut, UserError, cut_arch
+from models.published_archs import deit
+from pruners import Scores
+from pruners.spvit_choices import best_units, conv_prefix, fit_units, score_mlp_units, spvit_cut
+from pruners.spvit_cost import gate_costs
+from pruners.spvit_gates import CHOICES
+from tests.generate import random_arch, random_model
+
+TINY = deit("tiny")
+
+
+def test_choices_become_mixers() -> None:
+    choices = ["skip", "conv1x1", "conv3x3", *["msa"] * 9]
+    decision = spvit_cut(TINY, choices, [(1, 5), *[None] * 11])
+    assert decision.blocks[0] == BlockCut(mixer="none", mlp=(1, 5))
+    assert decision.blocks[3] == BlockCut()
+    small = cut_arch(TINY, decision)
+    assert [block.mixer for block in small.blocks[:4]] == ["none", "conv1x1", "conv3x3", "attn"]
+    assert [block.mlp for block in small.blocks[:2]] == [2, 768]
+    assert not small.blocks[0].norm_residual
+    published = cut_arch(TINY, spvit_cut(TINY, choices, skip_form="ln_residual"))
+    assert published.blocks[0].norm_residual
+
+
+def test_a_prefix_of_convolutions() -> None:
+    assert conv_prefix(5, 3, 1) == ("conv1x1", "conv1x1", "conv3x3", "msa", "msa")
+    assert conv_prefix(2, 0) == ("msa", "msa")
+    assert conv_prefix(2, 2, 2) == ("conv3x3", "conv3x3")
+    for given, message in (((5, 6), r"convs = 6: must lie in 0..5"), ((5, 2, 3), r"conv3x3 = 3: must lie in 0..2")):
+        with pytest.raises(UserError, match=message):
+            conv_prefix(*given)
+
+
+def test_impossible_choices_are_named() -> None:
+    msa = ["msa"] * 12
+    conv = cut_arch(TINY, spvit_cut(TINY, ["conv1x1", *msa[1:]]))
+    for arch, given, message in (
+        (TINY, {"choices": msa[1:]}, "choices has 11 entries: .* has 12 blocks, give one"),
+        (TINY, {"choices": msa, "mlp": [None]}, "mlp has 1 entries: .* has 12 blocks, give one"),
+        (TINY, {"choices": [*msa[1:], "conv5x5"]}, r"choices\[11\] = 'conv5x5': must be one of skip, .*did you mean"),
+        (conv, {"choices": ["conv3x3", *msa[1:]]}, r"choices\[0\] = 'conv3x3': block 0 has mixer 'conv1x1'"),
+        (TINY, {"choices": msa, "skip_form": "none"}, "skip_form = 'none': must be one of identity, ln_residual"),
+        (TINY, {"choices": msa, "mlp": [(0, 768), *[None] * 11]}, r"blocks\[0\].mlp: index 768 is outside 0..767"),
+        (random_arch(Random(0), "pvt_v2"), {"choices": []}, "of family 'pvt_v2': SPViT serves families vit, swin"),
+    ):
+        with pytest.raises(UserError, match=message):
+            spvit_cut(arch, **given)
+
+
+def test_units_are_scored_by_both_of_their_weights() -> None:
+    arch = random_arch(Random(2), missing=False, extras=False)
+    model = random_model(arch, 0)
+    scores = score_mlp_units(model)
+    assert set(scores.vectors) == {f"blocks.{i}.mlp" for i in range(arch.depth)}
+    mlp, unit = model.blocks[0].mlp, 3
+    want = sum(w**2 for w in mlp.fc1.weight[unit].tolist()) * sum(w**2 for w in mlp.fc2.weight[:, unit].tolist())
+    assert scores.vectors["blocks.0.mlp"][unit].item() == pytest.approx(want**0.5)
+
+
+def test_the_best_units_ascend() -> None:
+    vector = torch.tensor([0.1, 3.0, 2.0, 3.0], dtype=torch.float64)
+    scores = Scores({"blocks.0.mlp": vector, "blocks.2.mlp": vector})
+    assert best_units(scores, [3, 0, 1]) == ((1, 2, 3), None, (1,))
+    with pytest.raises(UserError, match=r"widths\[2\] = 5: must lie in 1..4"):
+        best_units(scores, [1, 0, 5])
+
+
+def sparse_vit() -> Arch:
+    return next(
+        a
+        for s in range(50)
+        if (a := random_arch(Random(s), extras=False)).depth == 3 and all(block.mlp > 5 for block in a.blocks)
+    )
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_units_fill_the_budget_by_value(start: float) -> None:
+    """From too few and from too many: the budget is met to within one unit, the least valuable ones are missing."""
+    arch = sparse_vit()
+    costs, generator = gate_costs(arch), torch.Generator().manual_seed(0)
+    value = [torch.rand(block.mlp, generator=generator) for block in arch.blocks]
+    kept = [own.quantile(1 - start) <= own for own in value]
+    choices = ["msa"] * arch.depth
+    low, high = (costs.total(choices, [n(block.mlp) for block in arch.blocks]) for n in (lambda _: 1, lambda m: m))
+    budget = (low + high) / 2
+    units = fit_units(costs, choices, value, kept, budget)
+    spent = costs.total(choices, [len(own) for own in units])
+    assert budget - max(costs.units) < spent <= budget
+    per_mac = [own / unit for own, unit in zip(value, costs.units, strict=True)]
+    inside = min(per_mac[i][j] for i, own in enumerate(units) for j in own if j != value[i].argmax())
+    outside = max(per_mac[i][j] for i, own in enumerate(units) for j in range(arch.blocks[i].mlp) if j not in own)
+    assert inside >= outside
+    assert all(int(own.argmax()) in units[i] for i, own in enumerate(value))
+
+
+def test_mixers_beyond_the_budget_are_an_error() -> None:
+    costs = gate_costs(TINY)
+    value = [torch.ones(768) for _ in range(12)]
+    with pytest.raises(UserError, match=r"budget = 1,000,000 macs: the mixers that were chosen leave"):
+        fit_units(costs, ["msa"] * 12, value, [own > 0 for own in value], 1e6)
+    assert CHOICES[-1] == "msa"

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pydantic
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models import Arch, UserError, arch_of, build, cost, cut_arch
+from pruners.uvc import UVC, Collapsed
+from pruners.uvc_settings import UVCSettings
+from tests.generate import random_arch, random_images, random_model
+from tests.oracle import masked
+from tests.pruners.test_nvit_schedule import vit
+from training import Recipe, fit, open_data, seeded
+
+ARCH = vit(depth=3, width=16, heads=2, head=8, mlp=32)
+QUICK: dict[str, Any] = {"warmup_epochs": 0, "ramp_steps": 40, "gating_interval": 10, "mlp_align": 4}
+
+
+def hook(**settings) -> UVC:
+    return UVC(UVCSettings(**(QUICK | settings)))
+
+
+def wrapped(arch: Arch = ARCH, seed: int = 0, **settings) -> tuple[nn.Module, UVC, torch.optim.Optimizer]:
+    """A random model behind gates, in training mode."""
+    model, own = random_model(arch, seed), hook(**settings)
+    own.wrap(model)
+    own.start_epoch()
+    return model.train(), own, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def step(model: nn.Module, own: UVC, optimizer: torch.optim.Optimizer, t: int, part: slice = slice(None)) -> None:
+    """One update on this part of random images, where the training loop has the hook."""
+    x = random_images(ARCH, t, batch=8)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x[part]), (torch.arange(8) % ARCH.num_classes)[part])
+    own.loss({"loss": loss}).backward()
+    own.after_backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    own.after_step()
+
+
+def unit(arch: Arch, align: int = 4) -> int:
+    """MACs of the smallest thing that can come back: a group of MLP units, or a channel of every head."""
+    N, C = arch.tokens, arch.stages[0].width
+    return max(align * 2 * N * C, arch.blocks[0].heads * (2 * C + N) * N)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"r_mode": "ragged"}, {"r_mode": "off"}, {"gates": "soft_l0"}, {"skip": "101"}]
+)
+def test_evaluation_during_the_run_is_the_cut_model(settings: dict[str, Any]) -> None:
+    model, own, optimizer = wrapped(budgets=(0.45,), **settings)
+    before = random_model(ARCH, 0)
+    for t in range(55):
+        step(model, own, optimizer, t)
+    assert own.machine.settled
+    x = random_images(ARCH, 1000)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    shown = dict(own.facts)
+    (snapshot,) = own.finish()
+    assert snapshot.cost == cost(arch_of(snapshot.model)).macs == round(shown["macs"] * cost(ARCH).macs)
+    assert snapshot.budget - unit(ARCH) < snapshot.cost <= snapshot.budget == 0.45 * cost(ARCH).macs
+    assert arch_of(snapshot.model) == cut_arch(ARCH, snapshot.cut)
+    assert shown["skip"] == "".join("01"[choice.keep] for choice in snapshot.cut.blocks)
+    assert shown["heads"] == sum(block.heads for block in arch_of(snapshot.model).blocks)
+    assert shown["mlp"] == sum(block.mlp for block in arch_of(snapshot.model).blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
+        with masked(model, snapshot.cut):
+            torch.testing.assert_close(evaluated, model(x), rtol=0, atol=1e-10)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_warm_up_is_half_of_every_block_and_decides_nothing() -> None:
+    model, own, optimizer = wrapped(warmup_epochs=1)
+    x = random_images(ARCH, 5)
+    half = random_model(ARCH, 0)
+    with torch.no_grad():
+        z = half.norm_pre(half._pos_embed(half.patch_embed(x)))
+        for block in half.blocks:
+            z = 0.5 * block(z) + 0.5 * z
+        torch.testing.assert_close(model(x), half.forward_head(half.norm(z)), rtol=0, atol=1e-12)
+    for t in range(5):
+        step(model, own, optimizer, t)
+    assert (own.machine.s == 0).all()
+    assert own.facts["macs"] == 1
+    assert all(torch.equal(g.gate.detach(), torch.tensor([-1.0, 1.0]).double()) for g in model.blocks)
+    own.start_epoch()
+    for t in range(20):
+        step(model, own, optimizer, t)
+    assert (own.machine.s[:, 1] > 0).all()
+
+
+def test_gates_see_a_new_sample_every_step_and_the_same_one_again() -> None:
+    weights = []
+    for _ in range(2):
+        model, own, optimizer = wrapped()
+        for t in range(4):
+            weights.append(torch.stack([g.keep_weight() for g in model.blocks]).detach())
+            step(model, own, optimizer, t)
+    assert all(torch.equal(a, b) for a, b in zip(weights[:4], weights[4:], strict=True))
+    assert len({float(w[0]) for w in weights[:4]}) == 4
+    assert all(len(set(w.tolist())) == 3 for w in weights)
+
+
+def test_gates_move_with_the_weights_only_where_asked() -> None:
+    still, moved = (wrapped(gates_in_weight_optimizer=given, steps="reference", glr=0.0) for given in (False, True))
+    for model, own, optimizer in (still, moved):
+        step(model, own, optimizer, 0)
+    assert torch.equal(still[1].machine.gates[0], torch.tensor([-1.0, 1.0]).double())
+    assert not torch.equal(moved[1].machine.gates[0], torch.tensor([-1.0, 1.0]).double())
+    for model, own, _ in (still, moved):
+        assert torch.equal(torch.stack([g.gate for g in model.blocks]), own.machine.gates)
+
+
+@pytest.mark.parametrize("when", [3, 25, 52])
+def test_a_run_goes_on_from_any_step(when: int) -> None:
+    model, own, optimizer = wrapped(budgets=(0.8, 0.45))
+    for t in range(when):
+        step(model, own, optimizer, t)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), own.state_dict()))
+    other, again, second = wrapped(seed=7, budgets=(0.8, 0.45))
+    other.load_state_dict(state[0])
+    second.load_state_dict(state[1])
+    again.load_state_dict(state[2])
+    assert again.facts == own.facts
+    for t in range(when, when + 8):
+        step(model, own, optimizer, t)
+        step(other, again, second, t)
+    assert own.facts == again.facts
+    for ours, theirs in zip(own.finish(), again.finish(), strict=True):
+        assert (ours.cut, ours.cost, ours.step) == (theirs.cut, theirs.cost, theirs.step)
+        assert all(torch.equal(v, theirs.model.state_dict()[k]) for k, v in ours.model.state_dict().items())
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_several_budgets_are_passed_on_the_way_down() -> None:
+    model, own, optimizer = wrapped(budgets=(0.45, 0.7, 0.9))
+    for t in range(60):
+        step(model, own, optimizer, t)
+    snapshots = own.finish()
+    assert [s.budget / cost(ARCH).macs for s in snapshots] == pytest.approx([0.9, 0.7, 0.45])
+    assert snapshots[0].step < snapshots[1].step < snapshots[2].step == 60
+    for snapshot in snapshots:
+        assert snapshot.budget - unit(ARCH) < snapshot.cost <= snapshot.budget
+        assert arch_of(snapshot.model) == cut_arch(ARCH, snapshot.cut)
+
+
+def decide_on_rank(rank: int, folder: str, ranks: int) -> None:
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    model, own, optimizer = wrapped(budgets=(0.5,))
+    parallel = DistributedDataParallel(model) if ranks > 1 else model
+    for t in range(20):
+        step(parallel, own, optimizer, t, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
+    found = {name: getattr(own.machine, name) for name in own.machine.TENSORS}
+    save_file(found, f"{folder}/{rank}-of-{ranks}")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_decide_as_one_process_would(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(decide_on_rank, args=(str(tmp_path), 2), nprocs=2)
+    decide_on_rank(0, str(tmp_path), 1)
+    alone, *ranks = (load_file(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2"))
+    assert (alone["s"] > 0).any()
+    for name, value in alone.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        torch.testing.assert_close(ranks[0][name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_that_falls_through_its_budget_is_ended() -> None:
+    reference = {"steps": "reference", "slr": 20.0, "z_init": 1e4, "budgets": (0.9,)}
+    model, own, optimizer = wrapped(**reference)
+    with pytest.raises(
+        Collapsed, match=r"of the source's MACs at update \d+, below 0.7 x budget 0.9 \(blocks [01]{3}\)"
+    ):
+        for t in range(20):
+            step(model, own, optimizer, t)
+
+
+def test_given_blocks_are_skipped_from_the_start() -> None:
+    by_order = {"skip_count": 1, "skip_order": (1, 0)}
+    for settings in ({"skip": "101"}, by_order):
+        model, own, optimizer = wrapped(budgets=(0.5,), **settings)
+        skipped = copy.deepcopy(model.blocks[1].block.state_dict())
+        for t in range(60):
+            step(model, own, optimizer, t)
+        assert own.facts["skip"] == "101"
+        assert all(torch.equal(v, skipped[k]) for k, v in model.blocks[1].block.state_dict().items())
+        (snapshot,) = own.finish()
+        assert [block.src for block in arch_of(snapshot.model).blocks] == [0, 2]
+        assert snapshot.budget - unit(ARCH) < snapshot.cost <= snapshot.budget
+
+
+def test_what_cannot_be_is_refused_before_training() -> None:
+    for settings, message in (
+        ({"skip": "111", "budgets": (0.05,)}, r"budget = 0.05 of .* MACs is .*, but 3 blocks at their narrowest have"),
+        ({"skip": "10"}, "skip = '10': has 2 digits for 3 blocks"),
+        ({"skip_count": 1, "skip_order": (4,)}, r"skip_order = \[4\]: must name some of the blocks 0..2"),
+        ({"skip_count": 3, "skip_order": (0, 1, 2)}, "skip_count = 3: at least one of 3 blocks must run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            hook(**settings).wrap(build(ARCH))
+    for settings in (
+        {"skip": "000"},
+        {"skip": "101", "skip_count": 1, "skip_order": (0,)},
+        {"skip_count": 1},
+        {"skip_count": 2, "skip_order": (0,)},
+        {"budgets": ()},
+        {"budgets": (1.5,)},
+        {"budget": 0.5},
+    ):
+        with pytest.raises(pydantic.ValidationError):
+            UVCSettings(**settings)
+
+
+def test_models_that_cannot_be_served_are_refused() -> None:
+    for family in ("swin", "pvt_v2"):
+        with pytest.raises(UserError, match=f"of family '{family}': UVC prunes families vit"):
+            hook().wrap(build(random_arch(Random(0), family)))
+    (snapshot,) = finished(budgets=(0.5,))
+    with pytest.raises(UserError, match="has another shape than blocks\\[0\\]|whose values are as wide"):
+        hook().wrap(snapshot.model)
+
+
+def finished(**settings):
+    model, own, optimizer = wrapped(**settings)
+    for t in range(5):
+        step(model, own, optimizer, t)
+    return own.finish()
+
+
+def test_a_run_that_ends_early_is_cut_to_its_budget() -> None:
+    (snapshot,) = finished(budgets=(0.4,))
+    assert snapshot.step == 5
+    assert snapshot.budget - unit(ARCH) < snapshot.cost <= snapshot.budget
+
+
+def test_the_training_loop_and_its_saved_state(tmp_path: Path) -> None:
+    """A distilled DeiT, float32, averaged weights; cut off after every epoch it ends up the same."""
+    data = open_data("digits")
+    recipe = Recipe(epochs=3, batch_size=256, lr=1e-3, ema=0.5)
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+    def fresh(seed: int) -> tuple[nn.Module, UVC]:
+        with seeded(seed):
+            model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **shape)
+        model.pretrained_cfg |= {"mean": (0.3053,), "std": (0.376,)}
+        return model, hook(budgets=(0.6,), warmup_epochs=1, ramp_steps=6, gating_interval=4)
+
+    model, own = fresh(0)
+    assert fit(model, data, recipe, hook=own, seed=3)
+    (want,) = own.finish()
+    assert want.cost <= want.budget
+    state, done, times = tmp_path / "state.safetensors", False, 0
+    while not done:
+        other, again = fresh(times)
+        done = fit(other, data, recipe, hook=again, seed=3, state=state, should_stop=lambda: True)
+        times += 1
+    (found,) = again.finish()
+    assert times == 3
+    assert (found.cut, found.cost, found.step) == (want.cut, want.cost, want.step)
+    assert all(torch.equal(v, found.model.state_dict()[k]) for k, v in want.model.state_dict().items())
+    with pytest.raises(UserError, match="the run to go on with has the settings"):
+        fit(fresh(0)[0], data, recipe, hook=hook(budgets=(0.7,)), state=state)
