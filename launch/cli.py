@@ -42,6 +42,13 @@ app = typer.Typer(
 
 RunArgument = Annotated[Path, typer.Argument(help="the run's folder, for example runs/digits", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="a stable form for scripts")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="of a running Ray cluster, all of whose nodes see the run's folder; a Ray of its own by default",
+        show_default=False,
+    ),
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's own log lines")]
 
 
@@ -52,6 +59,7 @@ def search(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. search.trials=48")
     ] = None,
+    address: AddressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the space, then stop")] = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -59,7 +67,8 @@ def search(
     from search import load_config, run_search
 
     settings, console = load_config(config, overrides or []), Console()
-    _drive(lambda: run_search(settings, out, console=console, dry_run=dry_run, verbose=verbose), console)
+    options: dict[str, Any] = {"address": address, "dry_run": dry_run, "verbose": verbose}
+    _drive(lambda: run_search(settings, out, console=console, **options), console)
 
 
 @app.command()
@@ -69,14 +78,15 @@ def resume(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="another value, e.g. resources.cpus=4")
     ] = None,
+    address: AddressOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Go on with a search that was stopped or killed."""
     from search import resume_search
 
     console = Console()
-    settings = overrides or []
-    _drive(lambda: resume_search(run, trials=trials, overrides=settings, console=console, verbose=verbose), console)
+    options: dict[str, Any] = {"trials": trials, "overrides": overrides or [], "address": address, "verbose": verbose}
+    _drive(lambda: resume_search(run, console=console, **options), console)
 
 
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:

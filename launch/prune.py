@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["prune", "score"]
 
@@ -82,6 +79,12 @@ def prune(
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     cache: Cache = CACHE,
+    workers: Annotated[int, typer.Option(min=1, help="processes that train together, on Ray Train where above 1")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each worker")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker")] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="of a running Ray cluster; a Ray of its own by default", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Make a model smaller by one method: cut it, plan its tokens, or search while it trains, and finetune."""
@@ -143,6 +146,10 @@ def prune(
             calibration=Calibration(images, batch_size, seed),
             cache=cache,
             seed=seed,
+            workers=workers,
+            cpus=cpus,
+            gpus=gpus,
+            address=address,
             as_json=as_json,
             console=Console(stderr=as_json),
         )

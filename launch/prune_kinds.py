@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, read_arch, save
+from models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save
 from pruners import MACS, PARAMS, Measure, latency
 from search.config import read_overrides
 from search.display import Display
@@ -19,9 +19,6 @@ from search.scoring import Calibration
 from training import EVAL_BATCH, evaluate, load_recipe, open_data
 
 from .finetune import reports
-
-if TYPE_CHECKING:
-    from search.prune_training import Candidate
 
 __all__ = ["Request", "prune_tokens", "prune_trained", "prune_widths", "tome"]
 
@@ -48,6 +45,10 @@ class Request:
     calibration: Calibration
     cache: Path
     seed: int
+    workers: int
+    cpus: int
+    gpus: float
+    address: str | None
     as_json: bool
     console: Console
 
@@ -59,6 +60,11 @@ class Request:
         if self.table is not None:
             measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
         return Budget(self.budgets[0], measures[self.measure])
+
+    @property
+    def resources(self) -> dict[str, Any]:
+        """Of Ray Train's workers."""
+        return {"workers": self.workers, "cpus": self.cpus, "gpus": self.gpus, "address": self.address}
 
     @property
     def folder(self) -> Path:
@@ -146,10 +152,14 @@ def prune_trained(request: Request) -> None:
         seed=request.seed,
     )
     display = Display(request.console)
-    found = _existing(decided, shares)
-    if found is None:
+    found = run.candidates()
+    if not found:
         with display.progress() as progress:
-            found = run.run(**reports(display, progress, chosen.batch_size, what=f"{request.method}: deciding"))
+            say = reports(display, progress, chosen.batch_size, what=f"{request.method}: deciding")
+            if request.workers > 1 or request.address is not None:
+                found = run.run_on_workers(**request.resources, **say)
+            else:
+                found = run.run(**say)
     rows = []
     for one in found:
         folder, top1 = request.folder / one.folder.relative_to(decided), one.top1
@@ -160,23 +170,9 @@ def prune_trained(request: Request) -> None:
     _report(request, whole, evaluate(model, data.val_loader(EVAL_BATCH))["top1"], rows)
 
 
-def _existing(decided: Path, shares: Sequence[float]) -> list[Candidate] | None:
-    """What an interrupted command has decided already, where that is all of it."""
-    from search.prune_training import Candidate
-
-    folders = [decided] if len(shares) == 1 else [decided / f"{share:.4g}" for share in sorted(shares, reverse=True)]
-    if not all((folder / "config.json").exists() for folder in folders):
-        return None
-    facts = [load_provenance(folder) for folder in folders]
-    return [
-        Candidate(fact["budget"], folder, cost(read_arch(folder)), fact["top1"])
-        for folder, fact in zip(folders, facts, strict=True)
-    ]
-
-
 def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> float:
     """Train ``start`` with the source as teacher; the result's top-1."""
-    from search.finetune import Finetuning, finetune_here
+    from search.finetune import Finetuning, finetune_here, finetune_on_workers
 
     teacher = request.folder.with_name(f".{request.folder.name}-source")
     if not teacher.exists():
@@ -185,7 +181,12 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
     job = Finetuning(start, request.data, load_recipe(recipe, fields), out, teacher=teacher, seed=request.seed)
     display = Display(request.console)
     with display.progress() as progress:
-        return finetune_here(job, **reports(display, progress, job.recipe.batch_size))["top1"]
+        say = reports(display, progress, job.recipe.batch_size)
+        if request.workers > 1 or request.address is not None:
+            finetune_on_workers(job, **request.resources, **say)
+        else:
+            finetune_here(job, **say)
+    return float(load_provenance(out)["top1"])
 
 
 def _report(

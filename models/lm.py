@@ -127,16 +127,23 @@ class LanguageModel(nn.Module):
         """Logits (..., n + tails) of the words of band 0 and of the other bands, each as a whole."""
         return torch.cat([F.linear(hidden, self.table(0)), self.clusters(hidden)], dim=-1)
 
-    def tail(self, hidden: torch.Tensor, band: int) -> torch.Tensor:
-        """Logits (..., n) within a band other than the first."""
-        return F.linear(F.linear(hidden, self.projection(band).T), self.table(band))
+    def project(self, hidden: torch.Tensor, band: int) -> torch.Tensor:
+        """The hidden state (..., d) in a tail's width."""
+        return F.linear(hidden, self.projection(band).T)
+
+    def tail(self, projected: torch.Tensor, band: int) -> torch.Tensor:
+        """Logits (..., n) within a band other than the first, of what ``project`` gives."""
+        return F.linear(projected, self.table(band))
 
     def log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., V): log p(w) = log softmax(head)[w], or that of w's band plus log softmax(tail)[w]."""
         bands = self.words.bands
         head = self.head(hidden).log_softmax(-1)
         words, clusters = head.tensor_split([len(bands[0])], dim=-1)
-        tails = [self.tail(hidden, b).log_softmax(-1) + clusters[..., b - 1 : b] for b in range(1, len(bands))]
+        tails = [
+            self.tail(self.project(hidden, b), b).log_softmax(-1) + clusters[..., b - 1 : b]
+            for b in range(1, len(bands))
+        ]
         return torch.cat([words, *tails], dim=-1)
 
     def log_prob_of(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -150,7 +157,7 @@ class LanguageModel(nn.Module):
         found = self.head(hidden).log_softmax(-1).gather(1, place[:, None])[:, 0]
         for b, band in enumerate(bands[1:], start=1):
             rows = torch.nonzero(which == b)[:, 0]  # may be empty, which leaves the tail in the graph
-            inside = self.tail(hidden[rows], b).log_softmax(-1)
+            inside = self.tail(self.project(hidden[rows], b), b).log_softmax(-1)
             found = found.index_add(0, rows, inside.gather(1, (words[rows] - band.start)[:, None])[:, 0])
         return found.view(targets.shape)
 

@@ -38,7 +38,7 @@ class Counting:
 
 
 def tables_twice(arch: Arch) -> int:
-    """UP-ViT's parameters of a language model: fairseq's tables of words, which input and softmax share, count twice."""
+    """UP-ViT's parameters of a language model: tables of words that input and softmax share count twice."""
     widths = () if arch.text is None else (arch.stages[0].width, *arch.text.tails)
     shared = arch.text is not None and arch.text.tied != "none"
     return cost(arch).params + shared * sum(len(band) * d for band, d in zip(arch.bands, widths, strict=True))

@@ -15,7 +15,7 @@ from .scores import Scores, vector_sizes
 
 __all__ = ["FAMILIES", "KINDS", "score_magnitude", "score_random"]
 
-FAMILIES = ("vit", "swin", "pvt_v2")
+FAMILIES = ("vit", "swin", "pvt_v2", "lm")
 
 
 def score_magnitude(

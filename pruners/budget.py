@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Units that go together: NViT's sizes; "dim" is a channel of query, key and value in all heads of a block.
-GROUP_SIZES: Mapping[str, int] = {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16}
+GROUP_SIZES: Mapping[str, int] = {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16, "tail": 8}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class WidthPath:
         kept = {name: tuple(sorted(units[gone[name] :])) for name, units in self.order.items()}
         embed = tuple(kept.get(f"stages.{s}.embed") for s in range(len(self.arch.stages)))
         blocks = (self._choice(i, block, kept) for i, block in enumerate(self.arch.blocks))
-        return Cut(embed=embed, blocks=tuple(blocks))
+        tails = tuple(kept.get(f"bands.{b}.tail") for b in range(1, len(self.arch.bands)))
+        return Cut(embed=embed, blocks=tuple(blocks), tails=tails or None)
 
     def _choice(self, i: int, block: Block, kept: Mapping[str, tuple[int, ...]]) -> BlockCut:
         if i in self.dropped:
@@ -158,6 +159,7 @@ def live_vectors(arch: Arch, scores: Scores) -> dict[str, np.ndarray]:
             live[name] = vector.numpy()
     order = [f"stages.{s}.embed" for s in range(len(arch.stages))]
     order += [f"blocks.{i}.{kind}" for i in range(arch.depth) for kind in GROUP_SIZES if kind != "embed"]
+    order += [f"bands.{b}.tail" for b in range(1, len(arch.bands))]
     return {name: live[name] for name in order if name in live}
 
 
@@ -256,7 +258,7 @@ class _Narrowing:
 
     def has(self, name: str) -> bool:
         """Whether there is anything to remove: a convolution has its bottleneck, no mixer has nothing."""
-        if kind_of(name) == "embed":
+        if kind_of(name) in ("embed", "tail"):
             return True
         block = self.blocks.get(_place(name))
         if block is None or block.mixer == "attn" or kind_of(name) == "mlp":
@@ -273,6 +275,8 @@ class _Narrowing:
         self.costs |= costs
         if kind_of(name) == "embed":
             self.stages[_place(name)] = self._narrower(_place(name), units)
+        elif kind_of(name) == "tail":
+            self.arch = _shorter_tail(self.arch, _place(name), units)
         else:
             self.blocks[_place(name)] = _shrink(self.blocks[_place(name)], kind_of(name), units)
 
@@ -281,14 +285,20 @@ class _Narrowing:
         if kind_of(name) == "embed":
             s = _place(name)
             stages, blocks = [s - 1, s, s + 1], [i for i in self.blocks if self.stage_of[i] == s]
+        elif kind_of(name) == "tail":
+            stages, blocks = [0], []
         else:
             stages, blocks = [self.stage_of[_place(name)]], [_place(name)]
         yield from (f"stages.{s}.embed" for s in stages)
         yield from (f"blocks.{i}.{kind}" for i in blocks for kind in GROUP_SIZES)
+        if kind_of(name) in ("embed", "tail"):
+            yield from (f"bands.{b}.tail" for b in range(1, len(self.arch.bands)))
 
     def _without(self, name: str, units: int) -> tuple[float, dict[int, float]]:
         """Cost outside the blocks, and of the blocks that change, once ``units`` of a vector are gone."""
         place = _place(name)
+        if kind_of(name) == "tail":
+            return self._outside(self.stages, _shorter_tail(self.arch, place, units)), {}
         if kind_of(name) != "embed":
             block = _shrink(self.blocks[place], kind_of(name), units)
             return self.outside, {place: self._block(place, block, self.stages[self.stage_of[place]])}
@@ -303,8 +313,15 @@ class _Narrowing:
     def _block(self, i: int, block: Block, stage: Stage) -> float:
         return self.measure.block(self.arch, stage, block)
 
-    def _outside(self, stages: Sequence[Stage]) -> float:
-        return self.measure.outside(dataclasses.replace(self.arch, stages=tuple(stages)))
+    def _outside(self, stages: Sequence[Stage], arch: Arch | None = None) -> float:
+        return self.measure.outside(dataclasses.replace(arch or self.arch, stages=tuple(stages)))
+
+
+def _shorter_tail(arch: Arch, band: int, units: int) -> Arch:
+    """``arch`` with fewer channels in the words of a band from the second on."""
+    assert arch.text is not None
+    tails = tuple(width - units * (b == band) for b, width in enumerate(arch.text.tails, start=1))
+    return dataclasses.replace(arch, text=dataclasses.replace(arch.text, tails=tails))
 
 
 def _shrink(block: Block, kind: str, units: int) -> Block:
@@ -315,7 +332,7 @@ def _shrink(block: Block, kind: str, units: int) -> Block:
 
 
 def _place(name: str) -> int:
-    """Index of the stage or block that a vector belongs to."""
+    """Index of the stage, block or band that a vector belongs to."""
     return int(name.split(".")[1])
 
 

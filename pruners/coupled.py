@@ -16,7 +16,7 @@ from .scores import vector_sizes
 
 __all__ = ["KINDS", "coupled_sums", "heads_and_dims"]
 
-KINDS = ("embed", "attn", "mlp", "sr")
+KINDS = ("embed", "attn", "mlp", "sr", "tail")
 
 
 def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

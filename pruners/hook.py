@@ -24,9 +24,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["Hook", "TrainingHook"]
+from models import UserError
+
+__all__ = ["Collapsed", "Hook", "TrainingHook"]
 
 Result = TypeVar("Result", covariant=True)
+
+
+class Collapsed(UserError):
+    """What a method has decided is far smaller than its budget; all workers find so at the same time."""
 
 
 class TrainingHook(Protocol[Result]):

@@ -9,6 +9,7 @@ stages), or ``depth`` (one entry per block). Larger is more important. The kinds
     attn    channels of all heads, where query, key and value channels go together; heads and dims follow from it
     mlp     hidden units of an MLP
     sr      channels of PVTv2's spatially reduced map
+    tail    channels of the words of a language model's band, from band 1 on (``bands.1.tail``)
     tokens  patches, scored for token plans (``pmvit``), of no meaning to widths
 """
 
@@ -29,7 +30,7 @@ from models.arch import Block
 
 __all__ = ["FORMAT", "KINDS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
 
-KINDS = ("embed", "heads", "qk", "v", "attn", "mlp", "sr")
+KINDS = ("embed", "heads", "qk", "v", "attn", "mlp", "sr", "tail")
 FORMAT = "prunesweep/scores/2"  # to be counted up when a method's scores change, so that no cache is believed
 
 
@@ -47,7 +48,8 @@ def unit_counts(arch: Arch) -> dict[str, int]:
     counts = {f"stages.{s}.embed": stage.width for s, stage in enumerate(arch.stages)}
     for i, block in enumerate(arch.blocks):
         counts |= {f"blocks.{i}.{kind}": count for kind, count in _block_counts(block)}
-    return counts
+    tails = arch.text.tails if arch.text else ()
+    return counts | {f"bands.{b}.tail": width for b, width in enumerate(tails, start=1)}
 
 
 def _block_counts(block: Block) -> Iterator[tuple[str, int]]:

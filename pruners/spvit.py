@@ -26,20 +26,16 @@ from torch import nn
 
 from models import Cut, UserError, arch_of, cost
 
-from .hook import Hook
+from .hook import Collapsed, Hook
 from .spvit_choices import check_family, fit_units, spvit_cut
 from .spvit_cost import COUNTS, complexity_loss, gate_costs
 from .spvit_gates import CHOICES, is_open
 from .spvit_supernet import Supernet
 
-__all__ = ["Collapsed", "SPViT", "SPViTSettings"]
+__all__ = ["SPViT", "SPViTSettings"]
 
 COLLAPSE = 0.7  # of the budget; a search that ends below it has lost more than it was asked to
 LETTERS = dict(zip(CHOICES, "s13M", strict=True))
-
-
-class Collapsed(UserError):
-    """A search ended far below its budget."""
 
 
 class SPViTSettings(BaseModel):
@@ -47,53 +43,53 @@ class SPViTSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budget: float = Field(default=0.6, gt=0, lt=1, description="MACs of the result over MACs of the source")
+    budget: float = Field(default=0.6, gt=0, lt=1, description="MACs of the result over MACs of the source.")
     weight: float = Field(
         default=30.0,
         ge=0,
-        description="of the complexity loss, which would be this at the source's MACs with a budget of 0; SPViT's "
-        "lambda times the square of the source's 10^9 MACs, 18 to 63 in its runs",
+        description="Of the complexity loss, which would be this at the source's MACs with a budget of 0; SPViT's "
+        "lambda times the square of the source's 10^9 MACs, 18 to 63 in its runs.",
     )
     penalty: Literal["hinge", "two_sided"] = Field(
         default="hinge",
-        description="hinge: none below the budget; two_sided: SPViT's square, which also pulls up to it",
+        description="hinge: none below the budget; two_sided: SPViT's square, which also pulls up to it.",
     )
     cost: Literal["exact", "reference"] = Field(
-        default="exact", description="exact MACs, or SPViT's own count (norms, no MLP on the class token)"
+        default="exact", description="exact MACs, or SPViT's own count (norms, no MLP on the class token)."
     )
     theta: float = Field(
-        default=1.5, gt=0, description="where all gates start; they are open with probability sigmoid(theta)"
+        default=1.5, gt=0, description="Where all gates start; they are open with probability sigmoid(theta)."
     )
     theta_lr: float = Field(
-        default=0.03,
+        default=0.015,
         gt=0,
-        description="learning rate of the gates, which the schedule of the recipe lowers too; the sum over all updates "
-        "should be 3 to 15, for a gate has to travel 1.5 to close (SPViT: 1e-3 in 12,500 updates)",
+        description="Learning rate of the gates, which the schedule of the recipe lowers too; the sum over all updates "
+        "should be 3 to 15, for a gate has to travel 1.5 to close (SPViT: 1e-3 in 12,500 updates).",
     )
     theta_momentum: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="first beta of Adam for the gates; without, they stop as soon as the budget is met, instead of "
-        "overshooting together (SPViT: 0.9)",
+        description="First beta of Adam for the gates; without, they stop as soon as the budget is met, instead of "
+        "overshooting together (SPViT: 0.9).",
     )
     alpha: float | None = Field(
         default=None,
         gt=0,
-        description="temperature of the softmax over heads; left out: SPViT's, 0.01 for ViT, 100 for Swin",
+        description="Temperature of the softmax over heads; left out: SPViT's, 0.01 for ViT, 100 for Swin.",
     )
     conv_scope: Literal["map", "window"] = Field(
         default="map",
-        description="what a Swin's 3x3 convolution sees while searching; it is finetuned on the map in any case",
+        description="What a Swin's 3x3 convolution sees while searching; it is finetuned on the map in any case.",
     )
     skip_form: Literal["identity", "ln_residual"] = Field(
         default="identity",
-        description="a skipped mixer adds nothing, or its normalised input (SPViT's finetuned models)",
+        description="A skipped mixer adds nothing, or its normalised input (SPViT's finetuned models).",
     )
     draws: Literal["shared", "per_rank"] = Field(
-        default="shared", description="whether all ranks train the same sub-network of a step, or each its own (SPViT)"
+        default="shared", description="Whether all ranks train the same sub-network of a step, or each its own (SPViT)."
     )
-    seed: int = Field(default=0, ge=0, description="of the draws of sub-networks")
+    seed: int = Field(default=0, ge=0, description="Of the draws of sub-networks.")
 
 
 class SPViT(Hook):

@@ -34,7 +34,7 @@ class SPViTMixedSettings(BaseModel):
     alpha: float | None = Field(
         default=None,
         gt=0,
-        description="temperature of the softmax over heads; left out: SPViT's, 0.01 for ViT, 100 for Swin",
+        description="Temperature of the softmax over heads; left out: SPViT's, 0.01 for ViT, 100 for Swin.",
     )
 
 

@@ -3,7 +3,10 @@
 Source: Yu and Wu, "A Unified Pruning Framework for Vision Transformers", SCIS 66(7), 2023 (arXiv 2111.15127). A unit's
 score is KL(source || without the unit) in nats, summed over unlabelled images; all scores are of the unpruned model,
 so they serve every target (``pruners.upvit_rules``). Units are residual channels, channels of query, key and value
-together, MLP units, channels of PVTv2's reduced map, and blocks.
+together, MLP units, channels of PVTv2's reduced map, those of a language model's rarer words, and blocks.
+
+Of a language model every word that is predicted is an image (``pruners.upvit_lm``); where images are counted here, its
+texts are.
 
 Three ways to the same quantity:
 
@@ -22,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,15 +37,27 @@ from .scores import Scores, kind_of, vector_sizes
 from .upvit_exact import Exact
 from .upvit_fisher import fisher_sums
 from .upvit_forward import Forward
+from .upvit_lm import TextExact, TextForward, text_fisher_sums
 
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_blocks_progressively"]
 
-KINDS = ("embed", "attn", "mlp", "sr")
-FAMILIES = ("vit", "pvt_v2")
+KINDS = ("embed", "attn", "mlp", "sr", "tail")
+FAMILIES = ("vit", "pvt_v2", "lm")
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[int, int], None]
+
+
+class _Parts(NamedTuple):
+    """What serves a family: a model in pieces, exact scores of a batch, Fisher's."""
+
+    forward: type[Forward]
+    exact: Callable[[Any, torch.Tensor, int], Exact]
+    fisher: Callable[..., dict[str, torch.Tensor]]
+
+
+_IMAGES, _TEXTS = _Parts(Forward, Exact, fisher_sums), _Parts(TextForward, TextExact, text_fisher_sums)
 
 
 def score(
@@ -59,11 +74,13 @@ def score(
     """Importance of every unit of ``vectors``; nats, summed over all images.
 
     Args:
-        model: a ViT or PVTv2 that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B); labels are not used.
+        model: a ViT, PVTv2 or language model that ``Arch.from_timm`` accepts; left in the mode it came in, without
+            gradients.
+        batches: (images B·C·H·W or word numbers B·T, labels); labels are not used.
         importance: ``exact``, ``fisher`` or ``hybrid``.
-        labels_per_image: Fisher's samples per image, or "all" for every class weighted by its probability. They follow
-            from ``seed`` and the image, so neither order nor batches nor shards of the images matter.
+        labels_per_image: Fisher's samples per image or word, or "all" for every class of an image weighted by its
+            probability. They follow from ``seed`` and the image, so neither order nor batches nor shards of the images
+            matter.
         seed: of these samples.
         vectors: names of ``vector_sizes(arch, KINDS)`` to score; all by default.
         memory_mb: about what the activations of one step of exact scoring may take, in MiB.
@@ -79,16 +96,18 @@ def score(
         raise UserError(f"importance = {importance!r}: must be one of {', '.join(IMPORTANCES)}. {hint}".strip())
     if labels_per_image != "all" and (not isinstance(labels_per_image, int) or labels_per_image < 1):
         raise UserError(f"labels_per_image = {labels_per_image!r}: must be a whole number of at least 1, or 'all'")
-    sizes = _chosen(vector_sizes(arch, KINDS), vectors)
+    if labels_per_image == "all" and arch.family == "lm":
+        raise UserError("labels_per_image = 'all': there are too many words; give the number to draw per word, e.g. 4")
+    parts, sizes = _parts(arch), _chosen(vector_sizes(arch, KINDS), vectors)
     exact = [name for name in sizes if kind_of(name) in IMPORTANCES[importance]]
     fisher = {name: size for name, size in sizes.items() if name not in exact}
 
     def of_batch(forward: Forward, x: torch.Tensor, digests: list[int]) -> Iterator[dict[str, torch.Tensor]]:
         if exact:
-            trace = Exact(forward, x, memory_mb)
+            trace = parts.exact(forward, x, memory_mb)
             yield from ({name: trace.score(name)} for name in exact)
         if fisher:
-            yield fisher_sums(forward, x, fisher, labels_per_image, [_uniform(seed, d) for d in digests])
+            yield parts.fisher(forward, x, fisher, labels_per_image, [_uniform(seed, d) for d in digests])
 
     settings = {"importance": importance, "labels_per_image": labels_per_image, "seed": seed}
     steps = len(batches) * (len(exact) + bool(fisher))
@@ -106,7 +125,7 @@ def score_blocks(
     arch = _checked(model, batches)
 
     def of_batch(forward: Forward, x: torch.Tensor, _: list[int]) -> Iterator[dict[str, torch.Tensor]]:
-        yield {SKIP: Exact(forward, x, memory_mb).score_skips()}
+        yield {SKIP: _parts(arch).exact(forward, x, memory_mb).score_skips()}
 
     sizes = {SKIP: 2 * arch.depth}
     return _accumulate("upvit_blocks", model, batches, sizes, {}, of_batch, len(batches), progress)
@@ -125,13 +144,13 @@ def score_blocks_progressively(
     depth = torch.full((arch.depth,), torch.inf, dtype=torch.float64)
     rounds, last = arch.depth - len(arch.stages), 0.0
     with _evaluating(model):
-        forward = Forward(model)
+        forward = _parts(arch).forward(model)
         for done in range(rounds):
             gone = frozenset(torch.nonzero(depth.isfinite())[:, 0].tolist())
             left = [forward.stage_of[i] for i in range(arch.depth) if i not in gone]
             trials = {i: 0.0 for i in range(arch.depth) if i not in gone and left.count(forward.stage_of[i]) > 1}
             for x in _images(model, batches):
-                trace = Exact(forward, x, memory_mb)
+                trace = _parts(arch).exact(forward, x, memory_mb)
                 trials = {i: kl + trace.without(gone | {i}) for i, kl in trials.items()}
             least = min(trials, key=lambda i: (trials[i], i))
             # strictly rising, so that sorting the vector gives the order back
@@ -187,6 +206,10 @@ def _check_mergeable(first: Mapping[str, Any], other: Mapping[str, Any]) -> None
             raise UserError(f"parts of scores differ in {key}: {first.get(key)!r} and {other.get(key)!r}")
 
 
+def _parts(arch: Arch) -> _Parts:
+    return _TEXTS if arch.family == "lm" else _IMAGES
+
+
 def _checked(model: nn.Module, batches: Batches) -> Arch:
     arch = arch_of(model)
     if arch.family not in FAMILIES:
@@ -195,7 +218,11 @@ def _checked(model: nn.Module, batches: Batches) -> Arch:
         raise ValueError("no batches to score on")
     want = (arch.in_chans, *arch.img_size)
     for x, _ in batches:
-        if tuple(x.shape[1:]) != want:
+        if arch.family == "lm":
+            if x.dim() != 2 or x.is_floating_point() or not 0 <= int(x.min()) <= int(x.max()) < arch.num_classes:
+                shape = f"{x.dtype} of shape {tuple(x.shape)}"
+                raise UserError(f"{shape}: {arch.source} takes texts B·T of word numbers below {arch.num_classes}")
+        elif tuple(x.shape[1:]) != want:
             raise UserError(f"images of shape {tuple(x.shape[1:])}: {arch.source} is built for {want}")
     return arch
 
@@ -221,7 +248,7 @@ def _accumulate(
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     done, digests = 0, []
     with torch.no_grad(), _evaluating(model):
-        forward = Forward(model)
+        forward = _parts(arch_of(model)).forward(model)
         for x in _images(model, batches):
             own = [_image_digest(image) for image in x]
             digests += own

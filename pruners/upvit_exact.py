@@ -158,7 +158,11 @@ class Exact:
         block, attn = self.forward.arch.blocks[i], self.forward.blocks[i].attn
         if self.forward.arch.qk_norm:
             q, k = attn.q_norm(q), attn.k_norm(k)
-        return block.scale * q @ k.mT
+        logits = block.scale * q @ k.mT
+        if not self.forward.causal:
+            return logits
+        ahead = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        return logits.masked_fill(ahead, -torch.inf)
 
     def _head_logits_without(
         self, i: int, q: torch.Tensor, k: torch.Tensor, units: torch.Tensor, gate: torch.Tensor

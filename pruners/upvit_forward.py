@@ -1,5 +1,7 @@
 """A ViT's or PVTv2's evaluation forward pass in pieces: with a gate on every unit, and from any block on.
 
+``pruners.upvit_lm`` has that of a language model.
+
 The pieces are the model's own sub-modules, so stock timm blocks and those of ``models.vit`` and ``models.pvt`` run
 alike; without gates the result is ``model(x)``. Gates are named like the vectors of ``Scores`` and have shape (B, 1,
 units), one row per image; 1 leaves a unit, 0 removes it (``models.cut``'s meaning of removal):
@@ -69,6 +71,7 @@ class Forward:
         last = self.arch.blocks[-1]
         whole = self.arch.pool != "token" or bool(last.conv_kernel) or last.tokens is not None
         self.rows = None if whole else 1 + int(self.arch.dist_token)
+        self.causal = self.arch.family == "lm"
 
     def __call__(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Logits (B, K) of images B·C·H·W."""
@@ -147,7 +150,7 @@ class Forward:
         if block.mixer == "attn":
             q, k, v = self.qkv(i, y, gates)
             q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
-            y = module.attn.proj(attend(q, k, v, block.v_widths, block.scale))
+            y = module.attn.proj(attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal))
         elif block.conv_kernel:
             y = module.attn(y)
         else:
@@ -169,7 +172,7 @@ class Forward:
         """
         block, attn, rows = self.arch.blocks[i], self.blocks[i].attn, self._rows(i)
         width = block.heads * block.qk
-        if self.arch.family == "vit":
+        if self.arch.family != "pvt_v2":
             split = [width, width + block.total_v]
             weights = torch.split(attn.qkv.weight, split)
             biases = (None, None) if attn.qkv.bias is None else torch.split(attn.qkv.bias, split)

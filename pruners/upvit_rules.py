@@ -44,6 +44,7 @@ class Target:
     mlp: Counts = None  # hidden units per block
     mlp_total: int | None = None  # hidden units of all blocks that stay, instead of ``mlp``
     depth: Counts = None  # blocks
+    tails: Counts = None  # channels of a language model's words, one number per band from the second on
 
     def per_stage(self, name: str, stages: int) -> tuple[int | None, ...]:
         """The numbers of one field. Raises UserError for another number of stages."""
@@ -106,7 +107,23 @@ def select(
         if block.sr and (kept := embed[s]) is not None:
             own_sr = _reduced(arch, i, s, scores, kept, sr)
         choices.append(BlockCut(qk=attn, v=attn, mlp=mlp.get(i), sr=own_sr))
-    return Cut(embed=None if embed == (None,) * count else embed, blocks=tuple(choices))
+    whole = embed == (None,) * count
+    return Cut(embed=None if whole else embed, blocks=tuple(choices), tails=_tails(arch, scores, target))
+
+
+def _tails(arch: Arch, scores: Scores, target: Target) -> tuple[Indices | None, ...] | None:
+    """Channels that the words of the bands keep."""
+    if target.tails is None:
+        return None
+    number = len(arch.bands[1:])
+    counts = (target.tails,) * number if isinstance(target.tails, int) else tuple(target.tails)
+    if len(counts) != number:
+        raise UserError(f"target.tails has {len(counts)} entries for {number} bands behind the first")
+    names = [f"bands.{b}.tail" for b in range(1, number + 1)]
+    return tuple(
+        _best(_vector(scores, name), width, f"target.tails of {name}")
+        for name, width in zip(names, counts, strict=True)
+    )
 
 
 def _with_stage(arch: Arch) -> Iterator[tuple[int, Block]]:

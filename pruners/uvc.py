@@ -23,7 +23,7 @@ from torch import nn
 from models import Arch, Cut, UserError, arch_of, cost, cut, cut_arch
 from models.build import build_with
 
-from .hook import Hook
+from .hook import Collapsed, Hook
 from .nvit_hook import Snapshot
 from .uvc_control import NormalizedPrimalDual
 from .uvc_decide import Counts, Decider, Widths
@@ -32,13 +32,9 @@ from .uvc_gate import CONTROL, GatedBlock
 from .uvc_resource import Resource
 from .uvc_settings import UVCSettings
 
-__all__ = ["FAMILIES", "UVC", "Collapsed", "UVCSettings"]
+__all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
 FAMILIES = ("vit",)
-
-
-class Collapsed(UserError):
-    """The decision has become far smaller than its budget."""
 
 
 class UVC(Hook):

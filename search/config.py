@@ -174,9 +174,61 @@ class SearchTable(Table):
 
 
 class ResourcesTable(Table):
+    """What runs side by side. A trial of several workers trains on Ray Train; they may lie on different nodes."""
+
     cpus: Count | None = None  # of this machine; all by default
-    cpus_per_trial: Count = 1
-    gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
+    workers_per_trial: Count = 1
+    cpus_per_trial: Count = 1  # of each of a trial's workers
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0  # of each of a trial's workers
+
+
+class ClusterTable(Table):
+    """Where and how the search runs on several machines: for ``submit``, ``manifest`` and ``doctor``.
+
+    Nothing here changes a candidate or a figure. Secrets do not belong here: the table is kept in the run's folder and
+    shown by Ray's dashboard.
+    """
+
+    address: Annotated[str | None, Field(pattern=r"^https?://", description="of the head's dashboard and job API")] = (
+        None
+    )
+    storage: Annotated[
+        str | None, Field(pattern="^/", description="folder that all nodes see and write to; runs are kept in it")
+    ] = None
+    data: Annotated[
+        str | None, Field(pattern="^/", description="folder of the data on the nodes, instead of data.name's path")
+    ] = None
+    nodes: Annotated[int, Field(ge=1, description="machines that run trials")] = 1
+    cpus: Annotated[int, Field(ge=1, description="of each of them")] = 8
+    gpus: Annotated[int, Field(ge=0, description="of each of them")] = 0
+    memory_gib: Annotated[int, Field(ge=1, description="of each of them, in GiB")] = 32
+    env: Annotated[dict[str, str], Field(description="environment variables of driver and trials; no secrets")] = {}
+    exclude: Annotated[
+        tuple[str, ...], Field(description="patterns of files of the packages that submit leaves behind, e.g. *.ipynb")
+    ] = ()
+    setup: Annotated[
+        tuple[str, ...], Field(description="shell lines before Ray starts, e.g. activating an environment")
+    ] = ()
+    image: Annotated[str | None, Field(description="container with Ray, torch and this package")] = None
+    namespace: Annotated[str, Field(pattern="^[a-z0-9-]+$", description="of Kubernetes")] = "default"
+    storage_claim: Annotated[str | None, Field(description="PersistentVolumeClaim mounted at storage")] = None
+    data_claim: Annotated[str | None, Field(description="PersistentVolumeClaim mounted, read-only, at data")] = None
+    hosts: Annotated[tuple[str, ...], Field(description="addresses of machines for ray up, the head first")] = ()
+    ssh_user: Annotated[str, Field(description="who logs in to hosts")] = "ubuntu"
+    partition: Annotated[str | None, Field(description="of SLURM")] = None
+    account: Annotated[str | None, Field(description="of SLURM")] = None
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+:\d\d:\d\d$", description="SLURM's limit, [days-]h:mm:ss")] = (
+        "24:00:00"
+    )
+    restarts: Annotated[int, Field(ge=0, description="times that a lost job is started again, to resume")] = 3
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if name.startswith("RAY_AUTH_") or name.upper().endswith(("TOKEN", "SECRET", "PASSWORD", "_KEY")):
+                raise ValueError(f"{name} looks like a secret: set it in the nodes' own environment")
+        return env
 
 
 class SearchConfig(Table):
@@ -189,6 +241,7 @@ class SearchConfig(Table):
     search: SearchTable = SearchTable()
     finetune: Recipe = Recipe()
     resources: ResourcesTable = ResourcesTable()
+    cluster: ClusterTable | None = None
 
     def to_toml(self) -> str:
         """The resolved configuration, defaults filled in; keys that are unset are left out."""

@@ -27,7 +27,7 @@ from .front import hypervolume, pareto_front
 from .provenance import versions
 from .report import write_report
 from .run import Lease, Run
-from .runtime import LocalRay, execute, slots
+from .runtime import RayConnection, execute, slots
 from .source import Prepared, prepare
 from .space import Params, Space, Spread, Summary, read_scores
 from .study import Study
@@ -53,6 +53,7 @@ def run_search(
     out: str | Path | None = None,
     *,
     console: Console | None = None,
+    address: str | None = None,
     dry_run: bool = False,
     verbose: bool = False,
 ) -> SearchResult | None:
@@ -62,6 +63,7 @@ def run_search(
         config: the configuration, or the path of a TOML file.
         out: the run's folder, which must not exist yet; ``runs/NAME`` by default.
         console: where to draw; nothing is drawn by default.
+        address: of a running Ray cluster, all of whose nodes see ``out``; a Ray of its own by default.
         dry_run: stop, and return None, after the space was shown.
         verbose: show Ray's own log lines.
 
@@ -77,7 +79,8 @@ def run_search(
         raise UserError(
             f"{run.path} exists: go on with 'prunesweep resume {run.path}', or choose another folder with --out"
         )
-    slots(config.resources)
+    if address is None:
+        slots(config.resources)
     with display.progress() as progress:
         prepared = prepare(config, run.path.parent / "cache", progress)
     summary = prepared.space.summarise(SAMPLE, config.seed)
@@ -85,7 +88,7 @@ def run_search(
     if dry_run:
         return None
     create_run(run, config, prepared)
-    return _search(run, config, prepared.space, display, verbose=verbose)
+    return _search(run, config, prepared.space, display, address=address, verbose=verbose)
 
 
 HARMLESS = ("search.trials", "resources.", "data.loader_workers")  # keys that change no candidate and no figure
@@ -97,6 +100,7 @@ def resume_search(
     trials: int | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
+    address: str | None = None,
     verbose: bool = False,
 ) -> SearchResult:
     """Go on with a search that was stopped or killed; unfinished trials first, from their last epoch.
@@ -106,6 +110,7 @@ def resume_search(
         trials: a new number of trials; what the run was made with by default.
         overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure (``HARMLESS``).
         console: where to draw; nothing is drawn by default.
+        address: of a running Ray cluster; a Ray of its own by default.
         verbose: show Ray's own log lines.
 
     Raises:
@@ -116,9 +121,10 @@ def resume_search(
     made = load_config(run / "search.toml")
     config = load_config(run / "search.toml", [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
     _check_same_search(run, made, config)
-    slots(config.resources)
+    if address is None:
+        slots(config.resources)
     space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.facts()["scores"]))
-    return _search(run, config, space, Display(console or Console(quiet=True)), verbose=verbose)
+    return _search(run, config, space, Display(console or Console(quiet=True)), address=address, verbose=verbose)
 
 
 def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> None:
@@ -192,7 +198,9 @@ def create_run(run: Run, config: SearchConfig, prepared: Prepared) -> None:
         write_text(folder / "run.json", json.dumps(facts, indent=1))
 
 
-def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, verbose: bool) -> SearchResult:
+def _search(
+    run: Run, config: SearchConfig, space: Space, display: Display, *, address: str | None, verbose: bool
+) -> SearchResult:
     """The search proper: everything but the source, the scores and the space, which a run has from the start."""
     with Lease(run.path) as lease:
         run.stop_file.unlink(missing_ok=True)
@@ -206,7 +214,7 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
             trials=config.search.trials,
             start=_start_points(config, space),
         )
-        coordinator = Coordinator(run, study, space, config.search, slots=slots(config.resources), seed=config.seed)
+        coordinator = Coordinator(run, study, space, config.search, slots=1, seed=config.seed)
         source = run.facts()["source"]
 
         def ray_died() -> None:
@@ -221,8 +229,9 @@ def _search(run: Run, config: SearchConfig, space: Space, display: Display, *, v
                     display.live(coordinator, source, config.space.budget) as changed,
                     _board(run, coordinator, source) as logged,
                     _interruptible(coordinator, display),
-                    LocalRay(config.resources, verbose=verbose, on_death=ray_died),
+                    RayConnection(config.resources, address=address, verbose=verbose, on_death=ray_died) as connection,
                 ):
+                    coordinator.slots = connection.slots
                     execute(coordinator, config.resources, [changed, logged])
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from models import Cost, UserError, arch_of, cost, cut, save, weights_digest
-from models.recalibrate import recalibrate
-from pruners.trained import Decided, trained_pruner
-from training import EVAL_BATCH, Data, Epoch, Recipe, evaluate, fit, open_data
+from models import Cost, UserError, arch_of, cost, load_provenance, read_arch, save, weights_digest
+from pruners.trained import trained_pruner
+from training import Data, Epoch, Recipe, World, batches_of, open_data
+from training.prune import PruneJob, prune_while_training
 
 from .finetune import logged
 from .provenance import digest, versions
@@ -93,12 +93,8 @@ class TrainedPruning:
         Raises:
             UserError: a setting does not fit, the budget cannot be met, or the search collapsed or diverged.
         """
-        method, arch = trained_pruner(self.method), arch_of(self.model)
-        settings = method.configure(self.method, self.budgets, self.options)
         source = to_device(self.model)
-        model = copy.deepcopy(source)
-        data = open_data(self.data_name, source.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
-        hook = method.make(settings, arch)
+        data = self._open()
         state = self.work / "state.safetensors"
         with logged(self.work) as log:
 
@@ -107,37 +103,98 @@ class TrainedPruning:
                 if on_epoch:
                     on_epoch(epoch)
 
-            fit(
-                model,
+            made = prune_while_training(
+                source,
                 data,
                 self.recipe,
-                teacher=source,
-                hook=hook,
+                self._job,
                 seed=self.seed,
                 state=state,
                 on_step=on_step,
                 on_epoch=report,
                 on_note=on_note,
             )
-        decided = method.decided(settings, arch, hook.finish())
-        if not decided:
-            raise UserError(
-                f"method {self.method!r}: no budget of {list(self.budgets)} was reached in {self.recipe.epochs} "
-                "epochs; train longer or raise the budget"
-            )
-        found = [self._save(one, source, data, len(self.budgets) > 1) for one in decided]
+        assert made is not None, "nothing asked it to stop"
+        facts = {**self.facts, "data": data.info.fingerprint, "versions": versions()}
+        for one in made:
+            save(one.model.cpu(), self._folder(one.budget), {**facts, "budget": one.budget, "top1": one.top1})
         state.unlink(missing_ok=True)
-        return found
+        return self.candidates()
 
-    def _save(self, one: Decided, source: nn.Module, data: Data, several: bool) -> Candidate:
-        model = one.model
-        if model is None:
-            model = cut(source, one.cut)
-            own = self.calibration
-            recalibrate(model, data.calibration(own.images, own.batch_size, own.seed))
-        model = to_device(model)
-        top1 = evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
-        folder = self.out / f"{one.budget:.4g}" if several else self.out
-        facts = {**self.facts, "data": data.info.fingerprint, "budget": one.budget, "versions": versions()}
-        save(model.cpu(), folder, {**facts, "top1": top1})
-        return Candidate(one.budget, folder, cost(arch_of(model)), top1)
+    def run_on_workers(
+        self,
+        *,
+        workers: int,
+        cpus: int = 1,
+        gpus: float = 0,
+        address: str | None = None,
+        storage: str | None = None,
+        on_step: Callable[[int, int, float], None] | None = None,
+        on_epoch: Callable[[Epoch], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> list[Candidate]:
+        """``run`` on Ray Train's workers; arguments as for ``search.finetune.finetune_on_workers``.
+
+        Raises:
+            UserError: as ``run``, or the machine cannot hold the workers.
+        """
+        from training.ray_train import FinetuneJob, TrainingFailed, Workers, finetune_on_ray
+
+        from .runtime import connected
+
+        data, source = self._open(), self.work / "source"
+        batches_of(data, self.recipe, World(0, workers))
+        if not source.exists():
+            save(self.model.cpu(), source)
+        job = FinetuneJob(
+            model=str(source),
+            data=self.data_name,
+            recipe=self.recipe.model_dump(mode="json"),
+            teacher_cache=str(self.out.parent / ".teacher_logits"),
+            seed=self.seed,
+            loader_workers=self.loader_workers,
+            prune=asdict(self._job),
+        )
+        with logged(self.work) as log, connected(address, cpus=workers * cpus, gpus=workers * gpus):
+
+            def report(epoch: Epoch) -> None:
+                log(epoch)
+                if on_epoch:
+                    on_epoch(epoch)
+
+            try:
+                finetune_on_ray(
+                    job,
+                    Workers(workers, cpus, gpus),
+                    self.out,
+                    storage=storage or str(self.work / "ray"),
+                    name=self.work.name.removeprefix("."),
+                    provenance={**self.facts, "data": data.info.fingerprint, "versions": versions()},
+                    on_step=on_step,
+                    on_epoch=report,
+                    on_note=on_note,
+                )
+            except TrainingFailed as error:
+                raise UserError(f"training failed: {error}") from error
+        return self.candidates()
+
+    def candidates(self) -> list[Candidate]:
+        """What this run has saved, the largest budget first; of several budgets not all need have been reached."""
+        folders = [self._folder(budget) for budget in sorted(set(self.budgets), reverse=True)]
+        found = [(folder, load_provenance(folder)) for folder in folders if (folder / "config.json").is_file()]
+        return [Candidate(f["budget"], folder, cost(read_arch(folder)), f["top1"]) for folder, f in found]
+
+    def _folder(self, budget: float) -> Path:
+        return self.out / f"{budget:.4g}" if len(set(self.budgets)) > 1 else self.out
+
+    def _open(self) -> Data:
+        """The data. Raises UserError where the settings, the source or the data do not go together."""
+        method, arch = trained_pruner(self.method), arch_of(self.model)
+        settings = method.configure(self.method, self.budgets, self.options)
+        method.make(settings, arch).wrap(copy.deepcopy(self.model))
+        return open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
+
+    @property
+    def _job(self) -> PruneJob:
+        settings = trained_pruner(self.method).configure(self.method, self.budgets, self.options)
+        return PruneJob(self.method, settings.model_dump(mode="json"), **asdict(self.calibration))

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine, and Ray Tune as the executor of units.
+"""A Ray of our own on this machine or a running cluster, and Ray Tune as the executor of units.
 
 Tune runs units in reused actors and decides nothing: no scheduler, no restore, no state of value. It restarts a unit
 whose process was lost; what to run is the coordinator's decision, asked for through a Searcher.
@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -44,55 +44,96 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from .unit import run_unit  # noqa: E402
 
-__all__ = ["LocalRay", "connected", "execute", "slots"]
+__all__ = ["RayConnection", "connected", "execute", "slots"]
 
 OBJECT_STORE_BYTES = 128 * 2**20  # units exchange files, not objects
 RESTARTS = 2  # of a unit whose process was lost
 
 
-def slots(resources: ResourcesTable) -> int:
-    """Units that can run side by side. Raises UserError where not even one fits."""
-    cpus = _cpus(resources)
-    if resources.cpus_per_trial > cpus:
-        raise UserError(f"resources.cpus_per_trial = {resources.cpus_per_trial}: this machine offers {cpus} CPUs")
-    by_cpu = cpus // resources.cpus_per_trial
-    if not resources.gpus_per_trial:
-        return by_cpu
-    import torch
+def slots(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+    """Units that can run side by side on ``nodes``, by default on this machine.
 
-    gpus = torch.cuda.device_count()
-    share = resources.gpus_per_trial
-    by_gpu = int(gpus // share) if share >= 1 else gpus * int(1 / share)
-    if not by_gpu:
-        raise UserError(f"resources.gpus_per_trial = {share}: this machine offers {gpus} GPUs")
-    return min(by_cpu, by_gpu)
+    Args:
+        resources: what a unit needs: ``workers_per_trial`` times ``cpus_per_trial`` and ``gpus_per_trial``.
+        nodes: ``CPU`` and ``GPU`` of every node; a worker lies within one of them.
+
+    Raises:
+        UserError: not even one unit fits.
+    """
+    own = nodes is None
+    nodes = [_this_machine(resources)] if nodes is None else nodes
+    cpus, gpus, workers = resources.cpus_per_trial, resources.gpus_per_trial, resources.workers_per_trial
+    places = sum(_places(node, cpus, gpus) for node in nodes)
+    if places < workers:
+        where = "this machine offers" if own else f"the cluster's {len(nodes)} nodes offer"
+        offered = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes[:8])
+        raise UserError(
+            f"resources: a trial needs {workers} x (cpus_per_trial = {cpus}, gpus_per_trial = {gpus:g}), but {where} "
+            f"{offered}: room for {places} of {workers} workers"
+        )
+    return places // workers
+
+
+def _places(node: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Workers that a node has room for."""
+    by_cpu = int(node.get("CPU", 0) // cpus)
+    if not gpus:
+        return by_cpu
+    whole = int(node.get("GPU", 0))
+    return min(by_cpu, int(whole // gpus) if gpus >= 1 else whole * int(1 / gpus))
+
+
+def _this_machine(resources: ResourcesTable) -> dict[str, float]:
+    found: dict[str, float] = {"CPU": _cpus(resources)}
+    if resources.gpus_per_trial:
+        import torch
+
+        found["GPU"] = torch.cuda.device_count()
+    return found
 
 
 def _cpus(resources: ResourcesTable) -> int:
     return resources.cpus or len(os.sched_getaffinity(0))
 
 
-class LocalRay:
-    """A single-node Ray for the time of a ``with`` block; ``on_death`` is called, in a thread, should it die."""
+class RayConnection:
+    """A Ray of our own on this machine, or a running cluster, for the time of a ``with`` block.
 
-    def __init__(self, resources: ResourcesTable, *, verbose: bool, on_death: Callable[[], None]) -> None:
-        self._resources, self._verbose, self._on_death = resources, verbose, on_death
+    ``on_death`` is called, in a thread, should Ray die. Inside the block, ``slots`` are the units that fit.
+
+    Raises:
+        UserError: nothing answers at ``address``, or no unit fits.
+    """
+
+    slots = 0
+
+    def __init__(
+        self, resources: ResourcesTable, *, address: str | None, verbose: bool, on_death: Callable[[], None]
+    ) -> None:
+        self._resources, self._address, self._verbose, self._on_death = resources, address, verbose, on_death
         self._stop = threading.Event()
 
-    def __enter__(self) -> LocalRay:
+    def __enter__(self) -> RayConnection:
         level = logging.INFO if self._verbose else logging.ERROR
         logging.getLogger("ray").setLevel(level)
-        context = ray.init(
-            address="local",
-            num_cpus=_cpus(self._resources),
-            include_dashboard=False,
-            log_to_driver=self._verbose,
-            logging_level=level,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+        options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
+        if self._address is None:
+            own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
+            # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
+            dashboard = self._resources.workers_per_trial > 1
+            context = ray.init(address="local", include_dashboard=dashboard, **own, **options)
+        else:
+            context = _join(self._address, options)
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            self.slots = slots(self._resources, None if self._address is None else [n["Resources"] for n in nodes])
+        except UserError:
+            ray.shutdown()
+            raise
         host, _, port = context.address_info["gcs_address"].rpartition(":")
-        node = ray.nodes()[0]
-        doors = [(host, int(port)), (node["NodeManagerAddress"], int(node["NodeManagerPort"]))]
+        doors = [(host, int(port))]
+        if self._address is None:
+            doors.append((nodes[0]["NodeManagerAddress"], int(nodes[0]["NodeManagerPort"])))
         threading.Thread(target=self._watch, args=(doors,), daemon=True).start()
         return self
 
@@ -111,6 +152,13 @@ class LocalRay:
             self._on_death()
 
 
+def _join(address: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
+
+
 @contextlib.contextmanager
 def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
     """A running cluster at ``address``, or a Ray of our own with ``cpus``, for the time of a ``with`` block.
@@ -124,10 +172,7 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
         own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         ray.init(address="local", **own, **options)
     else:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
+        _join(address, options)
     try:
         total = ray.cluster_resources()
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):
@@ -220,7 +265,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
 
 
 def execute(coordinator: Coordinator, resources: ResourcesTable, on_change: Sequence[Callable[[], None]] = ()) -> None:
-    """Run units until the coordinator is done, telling ``on_change`` of every start and end. Needs a ``LocalRay``.
+    """Run units until the coordinator is done, telling ``on_change`` of every start and end. Needs a ``RayConnection``.
 
     Raises:
         SearchFailed: too many units failed.
@@ -229,7 +274,10 @@ def execute(coordinator: Coordinator, resources: ResourcesTable, on_change: Sequ
     searcher = _Searcher(coordinator, on_change)
     # by default Tune asks for the second unit once the first one's process is up; they should start side by side
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.slots)
-    trainable = tune.with_resources(_UnitActor, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial})
+    own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    if resources.workers_per_trial > 1:  # its workers bring their own; the unit itself only waits for them, on the head
+        own = {"cpu": 0, "node:__internal_head__": 0.001}
+    trainable = tune.with_resources(_UnitActor, own)
     with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
         tune.Tuner(
             trainable,

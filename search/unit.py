@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from torch import nn
 
-from models import arch_of, cut, load, save
+from models import arch_of, cut, load, load_provenance, save
 from models.files import write_text
 from models.recalibrate import recalibrate
 from training import EVAL_BATCH, Data, Epoch, Recipe, evaluate, fit, open_data
@@ -139,13 +140,14 @@ def _train(workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path)
     model = _start(workplace, unit, candidate)
     before = workplace.evaluate(model)
     state = folder / "state.safetensors"
+    workers = workplace.config.resources.workers_per_trial
     with _log(workplace.run, unit) as log:
         log("start", resumed=state.exists(), zero_shot=before)
-        top1 = _finetune(workplace, model, unit, state, log)
+        train = _finetune if workers == 1 else _finetune_on_workers
+        top1 = train(workplace, model, unit, folder, log)
         if top1 is None:
             log("stopped")
             return None
-        save(model.cpu(), folder / "model", _provenance(workplace, unit, top1))
         log("end", top1=top1)
     state.unlink(missing_ok=True)
     return before, top1
@@ -172,9 +174,9 @@ def _start(workplace: Workplace, unit: Unit, candidate: Candidate) -> nn.Module:
 
 
 def _finetune(
-    workplace: Workplace, model: nn.Module, unit: Unit, state: Path, log: Callable[..., None]
+    workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
 ) -> float | None:
-    """Train ``model`` in place; its top-1, or None where it was asked to stop before the last epoch."""
+    """Train and save ``model``; its top-1, or None where it was asked to stop before the last epoch."""
     last: list[float] = []
 
     def on_epoch(epoch: Epoch) -> None:
@@ -187,17 +189,55 @@ def _finetune(
         workplace.recipe(unit),
         teacher=workplace.source,
         seed=unit.seed,
-        state=state,
+        state=folder / "state.safetensors",
         teacher_cache=workplace.run / "teacher_logits",
         on_epoch=on_epoch,
         should_stop=workplace.run.stop_file.exists,
     )
     if not finished:
         return None
-    return last[0] if last else workplace.evaluate(model)  # no epoch was left to do
+    top1 = last[0] if last else workplace.evaluate(model)  # no epoch was left to do
+    save(model.cpu(), folder / "model", _provenance(workplace, unit, top1))
+    return top1
 
 
-def _provenance(workplace: Workplace, unit: Unit, top1: float) -> dict[str, Any]:
+def _finetune_on_workers(
+    workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
+) -> float | None:
+    """``_finetune`` by Ray Train, on workers that bring their own resources."""
+    from training.ray_train import FinetuneJob, Workers, finetune_on_ray
+
+    run, resources = workplace.run, workplace.config.resources
+    start = folder / "start"
+    if not start.exists():
+        save(model.cpu(), start)
+    job = FinetuneJob(
+        model=str(start),
+        data=workplace.config.data.name,
+        recipe=workplace.recipe(unit).model_dump(mode="json"),
+        teacher=str(run / "source"),
+        teacher_cache=str(run / "teacher_logits"),
+        seed=unit.seed,
+        loader_workers=workplace.config.data.loader_workers,
+        stop_file=str(run.stop_file),
+    )
+    finished = finetune_on_ray(
+        job,
+        Workers(resources.workers_per_trial, resources.cpus_per_trial, resources.gpus_per_trial),
+        folder / "model",
+        storage=str(folder / "train"),
+        name=f"{run.path.name}-{unit.id}-{unit.key}",
+        provenance=_provenance(workplace, unit, None),
+        on_epoch=lambda epoch: log("epoch", **asdict(epoch)),
+    )
+    if not finished:
+        return None
+    for scratch in (start, folder / "train"):
+        shutil.rmtree(scratch)
+    return float(load_provenance(folder / "model")["top1"])
+
+
+def _provenance(workplace: Workplace, unit: Unit, top1: float | None) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     return {
         "method": unit.point["method"],
@@ -207,7 +247,7 @@ def _provenance(workplace: Workplace, unit: Unit, top1: float) -> dict[str, Any]
         "point": unit.point,
         "rung": unit.rung,
         "seed": unit.seed,
-        "top1": top1,
+        **({} if top1 is None else {"top1": top1}),
         "versions": versions(),
     }
 

@@ -12,7 +12,7 @@ from models import Arch, arch_of, cost, cut
 from pruners import MACS, Pruner, Scores, vector_sizes
 from tests.generate import random_arch, random_images, random_model
 
-GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2}
+GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 1}
 
 
 def source(family: str, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:

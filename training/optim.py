@@ -45,16 +45,19 @@ def make_optimizer(model: nn.Module, hook: TrainingHook[Any], recipe: Recipe) ->
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Any:
-    """Linear warm-up, then cosine decay or a constant rate, per update; ``updates`` is those of an epoch."""
+    """Linear warm-up, then cosine decay or a constant rate, per update; ``updates`` is those of an epoch.
+
+    Constant is a decay by 1, so that groups with rates of their own keep them.
+    """
     start = recipe.peak_lr / 100 if recipe.warmup_lr is None else recipe.warmup_lr
-    constant = recipe.schedule == "constant"
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        "cosine",
+        "step" if recipe.schedule == "constant" else "cosine",
+        decay_rate=1.0,
         num_epochs=max(recipe.epochs, 1),
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=start,
-        min_lr=recipe.peak_lr if constant else recipe.min_lr,
+        min_lr=recipe.min_lr,
         step_on_epochs=False,
         updates_per_epoch=updates,
     )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 for _name, _value in {
@@ -42,15 +43,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from models import load, save  # noqa: E402
 from models.files import publish_folder  # noqa: E402
+from pruners.hook import Collapsed  # noqa: E402
 
 from .data import open_data  # noqa: E402
 from .loop import Epoch, fit  # noqa: E402
+from .prune import PruneJob, prune_while_training  # noqa: E402
 from .recipe import Recipe  # noqa: E402
 from .trainer import Diverged, DoesNotFit  # noqa: E402
 
 __all__ = ["FinetuneJob", "TrainingFailed", "Workers", "finetune_on_ray"]
 
 STATE, MODEL = "state.safetensors", "model"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class FinetuneJob:
     teacher_cache: str | None = None  # see ``fit``
     seed: int = 0
     loader_workers: int = 0
+    stop_file: str | None = None  # training ends after an epoch once this is there
+    prune: Mapping[str, Any] | None = None  # ``PruneJob``: a method decides meanwhile, and what is published is cut
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ def finetune_on_ray(
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> Path:
-    """Train ``job`` and publish the model as the folder ``out``.
+) -> bool:
+    """Train ``job`` and publish the model as the folder ``out``; False where its stop file ended it.
+
+    A method with several budgets publishes several models, in folders of ``out`` named by their budgets.
 
     Args:
         job: what is trained.
@@ -137,10 +145,12 @@ def finetune_on_ray(
             raise TrainingFailed(str(error)) from error
     if "failed" in result.return_value:
         raise TrainingFailed(result.return_value["failed"])
+    if "stopped" in result.return_value:
+        return False
     with result.checkpoint.as_directory() as folder, publish_folder(out) as target:
         shutil.copytree(Path(folder) / MODEL, target, dirs_exist_ok=True)
     _drop_orphans(result)
-    return out
+    return True
 
 
 def _drop_orphans(result: ray.train.Result) -> None:
@@ -171,14 +181,14 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
                 if (Path(folder) / STATE).exists():
                     shutil.copy(Path(folder) / STATE, state)
 
-        def report(facts: dict[str, Any], *, final: bool = False) -> None:
+        def report(facts: dict[str, Any], made: Mapping[str, tuple[Any, dict[str, Any]]] = NOTHING) -> None:
             checkpoint = None
             if first:
                 folder = tempfile.mkdtemp()  # Ray deletes it once it is uploaded
                 if state.exists():
                     shutil.copy(state, folder)
-                if final:
-                    save(model.cpu(), Path(folder) / MODEL, {**config["provenance"], **facts})
+                for where, (result, more) in made.items():
+                    save(result.cpu(), Path(folder) / MODEL / where, {**config["provenance"], **more})
                 checkpoint = Checkpoint.from_directory(folder)
             ray.train.report(facts, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
@@ -195,11 +205,23 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             reports |= {"on_step": _seldom(log.step.remote), "on_note": log.note.remote}
         cache = None if job.teacher_cache is None else Path(job.teacher_cache)
         recipe = Recipe.model_validate(job.recipe)
+        options = {"seed": job.seed, "state": state, "teacher_cache": cache, **reports}
+        if job.stop_file is not None:
+            options["should_stop"] = Path(job.stop_file).exists
         try:
-            fit(model, data, recipe, teacher=teacher, seed=job.seed, state=state, teacher_cache=cache, **reports)
-        except (Diverged, DoesNotFit) as error:  # on all workers; another attempt would end the same way
+            if job.prune is not None:
+                found = prune_while_training(model, data, recipe, PruneJob(**job.prune), **options)
+                several = found is not None and len(found) > 1
+                made = {f"{m.budget:.4g}" if several else "": m for m in found or ()}
+                models = {where: (m.model, {"top1": m.top1, "budget": m.budget}) for where, m in made.items()}
+            else:
+                finished = fit(model, data, recipe, teacher=teacher, **options)
+                models = {"": (model, last)} if finished else {}
+        except (Collapsed, Diverged, DoesNotFit) as error:  # on all workers; another attempt would end the same way
             return {"failed": str(error)}
-        report(last, final=True)
+        if not models:
+            return {"stopped": True}
+        report(last, models)
     return last
 
 

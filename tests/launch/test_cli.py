@@ -52,6 +52,7 @@ def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spent = cost(ARCH)
     assert found == {
         "requested": 6,
+        "rungs": [3],
         "trials": {"finished": 3, "running": 0, "pending": 2, "failed": 1},
         "source": {"top1": 90.0, "macs": spent.macs, "params": spent.params},
     }
@@ -63,7 +64,7 @@ def test_front(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = call(capsys, "front", run, "--json")
     points = json.loads(out)
     assert [p["trial"] for p in points] == [0, 1]
-    assert list(points[0]) == ["trial", "top1", "macs", "params", "arch_hash", "model"]
+    assert {"trial", "rung", "top1", "macs", "params", "arch_hash", "model", "promoted_top1"} <= set(points[0])
     assert points[0]["model"] == str(run / "trials/r0-0000/model")
     _, out, _ = call(capsys, "front", run, "--csv")
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -103,7 +104,7 @@ def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["search", "{toml}", "--set", "source.model=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'?"),
         (["search", "{toml}", "--set", "source.args.num_heads=5"], "cannot be made"),
         (["search", "{toml}", "--set", "source.args.num_classes=7"], "source.model has 7 classes, digits has 10"),
-        (["search", "{toml}", "--set", "space.skip=[0,3]"], "the source has 3 blocks; one must stay"),
+        (["search", "{toml}", "--set", "space.skip=[0,3]"], "the source has 3 blocks, so it must not exceed 2"),
         (["search", "{toml}", "--set", "space.budget=[0.0001, 0.0002]"], "cannot be met"),
         (["search", "{toml}", "--set", "resources.cpus_per_trial=999"], "this machine offers"),
         (["search", "{toml}", "--set", "resources.gpus_per_trial=64"], "this machine offers"),
@@ -145,5 +146,5 @@ def test_a_dry_run_shows_the_space_and_makes_no_run(
     toml.write_text(tiny().to_toml())
     code, out, _ = call(capsys, "search", toml, "--out", runs / "dry", "--dry-run")
     assert code == 0
-    assert "distinct architectures" in out
+    assert "distinct candidates" in out
     assert not (runs / "dry").exists()

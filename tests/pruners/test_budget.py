@@ -24,7 +24,7 @@ from pruners import (
 )
 from tests.generate import FAMILIES, random_arch, random_images, random_model
 
-GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2}
+GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 2}
 ALIGNED = ("embed", "heads", "qk", "v", "mlp", "sr")
 COUPLED = ("embed", "attn", "mlp", "sr")
 
@@ -249,7 +249,7 @@ def test_errors_say_what_is_wrong() -> None:
 
 
 def test_default_groups_are_nvits() -> None:
-    assert dict(GROUP_SIZES) == {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16}
+    assert dict(GROUP_SIZES) == {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16, "tail": 8}
 
 
 def test_units_of_a_pvt() -> None:

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models import Arch, Block, BlockCut, Cut, Stage, UserError, arch_of, build, cost, cut, cut_arch
 from models.paper_counts import SPVIT
 from models.recalibrate import recalibrate
-from pruners.spvit import Collapsed, SPViT, SPViTSettings
+from pruners.hook import Collapsed
+from pruners.spvit import SPViT, SPViTSettings
 from pruners.spvit_mixed import SPViTMixed
 from pruners.spvit_supernet import SearchAttention, SearchSwinBlock, UnitGates
 from tests.generate import random_arch, random_images, random_model

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import Arch, UserError, arch_of, build, cost, cut_arch
-from pruners.uvc import UVC, Collapsed
+from pruners.hook import Collapsed
+from pruners.uvc import UVC
 from pruners.uvc_settings import UVCSettings
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked

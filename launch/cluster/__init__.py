@@ -1,0 +1,1 @@
+"""What the commands for clusters are made of: the job API, what is shipped, what runs there, and manifests."""

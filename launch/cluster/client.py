@@ -1,0 +1,202 @@
+"""A cluster as a laptop sees it: Ray's job API, and nothing else.
+
+A search is a job for every attempt, ``NAME-a1``, ``NAME-a2``, ...; its metadata say which run it is, where the run's
+folder lies on the cluster, and by which configuration, so that any machine can go on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models import UserError
+from models.errors import nearest
+
+from .auth import Head, greet
+
+__all__ = ["Attempt", "Cluster", "last_json"]
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+POLL, PATIENCE = 0.5, 5.0  # seconds between looks at a short job; before a broken connection is tried again
+BANNER = re.compile(r"^(\S+ \S+\tINFO job_manager\.py:\d+ -- .*|Running entrypoint for job .*)\n", re.M)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One job of a search; times in seconds since 1970."""
+
+    run: str
+    number: int
+    job: str
+    status: str
+    folder: str
+    config: str
+    started: float | None
+    ended: float | None
+    message: str
+    pip: bool
+
+    @property
+    def over(self) -> bool:
+        return self.status in ENDED
+
+
+class Cluster:
+    """The job API of the head at ``address``.
+
+    Raises:
+        UserError: it cannot be reached, or its token is missing or wrong.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.head: Head = greet(address)
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._client = JobSubmissionClient(self.head.url, headers=dict(self.head.headers))
+
+    def attempts(self, run: str | None = None) -> list[Attempt]:
+        """Searches that this head remembers, or those of one run, in the order in which they were submitted."""
+        found = []
+        for job in self._client.list_jobs():
+            facts = job.metadata or {}
+            if facts.get("prunesweep") == "search" and run in (None, facts["run"]):
+                number = int(job.submission_id.rpartition("-a")[2])
+                times = [None if t is None else t / 1000 for t in (job.start_time, job.end_time)]
+                found.append(
+                    Attempt(
+                        facts["run"],
+                        number,
+                        job.submission_id,
+                        str(job.status.value),
+                        facts["folder"],
+                        facts["config"],
+                        *times,
+                        message=job.message or "",
+                        pip=bool(facts.get("pip")),
+                    )
+                )
+        return sorted(found, key=lambda a: (a.started or 0, a.run, a.number))
+
+    def latest(self, run: str) -> Attempt:
+        """The last attempt of a run. Raises UserError for a run that this head does not know."""
+        attempts = self.attempts(run)
+        if not attempts:
+            known = sorted({a.run for a in self.attempts()})
+            raise UserError(
+                f"{self.head.url} knows no run {run!r}; known: {', '.join(known) or 'none'}. {nearest(run, known)} "
+                "A head forgets its jobs when it is started again: the run's folder is still there, "
+                "and submitting its configuration with --resume goes on with it"
+            )
+        return max(attempts, key=lambda a: a.number)
+
+    def submit(
+        self, job: str, entrypoint: str, staged: Path, environment: Mapping[str, Any], metadata: Mapping[str, str]
+    ) -> None:
+        """Start a job in a copy of the folder ``staged``. Raises UserError where the cluster does not take it."""
+        try:
+            self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=job,
+                runtime_env={"working_dir": str(staged), **environment},
+                metadata=dict(metadata),
+            )
+        except RuntimeError as error:
+            raise UserError(f"{self.head.url} does not take the job {job}: {error}") from error
+
+    def stop(self, job: str) -> bool:
+        """Ask a job to end; False where it has ended already."""
+        return bool(self._client.stop_job(job))
+
+    def status(self, job: str) -> str:
+        return str(self._client.get_job_status(job).value)
+
+    def exit_code(self, job: str) -> int | None:
+        """Of the job's process; None where it was killed or never started."""
+        code = self._client.get_job_info(job).driver_exit_code
+        return None if code is None else int(code)
+
+    def logs(self, job: str) -> str:
+        """What a job has printed so far, without what Ray adds."""
+        return BANNER.sub("", self._client.get_job_logs(job))
+
+    def follow(self, job: str, write: Callable[[str], None]) -> str:
+        """``write`` what a job prints, from its start, until it ends; its status then. Lost connections are renewed."""
+        shown = 0
+        while True:
+            with contextlib.suppress(OSError, RuntimeError, _aiohttp_errors()):
+                for text in self._tail(job, shown):
+                    shown += len(text)
+                    write(text)
+            with contextlib.suppress(OSError, RuntimeError):
+                status = self.status(job)
+                if status in ENDED:
+                    write(self._client.get_job_logs(job)[shown:])
+                    return status
+            time.sleep(PATIENCE)
+
+    def _tail(self, job: str, shown: int) -> Iterator[str]:
+        """What a job prints, but for the first ``shown`` characters."""
+        loop = asyncio.new_event_loop()
+        stream = self._client.tail_job_logs(job).__aiter__()
+        try:
+            while True:
+                text = loop.run_until_complete(anext(stream, None))
+                if text is None:
+                    return
+                skipped, shown = text[shown:], max(shown - len(text), 0)
+                if skipped:
+                    yield skipped
+        finally:
+            loop.run_until_complete(stream.aclose())
+            loop.close()
+
+    def call(
+        self, what: str, arguments: Sequence[str], staged: Path, environment: Mapping[str, Any], *, timeout: float
+    ) -> tuple[int | None, str]:
+        """Run ``python -m ARGUMENTS`` as a short job and forget it; its exit code and what it printed.
+
+        Raises:
+            UserError: it has not ended after ``timeout`` seconds.
+        """
+        job = f"{what}-{secrets.token_hex(4)}"
+        self.submit(job, f"python -m {shlex.join(arguments)}", staged, environment, {"prunesweep": what})
+        deadline = time.monotonic() + timeout
+        try:
+            while self.status(job) not in ENDED:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{self.head.url}: job {job} has not ended after {timeout:g} s; see its log there")
+                time.sleep(POLL)
+            info = self._client.get_job_info(job)
+            if info.driver_exit_code is None:
+                raise UserError(f"{self.head.url}: job {job} could not run: {info.message}")
+            return self.exit_code(job), self.logs(job)
+        finally:
+            with contextlib.suppress(RuntimeError):  # a job that has not ended is stopped, and stays in the list
+                self.stop(job)
+                self._client.delete_job(job)
+
+
+def _aiohttp_errors() -> type[Exception]:
+    import aiohttp
+
+    return aiohttp.ClientError
+
+
+def last_json(output: str) -> Any:
+    """The last line of ``output`` that is JSON, or None."""
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    return None

@@ -1,0 +1,81 @@
+"""``python -m launch.cluster.pack RUN``: a run as text on standard output, for ``prunesweep fetch``; needs only Python.
+
+First a line ``prunesweep-archive BYTES SHA256``, then base64 lines of a gzipped tar, then ``prunesweep-end``. What is in
+it is a run that ``status``, ``front``, ``report`` and ``eval`` read, with the chosen models only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import json
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+__all__ = ["BEGIN", "END", "chosen"]
+
+BEGIN, END = "prunesweep-archive", "prunesweep-end"
+ALWAYS = ("search.toml", "run.json", "front.json", "report.html", "study.journal")
+OF_TRIALS = ("spec.json", "arch.json", "result.json", "metrics.jsonl")
+LINE = 49_152  # bytes of a line; a multiple of 3
+
+
+def chosen(run: Path, top: int | None) -> Iterator[Path]:
+    """Files to send: facts, results, and the models of the ``top`` most accurate members of the front, or of all."""
+    yield from (run / name for name in ALWAYS)
+    for name in OF_TRIALS:
+        yield from sorted(run.glob(f"trials/*/{name}"))
+    front = json.loads((run / "front.json").read_text()) if (run / "front.json").exists() else []
+    for point in sorted(front, key=lambda p: -p["top1"])[:top]:
+        yield from sorted((run / point["model"]).glob("*"))
+    if top != 0:
+        yield from sorted(run.glob("promoted/*/promoted.json"))
+        yield from sorted(run.glob("promoted/*/model/*"))
+
+
+def write_archive(run: Path, top: int | None, file: IO[bytes], limit: int) -> None:
+    """Raises OverflowError where the archive exceeds ``limit`` bytes."""
+    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
+        for path in chosen(run, top):
+            with contextlib.suppress(FileNotFoundError):  # a running search drops models that leave the front
+                archive.add(path, str(path.relative_to(run)), recursive=False)
+            if file.tell() > limit:
+                raise OverflowError
+    if file.tell() > limit:
+        raise OverflowError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--top", type=int, default=None)
+    parser.add_argument("--limit", type=int, required=True)
+    arguments = parser.parse_args()
+    run: Path = arguments.run
+    if not (run / "run.json").is_file():
+        print(json.dumps({"error": f"{run} is not a run on the cluster yet: run.json is missing"}))
+        return 2
+    with tempfile.TemporaryFile() as file:
+        try:
+            write_archive(run, arguments.top, file, arguments.limit)
+        except OverflowError:
+            print(json.dumps({"error": f"{run}: the archive exceeds the limit of {arguments.limit / 2**20:g} MiB"}))
+            return 2
+        size = file.tell()
+        file.seek(0)
+        print(BEGIN, size, hashlib.file_digest(file, "sha256").hexdigest())
+        file.seek(0)
+        while block := file.read(LINE):
+            print(base64.b64encode(block).decode())
+    print(END, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

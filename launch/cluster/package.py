@@ -1,0 +1,154 @@
+"""What is shipped to a cluster: the code of this package, a configuration, and how they are run there."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+from models import UserError
+from search.config import ClusterTable, SearchConfig
+
+__all__ = ["CONFIG", "ENV", "driver", "environment", "on_cluster", "requirements", "staged"]
+
+PACKAGES = ("models", "pruners", "training", "search", "launch")
+LIMIT = 100 * 2**20  # bytes: what the dashboard of a head takes (DASHBOARD_CLIENT_MAX_SIZE)
+LARGEST = 5  # files that are named where the limit is exceeded
+CONFIG, SOURCE = "search.toml", "source"
+CLUSTERS_OWN = ("ray", "torch", "torchvision")  # Ray must be the head's, torch must fit the nodes' drivers
+
+# what Tune and Train read in every process of a job; see training/ray_train.py for the first three
+ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # loading torch and CUDA from shared storage takes its time
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_JOB_STOP_WAIT_TIME_S": "120",  # for running trials to save their state, before they are killed
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def on_cluster(config: SearchConfig) -> SearchConfig:
+    """The configuration as the nodes see it: their path of the data, and a local source model as it is shipped."""
+    changes: dict[str, Any] = {}
+    cluster = config.cluster or ClusterTable()
+    kind, _, path = config.data.name.partition(":")
+    if cluster.data is not None and path:
+        changes["data"] = config.data.model_copy(update={"name": f"{kind}:{cluster.data}"})
+    if local_source(config) is not None:
+        # relative to the job's folder, which is where the driver starts
+        changes["source"] = config.source.model_copy(update={"model": f"local-dir:{SOURCE}"})
+    return config.model_copy(update=changes)
+
+
+def local_source(config: SearchConfig) -> Path | None:
+    """The folder of the source model where it lies on this machine."""
+    kind, _, path = config.source.model.partition(":")
+    return Path(path) if kind == "local-dir" and Path(path).is_dir() else None
+
+
+@contextlib.contextmanager
+def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder with the packages' files, and with ``config`` and a local source model where it is given.
+
+    Raises:
+        UserError: it is larger than a cluster takes; the message names what is large.
+    """
+    root = Path(__file__).parents[2]
+    with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
+        folder = Path(scratch)
+        for package in PACKAGES:
+            for path in sorted((root / package).rglob("*")):
+                name = path.relative_to(root)
+                unwanted = any(fnmatch(str(name), pattern) or fnmatch(name.name, pattern) for pattern in exclude)
+                if path.is_file() and "__pycache__" not in name.parts and not unwanted:
+                    _copy(path, folder / name)
+        own = distribution("prunesweep")  # so that provenance finds the version where nothing is installed
+        facts = folder / f"prunesweep-{own.version}.dist-info" / "METADATA"
+        facts.parent.mkdir()
+        facts.write_text(str(own.read_text("METADATA") or own.read_text("PKG-INFO")), encoding="utf-8")
+        if config is not None:
+            source = local_source(config)
+            if source is not None:
+                shutil.copytree(source, folder / SOURCE)
+            (folder / CONFIG).write_text(on_cluster(config).to_toml(), encoding="utf-8")
+        _check_size(folder)
+        yield folder
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a folder, the largest first."""
+    found = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _check_size(folder: Path) -> None:
+    found = sizes(folder)
+    total = sum(found.values())
+    if total > LIMIT:
+        large = "\n".join(f"  {size / 2**20:8.1f} MiB  {name}" for name, size in list(found.items())[:LARGEST])
+        raise UserError(
+            f"{total / 2**20:.1f} MiB would be shipped, a head takes {LIMIT / 2**20:.0f} MiB; the largest files:\n{large}\n"
+            "leave files out with cluster.exclude; put a source model on the cluster's storage and name it "
+            "source.model = local-dir:PATH with its path there"
+        )
+
+
+def requirements() -> list[str]:
+    """What pip installs on the nodes: this package's dependencies without Ray and torch, which the cluster must have."""
+    found = [text for text in distribution("prunesweep").requires or [] if "extra ==" not in text]
+    return [text for text in found if re.split(r"[^A-Za-z0-9_.-]", text, maxsplit=1)[0] not in CLUSTERS_OWN]
+
+
+def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
+    """Ray's runtime environment of a job, but for its working directory."""
+    found: dict[str, Any] = {"env_vars": {**ENV, **cluster.env}}
+    if pip:
+        found["pip"] = requirements()
+    return found
+
+
+def driver(
+    folder: str,
+    config: str,
+    program: str,
+    *,
+    address: str = "auto",
+    again: bool,
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+) -> str:
+    """The shell command of a search's driver.
+
+    Args:
+        folder: the run's, on the cluster.
+        config: path of the configuration there.
+        program: how ``prunesweep`` is called there.
+        address: of Ray, seen from there.
+        again: go on with the run where it exists; otherwise an existing one is an error.
+        trials, overrides: as ``prunesweep resume`` takes them.
+    """
+    run, settings = shlex.quote(folder), [part for text in overrides for part in ("--set", text)]
+    more = shlex.join([*([] if trials is None else ["--trials", str(trials)]), *settings])
+    first = shlex.join([*([] if trials is None else ["--set", f"search.trials={trials}"]), *settings])
+    search = f"exec {program} search {shlex.quote(config)} --out {run} --address {address} {first}".rstrip()
+    if not again:
+        return search
+    resume = f"exec {program} resume {run} --address {address} {more}".rstrip()
+    return f"if [ -f {run}/run.json ]; then {resume}; else {search}; fi"

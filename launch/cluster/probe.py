@@ -1,0 +1,183 @@
+"""``python -m launch.cluster.probe``: what every node of a cluster sees, as JSON on standard output, for ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PACKAGES", "look", "probe", "versions"]
+
+PACKAGES = ("ray", "torch", "timm", "optuna", "pydantic", "safetensors")
+ROUNDS = 5  # of asking for the time; the quickest answer counts
+PATIENCE = 120.0  # seconds for a process to start on a node
+
+
+def versions() -> dict[str, str | None]:
+    """Python's and the packages' versions in this process's environment; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def look(data: str | None) -> dict[str, Any]:
+    """What this machine is: host, versions, GPUs that torch sees, and what keeps it from reading ``data``."""
+    gpus: int | None = None
+    with contextlib.suppress(ImportError):
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return {"host": socket.gethostname(), "versions": versions(), "gpus": gpus, "data_problem": _unreadable(data)}
+
+
+def _unreadable(data: str | None) -> str | None:
+    if data is None:
+        return None
+    try:
+        first = next(os.scandir(data), None)
+        if first is not None and first.is_file():
+            Path(first.path).open("rb").close()
+    except OSError as error:
+        return f"{data}: {error.strerror}"
+    return None if first is not None else f"{data}: is empty"
+
+
+class Node:
+    """One process on a node; the files are those of the folder that all nodes should share."""
+
+    def time(self) -> float:
+        return time.time()
+
+    def look(self, data: str | None) -> dict[str, Any]:
+        return look(data)
+
+    def write(self, path: str, text: str) -> str | None:
+        """What keeps this node from writing, or None."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text)
+        except OSError as error:
+            return f"{error.filename or path}: {error.strerror}"
+        return None
+
+    def read(self, paths: dict[str, str]) -> list[str]:
+        """Those files, by what they should say, that this node does not find as they were written."""
+        return [path for text, path in paths.items() if _text(path) != text]
+
+    def erase(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others' files are in it
+            Path(path).parent.rmdir()
+
+    def file_clock(self, path: str) -> float | None:
+        """How far the storage's clock is ahead of this node's, in seconds."""
+        try:
+            Path(path).touch()
+            return Path(path).stat().st_mtime - time.time()
+        except OSError:
+            return None
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return None
+
+
+def probe(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
+    """Ask a process on every living node.
+
+    Returns ``ray`` (version), ``resources`` and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what
+    ``look`` says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or ``error``,
+    where no process could be started on it.
+    """
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    actors = {
+        node["NodeID"]: ray.remote(Node)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote()
+        for node in nodes
+    }
+    found = {node["NodeID"]: {"address": node["NodeManagerAddress"], **_offer(node["Resources"])} for node in nodes}
+    for key, actor in actors.items():
+        try:
+            found[key] |= ray.get(actor.look.remote(data), timeout=PATIENCE)
+            found[key]["skew"] = _skew(ray, actor)
+        except Exception as error:  # whatever it is, the node is what is wrong
+            found[key]["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    healthy = {key: actor for key, actor in actors.items() if "error" not in found[key]}
+    if storage is not None:
+        for key, problem in _check_storage(ray, healthy, found, storage):
+            found[key]["storage_problem"] = problem
+    ray.shutdown()
+    return {"ray": version("ray"), "nodes": list(found.values())}
+
+
+def _offer(resources: dict[str, float]) -> dict[str, float]:
+    return {"cpus": resources.get("CPU", 0), "ray_gpus": resources.get("GPU", 0)}
+
+
+def _skew(ray: Any, actor: Any) -> float:
+    best = (float("inf"), 0.0)
+    for _ in range(ROUNDS):
+        asked = time.time()
+        there = ray.get(actor.time.remote(), timeout=PATIENCE)
+        took = time.time() - asked
+        best = min(best, (took, there - asked - took / 2))
+    return best[1]
+
+
+def _check_storage(
+    ray: Any, actors: dict[str, Any], found: dict[str, dict[str, Any]], storage: str
+) -> Iterator[tuple[str, str | None]]:
+    """Every node writes a file and then reads all files that the others wrote; what went wrong, by node."""
+    folder = Path(storage) / f".probe-{uuid.uuid4().hex[:8]}"
+    paths = {key: str(folder / key) for key in actors}
+    wrote = {key: ray.get(actor.write.remote(paths[key], key)) for key, actor in actors.items()}
+    written = {key: path for key, path in paths.items() if wrote[key] is None}
+    for key, actor in actors.items():
+        missing = ray.get(actor.read.remote(written))
+        found[key]["file_skew"] = ray.get(actor.file_clock.remote(paths[key]))
+        if wrote[key] is not None:
+            yield key, f"cannot write: {wrote[key]}"
+        elif missing:
+            hosts = sorted({found[Path(path).name]["host"] for path in missing})
+            yield key, f"does not see what {', '.join(hosts)} wrote there: it is not the same storage"
+        else:
+            yield key, None
+    for key, path in written.items():
+        ray.get(actors[key].erase.remote(path))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", default="auto")
+    parser.add_argument("--storage")
+    parser.add_argument("--data")
+    arguments = parser.parse_args()
+    print(json.dumps(probe(arguments.address, arguments.storage, arguments.data)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

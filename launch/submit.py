@@ -1,0 +1,176 @@
+"""``prunesweep submit``: a search as a job of a Ray cluster. Nothing but Python here, and HTTP to the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from search.config import SearchConfig
+
+    from .cluster.client import Cluster
+
+__all__ = ["AddressOption", "resubmit", "submit", "watch"]
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="of the head's dashboard, for example http://HEAD:8265  [default: cluster.address]",
+        show_default=False,
+    ),
+]
+FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="show what it prints, until it ends")]
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="a TOML file, for example examples/digits.toml", show_default=False)],
+    address: AddressOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the run's folder on the cluster  [default: cluster.storage/NAME]", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. name=second")
+    ] = None,
+    pip: Annotated[bool, typer.Option("--pip", help="install this package's dependencies, but for Ray and torch")] = False,
+    again: Annotated[bool, typer.Option("--resume", help="go on with the run's folder where it is there")] = False,
+    follow: FollowOption = False,
+) -> None:
+    """Start a search on a cluster and return; it does not need this machine any more."""
+    from models import UserError
+    from search.config import load_config
+
+    from .cluster.client import Cluster
+
+    found = load_config(config, overrides or [])
+    folder = _folder(found, out)
+    url = address or (found.cluster and found.cluster.address)
+    if not url:
+        raise UserError("--address is missing: give the head's, for example http://HEAD:8265, or set cluster.address")
+    cluster = Cluster(url)
+    earlier = cluster.attempts(found.name)
+    if earlier and not again:
+        raise UserError(
+            f"{cluster.head.url} has a search {found.name} already ({earlier[-1].status.lower()}): go on with "
+            f"'prunesweep resume {found.name} --address {url}', or give this one a name of its own with --set name=NAME"
+        )
+    job = start(cluster, found, folder, attempt=_next(cluster, found.name), again=again, pip=pip)
+    watch(cluster, found.name, job, follow=follow)
+
+
+def _folder(config: SearchConfig, out: Path | None) -> str:
+    from models import UserError
+
+    storage = config.cluster and config.cluster.storage
+    if out is None and storage is None:
+        raise UserError(
+            "where is the run to lie? Give a folder that all nodes see with --out, or set cluster.storage, whose "
+            f"subfolder {config.name} it then is"
+        )
+    folder = str(out) if out is not None else f"{str(storage).rstrip('/')}/{config.name}"
+    if not folder.startswith("/"):
+        raise UserError(f"--out {folder}: must be an absolute path on the cluster")
+    return folder
+
+
+def _next(cluster: Cluster, run: str) -> int:
+    """The next attempt's number. Raises UserError where one is still running."""
+    from models import UserError
+
+    attempts = cluster.attempts(run)
+    for attempt in attempts:
+        if not attempt.over:
+            raise UserError(
+                f"{attempt.job} is {attempt.status.lower()}: watch it with 'prunesweep logs {run} -f', or end it with "
+                f"'prunesweep stop {run}'"
+            )
+    return max((a.number for a in attempts), default=0) + 1
+
+
+def start(
+    cluster: Cluster,
+    config: SearchConfig,
+    folder: str,
+    *,
+    attempt: int,
+    again: bool,
+    pip: bool = False,
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Ship code and configuration and start the driver there; the job's name."""
+    from search.config import ClusterTable
+
+    from .cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
+
+    table, job = config.cluster or ClusterTable(), f"{config.name}-a{attempt}"
+    program = "python -m launch.cli"
+    command = driver(folder, CONFIG, program, again=again, trials=trials, overrides=overrides)
+    facts = {
+        "prunesweep": "search",
+        "run": config.name,
+        "folder": folder,
+        "config": on_cluster(config).to_toml(),
+        "pip": "yes" if pip else "",
+    }
+    with staged(config, table.exclude) as code:
+        shipped = sizes(code)
+        print(f"ships {len(shipped)} files, {sum(shipped.values()) / 2**20:.1f} MiB")
+        cluster.submit(job, command, code, environment(table, pip=pip), facts)
+    return job
+
+
+def resubmit(
+    run: str, address: str, *, trials: int | None = None, overrides: Sequence[str] = (), follow: bool = False
+) -> None:
+    """``prunesweep resume RUN --address http://...``: the next attempt of a search that this head knows.
+
+    Raises:
+        UserError: the head does not know it, or it is still running.
+    """
+    import tomllib
+
+    from search.config import parse_config
+
+    from .cluster.client import Cluster
+
+    cluster = Cluster(address)
+    last = cluster.latest(run)
+    config = parse_config(tomllib.loads(last.config), f"the configuration of {last.job}")
+    more: dict[str, Any] = {"trials": trials, "overrides": overrides, "pip": last.pip}
+    job = start(cluster, config, last.folder, attempt=_next(cluster, run), again=True, **more)
+    watch(cluster, run, job, follow=follow)
+
+
+def watch(cluster: Cluster, run: str, job: str, *, follow: bool) -> None:
+    """Say what was started, and show what it prints where that is wanted; ends the program as the search ended."""
+    url = cluster.head.url
+    print(f"run {run}, job {job} on {url}")
+    if not follow:
+        for command, purpose in (("logs -f", "what it prints"), ("status", "how far it is"), ("fetch", "its front")):
+            name, _, option = command.partition(" ")
+            line = f"prunesweep {name} {run} --address {url} {option}".rstrip()
+            print(f"  {line:<70} {purpose}")
+        return
+    follow_job(cluster, run, job)
+
+
+def follow_job(cluster: Cluster, run: str, job: str) -> None:
+    """Show what a job prints until it ends; exit with its code where that is not 0."""
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    try:
+        status = cluster.follow(job, write)
+    except KeyboardInterrupt:
+        print(f"\n{run} goes on without this terminal: prunesweep logs {run} -f --address {cluster.head.url}")
+        raise typer.Exit(130) from None
+    code = cluster.exit_code(job)
+    print(f"{job}: {status.lower()}" + (f", exit code {code}" if code else ""))
+    if status != "SUCCEEDED":
+        raise typer.Exit(code if code and 0 < code < 128 else 1)

@@ -1,0 +1,81 @@
+"""A method that decides while it trains (``pruners.trained``), from a source to models that are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from models import Cut, UserError, arch_of, cut
+from models.recalibrate import recalibrate
+from pruners.trained import trained_pruner
+
+from .data import Data
+from .evaluate import EVAL_BATCH, evaluate
+from .loop import fit
+from .recipe import Recipe
+from .world import World
+
+__all__ = ["Made", "PruneJob", "prune_while_training"]
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """A method by name with its settings, JSON-ready, and the images that new BatchNorms are estimated on."""
+
+    method: str
+    settings: Mapping[str, Any]
+    images: int = 1024
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A model for ``budget``, a share of the source's MACs, with its validation accuracy in percent."""
+
+    budget: float
+    cut: Cut
+    model: nn.Module
+    top1: float
+
+
+def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob, **options: Any) -> list[Made] | None:
+    """Train a copy of ``source`` while a method decides, then cut; None where ``should_stop`` ended it before.
+
+    In a process group, every worker calls this with the same source, data, recipe and job, and gets the same models.
+
+    Args:
+        source: a model on its device; also the teacher of the recipe's distillation.
+        data: what to train and evaluate on.
+        recipe: the training during which the method decides.
+        job: the method.
+        options: further arguments of ``fit``.
+
+    Raises:
+        UserError: a setting does not fit, the budget cannot be met, or the search collapsed or diverged.
+    """
+    method, arch = trained_pruner(job.method), arch_of(source)
+    settings = method.settings.model_validate(job.settings)
+    hook, model = method.make(settings, arch), copy.deepcopy(source)
+    if not fit(model, data, recipe, teacher=source, hook=hook, **options):
+        return None
+    decided = method.decided(settings, arch, hook.finish())
+    if not decided:
+        raise UserError(
+            f"method {job.method!r}: no budget was reached in {recipe.epochs} epochs; train longer or raise the budget"
+        )
+    world, device = World.current(), next(source.parameters()).device
+    found = []
+    for one in decided:
+        small = one.model
+        if small is None:
+            small = cut(source, one.cut)
+            recalibrate(small, data.calibration(job.images, job.batch_size, job.seed))
+        small = small.to(device)
+        top1 = evaluate(small, data.val_loader(EVAL_BATCH, world), world)["top1"]
+        found.append(Made(one.budget, one.cut, small, top1))
+    return found
