@@ -20,11 +20,13 @@ from .bench import bench
 from .export import export_model, push_model
 from .finetune import finetune
 from .import_ import import_model
+from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .promote import promote
 from .prune import prune, score
 from .published import published
 from .show import show
+from .submit import resubmit, submit
 
 if TYPE_CHECKING:
     from search import SearchResult
@@ -82,6 +84,9 @@ def resume(
     verbose: VerboseOption = False,
 ) -> None:
     """Go on with a search that was stopped or killed."""
+    if address is not None and address.startswith(("http://", "https://")):
+        resubmit(str(run), address, trials=trials, overrides=overrides or [])
+        return
     from search import resume_search
 
     console = Console()
@@ -114,11 +119,18 @@ def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
 
 
 @app.command()
-def status(run: RunArgument, as_json: JsonOption = False) -> None:
+def status(
+    run: RunArgument,
+    address: Annotated[
+        str | None,
+        typer.Option(help="of a head that RUN was submitted to, by its name: http://HEAD:8265", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """How far a search is."""
     from search import Run
 
-    found = Run.existing(run).status()
+    found = Run.existing(run).status() if address is None else remote_status(str(run), address)
     if as_json:
         print(json.dumps(found))
         return
@@ -204,6 +216,11 @@ app.command()(promote)
 app.command()(score)
 app.command()(show)
 app.command()(published)
+app.command()(submit)
+app.command()(jobs)
+app.command()(logs)
+app.command()(stop)
+app.command()(fetch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

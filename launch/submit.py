@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .cluster.client import Cluster
 
-__all__ = ["AddressOption", "resubmit", "submit", "watch"]
+__all__ = ["AddressOption", "FollowOption", "follow_job", "resubmit", "submit"]
 
 AddressOption = Annotated[
     str | None,
@@ -36,7 +36,9 @@ def submit(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. name=second")
     ] = None,
-    pip: Annotated[bool, typer.Option("--pip", help="install this package's dependencies, but for Ray and torch")] = False,
+    pip: Annotated[
+        bool, typer.Option("--pip", help="install this package's dependencies, but for Ray and torch")
+    ] = False,
     again: Annotated[bool, typer.Option("--resume", help="go on with the run's folder where it is there")] = False,
     follow: FollowOption = False,
 ) -> None:
@@ -58,8 +60,8 @@ def submit(
             f"{cluster.head.url} has a search {found.name} already ({earlier[-1].status.lower()}): go on with "
             f"'prunesweep resume {found.name} --address {url}', or give this one a name of its own with --set name=NAME"
         )
-    job = start(cluster, found, folder, attempt=_next(cluster, found.name), again=again, pip=pip)
-    watch(cluster, found.name, job, follow=follow)
+    job = _start(cluster, found, folder, attempt=_next(cluster, found.name), again=again, pip=pip)
+    _watch(cluster, found.name, job, follow=follow)
 
 
 def _folder(config: SearchConfig, out: Path | None) -> str:
@@ -91,7 +93,7 @@ def _next(cluster: Cluster, run: str) -> int:
     return max((a.number for a in attempts), default=0) + 1
 
 
-def start(
+def _start(
     cluster: Cluster,
     config: SearchConfig,
     folder: str,
@@ -142,11 +144,11 @@ def resubmit(
     last = cluster.latest(run)
     config = parse_config(tomllib.loads(last.config), f"the configuration of {last.job}")
     more: dict[str, Any] = {"trials": trials, "overrides": overrides, "pip": last.pip}
-    job = start(cluster, config, last.folder, attempt=_next(cluster, run), again=True, **more)
-    watch(cluster, run, job, follow=follow)
+    job = _start(cluster, config, last.folder, attempt=_next(cluster, run), again=True, **more)
+    _watch(cluster, run, job, follow=follow)
 
 
-def watch(cluster: Cluster, run: str, job: str, *, follow: bool) -> None:
+def _watch(cluster: Cluster, run: str, job: str, *, follow: bool) -> None:
     """Say what was started, and show what it prints where that is wanted; ends the program as the search ended."""
     url = cluster.head.url
     print(f"run {run}, job {job} on {url}")
@@ -173,4 +175,4 @@ def follow_job(cluster: Cluster, run: str, job: str) -> None:
     code = cluster.exit_code(job)
     print(f"{job}: {status.lower()}" + (f", exit code {code}" if code else ""))
     if status != "SUCCEEDED":
-        raise typer.Exit(code if code and 0 < code < 128 else 1)
+        raise typer.Exit(code if code and 0 < code <= 130 else 1)

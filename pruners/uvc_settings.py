@@ -15,7 +15,8 @@ Rate = Annotated[float, Field(ge=0)]
 class UVCSettings(BaseModel):
     """What decides, how fast, and what a decision looks like. ``None`` for a rate: it follows from ``ramp_steps``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # skip = 1011 reads as a number where it comes from a command line
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     budgets: tuple[Ratio, ...] = Field(
         default=(0.5,), min_length=1, description="MACs of the results over the source's."

@@ -2,7 +2,7 @@
 
 from .checkpoint import load_state, save_state
 from .data import Data, DataInfo, images_only, open_data
-from .evaluate import EVAL_BATCH, evaluate
+from .evaluate import EVAL_BATCH, evaluate, quality
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .trainer import DoesNotFit, batches_of
@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "load_state",
     "open_data",
+    "quality",
     "recipe_names",
     "save_state",
     "seeded",

@@ -1,5 +1,4 @@
 """Labelled images behind one small interface: a training loader, an exact evaluation loader, calibration batches.
-
 ``digits`` is scikit-learn's hand-written digits (1,797 grey images of 8x8 pixels), the embedded data set.
 ``imagefolder:PATH`` has ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``wds:PATH`` webdataset shards
 ``PATH/train*.tar`` and ``PATH/val*.tar``, ``hfds:NAME`` a data set of Hugging Face's ``datasets``; these use timm's
@@ -46,10 +45,11 @@ class DataInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    vocabulary: str = ""  # of a text: a digest of its words, by which models know theirs
 
 
 class Data(ABC):
-    """A training and a validation split of normalised images C·H·W with integer labels."""
+    """A training and a validation split of normalised images C·H·W with integer labels (texts: ``training.text``)."""
 
     info: DataInfo
 
@@ -372,7 +372,7 @@ def open_data(name: str, preprocessing: Mapping[str, Any] | None = None, *, load
     """Open a data set by name.
 
     Args:
-        name: ``digits``, ``imagefolder:PATH``, ``wds:PATH`` or ``hfds:NAME``.
+        name: ``digits``, ``imagefolder:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or ``wikitext:PATH``.
         preprocessing: a timm model's ``pretrained_cfg``, which says how its images are resized and normalised;
             ``digits`` has a preprocessing of its own.
         loader_workers: processes that load and augment images; 0 does it in this one.
@@ -388,7 +388,12 @@ def open_data(name: str, preprocessing: Mapping[str, Any] | None = None, *, load
         return reader(Path(path).expanduser().absolute(), preprocessing or {}, loader_workers=loader_workers)
     if kind == "hfds" and colon and path:
         return HuggingFace(path, preprocessing or {}, loader_workers=loader_workers)
-    raise UserError(f"data.name = {name!r}: must be 'digits', 'imagefolder:PATH', 'wds:PATH' or 'hfds:NAME'")
+    if name == "pydocs" or (kind == "wikitext" and colon and path):
+        from .text import open_text
+
+        return open_text(name, preprocessing or {}, loader_workers=loader_workers)
+    known = "'digits', 'imagefolder:PATH', 'wds:PATH' or 'hfds:NAME'; of texts, 'pydocs' or 'wikitext:PATH'"
+    raise UserError(f"data.name = {name!r}: must be {known}")
 
 
 def images_only(batches: Iterable[Batch]) -> list[torch.Tensor]:

@@ -1,18 +1,23 @@
-"""Exact accuracy, whatever the number of workers."""
+"""Exact accuracy and perplexity, whatever the number of workers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.lm import LanguageModel
+
+from .text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "evaluate"]
+__all__ = ["EVAL_BATCH", "evaluate", "quality"]
 
 EVAL_BATCH = 256
+LOGITS_AT_A_TIME = 2**26  # of a language model
 
 
 @torch.inference_mode()
@@ -21,14 +26,15 @@ def evaluate(
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and mean cross-entropy ``loss`` over all images; the model's mode is kept.
 
+    Of a language model every word that is to be predicted counts, and there is ``ppl``, its perplexity: exp(loss).
+
     With a ``world``, ``batches`` are this worker's share, and all workers get the result over all shares.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right among five, loss, images
-    for x, y in batches:
-        logits, y = model(x.to(device)), y.to(device)
+    for logits, y in _answers(model, batches, device):
         best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, y.new_tensor(len(y))]).double()
@@ -36,4 +42,26 @@ def evaluate(
     right, among_five, loss, images = (world or World()).total(sums).tolist()
     if images == 0:
         raise ValueError("no images to evaluate on")
-    return {"top1": 100 * right / images, "top5": 100 * among_five / images, "loss": loss / images}
+    found = {"top1": 100 * right / images, "top5": 100 * among_five / images, "loss": loss / images}
+    return {**found, "ppl": math.exp(loss / images)} if isinstance(model, LanguageModel) else found
+
+
+def quality(top1: float, ppl: float | None = None) -> str:
+    """Perplexity where there is one, otherwise accuracy, for people."""
+    return f"top-1 {top1:.2f} %" if ppl is None else f"ppl {ppl:.2f}"
+
+
+def _answers(
+    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits (B, K) and labels (B,); of a language model, some words at a time."""
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        if not isinstance(model, LanguageModel):
+            yield model(x), y
+            continue
+        wanted = y != IGNORED
+        hidden, words = model.hidden(x)[wanted], y[wanted]
+        step = max(1, LOGITS_AT_A_TIME // model.num_classes)
+        for own in range(0, len(words), step):
+            yield model.log_prob(hidden[own : own + step]), words[own : own + step]

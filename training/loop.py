@@ -32,7 +32,10 @@ __all__ = ["Diverged", "Epoch", "fit", "seeded"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch gave: mean training ``loss``, validation accuracy in percent, ``images_per_s`` of training."""
+    """What an epoch gave: mean training ``loss``, validation accuracy in percent, ``images_per_s`` of training.
+
+    Of a language model, images are pieces of text, accuracy is that of the next word, and ``ppl`` its perplexity.
+    """
 
     epoch: int  # from 1
     epochs: int
@@ -42,6 +45,7 @@ class Epoch:
     lr: float
     images_per_s: float
     facts: Mapping[str, float | str] = field(default_factory=dict)  # of the method that prunes meanwhile, if any
+    ppl: float | None = None
 
 
 @contextlib.contextmanager
@@ -116,7 +120,7 @@ def fit(
             found = evaluate(trainer.kept_model(), data.val_loader(EVAL_BATCH, trainer.world), trainer.world)
             lr = trainer.optimizer.param_groups[0]["lr"]
             accuracy = found["top1"], found["top5"]
-            on_epoch(Epoch(epoch + 1, recipe.epochs, loss, *accuracy, lr, rate, dict(hook.facts)))
+            on_epoch(Epoch(epoch + 1, recipe.epochs, loss, *accuracy, lr, rate, dict(hook.facts), found.get("ppl")))
         finished = epoch + 1 == recipe.epochs or hook.done
         stop = should_stop is not None and should_stop()
         if finished or trainer.world.total(torch.tensor(float(stop), device=trainer.device)) > 0:

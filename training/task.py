@@ -17,11 +17,12 @@ from timm.task.distillation import DistillationTeacher
 from torch import nn
 
 from models import UserError
+from models.lm import LanguageModel
 
 from .losses import full_model_kl, hard_distillation
 from .recipe import Distill, Recipe
 
-__all__ = ["DistillationTask", "make_task"]
+__all__ = ["DistillationTask", "LanguageTask", "make_task"]
 
 
 def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
@@ -33,9 +34,14 @@ def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> Cl
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     criterion = {"smoothing": recipe.label_smoothing, "soft_targets": mixes}
     terms = [term for term in recipe.distill if term.weight]
-    if not terms:
+    text = isinstance(model, LanguageModel)
+    if text:
+        _check_of_text(recipe, terms)
+    elif not terms:
         return ClassificationTask(model, criterion_kwargs=criterion, verbose=False)
     teachers = {name: _teacher(name, teacher, model) for name in dict.fromkeys(term.teacher for term in terms)}
+    if text:
+        return LanguageTask(model, terms, teachers, recipe.loss_weight)
     return DistillationTask(model, terms, teachers, recipe.loss_weight, criterion)
 
 
@@ -57,6 +63,68 @@ def _teacher(name: str, source: nn.Module | None, student: Any) -> nn.Module:
             "distil from a teacher of the same classes, or drop the term"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _check_of_text(recipe: Recipe, terms: list[Distill]) -> None:
+    """Raise UserError where a recipe says what has no meaning for words."""
+    for name in ("mixup", "cutmix", "label_smoothing"):
+        if getattr(recipe, name):
+            raise UserError(
+                f"recipe: {name} = {getattr(recipe, name)}: is for images; set it to 0 for a language model"
+            )
+    for term in terms:
+        if term.kind == "feature" or term.on == "token" or term.cache_teacher:
+            raise UserError(
+                "recipe: a language model is distilled by kind = 'soft' or 'hard', on = 'output' and cache_teacher = "
+                f"false, got {term.kind!r}, {term.on!r} and {str(term.cache_teacher).lower()}"
+            )
+
+
+class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
+    """``loss_weight`` times cross-entropy of the next words, plus terms of distillation; all are means over words.
+
+    Without terms the adaptive softmax computes only what the next words need; a term is on the whole distribution, and
+    needs memory for it: pieces times words times vocabulary.
+    """
+
+    def __init__(
+        self, model: nn.Module, terms: list[Distill], teachers: Mapping[str, nn.Module], loss_weight: float
+    ) -> None:
+        super().__init__(model, criterion=F.nll_loss, verbose=False)
+        self.terms, self.loss_weight = terms, loss_weight
+        self.teachers = nn.ModuleDict({str(i): module for i, module in enumerate(teachers.values())})
+        self.places = {name: str(i) for i, name in enumerate(teachers)}
+
+    def train(self, mode: bool = True) -> LanguageTask:
+        """Teachers stay in evaluation mode."""
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+    def forward(
+        self,
+        input: torch.Tensor,  # noqa: A002 (timm's name)
+        target: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """``loss``, its parts by timm's names, and ``output``: log-probabilities, without terms of next words alone."""
+        if not self.terms:
+            output = self.trainable_module(input, target)
+            loss = -self.loss_weight * output.mean()
+            return {"loss": loss, "output": output, "task_loss": loss, "kd_loss": torch.zeros_like(loss)}
+        output = self.trainable_module(input)
+        words = output.flatten(0, 1)
+        task_loss = F.nll_loss(words, target.flatten())
+        kd_loss = torch.zeros_like(task_loss)
+        with torch.no_grad():
+            answers = {name: self.teachers[place](input).flatten(0, 1) for name, place in self.places.items()}
+        for term in self.terms:
+            if term.kind == "hard":
+                own = hard_distillation(words, answers[term.teacher])
+            else:
+                own = full_model_kl(words, answers[term.teacher], term.temperature) * term.temperature**2
+            kd_loss = kd_loss + term.weight * own
+        loss = self.loss_weight * task_loss + kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
 
 class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped

@@ -1,7 +1,7 @@
 """The token of a Ray cluster: where it is looked for, and whether the cluster wants it.
 
-Ray's own order is kept: ``RAY_AUTH_TOKEN``, the file ``RAY_AUTH_TOKEN_PATH``, ``~/.ray/auth_token``. A token is sent only
-to a cluster that asks for one, in a header; it is never written anywhere.
+Ray's own order is kept: ``RAY_AUTH_TOKEN``, the file ``RAY_AUTH_TOKEN_PATH``, ``~/.ray/auth_token``. A token is sent
+only to a cluster that asks for one, in a header; it is never written anywhere.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def greet(address: str) -> Head:
         found = find_token()
         if found is None:
             raise UserError(
-                f"{url} wants a token: set RAY_AUTH_TOKEN_PATH to a file with the head's token (0600), or RAY_AUTH_TOKEN, "
-                "or copy the head's ~/.ray/auth_token to this machine"
+                f"{url} wants a token: set RAY_AUTH_TOKEN_PATH to a file with the head's token (0600), or "
+                "RAY_AUTH_TOKEN, or copy the head's ~/.ray/auth_token to this machine"
             )
         token, where = found
         headers = {"Authorization": f"Bearer {token}"}
@@ -95,5 +95,6 @@ def _get(url: str, headers: dict[str, str]) -> tuple[int, str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"nothing answers at {url}: {reason}. Is the head up, with ray[default] and its dashboard, and the tunnel open?"
+            f"nothing answers at {url}: {reason}. Is the head up, with ray[default] and its dashboard, "
+            "and the tunnel open?"
         ) from error

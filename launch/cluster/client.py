@@ -62,7 +62,11 @@ class Cluster:
         self.head: Head = greet(address)
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        for name in (
+            "ray.dashboard.modules.dashboard_sdk",
+            "ray.dashboard.modules.job.sdk",
+            "ray._private.runtime_env.packaging",
+        ):
             logging.getLogger(name).setLevel(logging.WARNING)
         self._client = JobSubmissionClient(self.head.url, headers=dict(self.head.headers))
 

@@ -1,7 +1,7 @@
-"""``python -m launch.cluster.pack RUN``: a run as text on standard output, for ``prunesweep fetch``; needs only Python.
+"""``python -m launch.cluster.pack RUN``: a run as text on standard output, for ``prunesweep fetch``; needs Python only.
 
-First a line ``prunesweep-archive BYTES SHA256``, then base64 lines of a gzipped tar, then ``prunesweep-end``. What is in
-it is a run that ``status``, ``front``, ``report`` and ``eval`` read, with the chosen models only.
+First a line ``prunesweep-archive BYTES SHA256``, then base64 lines of a gzipped tar, then ``prunesweep-end``. What is
+in it is a run that ``status``, ``front``, ``report`` and ``eval`` read, with the chosen models only.
 """
 
 from __future__ import annotations

@@ -104,14 +104,14 @@ def _check_size(folder: Path) -> None:
     if total > LIMIT:
         large = "\n".join(f"  {size / 2**20:8.1f} MiB  {name}" for name, size in list(found.items())[:LARGEST])
         raise UserError(
-            f"{total / 2**20:.1f} MiB would be shipped, a head takes {LIMIT / 2**20:.0f} MiB; the largest files:\n{large}\n"
-            "leave files out with cluster.exclude; put a source model on the cluster's storage and name it "
-            "source.model = local-dir:PATH with its path there"
+            f"{total / 2**20:.1f} MiB would be shipped, a head takes {LIMIT / 2**20:.0f} MiB; the largest "
+            f"files:\n{large}\nleave files out with cluster.exclude; put a source model on the cluster's storage "
+            "and name it source.model = local-dir:PATH with its path there"
         )
 
 
 def requirements() -> list[str]:
-    """What pip installs on the nodes: this package's dependencies without Ray and torch, which the cluster must have."""
+    """What pip installs on the nodes: this package's dependencies; Ray and torch are the cluster's own."""
     found = [text for text in distribution("prunesweep").requires or [] if "extra ==" not in text]
     return [text for text in found if re.split(r"[^A-Za-z0-9_.-]", text, maxsplit=1)[0] not in CLUSTERS_OWN]
 

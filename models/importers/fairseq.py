@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arch import Arch, Block, Stage, Text
 from ..errors import UserError
-from .tensors import Given, Tensors, agree, check_heads
+from .tensors import Given, Tensors, check_heads
 
 __all__ = ["read_fairseq"]
 
@@ -88,7 +88,8 @@ def _heads(given: Given, width: int, options: Mapping[str, Any]) -> int:
     if given.heads is not None:
         if len(given.heads) != 1:
             raise UserError(f"heads = {list(given.heads)}: a language model has one number of heads for all blocks")
-        agree("heads", said, given.heads[0])
+        if said is not None and said != given.heads[0]:
+            raise UserError(f"heads = {given.heads[0]}: the file's options say {said}")
     return check_heads("heads", int(said or given.heads[0]), width)  # type: ignore[index]  # one of them is there
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -88,3 +89,126 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     )
     (tmp_path / "small").mkdir()
     assert "is there already; give a new folder" in str(prune(tmp_path, tmp_path).exception)
+
+
+def by_method(source: Path, method: str, *options: str):
+    arguments = ["prune", str(source), "--method", method, "--data", "digits", "--images", "64", *options]
+    return runner.invoke(app, arguments)
+
+
+QUICK = ("--recipe", "quick", "--set", "recipe.epochs=2", "--set", "recipe.batch_size=128")
+AFTER = ("--finetune", "quick", "--set", "finetune.epochs=1", "--set", "finetune.batch_size=128")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("uvc", ("--set", "warmup_epochs=0", "--set", "ramp_steps=8", "--set", "skip=101")),
+        ("spvit", ("--set", "theta_lr=0.1", "--set", "weight=8", "--set", "recipe.epochs=3")),
+        ("nvit-iterative", ("--set", "interval=1", "--set", "groups_per_step=6")),
+    ],
+)
+def test_methods_that_decide_while_they_train(
+    source: Path, tmp_path: Path, method: str, settings: tuple[str, ...]
+) -> None:
+    out = tmp_path / "small"
+    result = by_method(source, method, "--budget", "0.6", *QUICK, *AFTER, *settings, "--out", str(out), "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    facts = json.loads(result.stdout.splitlines()[-1])
+    small = load(out)
+    whole = cost(arch_of(load(source))).macs
+    assert facts["macs"] == cost(arch_of(small)).macs <= 0.6 * whole
+    assert facts["model"] == str(out)
+    decided = load_provenance(tmp_path / ".small-decided")
+    assert (decided["method"], decided["budget"]) == (method, 0.6)
+    assert load_provenance(out)["top1"] == facts["top1"]
+    if method == "uvc":
+        assert [block.src for block in arch_of(small).blocks] == [0, 2]
+        assert facts["macs"] > 0.57 * whole
+
+
+def test_several_budgets_out_of_one_run(source: Path, tmp_path: Path) -> None:
+    settings = ("--set", "interval=1", "--set", "groups_per_step=6", "--finetune", "none")
+    out = tmp_path / "ladder"
+    result = by_method(source, "nvit-iterative", "--budget", "0.8,0.6", *QUICK, *settings, "--out", str(out))
+    assert result.exit_code == 0, (result.output, result.exception)
+    for budget in (0.8, 0.6):
+        small = cost(arch_of(load(out / f"{budget}"))).macs
+        assert small <= budget * cost(arch_of(load(source))).macs
+
+
+def test_tokens_by_keep_rate_and_by_budget(source: Path, tmp_path: Path) -> None:
+    cache = ("--cache", str(tmp_path / "scores"))
+    kept = by_method(
+        source, "pmvit", "--keep-rate", "0.5", *cache, "--out", str(tmp_path / "a"), "--set", "prune_rate=0"
+    )
+    assert kept.exit_code == 0, (kept.output, kept.exception)
+    blocks = arch_of(load(tmp_path / "a")).blocks
+    assert sum(block.tokens or 0 for block in blocks) == 3 * (1 + 8)
+    met = by_method(source, "pmvit", "--budget", "0.8", *cache, "--out", str(tmp_path / "b"), *AFTER)
+    assert met.exit_code == 0, (met.output, met.exception)
+    assert cost(arch_of(load(tmp_path / "b"))).macs <= 0.8 * cost(arch_of(load(source))).macs
+    assert len(list((tmp_path / "scores").iterdir())) == 1
+
+
+def test_tome_is_evaluated_only(source: Path) -> None:
+    result = by_method(source, "tome", "--r", "2", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    facts = json.loads(result.stdout)
+    assert facts["macs"] < cost(arch_of(load(source))).macs
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("uvc", (), "--budget: method 'uvc' needs one"),
+        (
+            "uvc",
+            ("--budget", "0.6", "--drop", "1"),
+            "--drop: means nothing to method 'uvc'; it takes --budget, --recipe",
+        ),
+        ("uvc", ("--budget", "0.6", "--set", "skpi=101"), "unknown setting 'skpi'. did you mean 'skip'?"),
+        ("uvc", ("--budget", "0.6", "--set", "skip=1111"), "has 4 digits for 3 blocks"),
+        ("uvc", ("--budget", "0.6", "--set", "recipe=quick"), "give --recipe quick, or fields"),
+        ("uvc", ("--budget", "0.01"), "blocks at their narrowest have"),
+        ("spvit", ("--budget", "0.6,0.5"), "serves one budget in a run"),
+        ("spvit", ("--budget", "0.6", "--set", "alpha=-1"), "method 'spvit': alpha = -1"),
+        ("pmvit", (), "give either a keep rate or a budget"),
+        ("pmvit", ("--keep-rate", "1.5"), "keep_rate = 1.5"),
+        ("tome", (), "--r: method 'tome' needs the number of tokens"),
+        ("nvit", ("--budget", "0.6", "--set", "a=1"), "--set: means nothing to method 'nvit'"),
+    ],
+)
+def test_options_that_do_not_fit_the_method(
+    source: Path, tmp_path: Path, method: str, options: tuple[str, ...], message: str
+) -> None:
+    out = () if method == "tome" else ("--out", str(tmp_path / "small"))
+    result = by_method(source, method, *options, *out, "--cache", str(tmp_path / "scores"))
+    assert isinstance(result.exception, UserError), (result.output, result.exception)
+    assert message in str(result.exception)
+    assert not list(tmp_path.glob("small*"))
+
+
+@pytest.mark.slow
+def test_a_method_on_two_workers_decides_as_on_one(source: Path, tmp_path: Path) -> None:
+    settings = ("--budget", "0.6", *QUICK, "--finetune", "none", "--set", "warmup_epochs=0", "--set", "ramp_steps=8")
+    archs = []
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        result = by_method(source, "uvc", *settings, "--workers", workers, "--out", str(out))
+        assert result.exit_code == 0, (result.output, result.exception)
+        archs.append(arch_of(load(out)))
+    assert archs[0] == archs[1]
+
+
+def test_show_prints_blocks_and_draws_tokens(source: Path, tmp_path: Path) -> None:
+    planned = by_method(source, "pmvit", "--keep-rate", "0.5", "--out", str(tmp_path / "a"), "--cache", str(tmp_path))
+    assert planned.exit_code == 0, (planned.output, planned.exception)
+    Image.new("L", (8, 8), 200).save(tmp_path / "x.png")
+    shown = runner.invoke(app, ["show", str(tmp_path / "a"), "--tokens", str(tmp_path / "x.png")])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert f"{cost(arch_of(load(tmp_path / 'a'))).macs:,} MACs" in shown.output
+    assert Image.open(tmp_path / "a-tokens.png").width > 200
+    (tmp_path / "y.png").write_text("no picture")
+    broken = runner.invoke(app, ["show", str(tmp_path / "a"), "--tokens", str(tmp_path / "y.png")])
+    assert "is no image that can be read" in str(broken.exception)

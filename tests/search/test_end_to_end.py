@@ -66,7 +66,7 @@ def test_it_says_what_it_does(finished: tuple[Run, SearchResult, str]) -> None:
         "source: vit_tiny_patch16_224",
         "search space",
         "budget window [0.3, 0.9]: satisfiable, all of it",
-        "distinct architectures",
+        "distinct candidates",
         "top-1 (%) ↑, before finetuning",
         "[4/4] trial 3",
         "Pareto front",
@@ -230,3 +230,70 @@ def test_units_that_raise_are_failed_trials_and_too_many_end_the_search(
     assert len(Run(run).failures()) == 4
     assert len(Run(run).results()) == 4
     assert (run / "report.html").exists()
+
+
+JOINT = {
+    "space": {
+        "budget": [0.3, 0.9],
+        "skip": [0, 1],
+        "conv": [0, 1],
+        "conv3": [0, 1],
+        "keep_rate": [0.5, 1.0],
+        "merge_start": [0, 2],
+        "lr": [5e-4, 3e-3],
+        "groups": {"embed": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 8},
+    },
+    "search": {"trials": 9, "rungs": [0, 1, 1], "eta": 3, "screen_images": 256},
+    "resources": {"cpus": 2},
+}
+
+
+def test_all_axes_and_rungs_at_once(runs: Path) -> None:
+    from search.config import parse_config
+    from tests.conftest import TINY
+
+    result = run_search(parse_config({**TINY, **JOINT, "name": "joint"}, "joint"), runs / "joint")
+    assert result is not None
+    run = Run(result.path)
+    assert result.finished
+    assert run.status()["rungs"] == [9, 3, 1]
+    data = open_data("digits")
+    for point in result.front:
+        assert point["rung"] > 0  # what was only screened has no model
+        assert evaluate(load(point["model"]), data.val_loader(EVAL_BATCH))["top1"] == point["top1"]
+    assert {p.parent.name for p in (run / "trials").glob("*/model")} == {
+        f"r{p['rung']}-{p['trial']:04d}" for p in result.front
+    }
+    by_place = {(r.trial, r.rung): r for r in run.results()}
+    for (trial, rung), found in by_place.items():
+        assert found.epochs == [0, 1, 2][rung]
+        if rung == 2:  # it went on from the weights of the rung below
+            assert found.zero_shot == by_place[trial, 1].top1
+    more = resume_search(run.path, trials=12)
+    assert Run(more.path).status()["rungs"] == [12, 4, 1]
+
+
+def test_a_trial_of_two_workers(runs: Path) -> None:
+    from search.config import parse_config
+    from tests.conftest import TINY
+
+    table = {"search": {"trials": 1}, "resources": {"cpus": 2, "workers_per_trial": 2}, "name": "pair"}
+    result = run_search(parse_config({**TINY, **table}, "pair"), runs / "pair")
+    assert result is not None
+    assert result.finished
+    (point,) = result.front
+    assert evaluate(load(point["model"]), open_data("digits").val_loader(EVAL_BATCH))["top1"] == point["top1"]
+    assert {p.name for p in Path(point["model"]).parent.iterdir()} == {
+        "arch.json",
+        "metrics.jsonl",
+        "model",
+        "result.json",
+        "spec.json",
+    }
+
+
+def test_a_resume_that_would_change_the_search_is_refused(finished: tuple[Run, SearchResult, str]) -> None:
+    run, _, _ = finished
+    with pytest.raises(UserError, match=r"space.budget: \[0.3, 0.9\], now \[0.2, 0.9\]"):
+        resume_search(run.path, overrides=["space.budget=[0.2,0.9]"])
+    assert resume_search(run.path, overrides=["resources.cpus=2"]).finished

@@ -1,0 +1,124 @@
+"""A search as a KubeRay RayJob: head, workers, storage, and a driver that resumes wherever it is started again.
+
+Fields are those of KubeRay 1.5 and newer (``ray.io/v1``, ``authOptions``). A lost driver or head costs a retry: KubeRay
+builds a new cluster (``backoffLimit``), and its driver goes on with the run's folder on the claim.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from models import UserError
+from search.config import ClusterTable, SearchConfig
+
+from .package import CONFIG, ENV, driver
+
+__all__ = ["kuberay"]
+
+PLACE = "/etc/prunesweep"  # where the configuration is mounted
+NAME_LIMIT = 47  # KubeRay's, of a RayJob
+HEAD = {"cpus": 4, "memory_gib": 16}  # driver, Optuna, Ray's own servers; no trial runs there
+SHARED_MEMORY = "8Gi"  # loaders hand batches over in it; Kubernetes gives 64 MiB otherwise
+
+
+def kuberay(config: SearchConfig) -> str:
+    """YAML of a ConfigMap and a RayJob, for ``kubectl apply -f``.
+
+    Raises:
+        UserError: ``[cluster]`` names no image, storage or claim.
+    """
+    cluster = config.cluster or ClusterTable()
+    for field, why in (
+        ("image", "a container with Ray, torch and this package, see docs/cluster.md"),
+        ("storage", "where the claim is mounted, for example /runs"),
+        ("storage_claim", "a PersistentVolumeClaim that all nodes may write to (ReadWriteMany)"),
+    ):
+        if getattr(cluster, field) is None:
+            raise UserError(f"cluster.{field} is missing: {why}")
+    name = re.sub(r"[^a-z0-9-]+", "-", config.name.lower()).strip("-")[:NAME_LIMIT].strip("-")
+    where = {"name": name, "namespace": cluster.namespace}
+    settings = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": where,
+        "data": {CONFIG: config.to_toml()},
+    }
+    entrypoint = driver(f"{cluster.storage}/{config.name}", f"{PLACE}/{CONFIG}", "prunesweep", again=True)
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": where,
+        "spec": {
+            "entrypoint": entrypoint,
+            "runtimeEnvYAML": yaml.safe_dump({"env_vars": {**ENV, **cluster.env}}, sort_keys=False),
+            "submissionMode": "K8sJobMode",
+            "backoffLimit": cluster.restarts,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": _ray_cluster(cluster, name),
+        },
+    }
+    return yaml.safe_dump_all([settings, job], sort_keys=False, width=1000)
+
+
+def _ray_cluster(cluster: ClusterTable, name: str) -> dict[str, Any]:
+    head = _container("ray-head", cluster, HEAD["cpus"], HEAD["memory_gib"], 0)
+    head["ports"] = [
+        {"name": "gcs-server", "containerPort": 6379},
+        {"name": "dashboard", "containerPort": 8265},
+        {"name": "client", "containerPort": 10001},
+    ]
+    worker = _container("ray-worker", cluster, cluster.cpus, cluster.memory_gib, cluster.gpus)
+    return {
+        "rayVersion": version("ray"),
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+            "template": _pod(cluster, name, head),
+        },
+        "workerGroupSpecs": [
+            {
+                "groupName": "trials",
+                "replicas": cluster.nodes,
+                "minReplicas": cluster.nodes,
+                "maxReplicas": cluster.nodes,
+                "rayStartParams": {},
+                "template": _pod(cluster, name, worker),
+            }
+        ],
+    }
+
+
+def _container(name: str, cluster: ClusterTable, cpus: int, memory_gib: int, gpus: int) -> dict[str, Any]:
+    resources = {"cpu": str(cpus), "memory": f"{memory_gib}Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    mounts: list[dict[str, Any]] = [
+        {"name": "config", "mountPath": PLACE, "readOnly": True},
+        {"name": "shm", "mountPath": "/dev/shm"},
+        {"name": "storage", "mountPath": cluster.storage},
+    ]
+    if cluster.data_claim is not None:
+        mounts.append({"name": "data", "mountPath": cluster.data, "readOnly": True})
+    return {
+        "name": name,
+        "image": cluster.image,
+        "resources": {"requests": resources, "limits": resources},
+        "volumeMounts": mounts,
+    }
+
+
+def _pod(cluster: ClusterTable, name: str, container: dict[str, Any]) -> dict[str, Any]:
+    if cluster.data_claim is not None and cluster.data is None:
+        raise UserError("cluster.data_claim needs cluster.data, the folder where it is mounted")
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": name}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+        {"name": "storage", "persistentVolumeClaim": {"claimName": cluster.storage_claim}},
+    ]
+    if cluster.data_claim is not None:
+        claim = {"claimName": cluster.data_claim, "readOnly": True}
+        volumes.append({"name": "data", "persistentVolumeClaim": claim})
+    return {"spec": {"containers": [container], "volumes": volumes}}

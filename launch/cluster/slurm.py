@@ -1,0 +1,119 @@
+"""A search as a batch script of SLURM: Ray on the nodes of one allocation, and a driver that resumes.
+
+Before the time limit, and when a node is lost, the job is queued again (``--requeue``) and its driver goes on with the
+run's folder. Ray's token is made anew for every allocation, in a file that only its owner reads.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from models import UserError
+from search.config import ClusterTable, SearchConfig
+
+from .package import CONFIG, ENV, driver
+
+__all__ = ["slurm"]
+
+WARNING = 300  # seconds between the warning and the time limit, for running trials to save their state
+TEMPLATE = """\
+#!/bin/bash
+{directives}
+set -euo pipefail
+{setup}
+run={run}
+mkdir -p "$(dirname "$run")"
+config="$run.{config}"
+cat > "$config" <<'END_OF_CONFIG'
+{toml}END_OF_CONFIG
+
+{exports}
+# one token for every allocation; a file, because command lines and exported environments can be seen by others
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$run.token-$SLURM_JOB_ID"
+(umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH")
+
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+head="${{nodes[0]}}"
+port=$((20000 + SLURM_JOB_ID % 20000))
+temp="/tmp/ray-$SLURM_JOB_ID"
+
+finish() {{
+    kill "${{steps[@]}}" 2>/dev/null || true
+    rm -f "$RAY_AUTH_TOKEN_PATH"
+}}
+steps=()
+trap finish EXIT
+
+srun --nodes=1 --ntasks=1 --nodelist="$head" \\
+    ray start --head --block --node-ip-address="$head" --port="$port" --temp-dir="$temp" \\
+    --dashboard-host=127.0.0.1 --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats &
+steps+=($!)
+for node in "${{nodes[@]:1}}"; do
+    srun --nodes=1 --ntasks=1 --nodelist="$node" \\
+        ray start --block --address="$head:$port" --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats &
+    steps+=($!)
+done
+
+# the driver has to be on the head's node, where this script runs; it waits until all nodes have joined
+python -m launch.cluster.wait --address "$head:$port" --nodes "${{#nodes[@]}}"
+
+bash -c {driver} &
+search=$!
+again=no
+trap 'again=yes; kill -TERM "$search" 2>/dev/null || true' USR1
+trap 'kill -TERM "$search" 2>/dev/null || true' TERM
+code=0
+wait "$search" || code=$?
+while kill -0 "$search" 2>/dev/null; do  # a signal ends a wait, not the driver
+    code=0
+    wait "$search" || code=$?
+done
+# 130: stopped before it was done; 3: Ray died; above 130: killed. Failed searches and wrong settings stay as they are
+if [ "$again" = yes ] || [ "$code" = 3 ] || [ "$code" -gt 130 ]; then
+    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ] || [ "$again" = yes ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+fi
+exit "$code"
+"""
+
+
+def slurm(config: SearchConfig) -> str:
+    """A script for ``sbatch``.
+
+    Raises:
+        UserError: ``[cluster]`` names no storage.
+    """
+    cluster = config.cluster or ClusterTable()
+    if cluster.storage is None:
+        raise UserError("cluster.storage is missing: a folder that all nodes see, for example /scratch/USER/runs")
+    directives = {
+        "job-name": config.name,
+        "nodes": cluster.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": cluster.cpus,
+        "mem": f"{cluster.memory_gib}G",
+        "gpus-per-node": cluster.gpus or None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "time": cluster.time.replace(".", "-"),
+        "signal": f"B:USR1@{WARNING}",
+        "open-mode": "append",
+        "output": f"{config.name}-%j.log",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+    lines.append("#SBATCH --requeue")
+    variables = {**ENV, **cluster.env}
+    command = driver(f"{cluster.storage}/{config.name}", "$config", "prunesweep", address="$head:$port", again=True)
+    return TEMPLATE.format(
+        directives="\n".join(lines),
+        setup="\n".join(cluster.setup),
+        run=shlex.quote(f"{cluster.storage}/{config.name}"),
+        config=CONFIG,
+        toml=config.to_toml(),
+        exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        cpus=cluster.cpus,
+        gpus=cluster.gpus,
+        driver=shlex.quote(command),
+        restarts=cluster.restarts,
+    )

@@ -1,0 +1,43 @@
+"""``python -m launch.cluster.wait``: return once a cluster is complete; exit with 1 where it is not in time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+
+__all__ = ["wait"]
+
+POLL = 2.0  # seconds
+
+
+def wait(address: str, nodes: int, timeout: float) -> int:
+    """The nodes that are there once there are ``nodes``, or after ``timeout`` seconds."""
+    import ray
+
+    deadline, alive = time.monotonic() + timeout, 0
+    while alive < nodes and time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionError, RuntimeError):  # the head is not up yet
+            if not ray.is_initialized():
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            alive = sum(node["Alive"] for node in ray.nodes())
+        if alive < nodes:
+            time.sleep(POLL)
+    ray.shutdown()
+    return alive
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--timeout", type=float, default=600.0)
+    arguments = parser.parse_args()
+    alive = wait(arguments.address, arguments.nodes, arguments.timeout)
+    print(f"{alive} of {arguments.nodes} nodes are there", flush=True)
+    return 0 if alive >= arguments.nodes else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""``prunesweep jobs``, ``logs``, ``stop`` and ``fetch``: searches that run on a cluster, from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .submit import AddressOption, FollowOption, follow_job
+
+__all__ = ["fetch", "jobs", "logs", "remote_status", "stop"]
+
+NameArgument = Annotated[str, typer.Argument(help="the run's name, for example digits", show_default=False)]
+MIB = 2**20
+PATIENCE = 600.0  # seconds for a short job, an environment that is installed for it included
+
+
+def _cluster(address: str | None) -> Any:
+    from models import UserError
+
+    from .cluster.client import Cluster
+
+    if not address:
+        raise UserError("--address is missing: give the head's, for example http://HEAD:8265")
+    return Cluster(address)
+
+
+def jobs(
+    address: AddressOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
+) -> None:
+    """Searches that a cluster has, attempt by attempt."""
+    from rich.console import Console
+    from rich.table import Table
+
+    attempts = _cluster(address).attempts()
+    if as_json:
+        fields = ("run", "job", "status", "folder", "started", "ended", "message")
+        print(json.dumps([{name: getattr(a, name) for name in fields} for a in attempts]))
+        return
+    table = Table("run", "job", "status", "started", "took", "folder", box=None)
+    for a in attempts:
+        started = "" if a.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(a.started))
+        took = "" if a.started is None else _clock((a.ended or time.time()) - a.started)
+        table.add_row(a.run, a.job, a.status.lower(), started, took, a.folder)
+    Console().print(table if attempts else "no searches")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def logs(run: NameArgument, address: AddressOption = None, follow: FollowOption = False) -> None:
+    """What the last attempt of a search has printed."""
+    cluster = _cluster(address)
+    job = cluster.latest(run).job
+    if follow:
+        follow_job(cluster, run, job)
+    else:
+        print(cluster.logs(job), end="")
+
+
+def stop(run: NameArgument, address: AddressOption = None) -> None:
+    """End a search; running trials save their state first, and 'prunesweep resume' goes on."""
+    cluster = _cluster(address)
+    last = cluster.latest(run)
+    if last.over or not cluster.stop(last.job):
+        print(f"{last.job} has ended already: {last.status.lower()}")
+        return
+    print(f"{last.job} ends once its trials have saved their state, after two minutes at the latest")
+    print(f"go on with: prunesweep resume {run} --address {cluster.head.url}")
+
+
+def remote_status(run: str, address: str) -> dict[str, Any]:
+    """What ``prunesweep status`` says of a run on a cluster, and ``job`` and ``state`` of its last attempt.
+
+    Raises:
+        UserError: the head does not know the run, or its folder is not there yet.
+    """
+    from models import UserError
+
+    from .cluster.client import last_json
+
+    cluster = _cluster(address)
+    last = cluster.latest(run)
+    code, output = _call(cluster, last, "status", ["launch.cli", "status", last.folder, "--json"])
+    found = last_json(output)
+    if code != 0 or not isinstance(found, dict):
+        raise UserError(
+            f"{last.job} is {last.status.lower()}; it has no run yet in {last.folder}: before that it opens the data, "
+            f"trains or loads the source and scores it (prunesweep logs {run})\n{output.strip()}"
+        )
+    return {**found, "job": last.job, "state": last.status.lower()}
+
+
+def _call(cluster: Any, last: Any, what: str, arguments: list[str]) -> tuple[int | None, str]:
+    """A short job in the environment of a search."""
+    import tomllib
+
+    from search.config import ClusterTable
+
+    from .cluster.package import environment, staged
+
+    table = ClusterTable.model_validate(tomllib.loads(last.config).get("cluster", {}))
+    with staged(exclude=table.exclude) as code:
+        found: tuple[int | None, str] = cluster.call(
+            what, arguments, code, environment(table, pip=last.pip), timeout=PATIENCE
+        )
+    return found
+
+
+def fetch(
+    run: NameArgument,
+    address: AddressOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder here, which must not exist yet  [default: runs/NAME]", show_default=False),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=0, help="models: the most accurate of the front  [default: all of it]", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="largest archive, in MiB")] = 256,
+) -> None:
+    """Bring a run's front, report, results and chosen models here, running or finished."""
+    from models import UserError
+    from models.files import publish_folder
+
+    from .cluster.client import last_json
+
+    target = out if out is not None else Path("runs") / run
+    if target.exists():
+        raise UserError(f"--out {target}: is there already; give a new folder")
+    cluster = _cluster(address)
+    last = cluster.latest(run)
+    arguments = ["launch.cluster.pack", last.folder, "--limit", str(limit * MIB)]
+    if top is not None:
+        arguments += ["--top", str(top)]
+    code, output = _call(cluster, last, "fetch", arguments)
+    if code != 0:
+        found = last_json(output)
+        problem = found["error"] if isinstance(found, dict) and "error" in found else output.strip()
+        raise UserError(
+            f"{problem}; take fewer models with --top, allow more with --limit, or copy {last.folder} itself"
+        )
+    archive = unpack(output)
+    with publish_folder(target) as folder, tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
+        files.extractall(folder, filter="data")
+    models = len(list(target.glob("*/*/model/config.json")))
+    print(f"{target}: {models} models, {len(archive) / MIB:.1f} MiB; see 'prunesweep front {target}'")
+
+
+def unpack(output: str) -> bytes:
+    """The archive in what ``launch.cluster.pack`` printed. Raises UserError where it is torn or altered."""
+    from models import UserError
+
+    from .cluster.pack import BEGIN, END
+
+    lines = iter(output.splitlines())
+    head = next((line.split() for line in lines if line.startswith(BEGIN)), None)
+    parts: list[bytes] = []
+    try:
+        for line in lines:
+            if line == END:
+                break
+            parts.append(base64.b64decode(line, validate=True))
+    except binascii.Error:
+        parts = []
+    archive = b"".join(parts)
+    if head is None or len(archive) != int(head[1]) or hashlib.sha256(archive).hexdigest() != head[2]:
+        raise UserError("what came back is not what was sent (length or checksum); try again")
+    return archive

@@ -1,0 +1,67 @@
+"""Front members finetuned further, beside what the search had found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launch.cli import app
+from models import UserError, load
+from search.config import SearchConfig
+from search.coordinator import Coordinator
+from search.driver import create_run
+from search.promote import choose
+from search.run import Run
+from search.source import prepare
+from search.study import Study
+from search.unit import run_unit
+from training import EVAL_BATCH, evaluate, open_data
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def run(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> Run:
+    """A search with its four units done, without Ray."""
+    config = tiny(finetune={"epochs": 1})
+    prepared = prepare(config, runs / "cache", lambda *_: None)
+    run = Run(tmp_path / "run")
+    create_run(run, config, prepared)
+    study = Study(run / "study.journal", prepared.space.distributions, 0)
+    coordinator = Coordinator(run, study, prepared.space, config.search, slots=1, seed=0)
+    while (unit := coordinator.next()) is not None:
+        assert run_unit(run.path, unit)["state"] == "finished"
+        coordinator.complete(unit.id)
+    return run
+
+
+def test_the_best_within_a_limit_is_promoted(run: Run) -> None:
+    front, source = run.front(), run.facts()["source"]
+    limit = (front[0]["macs"] + 1) / source["macs"]
+    assert [p["trial"] for p in choose(run, at=[("macs", limit)])] == [front[0]["trial"]]
+    assert choose(run, top=1)[0]["top1"] == max(p["top1"] for p in front)
+    assert choose(run) == front
+    for at, message in (
+        ([("macs", 1e-6)], "no model costs that little"),
+        ([("latency_ms", 3.0)], "this front has macs, params"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose(run, at=at)
+
+    command = ["promote", str(run.path), "--recipe", "quick", "--set", "epochs=2", "--set", "batch_size=128"]
+    result = runner.invoke(app, [*command, "--at", f"macs={limit}"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    shown = json.loads(runner.invoke(app, ["front", str(run.path), "--json"]).stdout)
+    (found,) = (p for p in shown if p["promoted_top1"] is not None)
+    assert found["trial"] == front[0]["trial"]
+    assert found["top1"] == front[0]["top1"]  # the search's figure stays
+    model = load(found["promoted_model"])
+    assert evaluate(model, open_data("digits").val_loader(EVAL_BATCH))["top1"] == found["promoted_top1"]
+    facts = json.loads(next((run / "promoted").glob("*/promoted.json")).read_text())
+    assert facts["latency"]["median_ms"] > 0
+    again = runner.invoke(app, [*command, "--set", "lr=1e-3", "--at", f"macs={limit}"])
+    assert "was promoted with another recipe" in str(again.exception)

@@ -1,0 +1,235 @@
+"""Texts for language models: words by number, in windows.
+
+``pydocs`` is the language reference that CPython ships (``pydoc_data.topics``, some 90,000 words of English), the
+embedded text. ``wikitext:PATH`` has ``PATH/wiki.{train,valid,test}.tokens``, words between blanks as WikiText-103 is
+published (arXiv 1609.07843).
+
+Word numbers are those of ``fairseq-preprocess``, so that its models find their words: four special ones, then words by
+falling frequency in the training text, ties in alphabetical order, filled up to a multiple of 8; or those of a
+``dict.txt`` of fairseq's beside the files. Every line ends with ``</s>``. Encoded texts are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pydoc_data.topics
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from models import UserError
+from models.files import publish_folder
+
+from .batches import own_share
+from .data import Batch, Data, DataInfo
+from .recipe import Recipe
+from .world import World
+
+__all__ = ["IGNORED", "Corpus", "TextData", "encode", "make_vocabulary", "open_text"]
+
+IGNORED = -100  # the target of a word that is context only
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+END, UNKNOWN = SPECIAL.index("</s>"), SPECIAL.index("<unk>")
+MULTIPLE = 8  # of the size of a vocabulary
+SPLITS = {"train": "train", "val": "valid", "test": "test"}
+WORDS_AT_A_TIME = 2**15  # of one batch of evaluation
+FORMAT = "1"  # of cached texts
+
+Numbers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A vocabulary, ``words`` by number, and encoded texts by split (``train``, ``val``, ``test``)."""
+
+    words: tuple[str, ...]
+    texts: Mapping[str, Numbers]
+
+    @property
+    def vocabulary(self) -> str:
+        """16 hex digits of the list of words."""
+        return hashlib.sha256("\n".join(self.words).encode()).hexdigest()[:16]
+
+
+class Windows(Dataset[Batch]):
+    """Pieces of a text, (words T, next words T), int64; together they predict every word once.
+
+    A piece predicts ``length - context`` words that no other one predicts and sees up to ``context`` words in front of
+    them, whose targets are ``IGNORED``, as are places behind the text's end. The first word follows a ``</s>``.
+    """
+
+    def __init__(self, text: Numbers, length: int, context: int, *, whole: bool = False) -> None:
+        self.text, self.length, self.context = text, length, context
+        self.stride = length - context
+        self.pieces = len(text) // self.stride if whole else -(-len(text) // self.stride)
+
+    def __len__(self) -> int:
+        return self.pieces
+
+    def __getitem__(self, index: int) -> Batch:
+        first, end = index * self.stride, min((index + 1) * self.stride, len(self.text))
+        start = max(0, first - self.context)
+        targets = torch.full((self.length,), IGNORED)
+        words = torch.full((self.length,), END)
+        targets[first - start : end - start] = torch.from_numpy(self.text[first:end].astype(np.int64))
+        before = torch.from_numpy(self.text[max(0, start - 1) : end - 1].astype(np.int64))
+        at = 1 if start == 0 else 0
+        words[at : at + len(before)] = before
+        return words, targets
+
+
+class TextData(Data):
+    """A training and a validation text; a test text too, as ``split("test")``.
+
+    What is one image elsewhere is a piece of ``length`` words here. Validation has as much ``context`` as is asked
+    for: more is slower and gives lower perplexities, so a perplexity goes with its length and context.
+    """
+
+    def __init__(self, name: str, corpus: Corpus, length: int, *, context: int = 0, loader_workers: int = 0) -> None:
+        super().__init__(loader_workers=loader_workers)
+        if not 0 <= context < length:
+            raise UserError(f"context = {context}: must lie in 0..{length - 1}, below the length of {length} words")
+        if len(corpus.texts["train"]) < length:
+            raise UserError(f"data {name!r}: a text of {len(corpus.texts['train'])} words, pieces are {length} long")
+        self.corpus, self.length, self.context = corpus, length, context
+        content = hashlib.sha256(f"{corpus.vocabulary} {length} {context}".encode())
+        for text in corpus.texts.values():
+            content.update(text)
+        self.info = DataInfo(
+            name=name,
+            num_classes=len(corpus.words),
+            input_size=(1, 1, length),
+            mean=(0.5,),
+            std=(0.5,),
+            fingerprint=content.hexdigest()[:16],
+            vocabulary=corpus.vocabulary,
+        )
+
+    def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
+        train = split == "train"
+        return Windows(self.corpus.texts[split], self.length, 0 if train else self.context, whole=train)
+
+    @property
+    def train_images(self) -> int:
+        """Number of pieces of the training text."""
+        return len(self.corpus.texts["train"]) // self.length
+
+    def train_labels(self) -> torch.Tensor:
+        raise UserError(f"data {self.info.name!r}: a text has no classes, so nothing can be drawn per class")
+
+    def val_loader(self, batch_size: int, world: World | None = None, *, split: str = "val") -> DataLoader[Batch]:
+        """Every word of a split once, in order; batches are smaller than asked for where pieces are long."""
+        data = self.split(split, augment=None)
+        if world is not None:
+            data = Subset(data, own_share(len(data), world))  # type: ignore[arg-type]
+        pieces = max(1, min(batch_size, WORDS_AT_A_TIME // self.length))
+        return DataLoader(data, pieces, num_workers=self.loader_workers)
+
+
+def make_vocabulary(lines: Iterable[list[str]], least: int = 1) -> tuple[str, ...]:
+    """The words that occur ``least`` times or more, in fairseq's order."""
+    counts = Counter(word for line in lines for word in line)
+    found = sorted(word for word, n in counts.items() if n >= least and word not in SPECIAL)
+    return _filled((*SPECIAL, *sorted(found, key=lambda word: -counts[word])))
+
+
+def _filled(words: tuple[str, ...]) -> tuple[str, ...]:
+    return words + tuple(f"madeupword{i:04d}" for i in range(-len(words) % MULTIPLE))
+
+
+def encode(lines: Iterable[list[str]], words: tuple[str, ...]) -> Numbers:
+    """The numbers of all words and of every line's end, one after another."""
+    number = {word: i for i, word in enumerate(words)}
+    found = (n for line in lines for n in (*(number.get(word, UNKNOWN) for word in line), END))
+    return np.fromiter(found, np.int32)
+
+
+@lru_cache(maxsize=1)
+def _pydocs() -> Corpus:
+    """Paragraphs of all topics, each once; of every ten runs of twenty, the last two are held out.
+
+    Topics repeat each other, so that without this the training text would hold much of the others.
+    """
+    topics = pydoc_data.topics.topics
+    paragraphs = (" ".join(p.split()) for name in sorted(topics) for p in re.split(r"\n\s*\n", topics[name]))
+    lines = [re.findall(r"\w+|[^\w\s]", p) for p in dict.fromkeys(paragraphs) if p]
+    places = {"train": range(8), "val": (8,), "test": (9,)}
+    texts = {split: [line for i, line in enumerate(lines) if i // 20 % 10 in own] for split, own in places.items()}
+    words = make_vocabulary(texts["train"], least=2)
+    return Corpus(words, {split: encode(text, words) for split, text in texts.items()})
+
+
+def _read(file: Path) -> Iterator[list[str]]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from (line.split() for line in lines)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _read_dictionary(file: Path) -> tuple[str, ...]:
+    """fairseq's ``dict.txt``: a word and its count per line."""
+    words = []
+    for number, line in enumerate(_read(file), start=1):
+        if len(line) != 2 or not line[1].isdigit():
+            raise UserError(f"{file}, line {number}: {' '.join(line)!r} is not a word and its count")
+        words.append(line[0])
+    return (*SPECIAL, *words)
+
+
+def _wikitext(path: Path) -> Corpus:
+    files = {split: path / f"wiki.{name}.tokens" for split, name in SPLITS.items()}
+    missing = [file.name for file in files.values() if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"data 'wikitext:{path}': {', '.join(missing)} not there. It takes a folder with wiki.train.tokens, "
+            "wiki.valid.tokens and wiki.test.tokens, one paragraph per line, words between blanks"
+        )
+    dictionary = path / "dict.txt"
+    facts = [FORMAT, *(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files.values())]
+    if dictionary.is_file():
+        facts.append(hashlib.sha256(dictionary.read_bytes()).hexdigest())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "texts"
+    folder = home / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    if not folder.exists():
+        words = _read_dictionary(dictionary) if dictionary.is_file() else make_vocabulary(_read(files["train"]))
+        with publish_folder(folder) as scratch:
+            (scratch / "words.txt").write_text("\n".join(words), encoding="utf-8")
+            for split, file in files.items():
+                np.save(scratch / f"{split}.npy", encode(_read(file), words))
+    words = tuple((folder / "words.txt").read_text(encoding="utf-8").split("\n"))
+    return Corpus(words, {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in files})
+
+
+def open_text(
+    name: str, preprocessing: Mapping[str, Any], *, context: int = 0, length: int | None = None, loader_workers: int = 0
+) -> TextData:
+    """Open a text by name.
+
+    Args:
+        name: ``pydocs`` or ``wikitext:PATH``.
+        preprocessing: a model's ``pretrained_cfg``: pieces are as long as the model's texts, where it is one of
+            language; otherwise 64 words of ``pydocs``, and 512 of other texts (fairseq's ``tokens_per_sample``).
+        context: words of every piece of validation that are seen but not predicted.
+        length: of the pieces, instead of the model's; sinusoids reach as far as they are asked to.
+        loader_workers: processes that make pieces; 0 does it in this one.
+
+    Raises:
+        UserError: a file is missing or no text, ``dict.txt`` is no dictionary, ``context`` leaves nothing to predict.
+    """
+    kind, _, path = name.partition(":")
+    corpus = _pydocs() if kind == "pydocs" else _wikitext(Path(path).expanduser().absolute())
+    if length is None:
+        size = tuple(preprocessing.get("input_size") or ())
+        length = size[2] if size[:2] == (1, 1) else {"pydocs": 64}.get(kind, 512)
+    return TextData(name, corpus, length, context=context, loader_workers=loader_workers)
