@@ -17,11 +17,13 @@ import typer
 from rich.console import Console
 
 from .bench import bench
+from .doctor import doctor
 from .export import export_model, push_model
 from .finetune import finetune
 from .import_ import import_model
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
+from .manifest import manifest
 from .promote import promote
 from .prune import prune, score
 from .published import published
@@ -221,6 +223,8 @@ app.command()(jobs)
 app.command()(logs)
 app.command()(stop)
 app.command()(fetch)
+app.command()(manifest)
+app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -110,8 +110,7 @@ def _start(
     from .cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
 
     table, job = config.cluster or ClusterTable(), f"{config.name}-a{attempt}"
-    program = "python -m launch.cli"
-    command = driver(folder, CONFIG, program, again=again, trials=trials, overrides=overrides)
+    command = driver(CONFIG, folder, again=again, trials=trials, overrides=overrides)
     facts = {
         "prunesweep": "search",
         "run": config.name,

@@ -153,7 +153,7 @@ class SearchTable(Table):
 
     trials: Count = 24
     objectives: tuple[str, ...] = TWO
-    sampler: Literal["auto", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
+    sampler: Literal["auto", "excess", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
     rungs: tuple[Natural, ...] = ()
     eta: Annotated[float, Field(gt=1)] = 3.0
     screen_images: Count = 1024

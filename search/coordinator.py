@@ -177,7 +177,7 @@ class Coordinator:
             return None
         known = self.duplicates
         for _ in range(MAX_REJECTED):
-            number, point = self._study.ask()
+            number, point = self._study.ask(self.results)
             candidate = self._decode(point)
             if candidate is None:
                 self._study.prune(number)

@@ -14,7 +14,7 @@ from torch import nn
 from models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
 from models.errors import nearest
 from pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
-from training import EVAL_BATCH, Data, evaluate, open_data
+from training import EVAL_BATCH, Data, Quality, check_words, evaluate, open_data
 
 from .provenance import versions
 from .scoring import Calibration, Progress, cached_scores
@@ -46,6 +46,8 @@ class Pruned:
     cost: Cost
     source_top1: float
     top1: float
+    source_ppl: float | None = None  # of language models
+    ppl: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -99,6 +101,7 @@ def prune_once(
     if not 0 <= drop < arch.depth:
         raise UserError(f"drop = {drop}: the model has {arch.depth} blocks, at least one must stay")
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
+    check_words(arch, data)
     settings = _settings(method, budget.measure, drop, groups, floors)
     calibration = calibration or Calibration()
     weights = weights_digest(model)
@@ -143,6 +146,7 @@ def plan_once(
     arch, options = arch_of(model), dict(settings or {})
     limit = None if budget is None else budget.limit(arch)
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
+    check_words(arch, data)
     calibration = calibration or Calibration()
     weights = weights_digest(to_device(model))
     path = cached_scores(model, TOKENS, data, calibration, cache, progress, weights=weights)
@@ -160,12 +164,16 @@ def _cut(model: nn.Module, decision: Cut, data: Data, facts: Mapping[str, Any], 
     """Cut and measure."""
     arch, small = arch_of(model), cut(model, decision)
     facts = {**facts, "source": {"name": arch.source, "weights": facts["weights"]}}
+    before = _evaluate(model, data, progress, "evaluating the source")
+    after = _evaluate(small, data, progress, "evaluating the cut model")
     return Pruned(
         model=small,
         source_cost=cost(arch),
         cost=cost(arch_of(small)),
-        source_top1=_top1(model, data, progress, "evaluating the source"),
-        top1=_top1(small, data, progress, "evaluating the cut model"),
+        source_top1=before.top1,
+        top1=after.top1,
+        source_ppl=before.ppl,
+        ppl=after.ppl,
         provenance={**facts, "data": data.info.fingerprint, "versions": versions()},
     )
 
@@ -190,13 +198,13 @@ def to_device(model: nn.Module) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _top1(model: nn.Module, data: Data, progress: Progress, what: str) -> float:
+def _evaluate(model: nn.Module, data: Data, progress: Progress, what: str) -> Quality:
     progress(what, 0.0, "")
-    top1 = evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
-    progress(what, 1.0, f"top-1 {top1:.2f} %")
-    return top1
+    found = Quality.of(evaluate(model, data.val_loader(EVAL_BATCH)))
+    progress(what, 1.0, str(found))
+    return found
 
 
 def save_pruned(pruned: Pruned, out: Path) -> Path:
     """Write the cut model with where it comes from."""
-    return save(pruned.model.cpu(), out, {**pruned.provenance, "top1": pruned.top1})
+    return save(pruned.model.cpu(), out, {**pruned.provenance, **Quality(pruned.top1, pruned.ppl).facts})

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from models import arch_of, weights_digest
-from pruners import Scores, pmvit, pruner, score_depth
+from pruners import Scores, pmvit, pruner, score_depth, upvit
 from pruners.scores import FORMAT
 from training import Data, images_only
 
@@ -84,6 +84,8 @@ def cached_scores(
 def _compute(
     model: nn.Module, method: str, batches: Any, calibration: Calibration, progress: Callable[[int, int], None]
 ) -> Scores:
+    if method == DEPTH and arch_of(model).family == "lm":
+        return upvit.score_blocks_progressively(model, batches, progress=progress)
     if method == DEPTH:
         return score_depth(model, images_only(batches), progress=progress)
     if method == TOKENS:

@@ -15,7 +15,7 @@ from torch import nn
 from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save, weights_digest
 from models.errors import nearest
 from pruners import Scores
-from training import EVAL_BATCH, Data, evaluate, fit, open_data, seeded
+from training import EVAL_BATCH, Data, Quality, check_words, evaluate, fit, open_data, seeded
 
 from .config import SearchConfig, SourceTable
 from .provenance import digest, versions
@@ -33,7 +33,7 @@ class Prepared:
     model: nn.Module
     arch: Arch
     cost: Cost
-    top1: float
+    quality: Quality
     weights: str
     folder: Path
     space: Space
@@ -74,7 +74,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         model=source,
         arch=arch,
         cost=cost(arch),
-        top1=load_provenance(folder)["top1"],
+        quality=Quality.of(load_provenance(folder)),
         weights=weights,
         folder=folder,
         space=Space(config.space, arch, {name: Scores.load(path) for name, path in files.items()}),
@@ -98,7 +98,8 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))
     data = open_data(config.data.name, preprocessing, loader_workers=workers)
     channels, *size = data.info.input_size
-    args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **source.args}
+    words = {"vocabulary": data.info.vocabulary} if data.info.vocabulary else {}
+    args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **words, **source.args}
     own = {"input_size": data.info.input_size, "mean": data.info.mean, "std": data.info.std}
     overlay = {} if source.pretrained else own  # pretrained weights bring the preprocessing that they were made with
     with seeded(config.seed):
@@ -118,7 +119,7 @@ def _check_name(name: str) -> None:
     if not timm.is_model(bare):
         raise UserError(f"source.model = {name!r}: not a timm model. {nearest(bare, timm.list_models())}".strip())
     with torch.device("meta"):
-        Arch.from_timm(timm.create_model(bare, num_classes=1))
+        Arch.from_timm(timm.create_model(bare, num_classes=1000))
 
 
 def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[str, Any]) -> Any:
@@ -132,6 +133,7 @@ def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[s
 
 
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
+    check_words(arch, data)
     size = (arch.in_chans, *arch.img_size)
     if size != data.info.input_size:
         raise UserError(f"source.model takes images of {size}, {data.info.name} has {data.info.input_size}")
@@ -162,15 +164,15 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, prog
 
         def on_epoch(epoch: Any) -> None:
             nonlocal note
-            note = f"  top-1 {epoch.top1:.2f} %"
+            note = f"  {Quality(epoch.top1, epoch.ppl)}"
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         state = folder.with_name(folder.name + ".state.safetensors")
         fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
     progress("evaluating the source", 0.0, "")
-    top1 = evaluate(model, data.val_loader(EVAL_BATCH))["top1"]
-    progress("evaluating the source", 1.0, f"top-1 {top1:.2f} %")
-    facts = {"data": data.info.fingerprint, "seed": config.seed, "top1": top1, "versions": versions()}
+    found = Quality.of(evaluate(model, data.val_loader(EVAL_BATCH)))
+    progress("evaluating the source", 1.0, str(found))
+    facts = {"data": data.info.fingerprint, "seed": config.seed, **found.facts, "versions": versions()}
     save(model, folder, {"method": "source", "source": config.source.model, **facts})
     if recipe is not None:
         state.unlink(missing_ok=True)

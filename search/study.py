@@ -16,25 +16,34 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from .front import TWO, directions
+from .proposals import propose
+from .run import Result
 from .variables import Params
 
-__all__ = ["SAMPLERS", "Study", "make_sampler"]
+__all__ = ["SAMPLERS", "Study", "make_sampler", "resolve"]
 
 NAME = "r0"
-SAMPLERS = ("auto", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
+SAMPLERS = ("auto", "excess", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 MANY = 1500  # trials from which a proposal of TPE takes longer than it is worth
 
 
-def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trials: int, seed: int) -> BaseSampler:
-    """Optuna's sampler of this name.
+def resolve(name: str, distributions: Mapping[str, BaseDistribution], trials: int) -> str:
+    """The sampler that ``auto`` stands for.
 
-    ``auto`` takes multivariate TPE, and NSGA-II for more than ``MANY`` trials, as every proposal of TPE takes longer
-    than the one before. ``qmc`` draws categorical variables independently.
+    ``excess`` (``search.proposals``) where the budget varies; without that, TPE, or for more than ``MANY`` trials
+    NSGA-II, as every proposal of TPE takes longer than the one before.
     """
+    if name != "auto":
+        return name
+    if "budget" in distributions:
+        return "excess"
+    return "tpe" if trials <= MANY else "nsga2"
+
+
+def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trials: int, seed: int) -> BaseSampler:
+    """Optuna's sampler of this name. ``qmc`` draws categorical variables independently."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "auto":
-            name = "tpe" if trials <= MANY else "nsga2"
         start = max(3 * len(distributions), 10)
         if name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=start, multivariate=True)
@@ -86,13 +95,19 @@ class Study:
             study.set_metric_names(list(objectives))  # for optuna-dashboard
         # a sampler keeps its random state in memory: after a resume it must not draw the same points again
         state = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False))])
-        study.sampler = make_sampler(sampler, self._distributions, trials, int(state.generate_state(1)[0]))
+        own = resolve(sampler, self._distributions, trials)
+        self._excess, self._seed = own == "excess", seed
+        first = "random" if self._excess else own  # every point of excess is put into the queue before it is asked for
+        study.sampler = make_sampler(first, self._distributions, trials, int(state.generate_state(1)[0]))
         for point in start:
             study.enqueue_trial({n: v for n, v in point.items() if n in distributions}, skip_if_exists=True)
         self._study = study
 
-    def ask(self) -> tuple[int, dict[str, float | int | str]]:
-        """Number and point of a new trial."""
+    def ask(self, results: Sequence[Result] = ()) -> tuple[int, dict[str, float | int | str]]:
+        """Number and point of a new trial; ``results``, of all rungs, are what ``excess`` learns from."""
+        if self._excess and not self.count(TrialState.WAITING):
+            number = self.count(*TrialState)
+            self._study.enqueue_trial(propose(self._distributions, results, number, self._seed))
         trial = self._study.ask(self._distributions)
         return trial.number, dict(trial.params)
 

@@ -2,9 +2,10 @@
 
 from .checkpoint import load_state, save_state
 from .data import Data, DataInfo, images_only, open_data
-from .evaluate import EVAL_BATCH, evaluate, quality
+from .evaluate import EVAL_BATCH, Quality, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
+from .text import check_words, open_text
 from .trainer import DoesNotFit, batches_of
 from .world import World
 
@@ -16,16 +17,18 @@ __all__ = [
     "Diverged",
     "DoesNotFit",
     "Epoch",
+    "Quality",
     "Recipe",
     "World",
     "batches_of",
+    "check_words",
     "evaluate",
     "fit",
     "images_only",
     "load_recipe",
     "load_state",
     "open_data",
-    "quality",
+    "open_text",
     "recipe_names",
     "save_state",
     "seeded",

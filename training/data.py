@@ -373,8 +373,7 @@ def open_data(name: str, preprocessing: Mapping[str, Any] | None = None, *, load
 
     Args:
         name: ``digits``, ``imagefolder:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or ``wikitext:PATH``.
-        preprocessing: a timm model's ``pretrained_cfg``, which says how its images are resized and normalised;
-            ``digits`` has a preprocessing of its own.
+        preprocessing: a timm model's ``pretrained_cfg``, which says how images are prepared; ``digits`` has its own.
         loader_workers: processes that load and augment images; 0 does it in this one.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from models.lm import LanguageModel
 from .text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "evaluate", "quality"]
+__all__ = ["EVAL_BATCH", "Quality", "evaluate"]
 
 EVAL_BATCH = 256
 LOGITS_AT_A_TIME = 2**26  # of a language model
@@ -46,9 +47,24 @@ def evaluate(
     return {**found, "ppl": math.exp(loss / images)} if isinstance(model, LanguageModel) else found
 
 
-def quality(top1: float, ppl: float | None = None) -> str:
-    """Perplexity where there is one, otherwise accuracy, for people."""
-    return f"top-1 {top1:.2f} %" if ppl is None else f"ppl {ppl:.2f}"
+class Quality(NamedTuple):
+    """What is kept of an evaluation: ``top1`` in percent and, of a language model, the perplexity."""
+
+    top1: float
+    ppl: float | None = None
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Quality:
+        """Of ``evaluate``'s result, or of a saved model's provenance."""
+        return cls(float(found["top1"]), found.get("ppl"))
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """``top1`` and, where there is one, ``ppl``."""
+        return {"top1": self.top1} if self.ppl is None else {"top1": self.top1, "ppl": self.ppl}
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %" if self.ppl is None else f"ppl {self.ppl:.2f}"
 
 
 def _answers(

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from models import arch_of
 from pruners.hook import Hook, TrainingHook
 
 from .checkpoint import save_state
 from .data import Data
 from .evaluate import EVAL_BATCH, evaluate
 from .recipe import Recipe
+from .text import check_words
 from .trainer import Diverged, Trainer
 from .world import World
 
@@ -101,11 +103,12 @@ def fit(
         should_stop: asked after every epoch; one worker's yes is enough.
 
     Raises:
-        UserError: the batch does not fit the data or the workers, a teacher is missing, not even one image fits into
-            memory, or ``state`` is that of a run with another kind of hook.
+        UserError: the data are not the model's, the batch does not fit the data or the workers, a teacher is missing,
+            not even one image fits into memory, or ``state`` is that of a run with another kind of hook.
         Diverged: the loss is not finite; ``state`` has the last epoch before.
     """
     hook = Hook() if hook is None else hook
+    check_words(arch_of(model), data)
     reports: dict[str, Any] = {"on_step": on_step, "on_note": on_note}
     trainer = Trainer(model, data, recipe, hook, teacher, World.current(), teacher_cache=teacher_cache, **reports)
     done = trainer.resume(state)

@@ -195,7 +195,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         last: dict[str, Any] = {}
 
         def on_epoch(epoch: Epoch) -> None:
-            last.update(top1=epoch.top1)
+            last.update(Quality.of(asdict(epoch)).facts)
             if first:
                 log.epoch.remote(asdict(epoch))
             report(asdict(epoch))

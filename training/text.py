@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from models import UserError
+from models import Arch, UserError
 from models.files import publish_folder
 
 from .batches import own_share
@@ -35,7 +35,7 @@ from .data import Batch, Data, DataInfo
 from .recipe import Recipe
 from .world import World
 
-__all__ = ["IGNORED", "Corpus", "TextData", "encode", "make_vocabulary", "open_text"]
+__all__ = ["IGNORED", "Corpus", "TextData", "check_words", "encode", "make_vocabulary", "open_text"]
 
 IGNORED = -100  # the target of a word that is context only
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -209,6 +209,24 @@ def _wikitext(path: Path) -> Corpus:
                 np.save(scratch / f"{split}.npy", encode(_read(file), words))
     words = tuple((folder / "words.txt").read_text(encoding="utf-8").split("\n"))
     return Corpus(words, {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in files})
+
+
+def check_words(arch: Arch, data: Data) -> None:
+    """Raise UserError where a language model and data do not mean the same words by the same numbers."""
+    info, known = data.info, "" if arch.text is None else arch.text.vocabulary
+    if (arch.text is None) != (not info.vocabulary):
+        kinds = ("images", "texts") if arch.text is None else ("texts", "images")
+        raise UserError(f"{arch.source} is a model of {kinds[0]}, data {info.name!r} are {kinds[1]}")
+    if arch.text is not None and arch.num_classes != info.num_classes:
+        raise UserError(
+            f"{arch.source} knows {arch.num_classes:,} words, the vocabulary of data {info.name!r} has "
+            f"{info.num_classes:,}: put the dict.txt that the model was trained with beside the token files"
+        )
+    if known and known != info.vocabulary:
+        raise UserError(
+            f"{arch.source} was trained with vocabulary {known}, data {info.name!r} have {info.vocabulary}: the same "
+            "number of words, but not the same words; use the text it was trained on, or its dict.txt"
+        )
 
 
 def open_text(

@@ -77,16 +77,16 @@ class Cluster:
             facts = job.metadata or {}
             if facts.get("prunesweep") == "search" and run in (None, facts["run"]):
                 number = int(job.submission_id.rpartition("-a")[2])
-                times = [None if t is None else t / 1000 for t in (job.start_time, job.end_time)]
                 found.append(
                     Attempt(
-                        facts["run"],
-                        number,
-                        job.submission_id,
-                        str(job.status.value),
-                        facts["folder"],
-                        facts["config"],
-                        *times,
+                        run=facts["run"],
+                        number=number,
+                        job=job.submission_id,
+                        status=str(job.status.value),
+                        folder=facts["folder"],
+                        config=facts["config"],
+                        started=_seconds(job.start_time),
+                        ended=_seconds(job.end_time),
                         message=job.message or "",
                         pip=bool(facts.get("pip")),
                     )
@@ -190,6 +190,10 @@ class Cluster:
             with contextlib.suppress(RuntimeError):  # a job that has not ended is stopped, and stays in the list
                 self.stop(job)
                 self._client.delete_job(job)
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def _aiohttp_errors() -> type[Exception]:

@@ -10,7 +10,7 @@ import re
 from importlib.metadata import version
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from models import UserError
 from search.config import ClusterTable, SearchConfig
@@ -47,7 +47,7 @@ def kuberay(config: SearchConfig) -> str:
         "metadata": where,
         "data": {CONFIG: config.to_toml()},
     }
-    entrypoint = driver(f"{cluster.storage}/{config.name}", f"{PLACE}/{CONFIG}", "prunesweep", again=True)
+    entrypoint = driver(f"{PLACE}/{CONFIG}", f"{cluster.storage}/{config.name}", again=True)
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",

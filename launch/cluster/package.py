@@ -124,31 +124,16 @@ def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
     return found
 
 
-def driver(
-    folder: str,
-    config: str,
-    program: str,
-    *,
-    address: str = "auto",
-    again: bool,
-    trials: int | None = None,
-    overrides: Sequence[str] = (),
-) -> str:
-    """The shell command of a search's driver.
+def driver(config: str, folder: str, *, again: bool, trials: int | None = None, overrides: Sequence[str] = ()) -> str:
+    """The command of a search's driver, in words that need no shell.
 
     Args:
-        folder: the run's, on the cluster.
-        config: path of the configuration there.
-        program: how ``prunesweep`` is called there.
-        address: of Ray, seen from there.
+        config, folder: of the search and its run, on the cluster.
         again: go on with the run where it exists; otherwise an existing one is an error.
-        trials, overrides: as ``prunesweep resume`` takes them.
+        trials, overrides: as ``prunesweep resume`` takes them; only with ``again``.
     """
-    run, settings = shlex.quote(folder), [part for text in overrides for part in ("--set", text)]
-    more = shlex.join([*([] if trials is None else ["--trials", str(trials)]), *settings])
-    first = shlex.join([*([] if trials is None else ["--set", f"search.trials={trials}"]), *settings])
-    search = f"exec {program} search {shlex.quote(config)} --out {run} --address {address} {first}".rstrip()
     if not again:
-        return search
-    resume = f"exec {program} resume {run} --address {address} {more}".rstrip()
-    return f"if [ -f {run}/run.json ]; then {resume}; else {search}; fi"
+        return shlex.join(["python", "-m", "launch.cli", "search", config, "--out", folder, "--address", "auto"])
+    more = [] if trials is None else ["--trials", str(trials)]
+    more += [part for text in overrides for part in ("--set", text)]
+    return shlex.join(["python", "-m", "launch.cluster.drive", config, folder, *more])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from models import UserError
 from search.config import ClusterTable, SearchConfig
@@ -32,7 +33,7 @@ def ray_launcher(config: SearchConfig) -> str:
     setup = list(cluster.setup)
     prefix = "".join(f"{line}; " for line in setup)
     tokens = "export RAY_AUTH_MODE=token"  # ~/.ray/auth_token, which ray up copies below
-    variables = "".join(f"export {name}={value!r}; " for name, value in {**ENV, **cluster.env}.items())
+    variables = "".join(f"export {name}={shlex.quote(value)}; " for name, value in {**ENV, **cluster.env}.items())
     found: dict[str, Any] = {
         "cluster_name": re.sub(r"[^A-Za-z0-9-]+", "-", config.name),
         "provider": {"type": "local", "head_ip": head, "worker_ips": workers},

@@ -11,7 +11,7 @@ import shlex
 from models import UserError
 from search.config import ClusterTable, SearchConfig
 
-from .package import CONFIG, ENV, driver
+from .package import CONFIG, ENV
 
 __all__ = ["slurm"]
 
@@ -33,7 +33,9 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$run.token-$SLURM_JOB_ID"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH")
 
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
-head="${{nodes[0]}}"
+# this script runs on the first node; Ray wants an address and not a name, and none of the loopback's
+head="$(getent ahostsv4 "${{nodes[0]}}" | awk '$1 !~ /^127/ {{print $1; exit}}')"
+head="${{head:-$(hostname -I | awk '{{print $1}}')}}"
 port=$((20000 + SLURM_JOB_ID % 20000))
 temp="/tmp/ray-$SLURM_JOB_ID"
 
@@ -43,8 +45,9 @@ finish() {{
 }}
 steps=()
 trap finish EXIT
+export SRUN_CPUS_PER_TASK={cpus}  # srun does not take it from the allocation
 
-srun --nodes=1 --ntasks=1 --nodelist="$head" \\
+srun --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" \\
     ray start --head --block --node-ip-address="$head" --port="$port" --temp-dir="$temp" \\
     --dashboard-host=127.0.0.1 --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats &
 steps+=($!)
@@ -54,24 +57,25 @@ for node in "${{nodes[@]:1}}"; do
     steps+=($!)
 done
 
-# the driver has to be on the head's node, where this script runs; it waits until all nodes have joined
 python -m launch.cluster.wait --address "$head:$port" --nodes "${{#nodes[@]}}"
 
-bash -c {driver} &
+python -m launch.cluster.drive "$config" "$run" --address "$head:$port" &
 search=$!
 again=no
-trap 'again=yes; kill -TERM "$search" 2>/dev/null || true' USR1
-trap 'kill -TERM "$search" 2>/dev/null || true' TERM
+# before the time limit: ask the driver to end, and end it {grace} seconds later
+trap 'again=yes; kill -TERM "$search" 2>/dev/null; (sleep {grace}; kill -KILL "$search" 2>/dev/null) &' USR1
+trap 'kill -TERM "$search" 2>/dev/null' TERM
+while kill -0 "$search" 2>/dev/null; do
+    wait "$search" || true  # a signal ends a wait, not the driver
+done
 code=0
 wait "$search" || code=$?
-while kill -0 "$search" 2>/dev/null; do  # a signal ends a wait, not the driver
-    code=0
-    wait "$search" || code=$?
-done
-# 130: stopped before it was done; 3: Ray died; above 130: killed. Failed searches and wrong settings stay as they are
-if [ "$again" = yes ] || [ "$code" = 3 ] || [ "$code" -gt 130 ]; then
-    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ] || [ "$again" = yes ]; then
+# 3: Ray died; above 130: killed. A search that failed (1), or was given something wrong (2), would do so again
+if [ "$code" -ne 0 ]; then
+    if [ "$again" = yes ]; then
         scontrol requeue "$SLURM_JOB_ID"
+    elif [ "$code" -eq 3 ] || [ "$code" -gt 130 ]; then
+        [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ] || scontrol requeue "$SLURM_JOB_ID"
     fi
 fi
 exit "$code"
@@ -96,7 +100,7 @@ def slurm(config: SearchConfig) -> str:
         "gpus-per-node": cluster.gpus or None,
         "partition": cluster.partition,
         "account": cluster.account,
-        "time": cluster.time.replace(".", "-"),
+        "time": cluster.time,
         "signal": f"B:USR1@{WARNING}",
         "open-mode": "append",
         "output": f"{config.name}-%j.log",
@@ -104,7 +108,6 @@ def slurm(config: SearchConfig) -> str:
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     lines.append("#SBATCH --requeue")
     variables = {**ENV, **cluster.env}
-    command = driver(f"{cluster.storage}/{config.name}", "$config", "prunesweep", address="$head:$port", again=True)
     return TEMPLATE.format(
         directives="\n".join(lines),
         setup="\n".join(cluster.setup),
@@ -114,6 +117,6 @@ def slurm(config: SearchConfig) -> str:
         exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         cpus=cluster.cpus,
         gpus=cluster.gpus,
-        driver=shlex.quote(command),
+        grace=WARNING - 60,
         restarts=cluster.restarts,
     )

@@ -1,0 +1,38 @@
+"""``python -m launch.cluster.drive CONFIG RUN``: go on with the run where it exists, begin it where it does not.
+
+What manifests and later attempts start, because they cannot know how far the one before them came.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["command"]
+
+
+def command(config: str, run: str, address: str, trials: int | None, overrides: list[str]) -> list[str]:
+    """Arguments of ``prunesweep``."""
+    settings = [part for text in overrides for part in ("--set", text)]
+    if Path(run, "run.json").is_file():
+        more = [] if trials is None else ["--trials", str(trials)]
+        return ["resume", run, "--address", address, *more, *settings]
+    more = [] if trials is None else ["--set", f"search.trials={trials}"]
+    return ["search", config, "--out", run, "--address", address, *settings, *more]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("run")
+    parser.add_argument("--address", default="auto")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    given = parser.parse_args()
+    from launch.cli import main as prunesweep
+
+    prunesweep(command(given.config, given.run, given.address, given.trials, given.overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""``prunesweep doctor``: whether this machine, and a cluster, have what a search needs; and what to do where not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+__all__ = ["Finding", "doctor"]
+
+State = Literal["ok", "warning", "wrong"]
+EXTRAS = {
+    "default": ("aiohttp", "opencensus", "grpc"),
+    "train": ("pyarrow", "fsspec"),
+    "tune": ("pandas", "tensorboardX"),
+}
+SKEW = 5.0  # seconds; a run's lease is another driver's after 60
+FREE_GIB = 5
+SAME = ("python", "ray", "torch", "timm", "optuna")  # versions that must not differ between nodes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; ``fix`` says what to do where it is not ok."""
+
+    what: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="a TOML file; its [cluster] names storage and data", show_default=False)
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="http://HEAD:8265 from anywhere, HOST:PORT or auto on a node", show_default=False),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="folder that all nodes should share  [default: cluster.storage]", show_default=False),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="folder of the data on the nodes  [default: cluster.data]", show_default=False)
+    ] = None,
+) -> None:
+    """Check what a search needs, here and on every node of a cluster."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from search.config import ClusterTable, load_config
+
+    table = (load_config(config).cluster if config is not None else None) or ClusterTable()
+    findings = list(check_here())
+    if place := address or table.address:
+        findings += check_cluster(place, table, storage or table.storage, data or table.data)
+    shown = Table("", "what", "found", "what to do", box=None)
+    signs = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "wrong": "[red]wrong[/]"}
+    for finding in findings:
+        shown.add_row(signs[finding.state], finding.what, finding.found, finding.fix)
+    Console().print(shown)
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+def check_here() -> Iterator[Finding]:
+    """This machine: versions, Ray's extras, the token's file, GPUs, and room for runs."""
+    from .cluster.probe import versions
+
+    found = versions()
+    missing = [name for name, number in found.items() if number is None]
+    yield Finding(
+        "packages here",
+        "wrong" if missing else "ok",
+        ", ".join(f"{name} {number}" for name, number in found.items() if number),
+        f"pip install -e . (missing: {', '.join(missing)})" if missing else "",
+    )
+    for extra, modules in EXTRAS.items():
+        absent = [name for name in modules if importlib.util.find_spec(name) is None]
+        if absent:
+            yield Finding(f"ray[{extra}]", "wrong", f"no {', '.join(absent)}", f"pip install 'ray[{extra}]'")
+    yield _token_file()
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Finding("GPUs here", "ok", ", ".join(names) or "none")
+    yield _room(Path.cwd())
+
+
+def _token_file() -> Finding:
+    from models import UserError
+
+    from .cluster.auth import find_token
+
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    try:
+        found = find_token()
+    except UserError as error:
+        return Finding("token", "wrong", str(error), "unset RAY_AUTH_TOKEN_PATH, or write the head's token there")
+    if found is None:
+        return Finding("token", "ok", f"none here; RAY_AUTH_MODE {mode}")
+    where = found[1]
+    if where != "RAY_AUTH_TOKEN" and stat.S_IMODE(Path(where).stat().st_mode) & 0o077:
+        return Finding("token", "warning", f"{where} can be read by others", f"chmod 600 {where}")
+    return Finding("token", "ok", f"from {where}; RAY_AUTH_MODE {mode}")
+
+
+def _room(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / 2**30
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Finding("folder here", "warning", f"{folder}: {error.strerror}", "searches here need --out elsewhere")
+    if free < FREE_GIB:
+        return Finding("folder here", "warning", f"{folder}: {free:.1f} GiB free", "runs keep models: make room")
+    return Finding("folder here", "ok", f"{folder}: writable, {free:.0f} GiB free")
+
+
+def check_cluster(address: str, table: Any, storage: str | None, data: str | None) -> Iterator[Finding]:
+    """A cluster: that it answers and takes the token, and every node of it."""
+    from models import UserError
+
+    from .cluster.probe import probe, versions
+
+    try:
+        if address.startswith(("http://", "https://")):
+            found = yield from _probe_by_job(address, table, storage, data)
+        else:
+            found = probe(address, storage, data)
+    except (UserError, ConnectionError) as error:
+        yield Finding("cluster", "wrong", str(error), "")
+        return
+    nodes = found["nodes"]
+    yield Finding(
+        "nodes", "ok", f"{len(nodes)}: " + ", ".join(sorted({n.get("host", n["address"]) for n in nodes})[:8])
+    )
+    yield from check_nodes(nodes, versions(), storage, data)
+
+
+def _probe_by_job(address: str, table: Any, storage: str | None, data: str | None) -> Any:
+    from models import UserError
+
+    from .cluster.client import Cluster, last_json
+    from .cluster.package import environment, staged
+
+    cluster = Cluster(address)
+    with_token = "with a token" if cluster.head.headers else "without a token"
+    yield Finding("cluster", "ok", f"{cluster.head.url} answers {with_token}: Ray {cluster.head.ray}")
+    arguments = ["launch.cluster.probe"]
+    arguments += [part for name, path in (("--storage", storage), ("--data", data)) if path for part in (name, path)]
+    with staged(exclude=table.exclude) as code:
+        status, output = cluster.call("doctor", arguments, code, environment(table, pip=False), timeout=600)
+    found = last_json(output)
+    if status != 0 or not isinstance(found, dict):
+        raise UserError(f"the nodes could not be asked:\n{output.strip()[-2000:]}")
+    return found
+
+
+def check_nodes(
+    nodes: list[dict[str, Any]], here: dict[str, str | None], storage: str | None, data: str | None
+) -> Iterator[Finding]:
+    """What ``launch.cluster.probe`` found on every node, judged."""
+    for node in nodes:
+        if "error" in node:
+            yield Finding(
+                f"node {node['address']}", "wrong", node["error"], "see the node's Ray logs; restart Ray on it"
+            )
+    nodes = [node for node in nodes if "error" not in node]
+    yield from _check_versions(nodes, here)
+    yield from _check_gpus(nodes)
+    skew = [node for node in nodes if abs(node["skew"]) > SKEW or abs(node.get("file_skew") or 0.0) > SKEW]
+    worst = max((abs(node["skew"]) for node in nodes), default=0.0)
+    if skew:
+        yield Finding("clocks", "wrong", f"{_names(skew)}: {worst:.1f} s apart", "synchronise them (chrony, NTP)")
+    else:
+        yield Finding("clocks", "ok", f"within {worst:.2f} s")
+    for what, path, key, fix in (
+        ("storage", storage, "storage_problem", "mount the same writable storage on all nodes, at the same path"),
+        ("data", data, "data_problem", "mount or copy the data to this path on all nodes"),
+    ):
+        if path is None:
+            hint = f"name it with --{what} or cluster.{what}" if what == "storage" else ""
+            yield Finding(what, "warning" if hint else "ok", "not checked: no path given", hint)
+            continue
+        bad = [node for node in nodes if node[key]]
+        for node in bad:
+            yield Finding(what, "wrong", f"{node['host']}: {node[key]}", fix)
+        if not bad:
+            yield Finding(what, "ok", f"{path}, on {len(nodes)} nodes")
+
+
+def _check_versions(nodes: list[dict[str, Any]], here: dict[str, str | None]) -> Iterator[Finding]:
+    for name in SAME:
+        found: dict[str | None, list[dict[str, Any]]] = {}
+        for node in nodes:
+            found.setdefault(node["versions"][name], []).append(node)
+        text = "; ".join(f"{number or 'missing'} on {_names(own)}" for number, own in found.items())
+        if None in found:
+            fix = "use an image that has it" if name in ("ray", "torch") else "submit with --pip, or install it"
+            yield Finding(f"{name} there", "wrong", text, fix)
+        elif len(found) > 1:
+            yield Finding(f"{name} there", "wrong", text, "use the same environment on all nodes")
+        elif name == "ray" and here[name] not in found:
+            yield Finding("ray there", "warning", f"{text}; here {here[name]}", f"pip install ray=={next(iter(found))}")
+        elif found:
+            yield Finding(f"{name} there", "ok", str(next(iter(found))))
+
+
+def _check_gpus(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
+    total = sum(node["ray_gpus"] for node in nodes)
+    bad = [node for node in nodes if node["gpus"] is not None and node["gpus"] < node["ray_gpus"]]
+    if bad:
+        seen = "; ".join(f"{n['host']}: Ray has {n['ray_gpus']:g}, torch sees {n['gpus']}" for n in bad)
+        yield Finding("GPUs there", "wrong", seen, "install a torch that fits the driver (nvidia-smi shows its CUDA)")
+    else:
+        yield Finding("GPUs there", "ok", f"{total:g} on {len(nodes)} nodes")
+
+
+def _names(nodes: list[dict[str, Any]]) -> str:
+    names = sorted({str(node["host"]) for node in nodes})
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,54 @@
+"""``prunesweep manifest``: files that start a search on a cluster by its own means."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["manifest"]
+
+
+class Kind(StrEnum):
+    kuberay = "kuberay"
+    slurm = "slurm"
+    ray_cluster = "ray-cluster"
+
+
+HOW = {
+    Kind.kuberay: "kubectl apply -f {file}",
+    Kind.slurm: "sbatch {file}",
+    Kind.ray_cluster: "ray up {file}, then prunesweep submit",
+}
+
+
+def manifest(
+    config: Annotated[Path, typer.Argument(help="a TOML file with a [cluster] table", show_default=False)],
+    kind: Annotated[
+        Kind, typer.Option("--to", help="a KubeRay RayJob, a batch script, or YAML for ray up", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="file to write  [default: standard output]", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. cluster.nodes=4")
+    ] = None,
+) -> None:
+    """Write what starts, and restarts, a search on Kubernetes, under SLURM or on machines of your own."""
+    from models.files import write_text
+    from search.config import load_config
+
+    from .cluster.kuberay import kuberay
+    from .cluster.package import on_cluster
+    from .cluster.ray_launcher import ray_launcher
+    from .cluster.slurm import slurm
+
+    make = {Kind.kuberay: kuberay, Kind.slurm: slurm, Kind.ray_cluster: ray_launcher}[kind]
+    text = make(on_cluster(load_config(config, overrides or [])))
+    if out is None:
+        print(text, end="")
+        return
+    write_text(out, text)
+    print(f"{out}: start with {HOW[kind].format(file=out)}")
