@@ -131,6 +131,7 @@ def status(
 ) -> None:
     """How far a search is."""
     from search import Run
+    from training import Quality
 
     found = Run.existing(run).status() if address is None else remote_status(str(run), address)
     if as_json:
@@ -143,7 +144,7 @@ def status(
         f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
         highlight=False,
     )
-    console.print(f"source: top-1 {source['top1']:.2f} %, {source['macs']:,} MACs, {source['params']:,} params")
+    console.print(f"source: {Quality.of(source)}, {source['macs']:,} MACs, {source['params']:,} params")
 
 
 @app.command()
@@ -181,21 +182,37 @@ def front(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
-    data: Annotated[str, typer.Option(help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, imagefolder:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH", show_default=False
+        ),
+    ],
+    length: Annotated[
+        int | None, typer.Option(min=2, help="texts: words that are seen at a time  [default: the model's]")
+    ] = None,
+    context: Annotated[int, typer.Option(min=0, help="texts: how many of them are seen but not predicted")] = 0,
+    test: Annotated[bool, typer.Option("--test", help="texts: the test split")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a saved model's accuracy."""
+    """Measure a saved model's accuracy, or perplexity."""
     from models import arch_of, cost, load
-    from training import EVAL_BATCH, open_data
+    from training import EVAL_BATCH, Quality, check_words, open_data, open_text
     from training import evaluate as measure
 
     loaded: Any = load(model)
-    top1 = measure(loaded, open_data(data, loaded.pretrained_cfg).val_loader(EVAL_BATCH))["top1"]
-    spent = cost(arch_of(loaded))
-    if as_json:
-        print(json.dumps({"top1": top1, "macs": spent.macs, "params": spent.params}))
+    arch = arch_of(loaded)
+    if length is not None or context or test:
+        opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
     else:
-        Console().print(f"top-1 {top1:.2f} %, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
+        opened = open_data(data, loaded.pretrained_cfg)
+    check_words(arch, opened)
+    batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
+    found, spent = Quality.of(measure(loaded, batches)), cost(arch)
+    if as_json:
+        print(json.dumps({**found.facts, "macs": spent.macs, "params": spent.params}))
+    else:
+        Console().print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
 
 
 @app.command()

@@ -56,7 +56,7 @@ def finetune(
     from search.config import read_overrides
     from search.display import Display
     from search.finetune import Finetuning, finetune_here, finetune_on_workers, worker_range
-    from training import load_recipe
+    from training import Quality, load_recipe
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -86,11 +86,11 @@ def finetune(
             finetune_on_workers(job, workers=most, least=fewer, **resources, **say)
     if not out.exists():  # a worker of torchrun's that is not the first one
         return
-    spent, top1 = cost(read_arch(out)), load_provenance(out)["top1"]
+    spent, found = cost(read_arch(out)), Quality.of(load_provenance(out))
     if as_json:
-        print(json.dumps({"top1": top1, "macs": spent.macs, "params": spent.params, "model": str(out)}))
+        print(json.dumps({**found.facts, "macs": spent.macs, "params": spent.params, "model": str(out)}))
     else:
-        console.print(f"top-1 {top1:.2f} %, {spent.macs:,} MACs; saved as {out}", highlight=False, soft_wrap=True)
+        console.print(f"{found}, {spent.macs:,} MACs; saved as {out}", highlight=False, soft_wrap=True)
 
 
 def reports(
@@ -115,7 +115,8 @@ def reports(
         nonlocal note
         rate.pause()
         facts = "".join(f"  {name} {f if isinstance(f, str) else f'{f:.4g}'}" for name, f in epoch.facts.items())
-        note = f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %{facts}"
+        ppl = "" if epoch.ppl is None else f"  ppl {epoch.ppl:.2f}"
+        note = f"{ppl}  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %{facts}"
         line = f"loss {epoch.loss:.3f}{note}  {epoch.images_per_s:,.0f} images/s"
         progress(what, epoch.epoch / epoch.epochs, line)
         if not display.console.is_terminal and epoch.epoch < epoch.epochs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import json
@@ -173,7 +172,7 @@ def unpack(output: str) -> bytes:
             if line == END:
                 break
             parts.append(base64.b64decode(line, validate=True))
-    except binascii.Error:
+    except ValueError:
         parts = []
     archive = b"".join(parts)
     if head is None or len(archive) != int(head[1]) or hashlib.sha256(archive).hexdigest() != head[2]:

@@ -16,7 +16,7 @@ from search.config import read_overrides
 from search.display import Display
 from search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from search.scoring import Calibration
-from training import EVAL_BATCH, evaluate, load_recipe, open_data
+from training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
 
 from .finetune import reports
 
@@ -122,10 +122,11 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
     wanted = request.finetune not in (None, "none")
     untrained = request.folder.with_name(f".{request.folder.name}-untrained") if wanted else request.folder
     save_pruned(pruned, untrained)
-    top1 = pruned.top1
+    source, first = Quality(pruned.source_top1, pruned.source_ppl), Quality(pruned.top1, pruned.ppl)
+    last = first
     if wanted:
-        top1 = _finetune(request, model, untrained, request.folder, str(request.finetune))
-    _report(request, pruned.source_cost, pruned.source_top1, [(request.folder, pruned.cost, pruned.top1, top1)])
+        last = _finetune(request, model, untrained, request.folder, str(request.finetune))
+    _report(request, pruned.source_cost, source, [(request.folder, pruned.cost, first, last)])
 
 
 def prune_trained(request: Request) -> None:
@@ -162,16 +163,16 @@ def prune_trained(request: Request) -> None:
                 found = run.run(**say)
     rows = []
     for one in found:
-        folder, top1 = request.folder / one.folder.relative_to(decided), one.top1
+        folder, last = request.folder / one.folder.relative_to(decided), Quality(one.top1)
         if after != "none":
-            top1 = _finetune(request, model, one.folder, folder, after)
-        rows.append((folder, one.cost, one.top1, top1))
+            last = _finetune(request, model, one.folder, folder, after)
+        rows.append((folder, one.cost, Quality(one.top1), last))
     data = open_data(request.data, model.pretrained_cfg)
-    _report(request, whole, evaluate(model, data.val_loader(EVAL_BATCH))["top1"], rows)
+    _report(request, whole, Quality.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
 
 
-def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> float:
-    """Train ``start`` with the source as teacher; the result's top-1."""
+def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> Quality:
+    """Train ``start`` with the source as teacher; the result's quality."""
     from search.finetune import Finetuning, finetune_here, finetune_on_workers
 
     teacher = request.folder.with_name(f".{request.folder.name}-source")
@@ -186,31 +187,34 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
             finetune_on_workers(job, **request.resources, **say)
         else:
             finetune_here(job, **say)
-    return float(load_provenance(out)["top1"])
+    return Quality.of(load_provenance(out))
 
 
 def _report(
-    request: Request, source: Cost, source_top1: float, rows: Sequence[tuple[Path, Cost, float, float]]
+    request: Request, source: Cost, before: Quality, rows: Sequence[tuple[Path, Cost, Quality, Quality]]
 ) -> None:
-    """What came out: folder, cost, top-1 at first and at last."""
+    """What came out: folder, cost, quality at first and at last; ``before`` is the source's."""
     if request.as_json:
         facts = [
-            {"top1": top1, "untrained_top1": first, "macs": own.macs, "params": own.params, "model": str(folder)}
-            for folder, own, first, top1 in rows
+            {**_named("source_", before), **found.facts, **_named("untrained_", first)}
+            | {"macs": own.macs, "params": own.params, "model": str(folder)}
+            for folder, own, first, found in rows
         ]
-        facts = [{"source_top1": source_top1, **fact} for fact in facts]
         print(json.dumps(facts[0] if len(facts) == 1 else facts))
         return
-    for folder, own, first, top1 in rows:
-        trained = f"top-1 {top1:.2f} % ({first:.2f} % without finetuning" if top1 != first else f"top-1 {top1:.2f} % ("
-        comma = ", " if top1 != first else ""
+    for folder, own, first, found in rows:
+        untrained = f"{first} without finetuning, " if found != first else ""
         request.console.print(
             f"{own.macs:,} MACs ({own.macs / source.macs:.3f} of the source's), "
             f"{own.params:,} params ({own.params / source.params:.3f})\n"
-            f"{trained}{comma}source {source_top1:.2f} %); saved as {folder}",
+            f"{found} ({untrained}source {before}); saved as {folder}",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _named(prefix: str, found: Quality) -> dict[str, float]:
+    return {prefix + name: value for name, value in found.facts.items()}
 
 
 def tome(request: Request) -> None:

@@ -53,13 +53,14 @@ def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
 def adaptive_lm(pretrained: bool = False, **options: Any) -> nn.Module:
     """fairseq's ``transformer_lm_wiki103`` with random weights, or one of its kind.
 
-    ``width``, ``depth``, ``heads``, ``mlp``, ``factor``, ``cutoffs`` and ``vocabulary`` are as in ``models.lm.lm_arch``;
-    ``num_classes`` are the words and ``img_size`` is (1, length). Bands are the same shares of the words by default.
+    ``width``, ``depth``, ``heads``, ``mlp``, ``factor``, ``cutoffs`` and ``vocabulary`` are as for
+    ``models.lm.lm_arch``, ``num_classes`` are the words and ``img_size`` is (1, length). By default bands are the same
+    shares of the words.
     """
     if pretrained:
         raise UserError("no weights of 'adaptive_lm' are published here: read fairseq's with `prunesweep import`")
     words, (_, length) = options.pop("num_classes", 267_744), options.pop("img_size", (1, 512))
-    shape = {"width": 1024, "depth": 16, "heads": 8, "mlp": 4096}
+    shape: dict[str, Any] = {"width": 1024, "depth": 16, "heads": 8, "mlp": 4096}
     shape |= {name: options.pop(name) for name in (*shape, "factor", "vocabulary") if name in options}
     cutoffs = tuple(options.pop("cutoffs", (words * 20_000 // 267_744, words * 60_000 // 267_744)))
     return create(

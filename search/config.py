@@ -17,7 +17,7 @@ from models.errors import nearest
 from pruners import GROUP_SIZES, PRUNERS
 from training import Recipe
 
-from .front import OBJECTIVES, TWO
+from .front import OBJECTIVES, QUALITIES, TWO
 
 __all__ = ["SearchConfig", "load_config", "parse_config"]
 
@@ -166,8 +166,10 @@ class SearchTable(Table):
         for name in names:
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives: {name!r} is none; known: {', '.join(OBJECTIVES)}")
-        if "top1" not in names or len(set(names)) < len(names) or len(names) < 2:
-            raise ValueError(f"objectives = {list(names)}: must be top1 and one or more costs, each once")
+        if len(set(QUALITIES) & set(names)) != 1 or len(set(names)) < len(names) or len(names) < 2:
+            raise ValueError(
+                f"objectives = {list(names)}: must be top1 and one or more costs, each once; of texts, ppl and costs"
+            )
         if 0 in self.rungs[1:] or self.rungs == (0,):
             raise ValueError(f"rungs = {list(self.rungs)}: only the first of several may have 0 epochs")
         return self

@@ -19,7 +19,7 @@ from models import UserError
 from models.files import write_text
 
 from .config import SearchTable
-from .front import OBJECTIVES, directions, values
+from .front import QUALITIES, directions, values
 from .promotion import Promotions
 from .run import Result, Run, Unit
 from .space import Candidate, Space
@@ -64,7 +64,7 @@ class Coordinator:
 
     def _make_ladder(self) -> Promotions:
         objectives = self.search.objectives
-        cost = next(name for name in objectives if OBJECTIVES[name] == "minimize")
+        cost = next(name for name in objectives if name not in QUALITIES)
         low, high = self.space.table.budget
         edges = [low + (high - low) * i / BANDS for i in range(1, BANDS)] if low < high else []
         whole = self.space.source_value(cost)
@@ -73,6 +73,7 @@ class Coordinator:
             self.search.eta,
             directions(objectives),
             bands=[edge * whole for edge in edges],
+            banded=objectives.index(cost),
         )
         for r in self.results:
             ladder.add(r.rung, r.trial, values(r, objectives))

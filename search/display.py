@@ -16,6 +16,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from training import Quality
+
 from .coordinator import Coordinator
 from .front import hypervolume
 from .run import Result
@@ -68,7 +70,7 @@ class Display:
         """The source, every variable with its range, the objectives over a sample, and what can be reached."""
         source = prepared.cost
         self.note(
-            f"source: {prepared.arch.source}  top-1 {prepared.top1:.2f} %  "
+            f"source: {prepared.arch.source}  {Quality(prepared.top1, prepared.ppl)}  "
             f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
         )
         variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
@@ -191,7 +193,7 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
     )
     rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
     return (
-        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: top-1 {result.top1:.2f} %  "
+        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {Quality(result.top1, result.ppl)}  "
         f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
     )
 
@@ -220,12 +222,14 @@ def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path)
 def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
     """The Pareto set, one row per model."""
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
-    for name in ("trial", "top-1 (%)", "MACs (M)", "/ source", "params (M)"):
+    texts = any("ppl" in point for point in front)
+    for name in ("trial", *(["ppl"] if texts else []), "top-1 (%)", "MACs (M)", "/ source", "params (M)"):
         table.add_column(name, justify="right")
     table.add_column("model", overflow="fold")
     for point in front:
         table.add_row(
             str(point["trial"]),
+            *([f"{point['ppl']:.2f}"] if texts else []),
             f"{point['top1']:.2f}",
             f"{point['macs'] / 1e6:.2f}",
             f"{point['macs'] / source_macs:.3f}",

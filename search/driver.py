@@ -18,7 +18,7 @@ from tensorboardX import SummaryWriter
 
 from models import UserError, cut, read_arch
 from models.files import publish_folder, write_text
-from training import EVAL_BATCH, evaluate
+from training import EVAL_BATCH, Quality, evaluate
 
 from .config import SearchConfig, load_config
 from .coordinator import Coordinator
@@ -179,7 +179,7 @@ def create_run(run: Run, config: SearchConfig, prepared: Prepared) -> None:
         "source": {
             "name": prepared.arch.source,
             "weights": prepared.weights,
-            "top1": prepared.top1,
+            **Quality(prepared.top1, prepared.ppl).facts,
             "macs": cost.macs,
             "params": cost.params,
             **({} if latency is None else {"latency_ms": latency}),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
 from models import UserError, load, read_arch, save, weights_digest
-from training import EVAL_BATCH, Data, Epoch, Recipe, World, batches_of, evaluate, fit, open_data
+from training import EVAL_BATCH, Data, Epoch, Quality, Recipe, World, batches_of, check_words, evaluate, fit, open_data
 
 from .provenance import digest, versions
 
@@ -71,6 +71,7 @@ class Finetuning:
             if path is None:
                 continue
             arch = read_arch(path)
+            check_words(arch, data)
             if arch.num_classes != data.info.num_classes:
                 raise UserError(
                     f"{what} {path} has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: give "
@@ -104,6 +105,7 @@ def logged(work: Path) -> Iterator[Callable[[Epoch], None]]:
         def log(epoch: Epoch) -> None:
             lines.write(json.dumps(asdict(epoch)) + "\n")
             scalars = {name: getattr(epoch, name) for name in ("loss", "top1", "top5", "lr", "images_per_s")}
+            scalars |= {} if epoch.ppl is None else {"ppl": epoch.ppl}
             scalars |= {f"facts/{name}": fact for name, fact in epoch.facts.items() if not isinstance(fact, str)}
             for name, value in scalars.items():
                 board.add_scalar(name, value, epoch.epoch)
@@ -174,7 +176,7 @@ def finetune_here(
             )
         found = evaluate(model, data.val_loader(EVAL_BATCH, world), world)
         if world.first:
-            save(model.cpu(), job.out, {**job.provenance(data), "top1": found["top1"]})
+            save(model.cpu(), job.out, {**job.provenance(data), **Quality.of(found).facts})
             (job.work / "state.safetensors").unlink(missing_ok=True)
     return found
 

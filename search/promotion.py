@@ -29,19 +29,29 @@ class Promotions:
     there; infeasible ones are never added.
     """
 
-    def __init__(self, rungs: int, eta: float, directions: Sequence[Direction], *, bands: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        rungs: int,
+        eta: float,
+        directions: Sequence[Direction],
+        *,
+        bands: Sequence[float] = (),
+        banded: int | None = None,
+    ) -> None:
         """
         Args:
             rungs: how many there are; rung 0 is where candidates start.
             eta: one of eta results is promoted; above 1.
             directions: of the objectives, in the order of ``add``'s values.
-            bands: ascending inner boundaries of the bands of the first minimised objective, in its unit; a value on a
-                boundary belongs to the band above. None given: one band.
+            bands: ascending inner boundaries of the bands of one objective, in its unit; a value on a boundary belongs
+                to the band above. None given: one band.
+            banded: place of that objective; the first minimised one by default.
         """
         if rungs < 1 or not eta > 1:
             raise ValueError(f"rungs = {rungs}, eta = {eta}: there must be at least one rung, and eta must exceed 1")
         if list(bands) != sorted(set(bands)) or (bands and "minimize" not in directions):
             raise ValueError(f"bands = {list(bands)}: must ascend, and need an objective that is minimised")
+        self._banded = directions.index("minimize") if bands and banded is None else banded or 0
         self._rungs, self._eta, self._directions, self._bands = rungs, eta, tuple(directions), tuple(bands)
         self._results: list[dict[int, tuple[float, ...]]] = [{} for _ in range(rungs)]
         self._promoted: list[set[int]] = [set() for _ in range(rungs)]
@@ -88,4 +98,4 @@ class Promotions:
     def _band(self, values: tuple[float, ...]) -> int:
         if not self._bands:
             return 0
-        return bisect.bisect_right(self._bands, values[self._directions.index("minimize")])
+        return bisect.bisect_right(self._bands, values[self._banded])

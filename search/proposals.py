@@ -58,9 +58,12 @@ def propose(
 
 
 def excess(known: Sequence[Result], macs: float, at_least: int) -> dict[int, float]:
-    """By place in ``known``: top-1 above the trend, a parabola over log MACs, of the half nearest to ``macs``."""
+    """By place in ``known``: top-1 above the trend, a parabola over log MACs, of the half nearest to ``macs``.
+
+    Where there are perplexities, their logarithms take the place of top-1.
+    """
     spent = np.log([r.macs / macs for r in known])
-    top1 = np.array([r.top1 for r in known])
+    top1 = np.array([r.top1 if r.ppl is None else -np.log(r.ppl) for r in known])
     degree = min(2, len(np.unique(spent)) - 1)
     above = top1 - np.polyval(np.polyfit(spent, top1, degree), spent)
     nearest = np.argsort(abs(spent), kind="stable")[: min(max(at_least, len(known) // 2), MOST)]

@@ -56,7 +56,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished unit gave; ``top1`` values in percent, before (``zero_shot``) and after finetuning."""
+    """What a finished unit gave; ``top1`` values in percent, before (``zero_shot``) and after finetuning.
+
+    Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
+    """
 
     trial: int
     top1: float
@@ -71,6 +74,7 @@ class Result:
     epochs: int = 0  # of finetuning, on this rung and those below
     latency_ms: float | None = None  # predicted
     has_model: bool = True  # False on a rung that only screens
+    ppl: float | None = None
 
     @property
     def id(self) -> str:
@@ -152,7 +156,7 @@ class Run:
             },
             "rungs": rungs,
             "hypervolume": hypervolume([r for r in results if r.has_model], facts["source"], self.objectives),
-            "source": {key: facts["source"][key] for key in ("top1", "macs", "params")},
+            "source": {k: v for k, v in facts["source"].items() if k in ("top1", "ppl", "macs", "params")},
         }
 
     def search_table(self) -> dict[str, Any]:
@@ -179,6 +183,7 @@ class Run:
                 "rung": r.rung,
                 "epochs": r.epochs,
                 "top1": r.top1,
+                **({} if r.ppl is None else {"ppl": r.ppl}),
                 "macs": r.macs,
                 "params": r.params,
                 **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),

@@ -33,11 +33,12 @@ class Prepared:
     model: nn.Module
     arch: Arch
     cost: Cost
-    quality: Quality
+    top1: float
     weights: str
     folder: Path
     space: Space
     score_files: Mapping[str, Path]
+    ppl: float | None = None  # of a language model
 
 
 def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
@@ -69,12 +70,14 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         name: cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
         for name in score_names(config.space, config.scores.method)
     }
+    quality = Quality.of(load_provenance(folder))
     return Prepared(
         data=data,
         model=source,
         arch=arch,
         cost=cost(arch),
-        quality=Quality.of(load_provenance(folder)),
+        top1=quality.top1,
+        ppl=quality.ppl,
         weights=weights,
         folder=folder,
         space=Space(config.space, arch, {name: Scores.load(path) for name, path in files.items()}),

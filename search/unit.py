@@ -23,7 +23,7 @@ from torch import nn
 from models import arch_of, cut, load, load_provenance, save
 from models.files import write_text
 from models.recalibrate import recalibrate
-from training import EVAL_BATCH, Data, Epoch, Recipe, evaluate, fit, open_data
+from training import EVAL_BATCH, Data, Epoch, Quality, Recipe, evaluate, fit, open_data
 
 from .config import SearchConfig, load_config
 from .provenance import versions
@@ -58,9 +58,9 @@ class Workplace:
         """Images of the training split, for rungs that do not train and for BatchNorm."""
         return self.data.calibration(self.config.search.screen_images, EVAL_BATCH, self.config.seed)
 
-    def evaluate(self, model: nn.Module) -> float:
-        """Validation top-1 in percent."""
-        return evaluate(model, self.data.val_loader(EVAL_BATCH))["top1"]
+    def evaluate(self, model: nn.Module) -> Quality:
+        """Of the validation split."""
+        return Quality.of(evaluate(model, self.data.val_loader(EVAL_BATCH)))
 
     def epochs(self, rung: int) -> int:
         """Epochs of finetuning on a rung."""
@@ -110,11 +110,11 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
     found = _screen(workplace, unit, candidate) if screens else _train(workplace, unit, candidate, folder)
     if found is None:
         return None
-    zero_shot, top1 = found
+    before, after = found
     return Result(
         trial=unit.number,
-        top1=top1,
-        zero_shot=zero_shot,
+        top1=after.top1,
+        zero_shot=before.top1,
         macs=candidate.cost.macs,
         params=candidate.cost.params,
         arch_hash=candidate.arch.hash,
@@ -125,32 +125,33 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
         epochs=sum(workplace.epochs(rung) for rung in range(unit.rung + 1)),
         latency_ms=candidate.latency_ms,
         has_model=not screens,
+        ppl=after.ppl,
     )
 
 
-def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[float, float]:
-    top1 = evaluate(_cut(workplace, candidate), workplace.screen)["top1"]
+def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[Quality, Quality]:
+    found = Quality.of(evaluate(_cut(workplace, candidate), workplace.screen))
     with _log(workplace.run, unit) as log:
-        log("end", top1=top1)
-    return top1, top1
+        log("end", **found.facts)
+    return found, found
 
 
-def _train(workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path) -> tuple[float, float] | None:
-    """Top-1 before and after finetuning, or None where it was asked to stop."""
+def _train(workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path) -> tuple[Quality, Quality] | None:
+    """Quality before and after finetuning, or None where it was asked to stop."""
     model = _start(workplace, unit, candidate)
     before = workplace.evaluate(model)
     state = folder / "state.safetensors"
     workers = workplace.config.resources.workers_per_trial
     with _log(workplace.run, unit) as log:
-        log("start", resumed=state.exists(), zero_shot=before)
+        log("start", resumed=state.exists(), zero_shot=before.top1)
         train = _finetune if workers == 1 else _finetune_on_workers
-        top1 = train(workplace, model, unit, folder, log)
-        if top1 is None:
+        after = train(workplace, model, unit, folder, log)
+        if after is None:
             log("stopped")
             return None
-        log("end", top1=top1)
+        log("end", **after.facts)
     state.unlink(missing_ok=True)
-    return before, top1
+    return before, after
 
 
 def _cut(workplace: Workplace, candidate: Candidate) -> nn.Module:
@@ -175,12 +176,12 @@ def _start(workplace: Workplace, unit: Unit, candidate: Candidate) -> nn.Module:
 
 def _finetune(
     workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
-) -> float | None:
-    """Train and save ``model``; its top-1, or None where it was asked to stop before the last epoch."""
-    last: list[float] = []
+) -> Quality | None:
+    """Train and save ``model``; its quality, or None where it was asked to stop before the last epoch."""
+    last: list[Quality] = []
 
     def on_epoch(epoch: Epoch) -> None:
-        last[:] = [epoch.top1]
+        last[:] = [Quality(epoch.top1, epoch.ppl)]
         log("epoch", **asdict(epoch))
 
     finished = fit(
@@ -196,14 +197,14 @@ def _finetune(
     )
     if not finished:
         return None
-    top1 = last[0] if last else workplace.evaluate(model)  # no epoch was left to do
-    save(model.cpu(), folder / "model", _provenance(workplace, unit, top1))
-    return top1
+    found = last[0] if last else workplace.evaluate(model)  # no epoch was left to do
+    save(model.cpu(), folder / "model", _provenance(workplace, unit, found))
+    return found
 
 
 def _finetune_on_workers(
     workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
-) -> float | None:
+) -> Quality | None:
     """``_finetune`` by Ray Train, on workers that bring their own resources."""
     from training.ray_train import FinetuneJob, Workers, finetune_on_ray
 
@@ -234,10 +235,10 @@ def _finetune_on_workers(
         return None
     for scratch in (start, folder / "train"):
         shutil.rmtree(scratch)
-    return float(load_provenance(folder / "model")["top1"])
+    return Quality.of(load_provenance(folder / "model"))
 
 
-def _provenance(workplace: Workplace, unit: Unit, top1: float | None) -> dict[str, Any]:
+def _provenance(workplace: Workplace, unit: Unit, found: Quality | None) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     return {
         "method": unit.point["method"],
@@ -247,7 +248,7 @@ def _provenance(workplace: Workplace, unit: Unit, top1: float | None) -> dict[st
         "point": unit.point,
         "rung": unit.rung,
         "seed": unit.seed,
-        **({} if top1 is None else {"top1": top1}),
+        **({} if found is None else found.facts),
         "versions": versions(),
     }
 

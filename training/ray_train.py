@@ -46,6 +46,7 @@ from models.files import publish_folder  # noqa: E402
 from pruners.hook import Collapsed  # noqa: E402
 
 from .data import open_data  # noqa: E402
+from .evaluate import Quality  # noqa: E402
 from .loop import Epoch, fit  # noqa: E402
 from .prune import PruneJob, prune_while_training  # noqa: E402
 from .recipe import Recipe  # noqa: E402

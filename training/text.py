@@ -104,7 +104,7 @@ class TextData(Data):
         self.corpus, self.length, self.context = corpus, length, context
         content = hashlib.sha256(f"{corpus.vocabulary} {length} {context}".encode())
         for text in corpus.texts.values():
-            content.update(text)
+            content.update(text.data)
         self.info = DataInfo(
             name=name,
             num_classes=len(corpus.words),
@@ -243,9 +243,12 @@ def open_text(
         loader_workers: processes that make pieces; 0 does it in this one.
 
     Raises:
-        UserError: a file is missing or no text, ``dict.txt`` is no dictionary, ``context`` leaves nothing to predict.
+        UserError: the name is no text's, a file is missing or no text, ``dict.txt`` is no dictionary, or ``context``
+            leaves nothing to predict.
     """
     kind, _, path = name.partition(":")
+    if name != "pydocs" and not (kind == "wikitext" and path):
+        raise UserError(f"{name!r} is no text: length, context and the test split are for 'pydocs' and 'wikitext:PATH'")
     corpus = _pydocs() if kind == "pydocs" else _wikitext(Path(path).expanduser().absolute())
     if length is None:
         size = tuple(preprocessing.get("input_size") or ())

@@ -62,7 +62,18 @@ def kuberay(config: SearchConfig) -> str:
             "rayClusterSpec": _ray_cluster(cluster, name),
         },
     }
-    return yaml.safe_dump_all([settings, job], sort_keys=False, width=1000)
+    return yaml.dump_all([settings, job], Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Texts of several lines as they are read."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> Any:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _ray_cluster(cluster: ClusterTable, name: str) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def _container(name: str, cluster: ClusterTable, cpus: int, memory_gib: int, gpu
     return {
         "name": name,
         "image": cluster.image,
-        "resources": {"requests": resources, "limits": resources},
+        "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": mounts,
     }
 

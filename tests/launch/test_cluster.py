@@ -1,0 +1,271 @@
+"""What is shipped to a cluster and how it is found there, without a cluster."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import drive, package
+from launch.cluster.auth import find_token, greet
+from launch.jobs import unpack
+from models import UserError
+from search.config import SearchConfig, load_config
+from tests.launch.head import AUTH, clean_environment
+from tests.search.helpers import make_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_token_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in AUTH:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def test_code_and_configuration_are_shipped_and_run_alone(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    config = tiny(cluster={"data": "/mnt/imagenet"}, data={"name": "imagefolder:/home/me/imagenet"})
+    with package.staged(config) as folder:
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert {
+            "models/arch.py",
+            "launch/cluster/probe.py",
+            "search/report.html",
+            "training/recipes/quick.toml",
+        } <= names
+        assert not [name for name in names if "pycache" in name or name.startswith(("tests", "docs", "runs", "."))]
+        assert sum(package.sizes(folder).values()) < 3 * 2**20
+        shipped = load_config(folder / "search.toml")
+        assert shipped.data.name == "imagefolder:/mnt/imagenet"
+        code = (
+            "import models.files, search.provenance, launch.cluster.drive;"
+            "from importlib.metadata import distribution as d;"
+            "print(models.__file__, d('prunesweep').locate_file('').absolute(), search.provenance.versions()['prunesweep'])"
+        )
+        environment = clean_environment(PYTHONPATH=str(folder))  # as Ray sets it in a job
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
+        module, facts, number = out.stdout.split()
+        assert module == str(folder / "models" / "__init__.py")
+        assert facts == str(folder)
+        assert number == version("prunesweep")
+
+
+def test_files_can_be_left_behind() -> None:
+    with package.staged(exclude=["*.html", "pruners/upvit*.py"]) as folder:
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        assert "search/report.py" in names
+        assert "search/report.html" not in names
+        assert "pruners/upvit.py" not in names
+        assert "pruners/nvit.py" in names
+
+
+def test_a_local_source_is_shipped_and_what_is_too_large_is_named(
+    tiny: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    config = tiny(source={"model": f"local-dir:{source}"})
+    with package.staged(config) as folder:
+        assert (folder / "source" / "config.json").read_text() == "{}"
+        table = tomllib.loads((folder / "search.toml").read_text())
+        assert table["source"]["model"] == "local-dir:source"
+    with (source / "model.safetensors").open("wb") as file:
+        file.truncate(101 * 2**20)
+    too_large = r"a head takes 100 MiB(.|\n)*101\.0 MiB  source/model\.safetensors"
+    with pytest.raises(UserError, match=too_large), package.staged(config):
+        pass
+    elsewhere = tiny(source={"model": "local-dir:/not/on/this/machine"})
+    assert package.on_cluster(elsewhere).source.model == "local-dir:/not/on/this/machine"
+
+
+def test_pip_installs_what_the_cluster_need_not_have() -> None:
+    names = {re.split(r"[<>=\[]", text)[0] for text in package.requirements()}
+    assert {"timm", "optuna", "pydantic", "safetensors"} <= names
+    assert not names & {"ray", "torch", "torchvision", "pytest"}
+    table = load_config(ROOT / "examples" / "digits.toml").cluster or package.ClusterTable(env={"NCCL_DEBUG": "INFO"})
+    assert "pip" not in package.environment(table, pip=False)
+    assert package.environment(table, pip=True)["pip"] == package.requirements()
+    assert package.environment(table, pip=False)["env_vars"]["NCCL_DEBUG"] == "INFO"
+
+
+@pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"])
+def test_secrets_are_not_taken(tiny: Callable[..., SearchConfig], name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} looks like a secret"):
+        tiny(cluster={"env": {name: "x"}})
+
+
+def test_a_driver_begins_once_and_then_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    assert drive.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == [
+        *("search", "c.toml", "--out", str(run), "--address", "auto"),
+        *("--set", "resources.cpus=2", "--set", "search.trials=9"),
+    ]
+    run.mkdir()
+    (run / "search.toml").touch()  # not yet whole
+    assert drive.command("c.toml", str(run), "auto", None, [])[0] == "search"
+    (run / "run.json").touch()
+    wanted = ["resume", str(run), "--address", "auto", "--trials", "9", "--set", "resources.cpus=2"]
+    assert drive.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == wanted
+    words = shlex.split(package.driver("c.toml", str(run), again=True, trials=9, overrides=["a.b='x y'"]))
+    assert words == ["python", "-m", "launch.cluster.drive", "c.toml", str(run), "--trials", "9", "--set", "a.b='x y'"]
+    assert "launch.cli" in package.driver("c.toml", str(run), again=False)
+
+
+class Door(http.server.BaseHTTPRequestHandler):
+    """Answers as Ray's dashboard does; ``server.token`` opens it."""
+
+    def do_GET(self) -> None:
+        self.server.seen.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
+        token: str | None = self.server.token  # type: ignore[attr-defined]
+        given = self.headers.get("Authorization")
+        status = 200 if token is None or given == f"Bearer {token}" else 401 if given is None else 403
+        body = self.server.body if status == 200 else b"no"  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def door() -> Iterator[http.server.HTTPServer]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Door)
+    server.token, server.body, server.seen = None, json.dumps({"ray_version": "2.60.0"}).encode(), []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def url_of(server: http.server.HTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def test_a_token_is_sent_only_where_it_is_wanted(door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hidden")
+    head = greet(url_of(door) + "/")
+    assert (head.ray, head.headers, door.seen) == ("2.60.0", {}, [None])
+    door.token = "hidden"
+    head = greet(url_of(door))
+    assert head.headers == {"Authorization": "Bearer hidden"}
+    assert "hidden" not in repr(head)
+    door.token = "other"
+    with pytest.raises(UserError, match="refuses the token of RAY_AUTH_TOKEN") as error:
+        greet(url_of(door))
+    assert "hidden" not in str(error.value)
+
+
+def test_tokens_are_found_where_ray_finds_them(door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    door.token = "t"
+    with pytest.raises(UserError, match="wants a token: set RAY_AUTH_TOKEN_PATH"):
+        greet(url_of(door))
+    default = tmp_path / "home" / ".ray" / "auth_token"
+    default.parent.mkdir(parents=True)
+    default.write_text("in home\n")
+    assert find_token() == ("in home", str(default))
+    named = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(named))
+    with pytest.raises(UserError, match=f"RAY_AUTH_TOKEN_PATH={named}: cannot be read"):
+        find_token()
+    named.write_text("in a file")
+    assert find_token() == ("in a file", str(named))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    assert find_token() == ("t", "RAY_AUTH_TOKEN")
+    assert greet(url_of(door)).ray == "2.60.0"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(UserError, match="RAY_AUTH_MODE=disabled is set here"):
+        greet(url_of(door))
+
+
+def test_what_is_no_head_is_said_to_be_none(door) -> None:
+    door.body = b"<html>"
+    with pytest.raises(UserError, match="not as Ray's dashboard does"):
+        greet(url_of(door))
+    door.shutdown()
+    door.server_close()
+    with pytest.raises(UserError, match=r"nothing answers at http://127\.0\.0\.1"):
+        greet(url_of(door))
+    with pytest.raises(UserError, match="must be the http address"):
+        greet("10.0.0.1:6379")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a front of two models, and a third model that is not on it."""
+    run = make_run(tmp_path / "run")
+    front = []
+    for trial, top1 in ((0, 80.0), (1, 90.0), (2, 85.0)):
+        folder = run.trial(f"r0-{trial:04d}")
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "model.safetensors").write_bytes(bytes([trial]) * 100_000)
+        (folder / "result.json").write_text("{}")
+        (folder / "state.safetensors").write_text("large")
+        if trial < 2:
+            front.append({"trial": trial, "top1": top1, "model": f"trials/r0-{trial:04d}/model"})
+    (run / "front.json").write_text(json.dumps(front))
+    return run.path
+
+
+def pack(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.cluster.pack", str(run), "--limit", "1000000", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("options", "models"), [([], {0, 1}), (["--top", "1"], {1}), (["--top", "0"], set())])
+def test_what_is_packed_comes_out(run: Path, options: list[str], models: set[int]) -> None:
+    import io
+    import tarfile
+
+    done = pack(run, *options)
+    assert done.returncode == 0, done.stderr
+    noise = f"a warning of Ray\n{done.stdout}and another"
+    with tarfile.open(fileobj=io.BytesIO(unpack(noise)), mode="r:gz") as archive:
+        names = set(archive.getnames())
+        for trial in models:
+            member = archive.extractfile(f"trials/r0-000{trial}/model/model.safetensors")
+            assert member is not None
+            assert member.read() == bytes([trial]) * 100_000
+    assert {name for name in names if "model/" in name} == {
+        f"trials/r0-000{trial}/model/model.safetensors" for trial in models
+    }
+    assert {"run.json", "search.toml", "front.json", "trials/r0-0002/result.json"} <= names
+    assert not [name for name in names if "state" in name]
+
+
+def test_torn_and_altered_archives_are_refused(run: Path) -> None:
+    output = pack(run).stdout
+    lines = output.splitlines()
+    altered = lines[1][:50] + ("A" if lines[1][50] != "A" else "B") + lines[1][51:]
+    for broken in (
+        "\n".join(lines[:-2]),
+        "\n".join([lines[0], altered, *lines[2:]]),
+        "\n".join([lines[0], "§", *lines[2:]]),
+        "",
+    ):
+        with pytest.raises(UserError, match="length or checksum"):
+            unpack(broken)
+
+
+def test_archives_are_bounded_and_need_a_run(run: Path, tmp_path: Path) -> None:
+    too_large = pack(run, "--limit", "100")
+    assert too_large.returncode == 2
+    assert "exceeds the limit" in json.loads(too_large.stdout)["error"]
+    absent = pack(tmp_path / "absent")
+    assert absent.returncode == 2
+    assert "is not a run on the cluster yet" in json.loads(absent.stdout)["error"]
