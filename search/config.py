@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from models import UserError
 from models.errors import nearest
 from pruners import GROUP_SIZES, PRUNERS
+from pruners.trained import trained_pruner
 from training import Recipe
 
 from .front import OBJECTIVES, QUALITIES, TWO
@@ -93,6 +94,7 @@ class SpaceTable(Table):
     mlp_weight: tuple[float, float] = (1.0, 1.0)  # factor on the saliency of MLP units: what is spared
     lr: tuple[float, float] = (5e-4, 5e-4)  # of finetuning, searched on a logarithmic scale
     distill_weight: tuple[float, float] = (1.0, 1.0)  # factor on the weights of finetune.distill
+    skip_order: Literal["measured", "learned"] = "measured"  # by leaving blocks out, or by the gates of a UVC run
     prune_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of patches that pass a merging block by
     groups: dict[str, Natural] = dict(GROUP_SIZES)  # units removed at a time; 0 leaves a kind whole
     params: tuple[float, float] | None = None  # window; what lies outside is never built
@@ -141,6 +143,22 @@ class SpaceTable(Table):
     def group_sizes(self) -> dict[str, int]:
         """``groups`` with the defaults of the kinds that are not named."""
         return {**GROUP_SIZES, **self.groups}
+
+
+class GatesTable(Table):
+    """The UVC run whose gates order the blocks, where ``space.skip_order`` is learned: one, before the search."""
+
+    recipe: Recipe = Recipe(epochs=10, min_lr=1e-5)
+    settings: dict[str, Any] = {}  # of pruners.uvc.UVCSettings
+
+    @field_validator("settings")
+    @classmethod
+    def _allowed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            trained_pruner("uvc").configure("uvc", [0.5], {k: v for k, v in settings.items() if k != "budgets"})
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return settings
 
 
 class SearchTable(Table):
@@ -239,6 +257,7 @@ class SearchConfig(Table):
     data: DataTable
     source: SourceTable
     scores: ScoresTable = ScoresTable()
+    gates: GatesTable = GatesTable()
     space: SpaceTable = SpaceTable()
     search: SearchTable = SearchTable()
     finetune: Recipe = Recipe()

@@ -18,7 +18,6 @@ from optuna.samplers import PartialFixedSampler, RandomSampler, TPESampler
 from optuna.trial import create_trial
 
 from .run import Result
-from .variables import Params
 
 __all__ = ["EXPLORE", "excess", "propose"]
 
@@ -75,7 +74,7 @@ def _ask(
     sampler: optuna.samplers.BaseSampler,
     values: Mapping[int, float],
     known: Sequence[Result],
-) -> Params:
+) -> dict[str, float | int | str]:
     """A point from a study in memory that holds nothing but these results."""
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for i, value in values.items():

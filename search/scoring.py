@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import nn
 from models import arch_of, weights_digest
 from pruners import Scores, pmvit, pruner, score_depth, upvit
 from pruners.scores import FORMAT
-from training import Data, images_only
+from pruners.uvc import UVC
+from pruners.uvc_settings import UVCSettings
+from training import Data, Recipe, fit, images_only
 
 from .provenance import digest
-from .space import DEPTH, TOKENS
+from .space import DEPTH, LEARNED, TOKENS
 
-__all__ = ["Calibration", "Progress", "cached_scores"]
+__all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]
 
 Progress = Callable[[str, float, str], None]  # what is being done, the share of it done in [0, 1], a note
 
@@ -78,6 +81,50 @@ def cached_scores(
         scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
         os.replace(scratch, path)
+    return path
+
+
+def cached_gates(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    seed: int,
+    cache: Path,
+    progress: Progress,
+    *,
+    weights: str | None = None,
+) -> Path:
+    """The file of block scores from the gates of one UVC run, made now where the cache does not have it.
+
+    Blocks are ordered by keep logit minus skip logit, as learned; a run that was cut off goes on.
+
+    Args:
+        model: the source, on its device; also the teacher.
+        data, recipe, settings, seed: of the run; ``settings`` are those of ``pruners.uvc.UVCSettings``.
+        cache, progress, weights: as for ``cached_scores``.
+
+    Raises:
+        UserError: UVC cannot serve the model, a setting does not fit, or training failed.
+    """
+    weights = weights or weights_digest(model)
+    run = {"recipe": recipe.model_dump(mode="json"), "settings": dict(settings), "seed": seed}
+    facts = {"method": LEARNED, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **run}
+    path = cache / f"{LEARNED}-{digest(facts)}.safetensors"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hook, trained, state = UVC(UVCSettings.model_validate(settings)), copy.deepcopy(model), path.with_suffix(".state")
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        progress("learning gates", done / total, f"loss {loss:.3f}  {hook.facts.get('skip', '')}")
+
+    fit(trained, data, recipe, teacher=model, hook=hook, seed=seed, state=state, on_step=on_step)
+    margin = hook.machine.gates[:, 1] - hook.machine.gates[:, 0]
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Scores({"depth": margin.double().cpu()}, facts).save(scratch)
+    os.replace(scratch, path)
+    state.unlink(missing_ok=True)
     return path
 
 

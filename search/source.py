@@ -19,8 +19,8 @@ from training import EVAL_BATCH, Data, Quality, check_words, evaluate, fit, open
 
 from .config import SearchConfig, SourceTable
 from .provenance import digest, versions
-from .scoring import Calibration, Progress, cached_scores
-from .space import Space, score_names
+from .scoring import Calibration, Progress, cached_gates, cached_scores
+from .space import LEARNED, Space, score_names
 
 __all__ = ["Prepared", "Progress", "prepare"]
 
@@ -66,10 +66,13 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
     source.to(device)
 
     settings = Calibration(**config.scores.model_dump(exclude={"method"}))
-    files = {
-        name: cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
-        for name in score_names(config.space, config.scores.method)
-    }
+    files = {}
+    for name in score_names(config.space, config.scores.method):
+        if name == LEARNED:
+            run = (config.gates.recipe, config.gates.settings, config.seed)
+            files[name] = cached_gates(source, data, *run, cache / "scores", progress, weights=weights)
+        else:
+            files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
     quality = Quality.of(load_provenance(folder))
     return Prepared(
         data=data,

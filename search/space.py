@@ -26,9 +26,20 @@ from .config import SpaceTable
 from .provenance import digest
 from .variables import Params, Variable, variables
 
-__all__ = ["DEPTH", "TOKENS", "Candidate", "Params", "Space", "Spread", "Summary", "read_scores", "score_names"]
+__all__ = [
+    "DEPTH",
+    "LEARNED",
+    "TOKENS",
+    "Candidate",
+    "Params",
+    "Space",
+    "Spread",
+    "Summary",
+    "read_scores",
+    "score_names",
+]
 
-DEPTH, TOKENS = "depth_kl", "pmvit"  # scores that are no width method's
+DEPTH, LEARNED, TOKENS = "depth_kl", "uvc_gates", "pmvit"  # scores that are no width method's
 TRAINING = ("lr", "distill_weight")  # variables that change the training, not the architecture
 
 
@@ -88,7 +99,8 @@ class _Shape:
 def score_names(table: SpaceTable, method: str) -> tuple[str, ...]:
     """The scores that a space needs: width methods', and those of blocks and tokens where they are searched."""
     methods = table.methods or (method,)
-    depth = (DEPTH,) if table.skip[1] else ()
+    order = LEARNED if table.skip_order == "learned" else DEPTH
+    depth = (order,) if table.skip[1] else ()
     return (*methods, *depth, *((TOKENS,) if table.keep_rate[0] < 1 else ()))
 
 
@@ -113,9 +125,10 @@ class Space:
                     f"exceed {last}"
                 )
         self.table, self.arch, self.scores, self.source_cost = table, arch, scores, cost(arch)
-        methods = tuple(name for name in scores if name not in (DEPTH, TOKENS))
+        methods = tuple(name for name in scores if name not in (DEPTH, LEARNED, TOKENS))
         self.variables = variables(table, methods, arch.depth)
-        self._order = drop_order(scores[DEPTH]) if DEPTH in scores else ()
+        depth = scores.get(DEPTH) or scores.get(LEARNED)
+        self._order = () if depth is None else drop_order(depth)
         self._latency: Callable[[Arch], float] | None = None
         if table.latency_table is not None:
             self._latency = LatencyTable.load(Path(table.latency_table)).predict
@@ -130,7 +143,7 @@ class Space:
         names = score_names(table, method)
         blank: dict[str, Scores] = {}
         for name in names:
-            if name == DEPTH:
+            if name in (DEPTH, LEARNED):
                 blank[name] = Scores({"depth": torch.arange(arch.depth)})
             elif name == TOKENS:
                 blank[name] = _blank_tokens(arch)

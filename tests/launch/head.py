@@ -49,7 +49,7 @@ class RunningHead:
 def running_head(*, token_file: Path | None = None, cpus: int = 1) -> Iterator[RunningHead]:
     folder = Path(tempfile.mkdtemp(prefix="ps", dir="/tmp"))  # short: Ray's sockets lie below it
     port, dashboard, client, agent, metrics = free_ports(5)
-    auth = {"RAY_AUTH_MODE": "disabled"}
+    auth = {"HOME": str(folder)}  # nothing says how, and no token lies there: Ray asks for none
     if token_file is not None:
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
     environment = clean_environment(RAY_TMPDIR=str(folder), RAY_USAGE_STATS_ENABLED="0", **auth)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import UserError, arch_of, load, load_provenance, save
+from pruners import Scores
 from search.config import SearchConfig, parse_config
 from search.coordinator import Coordinator
 from search.driver import create_run
@@ -112,6 +113,23 @@ def test_the_source_is_trained_once_and_scores_are_kept(tiny: Callable[..., Sear
     prepare(tiny(seed=1), tmp_path, watch)
     assert "training the source" in seen
     assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.state.safetensors"))
+
+
+def test_the_order_of_blocks_can_be_learned(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    """One UVC run before the search; its gates are kept, and any later search on them costs nothing."""
+    gates = {"recipe": {"epochs": 2, "batch_size": 128}, "settings": {"warmup_epochs": 0, "ramp_steps": 10}}
+    config = tiny(space={"skip_order": "learned"}, gates=gates)
+    seen: list[str] = []
+    prepared = prepare(config, tmp_path, lambda what, *_: seen.append(what))
+    assert "learning gates" in seen
+    assert "measuring blocks" not in seen
+    scores = Scores.load(prepared.score_files["uvc_gates"]).vectors["depth"]
+    worst = int(scores.argmin())
+    kept = [b.src for b in prepared.space.decode({"budget": 0.9, "skip": 1, "lr": 1e-3}).arch.blocks]
+    assert kept == [i for i in range(3) if i != worst]
+    seen.clear()
+    prepare(config, tmp_path, lambda what, *_: seen.append(what))
+    assert seen == []
 
 
 def small_timm() -> torch.nn.Module:
