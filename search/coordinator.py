@@ -7,7 +7,9 @@ name; so killing anything at any moment loses no finished result and repeats non
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -55,6 +57,7 @@ class Coordinator:
         first = {f"r0-{r.trial:04d}" for r in self.results} | {name for name in self.failures if name.startswith("r0-")}
         self._begun = len(first | {u.id for u in self._waiting if u.rung == 0})
         self.duplicates = 0  # proposals of this driver that were candidates already
+        self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
         self.front = run.update_front(self.results, self._wanted_models())
 
     @property
@@ -150,6 +153,18 @@ class Coordinator:
         """The next unit to run, or None where there is none now."""
         if self._stopping or len(self._live) >= self.slots:
             return None
+        with self._clocked():
+            return self._hand_out()
+
+    @contextlib.contextmanager
+    def _clocked(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _hand_out(self) -> Unit | None:
         unit = self._waiting.popleft() if self._waiting else self._promotion() or self._proposal()
         if unit is None:
             return None
@@ -211,6 +226,10 @@ class Coordinator:
         Raises:
             SearchFailed: more than a quarter of the requested units, and more than two, have failed.
         """
+        with self._clocked():
+            self._complete(unit_id, error)
+
+    def _complete(self, unit_id: str, error: str | None) -> None:
         unit = self._live.pop(unit_id)
         found = self.run.read_result(unit_id)
         if found is None and error is None:

@@ -128,6 +128,20 @@ class Display:
             yield changed
         self._live = None
 
+    def overhead(self, coordinator: Coordinator, before: int, elapsed: float) -> None:
+        """What this session's results cost besides training; ``before`` is how many there were already."""
+        found = coordinator.results[before:]
+        if not found:
+            return
+        training = sum(r.training_seconds for r in found)
+        share = 1 - training / (elapsed * coordinator.slots)
+        again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
+        each = coordinator.seconds / len(found)
+        self.note(
+            f"{len(found)} units in {_clock(elapsed)}: the driver spent {each:.3f} s on each; "
+            f"{share:.0%} of the workers' time went into other things than training{again}"
+        )
+
     def close(self) -> None:
         """Give the terminal back; for ends that run no further code."""
         if self._live is not None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,7 +233,9 @@ def _search(
                     RayConnection(config.resources, address=address, verbose=verbose, on_death=ray_died) as connection,
                 ):
                     coordinator.slots = connection.slots
+                    before, begun = len(coordinator.results), time.monotonic()
                     execute(coordinator, config.resources, [changed, logged])
+                    display.overhead(coordinator, before, time.monotonic() - begun)
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise

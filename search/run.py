@@ -74,6 +74,7 @@ class Result:
     epochs: int = 0  # of finetuning, on this rung and those below
     latency_ms: float | None = None  # predicted
     has_model: bool = True  # False on a rung that only screens
+    training_seconds: float = 0.0  # of ``seconds``
     ppl: float | None = None
 
     @property

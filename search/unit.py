@@ -110,7 +110,7 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
     found = _screen(workplace, unit, candidate) if screens else _train(workplace, unit, candidate, folder)
     if found is None:
         return None
-    before, after = found
+    before, after, training = found
     return Result(
         trial=unit.number,
         top1=after.top1,
@@ -125,19 +125,22 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
         epochs=sum(workplace.epochs(rung) for rung in range(unit.rung + 1)),
         latency_ms=candidate.latency_ms,
         has_model=not screens,
+        training_seconds=training,
         ppl=after.ppl,
     )
 
 
-def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[Quality, Quality]:
+def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[Quality, Quality, float]:
     found = Quality.of(evaluate(_cut(workplace, candidate), workplace.screen))
     with _log(workplace.run, unit) as log:
         log("end", **found.facts)
-    return found, found
+    return found, found, 0.0
 
 
-def _train(workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path) -> tuple[Quality, Quality] | None:
-    """Quality before and after finetuning, or None where it was asked to stop."""
+def _train(
+    workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path
+) -> tuple[Quality, Quality, float] | None:
+    """Quality before and after finetuning and its seconds, or None where it was asked to stop."""
     model = _start(workplace, unit, candidate)
     before = workplace.evaluate(model)
     state = folder / "state.safetensors"
@@ -145,13 +148,15 @@ def _train(workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path)
     with _log(workplace.run, unit) as log:
         log("start", resumed=state.exists(), zero_shot=before.top1)
         train = _finetune if workers == 1 else _finetune_on_workers
+        begun = time.monotonic()
         after = train(workplace, model, unit, folder, log)
+        seconds = time.monotonic() - begun
         if after is None:
             log("stopped")
             return None
         log("end", **after.facts)
     state.unlink(missing_ok=True)
-    return before, after
+    return before, after, seconds
 
 
 def _cut(workplace: Workplace, candidate: Candidate) -> nn.Module:
