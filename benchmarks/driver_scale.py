@@ -43,15 +43,18 @@ from search.study import Study
 from .upvit_exact import processor
 
 RESULT = Path(__file__).parent / "results" / "driver_scale.json"
+DECODED = 20  # points
 STATES = 4  # tensors of a training state per parameter: weight, its average, Adam's two moments
 
 
-def make_space(arch: Arch) -> Space:
+def make_space(arch: Arch, *, joint: bool = False) -> Space:
+    """With a handful of shapes, whose paths of widths are soon all known; or where nearly every point has its own."""
     generator = torch.Generator().manual_seed(0)
     sizes = vector_sizes(arch, KINDS)
     widths = Scores({name: torch.rand(n, generator=generator, dtype=torch.float64) for name, n in sizes.items()})
     depth = Scores({"depth": torch.rand(arch.depth, generator=generator, dtype=torch.float64)})
-    table = SpaceTable(budget=(0.35, 0.9), skip=(0, 3), conv=(0, 3), conv3=(0, 1), mlp_weight=(0.5, 2), lr=(3e-5, 5e-4))
+    weights = (0.5, 2.0) if joint else (1.0, 1.0)
+    table = SpaceTable(budget=(0.35, 0.9), skip=(0, 3), conv=(0, 3), mlp_weight=weights, lr=(3e-5, 5e-4))
     return Space(table, arch, {"nvit": widths, "depth_kl": depth})
 
 
@@ -107,6 +110,17 @@ class Clock:
         return found
 
 
+def decoding(arch: Arch) -> float:
+    """Milliseconds to decode a point of the joint space, whose path of widths has to be found first."""
+    space = make_space(arch, joint=True)
+    points = space.summarise(DECODED, 0).points
+    space = make_space(arch, joint=True)  # that knows none of them
+    start = time.perf_counter()
+    for point in points:
+        space.decode(point)
+    return round(1e3 * (time.perf_counter() - start) / len(points), 1)
+
+
 def simulate(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     arch = arch_of(timm.create_model("deit_small_patch16_224"))
     search = SearchTable(trials=args.trials, rungs=args.rungs, sampler=args.sampler)
@@ -136,14 +150,20 @@ def simulate(path: Path, args: argparse.Namespace) -> dict[str, Any]:
                 print(rows[-1], flush=True)
     start = time.perf_counter()
     open_run()
-    return {"rows": rows, "results": coordinator.settled, "reopen_s": round(time.perf_counter() - start, 2)}
+    return {
+        "decode_ms": decoding(arch),
+        "rows": rows,
+        "results": coordinator.settled,
+        "reopen_s": round(time.perf_counter() - start, 2),
+    }
 
 
 def footprint(run: Run) -> dict[str, float]:
-    """Memory at most so far, the journal, and what TensorBoard's logs of the search take."""
+    """Memory now, the journal, and what TensorBoard's logs of the search take."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     boards = sum(p.stat().st_size for p in (run / "tb").rglob("*") if p.is_file())
     return {
-        "memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "memory_mib": round(pages * resource.getpagesize() / 2**20),
         "journal_mib": round((run / "study.journal").stat().st_size / 2**20, 2),
         "board_mib": round(boards / 2**20, 2),
     }

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from training import Quality
 
+from .config import SearchConfig
 from .coordinator import Coordinator
 from .front import hypervolume
 from .run import Result
-from .source import Prepared
-from .space import Spread, Summary
+from .space import Space, Spread, Summary
 
 __all__ = ["Display", "front_table", "promoted_table"]
 
@@ -66,15 +66,15 @@ class Display:
         with bars:
             yield report
 
-    def space(self, prepared: Prepared, summary: Summary, zero_shot: Spread) -> None:
+    def space(self, space: Space, summary: Summary, quality: Quality | None, zero_shot: Spread | None) -> None:
         """The source, every variable with its range, the objectives over a sample, and what can be reached."""
-        source = prepared.cost
+        source = space.source_cost
         self.note(
-            f"source: {prepared.arch.source}  {Quality(prepared.top1, prepared.ppl)}  "
+            f"source: {space.arch.source}  {'' if quality is None else f'{quality}  '}"
             f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
         )
         variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
-        free = [v for v in prepared.space.variables if not v.fixed]
+        free = [v for v in space.variables if not v.fixed]
         for v in free:
             if v.choices:
                 variables.add_row(v.name, ", ".join(v.choices), "", v.meaning)
@@ -87,19 +87,33 @@ class Display:
             ("macs / source", summary.macs, source.macs, 3),
             ("params (M)", summary.params, 1e6, 3),
             *([("latency (ms) ↓, predicted", summary.latency_ms, 1, 3)] if summary.latency_ms else []),
-            ("top-1 (%) ↑, before finetuning", zero_shot, 1, 2),
+            *([("top-1 (%) ↑, before finetuning", zero_shot, 1, 2)] if zero_shot else []),
         ):
             values = (spread.low, spread.median, spread.high)
             objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
         self.console.print(Group(variables, objectives))
         low, high = summary.reachable
-        table = prepared.space.table
+        table = space.table
         share = "all of it" if summary.feasible == 1 else f"{summary.feasible:.0%} of it"
         self.note(
             f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: satisfiable, {share} "
             f"(reachable {low:.3f} to {high:.3f}); {len(free)} variables, {summary.distinct} distinct candidates in a "
             f"sample of {round(len(summary.points) / summary.feasible)}"
         )
+
+    def plan(self, config: SearchConfig, units: int | None) -> None:
+        """How much would be trained: units and epochs per rung, and how many units run side by side."""
+        search, count = config.search, config.search.trials
+        parts, epochs = [], 0
+        for rung, own in enumerate(search.rungs or (config.finetune.epochs,)):
+            count = search.trials if rung == 0 else int(count // search.eta)
+            epochs += count * own
+            parts.append(f"{count} x {own} epochs")
+        resources = config.resources
+        each = f"{resources.workers_per_trial} worker{'s' if resources.workers_per_trial > 1 else ''}"
+        each += f" of {resources.cpus_per_trial} CPUs and {resources.gpus_per_trial:g} GPUs"
+        beside = "" if units is None else f"; {units} side by side here"
+        self.note(f"plan: {', then '.join(parts)}: {epochs} epochs in all, each on {each}{beside}")
 
     @contextlib.contextmanager
     def live(self, coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float]) -> Iterator[Any]:

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from models import UserError, cut, read_arch
+from models import Arch, UserError, cut, read_arch
 from models.files import publish_folder, write_text
+from models.recalibrate import recalibrate
 from training import EVAL_BATCH, Quality, evaluate
 
-from .config import SearchConfig, load_config
+from .config import SearchConfig, SourceTable, load_config
 from .coordinator import Coordinator
 from .display import Display
 from .front import hypervolume, pareto_front
@@ -65,7 +69,8 @@ def run_search(
         out: the run's folder, which must not exist yet; ``runs/NAME`` by default.
         console: where to draw; nothing is drawn by default.
         address: of a running Ray cluster, all of whose nodes see ``out``; a Ray of its own by default.
-        dry_run: stop, and return None, after the space was shown.
+        dry_run: stop, and return None, after the space was shown. Where data or weights are not there, that is said,
+            and the space is what the architecture alone can tell.
         verbose: show Ray's own log lines.
 
     Raises:
@@ -80,13 +85,22 @@ def run_search(
         raise UserError(
             f"{run.path} exists: go on with 'prunesweep resume {run.path}', or choose another folder with --out"
         )
-    if address is None:
+    if address is None and not dry_run:
         slots(config.resources)
-    with display.progress() as progress:
-        prepared = prepare(config, run.path.parent / "cache", progress)
+    try:
+        if dry_run:
+            _check_downloaded(config.source)
+        with display.progress() as progress:
+            prepared = prepare(config, run.path.parent / "cache", progress)
+    except UserError as error:
+        if not dry_run:
+            raise
+        _plan_without(config, error, display)
+        return None
     summary = prepared.space.summarise(SAMPLE, config.seed)
-    display.space(prepared, summary, _zero_shot(prepared, summary))
+    display.space(prepared.space, summary, Quality(prepared.top1, prepared.ppl), _zero_shot(prepared, summary))
     if dry_run:
+        display.plan(config, _slots_here(config))
         return None
     create_run(run, config, prepared)
     return _search(run, config, prepared.space, display, address=address, verbose=verbose)
@@ -163,11 +177,49 @@ def _start_points(config: SearchConfig, space: Space) -> list[Params]:
     return points
 
 
+def _check_downloaded(source: SourceTable) -> None:
+    """Raise UserError for weights from the hub that this machine does not have yet: a dry run fetches nothing."""
+    cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False) if source.pretrained else None
+    if cfg is None or not cfg.hf_hub_id:
+        return
+    repo = cfg.hf_hub_id + (source.model if cfg.hf_hub_id.endswith("/") else "")
+    files = ("model.safetensors", "pytorch_model.bin")
+    if not any(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
+        raise UserError(f"the weights {repo} are not on this machine yet; a search would fetch them from the hub")
+
+
+def _plan_without(config: SearchConfig, error: UserError, display: Display) -> None:
+    """The space and the plan from the source's record alone. Raises ``error`` where the source is not known."""
+    display.note(f"not here: {error}")
+    try:
+        with torch.device("meta"):
+            arch = Arch.from_timm(timm.create_model(config.source.model, pretrained=False, **config.source.args))
+    except (RuntimeError, UserError, TypeError):
+        raise error from None
+    table = config.space
+    if table.latency_table is not None and not Path(table.latency_table).exists():
+        display.note(f"not here: the latency table {table.latency_table}; make it with `prunesweep latency`")
+        table = table.model_copy(update={"latency_table": None, "latency_ms": None})
+    Space.check(table, arch, config.scores.method)
+    space = Space.blank(table, arch, config.scores.method)
+    display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
+    display.space(space, space.summarise(SAMPLE, config.seed), None, None)
+    display.plan(config, _slots_here(config))
+
+
+def _slots_here(config: SearchConfig) -> int | None:
+    try:
+        return slots(config.resources)
+    except UserError:
+        return None
+
+
 def _zero_shot(prepared: Prepared, summary: Summary) -> Spread:
     """Accuracy before finetuning, over a few points of the sample."""
     found = []
     for point in summary.points[:SCORED]:
         model = cut(prepared.model, prepared.space.decode(point).decision)
+        recalibrate(model, prepared.data.calibration(EVAL_BATCH, EVAL_BATCH, 0))
         found.append(evaluate(model, prepared.data.val_loader(EVAL_BATCH))["top1"])
     return Spread.of(found)
 

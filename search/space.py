@@ -138,8 +138,8 @@ class Space:
         self._plans = lru_cache(maxsize=64)(self._make_plans)
 
     @classmethod
-    def check(cls, table: SpaceTable, arch: Arch, method: str) -> None:
-        """Raise UserError where no point of ``table`` can meet its budget; needs no scores, only the floors count."""
+    def blank(cls, table: SpaceTable, arch: Arch, method: str) -> Space:
+        """A space whose scores are all equal: for what costs alone can tell. Raises UserError as ``Space`` does."""
         names = score_names(table, method)
         blank: dict[str, Scores] = {}
         for name in names:
@@ -153,8 +153,12 @@ class Space:
                     raise UserError(f"method {name!r}: decides by ratios, not along one path of budgets; use 'taylor'")
                 sizes = vector_sizes(arch, pruner(name).kinds)
                 blank[name] = Scores({vector: torch.ones(size) for vector, size in sizes.items()})
-        space = cls(table, arch, blank)
-        narrowest = space.reachable[0]
+        return cls(table, arch, blank)
+
+    @classmethod
+    def check(cls, table: SpaceTable, arch: Arch, method: str) -> None:
+        """Raise UserError where no point of ``table`` can meet its budget; needs no scores, only the floors count."""
+        narrowest = cls.blank(table, arch, method).reachable[0]
         if narrowest > table.budget[1]:
             raise UserError(
                 f"space.budget = {list(table.budget)} cannot be met: the narrowest model still has {narrowest:.3f} of "

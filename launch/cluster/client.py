@@ -60,6 +60,7 @@ class Cluster:
 
     def __init__(self, address: str) -> None:
         self.head: Head = greet(address)
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         for name in (
@@ -68,7 +69,12 @@ class Cluster:
             "ray._private.runtime_env.packaging",
         ):
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = JobSubmissionClient(self.head.url, headers=dict(self.head.headers))
+        try:
+            self._client = JobSubmissionClient(self.head.url, headers=dict(self.head.headers))
+        except AuthenticationError as error:
+            raise UserError(
+                f"RAY_AUTH_MODE=token is set here, but no token is, and {self.head.url} wants none: unset RAY_AUTH_MODE"
+            ) from error
 
     def attempts(self, run: str | None = None) -> list[Attempt]:
         """Searches that this head remembers, or those of one run, in the order in which they were submitted."""

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,12 @@ from launch.cluster.client import Cluster
 from models import load
 from search.config import SearchConfig
 from search.run import Run
-from tests.launch.head import AUTH, RunningHead, running_head
+from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
 from tests.search.test_end_to_end import finished_units
 from tests.search.test_study import trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOKEN = "0123456789abcdef" * 4
 
 
@@ -127,7 +128,7 @@ def test_killed_stopped_and_resumed(
 ) -> None:
     """kill -9 of the driver, then a clean stop: each time another attempt goes on, and nothing is done twice."""
     run, at = runs / "lost", ["--address", head.url]
-    config = configured("lost", search={"trials": 10}, finetune={"epochs": 4})
+    config = configured("lost", search={"trials": 9}, finetune={"epochs": 3})
     code, out, err = call(capsys, "submit", config, *at)
     assert code == 0, out + err
     assert "prunesweep logs lost" in out
@@ -149,15 +150,15 @@ def test_killed_stopped_and_resumed(
     wait_for(lambda: cluster.status("lost-a2") == "STOPPED", "the job was stopped, and goes on")
     between = finished_units(run)
     assert before.items() <= between.items()
-    assert len(between) < 10, "nothing was left to stop"
+    assert len(between) < 9, "nothing was left to stop"
     assert "stopping: the running trials save their state" in cluster.logs("lost-a2")
     assert not (run / "lease.json").exists()
 
-    assert call(capsys, "resume", "lost", *at, "--trials", "11")[0] == 0
+    assert call(capsys, "resume", "lost", *at, "--trials", "10")[0] == 0
     assert cluster.follow("lost-a3", lambda text: None) == "SUCCEEDED"
     assert between.items() <= finished_units(run).items()  # not one of them was written again
     found = Run(run)
-    assert found.status()["trials"] == {"finished": 11, "running": 0, "pending": 0, "failed": 0}
+    assert found.status()["trials"] == {"finished": 10, "running": 0, "pending": 0, "failed": 0}
     told = [t for t in trials(run / "study.journal") if t.state.name == "COMPLETE"]
     assert {t.number for t in told} == {r.trial for r in found.results()}
     assert [(a.job, a.status) for a in cluster.attempts("lost")] == [
@@ -208,13 +209,15 @@ def test_nodes_are_examined(
     assert "/not/there: No such file or directory" in out
 
 
-def test_without_a_token(
-    configured: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in AUTH:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_without_a_token(configured: Callable[..., Path], tmp_path: Path) -> None:
     with running_head() as head:
-        code, out, err = call(capsys, "submit", configured("open"), "--address", head.url, "-f")
-        assert code == 0, out + err
-        assert "open-a1: succeeded" in out
+        command = [sys.executable, "-m", "launch.cli", "submit", str(configured("open")), "--address", head.url, "-f"]
+        environment = clean_environment(HOME=str(tmp_path))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "open-a1: succeeded" in done.stdout
+        done = subprocess.run(
+            command, env={**environment, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 2
+        assert "RAY_AUTH_MODE=token is set here, but no token is" in done.stderr
