@@ -178,8 +178,9 @@ def check_nodes(
     nodes = [node for node in nodes if "error" not in node]
     yield from _check_versions(nodes, here)
     yield from _check_gpus(nodes)
-    skew = [node for node in nodes if abs(node["skew"]) > SKEW or abs(node.get("file_skew") or 0.0) > SKEW]
-    worst = max((abs(node["skew"]) for node in nodes), default=0.0)
+    apart = {node["host"]: max(abs(node["skew"]), abs(node.get("file_skew") or 0.0)) for node in nodes}
+    skew = [node for node in nodes if apart[node["host"]] > SKEW]
+    worst = max(apart.values(), default=0.0)
     if skew:
         yield Finding("clocks", "wrong", f"{_names(skew)}: {worst:.1f} s apart", "synchronise them (chrony, NTP)")
     else:

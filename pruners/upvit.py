@@ -64,7 +64,7 @@ def score(
     model: nn.Module,
     batches: Batches,
     *,
-    importance: str = "hybrid",
+    importance: str | None = None,
     labels_per_image: int | str = 4,
     seed: int = 0,
     vectors: Collection[str] | None = None,
@@ -77,7 +77,8 @@ def score(
         model: a ViT, PVTv2 or language model that ``Arch.from_timm`` accepts; left in the mode it came in, without
             gradients.
         batches: (images B·C·H·W or word numbers B·T, labels); labels are not used.
-        importance: ``exact``, ``fisher`` or ``hybrid``.
+        importance: ``exact``, ``fisher`` or ``hybrid``; by default the last for images, and ``fisher`` for texts, where
+            every exact score compares distributions over a whole vocabulary.
         labels_per_image: Fisher's samples per image or word, or "all" for every class of an image weighted by its
             probability. They follow from ``seed`` and the image, so neither order nor batches nor shards of the images
             matter.
@@ -91,6 +92,7 @@ def score(
             different query/key and value widths.
     """
     arch = _checked(model, batches)
+    importance = importance or ("fisher" if arch.family == "lm" else "hybrid")
     if importance not in IMPORTANCES:
         hint = nearest(importance, IMPORTANCES)
         raise UserError(f"importance = {importance!r}: must be one of {', '.join(IMPORTANCES)}. {hint}".strip())

@@ -51,7 +51,8 @@ def test_code_and_configuration_are_shipped_and_run_alone(tiny: Callable[..., Se
         code = (
             "import models.files, search.provenance, launch.cluster.drive;"
             "from importlib.metadata import distribution as d;"
-            "print(models.__file__, d('prunesweep').locate_file('').absolute(), search.provenance.versions()['prunesweep'])"
+            "print(models.__file__, d('prunesweep').locate_file('').absolute());"
+            "print(search.provenance.versions()['prunesweep'])"
         )
         environment = clean_environment(PYTHONPATH=str(folder))  # as Ray sets it in a job
         out = subprocess.run(
