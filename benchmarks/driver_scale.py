@@ -1,10 +1,10 @@
 """What the driver of a search costs per trial and per result, as they add up: ``python -m benchmarks.driver_scale``.
 
 The real Coordinator, Study, space and files, and what listens to them (progress line, TensorBoard); no Ray, and no
-training: a result is a made-up accuracy, written as a unit would write it, with a small file for the model. ``next`` is
-what one unit costs before it starts (proposal, decoding, its files), ``complete`` what its result costs (Optuna's
-journal, promotion, front, deleted models), ``report`` what listens. At the end the run is opened again, as a resumed
-search does it.
+training. A run is filled with made-up results, opened as a resumed search does it (``open_ms``), and gone on with:
+``next`` is what a unit costs before it starts (proposal, decoding, its files), ``complete`` what its result costs
+(Optuna's journal, promotion, front, models that are deleted), ``draw`` and ``board`` what listens. A unit leaves behind
+what a real one leaves, but for the weights.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import timm
 import tomli_w
@@ -37,13 +39,13 @@ from search.coordinator import Coordinator
 from search.display import Display
 from search.driver import _board
 from search.run import Result, Run, Unit
-from search.space import Space
+from search.space import Candidate, Space
 from search.study import Study
 
 from .upvit_exact import processor
 
 RESULT = Path(__file__).parent / "results" / "driver_scale.json"
-DECODED = 20  # points
+DECODED, SHAPES = 20, 32  # points
 STATES = 4  # tensors of a training state per parameter: weight, its average, Adam's two moments
 
 
@@ -66,16 +68,9 @@ def make_run(path: Path, arch: Arch, search: SearchTable) -> Run:
     return Run(path)
 
 
-def work(run: Run, space: Space, unit: Unit, search: SearchTable) -> None:
-    """What a unit leaves behind."""
-    candidate, folder = space.decode(unit.point), run.trial(unit.id)
-    write_text(folder / "arch.json", candidate.arch.to_json())
-    trains = not search.rungs or search.rungs[unit.rung] > 0
-    if trains:
-        (folder / "model").mkdir()
-        (folder / "model" / "model.safetensors").touch()
-    noise = torch.rand((), generator=torch.Generator().manual_seed(unit.seed)).item()
-    result = Result(
+def made_up(unit: Unit, candidate: Candidate, search: SearchTable) -> Result:
+    noise = float(np.random.default_rng(unit.seed).random())
+    return Result(
         trial=unit.number,
         top1=60 + 20 * unit.point["budget"] ** 0.3 + 2 * noise + unit.rung,
         zero_shot=10.0,
@@ -86,8 +81,18 @@ def work(run: Run, space: Space, unit: Unit, search: SearchTable) -> None:
         seconds=1.0,
         key=unit.key,
         rung=unit.rung,
-        has_model=trains,
+        has_model=search.rungs[unit.rung] > 0,
     )
+
+
+def work(run: Run, space: Space, unit: Unit, search: SearchTable) -> None:
+    """What a unit does and leaves behind, but for the training."""
+    candidate, folder = space.decode(unit.point), run.trial(unit.id)
+    write_text(folder / "arch.json", candidate.arch.to_json())
+    result = made_up(unit, candidate, search)
+    if result.has_model:
+        (folder / "model").mkdir()
+        (folder / "model" / "model.safetensors").touch()
     run.write_result(unit.id, result=result)
 
 
@@ -119,23 +124,53 @@ def decoding() -> float:
     return round(1e3 * (time.perf_counter() - start) / len(points), 1)
 
 
-def simulate(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def fill(run: Run, study: Study, space: Space, search: SearchTable, count: int) -> None:
+    """``count`` candidates that have finished, the share that is due of them on every rung."""
+    rng, shapes = np.random.default_rng(0), space.summarise(SHAPES, 0).points
+    points = [{**shapes[i % len(shapes)], "lr": float(rng.uniform(3e-5, 5e-4))} for i in range(count)]
+    known = [space.decode(point) for point in shapes]
+    rungs = [int(count // search.eta**rung) for rung in range(len(search.rungs))]
+    values = []
+    for rung, promoted in zip(range(len(rungs)), [*rungs[1:], 0], strict=True):
+        for number in range(rungs[rung]):
+            unit = Unit(number, points[number], "", f"made up {number}", number, rung)
+            result = made_up(unit, known[number % len(known)], search)
+            folder = run.trial(unit.id)
+            folder.mkdir()
+            (folder / "result.json").write_text(json.dumps({"state": "finished", "result": asdict(result)}))
+            if result.has_model and number >= promoted:  # the others' models were taken over by the next rung
+                (folder / "model").mkdir()
+            if rung == 0:
+                values.append([result.top1, float(result.macs)])
+    distributions = space.distributions
+    study._study.add_trials(
+        optuna.trial.create_trial(
+            params={name: point[name] for name in distributions}, distributions=distributions, values=value
+        )
+        for point, value in zip(points, values, strict=True)
+    )
+
+
+def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Go on with a run of ``count`` candidates for ``args.results`` results."""
     # a small source: what grows with the number of trials does not depend on it, and decoding is timed by itself
     arch = arch_of(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=4))
-    search = SearchTable(trials=args.trials, rungs=args.rungs, sampler=args.sampler)
-    space, clock, rows = make_space(arch), Clock(), []
-    run = make_run(path / "run", arch, search)
+    search = SearchTable(trials=count + args.results, rungs=args.rungs, sampler=args.sampler)
+    space, clock, running = make_space(arch), Clock(), deque[Unit]()
+    run = make_run(path / str(count), arch, search)
 
-    def open_run() -> Coordinator:
+    def open_study() -> Study:
         sampler = {"objectives": search.objectives, "sampler": search.sampler, "trials": search.trials}
-        study = Study(run / "study.journal", space.distributions, 0, **sampler)  # type: ignore[arg-type]
-        return Coordinator(run, study, space, search, slots=args.slots, seed=0)
+        return Study(run / "study.journal", space.distributions, 0, **sampler)  # type: ignore[arg-type]
 
-    coordinator, running = open_run(), deque[Unit]()
-    source, started = run.facts()["source"], time.perf_counter()
+    fill(run, open_study(), space, search, count)
+    coordinator: Coordinator = clock.time(
+        "open", lambda: Coordinator(run, open_study(), space, search, slots=args.slots, seed=0)
+    )
+    before, source = coordinator.settled, run.facts()["source"]
     display = Display(Console(file=io.StringIO(), width=120))
     with display.live(coordinator, source, space.table.budget) as drawn, _board(run, coordinator, source) as logged:
-        while not coordinator.done and time.perf_counter() - started < args.seconds:
+        while not coordinator.done and coordinator.settled - before < args.results:
             while unit := clock.time("next", coordinator.next):
                 running.append(unit)
             clock.spent["next"].pop()  # there was no slot
@@ -144,17 +179,7 @@ def simulate(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             clock.time("complete", lambda unit=unit: coordinator.complete(unit.id))
             clock.time("draw", drawn)
             clock.time("board", logged)
-            if coordinator.settled % args.every == 0:
-                rows.append({"results": coordinator.settled, **clock.row(), **footprint(run)})
-                print(rows[-1], flush=True)
-    start = time.perf_counter()
-    open_run()
-    return {
-        "decode_ms": decoding(arch),
-        "rows": rows,
-        "results": coordinator.settled,
-        "reopen_s": round(time.perf_counter() - start, 2),
-    }
+    return {"candidates": count, "results": before, **clock.row(), **footprint(run)}
 
 
 def footprint(run: Run) -> dict[str, float]:
@@ -178,7 +203,7 @@ def checkpoint(path: Path) -> dict[str, float]:
     start = time.perf_counter()
     save_file(state, file)
     written = time.perf_counter()
-    load_file(file)
+    _ = [tensor.clone() for tensor in load_file(file).values()]
     read = time.perf_counter()
     size = os.path.getsize(file) / 2**20
     return {"mib": round(size, 1), "write_s": round(written - start, 2), "read_s": round(read - written, 2)}
@@ -186,12 +211,11 @@ def checkpoint(path: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=10_000)
-    parser.add_argument("--rungs", type=int, nargs="*", default=(), help="epochs, as in search.rungs")
+    parser.add_argument("--candidates", type=int, nargs="+", default=(100, 1000, 3000, 10_000), help="there already")
+    parser.add_argument("--results", type=int, default=150, help="that are added to them, and timed")
+    parser.add_argument("--rungs", type=int, nargs="+", default=(0, 1, 3, 9), help="epochs, as in search.rungs")
     parser.add_argument("--sampler", default="auto")
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--every", type=int, default=500, help="results per row")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="give up after")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -201,10 +225,14 @@ def main() -> None:
             "load_average": round(os.getloadavg()[0], 2),
             "python": platform.python_version(),
             "optuna": optuna.__version__,
-            **{name: getattr(args, name) for name in ("trials", "rungs", "sampler", "slots")},
+            **{name: getattr(args, name) for name in ("results", "rungs", "sampler", "slots")},
             "checkpoint": checkpoint(Path(folder)),
-            **simulate(Path(folder), args),
+            "decode_ms": decoding(),
+            "rows": [],
         }
+        for count in args.candidates:
+            found["rows"].append(simulate(Path(folder), count, args))
+            print(found["rows"][-1], flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.out, json.dumps(found, indent=1) + "\n")
 

@@ -18,7 +18,8 @@ __all__ = ["import_model"]
 def import_model(
     file: Annotated[Path, typer.Argument(help="a checkpoint written by torch.save", show_default=False)],
     layout: Annotated[
-        str, typer.Option("--as", metavar="LAYOUT", help="nvit, upvit, uvc, spvit or pmvit", show_default=False)
+        str,
+        typer.Option("--as", metavar="LAYOUT", help="nvit, upvit, uvc, spvit, pmvit or fairseq", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="folder of the model, which must not exist yet", show_default=False)],
     config: Annotated[
@@ -71,6 +72,10 @@ def _table(arch: Arch) -> Table:
     rows, columns = arch.img_size
     widths = ", ".join(str(stage.width) for stage in arch.stages)
     table = Table(title=f"{arch.family}: images of {rows} x {columns}, width {widths}, {arch.num_classes} classes")
+    if arch.text is not None:
+        bands = ", ".join(f"{len(band):,}" for band in arch.bands)
+        tails = ", ".join(map(str, arch.text.tails))
+        table.title = f"lm: texts of {columns} words, width {widths}; {bands} words by band, tails {tails} wide"
     for name in ("block", "mixer", "heads", "qk", "v", "mlp", "tokens"):
         table.add_column(name, justify="left" if name == "mixer" else "right")
     for stage in arch.stages:

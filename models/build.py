@@ -18,7 +18,7 @@ from .pvt import build_pvt_v2
 from .swin import build_swin
 from .vit import build_vit
 
-__all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "num_params"]
+__all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
 
 ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
 BUILDERS = {"vit": build_vit, "swin": build_swin, "pvt_v2": build_pvt_v2, "lm": build_lm}
@@ -115,6 +115,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of all stages of a ViT, Swin or PVTv2, in the order of ``Arch.blocks``."""
     stages: Any = getattr(model, "layers", None) or getattr(model, "stages", None) or [model]
     return [block for stage in stages for block in stage.blocks]
+
+
+def example_input(arch: Arch, batch: int, seed: int) -> torch.Tensor:
+    """What a model of this record takes: random images B·C·H·W in float32, or random word numbers B·T."""
+    generator = torch.Generator().manual_seed(seed)
+    if arch.text is not None:
+        return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
+    return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator)
 
 
 def num_params(model: nn.Module) -> int:

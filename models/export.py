@@ -6,7 +6,8 @@
 folder of ``models.save``. All take any number of images, (B, C, rows, columns) float32 normalised as the model's
 ``pretrained_cfg`` says, and return logits (B, K). The first two carry the record and the preprocessing as JSON:
 ``arch.json`` and ``preprocessing.json`` among the extra files of the ``.pt2``, ``arch`` and ``preprocessing`` in the
-metadata of the ONNX file.
+metadata of the ONNX file. A language model's take any number of texts, (B, T) int64 word numbers, T being the length
+that its record says, and return log-probabilities (B, T, V).
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from .arch import Arch
-from .build import arch_of
+from .build import arch_of, example_input
 from .errors import UserError, nearest
 from .store import rebuilt, save
 
@@ -115,7 +115,7 @@ def _largest_error(reference: nn.Module, run: Run, tolerance: float, to: str) ->
     """Largest absolute difference between the logits of ``reference`` and ``run``; UserError above the tolerance."""
     arch, largest = arch_of(reference), 0.0
     for batch in BATCHES:
-        expected = reference(images := _images(arch, batch))
+        expected = reference(images := example_input(arch, batch, seed=batch))
         if not expected.isfinite().all():
             raise UserError("the model's own logits are not finite on random images; nothing can be compared with them")
         error = (run(images) - expected).abs().max().item()
@@ -129,11 +129,6 @@ def _largest_error(reference: nn.Module, run: Run, tolerance: float, to: str) ->
     return largest
 
 
-def _images(arch: Arch, batch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator)
-
-
 def _facts(model: nn.Module) -> dict[str, str]:
     """What a user of the artefact must know, as JSON texts."""
     facts = {"arch": arch_of(model).to_dict(), "preprocessing": resolve_model_data_config(model)}
@@ -142,7 +137,7 @@ def _facts(model: nn.Module) -> dict[str, str]:
 
 def _write_torch_export(model: nn.Module, path: Path, _: int) -> None:
     batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (_images(arch_of(model), 2),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (example_input(arch_of(model), 2, seed=2),), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names this machine's files, and is a good part of a small artefact
     files = {f"{name}.json": text for name, text in _facts(model).items()}
@@ -160,9 +155,9 @@ def _write_onnx(model: nn.Module, path: Path, opset: int) -> None:
         raise UserError(f"the weights are {size:,} bytes, an ONNX file holds {ONNX_LIMIT:,}; export to torch-export")
     program = torch.onnx.export(
         model,
-        (_images(arch_of(model), 2),),
+        (example_input(arch_of(model), 2, seed=2),),
         dynamic_shapes=({0: "batch"},),
-        input_names=["images"],
+        input_names=["images" if arch_of(model).text is None else "words"],
         output_names=["logits"],
         opset_version=opset,
         dynamo=True,
@@ -182,7 +177,7 @@ def _open_onnx(path: Path) -> Run:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        (logits,) = session.run(["logits"], {session.get_inputs()[0].name: images.numpy()})
         return torch.from_numpy(logits)
 
     return run

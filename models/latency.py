@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .build import arch_of
+from .build import arch_of, example_input
 from .errors import UserError, nearest
 
 __all__ = ["Call", "Setting", "Timing", "device_name", "measure", "measure_all", "time_calls"]
@@ -131,8 +131,9 @@ def _call(model: nn.Module, setting: Setting) -> Call:
     own: Any = copy.deepcopy(model).to(setting.device, dtype).eval()
     if setting.compiled:
         own = torch.compile(own, dynamic=False)
-    images = torch.randn(setting.batch, arch.in_chans, *arch.img_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(setting.device, dtype)
+    images = example_input(arch, setting.batch, seed=0).to(setting.device)
+    if images.is_floating_point():
+        images = images.to(dtype)
     return lambda: own(images)
 
 

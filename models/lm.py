@@ -138,11 +138,10 @@ class LanguageModel(nn.Module):
     def log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., V): log p(w) = log softmax(head)[w], or that of w's band plus log softmax(tail)[w]."""
         bands = self.words.bands
-        head = self.head(hidden).log_softmax(-1)
+        head = _log_softmax(self.head(hidden))
         words, clusters = head.tensor_split([len(bands[0])], dim=-1)
         tails = [
-            self.tail(self.project(hidden, b), b).log_softmax(-1) + clusters[..., b - 1 : b]
-            for b in range(1, len(bands))
+            _log_softmax(self.tail(self.project(hidden, b), b)) + clusters[..., b - 1 : b] for b in range(1, len(bands))
         ]
         return torch.cat([words, *tails], dim=-1)
 
@@ -154,12 +153,17 @@ class LanguageModel(nn.Module):
         for band in bands[1:]:
             which += words >= band.start
         place = torch.where(which == 0, words, len(bands[0]) + which - 1)
-        found = self.head(hidden).log_softmax(-1).gather(1, place[:, None])[:, 0]
+        found = _log_softmax(self.head(hidden)).gather(1, place[:, None])[:, 0]
         for b, band in enumerate(bands[1:], start=1):
             rows = torch.nonzero(which == b)[:, 0]  # may be empty, which leaves the tail in the graph
-            inside = self.tail(self.project(hidden[rows], b), b).log_softmax(-1)
+            inside = _log_softmax(self.tail(self.project(hidden[rows], b), b))
             found = found.index_add(0, rows, inside.gather(1, (words[rows] - band.start)[:, None])[:, 0])
         return found.view(targets.shape)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _init(module: nn.Module) -> None:

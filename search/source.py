@@ -98,7 +98,7 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         arch = arch_of(model)
         preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
         return model, open_data(config.data.name, preprocessing, loader_workers=workers)
-    cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False)
+    cfg = timm.get_pretrained_cfg(source.model)
     preprocessing = cfg.to_dict() if cfg is not None else {}
     if "img_size" in source.args:
         preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))

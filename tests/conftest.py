@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from search.config import SearchConfig, parse_config
@@ -29,6 +30,19 @@ TINY: dict[str, Any] = {
     "search": {"trials": 4},
     "finetune": {"epochs": 1, "batch_size": 128, "distill": [{}]},
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray or other processes runs one after the other, beside all else."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models here are tiny, and two processes of tests share two cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

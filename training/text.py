@@ -252,5 +252,5 @@ def open_text(
     corpus = _pydocs() if kind == "pydocs" else _wikitext(Path(path).expanduser().absolute())
     if length is None:
         size = tuple(preprocessing.get("input_size") or ())
-        length = size[2] if size[:2] == (1, 1) else {"pydocs": 64}.get(kind, 512)
+        length = size[2] if size[1:2] == (1,) else {"pydocs": 64}.get(kind, 512)
     return TextData(name, corpus, length, context=context, loader_workers=loader_workers)

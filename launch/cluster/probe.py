@@ -119,9 +119,10 @@ def probe(address: str, storage: str | None, data: str | None) -> dict[str, Any]
         for node in nodes
     }
     found = {node["NodeID"]: {"address": node["NodeManagerAddress"], **_offer(node["Resources"])} for node in nodes}
+    looks = {key: actor.look.remote(data) for key, actor in actors.items()}  # all nodes at the same time
     for key, actor in actors.items():
         try:
-            found[key] |= ray.get(actor.look.remote(data), timeout=PATIENCE)
+            found[key] |= ray.get(looks[key], timeout=PATIENCE)
             found[key]["skew"] = _skew(ray, actor)
         except Exception as error:  # whatever it is, the node is what is wrong
             found[key]["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -153,11 +154,12 @@ def _check_storage(
     """Every node writes a file and then reads all files that the others wrote; what went wrong, by node."""
     folder = Path(storage) / f".probe-{uuid.uuid4().hex[:8]}"
     paths = {key: str(folder / key) for key in actors}
-    wrote = {key: ray.get(actor.write.remote(paths[key], key)) for key, actor in actors.items()}
+    wrote = _all(ray, {key: actor.write.remote(paths[key], key) for key, actor in actors.items()})
     written = {key: path for key, path in paths.items() if wrote[key] is None}
-    for key, actor in actors.items():
-        missing = ray.get(actor.read.remote(written))
-        found[key]["file_skew"] = ray.get(actor.file_clock.remote(paths[key]))
+    unseen = _all(ray, {key: actor.read.remote(written) for key, actor in actors.items()})
+    clocks = _all(ray, {key: actor.file_clock.remote(paths[key]) for key, actor in actors.items()})
+    for key in actors:
+        found[key]["file_skew"], missing = clocks[key], unseen[key]
         if wrote[key] is not None:
             yield key, f"cannot write: {wrote[key]}"
         elif missing:
@@ -165,8 +167,11 @@ def _check_storage(
             yield key, f"does not see what {', '.join(hosts)} wrote there: it is not the same storage"
         else:
             yield key, None
-    for key, path in written.items():
-        ray.get(actors[key].erase.remote(path))
+    _all(ray, {key: actors[key].erase.remote(path) for key, path in written.items()})
+
+
+def _all(ray: Any, answers: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(answers, ray.get(list(answers.values())), strict=True))
 
 
 def main() -> int:

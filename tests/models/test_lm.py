@@ -128,6 +128,20 @@ def test_the_equations() -> None:
     torch.testing.assert_close(model(words), want, rtol=1e-10, atol=1e-10)
 
 
+def test_low_precision_trains() -> None:
+    """Under bfloat16 autocast: both forms of the loss, with gradients everywhere."""
+    model, words = random_model(small(), 2, torch.float32), random_images(small(), 2)
+    targets = random_images(small(), 3)
+    exact = model(words, targets).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        of_targets, all_words = model(words, targets), model(words)
+    assert of_targets.dtype == all_words.dtype == torch.float32
+    torch.testing.assert_close(of_targets, exact, rtol=0.1, atol=0.3)
+    torch.testing.assert_close(all_words.gather(-1, targets[..., None])[..., 0], of_targets, rtol=0, atol=1e-3)
+    of_targets.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_tail_without_words_in_a_batch_has_gradients() -> None:
     """Of zero: data-parallel training needs every parameter in every batch."""
     arch = dataclasses.replace(small(), text=dataclasses.replace(small().text, tied="none"))
