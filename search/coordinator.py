@@ -58,7 +58,8 @@ class Coordinator:
         self._begun = len(first | {u.id for u in self._waiting if u.rung == 0})
         self.duplicates = 0  # proposals of this driver that were candidates already
         self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
-        self.front = run.update_front(self.results, self._wanted_models())
+        self._models = run.models() & {r.id for r in self.results}
+        self.front = run.update_front(self.results, self._models, self._wanted_models())
 
     @property
     def requested(self) -> int:
@@ -242,7 +243,8 @@ class Coordinator:
             self.results.append(result)
             self._at[result.trial, result.rung] = result
             self._ladder.add(result.rung, result.trial, values(result, self.search.objectives))
-            self.front = self.run.update_front(self.results, self._wanted_models())
+            self._models |= {result.id} if result.has_model else set()
+            self.front = self.run.update_front(self.results, self._models, self._wanted_models())
             return
         self.failures[unit_id] = found["error"]
         if len(self.failures) > max(2, self.requested // 4):

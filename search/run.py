@@ -194,15 +194,23 @@ class Run:
             for r in pareto_front(found, self.objectives)
         ]
 
-    def update_front(self, results: Sequence[Result], wanted: Collection[str] = ()) -> list[dict[str, Any]]:
-        """Rewrite ``front.json``, then delete the models of those results that are neither in it nor ``wanted``."""
+    def models(self) -> set[str]:
+        """The units that have a model."""
+        return {path.parent.name for path in (self.path / "trials").glob("*/model")}
+
+    def update_front(
+        self, results: Sequence[Result], told: set[str], wanted: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Rewrite ``front.json``, then delete the models of those units that are neither in it nor ``wanted``.
+
+        ``told`` are units of ``results`` that have a model; those whose model is deleted are taken out.
+        """
         front = self.front(results)
         write_text(self / "front.json", json.dumps(front, indent=1))
-        members = {unit_id(point["trial"], point["rung"]) for point in front} | set(wanted)
-        for result in results:
-            model = self.trial(result.id) / "model"
-            if result.id not in members and model.exists():  # a dominated point never comes back
-                shutil.rmtree(model)
+        members = {unit_id(point["trial"], point["rung"]) for point in front}
+        for unit in told - members - set(wanted):  # a dominated point never comes back
+            shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
+            told.remove(unit)
         return front
 
 
