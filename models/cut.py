@@ -80,7 +80,7 @@ class Cut:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; what is kept whole is left out."""
-        blocks = [{k: v for k, v in dataclasses.asdict(b).items() if v is not None} for b in self.blocks]
+        blocks = [_block_dict(block) for block in self.blocks]
         whole = {} if self.tails is None else {"tails": self.tails}
         return {"format": FORMAT, "embed": self.embed, "blocks": blocks, **whole}
 
@@ -91,6 +91,14 @@ class Cut:
             raise UserError(f"cut.format = {data.get('format')!r}: this version reads {FORMAT!r}")
         blocks = tuple(_read_block(block) for block in data["blocks"])
         return cls(embed=_tuples(data["embed"]), blocks=blocks, tails=_tuples(data.get("tails")))
+
+
+def _block_dict(block: BlockCut) -> dict[str, Any]:
+    """Shallow: ``dataclasses.asdict`` would copy every index."""
+    found = {f.name: value for f in dataclasses.fields(block) if (value := getattr(block, f.name)) is not None}
+    if block.tokens is not None:
+        found["tokens"] = {f.name: getattr(block.tokens, f.name) for f in dataclasses.fields(block.tokens)}
+    return found
 
 
 def _read_block(data: Mapping[str, Any]) -> BlockCut:

@@ -106,7 +106,12 @@ def run_search(
     return _search(run, config, prepared.space, display, address=address, verbose=verbose)
 
 
-HARMLESS = ("search.trials", "resources.", "data.loader_workers")  # keys that change no candidate and no figure
+HARMLESS = (
+    "search.trials",
+    "resources.",
+    "cluster.",
+    "data.loader_workers",
+)  # keys that change no candidate and no figure
 
 
 def resume_search(
@@ -281,8 +286,8 @@ def _search(
                 with (
                     display.live(coordinator, source, config.space.budget) as changed,
                     _board(run, coordinator, source) as logged,
-                    _interruptible(coordinator, display),
                     RayConnection(config.resources, address=address, verbose=verbose, on_death=ray_died) as connection,
+                    _interruptible(coordinator, display),  # after Ray, which takes SIGTERM for itself
                 ):
                     coordinator.slots = connection.slots
                     before, begun = len(coordinator.results), time.monotonic()

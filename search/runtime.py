@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +25,6 @@ from .config import ResourcesTable
 from .coordinator import Coordinator, SearchFailed
 from .run import Unit
 
-if "ray" not in sys.modules:  # Ray reads these when it is imported
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # only this run's processes know it
 for name, value in {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # units stay in the folder that the user is in
@@ -118,6 +114,7 @@ class RayConnection:
         logging.getLogger("ray").setLevel(level)
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
         if self._address is None:
+            _own_token()
             own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
             # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
             dashboard = self._resources.workers_per_trial > 1
@@ -169,6 +166,7 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
+        _own_token()
         own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         ray.init(address="local", **own, **options)
     else:
@@ -181,6 +179,14 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
         yield
     finally:
         ray.shutdown()
+
+
+def _own_token() -> None:
+    """A token that only this process and its Ray know; where there is one, Ray of its own accord asks for it.
+
+    Not for clusters: they have theirs, or none, and then a driver must have none either.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _open(door: tuple[str, int]) -> bool:

@@ -63,7 +63,7 @@ python -m launch.cluster.drive "$config" "$run" --address "$head:$port" &
 search=$!
 again=no
 # before the time limit: ask the driver to end, and end it {grace} seconds later
-trap 'again=yes; kill -TERM "$search" 2>/dev/null; (sleep {grace}; kill -KILL "$search" 2>/dev/null) &' USR1
+trap 'again=yes; kill -TERM "$search" 2>/dev/null; (sleep {grace} && kill -KILL "$search") & steps+=($!)' USR1
 trap 'kill -TERM "$search" 2>/dev/null' TERM
 while kill -0 "$search" 2>/dev/null; do
     wait "$search" || true  # a signal ends a wait, not the driver

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,11 @@ def test_a_batch_script_queues_itself_again_where_that_helps(
         subprocess.run(["kill", f"-{signal}", str(process.pid)], check=True)
     assert process.wait(timeout=60) == code
     assert ("scontrol requeue 77" in allocation.lines()) == again
+    deadline = time.monotonic() + 5
+    while (
+        str(tmp_path / "script") in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+    ):
+        assert time.monotonic() < deadline, "what is left would kill another process of the driver's number later"
 
 
 def test_manifest_writes_what_it_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
