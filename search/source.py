@@ -53,7 +53,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         UserError: the data or the source are not there, do not go together, or cannot meet the budget.
     """
     model, data = _create(config)
-    device = torch.device("cuda" if config.resources.gpus_per_trial else "cpu")
+    device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
     arch = arch_of(model)
     _check_fit(arch, data, config)
     Space.check(config.space, arch, config.scores.method)
