@@ -195,10 +195,11 @@ def test_a_job_that_fails_says_why_and_ends_as_it_did(
 
 @pytest.mark.usefixtures("with_token")
 def test_nodes_are_examined(
-    head: RunningHead, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    head: RunningHead, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    code, out, _ = call(capsys, "doctor", "--address", head.url, "--storage", runs, "--data", runs)
+    (tmp_path / "image").touch()
+    code, out, _ = call(capsys, "doctor", "--address", head.url, "--storage", runs, "--data", tmp_path)
     assert code == 0, out
     assert f"{head.url} answers with a token" in out
     assert f"{runs}, on 1 nodes" in out
