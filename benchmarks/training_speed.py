@@ -158,7 +158,7 @@ def photographs(folder: Path, images: int = 128) -> Data:
 
 def on_ray(workers: int, folder: Path) -> dict[str, float]:
     """Training on Ray Train's workers: speed, and seconds until they start and after they are done."""
-    from search.finetune import Finetuning, finetune_on_workers
+    from search.finetune import Finetuning, Place, finetune
 
     rates, marks = [], {"call": time.perf_counter()}
     recipe = RECIPE.model_copy(update={"epochs": 4})
@@ -168,10 +168,9 @@ def on_ray(workers: int, folder: Path) -> dict[str, float]:
         rates.append(epoch.images_per_s)
         marks["last"] = time.perf_counter()
 
-    finetune_on_workers(
+    finetune(
         job,
-        workers=workers,
-        gpus=int(ON_GPU),
+        Place(workers, least=workers, gpus=int(ON_GPU)),
         on_epoch=on_epoch,
         on_note=lambda note: marks.setdefault("start", time.perf_counter()),
     )

@@ -55,7 +55,8 @@ def finetune(
     from models import UserError, cost, load_provenance, read_arch
     from search.config import read_overrides
     from search.display import Display
-    from search.finetune import Finetuning, finetune_here, finetune_on_workers, worker_range
+    from search.finetune import Finetuning, Place, worker_range
+    from search.finetune import finetune as train
     from training import Quality, load_recipe
 
     if out.exists():
@@ -74,16 +75,11 @@ def finetune(
         seed=seed,
         loader_workers=loader_workers,
     )
+    place = Place(most, least if least < most else None, cpus, gpus, address, storage)
     console = Console(stderr=as_json)
     display = Display(console)
     with display.progress() as progress:
-        say = reports(display, progress, job.recipe.batch_size)
-        if most == 1 and address is None:
-            finetune_here(job, **say)
-        else:
-            fewer = least if least < most else None
-            resources: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "address": address, "storage": storage}
-            finetune_on_workers(job, workers=most, least=fewer, **resources, **say)
+        train(job, place, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one
         return
     spent, found = cost(read_arch(out)), Quality.of(load_provenance(out))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,6 +41,7 @@ def promote(
     from search import Run
     from search.config import read_overrides
     from search.display import Display, promoted_table
+    from search.finetune import Place
     from search.promote import choose, promoted
     from search.promote import promote as promote_one
     from training import load_recipe
@@ -60,11 +61,10 @@ def promote(
     setting = Setting(batch=batch, device=device)
     setting.require_device()
     console = Console()
-    display = Display(console)
+    display, place = Display(console), Place(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, top-1 {point['top1']:.2f} % in the search")
         with display.progress() as progress:
-            resources: dict[str, Any] = {"workers": workers, "cpus": cpus, "gpus": gpus, "address": address}
             say = reports(display, progress, fields.batch_size)
-            promote_one(found, point, recipe, fields, setting=setting, **resources, **say)
+            promote_one(found, point, recipe, fields, setting=setting, place=place, **say)
     console.print(promoted_table(promoted(found), found.facts()["source"]["macs"], run))

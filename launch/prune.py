@@ -94,6 +94,7 @@ def prune(
     from models.errors import nearest
     from pruners import PRUNERS
     from pruners.trained import TRAINED
+    from search.finetune import Place
     from search.scoring import Calibration
 
     from .prune_kinds import Request, prune_tokens, prune_trained, prune_widths, tome
@@ -146,10 +147,7 @@ def prune(
             calibration=Calibration(images, batch_size, seed),
             cache=cache,
             seed=seed,
-            workers=workers,
-            cpus=cpus,
-            gpus=gpus,
-            address=address,
+            place=Place(workers, cpus=cpus, gpus=gpus, address=address),
             as_json=as_json,
             console=Console(stderr=as_json),
         )

@@ -14,6 +14,7 @@ from models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance
 from pruners import MACS, PARAMS, Measure, latency
 from search.config import read_overrides
 from search.display import Display
+from search.finetune import Finetuning, Place, finetune
 from search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from search.scoring import Calibration
 from training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
@@ -45,10 +46,7 @@ class Request:
     calibration: Calibration
     cache: Path
     seed: int
-    workers: int
-    cpus: int
-    gpus: float
-    address: str | None
+    place: Place
     as_json: bool
     console: Console
 
@@ -60,11 +58,6 @@ class Request:
         if self.table is not None:
             measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
         return Budget(self.budgets[0], measures[self.measure])
-
-    @property
-    def resources(self) -> dict[str, Any]:
-        """Of Ray Train's workers."""
-        return {"workers": self.workers, "cpus": self.cpus, "gpus": self.gpus, "address": self.address}
 
     @property
     def folder(self) -> Path:
@@ -157,10 +150,7 @@ def prune_trained(request: Request) -> None:
     if not found:
         with display.progress() as progress:
             say = reports(display, progress, chosen.batch_size, what=f"{request.method}: deciding")
-            if request.workers > 1 or request.address is not None:
-                found = run.run_on_workers(**request.resources, **say)
-            else:
-                found = run.run(**say)
+            found = run.run(request.place, **say)
     rows = []
     for one in found:
         folder, last = request.folder / one.folder.relative_to(decided), Quality(one.top1)
@@ -173,8 +163,6 @@ def prune_trained(request: Request) -> None:
 
 def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> Quality:
     """Train ``start`` with the source as teacher; the result's quality."""
-    from search.finetune import Finetuning, finetune_here, finetune_on_workers
-
     teacher = request.folder.with_name(f".{request.folder.name}-source")
     if not teacher.exists():
         save(source.cpu(), teacher)
@@ -182,11 +170,7 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
     job = Finetuning(start, request.data, load_recipe(recipe, fields), out, teacher=teacher, seed=request.seed)
     display = Display(request.console)
     with display.progress() as progress:
-        say = reports(display, progress, job.recipe.batch_size)
-        if request.workers > 1 or request.address is not None:
-            finetune_on_workers(job, **request.resources, **say)
-        else:
-            finetune_here(job, **say)
+        finetune(job, request.place, **reports(display, progress, job.recipe.batch_size))
     return Quality.of(load_provenance(out))
 
 

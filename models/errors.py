@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["UserError", "explain", "nearest"]
 
 
 class UserError(ValueError):
@@ -19,3 +20,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for the closest known word, or an empty string where nothing is close."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean '{match[0]}'?" if match else ""
+
+
+def explain(problem: Mapping[str, Any], known: Iterable[str]) -> str:
+    """One of the errors that pydantic finds in a model with the fields ``known``, in a line."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        names = list(known)
+        return f"{key}: unknown field; known: {', '.join(names)}. {nearest(str(problem['loc'][-1]), names)}".strip()
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}" if key else message

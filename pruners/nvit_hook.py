@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -23,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models import Arch, Cut, UserError, arch_of, cut, cut_arch
-from models.build import build_with
+from models import Arch, UserError, arch_of, cut
 from models.latency_table import LatencyTable
 
 from .budget import MACS, Measure
@@ -45,19 +43,9 @@ from .nvit_schedule import (
     unit_gains,
 )
 from .scores import kind_of, vector_sizes
+from .snapshot import Snapshot
 
-__all__ = ["NViTPruning", "Snapshot"]
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """The first model of a run within ``budget``: the decision, and a cut copy on the CPU, in eval mode."""
-
-    budget: float
-    cost: float  # at most ``budget``, in the same unit
-    step: int  # optimizer steps done
-    cut: Cut
-    model: nn.Module
+__all__ = ["NViTPruning"]
 
 
 class NViTPruning(Hook):
@@ -235,10 +223,7 @@ class NViTPruning(Hook):
             "keep": self.keep,
             "scores": self.scores,
             "sums": self._sums,
-            "snapshots": [
-                {"cost": s.cost, "step": s.step, "cut": s.cut.to_dict(), "weights": s.model.state_dict()}
-                for s in self.snapshots
-            ],
+            "snapshots": [snapshot.state_dict() for snapshot in self.snapshots],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,12 +238,11 @@ class NViTPruning(Hook):
         self.keep, self.scores = dict(state["keep"]), dict(state["scores"])
         self._sums = {name: own.to(device) for name, own in state["sums"].items()}
         self._masking.set(self.keep)
-        self.snapshots = []
-        for budget, saved in zip(self.budgets, state["snapshots"], strict=False):
-            decision = Cut.from_dict(saved["cut"])
-            cfg = getattr(self.model, "pretrained_cfg", None)
-            small = build_with(cut_arch(self.arch, decision), saved["weights"], pretrained_cfg=cfg).eval()
-            self.snapshots.append(Snapshot(budget, saved["cost"], saved["step"], decision, small))
+        cfg = getattr(self.model, "pretrained_cfg", None)
+        self.snapshots = [
+            Snapshot.restore(saved, budget, self.arch, cfg)
+            for budget, saved in zip(self.budgets, state["snapshots"], strict=False)
+        ]
 
 
 def _among(name: str, value: str, known: Sequence[str]) -> None:

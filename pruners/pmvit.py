@@ -13,7 +13,7 @@ patch of score 0 passes by, where it would be lost; prefix tokens are never scor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models import Arch, BlockCut, Cut, UserError, cut_arch
-from models.errors import nearest
+from models.errors import explain
 from models.tokens import TokenPlan
 
 from .budget import MACS, Measure
@@ -188,15 +188,7 @@ def _rule(**settings: Any) -> PlanSettings:
     try:
         return PlanSettings.model_validate(settings)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from error
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    key, known = ".".join(str(part) for part in problem["loc"]), list(PlanSettings.model_fields)
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown setting; known: {', '.join(known)}. {nearest(key, known)}".strip()
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key else message
+        raise UserError("\n".join(explain(problem, PlanSettings.model_fields) for problem in error.errors())) from error
 
 
 def _merging(arch: Arch, rule: PlanSettings) -> tuple[int, ...]:

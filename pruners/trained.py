@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from models import Arch, Cut, UserError, cost
-from models.errors import nearest
+from models.errors import explain, nearest
 
 from . import spvit, uvc
 from .hook import Hook
-from .nvit_hook import NViTPruning, Snapshot
+from .nvit_hook import NViTPruning
+from .snapshot import Snapshot
 from .uvc_settings import UVCSettings
 
 __all__ = ["TRAINED", "Decided", "NViTSettings", "TrainedPruner", "trained_pruner"]
@@ -77,13 +78,7 @@ class TrainedPruner:
         try:
             return self.settings.model_validate({**wanted, **options})
         except ValidationError as error:
-            raise UserError("\n".join(_explain(name, problem) for problem in error.errors())) from error
-
-
-def _explain(name: str, problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"method {name!r}: {key} = {problem['input']!r}: {message}" if key else f"method {name!r}: {message}"
+            raise UserError("\n".join(f"method {name!r}: {explain(p, known)}" for p in error.errors())) from error
 
 
 def _nvit(settings: NViTSettings, arch: Arch) -> Hook:

@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models import Arch, Cut, UserError, arch_of, cost, cut, cut_arch
-from models.build import build_with
+from models import Arch, UserError, arch_of, cost, cut
 
 from .hook import Collapsed, Hook
-from .nvit_hook import Snapshot
+from .snapshot import Snapshot
 from .uvc_control import NormalizedPrimalDual
 from .uvc_decide import Counts, Decider, Widths
 from .uvc_dual import Norms, PrimalDual, weakest
@@ -267,10 +266,7 @@ class UVC(Hook):
             "settings": self.settings.model_dump_json(),
             "machine": self.machine.state_dict(),
             "facts": dict(self._facts),
-            "snapshots": [
-                {"cost": s.cost, "step": s.step, "cut": s.cut.to_dict(), "weights": s.model.state_dict()}
-                for s in self.snapshots
-            ],
+            "snapshots": [snapshot.state_dict() for snapshot in self.snapshots],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -281,13 +277,11 @@ class UVC(Hook):
             )
         self.machine.load_state_dict(state["machine"])
         self._facts = dict(state["facts"])
-        self.snapshots = []
-        for budget, saved in zip(self.budgets, state["snapshots"], strict=False):
-            decision = Cut.from_dict(saved["cut"])
-            cfg = getattr(self.model, "pretrained_cfg", None)
-            small = build_with(cut_arch(self.arch, decision), saved["weights"], pretrained_cfg=cfg).eval()
-            macs = budget * cost(self.arch).macs
-            self.snapshots.append(Snapshot(macs, saved["cost"], saved["step"], decision, small))
+        cfg, whole = getattr(self.model, "pretrained_cfg", None), cost(self.arch).macs
+        self.snapshots = [
+            Snapshot.restore(saved, budget * whole, self.arch, cfg)
+            for budget, saved in zip(self.budgets, state["snapshots"], strict=False)
+        ]
         self._set_control()
 
 

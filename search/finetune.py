@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,7 +25,32 @@ from .provenance import digest, versions
 if TYPE_CHECKING:
     from training.ray_train import FinetuneJob
 
-__all__ = ["Finetuning", "StepRate", "finetune_here", "finetune_on_workers", "worker_range"]
+__all__ = ["Finetuning", "Place", "StepRate", "finetune", "logged", "on_ray", "worker_range"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where training runs: in this process, or on Ray Train's workers where their number or an address is given.
+
+    Args:
+        workers: processes that train together; each takes its share of every batch.
+        least: go on with as few as that where nodes are lost; the batches stay the same.
+        cpus, gpus: of each worker.
+        address: of a running Ray cluster, all of whose nodes see the job's folders; a Ray of its own by default.
+        storage: path or URI that all nodes can write to; beside the result by default.
+    """
+
+    workers: int = 1
+    least: int | None = None
+    cpus: int = 1
+    gpus: float = 0
+    address: str | None = None
+    storage: str | None = None
+
+    @property
+    def here(self) -> bool:
+        """Without Ray."""
+        return self.workers == 1 and self.least is None and self.address is None
 
 
 @dataclass(frozen=True)
@@ -97,8 +122,8 @@ class Finetuning:
 
 
 @contextmanager
-def logged(work: Path) -> Iterator[Callable[[Epoch], None]]:
-    """Writes every epoch to ``metrics.jsonl`` and TensorBoard."""
+def logged(work: Path, on_epoch: Callable[[Epoch], None] | None = None) -> Iterator[Callable[[Epoch], None]]:
+    """Writes every epoch to ``metrics.jsonl`` and TensorBoard, and then tells ``on_epoch``."""
     work.mkdir(parents=True, exist_ok=True)
     with SummaryWriter(str(work / "tb")) as board, (work / "metrics.jsonl").open("a", buffering=1) as lines:
 
@@ -109,6 +134,8 @@ def logged(work: Path) -> Iterator[Callable[[Epoch], None]]:
             scalars |= {f"facts/{name}": fact for name, fact in epoch.facts.items() if not isinstance(fact, str)}
             for name, value in scalars.items():
                 board.add_scalar(name, value, epoch.epoch)
+            if on_epoch:
+                on_epoch(epoch)
 
         yield log
 
@@ -137,31 +164,53 @@ class StepRate:
         self._seen.clear()
 
 
-def finetune_here(
+def finetune(
     job: Finetuning,
+    place: Place = Place(),
     *,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> dict[str, float]:
-    """Train in this process, which may be one of torchrun's, and publish the result; its accuracy.
+) -> None:
+    """Train and publish the result. The callables are as for ``fit``.
 
-    The callables are as for ``fit``.
+    Without Ray, this process may be one of torchrun's.
 
     Raises:
-        UserError: the parts do not go together, or the loss diverged.
+        UserError: the parts do not go together, training failed or diverged, or the machine cannot hold the workers.
     """
+    reports: Any = {"on_step": on_step, "on_epoch": on_epoch, "on_note": on_note}
+    if place.here:
+        _train_here(job, **reports)
+        return
+    data = job.check()
+    from training.ray_train import FinetuneJob
+
+    described = FinetuneJob(
+        model=str(job.model),
+        data=job.data,
+        recipe=job.recipe.model_dump(mode="json"),
+        teacher=None if job.teacher is None else str(job.teacher),
+        teacher_cache=str(job.teacher_cache),
+        seed=job.seed,
+        loader_workers=job.loader_workers,
+    )
+    on_ray(described, place, job.out, job.work, data, job.provenance(data), **reports)
+
+
+def _train_here(
+    job: Finetuning,
+    *,
+    on_step: Callable[[int, int, float], None] | None,
+    on_epoch: Callable[[Epoch], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> None:
     with _process_group() as (world, device):
         data = job.check()
         model: Any = load(job.model).to(device)
         teacher = None if job.teacher is None else load(job.teacher).to(device)
-        with logged(job.work / f"rank{world.rank}" if world.rank else job.work) as log:
-
-            def report(epoch: Epoch) -> None:
-                log(epoch)
-                if on_epoch and world.first:
-                    on_epoch(epoch)
-
+        folder = job.work if world.first else job.work / f"rank{world.rank}"
+        with logged(folder, on_epoch if world.first else None) as log:
             fit(
                 model,
                 data,
@@ -171,14 +220,13 @@ def finetune_here(
                 state=job.work / "state.safetensors",
                 teacher_cache=job.teacher_cache,
                 on_step=on_step if world.first else None,
-                on_epoch=report,
+                on_epoch=log,
                 on_note=on_note if world.first else None,
             )
         found = evaluate(model, data.val_loader(EVAL_BATCH, world), world)
         if world.first:
             save(model.cpu(), job.out, {**job.provenance(data), **Quality.of(found).facts})
             (job.work / "state.safetensors").unlink(missing_ok=True)
-    return found
 
 
 @contextmanager
@@ -197,15 +245,14 @@ def _process_group() -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
 
 
-def finetune_on_workers(
-    job: Finetuning,
+def on_ray(
+    job: FinetuneJob,
+    place: Place,
+    out: Path,
+    work: Path,
+    data: Data,
+    provenance: Mapping[str, Any],
     *,
-    workers: int,
-    least: int | None = None,
-    cpus: int = 1,
-    gpus: float = 0,
-    address: str | None = None,
-    storage: str | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -213,61 +260,43 @@ def finetune_on_workers(
     """Train on Ray Train's workers and publish the result.
 
     Args:
-        job: what is trained; on a cluster, its folders are paths that every node can read.
-        workers: processes that train together; each takes its share of every batch.
-        least: go on with as few as that where nodes are lost; the batches stay the same.
-        cpus, gpus: of each worker.
-        address: of a running Ray cluster; a Ray of its own for this run by default.
-        storage: path or URI that all nodes can write to; beside the result by default.
+        job: what is trained; its folders are paths that every node can read.
+        place: the workers.
+        out: folder of the result.
+        work: folder of logs; its name, but for a leading dot, is the run's.
+        data: what is trained on.
+        provenance: for the result's ``config.json``.
         on_step, on_epoch, on_note: as for ``finetune_on_ray``.
 
     Raises:
-        UserError: the parts do not go together, training failed, or the machine cannot hold the workers.
+        UserError: a batch cannot be shared among the workers, training failed, or Ray cannot hold them.
     """
     from training.ray_train import TrainingFailed, Workers, finetune_on_ray
 
     from .runtime import connected
 
-    data = job.check()
-    for number in range(workers if least is None else least, workers + 1):
-        batches_of(data, job.recipe, World(0, number))
-    needed = workers if least is None or address is None else least
-    with logged(job.work) as log, connected(address, cpus=needed * cpus, gpus=needed * gpus):
-
-        def report(epoch: Epoch) -> None:
-            log(epoch)
-            if on_epoch:
-                on_epoch(epoch)
-
+    recipe = Recipe.model_validate(job.recipe)
+    for number in range(place.least or place.workers, place.workers + 1):
+        batches_of(data, recipe, World(0, number))
+    needed = place.workers if place.least is None or place.address is None else place.least
+    with (
+        logged(work, on_epoch) as log,
+        connected(place.address, cpus=needed * place.cpus, gpus=needed * place.gpus),
+    ):
         try:
             finetune_on_ray(
-                _described(job),
-                Workers(workers, cpus, gpus, least),
-                job.out,
-                storage=storage or str(job.work / "ray"),
-                name=job.name,
-                provenance=job.provenance(data),
+                job,
+                Workers(place.workers, place.cpus, place.gpus, place.least),
+                out,
+                storage=place.storage or str(work / "ray"),
+                name=work.name.removeprefix("."),
+                provenance=provenance,
                 on_step=on_step,
-                on_epoch=report,
+                on_epoch=log,
                 on_note=on_note,
             )
         except TrainingFailed as error:
             raise UserError(f"training failed: {error}") from error
-
-
-def _described(job: Finetuning) -> FinetuneJob:
-    """For Ray Train's workers."""
-    from training.ray_train import FinetuneJob
-
-    return FinetuneJob(
-        model=str(job.model),
-        data=job.data,
-        recipe=job.recipe.model_dump(mode="json"),
-        teacher=None if job.teacher is None else str(job.teacher),
-        teacher_cache=str(job.teacher_cache),
-        seed=job.seed,
-        loader_workers=job.loader_workers,
-    )
 
 
 def worker_range(given: str) -> tuple[int, int]:

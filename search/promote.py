@@ -17,7 +17,7 @@ from models.latency import Setting, measure_all
 from training import Epoch, Recipe
 
 from .config import load_config
-from .finetune import Finetuning, finetune_here, finetune_on_workers
+from .finetune import Finetuning, Place, finetune
 from .run import Run, read_json, unit_id
 
 __all__ = ["Promoted", "choose", "promote", "promoted"]
@@ -78,10 +78,7 @@ def promote(
     recipe: Recipe,
     *,
     setting: Setting | None = None,
-    workers: int = 1,
-    cpus: int = 1,
-    gpus: float = 0,
-    address: str | None = None,
+    place: Place = Place(),  # noqa: B008 (frozen)
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -92,7 +89,7 @@ def promote(
         run, point: the run and an entry of its front.
         recipe_name, recipe: how it is trained.
         setting: measure latency like this too.
-        workers, cpus, gpus, address: of Ray Train where there is more than one worker or an address.
+        place: where training runs.
         on_step, on_epoch, on_note: as for ``training.fit``.
 
     Raises:
@@ -110,15 +107,13 @@ def promote(
         seed=config.seed,
         loader_workers=config.data.loader_workers,
     )
-    if not job.out.exists() or load_provenance(job.out).get("recipe") != recipe.model_dump(mode="json"):
-        if job.out.exists():
-            raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
-        reports: dict[str, Any] = {"on_step": on_step, "on_epoch": on_epoch, "on_note": on_note}
-        if workers == 1 and address is None:
-            finetune_here(job, **reports)
-        else:
-            finetune_on_workers(job, workers=workers, cpus=cpus, gpus=gpus, address=address, **reports)
-    timing = None if setting is None else measure_all([load(job.out)], setting)[0]
+    if not job.out.exists():
+        finetune(job, place, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
+    elif load_provenance(job.out).get("recipe") != recipe.model_dump(mode="json"):
+        raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
+    latency = None
+    if setting is not None:
+        latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
     found = Promoted(
         unit=unit,
         top1=load_provenance(job.out)["top1"],
@@ -126,7 +121,7 @@ def promote(
         macs=point["macs"],
         params=point["params"],
         recipe=recipe_name,
-        latency=None if setting is None or timing is None else {**asdict(setting), **asdict(timing)},
+        latency=latency,
         model=str(Path("promoted") / unit / "model"),
     )
     write_text(folder / "promoted.json", json.dumps(asdict(found), indent=1))

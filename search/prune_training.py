@@ -7,19 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from models import Cost, UserError, arch_of, cost, load_provenance, read_arch, save, weights_digest
+from models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
 from pruners.trained import trained_pruner
-from training import Data, Epoch, Recipe, World, batches_of, open_data
+from training import Data, Epoch, Recipe, open_data
 from training.prune import PruneJob, prune_while_training
 
-from .finetune import logged
+from .finetune import Place, logged, on_ray
 from .provenance import digest, versions
 from .prune import to_device
 from .scoring import Calibration
+
+if TYPE_CHECKING:
+    from training.ray_train import FinetuneJob
 
 __all__ = ["Candidate", "TrainedPruning"]
 
@@ -83,70 +86,49 @@ class TrainedPruning:
 
     def run(
         self,
+        place: Place = Place(),  # noqa: B008 (frozen)
         *,
         on_step: Callable[[int, int, float], None] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> list[Candidate]:
-        """Train, decide, cut and save.
+        """Train, decide, cut and save. The callables are as for ``fit``.
 
         Raises:
-            UserError: a setting does not fit, the budget cannot be met, or the search collapsed or diverged.
+            UserError: a setting does not fit, the budget cannot be met, the search collapsed, or training failed.
         """
-        source = to_device(self.model)
         data = self._open()
-        state = self.work / "state.safetensors"
-        with logged(self.work) as log:
-
-            def report(epoch: Epoch) -> None:
-                log(epoch)
-                if on_epoch:
-                    on_epoch(epoch)
-
-            made = prune_while_training(
-                source,
-                data,
-                self.recipe,
-                self._job,
-                seed=self.seed,
-                state=state,
-                on_step=on_step,
-                on_epoch=report,
-                on_note=on_note,
-            )
-        assert made is not None, "nothing asked it to stop"
         facts = {**self.facts, "data": data.info.fingerprint, "versions": versions()}
-        for one in made:
-            save(one.model.cpu(), self._folder(one.budget), {**facts, "budget": one.budget, "top1": one.top1})
-        state.unlink(missing_ok=True)
+        reports: Any = {"on_step": on_step, "on_note": on_note}
+        if place.here:
+            state = self.work / "state.safetensors"
+            with logged(self.work, on_epoch) as log:
+                made = prune_while_training(
+                    to_device(self.model),
+                    data,
+                    self.recipe,
+                    self._job,
+                    seed=self.seed,
+                    state=state,
+                    on_epoch=log,
+                    **reports,
+                )
+            assert made is not None, "nothing asked it to stop"
+            for one in made:
+                save(one.model.cpu(), self._folder(one.budget), {**facts, "budget": one.budget, "top1": one.top1})
+            state.unlink(missing_ok=True)
+        else:
+            on_ray(self._described(), place, self.out, self.work, data, facts, on_epoch=on_epoch, **reports)
         return self.candidates()
 
-    def run_on_workers(
-        self,
-        *,
-        workers: int,
-        cpus: int = 1,
-        gpus: float = 0,
-        address: str | None = None,
-        storage: str | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
-        on_epoch: Callable[[Epoch], None] | None = None,
-        on_note: Callable[[str], None] | None = None,
-    ) -> list[Candidate]:
-        """``run`` on Ray Train's workers; arguments as for ``search.finetune.finetune_on_workers``.
+    def _described(self) -> FinetuneJob:
+        """For Ray Train's workers, who find the source in a folder."""
+        from training.ray_train import FinetuneJob
 
-        Raises:
-            UserError: as ``run``, or the machine cannot hold the workers.
-        """
-        from training.ray_train import FinetuneJob, TrainingFailed, Workers, finetune_on_ray
-
-        from .runtime import connected
-
-        data, source = self._open(), self.work / "source"
-        batches_of(data, self.recipe, World(0, workers))
+        source = self.work / "source"
         if not source.exists():
             save(self.model.cpu(), source)
-        job = FinetuneJob(
+        return FinetuneJob(
             model=str(source),
             data=self.data_name,
             recipe=self.recipe.model_dump(mode="json"),
@@ -155,28 +137,6 @@ class TrainedPruning:
             loader_workers=self.loader_workers,
             prune=asdict(self._job),
         )
-        with logged(self.work) as log, connected(address, cpus=workers * cpus, gpus=workers * gpus):
-
-            def report(epoch: Epoch) -> None:
-                log(epoch)
-                if on_epoch:
-                    on_epoch(epoch)
-
-            try:
-                finetune_on_ray(
-                    job,
-                    Workers(workers, cpus, gpus),
-                    self.out,
-                    storage=storage or str(self.work / "ray"),
-                    name=self.work.name.removeprefix("."),
-                    provenance={**self.facts, "data": data.info.fingerprint, "versions": versions()},
-                    on_step=on_step,
-                    on_epoch=report,
-                    on_note=on_note,
-                )
-            except TrainingFailed as error:
-                raise UserError(f"training failed: {error}") from error
-        return self.candidates()
 
     def candidates(self) -> list[Candidate]:
         """What this run has saved, the largest budget first; of several budgets not all need have been reached."""

@@ -213,7 +213,7 @@ class _UnitActor(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        found = run_unit(Path(self._job["run"]), Unit(**self._job["unit"]))
+        found = self._job["work"](Path(self._job["run"]), Unit(**self._job["unit"]))
         return {"state": found["state"], "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -270,8 +270,19 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return {}
 
 
-def execute(coordinator: Coordinator, resources: ResourcesTable, on_change: Sequence[Callable[[], None]] = ()) -> None:
-    """Run units until the coordinator is done, telling ``on_change`` of every start and end. Needs a ``RayConnection``.
+def execute(
+    coordinator: Coordinator,
+    resources: ResourcesTable,
+    on_change: Sequence[Callable[[], None]] = (),
+    *,
+    work: Callable[[Path, Unit], Mapping[str, Any]] = run_unit,
+) -> None:
+    """Run units until the coordinator is done. Needs a ``RayConnection``.
+
+    Args:
+        coordinator, resources: of the search.
+        on_change: told of every start and end.
+        work: does a unit of the run at a path, in an actor.
 
     Raises:
         SearchFailed: too many units failed.
@@ -287,7 +298,7 @@ def execute(coordinator: Coordinator, resources: ResourcesTable, on_change: Sequ
     with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
         tune.Tuner(
             trainable,
-            param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial},
+            param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial, "work": work},
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
                 name="units",

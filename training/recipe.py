@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models import UserError
-from models.errors import nearest
+from models.errors import explain, nearest
 
 __all__ = ["Distill", "Recipe", "load_recipe", "recipe_names"]
 
@@ -136,13 +136,5 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {name}: {error}") from error
     except ValidationError as error:
-        raise UserError("\n".join(f"recipe {name}: {_explain(p)}" for p in error.errors())) from error
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        hint = nearest(str(problem["loc"][-1]), list(Recipe.model_fields))
-        return f"{key}: unknown field; known: {', '.join(Recipe.model_fields)}. {hint}".strip()
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key else message
+        problems = [explain(problem, Recipe.model_fields) for problem in error.errors()]
+        raise UserError("\n".join(f"recipe {name}: {problem}" for problem in problems)) from error

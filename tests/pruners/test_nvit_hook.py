@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from models import Arch, UserError, arch_of, build, cost, cut_arch
 from pruners import MACS, PARAMS, kind_of, nvit, vector_sizes
 from pruners.masking import KeptLayerNorm, axis_masks
-from pruners.nvit_hook import NViTPruning, Snapshot
+from pruners.nvit_hook import NViTPruning
 from pruners.nvit_schedule import Grouping, narrow, total_cost
+from pruners.snapshot import Snapshot
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 from tests.pruners.test_nvit_schedule import vit

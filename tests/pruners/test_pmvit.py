@@ -216,7 +216,7 @@ def test_gaps_that_pass_make_no_token_unless_asked() -> None:
         ({"keep_rate": 1.1}, "keep_rate = 1.1"),
         ({"keep_rate": 0.7, "prune_rate": 0.4}, "keep_rate = 0.7 and prune_rate = 0.4: the sum must not exceed 1"),
         ({"keep_per_layer": (0.5, 0.95), "prune_rate": 0.1}, r"keep_per_layer\[1\] = 0.95 and prune_rate = 0.1"),
-        ({"keep": 0.5}, "keep: unknown setting; known: keep_rate, .* did you mean 'keep_rate'"),
+        ({"keep": 0.5}, "keep: unknown field; known: keep_rate, .* did you mean 'keep_rate'"),
         ({"scope": "block"}, "scope = 'block'"),
         ({"depth_decay": 1.0}, "depth_decay = 1.0: must be below 1 / 1 for 2 blocks"),
         ({"merge_list": (0, 2)}, r"merge_list = \[0, 2\]: must be different blocks of 0..1"),

@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from models import UserError, save
-from search.finetune import Finetuning, StepRate, finetune_on_workers, logged, worker_range
+from search.finetune import Finetuning, Place, StepRate, finetune, logged, worker_range
 from training import Epoch, Recipe
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -61,4 +61,4 @@ def test_batches_must_fit_every_number_of_workers(tmp_path: Path) -> None:
     source = save(timm.create_model("vit_tiny_patch16_224", num_classes=10, **SHAPE), tmp_path / "source")
     job = Finetuning(model=source, data="digits", recipe=Recipe(batch_size=128), out=tmp_path / "out")
     with pytest.raises(UserError, match="batch_size = 128 cannot be shared by 3 workers .* must be a multiple of 3"):
-        finetune_on_workers(job, workers=4, least=2)
+        finetune(job, Place(4, least=2))

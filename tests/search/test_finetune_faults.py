@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from torch import nn
 
 from models import load, save
-from search.finetune import Finetuning, finetune_on_workers
+from search.finetune import Finetuning, Place, finetune
 from training import Epoch, Recipe, fit, open_data
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def job(source: Path, out: Path) -> Finetuning:
 
 
 def run(source: Path, out: Path, watch: Watch, **options: Any) -> None:
-    finetune_on_workers(job(source, out), workers=2, on_epoch=watch.on_epoch, on_note=watch.on_note, **options)
+    finetune(job(source, out), Place(2, **options), on_epoch=watch.on_epoch, on_note=watch.on_note)
 
 
 def assert_same_weights(out: Path, wanted: nn.Module) -> None:

@@ -1,0 +1,36 @@
+"""A cut model out of the middle of a run whose method decides while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from models import Arch, Cut, cut_arch
+from models.build import build_with
+
+__all__ = ["Snapshot"]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The first model of a run within ``budget``: the decision, and a cut copy on the CPU, in eval mode."""
+
+    budget: float
+    cost: float  # at most ``budget``, in the same unit
+    step: int  # optimizer steps done
+    cut: Cut
+    model: nn.Module
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a hook's state; which budget it is for, the hook knows."""
+        return {"cost": self.cost, "step": self.step, "cut": self.cut.to_dict(), "weights": self.model.state_dict()}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any], budget: float, arch: Arch, cfg: Mapping[str, Any] | None) -> Snapshot:
+        """From ``state_dict``'s form; ``arch`` and ``cfg`` are the record and ``pretrained_cfg`` of what was cut."""
+        decision = Cut.from_dict(state["cut"])
+        model = build_with(cut_arch(arch, decision), state["weights"], pretrained_cfg=cfg).eval()
+        return cls(budget, state["cost"], state["step"], decision, model)
