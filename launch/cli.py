@@ -157,13 +157,14 @@ def front(
     from search import Run
     from search.display import front_table, promoted_table
     from search.promote import promoted
+    from search.run import unit_id
 
     found = Run.existing(run)
     points = [{**p, "model": str(run / p["model"])} for p in found.front()]
     further = {p["unit"]: p for p in promoted(found)}
     if as_json or as_csv:
         for point in points:
-            again = further.get(f"r{point['rung']}-{point['trial']:04d}")
+            again = further.get(unit_id(point["trial"], point["rung"]))
             point["promoted_top1"] = again and again["top1"]
             point["promoted_model"] = again and str(run / again["model"])
     if as_json:

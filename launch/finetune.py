@@ -93,6 +93,7 @@ def reports(
     display: Any, progress: Callable[[str, float, str], None], batch_size: int, *, what: str = "finetuning"
 ) -> dict[str, Any]:
     """Callables for ``fit``: a bar with loss, speed and accuracy; where nothing can be redrawn, a line per epoch."""
+    from search.display import clock
     from search.finetune import StepRate
 
     rate, note, eta = StepRate(batch_size), "", ""
@@ -102,7 +103,7 @@ def reports(
         nonlocal begun, eta
         begun = begun or (time.monotonic(), done)
         if done > begun[1]:
-            eta = f"  ETA {_clock((time.monotonic() - begun[0]) / (done - begun[1]) * (total - done))}"
+            eta = f"  ETA {clock((time.monotonic() - begun[0]) / (done - begun[1]) * (total - done))}"
         speed = rate.step(done)
         now = f"  {speed[0]:,.0f} images/s  {speed[1]:.2f} updates/s" if speed else ""
         progress(what, done / total, f"loss {loss:.3f}{now}{note}")
@@ -119,9 +120,3 @@ def reports(
             display.note(f"epoch {epoch.epoch}/{epoch.epochs}: {line}{eta}")
 
     return {"on_step": on_step, "on_epoch": on_epoch, "on_note": display.note}
-
-
-def _clock(seconds: float) -> str:
-    """h:mm:ss"""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

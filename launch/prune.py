@@ -91,22 +91,12 @@ def prune(
     from rich.console import Console
 
     from models import UserError
-    from models.errors import nearest
-    from pruners import PRUNERS
-    from pruners.trained import TRAINED
     from search.finetune import Place
     from search.scoring import Calibration
 
-    from .prune_kinds import Request, prune_tokens, prune_trained, prune_widths, tome
+    from .prune_kinds import Request, kind_of
 
-    kinds: dict[str, Any] = {
-        **dict.fromkeys(PRUNERS, prune_widths),
-        **dict.fromkeys(TRAINED, prune_trained),
-        "pmvit": prune_tokens,
-        "tome": tome,
-    }
-    if method not in kinds:
-        raise UserError(f"--method {method}: must be one of {', '.join(kinds)}. {nearest(method, kinds)}".strip())
+    kind = kind_of(method)
     given = {
         "--budget": budget is not None,
         "--keep-rate": keep_rate is not None,
@@ -118,7 +108,7 @@ def prune(
         "--recipe": recipe is not None,
         "--measure": measure != "macs",
     }
-    _check_options(method, kinds[method].__name__, given)
+    kind.check(method, given)
     if out is None and method != "tome":
         raise UserError("--out: give the folder of the result")
     if out is not None and out.exists():
@@ -127,7 +117,7 @@ def prune(
         raise UserError(f"--measure {measure}: must be one of macs, params, latency_ms")
     if (table is None) == (measure == "latency_ms"):
         raise UserError("--measure latency_ms and --table TABLE go together")
-    kinds[method](
+    kind.run(
         Request(
             source=source,
             method=method,
@@ -152,27 +142,6 @@ def prune(
             console=Console(stderr=as_json),
         )
     )
-
-
-# Options that mean something to some kinds of methods only.
-ALLOWED = {
-    "prune_widths": {"--budget", "--drop", "--group", "--floor", "--measure"},
-    "prune_trained": {"--budget", "--set", "--recipe"},
-    "prune_tokens": {"--budget", "--keep-rate", "--set", "--measure"},
-    "tome": {"--r"},
-}
-
-
-def _check_options(method: str, kind: str, given: dict[str, bool]) -> None:
-    from models import UserError
-
-    for option, is_given in given.items():
-        if is_given and option not in ALLOWED[kind]:
-            raise UserError(
-                f"{option}: means nothing to method {method!r}; it takes {', '.join(sorted(ALLOWED[kind]))}"
-            )
-    if kind in ("prune_widths", "prune_trained") and not given["--budget"]:
-        raise UserError(f"--budget: method {method!r} needs one, for example 0.5")
 
 
 def score(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save
-from pruners import MACS, PARAMS, Measure, latency
+from models.errors import nearest
+from pruners import MACS, PARAMS, PRUNERS, Measure, latency
+from pruners.trained import TRAINED, trained_pruner
 from search.config import read_overrides
 from search.display import Display
 from search.finetune import Finetuning, Place, finetune
@@ -21,7 +23,7 @@ from training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
 
 from .finetune import reports
 
-__all__ = ["Request", "prune_tokens", "prune_trained", "prune_widths", "tome"]
+__all__ = ["Kind", "Request", "kind_of"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,6 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
 
 def prune_trained(request: Request) -> None:
     """Train while the method decides, cut, finetune."""
-    from pruners.trained import trained_pruner
     from search.prune_training import TrainedPruning
 
     method, model = trained_pruner(request.method), open_source(request.source)
@@ -223,3 +224,40 @@ def tome(request: Request) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Methods that share a way of working, and with it the options of the command that mean something to them."""
+
+    run: Callable[[Request], None]
+    options: frozenset[str]
+    needs_budget: bool = False
+
+    def check(self, method: str, given: Mapping[str, bool]) -> None:
+        """Raise UserError where ``given`` has an option that means nothing here, or lacks the budget."""
+        for option, is_given in given.items():
+            if is_given and option not in self.options:
+                raise UserError(
+                    f"{option}: means nothing to method {method!r}; it takes {', '.join(sorted(self.options))}"
+                )
+        if self.needs_budget and not given["--budget"]:
+            raise UserError(f"--budget: method {method!r} needs one, for example 0.5")
+
+
+WIDTHS = Kind(prune_widths, frozenset({"--budget", "--drop", "--group", "--floor", "--measure"}), needs_budget=True)
+DECIDED_IN_TRAINING = Kind(prune_trained, frozenset({"--budget", "--set", "--recipe"}), needs_budget=True)
+PATCHES = Kind(prune_tokens, frozenset({"--budget", "--keep-rate", "--set", "--measure"}))
+KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(PRUNERS, WIDTHS),
+    **dict.fromkeys(TRAINED, DECIDED_IN_TRAINING),
+    "pmvit": PATCHES,
+    "tome": Kind(tome, frozenset({"--r"})),
+}
+
+
+def kind_of(method: str) -> Kind:
+    """Raises UserError for a method that there is not."""
+    if method not in KINDS:
+        raise UserError(f"--method {method}: must be one of {', '.join(KINDS)}. {nearest(method, KINDS)}".strip())
+    return KINDS[method]

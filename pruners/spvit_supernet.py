@@ -37,8 +37,6 @@ from .spvit_gates import choice_of, cumulate, expect, is_open, sample, uniforms
 
 __all__ = ["MixerGates", "SearchAttention", "SearchSwinBlock", "Supernet", "UnitGates", "run_bottleneck"]
 
-SCOPES = ("map", "window")
-
 
 def run_bottleneck(x: torch.Tensor, conv: MixedConv, norm: nn.Module) -> torch.Tensor:
     """Convolution, BatchNorm, ReLU, 1x1 convolution: B·D·rows·columns to the same, zero padding."""

@@ -177,6 +177,7 @@ class SearchTable(Table):
     screen_images: Count = 1024
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     start_from: str | None = None  # another run, whose front's points are begun with
+    start_published: bool = False  # begin with what papers published for models of the source's family too
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -54,8 +54,8 @@ class Coordinator:
             self._ladder.promoted(unit.rung, unit.number)
         self._waiting = deque([*above, *self._adopt()])
         self._candidates |= {u.key: u.number for u in self._waiting if u.rung == 0}
-        first = {f"r0-{r.trial:04d}" for r in self.results} | {name for name in self.failures if name.startswith("r0-")}
-        self._begun = len(first | {u.id for u in self._waiting if u.rung == 0})
+        begun = {r.trial for r in self.results} | {number for rung, number in map(_place, self.failures) if rung == 0}
+        self._begun = len(begun | {u.number for u in self._waiting if u.rung == 0})
         self.duplicates = 0  # proposals of this driver that were candidates already
         self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
         self._models = run.models() & {r.id for r in self.results}

@@ -24,7 +24,7 @@ from .front import hypervolume
 from .run import Result
 from .space import Space, Spread, Summary
 
-__all__ = ["Display", "front_table", "promoted_table"]
+__all__ = ["Display", "clock", "front_table", "promoted_table"]
 
 BANDS = 5
 
@@ -152,7 +152,7 @@ class Display:
         again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
         each = coordinator.seconds / len(found)
         self.note(
-            f"{len(found)} units in {_clock(elapsed)}: the driver spent {each:.3f} s on each; "
+            f"{len(found)} units in {clock(elapsed)}: the driver spent {each:.3f} s on each; "
             f"{share:.0%} of the workers' time went into other things than training{again}"
         )
 
@@ -179,8 +179,8 @@ def live_table(
         f"{failed} failed",
         f"front {len(coordinator.front)}",
         f"hypervolume {hypervolume(results, source, coordinator.search.objectives):.4f}",
-        f"{_clock(elapsed)} elapsed",
-        f"ETA {_clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
+        f"{clock(elapsed)} elapsed",
+        f"ETA {clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
     )
     bands = Table("MACs / source", *(f"{low:.2f}-{high:.2f}" for low, high in _bands(window)), box=None)
     best = [
@@ -199,7 +199,8 @@ def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
     return list(pairwise(edges))
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """mm:ss, or h:mm:ss from an hour on."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(int(seconds), 60)

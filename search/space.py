@@ -156,14 +156,16 @@ class Space:
         return cls(table, arch, blank)
 
     @classmethod
-    def check(cls, table: SpaceTable, arch: Arch, method: str) -> None:
-        """Raise UserError where no point of ``table`` can meet its budget; needs no scores, only the floors count."""
-        narrowest = cls.blank(table, arch, method).reachable[0]
+    def check(cls, table: SpaceTable, arch: Arch, method: str) -> Space:
+        """``blank``; raises UserError where no point can meet its budget too: only the floors count, not the scores."""
+        space = cls.blank(table, arch, method)
+        narrowest = space.reachable[0]
         if narrowest > table.budget[1]:
             raise UserError(
                 f"space.budget = {list(table.budget)} cannot be met: the narrowest model still has {narrowest:.3f} of "
                 "the source's MACs. Raise budget, raise skip, or set smaller space.groups"
             )
+        return space
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:

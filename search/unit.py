@@ -53,6 +53,10 @@ class Workplace:
         """The workplace of a run's folder; the last one is kept, for the next unit in this process."""
         return cls(Run(path))
 
+    def images(self) -> Iterator[Any]:
+        """``screen``, loaded only once somebody looks."""
+        yield from self.screen
+
     @cached_property
     def screen(self) -> list[Any]:
         """Images of the training split, for rungs that do not train and for BatchNorm."""
@@ -162,7 +166,7 @@ def _train(
 def _cut(workplace: Workplace, candidate: Candidate) -> nn.Module:
     """The source, cut; BatchNorms of new convolutions have seen images."""
     model = cut(workplace.source, candidate.decision)
-    recalibrate(model, workplace.screen)
+    recalibrate(model, workplace.images())
     return model
 
 
