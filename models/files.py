@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["publish_folder", "write_text"]
+__all__ = ["disk_full", "publish_file", "publish_folder", "write_text"]
 
 
 def _scratch(path: Path) -> Path:
@@ -17,12 +18,21 @@ def _scratch(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: readers see the old content or the new, never a part."""
-    scratch = _scratch(path)
-    with scratch.open("w", encoding="utf-8") as file:
+    with publish_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
+
+
+@contextlib.contextmanager
+def publish_file(path: Path) -> Iterator[Path]:
+    """A scratch file beside ``path`` that takes its place, replacing what was there, once the block ends well."""
+    scratch = _scratch(path)
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -43,3 +53,11 @@ def publish_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(scratch, path)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether something could not be written for want of space; libraries of other languages say so in words only."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    return any(os.strerror(code) in str(error) for code in codes)

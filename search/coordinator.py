@@ -270,7 +270,8 @@ class Coordinator:
     def stop(self) -> None:
         """Hand out nothing more, and ask what is running to save its state and end."""
         self._stopping = True
-        self.run.stop_file.touch()
+        with contextlib.suppress(OSError):  # a full disk: what is running finds that out by itself
+            self.run.stop_file.touch()
 
 
 def _place(unit_id: str) -> tuple[int, int]:

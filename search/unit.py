@@ -21,7 +21,7 @@ from tensorboardX import SummaryWriter
 from torch import nn
 
 from models import arch_of, cut, load, load_provenance, save
-from models.files import write_text
+from models.files import disk_full, write_text
 from models.recalibrate import recalibrate
 from training import EVAL_BATCH, Data, Epoch, Quality, Recipe, evaluate, fit, open_data
 
@@ -89,8 +89,8 @@ class Workplace:
 def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
     """Do a unit of the run at ``path``, or what is left of it.
 
-    Returns what ``result.json`` says, or ``{"state": "stopped"}``. An exception is the unit's failure: its traceback is
-    the result.
+    Returns what ``result.json`` says, or ``{"state": "stopped"}``, or ``{"state": "disk full"}`` where that kept it from
+    ending. Any other exception is the unit's failure: its traceback is the result.
     """
     run = Run(path)
     found = run.read_result(unit.id)
@@ -98,9 +98,11 @@ def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
         return found
     try:
         result = _work(Workplace.of(path), unit)
-    except Exception:
+        return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
+    except Exception as error:
+        if disk_full(error):  # it is no fault of the unit's, which goes on once there is room
+            return {"state": "disk full"}
         return run.write_result(unit.id, error=traceback.format_exc())
-    return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
 
 
 def _work(workplace: Workplace, unit: Unit) -> Result | None:

@@ -1,7 +1,9 @@
 """Points that a search begins with, before its sampler has learned anything.
 
-They come from the user, from another run's front, from architectures that papers have published, and, where every block
-is decided by itself, from a prior: evenly drawn mixers would make nearly every candidate worthless.
+They come from the user, from another run's front and from architectures that papers have published. After them, a joint
+space is first looked at along each of its axes alone, which is what a search over that axis would have found. Where
+every block is decided by itself, points come from a prior: evenly drawn mixers would make nearly every candidate
+worthless.
 """
 
 from __future__ import annotations
@@ -18,9 +20,20 @@ from .run import Run
 from .space import Space
 from .variables import Params, Variable
 
-__all__ = ["nearest_point", "prior_points", "published_points", "start_points"]
+__all__ = ["axis_points", "nearest_point", "prior_points", "published_points", "start_points"]
 
 Values = dict[str, float | int | str]
+# what leaves the source as it is
+NEUTRAL = {
+    "budget": 1.0,
+    "skip": 0.0,
+    "conv": 0.0,
+    "conv3": 0.0,
+    "keep_rate": 1.0,
+    "merge_start": 0.0,
+    "mlp_weight": 1.0,
+}
+LEVELS = 4  # of every axis
 
 
 def start_points(config: SearchConfig, space: Space) -> list[Params]:
@@ -39,9 +52,35 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
             raise UserError(f"{where}: {error}") from error
     if search.start_published:
         points += published_points(space).values()
+    points += axis_points(space, search.trials // 3)
     if space.table.encoding == "full":
         points += prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
     return points
+
+
+def axis_points(space: Space, count: int) -> list[Params]:
+    """At most ``count`` points, each of which leaves the source as it is along all axes but one, least change first.
+
+    Axes are the budget (width), dropped blocks, convolutions and tokens; none where fewer than two of them vary, or
+    where every block is decided by itself.
+    """
+    known = {v.name: v for v in space.variables if not v.fixed}
+    neutral = {name: _nearest(v, NEUTRAL.get(name)) for name, v in known.items()}
+    axes = [name for name in ("budget", "skip", "conv", "keep_rate") if name in known]
+    if len(axes) < 2 or space.table.encoding == "full":
+        return []
+    points: list[Params] = []
+    for level in range(1, LEVELS + 1):
+        for name in axes:
+            end = known[name].low if NEUTRAL[name] else known[name].high
+            start = float(neutral[name])
+            changed: Values = {name: _nearest(known[name], start + (end - start) * level / LEVELS)}
+            if name == "conv" and "conv3" in known:
+                changed["conv3"] = _nearest(known["conv3"], int(changed["conv"]) // 2)
+            point = neutral | changed
+            if point != neutral and point not in points:
+                points.append(point)
+    return points[:count]
 
 
 def published_points(space: Space) -> dict[str, Params]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from models.files import publish_file
 
 __all__ = ["load_state", "save_state"]
 
@@ -23,9 +24,8 @@ def save_state(path: Path, state: Any) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, tensors)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, scratch, metadata={"format": FORMAT, "tree": json.dumps(tree)})
-    os.replace(scratch, path)
+    with publish_file(path) as scratch:
+        save_file(tensors, scratch, metadata={"format": FORMAT, "tree": json.dumps(tree)})
 
 
 def load_state(path: Path) -> Any | None:

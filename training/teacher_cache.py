@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from timm.task import TrainingTask
 from torch.utils.data import DataLoader
 
 from models import UserError, arch_of, weights_digest
+from models.files import publish_file
 
 from .data import Data
 from .recipe import Recipe
@@ -100,9 +100,8 @@ def _shard(
             return logits
         if world.first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            save_file({"logits": logits}, scratch)
-            os.replace(scratch, file)
+            with publish_file(file) as scratch:
+                save_file({"logits": logits}, scratch)
         world.total(known)  # nobody reads before it is written
     assert file is not None
     missing = world.total(torch.tensor(float(not file.exists()), device=task.device)).item()

@@ -12,8 +12,8 @@ from models.published import PUBLISHED, published_arch
 from models.published_archs import deit, searched, swin
 from search.config import SearchConfig, SpaceTable
 from search.run import Result, Run
-from search.space import Space
-from search.warm_start import nearest_point, prior_points, published_points, start_points
+from search.space import Params, Space
+from search.warm_start import axis_points, nearest_point, prior_points, published_points, start_points
 from tests.conftest import TINY
 
 COMPACT = {"budget": (0.3, 1.0), "skip": (0, 4), "conv": (0, 6), "conv3": (0, 3), "keep_rate": (0.4, 1.0)}
@@ -96,6 +96,32 @@ def test_the_prior_of_windows_changes_the_first_stage() -> None:
     assert changed[11] == 0
 
 
+def test_each_axis_alone_comes_first() -> None:
+    space = make_space(deit("tiny"), **{**COMPACT, "budget": (0.2, 0.9), "merge_start": (0, 4), "lr": (1e-5, 1e-3)})
+    points = axis_points(space, 100)
+    width, blocks, convs, tokens = (
+        [p for p in points if changed(p, space) == {name}] for name in ("budget", "skip", "conv", "keep_rate")
+    )
+    assert [len(width), len(blocks), len(convs), len(tokens)] == [4, 4, 4, 4]
+    assert [p["budget"] for p in width] == pytest.approx([0.725, 0.55, 0.375, 0.2])
+    assert [p["skip"] for p in blocks] == [1, 2, 3, 4]
+    assert [(p["conv"], p["conv3"]) for p in convs] == [(2, 1), (3, 1), (4, 2), (6, 3)]
+    assert [p["keep_rate"] for p in tokens] == pytest.approx([0.85, 0.7, 0.55, 0.4])
+    dropped = space.decode(blocks[-1]).arch  # what is left is as wide as the budget's upper end allows
+    assert [b.heads for b in dropped.blocks] == [3] * 8
+    assert axis_points(space, 6) == points[:6]
+
+
+def changed(point: Params, space: Space) -> set[str]:
+    neutral = {"budget": space.table.budget[1], "skip": 0, "conv": 0, "keep_rate": 1.0}
+    return {name for name, value in neutral.items() if point[name] != value}
+
+
+def test_one_axis_needs_no_looking_along() -> None:
+    assert axis_points(make_space(deit("tiny"), budget=(0.2, 0.9)), 10) == []
+    assert axis_points(make_space(deit("tiny"), encoding="full"), 10) == []
+
+
 def config_with(**search: object) -> SearchConfig:
     return SearchConfig.model_validate({**TINY, "name": "tiny", "search": {**TINY["search"], **search}})
 
@@ -103,7 +129,7 @@ def config_with(**search: object) -> SearchConfig:
 def test_the_user_s_points_come_first_and_are_checked() -> None:
     space = make_space(deit("tiny"), budget=(0.3, 1.0), skip=(0, 3))
     own = {"budget": 0.5, "skip": 2}
-    assert start_points(config_with(start=[own]), space) == [own]
+    assert start_points(config_with(start=[own], trials=6), space) == [own, *axis_points(space, 2)]
     assert start_points(config_with(start=[own], start_published=True), space)[0] == own
     assert len(start_points(config_with(start=[own], start_published=True), space)) > 3
     with pytest.raises(UserError, match=r"search.start: skip = 7: must lie in \[0, 3\]"):
@@ -113,7 +139,7 @@ def test_the_user_s_points_come_first_and_are_checked() -> None:
 def test_another_front_is_begun_with(tmp_path: Path) -> None:
     space = make_space(deit("tiny"), budget=(0.3, 1.0), skip=(0, 3))
     run = other_run(tmp_path / "other", {"budget": 0.6, "skip": 1})
-    assert start_points(config_with(start_from=str(run.path)), space) == [{"budget": 0.6, "skip": 1}]
+    assert start_points(config_with(start_from=str(run.path)), space)[0] == {"budget": 0.6, "skip": 1}
     other_run(tmp_path / "wide", {"budget": 0.6, "skip": 1, "conv": 3})
     with pytest.raises(UserError, match=r"search.start_from .*wide: conv = 3: must lie in \[0, 0\]"):
         start_points(config_with(start_from=str(tmp_path / "wide")), space)

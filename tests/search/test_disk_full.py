@@ -1,0 +1,63 @@
+"""A full disk ends a search cleanly: nothing that is finished is lost, and it goes on once there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from models.files import disk_full, write_text
+from search.config import SearchConfig
+from search.unit import run_unit
+from tests.search.test_unit import begin
+
+MIB = 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextlib.contextmanager
+def filled(disk: Path) -> Iterator[None]:
+    """No room is left meanwhile."""
+    file = disk / "filler"
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as out:
+        while True:
+            if out.write(bytes(MIB)) < MIB:
+                break
+    yield
+    file.unlink()
+
+
+def test_nothing_half_written_is_left(small_disk: Path) -> None:
+    write_text(small_disk / "file", "as it was")
+    with filled(small_disk):
+        with pytest.raises(OSError, match="No space left") as found:
+            write_text(small_disk / "file", "x" * MIB)
+        assert disk_full(found.value)
+        assert (small_disk / "file").read_text() == "as it was"
+        assert {path.name for path in small_disk.iterdir()} == {"file", "filler"}
+    assert not disk_full(FileNotFoundError("No such file"))
+
+
+def test_a_unit_goes_on_once_there_is_room(tiny: Callable[..., SearchConfig], runs: Path, small_disk: Path) -> None:
+    run, coordinator = begin(tiny(finetune={"epochs": 2}), runs / "cache", small_disk / "run")
+    unit = coordinator.next()
+    assert unit is not None
+    with filled(small_disk):
+        assert run_unit(run.path, unit) == {"state": "disk full"}
+        assert run.read_result(unit.id) is None
+        assert not list(run.trial(unit.id).glob(".*"))
+    assert run_unit(run.path, unit)["state"] == "finished"
