@@ -2,8 +2,9 @@
 
     python -m benchmarks.kill [--kills 100]
 
-A tiny joint search on digits is started, its driver (and at times all of Ray with it) is killed with SIGKILL after a
-random time, and it is resumed, until it has been killed often enough; then it may finish. Writes
+A tiny joint search on digits is left alone and timed. Then it is started again, its driver (and at times all of Ray with
+it) is killed with SIGKILL after a random time, from before its first result to a third of what follows, and it is
+resumed, until it ends; and so on until there were kills enough. Writes
 benchmarks/results/kill.json: results lost, units run twice, and whether the candidates are those of a search that was
 left alone (with one worker and a sampler that depends on results alone they should be).
 """
@@ -78,9 +79,17 @@ def command(*arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    if process.wait() != 0:
+def undisturbed(config: Path, run: Run) -> tuple[float, float]:
+    """Seconds until the first result, and until the end."""
+    begun, first = time.monotonic(), 0.0
+    process = command("search", str(config), "--out", str(run.path))
+    while process.poll() is None:
+        time.sleep(0.1)
+        if not first and (run / "run.json").exists() and run.results():
+            first = time.monotonic() - begun
+    if process.returncode:
         raise SystemExit(f"{process.args!r} ended with {process.returncode}")
+    return first, time.monotonic() - begun
 
 
 def ends(run: Run) -> dict[str, int]:
@@ -108,14 +117,14 @@ def main() -> None:
         config = Path(folder, "kill.toml")
         config.write_text(CONFIG)
         alone = Run(Path(folder, "alone"))
-        finish(command("search", str(config), "--out", str(alone.path)))
+        first, whole = undisturbed(config, alone)
+        print(f"left alone: {first:.0f} s to the first result, {whole:.0f} s in all", flush=True)
         while kills < given.kills:
             run = Run(Path(folder, f"killed-{len(searches)}"))
             own, seen = 0, set()
             process = command("search", str(config), "--out", str(run.path))
             while True:
-                # from before anything is proposed up to several units later
-                wait = moment.uniform(4, 30) if kills < given.kills else None
+                wait = moment.uniform(first / 2, first + (whole - first) / 3) if kills < given.kills else None
                 try:
                     process.wait(wait)
                     break
