@@ -35,16 +35,16 @@ FIXED: dict[str, Any] = {
     "mlp_weight": [1.0, 1.0],
 }
 SPACES: dict[str, dict[str, Any]] = {
-    "joint": {
-        "budget": [0.2, 0.9],
-        "skip": [0, 3],
-        "conv": [0, 2],
-        "conv3": [0, 1],
-        "keep_rate": [0.5, 1.0],
+    "joint": {  # all that the others have
+        "budget": [0.15, 1.0],
+        "skip": [0, 5],
+        "conv": [0, 6],
+        "conv3": [0, 6],
+        "keep_rate": [0.1, 1.0],
         "merge_start": [0, 4],
         "mlp_weight": [0.5, 2.0],
     },
-    "width": {"budget": [0.2, 0.9], "mlp_weight": [0.5, 2.0]},
+    "width": {"budget": [0.15, 1.0], "mlp_weight": [0.5, 2.0]},
     "blocks": {"skip": [0, 5]},
     "convolutions": {"conv": [0, 6], "conv3": [0, 6]},
     "tokens": {"keep_rate": [0.1, 1.0], "merge_start": [0, 4]},

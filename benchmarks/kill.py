@@ -2,8 +2,8 @@
 
     python -m benchmarks.kill [--kills 100]
 
-A tiny joint search on digits is left alone and timed. Then it is started again, its driver (and at times all of Ray with
-it) is killed with SIGKILL after a random time, from before its first result to a third of what follows, and it is
+A tiny joint search on digits is left alone and timed. Then it is started again, its driver (and at times all of Ray
+with it) is killed with SIGKILL after a random time, from before its first result to a third of what follows, and it is
 resumed, until it ends; and so on until there were kills enough. Writes
 benchmarks/results/kill.json: results lost, units run twice, and whether the candidates are those of a search that was
 left alone (with one worker and a sampler that depends on results alone they should be).

@@ -10,37 +10,37 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from models import Arch, UserError, cut, read_arch
+from models import Arch, LatencyTable, UserError, cost, read_arch
 from models.files import publish_folder, write_text
-from models.recalibrate import recalibrate
-from training import EVAL_BATCH, Quality, evaluate
+from training import Quality
 
-from .config import SearchConfig, SourceTable, load_config
+from .config import SearchConfig, load_config
 from .coordinator import Coordinator
 from .display import Display
 from .front import hypervolume, pareto_front
+from .opening import SAMPLE, open_search
 from .provenance import versions
+from .remote import run_on_worker
 from .report import write_report
 from .run import Lease, Run
 from .runtime import RayConnection, execute, slots
-from .source import Prepared, prepare
-from .space import Params, Space, Spread, Summary, read_scores
+from .source import Kept, open_space
+from .space import Params, Space, read_scores
 from .study import Study
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
-SAMPLE = 256  # points of the space whose cost is shown before the search
-SCORED = 16  # of them, those that are also cut and evaluated without training
 RAY_DIED = 3  # exit code
 
 
@@ -83,27 +83,32 @@ def run_search(
     run = Run(out if out is not None else Path("runs") / config.name)
     if run.path.exists():
         raise UserError(
-            f"{run.path} exists: go on with 'prunesweep resume {run.path}', or choose another folder with --out"
+            f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
         )
-    if address is None and not dry_run:
-        slots(config.resources)
-    try:
+    config = _with_table(config, None if (table := config.space.latency_table) is None else Path(table))
+    died = "Ray died before the first trial; the same command goes on from what is saved"
+    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, died))
+    with contextlib.ExitStack() as stack:
+        if address is not None:
+            stack.enter_context(ray)
+        units = ray.slots if address is not None else _slots_here(config) if dry_run else slots(config.resources)
+        work = partial(open_search, config, run.path.parent / "cache", fetch=not dry_run)
+        try:
+            with display.progress() as progress:
+                opening = work(progress) if address is None else run_on_worker(work, config.resources, progress)
+        except UserError as error:
+            if not dry_run:
+                raise
+            _plan_without(config, error, display, units)
+            return None
+        _check_seen(opening)
+        space = open_space(config.space, opening)
+        display.space(space, opening.summary, Quality(opening.top1, opening.ppl), opening.zero_shot)
         if dry_run:
-            _check_downloaded(config.source)
-        with display.progress() as progress:
-            prepared = prepare(config, run.path.parent / "cache", progress)
-    except UserError as error:
-        if not dry_run:
-            raise
-        _plan_without(config, error, display)
-        return None
-    summary = prepared.space.summarise(SAMPLE, config.seed)
-    display.space(prepared.space, summary, Quality(prepared.top1, prepared.ppl), _zero_shot(prepared, summary))
-    if dry_run:
-        display.plan(config, _slots_here(config))
-        return None
-    create_run(run, config, prepared)
-    return _search(run, config, prepared.space, display, address=address, verbose=verbose)
+            display.plan(config, units)
+            return None
+        config = create_run(run, _with_start(config, space), opening)
+        return _search(run, config, space, display, ray if address is None else contextlib.nullcontext(ray))
 
 
 HARMLESS = (
@@ -141,10 +146,14 @@ def resume_search(
     made = load_config(run / "search.toml")
     config = load_config(run / "search.toml", [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
     _check_same_search(run, made, config)
+    if run.latency_table.exists():
+        config = _with_table(config, run.latency_table)  # wherever the run was moved to
     if address is None:
         slots(config.resources)
     space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.facts()["scores"]))
-    return _search(run, config, space, Display(console or Console(quiet=True)), address=address, verbose=verbose)
+    display = Display(console or Console(quiet=True))
+    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
+    return _search(run, config, space, display, ray)
 
 
 def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> None:
@@ -156,6 +165,18 @@ def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> No
             f"{run.path} was made with other settings, so its results would not compare:\n{lines}\n"
             "start a new search (search.start_from takes over this one's front), or leave these keys as they are"
         )
+
+
+def _with_table(config: SearchConfig, path: Path | None) -> SearchConfig:
+    """The configuration with its latency table at ``path``, which is made absolute for other processes."""
+    name = None if path is None else str(path.expanduser().absolute())
+    return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": name})})
+
+
+def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
+    """The configuration with all points to begin with in ``search.start``, so that the run needs no other run."""
+    changes = {"start": tuple(dict(point) for point in _start_points(config, space)), "start_from": None}
+    return config.model_copy(update={"search": config.search.model_copy(update=changes)})
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,18 +203,16 @@ def _start_points(config: SearchConfig, space: Space) -> list[Params]:
     return points
 
 
-def _check_downloaded(source: SourceTable) -> None:
-    """Raise UserError for weights from the hub that this machine does not have yet: a dry run fetches nothing."""
-    cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False) if source.pretrained else None
-    if cfg is None or not cfg.hf_hub_id:
-        return
-    repo = cfg.hf_hub_id + (source.model if cfg.hf_hub_id.endswith("/") else "")
-    files = ("model.safetensors", "pytorch_model.bin")
-    if not any(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
-        raise UserError(f"the weights {repo} are not on this machine yet; a search would fetch them from the hub")
+def _check_seen(kept: Kept) -> None:
+    """Raise UserError where a worker has written what this process does not see."""
+    for path in (kept.folder, *kept.score_files.values()):
+        if not path.exists():
+            raise UserError(
+                f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"
+            )
 
 
-def _plan_without(config: SearchConfig, error: UserError, display: Display) -> None:
+def _plan_without(config: SearchConfig, error: UserError, display: Display, units: int | None) -> None:
     """The space and the plan from the source's record alone. Raises ``error`` where the source is not known."""
     display.note(f"not here: {error}")
     try:
@@ -209,7 +228,7 @@ def _plan_without(config: SearchConfig, error: UserError, display: Display) -> N
     space = Space.blank(table, arch, config.scores.method)
     display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
     display.space(space, space.summarise(SAMPLE, config.seed), None, None)
-    display.plan(config, _slots_here(config))
+    display.plan(config, units)
 
 
 def _slots_here(config: SearchConfig) -> int | None:
@@ -219,45 +238,56 @@ def _slots_here(config: SearchConfig) -> int | None:
         return None
 
 
-def _zero_shot(prepared: Prepared, summary: Summary) -> Spread:
-    """Accuracy before finetuning, over a few points of the sample."""
-    found = []
-    for point in summary.points[:SCORED]:
-        model = cut(prepared.model, prepared.space.decode(point).decision)
-        recalibrate(model, prepared.data.calibration(EVAL_BATCH, EVAL_BATCH, 0))
-        found.append(evaluate(model, prepared.data.val_loader(EVAL_BATCH))["top1"])
-    return Spread.of(found)
-
-
-def create_run(run: Run, config: SearchConfig, prepared: Prepared) -> None:
-    """The run's folder, whole or not at all."""
-    cost = prepared.cost
-    latency = prepared.space.source_value("latency_ms") if config.space.latency_table else None
+def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
+    """The run's folder, whole or not at all; its configuration, which names nothing outside that a resume would need."""
+    spent = cost(kept.arch)
+    table = config.space.latency_table
     facts = {
         "source": {
-            "name": prepared.arch.source,
-            "weights": prepared.weights,
-            **Quality(prepared.top1, prepared.ppl).facts,
-            "macs": cost.macs,
-            "params": cost.params,
-            **({} if latency is None else {"latency_ms": latency}),
+            "name": kept.arch.source,
+            "weights": kept.weights,
+            **Quality(kept.top1, kept.ppl).facts,
+            "macs": spent.macs,
+            "params": spent.params,
+            **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(kept.arch)}),
         },
-        "data": prepared.data.info.fingerprint,
-        "scores": {kind: path.name for kind, path in prepared.score_files.items()},
+        "data": kept.fingerprint,
+        "scores": {kind: path.name for kind, path in kept.score_files.items()},
         "versions": versions(),
     }
     with publish_folder(run.path) as folder:
+        if table is not None:
+            shutil.copy2(table, folder / run.latency_table.name)
+            config = _with_table(config, run.latency_table)
         write_text(folder / "search.toml", config.to_toml())
-        shutil.copytree(prepared.folder, folder / "source")
+        shutil.copytree(kept.folder, folder / "source")
         (folder / "scores").mkdir()
-        for path in prepared.score_files.values():
+        for path in kept.score_files.values():
             shutil.copy2(path, folder / "scores" / path.name)
         (folder / "trials").mkdir()
         write_text(folder / "run.json", json.dumps(facts, indent=1))
+    return config
+
+
+def _died(run: Run) -> str:
+    return f"Ray died. No finished trial is lost: prunesweep resume {run.shown}"
+
+
+def _leaving(display: Display, text: str, lease: Lease | None = None) -> Callable[[], NoReturn]:
+    """What ends this process with ``text``: Ray's client code would end it too, but with exit code 0."""
+
+    def leave() -> NoReturn:
+        display.close()
+        display.note(text)
+        if lease is not None:
+            lease.release()
+        os._exit(RAY_DIED)
+
+    return leave
 
 
 def _search(
-    run: Run, config: SearchConfig, space: Space, display: Display, *, address: str | None, verbose: bool
+    run: Run, config: SearchConfig, space: Space, display: Display, ray: AbstractContextManager[RayConnection]
 ) -> SearchResult:
     """The search proper: everything but the source, the scores and the space, which a run has from the start."""
     with Lease(run.path) as lease:
@@ -274,24 +304,18 @@ def _search(
         )
         coordinator = Coordinator(run, study, space, config.search, slots=1, seed=config.seed)
         source = run.facts()["source"]
-
-        def ray_died() -> None:
-            display.close()
-            display.note(f"Ray died. No finished trial is lost: prunesweep resume {_shown(run)}")
-            lease.release()
-            os._exit(RAY_DIED)  # Ray's client code would end this process too, with exit code 0
-
         try:
             if not coordinator.done:
                 with (
                     display.live(coordinator, source, config.space.budget) as changed,
                     _board(run, coordinator, source) as logged,
-                    RayConnection(config.resources, address=address, verbose=verbose, on_death=ray_died) as connection,
+                    ray as connection,
                     _interruptible(coordinator, display),  # after Ray, which takes SIGTERM for itself
                 ):
+                    connection.on_death = _leaving(display, _died(run), lease)
                     coordinator.slots = connection.slots
                     before, begun = len(coordinator.results), time.monotonic()
-                    execute(coordinator, config.resources, [changed, logged])
+                    execute(coordinator, config.resources, [changed, logged], count=lambda: connection.slots)
                     display.overhead(coordinator, before, time.monotonic() - begun)
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
@@ -302,11 +326,6 @@ def _search(
         if coordinator.finished:
             display.front(coordinator.front, source["macs"])
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
-
-
-def _shown(run: Run) -> str:
-    """The run's folder as a user would type it."""
-    return os.path.relpath(run.path)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     search.toml      the resolved configuration
     run.json         facts fixed when the run was made: the source's accuracy and cost, the scores in use
-    source/          the source model          scores/    cached scores
+    source/          the source model          scores/    cached scores          latency_table.json, where there is one
     study.journal    Optuna's journal          front.json, report.html, tb/
     trials/r0-0007/  spec.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
 
@@ -99,6 +99,17 @@ class Run:
             if not (run / name).is_file():
                 raise UserError(f"{path} is not a run: {name} is missing. A run is made by 'prunesweep search'")
         return run
+
+    @property
+    def shown(self) -> str:
+        """The folder as a user would type it: relative where it lies below the current one."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    @property
+    def latency_table(self) -> Path:
+        """The run's own copy of ``space.latency_table``."""
+        return self.path / "latency_table.json"
 
     def trial(self, unit_id: str) -> Path:
         return self.path / "trials" / unit_id

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +46,7 @@ __all__ = ["RayConnection", "connected", "execute", "slots"]
 
 OBJECT_STORE_BYTES = 128 * 2**20  # units exchange files, not objects
 RESTARTS = 2  # of a unit whose process was lost
+COUNT = 5.0  # seconds between two looks at the nodes of a cluster
 
 
 def slots(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
@@ -95,19 +98,30 @@ def _cpus(resources: ResourcesTable) -> int:
 class RayConnection:
     """A Ray of our own on this machine, or a running cluster, for the time of a ``with`` block.
 
-    ``on_death`` is called, in a thread, should Ray die. Inside the block, ``slots`` are the units that fit.
+    ``on_death`` is called, in a thread, should Ray die; it may be replaced meanwhile. The loss of a node that is not
+    the head is no death.
 
     Raises:
         UserError: nothing answers at ``address``, or no unit fits.
     """
 
-    slots = 0
-
     def __init__(
         self, resources: ResourcesTable, *, address: str | None, verbose: bool, on_death: Callable[[], None]
     ) -> None:
-        self._resources, self._address, self._verbose, self._on_death = resources, address, verbose, on_death
+        self._resources, self._address, self._verbose, self.on_death = resources, address, verbose, on_death
         self._stop = threading.Event()
+        self._slots, self._counted = 0, -math.inf
+
+    @property
+    def slots(self) -> int:
+        """Units that fit on the nodes that are there now, 0 where all of them are lost; counted every few seconds."""
+        if self._address is not None and time.monotonic() - self._counted > COUNT:
+            try:
+                self._slots = slots(self._resources, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+            except UserError:
+                self._slots = 0
+            self._counted = time.monotonic()
+        return self._slots
 
     def __enter__(self) -> RayConnection:
         level = logging.INFO if self._verbose else logging.ERROR
@@ -123,7 +137,7 @@ class RayConnection:
             context = _join(self._address, options)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
-            self.slots = slots(self._resources, None if self._address is None else [n["Resources"] for n in nodes])
+            self._slots = slots(self._resources, None if self._address is None else [n["Resources"] for n in nodes])
         except UserError:
             ray.shutdown()
             raise
@@ -146,7 +160,7 @@ class RayConnection:
                 return
             closed = 0 if all(_open(door) for door in doors) else closed + 1
         if not self._stop.is_set():
-            self._on_death()
+            self.on_death()
 
 
 def _join(address: str, options: Mapping[str, Any]) -> Any:
@@ -226,13 +240,17 @@ class _UnitActor(tune.Trainable):  # type: ignore[misc]
 class _Searcher(Searcher):  # type: ignore[misc]
     """Asks the coordinator for units and tells it of their ends."""
 
-    def __init__(self, coordinator: Coordinator, on_change: Sequence[Callable[[], None]]) -> None:
+    def __init__(
+        self, coordinator: Coordinator, on_change: Sequence[Callable[[], None]], count: Callable[[], int] | None
+    ) -> None:
         super().__init__()
-        self._coordinator, self._on_change = coordinator, on_change
+        self._coordinator, self._on_change, self._count = coordinator, on_change, count
         self._units: dict[str, str] = {}
         self.failure: Exception | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._count:
+            self._coordinator.slots = self._count()
         try:
             unit = self._coordinator.next()
         except UserError as error:
@@ -275,6 +293,7 @@ def execute(
     resources: ResourcesTable,
     on_change: Sequence[Callable[[], None]] = (),
     *,
+    count: Callable[[], int] | None = None,
     work: Callable[[Path, Unit], Mapping[str, Any]] = run_unit,
 ) -> None:
     """Run units until the coordinator is done. Needs a ``RayConnection``.
@@ -282,13 +301,14 @@ def execute(
     Args:
         coordinator, resources: of the search.
         on_change: told of every start and end.
+        count: units that can run side by side, now; nodes come and go. ``coordinator.slots`` throughout by default.
         work: does a unit of the run at a path, in an actor.
 
     Raises:
         SearchFailed: too many units failed.
         UserError: the space cannot be sampled.
     """
-    searcher = _Searcher(coordinator, on_change)
+    searcher = _Searcher(coordinator, on_change, count)
     # by default Tune asks for the second unit once the first one's process is up; they should start side by side
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.slots)
     own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}

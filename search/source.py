@@ -12,33 +12,50 @@ import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import nn
 
-from models import Arch, Cost, UserError, arch_of, cost, load, load_provenance, save, weights_digest
+from models import Arch, UserError, arch_of, load, load_provenance, read_arch, save, weights_digest
 from models.errors import nearest
 from pruners import Scores
 from training import EVAL_BATCH, Data, Quality, check_words, evaluate, fit, open_data, seeded
 
-from .config import SearchConfig, SourceTable
+from .config import SearchConfig, SourceTable, SpaceTable
 from .provenance import digest, versions
 from .scoring import Calibration, Progress, cached_gates, cached_scores
 from .space import LEARNED, Space, score_names
 
-__all__ = ["Prepared", "Progress", "prepare"]
+__all__ = ["Kept", "Prepared", "Progress", "open_space", "prepare"]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that a search starts from. ``folder`` is the saved source, ``score_files`` are by name."""
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A source and its scores, as they lie in the cache: small, and the same for every process that sees it.
+
+    ``folder`` is the saved source, ``score_files`` are by name.
+    """
+
+    folder: Path
+    score_files: Mapping[str, Path]
+    weights: str  # digest of the source's
+    fingerprint: str  # of the data
+    top1: float
+    ppl: float | None = None  # of a language model
+
+    @property
+    def arch(self) -> Arch:
+        return read_arch(self.folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Kept):
+    """All that a search starts from, in the process that made or found it."""
 
     data: Data
     model: nn.Module
-    arch: Arch
-    cost: Cost
-    top1: float
-    weights: str
-    folder: Path
     space: Space
-    score_files: Mapping[str, Path]
-    ppl: float | None = None  # of a language model
+
+
+def open_space(table: SpaceTable, kept: Kept) -> Space:
+    """The space of a source and its scores. Raises UserError as ``Space`` does."""
+    return Space(table, kept.arch, {name: Scores.load(path) for name, path in kept.score_files.items()})
 
 
 def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
@@ -62,7 +79,6 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         _make(config, model.to(device), data, folder, progress)
     source = load(folder)
     weights = weights_digest(source)
-    arch = arch_of(source)
     source.to(device)
 
     settings = Calibration(**config.scores.model_dump(exclude={"method"}))
@@ -74,18 +90,15 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         else:
             files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
     quality = Quality.of(load_provenance(folder))
-    return Prepared(
-        data=data,
-        model=source,
-        arch=arch,
-        cost=cost(arch),
+    kept = Kept(
+        folder=folder,
+        score_files=files,
+        weights=weights,
+        fingerprint=data.info.fingerprint,
         top1=quality.top1,
         ppl=quality.ppl,
-        weights=weights,
-        folder=folder,
-        space=Space(config.space, arch, {name: Scores.load(path) for name, path in files.items()}),
-        score_files=files,
     )
+    return Prepared(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
 
 
 def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
