@@ -44,6 +44,7 @@ def promote(
     from search.finetune import Place
     from search.promote import choose, promoted
     from search.promote import promote as promote_one
+    from search.report import write_report
     from training import load_recipe
 
     from .finetune import reports
@@ -67,4 +68,5 @@ def promote(
         with display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, setting=setting, place=place, **say)
+    write_report(found)
     console.print(promoted_table(promoted(found), found.facts()["source"]["macs"], run))

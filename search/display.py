@@ -230,15 +230,17 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
 def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> Table:
     """Front members after their full finetuning, beside what the search had found."""
     table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
-    for name in ("unit", "top-1 (%)", "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
+    texts = any(p["ppl"] is not None for p in found)
+    quality = ("ppl", "searched_ppl") if texts else ("top1", "searched_top1")
+    first = "ppl" if texts else "top-1 (%)"
+    for name in ("unit", first, "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
     table.add_column("model", overflow="fold")
     for p in found:
         latency = p["latency"]
         table.add_row(
             p["unit"],
-            f"{p['top1']:.2f}",
-            f"{p['searched_top1']:.2f}",
+            *(f"{p[name]:.2f}" for name in quality),
             f"{p['macs'] / source_macs:.3f}",
             f"{p['params'] / 1e6:.3f}",
             "" if latency is None else f"{latency['median_ms']:.3f} (batch {latency['batch']})",
@@ -251,8 +253,9 @@ def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path)
 def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
     """The Pareto set, one row per model."""
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
-    texts = any("ppl" in point for point in front)
-    for name in ("trial", *(["ppl"] if texts else []), "top-1 (%)", "MACs (M)", "/ source", "params (M)"):
+    texts, timed = (any(name in point for point in front) for name in ("ppl", "latency_ms"))
+    costs = ("MACs (M)", "/ source", "params (M)", *(["latency (ms), predicted"] if timed else []))
+    for name in ("trial", *(["ppl"] if texts else []), "top-1 (%)", *costs):
         table.add_column(name, justify="right")
     table.add_column("model", overflow="fold")
     for point in front:
@@ -263,6 +266,7 @@ def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
             f"{point['macs'] / 1e6:.2f}",
             f"{point['macs'] / source_macs:.3f}",
             f"{point['params'] / 1e6:.3f}",
+            *([f"{point['latency_ms']:.3f}"] if timed else []),
             point["model"],
         )
     return table

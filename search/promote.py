@@ -27,11 +27,16 @@ COSTS = ("macs", "params", "latency_ms")
 
 @dataclass(frozen=True)
 class Promoted:
-    """A front member after its full finetuning; ``top1`` values in percent, ``latency`` as measured here."""
+    """A front member after its full finetuning; ``top1`` values in percent, ``latency`` as measured here.
+
+    ``ppl``, words' perplexity, is a language model's.
+    """
 
     unit: str
     top1: float
     searched_top1: float
+    ppl: float | None
+    searched_ppl: float | None
     macs: int
     params: int
     recipe: str
@@ -55,7 +60,7 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
         raise UserError(f"{run.path}: the front is empty; search first")
     if top is None and not at:
         return front
-    best = sorted(front, key=lambda p: -p["top1"])
+    best = sorted(front, key=lambda p: p.get("ppl", -p["top1"]))
     chosen = best[: top or 0]
     for name, limit in at:
         if name not in COSTS or (name not in front[0]):
@@ -118,6 +123,8 @@ def promote(
         unit=unit,
         top1=load_provenance(job.out)["top1"],
         searched_top1=point["top1"],
+        ppl=load_provenance(job.out).get("ppl"),
+        searched_ppl=point.get("ppl"),
         macs=point["macs"],
         params=point["params"],
         recipe=recipe_name,

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from models import Arch, read_arch
 from models.files import write_text
 
+from .promote import promoted
 from .run import Run
 
 __all__ = ["write_report"]
@@ -20,11 +21,16 @@ __all__ = ["write_report"]
 def write_report(run: Run) -> Path:
     """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the one that is chosen."""
     facts, front = run.facts(), {(point["trial"], point["rung"]) for point in run.front()}
+    further = {entry["unit"]: entry for entry in promoted(run)}
     source = read_arch(run / "source")
     trials = [
         {
+            "unit": r.id,
             "trial": r.trial,
             "top1": r.top1,
+            "ppl": r.ppl,
+            "latency_ms": r.latency_ms,
+            "promoted": further.get(r.id),
             "zero_shot": r.zero_shot,
             "macs": r.macs,
             "params": r.params,
@@ -42,6 +48,7 @@ def write_report(run: Run) -> Path:
     data = {
         "name": run.path.name,
         "source": {**facts["source"], "arch": _picture(source, source)},
+        "objectives": run.objectives,
         "trials": trials,
         "failed": len(run.failures()),
         "versions": facts["versions"],
