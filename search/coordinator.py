@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ from models import UserError
 from models.files import write_text
 
 from .config import SearchTable
-from .front import QUALITIES, directions, values
+from .front import QUALITIES, directions, pareto_front, values
 from .promotion import Promotions
 from .run import Result, Run, Unit
 from .space import Candidate, Space
@@ -59,7 +59,8 @@ class Coordinator:
         self.duplicates = 0  # proposals of this driver that were candidates already
         self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
         self._models = run.models() & {r.id for r in self.results}
-        self.front = run.update_front(self.results, self._models, self._wanted_models())
+        self.best: list[Result] = []  # the members of the front
+        self.front = self._update_front(self.results)
 
     @property
     def requested(self) -> int:
@@ -244,13 +245,18 @@ class Coordinator:
             self._at[result.trial, result.rung] = result
             self._ladder.add(result.rung, result.trial, values(result, self.search.objectives))
             self._models |= {result.id} if result.has_model else set()
-            self.front = self.run.update_front(self.results, self._models, self._wanted_models())
+            self.front = self._update_front([result])
             return
         self.failures[unit_id] = found["error"]
         if len(self.failures) > max(2, self.requested // 4):
             raise SearchFailed(
                 f"{len(self.failures)} of {self.expected} trials failed; the last one with:\n{found['error']}"
             )
+
+    def _update_front(self, new: Sequence[Result]) -> list[dict[str, Any]]:
+        """The front with ``new`` results: what was beaten before stays beaten, so only its members are compared."""
+        self.best = pareto_front([r for r in (*self.best, *new) if r.has_model], self.search.objectives)
+        return self.run.update_front(self.best, self._models, self._wanted_models())
 
     def _wanted_models(self) -> set[str]:
         """Models that a promotion may still start from."""

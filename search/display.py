@@ -178,7 +178,7 @@ def live_table(
         f"{coordinator.live} running",
         f"{failed} failed",
         f"front {len(coordinator.front)}",
-        f"hypervolume {hypervolume(results, source, coordinator.search.objectives):.4f}",
+        f"hypervolume {hypervolume(coordinator.best, source, coordinator.search.objectives):.4f}",
         f"{clock(elapsed)} elapsed",
         f"ETA {clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
     )

@@ -89,8 +89,8 @@ class Workplace:
 def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
     """Do a unit of the run at ``path``, or what is left of it.
 
-    Returns what ``result.json`` says, or ``{"state": "stopped"}``, or ``{"state": "disk full"}`` where that kept it from
-    ending. Any other exception is the unit's failure: its traceback is the result.
+    Returns what ``result.json`` says, or ``{"state": "stopped"}``, or ``{"state": "disk full"}`` where that kept it
+    from ending. Any other exception is the unit's failure: its traceback is the result.
     """
     run = Run(path)
     found = run.read_result(unit.id)
