@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -98,7 +97,7 @@ def resume(
 
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
     """Run a search and say how it ended."""
-    from search import SearchFailed
+    from search import Run, SearchFailed
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -113,7 +112,7 @@ def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
         raise typer.Exit(INTERRUPTED) from None
     if result is None:
         return
-    shown = os.path.relpath(result.path)
+    shown = Run(result.path).shown
     if not result.finished:
         say(f"stopped; go on with: prunesweep resume {shown}")
         raise typer.Exit(INTERRUPTED)
@@ -249,13 +248,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: user errors are one clear message, everything else is a defect and keeps its traceback."""
     try:
         from models import UserError
+        from models.files import disk_full
     except KeyboardInterrupt:  # torch takes seconds to load; later ones are caught where they can be explained
         sys.exit(INTERRUPTED)
     try:
         app(arguments)
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(USER_ERROR)
+        _fail(str(error))
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        _fail(f"{error}: what was finished before is whole; make room, and the same command goes on")
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ __all__ = ["disk_full", "publish_file", "publish_folder", "write_text"]
 
 
 def _scratch(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Of this process alone; containers on several nodes may well have the same process ids."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:

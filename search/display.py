@@ -64,7 +64,9 @@ class Display:
                 self.note(f"{what}: {note}")
 
         with bars:
+            self._live = bars.live
             yield report
+        self._live = None
 
     def space(self, space: Space, summary: Summary, quality: Quality | None, zero_shot: Spread | None) -> None:
         """The source, every variable with its range, the objectives over a sample, and what can be reached."""

@@ -22,22 +22,23 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from models import Arch, LatencyTable, UserError, cost, read_arch
-from models.files import publish_folder, write_text
+from models.files import disk_full, publish_folder, write_text
 from training import Quality
 
 from .config import SearchConfig, load_config
 from .coordinator import Coordinator
 from .display import Display
 from .front import hypervolume, pareto_front
-from .opening import SAMPLE, open_search
+from .opening import SAMPLE, Opening, open_search
 from .provenance import versions
 from .remote import run_on_worker
 from .report import write_report
 from .run import Lease, Run
 from .runtime import RayConnection, execute, slots
 from .source import Kept, open_space
-from .space import Params, Space, read_scores
+from .space import Space, read_scores
 from .study import Study
+from .warm_start import start_points
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
@@ -85,23 +86,21 @@ def run_search(
         raise UserError(
             f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
         )
-    config = _with_table(config, None if (table := config.space.latency_table) is None else Path(table))
+    config = _with_table(config, config.space.latency_table)
     died = "Ray died before the first trial; the same command goes on from what is saved"
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, died))
     with contextlib.ExitStack() as stack:
         if address is not None:
             stack.enter_context(ray)
         units = ray.slots if address is not None else _slots_here(config) if dry_run else slots(config.resources)
-        work = partial(open_search, config, run.path.parent / "cache", fetch=not dry_run)
         try:
-            with display.progress() as progress:
-                opening = work(progress) if address is None else run_on_worker(work, config.resources, progress)
+            cache = run.path.parent / "cache"
+            opening = _open(config, cache, display, on_worker=address is not None, fetch=not dry_run)
         except UserError as error:
             if not dry_run:
                 raise
             _plan_without(config, error, display, units)
             return None
-        _check_seen(opening)
         space = open_space(config.space, opening)
         display.space(space, opening.summary, Quality(opening.top1, opening.ppl), opening.zero_shot)
         if dry_run:
@@ -167,15 +166,19 @@ def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> No
         )
 
 
-def _with_table(config: SearchConfig, path: Path | None) -> SearchConfig:
+def _with_table(config: SearchConfig, path: str | Path | None) -> SearchConfig:
     """The configuration with its latency table at ``path``, which is made absolute for other processes."""
-    name = None if path is None else str(path.expanduser().absolute())
+    name = None if path is None else str(Path(path).expanduser().absolute())
     return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": name})})
 
 
 def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
-    """The configuration with all points to begin with in ``search.start``, so that the run needs no other run."""
-    changes = {"start": tuple(dict(point) for point in _start_points(config, space)), "start_from": None}
+    """The configuration with all points to begin with in ``search.start``, the same whenever the run goes on.
+
+    Raises UserError for a point that is not in the space.
+    """
+    points = tuple(dict(point) for point in start_points(config, space))
+    changes = {"start": points, "start_from": None, "start_published": False}
     return config.model_copy(update={"search": config.search.model_copy(update=changes)})
 
 
@@ -187,29 +190,19 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _start_points(config: SearchConfig, space: Space) -> list[Params]:
-    """What the user wants to begin with. Raises UserError for a point that is not in the space."""
-    points: list[Params] = list(config.search.start)
-    if config.search.start_from is not None:
-        other = Run.existing(config.search.start_from)
-        by_unit = {(r.trial, r.rung): r for r in other.results()}
-        points += [by_unit[p["trial"], p["rung"]].point for p in other.front()]
-    for i, point in enumerate(points):
-        try:
-            space.complete(point)
-        except UserError as error:
-            where = "search.start" if i < len(config.search.start) else f"search.start_from {config.search.start_from}"
-            raise UserError(f"{where}: {error}") from error
-    return points
-
-
-def _check_seen(kept: Kept) -> None:
-    """Raise UserError where a worker has written what this process does not see."""
-    for path in (kept.folder, *kept.score_files.values()):
+def _open(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> Opening:
+    """``open_search``, here or on a worker of the cluster that was joined."""
+    work = partial(open_search, config, cache, fetch=fetch)
+    with display.progress() as progress:
+        if not on_worker:
+            return work(progress)
+        opening = run_on_worker(work, config.resources, progress)
+    for path in (opening.folder, *opening.score_files.values()):
         if not path.exists():
             raise UserError(
                 f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"
             )
+    return opening
 
 
 def _plan_without(config: SearchConfig, error: UserError, display: Display, units: int | None) -> None:
@@ -224,8 +217,7 @@ def _plan_without(config: SearchConfig, error: UserError, display: Display, unit
     if table.latency_table is not None and not Path(table.latency_table).exists():
         display.note(f"not here: the latency table {table.latency_table}; make it with `prunesweep latency`")
         table = table.model_copy(update={"latency_table": None, "latency_ms": None})
-    Space.check(table, arch, config.scores.method)
-    space = Space.blank(table, arch, config.scores.method)
+    space = Space.check(table, arch, config.scores.method)
     display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
     display.space(space, space.summarise(SAMPLE, config.seed), None, None)
     display.plan(config, units)
@@ -239,7 +231,7 @@ def _slots_here(config: SearchConfig) -> int | None:
 
 
 def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
-    """The run's folder, whole or not at all; its configuration, which names nothing outside that a resume would need."""
+    """The run's folder, whole or not at all, and its configuration: a resume needs nothing outside but the data."""
     spent = cost(kept.arch)
     table = config.space.latency_table
     facts = {
@@ -300,7 +292,7 @@ def _search(
             objectives=config.search.objectives,
             sampler=config.search.sampler,
             trials=config.search.trials,
-            start=_start_points(config, space),
+            start=config.search.start,
         )
         coordinator = Coordinator(run, study, space, config.search, slots=1, seed=config.seed)
         source = run.facts()["source"]
@@ -315,17 +307,46 @@ def _search(
                     connection.on_death = _leaving(display, _died(run), lease)
                     coordinator.slots = connection.slots
                     before, begun = len(coordinator.results), time.monotonic()
-                    execute(coordinator, config.resources, [changed, logged], count=lambda: connection.slots)
+                    execute(
+                        coordinator,
+                        config.resources,
+                        [changed, logged],
+                        count=partial(_room, connection, coordinator, display),
+                    )
                     display.overhead(coordinator, before, time.monotonic() - begun)
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"{run.shown}: no space is left on its disk. Nothing that is finished is lost: make room, then "
+                f"prunesweep resume {run.shown}"
+            ) from error
         finally:
             run.stop_file.unlink(missing_ok=True)
-            write_report(run)
+            _write_report(run)
         if coordinator.finished:
             display.front(coordinator.front, source["macs"])
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
+
+
+def _room(connection: RayConnection, coordinator: Coordinator, display: Display) -> int:
+    """Units that fit now; says so where nodes have come or gone."""
+    now, before = connection.slots, coordinator.slots
+    if now != before:
+        units = "unit fits" if now == 1 else "units fit"
+        display.note(f"{now} {units} on the cluster's nodes now, before it were {before}")
+    return now
+
+
+def _write_report(run: Run) -> None:
+    try:
+        write_report(run)
+    except OSError as error:  # what ended the search is said, not that there is no room for a page either
+        if not disk_full(error):
+            raise
 
 
 @contextlib.contextmanager

@@ -205,6 +205,11 @@ class Run:
             for r in pareto_front(found, self.objectives)
         ]
 
+    def front_points(self) -> list[dict[str, Any]]:
+        """The points of the front's members."""
+        found = {(r.trial, r.rung): r.point for r in self.results()}
+        return [found[p["trial"], p["rung"]] for p in self.front()]
+
     def models(self) -> set[str]:
         """The units that have a model."""
         return {path.parent.name for path in (self.path / "trials").glob("*/model")}

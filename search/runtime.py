@@ -7,6 +7,7 @@ whose process was lost; what to run is the coordinator's decision, asked for thr
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -253,7 +254,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
             self._coordinator.slots = self._count()
         try:
             unit = self._coordinator.next()
-        except UserError as error:
+        except (UserError, OSError) as error:
             self._give_up(error)
             unit = None
         if unit is None:
@@ -264,11 +265,13 @@ class _Searcher(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)"
+        if (result or {}).get("state") == "disk full":
+            self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._coordinator.run.path)))
         try:
             self._coordinator.complete(self._units.pop(trial_id), error=lost if error else None)
-        except SearchFailed as failure:
+            self._changed()
+        except (SearchFailed, OSError) as failure:
             self._give_up(failure)
-        self._changed()
 
     def _changed(self) -> None:
         for tell in self._on_change:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from models import arch_of, weights_digest
+from models.files import publish_file
 from pruners import Scores, pmvit, pruner, score_depth, upvit
 from pruners.scores import FORMAT
 from pruners.uvc import UVC
@@ -78,9 +78,8 @@ def cached_scores(
 
         scores = _compute(model, method, batches, calibration, on_batch)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
-        os.replace(scratch, path)
+        with publish_file(path) as scratch:
+            Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
     return path
 
 
@@ -121,9 +120,8 @@ def cached_gates(
 
     fit(trained, data, recipe, teacher=model, hook=hook, seed=seed, state=state, on_step=on_step)
     margin = hook.machine.gates[:, 1] - hook.machine.gates[:, 0]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Scores({"depth": margin.double().cpu()}, facts).save(scratch)
-    os.replace(scratch, path)
+    with publish_file(path) as scratch:
+        Scores({"depth": margin.double().cpu()}, facts).save(scratch)
     state.unlink(missing_ok=True)
     return path
 

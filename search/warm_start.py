@@ -41,9 +41,7 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
     search = config.search
     points: list[Params] = list(search.start)
     if search.start_from is not None:
-        other = Run.existing(search.start_from)
-        by_unit = {(r.trial, r.rung): r for r in other.results()}
-        points += [by_unit[p["trial"], p["rung"]].point for p in other.front()]
+        points += Run.existing(search.start_from).front_points()
     for i, point in enumerate(points):
         try:
             space.complete(point)

@@ -21,7 +21,7 @@ from typing import IO
 __all__ = ["BEGIN", "END", "chosen"]
 
 BEGIN, END = "prunesweep-archive", "prunesweep-end"
-ALWAYS = ("search.toml", "run.json", "front.json", "report.html", "study.journal")
+ALWAYS = ("search.toml", "run.json", "front.json", "report.html", "study.journal", "latency_table.json")
 OF_TRIALS = ("spec.json", "arch.json", "result.json", "metrics.jsonl")
 LINE = 49_152  # bytes of a line; a multiple of 3
 

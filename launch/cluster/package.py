@@ -21,7 +21,7 @@ __all__ = ["CONFIG", "ENV", "driver", "environment", "on_cluster", "requirements
 PACKAGES = ("models", "pruners", "training", "search", "launch")
 LIMIT = 100 * 2**20  # bytes: what the dashboard of a head takes (DASHBOARD_CLIENT_MAX_SIZE)
 LARGEST = 5  # files that are named where the limit is exceeded
-CONFIG, SOURCE = "search.toml", "source"
+CONFIG, SOURCE, TABLE = "search.toml", "source", "latency_table.json"
 CLUSTERS_OWN = ("ray", "torch", "torchvision")  # Ray must be the head's, torch must fit the nodes' drivers
 
 # what Tune and Train read in every process of a job; see training/ray_train.py for the first three
@@ -40,15 +40,16 @@ ENV = {
 
 
 def on_cluster(config: SearchConfig) -> SearchConfig:
-    """The configuration as the nodes see it: their path of the data, and a local source model as it is shipped."""
+    """The configuration as the nodes see it: their path of the data; what is shipped lies in the job's own folder."""
     changes: dict[str, Any] = {}
     cluster = config.cluster or ClusterTable()
     kind, _, path = config.data.name.partition(":")
     if cluster.data is not None and path:
         changes["data"] = config.data.model_copy(update={"name": f"{kind}:{cluster.data}"})
     if local_source(config) is not None:
-        # relative to the job's folder, which is where the driver starts
         changes["source"] = config.source.model_copy(update={"model": f"local-dir:{SOURCE}"})
+    if local_table(config) is not None:
+        changes["space"] = config.space.model_copy(update={"latency_table": TABLE})
     return config.model_copy(update=changes)
 
 
@@ -58,9 +59,15 @@ def local_source(config: SearchConfig) -> Path | None:
     return Path(path) if kind == "local-dir" and Path(path).is_dir() else None
 
 
+def local_table(config: SearchConfig) -> Path | None:
+    """The latency table where it lies on this machine."""
+    path = config.space.latency_table
+    return Path(path) if path is not None and Path(path).is_file() else None
+
+
 @contextlib.contextmanager
 def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder with the packages' files, and with ``config`` and a local source model where it is given.
+    """A folder with the packages' files, and with ``config``, a local source model and a local latency table.
 
     Raises:
         UserError: it is larger than a cluster takes; the message names what is large.
@@ -82,6 +89,9 @@ def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> I
             source = local_source(config)
             if source is not None:
                 shutil.copytree(source, folder / SOURCE)
+            table = local_table(config)
+            if table is not None:
+                _copy(table, folder / TABLE)
             (folder / CONFIG).write_text(on_cluster(config).to_toml(), encoding="utf-8")
         _check_size(folder)
         yield folder

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from models import UserError
 from models.files import disk_full, write_text
+from search import resume_search, run_search
 from search.config import SearchConfig
 from search.unit import run_unit
 from tests.search.test_unit import begin
@@ -61,3 +65,30 @@ def test_a_unit_goes_on_once_there_is_room(tiny: Callable[..., SearchConfig], ru
         assert run.read_result(unit.id) is None
         assert not list(run.trial(unit.id).glob(".*"))
     assert run_unit(run.path, unit)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_search_ends_and_goes_on(tiny: Callable[..., SearchConfig], runs: Path, small_disk: Path) -> None:
+    config = tiny(resources={"cpus": 1}, finetune={"epochs": 2})
+    begin(config, runs / "cache", small_disk / "prepared")  # the source is in the cache
+    (small_disk / "cache").symlink_to(runs / "cache")
+    first, room = small_disk / "run" / "trials" / "r0-0000" / "result.json", threading.Event()
+
+    def fill() -> None:
+        while not first.exists():
+            time.sleep(0.05)
+        with filled(small_disk):
+            room.wait()
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    with pytest.raises(UserError, match=r"no space is left on its disk. .* prunesweep resume"):
+        run_search(config, small_disk / "run")
+    done = {path: path.stat().st_mtime for path in small_disk.glob("run/trials/*/result.json")}
+    assert first in done
+    room.set()
+    thread.join()
+    result = resume_search(small_disk / "run")
+    assert result.finished
+    assert {path.stat().st_mtime for path in done} == set(done.values())
+    assert len(list(small_disk.glob("run/trials/*/result.json"))) == config.search.trials

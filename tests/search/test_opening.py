@@ -1,0 +1,123 @@
+"""What is made before the first trial, and a run that is whole in its folder."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import UserError, load
+from models.latency_build import macs_table
+from search import resume_search, run_search
+from search.config import SearchConfig, load_config
+from search.driver import create_run
+from search.opening import open_search
+from search.run import Run
+from search.source import open_space
+from search.unit import run_unit
+from tests.search.test_unit import begin
+from training.data import Digits
+
+
+def nothing(what: str, share: float, note: str) -> None:
+    """A progress that is not shown."""
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Every reading of calibration images."""
+    found: list[tuple[Any, ...]] = []
+    read = Digits.calibration
+
+    def calibration(self: Digits, *arguments: Any, **options: Any) -> Any:
+        found.append(arguments)
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Digits, "calibration", calibration)
+    return found
+
+
+@pytest.mark.parametrize(("space", "times"), [({}, 0), ({"conv": [0, 2]}, 1)])
+def test_images_for_batchnorm_are_read_once_or_not_at_all(
+    space: dict[str, Any], times: int, tiny: Callable[..., SearchConfig], runs: Path, reads: list[tuple[Any, ...]]
+) -> None:
+    config = tiny(space=space)
+    open_search(config, runs / "cache", nothing)  # scores are there from now on
+    reads.clear()
+    seen: list[tuple[str, float]] = []
+    opening = open_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
+    assert len(reads) == times
+    assert 0 <= opening.zero_shot.low <= opening.zero_shot.high <= 100
+    assert {what for what, _ in seen} == {"sampling the space"}
+    assert seen[-1][1] == 1
+
+
+def test_what_a_worker_sends_back_is_small_and_enough(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
+) -> None:
+    config = tiny()
+    sent = pickle.dumps(open_search(config, runs / "cache", nothing))
+    assert len(sent) < 100_000
+    opening = pickle.loads(sent)
+    space = open_space(config.space, opening)
+    assert space.summarise(len(opening.summary.points), config.seed) == opening.summary
+    run = Run(tmp_path / "run")
+    create_run(run, config, opening)
+    assert run.facts()["source"]["top1"] == opening.top1
+    assert run.facts()["source"]["macs"] == space.source_cost.macs
+    assert set(run.facts()["scores"]) == set(opening.score_files)
+    load(run / "source")
+
+
+def test_a_point_of_another_space_is_refused_before_there_is_a_run(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
+) -> None:
+    config = tiny(search={"start": [{"budgte": 0.5}]})
+    shutil.copytree(open_search(config, runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
+    with pytest.raises(UserError, match="search.start: budgte: no variable of this space"):
+        run_search(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("below", "shown"), [(True, "runs/a"), (False, None)])
+def test_a_run_is_shown_as_it_would_be_typed(
+    below: bool, shown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path if below else tmp_path / "elsewhere")
+    run = Run(tmp_path / "runs" / "a")
+    assert run.shown == (shown or str(run.path))
+
+
+@pytest.mark.slow
+def test_a_run_needs_nothing_outside_its_folder(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was made with a latency table and from another run's front, both of which are gone when it goes on, moved."""
+    other, coordinator = begin(tiny(), runs / "cache", tmp_path / "other")
+    unit = coordinator.next()
+    assert unit is not None
+    run_unit(other.path, unit)
+    opening = open_search(tiny(), runs / "cache", nothing)
+    macs_table(opening.arch, ms_per_gmac=1000.0).save(tmp_path / "table.json")
+    shutil.copytree(runs / "cache", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    config = tiny(space={"latency_table": "table.json"}, search={"trials": 1, "start_from": "other"})
+    result = run_search(config, "first")
+    assert result is not None
+    monkeypatch.chdir("/")
+    shutil.rmtree(other.path)
+    (tmp_path / "table.json").unlink()
+    (tmp_path / "first").rename(tmp_path / "second")
+
+    assert resume_search(tmp_path / "second", trials=2).finished
+    run = Run(tmp_path / "second")
+    assert run.results()[0].point == unit.point
+    assert all(r.latency_ms for r in run.results())
+    now = load_config(run / "search.toml")
+    assert now.space.latency_table == str(run.latency_table)
+    assert now.search.start_from is None
