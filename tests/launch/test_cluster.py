@@ -93,6 +93,17 @@ def test_a_local_source_is_shipped_and_what_is_too_large_is_named(
     assert package.on_cluster(elsewhere).source.model == "local-dir:/not/on/this/machine"
 
 
+def test_a_local_latency_table_is_shipped(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    table = tmp_path / "cpu.json"
+    table.write_text("{}")
+    config = tiny(space={"latency_table": str(table)})
+    with package.staged(config) as folder:
+        assert (folder / "latency_table.json").read_text() == "{}"
+        assert load_config(folder / "search.toml").space.latency_table == "latency_table.json"
+    elsewhere = tiny(space={"latency_table": "/on/the/nodes.json"})
+    assert package.on_cluster(elsewhere).space.latency_table == "/on/the/nodes.json"
+
+
 def test_pip_installs_what_the_cluster_need_not_have() -> None:
     names = {re.split(r"[<>=\[]", text)[0] for text in package.requirements()}
     assert {"timm", "optuna", "pydantic", "safetensors"} <= names
