@@ -6,7 +6,7 @@ is the hypervolume of what a user would take (the front, by measured accuracy, o
 its accuracy without noise) as a share of the true front's. Its worst corner lies at the window's upper end and a tenth
 of the front's range below its lowest accuracy, so that a model that is merely accurate is worth little.
 
-Syne Tune is compared where it can be imported.
+Syne Tune is compared where it can be imported. Every row says when it was run, and by which Optuna.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +37,8 @@ from models import UserError
 from models.files import write_text
 from search.pareto import as_losses, hypervolume, non_dominated
 from search.promotion import Promotions
+from search.proposals import propose
+from search.run import Result
 from search.surface import BUDGET, Choice, Surface
 
 RESULT = Path(__file__).parent / "results" / "search_quality.json"
@@ -155,36 +158,37 @@ class SyneTune:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Our design choices, made on seeds 100 to 103."""
+    """Our design choices, made on seeds 100 to 107."""
 
-    schedules: tuple[float, ...] = (1, 2, 6, 18)  # of the rungs; each goes on from the one before
+    schedules: tuple[float, ...] = (3, 24)  # of the rungs; each goes on from the one before
     eta: float = 2
     bands: int = 12
-    sampler: str = "excess"  # excess | tpe | random
+    sampler: str = "excess"  # excess, search.proposals | excess-tpe | tpe | random
 
 
 class Ours:
-    """Promotions over the rungs; proposals by Optuna's TPE from the highest rung with enough results.
+    """Promotions over the rungs, and proposals from what they gave.
 
-    ``excess``: MACs are known before any training, so the sampler need not learn them. A budget is fixed first, evenly
-    over the window; one objective is left, by how much a result's top-1 exceeds the trend of all results at its MACs,
-    and TPE learns it from the half of the results whose MACs are nearest. ``tpe``: both objectives, as Optuna has it.
+    MACs are known before any training, so a sampler need not learn them. ``excess`` fixes a budget first, evenly over
+    the window, and a Gaussian process over all rungs proposes the rest: ``search.proposals``. In ``excess-tpe`` that is
+    TPE, from the half of the highest rung with enough results whose MACs are nearest, by how much their top-1 exceeds
+    the trend of all at their MACs. ``tpe`` learns both objectives, as Optuna has it, from that rung too.
     """
 
-    EXPLORE = 8  # every eighth proposal is random
+    EXPLORE = 8  # every eighth proposal is random, in search.proposals as well
     GOLDEN = (5**0.5 - 1) / 2
 
     def __init__(self, surface: Surface, seed: int, ladder: Ladder) -> None:
-        self._surface, self._ladder = surface, ladder
+        self._surface, self._ladder, self._seed = surface, ladder, seed
         self._enough = 2 * len(surface.distributions)
         self._random = RandomSampler(seed)
-        self._tpe = TPESampler(seed=seed, multivariate=ladder.sampler == "excess", n_startup_trials=0)
+        self._tpe = TPESampler(seed=seed, multivariate=ladder.sampler == "excess-tpe", n_startup_trials=0)
         low, high = (share * surface.source_macs for share in BUDGET)
         bands = tuple(np.linspace(low, high, ladder.bands + 1)[1:-1])
         self._promotions = Promotions(len(ladder.schedules), ladder.eta, DIRECTIONS, bands=bands)
         self._points: list[Mapping[str, Any]] = []
         self._units: dict[int, Unit] = {}
-        self._results: list[dict[int, tuple[float, int]]] = [{} for _ in ladder.schedules]
+        self._results: list[Result] = []
         self._draws = 0
 
     def ask(self) -> Unit:
@@ -202,12 +206,16 @@ class Ours:
         return unit
 
     def tell(self, unit: Unit, top1: float, macs: int) -> None:
-        self._results[unit.rung][unit.candidate] = (top1, macs)
+        point = dict(self._points[unit.candidate])
+        self._results.append(Result(unit.candidate, top1, 0.0, macs, 0, "", point, 0.0, rung=unit.rung))
         self._promotions.add(unit.rung, unit.candidate, (top1, macs))
 
     def _draw(self) -> tuple[int, Mapping[str, Any]]:
         self._draws += 1
-        known = next((r for r in reversed(self._results) if len(r) >= self._enough), {})
+        if self._ladder.sampler == "excess":
+            return -1, propose(self._surface.distributions, self._results, self._draws - 1, self._seed)
+        rungs = [{r.trial: (r.top1, r.macs) for r in self._results if r.rung == k} for k in self._rungs]
+        known = next((r for r in reversed(rungs) if len(r) >= self._enough), {})
         if self._ladder.sampler == "random" or not known or self._draws % self.EXPLORE == 0:
             return -1, self._proposal(self._random, {})
         if self._ladder.sampler == "tpe":
@@ -215,6 +223,10 @@ class Ours:
         budget = BUDGET[0] + self._draws * self.GOLDEN % 1 * (BUDGET[1] - BUDGET[0])
         near = excess(known, budget * self._surface.source_macs, self._enough)
         return -1, self._proposal(PartialFixedSampler({"budget": budget}, self._tpe), near)
+
+    @property
+    def _rungs(self) -> range:
+        return range(len(self._ladder.schedules))
 
     def _proposal(self, sampler: BaseSampler, known: Mapping[int, Sequence[float]]) -> Mapping[str, Any]:
         """A point, from a study with nothing in it but ``known``: values by candidate."""
@@ -301,16 +313,18 @@ def simulate(search: Search, seed: int, epochs: float, workers: int = WORKERS) -
     return trace
 
 
-MARKS = (300, 600, 900, 1200, 1800, 2400, 3600)  # epochs at which the table shows the share
+MARKS = (300, 600, 900, 1200, 1500, 1800, 2400, 3600, 5400, 7200)  # epochs at which the table shows the share
 SEARCHES: dict[str, tuple[float, Callable[[Surface, int], Search]]] = {
-    "ours: excess TPE + promotions": (1200, lambda surface, seed: Ours(surface, seed, Ladder())),
-    "TPE + promotions": (1200, lambda surface, seed: Ours(surface, seed, Ladder(sampler="tpe"))),
-    "random + promotions": (1200, lambda surface, seed: Ours(surface, seed, Ladder(sampler="random"))),
-    "Ray Tune OptunaSearch, full": (3600, RayOptuna),
+    "ours: excess + promotions": (2700, lambda surface, seed: Ours(surface, seed, Ladder())),
+    "excess by TPE + promotions": (1800, lambda surface, seed: Ours(surface, seed, Ladder(sampler="excess-tpe"))),
+    "TPE + promotions": (1800, lambda surface, seed: Ours(surface, seed, Ladder(sampler="tpe"))),
+    "random + promotions": (1800, lambda surface, seed: Ours(surface, seed, Ladder(sampler="random"))),
+    "Ray Tune OptunaSearch, full": (7200, RayOptuna),
     "NSGA-II, full": (
         3600,
         lambda surface, seed: FullFidelity(surface, NSGAIISampler(seed=seed, population_size=20)),
     ),
+    "Optuna GPSampler, full": (1200, lambda surface, seed: FullFidelity(surface, GPSampler(seed=seed))),  # the slowest
     "random, full": (3600, lambda surface, seed: FullFidelity(surface, RandomSampler(seed))),
     "Syne Tune MOASHA": (1200, SyneTune),  # sorts all results again at every report: minutes beyond that
 }
@@ -318,54 +332,64 @@ SEARCHES: dict[str, tuple[float, Callable[[Surface, int], Search]]] = {
 
 def summary(traces: Sequence[Trace], epochs: float) -> dict[str, Any]:
     """Medians over the seeds, and every seed's epochs to two shares."""
-    shares = {mark: [t.at(mark) for t in traces] for mark in MARKS if mark <= epochs}
+    shares = {str(mark): [t.at(mark) for t in traces] for mark in MARKS if mark <= epochs}
     return {
         "epochs": epochs,
+        "date": date.today().isoformat(),
+        "optuna": optuna.__version__,
         "candidates": statistics.median(t.candidates for t in traces),
         "trained_in_full": statistics.median(t.trained for t in traces),
         "median_share": {mark: round(statistics.median(each), 4) for mark, each in shares.items()},
         "quartiles": {mark: np.quantile(each, (0.25, 0.75)).round(4).tolist() for mark, each in shares.items()},
-        "epochs_to": {share: [t.reached(share) for t in traces] for share in (0.7, 0.8, 0.9, 0.95)},
+        "epochs_to": {share: [t.reached(float(share)) for t in traces] for share in ("0.7", "0.8", "0.9", "0.95")},
         "seconds": round(sum(t.seconds for t in traces), 1),
     }
 
 
 def show(found: Mapping[str, Any]) -> None:
     table = Table(title="share of the true hypervolume after so many epochs, median over the surfaces")
-    for heading in ("search", *map(str, MARKS), "0.8 reached at"):
+    for heading in ("search", *map(str, MARKS), "0.8 at", "0.9 at", "0.95 at"):
         table.add_column(heading, justify="left" if heading == "search" else "right")
     for name, each in found.items():
-        cells = [f"{each['median_share'][m]:.3f}" if m in each["median_share"] else "" for m in MARKS]
-        reached = [epochs if epochs is not None else float("inf") for epochs in each["epochs_to"][0.8]]
-        median = statistics.median(reached)
-        table.add_row(name, *cells, f"{median:.0f}" if median < float("inf") else "not")
+        cells = [f"{each['median_share'][m]:.3f}" if m in each["median_share"] else "" for m in map(str, MARKS)]
+        for share in ("0.8", "0.9", "0.95"):
+            median = statistics.median(float("inf") if e is None else e for e in each["epochs_to"][share])
+            cells.append(f"{median:.0f}" if median < float("inf") else "not")
+        table.add_row(name, *cells)
     Console(width=140).print(table)
+
+
+def kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of an earlier run over the same surfaces, in the table's order."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if any(before.get(name) != value for name, value in settings.items()):
+        return {}
+    return {name: before["searches"][name] for name in SEARCHES if name in before["searches"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="surfaces; the first is --first")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows whose name has this in it; the others stay as --out has them")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    found: dict[str, Any] = {}
+    seeds = range(args.first, args.first + args.seeds)
+    settings = {"surfaces": [seeds[0], seeds[-1]], "full_epochs": FULL, "workers": WORKERS}
+    rows = kept(args.out, settings)
     for name, (epochs, make) in SEARCHES.items():
-        if name.startswith("Syne") and importlib.util.find_spec("syne_tune") is None:
+        absent = name.startswith("Syne") and importlib.util.find_spec("syne_tune") is None
+        if absent or args.only not in name:
             continue
-        seeds = range(args.first, args.first + args.seeds)
-        found[name] = summary([simulate(make(surface_of(s)[0], s), s, epochs) for s in seeds], epochs)
-        print(name, found[name]["median_share"], flush=True)
-    result = {
-        "surfaces": [args.first, args.first + args.seeds - 1],
-        "full_epochs": FULL,
-        "workers": WORKERS,
-        "ladder": asdict(Ladder()),
-        "optuna": optuna.__version__,
-        "searches": found,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(args.out, json.dumps(result, indent=1) + "\n")
-    show(found)
+        rows[name] = summary([simulate(make(surface_of(s)[0], s), s, epochs) for s in seeds], epochs)
+        print(name, rows[name]["median_share"], flush=True)
+        ordered = {each: rows[each] for each in SEARCHES if each in rows}
+        result = {**settings, "ladder": asdict(Ladder()), "searches": ordered}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.out, json.dumps(result, indent=1) + "\n")
+    show(json.loads(args.out.read_text(encoding="utf-8"))["searches"])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ NEUTRAL = {
     "merge_start": 0.0,
     "mlp_weight": 1.0,
 }
-LEVELS = 4  # of every axis
+LEVELS = (2, 4, 1, 3)  # quarters of an axis: its middle and its end first, as fronts are as good as their ends
 
 
 def start_points(config: SearchConfig, space: Space) -> list[Params]:
@@ -57,7 +57,7 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
 
 
 def axis_points(space: Space, count: int) -> list[Params]:
-    """At most ``count`` points, each of which leaves the source as it is along all axes but one, least change first.
+    """At most ``count`` points, each of which leaves the source as it is along all axes but one.
 
     Axes are the budget (width), dropped blocks, convolutions and tokens; none where fewer than two of them vary, or
     where every block is decided by itself.
@@ -68,11 +68,11 @@ def axis_points(space: Space, count: int) -> list[Params]:
     if len(axes) < 2 or space.table.encoding == "full":
         return []
     points: list[Params] = []
-    for level in range(1, LEVELS + 1):
+    for level in LEVELS:
         for name in axes:
             end = known[name].low if NEUTRAL[name] else known[name].high
             start = float(neutral[name])
-            changed: Values = {name: _nearest(known[name], start + (end - start) * level / LEVELS)}
+            changed: Values = {name: _nearest(known[name], start + (end - start) * level / len(LEVELS))}
             if name == "conv" and "conv3" in known:
                 changed["conv3"] = _nearest(known["conv3"], int(changed["conv"]) // 2)
             point = neutral | changed

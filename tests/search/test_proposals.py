@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from random import Random
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from search.proposals import EXPLORE, excess, propose
+from search.proposals import CROWD, EXPLORE, Cube, propose, standardised
 from search.run import Result
 
 SPACE = {
@@ -39,15 +40,15 @@ def search(count: int, seed: int) -> list[Result]:
 def test_the_same_results_give_the_same_point() -> None:
     results = search(20, 0)
     assert propose(SPACE, results, 20, 0) == propose(SPACE, results, 20, 0)
-    assert len({tuple(propose(SPACE, results, 20, seed).values()) for seed in range(5)}) > 1
+    assert len({propose(SPACE, results, EXPLORE - 1, seed)["skip"] for seed in range(5)}) > 1  # a random one
 
 
 def test_it_covers_the_window_and_finds_what_is_right_at_every_budget() -> None:
-    late = [r.point for r in search(120, 1)[60:]]
+    late = [r.point for r in search(60, 1)[30:]]
     bands = Counter(int((p["budget"] - 0.2) / 0.7 * 5) for p in late)
-    assert min(bands[band] for band in range(5)) >= 8
-    assert np.mean([p["method"] == "good" for p in late]) > 0.7
-    assert np.mean([abs(p["skip"] - 4) <= 1 for p in late]) > 0.7
+    assert min(bands[band] for band in range(5)) >= 4
+    assert np.mean([p["method"] == "good" for p in late]) > 0.8
+    assert np.mean([abs(p["skip"] - 4) <= 1 for p in late]) > 0.8
     random = Random(0)
     chance = np.mean([abs(random.randint(0, 5) - 4) <= 1 for _ in range(1000)])
     assert chance < 0.6
@@ -65,23 +66,85 @@ def test_it_learns_from_the_highest_rung_that_has_enough() -> None:
         for i, p in enumerate(points)
     ]
     above = [result(i, p, rung=1) for i, p in enumerate(points[:40])]
-    chosen = [propose(SPACE, [*trap, *above], n, 0)["method"] for n in range(0, 40) if n % EXPLORE != EXPLORE - 1]
-    trapped = [propose(SPACE, trap, n, 0)["method"] for n in range(0, 40) if n % EXPLORE != EXPLORE - 1]
+    chosen = [propose(SPACE, [*trap, *above], n, 0)["method"] for n in range(0, 9) if n % EXPLORE != EXPLORE - 1]
+    trapped = [propose(SPACE, trap, n, 0)["method"] for n in range(0, 9) if n % EXPLORE != EXPLORE - 1]
     assert chosen.count("good") > 0.7 * len(chosen)
     assert trapped.count("bad") > 0.7 * len(trapped)
 
 
-def test_excess_is_what_lies_above_the_trend_of_costs() -> None:
-    known = [result(i, {"budget": 0.2 + i / 60, "skip": 4, "method": "good"}) for i in range(40)]
-    lucky = Result(40, known[20].top1 + 5, 0.0, known[20].macs, 1, "", known[20].point, 0.0)
-    found = excess([*known, lucky], known[20].macs, 5)
-    assert len(found) == 20
-    assert max(found, key=found.__getitem__) == 40
-    assert found[40] == pytest.approx(5, abs=1)
-    assert set(found) > {18, 19, 20, 21, 22, 40}  # the nearest ones
+def test_a_variable_that_is_alone_or_constant_is_proposed_all_the_same() -> None:
+    """No budget among the variables; nothing but it; a range of one value."""
+    spaces = [
+        {"skip": SPACE["skip"], "method": SPACE["method"]},
+        {"budget": SPACE["budget"]},
+        {**SPACE, "keep": FloatDistribution(0.5, 0.5), "conv": IntDistribution(2, 2)},
+    ]
+    for space in spaces:
+        full = {"budget": 0.5, "skip": 4, "method": "good", "keep": 0.5, "conv": 2}
+        results = [result(i, full) for i in range(12)]  # all the same, too
+        point = propose(space, results, 12, 0)
+        assert set(point) == set(space)
+        assert all(space[name]._contains(space[name].to_internal_repr(value)) for name, value in point.items())
 
 
-def test_results_of_one_cost_have_no_trend() -> None:
-    known = [result(i, {"budget": 0.5, "skip": i % 6, "method": "good"}) for i in range(12)]
-    found = excess(known, SOURCE / 2, 12)
-    assert max(found, key=found.__getitem__) % 6 == 4
+def test_no_number_is_proposed_twice() -> None:
+    """Budgets that are near to each other may decode to one architecture: what tells candidates apart is the rest."""
+    space = {**SPACE, "lr": FloatDistribution(1e-5, 1e-2, log=True)}
+    results = [result(i, {**r.point, "lr": 1e-2}) for i, r in enumerate(search(12, 3))]
+    rates = [propose(space, results, number, 0)["lr"] for number in range(12, 18)]
+    assert len({*rates, 1e-2}) == 7
+
+
+def test_where_most_proposals_were_no_candidates_chance_takes_over() -> None:
+    results = search(16, 4)
+
+    def kinds(start: int) -> int:
+        points = [propose(SPACE, results, number, 0) for number in range(start, start + 6)]
+        return len({(p["skip"], p["method"]) for p in points})
+
+    assert kinds(16) < kinds(4 * 16 + CROWD + 1)
+
+
+def test_perplexity_takes_the_place_of_accuracy() -> None:
+    results = search(20, 2)
+    texts = [dataclasses.replace(r, top1=0.0, ppl=math.exp((100 - r.top1) / 10)) for r in results]
+    cube = Cube(SPACE)
+    by_ppl, by_top1 = (standardised(cube, each).values for each in (texts, results))
+    assert np.argsort(by_ppl).tolist() == np.argsort(by_top1).tolist()
+    for number in range(20, 23):
+        assert propose(SPACE, texts, number, 0)["method"] == "good"
+
+
+def test_every_rung_is_measured_by_its_own_median_and_spread() -> None:
+    points = [{"budget": 0.2 + i / 60, "skip": i % 6, "method": "good"} for i in range(30)]
+    below = [dataclasses.replace(result(i, p), top1=20 + i) for i, p in enumerate(points)]
+    above = [dataclasses.replace(result(i, p, rung=1), top1=78 + i / 100) for i, p in enumerate(points[:10])]
+    few = [dataclasses.replace(result(i, p, rung=2), top1=80.0) for i, p in enumerate(points[:4])]
+    ruined = dataclasses.replace(below[0], trial=30, top1=0.1)
+    known = standardised(Cube(SPACE), [*below, *above, *few, ruined])
+    assert set(known.rungs) == {0, 1}  # four results have no spread to speak of
+    assert [abs(np.median(known.values[known.rungs == rung])) < 0.1 for rung in (0, 1)] == [True, True]
+    # the few that were promoted are alike: what is left of their differences does not become large
+    assert np.ptp(known.values[known.rungs == 1]) < 0.1 * np.ptp(known.values[known.rungs == 0])
+
+
+def test_one_ruined_candidate_does_not_drown_the_others() -> None:
+    known = [result(i, {"budget": 0.5, "skip": 4, "method": "good"}) for i in range(20)]
+    near = [dataclasses.replace(r, top1=r.top1 + 0.1 * i) for i, r in enumerate(known)]
+    values = standardised(Cube(SPACE), [*near, dataclasses.replace(known[0], trial=20, top1=0.0)]).values
+    assert values.min() == -4
+    assert np.ptp(values[:20]) > 2
+
+
+def test_points_survive_the_cube() -> None:
+    space = {**SPACE, "lr": FloatDistribution(1e-5, 1e-2, log=True)}
+    cube, rng = Cube(space), np.random.default_rng(0)
+    rows = cube.mutated(rng, cube.random(rng, 200), np.arange(1, 4))
+    points = [cube.point(row) for row in rows]
+    assert cube.rows(points) == pytest.approx(rows, abs=1e-9)
+    assert {p["skip"] for p in points} == set(range(6))
+    assert np.median([p["lr"] for p in points]) == pytest.approx(10**-3.5, rel=0.9)
+    assert cube.features(rows).shape == (200, 5)
+    changed = (cube.mutated(rng, rows, np.arange(1, 4)) != rows).mean(0)
+    assert changed[0] == 0
+    assert (changed[1:] > 0.2).all()

@@ -103,11 +103,11 @@ def test_each_axis_alone_comes_first() -> None:
         [p for p in points if changed(p, space) == {name}] for name in ("budget", "skip", "conv", "keep_rate")
     )
     assert [len(width), len(blocks), len(convs), len(tokens)] == [4, 4, 4, 4]
-    assert [p["budget"] for p in width] == pytest.approx([0.725, 0.55, 0.375, 0.2])
-    assert [p["skip"] for p in blocks] == [1, 2, 3, 4]
-    assert [(p["conv"], p["conv3"]) for p in convs] == [(2, 1), (3, 1), (4, 2), (6, 3)]
-    assert [p["keep_rate"] for p in tokens] == pytest.approx([0.85, 0.7, 0.55, 0.4])
-    dropped = space.decode(blocks[-1]).arch  # what is left is as wide as the budget's upper end allows
+    assert [p["budget"] for p in width] == pytest.approx([0.55, 0.2, 0.725, 0.375])
+    assert [p["skip"] for p in blocks] == [2, 4, 1, 3]
+    assert [(p["conv"], p["conv3"]) for p in convs] == [(3, 1), (6, 3), (2, 1), (4, 2)]
+    assert [p["keep_rate"] for p in tokens] == pytest.approx([0.7, 0.4, 0.85, 0.55])
+    dropped = space.decode(blocks[1]).arch  # what is left is as wide as the budget's upper end allows
     assert [b.heads for b in dropped.blocks] == [3] * 8
     assert axis_points(space, 6) == points[:6]
 
