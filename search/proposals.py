@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from torch import Tensor
 
-from .gaussian_process import GaussianProcess
+from .gaussian_process import GaussianProcess, Observations, learn
 from .run import Result
 
 __all__ = ["EXPLORE", "Cube", "propose", "standardised"]
@@ -30,6 +32,7 @@ CROWD = 64  # proposals whose candidates may be running
 GOLDEN = (5**0.5 - 1) / 2  # steps that cover an interval evenly, however many there are
 FEW = 5  # a rung with fewer results is not learned from: their spread says nothing yet
 MOST, LEARN = 200, 100  # results that a proposal learns from, and those that its hyperparameters are learned from
+REFIT = 8
 OUTLIER = 4.0  # spreads of a rung; how much worse than that a ruined candidate is does not matter
 TRACE = 0.05  # of a mutation's step
 ROUNDS, WIDE, LOCAL, BEST = 5, 200, 100, 10  # of the local search: first and later points, and those mutated
@@ -150,6 +153,7 @@ def propose(
         seed: of the search.
     """
     rng = np.random.default_rng([seed, number])
+    results = sorted(results, key=lambda r: (r.rung, r.trial))  # in whatever order they came in
     cube = Cube(distributions)
     budget = {cube.names.index("budget"): number * GOLDEN % 1} if "budget" in distributions else {}
     known = standardised(cube, results)
@@ -160,10 +164,7 @@ def propose(
     if crowded or not started or not len(known.rungs) or not len(free) or number % EXPLORE == EXPLORE - 1:
         return cube.point(_at(cube.random(rng, 1), budget)[0])
     known = known.some(_spread(known.rungs, MOST, _distance(known.rows, budget)))
-    learn = _spread(known.rungs, LEARN, rng.random(len(known.rungs)))
-    process = GaussianProcess(
-        cube.features(known.rows), cube.groups, known.rungs, known.candidates, known.values, learn
-    )
+    process = GaussianProcess(_observed(cube, known), _learned(cube, results, int(known.rungs.max()) + 1))
     top = int(known.rungs.max())
     near = _best_near(known, budget)
     rows = np.vstack(
@@ -175,6 +176,38 @@ def propose(
         best = rows[np.argsort(-(mean + deviation), kind="stable")[:BEST]]
         rows = np.vstack([best, cube.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free)])
     return cube.point(best[0])
+
+
+def _learned(cube: Cube, results: Sequence[Result], rungs: int) -> Tensor | None:
+    """Hyperparameters, which is what takes time: learned anew only once there is an eighth more to learn them from."""
+    trials = sorted({result.trial for result in results})
+    settled = set(trials[: len(trials) - len(trials) % max(len(trials) // REFIT, 1)])
+    known = standardised(cube, [result for result in results if result.trial in settled])
+    if not len(known.rungs):
+        return None
+    order = np.random.default_rng(len(settled)).random(len(known.rungs))  # the same until they are learned anew
+    some = _observed(cube, known.some(_spread(known.rungs, LEARN, order)))
+    arrays = (some.inputs, some.rungs, some.candidates, some.values)
+    return _learn(tuple(cube.groups), rungs, *(array.tobytes() for array in arrays))
+
+
+@lru_cache(maxsize=8)
+def _learn(
+    groups: tuple[int, ...], rungs: int, inputs: bytes, of_rungs: bytes, candidates: bytes, values: bytes
+) -> Tensor:
+    """``learn``, remembered by the content of its arrays."""
+    known = Observations(
+        inputs=np.frombuffer(inputs).reshape(-1, len(groups)).copy(),
+        groups=groups,
+        rungs=np.frombuffer(of_rungs, np.int64).copy(),
+        candidates=np.frombuffer(candidates, np.int64).copy(),
+        values=np.frombuffer(values).copy(),
+    )
+    return learn(known, rungs)
+
+
+def _observed(cube: Cube, known: Known) -> Observations:
+    return Observations(cube.features(known.rows), cube.groups, known.rungs, known.candidates, known.values)
 
 
 def standardised(cube: Cube, results: Sequence[Result]) -> Known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.gaussian_process import GaussianProcess
+from search.gaussian_process import GaussianProcess, Observations, learn
 
 RNG = np.random.default_rng(0)
 
@@ -15,9 +15,12 @@ def response(x: np.ndarray) -> np.ndarray:
     return 4 * (x[:, 0] - 0.7) ** 2 - np.sin(3 * x[:, 1])
 
 
-def process(x: np.ndarray, rungs: np.ndarray, y: np.ndarray, **options: np.ndarray) -> GaussianProcess:
-    groups = range(x.shape[1])
-    return GaussianProcess(x, list(groups), rungs, options.pop("candidates", np.arange(len(y))), y, **options)
+def known(x: np.ndarray, rungs: np.ndarray, y: np.ndarray, candidates: np.ndarray | None = None) -> Observations:
+    return Observations(x, range(x.shape[1]), rungs, np.arange(len(y)) if candidates is None else candidates, y)
+
+
+def process(x: np.ndarray, rungs: np.ndarray, y: np.ndarray, candidates: np.ndarray | None = None) -> GaussianProcess:
+    return GaussianProcess(known(x, rungs, y, candidates))
 
 
 def test_it_predicts_what_it_was_not_shown() -> None:
@@ -57,7 +60,8 @@ def test_a_cheap_rung_helps_the_one_above() -> None:
 def test_hyperparameters_from_some_results_serve_all() -> None:
     x, unseen = RNG.random((80, 3)), RNG.random((100, 3))
     y = response(x)
-    some = process(x, np.zeros(80, int), y, learn=np.arange(40)).predict(unseen, 0)[0]
+    learned = learn(known(x[:40], np.zeros(40, int), y[:40]), rungs=1)
+    some = GaussianProcess(known(x, np.zeros(80, int), y), learned).predict(unseen, 0)[0]
     assert np.corrcoef(some, response(unseen))[0, 1] > 0.98
 
 
