@@ -153,7 +153,9 @@ def fetch(
         )
     archive = unpack(output)
     with publish_folder(target) as folder, tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
-        files.extractall(folder, filter="data")
+        # as a filter of Python 3.11.4 on, or not at all before
+        files.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)  # type: ignore[assignment]
+        files.extractall(folder)
     models = len(list(target.glob("*/*/model/config.json")))
     print(f"{target}: {models} models, {len(archive) / MIB:.1f} MiB; see 'prunesweep front {target}'")
 

@@ -33,10 +33,11 @@ TINY: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray or other processes runs one after the other, beside all else."""
+    """What starts Ray or other processes mostly waits for them: it runs in two rows, beside all else."""
     for item in items:
         if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            row = "searches" if "search" in item.path.parts else "commands"
+            item.add_marker(pytest.mark.xdist_group(row))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,7 +48,7 @@ def test_overrides(tmp_path: Path, tiny) -> None:
     [
         (
             {"search": {"trails": 9}},
-            "start, start_from. did you mean 'trials'?",
+            "start, start_from, start_published. did you mean 'trials'?",
         ),
         ({"trials": 9}, "did you mean 'search.trials'?"),
         ({"search": {"trials": "many"}}, "search.trials = 'many': input should be a valid integer"),

@@ -98,11 +98,12 @@ def test_a_killed_worker_and_storage_by_uri(source: Path, undisturbed: nn.Module
     assert len(watch.workers) == 2
     assert not set(watch.workers[0]) & set(watch.workers[1])
     seen = [epoch.epoch for epoch in watch.epochs]
-    again = [i for i in range(1, len(seen)) if seen[i] != seen[i - 1] + 1]  # where it went on: at most one step back
+    # where it went on: from the last checkpoint, of which the killed worker may not have told
+    again = [i for i in range(1, len(seen)) if seen[i] != seen[i - 1] + 1]
     assert seen[:2] == [1, 2]
     assert seen[-1] == 6
     assert len(again) <= 1
-    assert all(2 <= seen[i] <= seen[i - 1] for i in again)  # not from the start
+    assert all(2 <= seen[i] <= seen[i - 1] + 2 for i in again), seen  # not from the start
     kept = [path for path in torn.parent.glob("checkpoint_*") if path.is_dir()]
     assert len(kept) == 2  # nor what was being written when the worker died
     assert torn not in kept
