@@ -117,17 +117,21 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(given.seeds):
             for space in SPACES:
                 rows.append(one_search(space, seed, given.trials, Path(folder)))
                 print(space, seed, f"hypervolume {rows[-1]['hypervolume']:.4f}", flush=True)
+            keep(rows, given.trials)  # a seed more each time
+
+
+def keep(rows: list[dict[str, Any]], trials: int) -> None:
+    """Print the table, write the results and draw the picture."""
     table = Table("space", "epochs", "hypervolume, by seed", "median", "beaten by joint")
-    summary = {}
+    joint, summary = [row for row in rows if row["space"] == "joint"], {}
     for space in SPACES:
         own = [row for row in rows if row["space"] == space]
-        joint = [row for row in rows if row["space"] == "joint"]
         volumes = [row["hypervolume"] for row in own]
         share = statistics.mean(beaten(a["front"], b["front"]) for a, b in zip(own, joint, strict=True))
         summary[space] = {"median_hypervolume": statistics.median(volumes), "beaten_by_joint": share}
@@ -139,7 +143,7 @@ def main() -> None:
             "" if space == "joint" else f"{share:.0%}",
         )
     Console().print(table)
-    facts = {"trials": given.trials, "versions": versions(), "summary": summary, "searches": rows}
+    facts = {"trials": trials, "versions": versions(), "summary": summary, "searches": rows}
     RESULTS.write_text(json.dumps(facts, indent=1))
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(picture(rows))
