@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray or other processes mostly waits for them: it runs first, in two rows, beside all else."""
+    """What starts Ray or other processes mostly waits for them: it runs first, in two rows side by side."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("slow"):

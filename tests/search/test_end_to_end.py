@@ -147,7 +147,7 @@ class Search:
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, start_new_session=True)
 
     def wait_for(self, run: Path, count: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(finished_units(run)) < count:
             assert self.process.poll() is None, self.end()
             assert time.monotonic() < deadline, "no progress"
@@ -182,7 +182,7 @@ def test_killed_in_every_way_and_resumed(tiny, runs: Path) -> None:
     before = finished_units(run)
 
     search = Search("resume", str(run))
-    search.wait_for(run, len(before) + 2)
+    search.wait_for(run, len(before) + 1)
     os.kill(search.children()["gcs_server"], signal.SIGKILL)
     code, output = search.end()
     assert code == 3, output
@@ -191,7 +191,7 @@ def test_killed_in_every_way_and_resumed(tiny, runs: Path) -> None:
     assert before.items() <= between.items()
 
     search = Search("resume", str(run))
-    search.wait_for(run, len(between) + 2)
+    search.wait_for(run, len(between) + 1)
     os.killpg(search.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     code, output = search.end()
     assert code == 130, output
