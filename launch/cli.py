@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -246,11 +248,12 @@ app.command()(doctor)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: user errors are one clear message, everything else is a defect and keeps its traceback."""
-    try:
-        from models import UserError
-        from models.files import disk_full
-    except KeyboardInterrupt:  # torch takes seconds to load; later ones are caught where they can be explained
-        sys.exit(INTERRUPTED)
+    # torch takes seconds to load, and makes other errors of a KeyboardInterrupt; later ones are caught where they come
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    from models import UserError
+    from models.files import disk_full
+
+    signal.signal(signal.SIGINT, before)
     try:
         app(arguments)
     except UserError as error:
