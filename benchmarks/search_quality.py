@@ -37,7 +37,7 @@ from models import UserError
 from models.files import write_text
 from search.pareto import as_losses, hypervolume, non_dominated
 from search.promotion import Promotions
-from search.proposals import propose
+from search.proposals import EXPLORE, GOLDEN, propose
 from search.run import Result
 from search.surface import BUDGET, Choice, Surface
 
@@ -175,9 +175,6 @@ class Ours:
     the trend of all at their MACs. ``tpe`` learns both objectives, as Optuna has it, from that rung too.
     """
 
-    EXPLORE = 8  # every eighth proposal is random, in search.proposals as well
-    GOLDEN = (5**0.5 - 1) / 2
-
     def __init__(self, surface: Surface, seed: int, ladder: Ladder) -> None:
         self._surface, self._ladder, self._seed = surface, ladder, seed
         self._enough = 2 * len(surface.distributions)
@@ -214,19 +211,18 @@ class Ours:
         self._draws += 1
         if self._ladder.sampler == "excess":
             return -1, propose(self._surface.distributions, self._results, self._draws - 1, self._seed)
-        rungs = [{r.trial: (r.top1, r.macs) for r in self._results if r.rung == k} for k in self._rungs]
+        rungs = [
+            {r.trial: (r.top1, r.macs) for r in self._results if r.rung == k}
+            for k in range(len(self._ladder.schedules))
+        ]
         known = next((r for r in reversed(rungs) if len(r) >= self._enough), {})
-        if self._ladder.sampler == "random" or not known or self._draws % self.EXPLORE == 0:
+        if self._ladder.sampler == "random" or not known or self._draws % EXPLORE == 0:
             return -1, self._proposal(self._random, {})
         if self._ladder.sampler == "tpe":
             return -1, self._proposal(self._tpe, known)
-        budget = BUDGET[0] + self._draws * self.GOLDEN % 1 * (BUDGET[1] - BUDGET[0])
+        budget = BUDGET[0] + self._draws * GOLDEN % 1 * (BUDGET[1] - BUDGET[0])
         near = excess(known, budget * self._surface.source_macs, self._enough)
         return -1, self._proposal(PartialFixedSampler({"budget": budget}, self._tpe), near)
-
-    @property
-    def _rungs(self) -> range:
-        return range(len(self._ladder.schedules))
 
     def _proposal(self, sampler: BaseSampler, known: Mapping[int, Sequence[float]]) -> Mapping[str, Any]:
         """A point, from a study with nothing in it but ``known``: values by candidate."""

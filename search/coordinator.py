@@ -21,7 +21,7 @@ from models import UserError
 from models.files import write_text
 
 from .config import SearchTable
-from .front import QUALITIES, directions, pareto_front, values
+from .front import QUALITIES, directions, values
 from .promotion import Promotions
 from .run import Result, Run, Unit
 from .space import Candidate, Space
@@ -255,8 +255,9 @@ class Coordinator:
 
     def _update_front(self, new: Sequence[Result]) -> list[dict[str, Any]]:
         """The front with ``new`` results: what was beaten before stays beaten, so only its members are compared."""
-        self.best = pareto_front([r for r in (*self.best, *new) if r.has_model], self.search.objectives)
-        return self.run.update_front(self.best, self._models, self._wanted_models())
+        front = self.run.update_front([*self.best, *new], self._models, self._wanted_models())
+        self.best = [self._at[point["trial"], point["rung"]] for point in front]
+        return front
 
     def _wanted_models(self) -> set[str]:
         """Models that a promotion may still start from."""

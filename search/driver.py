@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,6 +34,7 @@ from .remote import run_on_worker
 from .report import write_report
 from .run import Lease, Run
 from .runtime import RayConnection, execute, slots
+from .signals import handling
 from .source import Kept, open_space
 from .space import Space, read_scores
 from .study import Study
@@ -110,12 +110,8 @@ def run_search(
         return _search(run, config, space, display, ray if address is None else contextlib.nullcontext(ray))
 
 
-HARMLESS = (
-    "search.trials",
-    "resources.",
-    "cluster.",
-    "data.loader_workers",
-)  # keys that change no candidate and no figure
+# keys that change no candidate and no figure
+HARMLESS = ("search.trials", "resources.", "cluster.", "data.loader_workers")
 
 
 def resume_search(
@@ -232,16 +228,16 @@ def _slots_here(config: SearchConfig) -> int | None:
 
 def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
     """The run's folder, whole or not at all, and its configuration: a resume needs nothing outside but the data."""
-    spent = cost(kept.arch)
-    table = config.space.latency_table
+    arch, table = kept.arch, config.space.latency_table
+    spent = cost(arch)
     facts = {
         "source": {
-            "name": kept.arch.source,
+            "name": arch.source,
             "weights": kept.weights,
             **Quality(kept.top1, kept.ppl).facts,
             "macs": spent.macs,
             "params": spent.params,
-            **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(kept.arch)}),
+            **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(arch)}),
         },
         "data": kept.fingerprint,
         "scores": {kind: path.name for kind, path in kept.score_files.items()},
@@ -349,8 +345,7 @@ def _write_report(run: Run) -> None:
             raise
 
 
-@contextlib.contextmanager
-def _interruptible(coordinator: Coordinator, display: Display) -> Iterator[None]:
+def _interruptible(coordinator: Coordinator, display: Display) -> AbstractContextManager[None]:
     """The first Ctrl-C or SIGTERM lets the running trials save their state and end; the second one ends at once."""
 
     def interrupt(_signal: int, _frame: Any) -> None:
@@ -359,31 +354,22 @@ def _interruptible(coordinator: Coordinator, display: Display) -> Iterator[None]
         coordinator.stop()
         display.note("stopping: the running trials save their state (once more to end at once)")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handling(interrupt, signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """TensorBoard: hypervolume and front size over finished trials, and a row of hyperparameters per trial."""
     writer = SummaryWriter(str(run / "tb" / "search"))
-    logged = len(coordinator.results)
+    logged, best, objectives = len(coordinator.results), coordinator.best, coordinator.search.objectives
 
     def changed() -> None:
-        nonlocal logged
+        nonlocal logged, best
         for result in coordinator.results[logged:]:
             logged += 1
-            objectives = coordinator.search.objectives
-            found = [r for r in coordinator.results[:logged] if r.has_model]
-            writer.add_scalar("hypervolume", hypervolume(found, source, objectives), logged)
-            writer.add_scalar("front_size", len(pareto_front(found, objectives)), logged)
+            best = pareto_front([*best, result], objectives) if result.has_model else best
+            writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
+            writer.add_scalar("front_size", len(best), logged)
             values = {"hparam/top1": result.top1, "hparam/macs": result.macs}
             writer.add_hparams(dict(result.point), values, name=result.id)
 

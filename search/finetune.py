@@ -183,9 +183,9 @@ def finetune(
     if place.here:
         _train_here(job, **reports)
         return
-    data = job.check()
     from training.ray_train import FinetuneJob
 
+    data = job.check()
     described = FinetuneJob(
         model=str(job.model),
         data=job.data,

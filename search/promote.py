@@ -116,14 +116,14 @@ def promote(
         finetune(job, place, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
     elif load_provenance(job.out).get("recipe") != recipe.model_dump(mode="json"):
         raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
-    latency = None
+    latency, facts = None, load_provenance(job.out)
     if setting is not None:
         latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
     found = Promoted(
         unit=unit,
-        top1=load_provenance(job.out)["top1"],
+        top1=facts["top1"],
         searched_top1=point["top1"],
-        ppl=load_provenance(job.out).get("ppl"),
+        ppl=facts.get("ppl"),
         searched_ppl=point.get("ppl"),
         macs=point["macs"],
         params=point["params"],

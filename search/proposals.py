@@ -22,7 +22,7 @@ from torch import Tensor
 from .gaussian_process import GaussianProcess, Observations, learn
 from .run import Result
 
-__all__ = ["EXPLORE", "Cube", "propose", "standardised"]
+__all__ = ["EXPLORE", "GOLDEN", "Cube", "propose", "standardised"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -32,7 +32,7 @@ CROWD = 64  # proposals whose candidates may be running
 GOLDEN = (5**0.5 - 1) / 2  # steps that cover an interval evenly, however many there are
 FEW = 5  # a rung with fewer results is not learned from: their spread says nothing yet
 MOST, LEARN = 200, 100  # results that a proposal learns from, and those that its hyperparameters are learned from
-REFIT = 8
+REFIT = 8  # hyperparameters are learned anew once there are one in so many more candidates
 OUTLIER = 4.0  # spreads of a rung; how much worse than that a ruined candidate is does not matter
 TRACE = 0.05  # of a mutation's step
 ROUNDS, WIDE, LOCAL, BEST = 5, 200, 100, 10  # of the local search: first and later points, and those mutated
@@ -164,8 +164,8 @@ def propose(
     if crowded or not started or not len(known.rungs) or not len(free) or number % EXPLORE == EXPLORE - 1:
         return cube.point(_at(cube.random(rng, 1), budget)[0])
     known = known.some(_spread(known.rungs, MOST, _distance(known.rows, budget)))
-    process = GaussianProcess(_observed(cube, known), _learned(cube, results, int(known.rungs.max()) + 1))
     top = int(known.rungs.max())
+    process = GaussianProcess(_observed(cube, known), _learned(cube, results, top + 1))
     near = _best_near(known, budget)
     rows = np.vstack(
         [cube.random(rng, WIDE // 2), cube.mutated(rng, near[rng.integers(len(near), size=WIDE // 2)], free)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
@@ -20,6 +18,7 @@ from models import UserError
 from .config import ResourcesTable
 from .coordinator import SearchFailed
 from .scoring import Progress
+from .signals import handling
 
 __all__ = ["run_on_worker"]
 
@@ -51,7 +50,7 @@ def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, prog
     progress(WAITING, 0.0, "")
     running = _work.options(**own).remote(work, said, resources.cpus_per_trial)
     try:
-        with _terminable():
+        with handling(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C; Ray would end this process at once
             ended = False
             while not ended:
                 ended = bool(ray.wait([running], timeout=LOOK)[0])
@@ -106,16 +105,3 @@ class _Said:
 def _pass_on(said: Any, progress: Progress) -> None:
     for what, (share, note) in ray.get(said.take.remote()).items():
         progress(what, share, note)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is what Ctrl-C is; Ray would end this process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

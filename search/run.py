@@ -22,6 +22,7 @@ import time
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ class Run:
         """``[search]`` of the configuration."""
         return dict(tomllib.loads((self / "search.toml").read_text(encoding="utf-8"))["search"])
 
-    @property
+    @cached_property
     def objectives(self) -> tuple[str, ...]:
         return tuple(self.search_table().get("objectives", TWO))
 
@@ -219,7 +220,8 @@ class Run:
     ) -> list[dict[str, Any]]:
         """Rewrite ``front.json``, then delete the models of those units that are neither in it nor ``wanted``.
 
-        ``told`` are units of ``results`` that have a model; those whose model is deleted are taken out.
+        ``results`` need not have those that were beaten before. ``told`` are units that have a model; those whose model
+        is deleted are taken out.
         """
         front = self.front(results)
         write_text(self / "front.json", json.dumps(front, indent=1))

@@ -118,11 +118,15 @@ class RayConnection:
         """Units that fit on the nodes that are there now, 0 where all of them are lost; counted every few seconds."""
         if self._address is not None and time.monotonic() - self._counted > COUNT:
             try:
-                self._slots = slots(self._resources, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+                self._slots = self._count()
             except UserError:
                 self._slots = 0
             self._counted = time.monotonic()
         return self._slots
+
+    def _count(self) -> int:
+        own = self._address is None
+        return slots(self._resources, None if own else [n["Resources"] for n in ray.nodes() if n["Alive"]])
 
     def __enter__(self) -> RayConnection:
         level = logging.INFO if self._verbose else logging.ERROR
@@ -138,7 +142,7 @@ class RayConnection:
             context = _join(self._address, options)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
-            self._slots = slots(self._resources, None if self._address is None else [n["Resources"] for n in nodes])
+            self._slots = self._count()
         except UserError:
             ray.shutdown()
             raise

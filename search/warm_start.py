@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from random import Random
 
 from models import Arch, Block, UserError, cost
-from models.published import PUBLISHED
 
 from .config import SearchConfig
 from .run import Run
@@ -86,6 +85,8 @@ def published_points(space: Space) -> dict[str, Params]:
 
     The forms of smaller and larger models count too: what carries over is which blocks changed and the share of MACs.
     """
+    from models.published import PUBLISHED  # which also gives timm these names
+
     found: dict[str, Params] = {}
     for row in PUBLISHED.values():
         arch, dense = row.arch, PUBLISHED[row.dense].arch if row.dense else None

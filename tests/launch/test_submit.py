@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from search.config import SearchConfig
 from search.run import Run
 from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
-from tests.search.test_end_to_end import finished_units
+from tests.search.test_end_to_end import driver_of, finished_units
 from tests.search.test_study import trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -114,12 +113,6 @@ def test_submitted_followed_watched_and_fetched(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     code, _, err = call(capsys, "jobs", *at)
     assert (code, "refuses the token of RAY_AUTH_TOKEN" in err) == (2, True)
-
-
-def driver_of(run: Path) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return int(json.loads((run / "lease.json").read_text())["pid"])
-    return 0
 
 
 @pytest.mark.usefixtures("with_token")

@@ -19,12 +19,8 @@ from search.opening import open_search
 from search.run import Run
 from search.source import open_space
 from search.unit import run_unit
-from tests.search.test_unit import begin
+from tests.search.test_unit import begin, nothing
 from training.data import Digits
-
-
-def nothing(what: str, share: float, note: str) -> None:
-    """A progress that is not shown."""
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from search.run import Result, Run
 from search.space import Params, Space
 from search.warm_start import axis_points, nearest_point, prior_points, published_points, start_points
 from tests.conftest import TINY
+from tests.search.helpers import make_run
 
 COMPACT = {"budget": (0.3, 1.0), "skip": (0, 4), "conv": (0, 6), "conv3": (0, 3), "keep_rate": (0.4, 1.0)}
 
@@ -146,10 +146,8 @@ def test_another_front_is_begun_with(tmp_path: Path) -> None:
 
 
 def other_run(path: Path, point: dict[str, float]) -> Run:
-    (path / "trials" / "r0-0000").mkdir(parents=True)
-    (path / "search.toml").write_text("[search]\n")
-    (path / "run.json").write_text(json.dumps({"source": {"macs": 10}, "scores": {}}))
-    run = Run(path)
+    run = make_run(path)
+    run.trial("r0-0000").mkdir()
     result = Result(
         trial=0,
         top1=90.0,
