@@ -193,7 +193,7 @@ def _open(config: SearchConfig, cache: Path, display: Display, *, on_worker: boo
         if not on_worker:
             return work(progress)
         opening = run_on_worker(work, config.resources, progress)
-    for path in (opening.folder, *opening.score_files.values()):
+    for path in (opening.folder, *opening.score_files.values(), *opening.teacher_logits):
         if not path.exists():
             raise UserError(
                 f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"
@@ -252,9 +252,19 @@ def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
         (folder / "scores").mkdir()
         for path in kept.score_files.values():
             shutil.copy2(path, folder / "scores" / path.name)
+        for path in kept.teacher_logits:  # large, and never written again
+            shutil.copytree(path, folder / run.teacher_logits.name / path.name, copy_function=_link)
         (folder / "trials").mkdir()
         write_text(folder / "run.json", json.dumps(facts, indent=1))
     return config
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for the same file; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _died(run: Run) -> str:

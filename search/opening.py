@@ -7,7 +7,7 @@ gives is small, all else are files of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -54,12 +54,7 @@ def open_search(config: SearchConfig, folder: Path, progress: Progress, *, fetch
     prepared = prepare(config, folder, progress)
     summary = prepared.space.summarise(SAMPLE, config.seed)
     return Opening(
-        folder=prepared.folder,
-        score_files=prepared.score_files,
-        weights=prepared.weights,
-        fingerprint=prepared.fingerprint,
-        top1=prepared.top1,
-        ppl=prepared.ppl,
+        **{field.name: getattr(prepared, field.name) for field in fields(Kept)},
         summary=summary,
         zero_shot=_zero_shot(prepared, summary, progress),
     )

@@ -2,7 +2,8 @@
 
     search.toml      the resolved configuration
     run.json         facts fixed when the run was made: the source's accuracy and cost, the scores in use
-    source/          the source model          scores/    cached scores          latency_table.json, where there is one
+    source/          the source model          scores/    cached scores
+    teacher_logits/, latency_table.json        where the search uses them
     study.journal    Optuna's journal          front.json, report.html, tb/
     trials/r0-0007/  spec.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
 
@@ -111,6 +112,11 @@ class Run:
     def latency_table(self) -> Path:
         """The run's own copy of ``space.latency_table``."""
         return self.path / "latency_table.json"
+
+    @property
+    def teacher_logits(self) -> Path:
+        """Made before the first trial where the recipe asks for them: one computation, however many units wait."""
+        return self.path / "teacher_logits"
 
     def trial(self, unit_id: str) -> Path:
         return self.path / "trials" / unit_id

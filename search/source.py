@@ -15,7 +15,7 @@ from torch import nn
 from models import Arch, UserError, arch_of, load, load_provenance, read_arch, save, weights_digest
 from models.errors import nearest
 from pruners import Scores
-from training import EVAL_BATCH, Data, Quality, check_words, evaluate, fit, open_data, seeded
+from training import EVAL_BATCH, Data, Quality, cache_logits, check_words, evaluate, fit, open_data, seeded
 
 from .config import SearchConfig, SourceTable, SpaceTable
 from .provenance import digest, versions
@@ -29,11 +29,12 @@ __all__ = ["Kept", "Prepared", "Progress", "open_space", "prepare"]
 class Kept:
     """A source and its scores, as they lie in the cache: small, and the same for every process that sees it.
 
-    ``folder`` is the saved source, ``score_files`` are by name.
+    ``folder`` is the saved source, ``score_files`` are by name, ``teacher_logits`` are those of the recipe's teachers.
     """
 
     folder: Path
     score_files: Mapping[str, Path]
+    teacher_logits: tuple[Path, ...] = ()
     weights: str  # digest of the source's
     fingerprint: str  # of the data
     top1: float
@@ -89,10 +90,18 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
             files[name] = cached_gates(source, data, *run, cache / "scores", progress, weights=weights)
         else:
             files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
+    logits: tuple[Path, ...] = ()
+    if any(config.search.rungs or [config.finetune.epochs]):
+
+        def on_images(done: int, total: int) -> None:
+            progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
+
+        logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
     quality = Quality.of(load_provenance(folder))
     kept = Kept(
         folder=folder,
         score_files=files,
+        teacher_logits=logits,
         weights=weights,
         fingerprint=data.info.fingerprint,
         top1=quality.top1,

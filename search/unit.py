@@ -202,7 +202,7 @@ def _finetune(
         teacher=workplace.source,
         seed=unit.seed,
         state=folder / "state.safetensors",
-        teacher_cache=workplace.run / "teacher_logits",
+        teacher_cache=workplace.run.teacher_logits,
         on_epoch=on_epoch,
         should_stop=workplace.run.stop_file.exists,
     )
@@ -228,7 +228,7 @@ def _finetune_on_workers(
         data=workplace.config.data.name,
         recipe=workplace.recipe(unit).model_dump(mode="json"),
         teacher=str(run / "source"),
-        teacher_cache=str(run / "teacher_logits"),
+        teacher_cache=str(run.teacher_logits),
         seed=unit.seed,
         loader_workers=workplace.config.data.loader_workers,
         stop_file=str(run.stop_file),

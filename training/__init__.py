@@ -5,6 +5,7 @@ from .data import Data, DataInfo, images_only, open_data
 from .evaluate import EVAL_BATCH, Quality, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
+from .teacher_cache import cache_logits
 from .text import check_words, open_text
 from .trainer import DoesNotFit, batches_of
 from .world import World
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "World",
     "batches_of",
+    "cache_logits",
     "check_words",
     "evaluate",
     "fit",

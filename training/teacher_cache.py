@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from timm.task import TrainingTask
+from torch import nn
 from torch.utils.data import DataLoader
 
 from models import UserError, arch_of, weights_digest
@@ -26,10 +27,10 @@ from models.files import publish_file
 
 from .data import Data
 from .recipe import Recipe
-from .task import DistillationTask
+from .task import DistillationTask, make_task
 from .world import World
 
-__all__ = ["SHARD", "TeacherLogits", "cache_teachers"]
+__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers"]
 
 SHARD = 8192  # images
 BATCH = 256  # images of all workers at a time
@@ -45,6 +46,32 @@ class TeacherLogits:
         return self.shards[index // SHARD][index % SHARD]
 
 
+def cache_logits(
+    source: nn.Module, data: Data, recipe: Recipe, folder: Path, on_images: Callable[[int, int], None]
+) -> tuple[Path, ...]:
+    """Make the logits that a recipe asks for before anything is trained by it, or find them in ``folder``.
+
+    Args:
+        source: the model that students are cut from, on its device.
+        data, recipe: of the trainings to come, which find the logits where ``folder`` is their ``teacher_cache``.
+        on_images: told how many images are answered, of how many.
+
+    Returns:
+        A folder in ``folder`` for each teacher; none where the recipe has no ``cache_teacher``.
+
+    Raises:
+        UserError: a teacher cannot be had, or does not go with the model.
+    """
+    terms = tuple(term for term in recipe.distill if term.cache_teacher and term.weight)
+    if not terms:
+        return ()
+    recipe = recipe.model_copy(update={"distill": terms})  # the others may have hooks put on the source
+    task: Any = make_task(source, recipe, source).to(next(source.parameters()).device)
+    places = tuple(folder / _key(task, name, data, recipe) for name in task.names)
+    cache_teachers(task, data, recipe, World.current(), folder, on_images=on_images)
+    return places
+
+
 def cache_teachers(
     task: TrainingTask,
     data: Data,
@@ -52,10 +79,11 @@ def cache_teachers(
     world: World,
     folder: Path | None,
     on_note: Callable[[str], None] | None = None,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TeacherLogits]:
     """Logits of the teachers whose terms have ``cache_teacher``, by name; all workers compute them together.
 
-    The task lets go of teachers that it needs no more.
+    The task lets go of teachers that it needs no more. ``on_images`` is told how many are answered, of how many.
 
     Raises:
         UserError: another worker cannot read what the first one wrote to ``folder``.
@@ -69,7 +97,8 @@ def cache_teachers(
             on_note(f"computing the logits of teacher {name!r} on {data.train_images:,} images")
         with torch.random.fork_rng():  # a run that finds them must draw what one that computes them does
             shards = [
-                _shard(task, name, data, recipe, world, place, start) for start in range(0, data.train_images, SHARD)
+                _shard(task, name, data, recipe, world, place, start, on_images)
+                for start in range(0, data.train_images, SHARD)
             ]
         found[name] = TeacherLogits(shards)
     task.release_cached_teachers()
@@ -89,13 +118,21 @@ def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
 
 
 def _shard(
-    task: DistillationTask, name: str, data: Data, recipe: Recipe, world: World, place: Path | None, start: int
+    task: DistillationTask,
+    name: str,
+    data: Data,
+    recipe: Recipe,
+    world: World,
+    place: Path | None,
+    start: int,
+    on_images: Callable[[int, int], None],
 ) -> torch.Tensor:
     """Logits of the images from ``start`` on, found or made; the first worker decides which, and writes them."""
     file = None if place is None else place / f"{start // SHARD:05}.safetensors"
     known = torch.tensor(float(world.first and file is not None and file.exists()), device=task.device)
     if world.total(known).item() == 0:
-        logits = _logits(task, name, data, recipe, world, range(start, min(start + SHARD, data.train_images)))
+        images = range(start, min(start + SHARD, data.train_images))
+        logits = _logits(task, name, data, recipe, world, images, on_images)
         if file is None:
             return logits
         if world.first:
@@ -111,7 +148,15 @@ def _shard(
 
 
 @torch.no_grad()
-def _logits(task: DistillationTask, name: str, data: Data, recipe: Recipe, world: World, images: range) -> torch.Tensor:
+def _logits(
+    task: DistillationTask,
+    name: str,
+    data: Data,
+    recipe: Recipe,
+    world: World,
+    images: range,
+    on_images: Callable[[int, int], None],
+) -> torch.Tensor:
     """Every worker answers its share of every batch, and all get the whole."""
     split, low = data.split("train", augment=None), torch.float16 if recipe.amp == "fp16" else torch.bfloat16
     batches = [list(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
@@ -125,4 +170,5 @@ def _logits(task: DistillationTask, name: str, data: Data, recipe: Recipe, world
         if world.rank < len(batch):
             rows[world.rank :: world.size] = answers
         found.append(world.total(rows).cpu())
+        on_images(batch[-1] + 1, data.train_images)
     return torch.cat(found)

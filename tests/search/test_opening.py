@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,6 +22,7 @@ from search.run import Run
 from search.source import open_space
 from search.unit import run_unit
 from tests.search.test_unit import begin, nothing
+from training import teacher_cache
 from training.data import Digits
 
 
@@ -77,6 +80,39 @@ def test_a_point_of_another_space_is_refused_before_there_is_a_run(
     with pytest.raises(UserError, match="search.start: budgte: no variable of this space"):
         run_search(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_teacher_is_asked_once_before_the_first_unit(
+    links: bool, tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError("no links here")))
+    distill = [{"cache_teacher": True}, {"kind": "feature", "weight": 0.0}]
+    config = tiny(finetune={"epochs": 1, "fixed_view": True, "distill": distill})
+    shutil.copytree(open_search(tiny(), runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
+    shares: list[float] = []
+    open_search(config, tmp_path / "cache", lambda what, share, _: shares.append(share) if "teacher" in what else None)
+    assert len(shares) == 6  # 1,347 images in batches of 256
+    assert (sorted(shares), shares[-1]) == (shares, 1.0)
+    monkeypatch.setattr(teacher_cache, "_logits", Mock(side_effect=AssertionError("asked again")))
+
+    run, coordinator = begin(config, tmp_path / "cache", tmp_path / "run")
+    (kept,) = (tmp_path / "cache" / "teacher_logits").rglob("*.safetensors")
+    own = run.teacher_logits / kept.relative_to(tmp_path / "cache" / "teacher_logits")
+    assert own.samefile(kept) == links
+    assert own.read_bytes() == kept.read_bytes()
+    unit = coordinator.next()
+    assert unit is not None
+    assert run_unit(run.path, unit)["state"] == "finished"
+
+
+def test_no_teacher_is_asked_where_nothing_is_trained(
+    tiny: Callable[..., SearchConfig], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_cache, "_logits", Mock(side_effect=AssertionError("asked")))
+    config = tiny(finetune={"epochs": 0, "fixed_view": True, "distill": [{"cache_teacher": True}]})
+    assert open_search(config, runs / "cache", nothing).teacher_logits == ()
 
 
 @pytest.mark.parametrize(("below", "shown"), [(True, "runs/a"), (False, None)])
