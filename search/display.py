@@ -89,7 +89,7 @@ class Display:
             ("macs / source", summary.macs, source.macs, 3),
             ("params (M)", summary.params, 1e6, 3),
             *([("latency (ms) ↓, predicted", summary.latency_ms, 1, 3)] if summary.latency_ms else []),
-            *([("top-1 (%) ↑, before finetuning", zero_shot, 1, 2)] if zero_shot else []),
+            *([("top-1 (%) ↑, before finetuning, training images", zero_shot, 1, 2)] if zero_shot else []),
         ):
             values = (spread.low, spread.median, spread.high)
             objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))

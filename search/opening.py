@@ -6,13 +6,10 @@ gives is small, all else are files of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 
 import timm
-import torch
 from huggingface_hub import try_to_load_from_cache
 
 from models import UserError, cut
@@ -31,7 +28,10 @@ SCORED = 16  # of them, those that are also cut and evaluated without training
 
 @dataclass(frozen=True, kw_only=True)
 class Opening(Kept):
-    """What a search is begun with, and what is shown of its space: top-1 before finetuning, of some of the sample."""
+    """What a search is begun with, and what is shown of its space.
+
+    ``zero_shot`` is top-1 before finetuning of some of the sample, on ``search.screen_images`` of the training split.
+    """
 
     summary: Summary
     zero_shot: Spread
@@ -56,27 +56,20 @@ def open_search(config: SearchConfig, folder: Path, progress: Progress, *, fetch
     return Opening(
         **{field.name: getattr(prepared, field.name) for field in fields(Kept)},
         summary=summary,
-        zero_shot=_zero_shot(prepared, summary, progress),
+        zero_shot=_zero_shot(prepared, summary, config, progress),
     )
 
 
-def _zero_shot(prepared: Prepared, summary: Summary, progress: Progress) -> Spread:
-    """Accuracy before finetuning, over a few points of the sample."""
-
-    @cache
-    def calibration() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return prepared.data.calibration(EVAL_BATCH, EVAL_BATCH, 0)
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield from calibration()  # read once, and not at all where no model has a BatchNorm
-
+def _zero_shot(prepared: Prepared, summary: Summary, config: SearchConfig, progress: Progress) -> Spread:
+    """Accuracy before finetuning of a few points of the sample, as a rung without training has it."""
+    images = prepared.data.calibration(config.search.screen_images, EVAL_BATCH, config.seed)
     found: list[float] = []
     points = summary.points[:SCORED]
     for point in points:
         progress("sampling the space", len(found) / len(points), f"{len(found)}/{len(points)}")
         model = cut(prepared.model, prepared.space.decode(point).decision)
-        recalibrate(model, batches())
-        found.append(evaluate(model, prepared.data.val_loader(EVAL_BATCH))["top1"])
+        recalibrate(model, images)
+        found.append(evaluate(model, images)["top1"])
     progress("sampling the space", 1.0, f"{len(points)}/{len(points)}")
     return Spread.of(found)
 

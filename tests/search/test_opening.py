@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
+from torch import nn
 
+import training
 from models import UserError, load
 from models.latency_build import macs_table
-from search import resume_search, run_search
+from search import opening, resume_search, run_search
 from search.config import SearchConfig, load_config
 from search.driver import create_run
 from search.opening import open_search
@@ -23,34 +25,24 @@ from search.source import open_space
 from search.unit import run_unit
 from tests.search.test_unit import begin, nothing
 from training import teacher_cache
-from training.data import Digits
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Every reading of calibration images."""
-    found: list[tuple[Any, ...]] = []
-    read = Digits.calibration
-
-    def calibration(self: Digits, *arguments: Any, **options: Any) -> Any:
-        found.append(arguments)
-        return read(self, *arguments, **options)
-
-    monkeypatch.setattr(Digits, "calibration", calibration)
-    return found
-
-
-@pytest.mark.parametrize(("space", "times"), [({}, 0), ({"conv": [0, 2]}, 1)])
-def test_images_for_batchnorm_are_read_once_or_not_at_all(
-    space: dict[str, Any], times: int, tiny: Callable[..., SearchConfig], runs: Path, reads: list[tuple[Any, ...]]
+def test_a_look_at_the_space_costs_the_same_on_any_data(
+    tiny: Callable[..., SearchConfig], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(space=space)
-    open_search(config, runs / "cache", nothing)  # scores are there from now on
-    reads.clear()
+    config = tiny(space={"conv": [0, 2]}, search={"screen_images": 96})
+    open_search(config, runs / "cache", nothing)  # source and scores are there from now on
+    looked: list[int] = []
+
+    def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+        looked.append(sum(len(labels) for _, labels in batches))
+        return training.evaluate(model, batches)
+
+    monkeypatch.setattr(opening, "evaluate", evaluate)
     seen: list[tuple[str, float]] = []
-    opening = open_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
-    assert len(reads) == times
-    assert 0 <= opening.zero_shot.low <= opening.zero_shot.high <= 100
+    found = open_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
+    assert looked == [96] * opening.SCORED
+    assert 0 < found.zero_shot.low <= found.zero_shot.high <= 100
     assert {what for what, _ in seen} == {"sampling the space"}
     assert seen[-1][1] == 1
 
@@ -61,14 +53,14 @@ def test_what_a_worker_sends_back_is_small_and_enough(
     config = tiny()
     sent = pickle.dumps(open_search(config, runs / "cache", nothing))
     assert len(sent) < 100_000
-    opening = pickle.loads(sent)
-    space = open_space(config.space, opening)
-    assert space.summarise(len(opening.summary.points), config.seed) == opening.summary
+    begun = pickle.loads(sent)
+    space = open_space(config.space, begun)
+    assert space.summarise(len(begun.summary.points), config.seed) == begun.summary
     run = Run(tmp_path / "run")
-    create_run(run, config, opening)
-    assert run.facts()["source"]["top1"] == opening.top1
+    create_run(run, config, begun)
+    assert run.facts()["source"]["top1"] == begun.top1
     assert run.facts()["source"]["macs"] == space.source_cost.macs
-    assert set(run.facts()["scores"]) == set(opening.score_files)
+    assert set(run.facts()["scores"]) == set(begun.score_files)
     load(run / "source")
 
 
@@ -134,8 +126,8 @@ def test_a_run_needs_nothing_outside_its_folder(
     unit = coordinator.next()
     assert unit is not None
     run_unit(other.path, unit)
-    opening = open_search(tiny(), runs / "cache", nothing)
-    macs_table(opening.arch, ms_per_gmac=1000.0).save(tmp_path / "table.json")
+    begun = open_search(tiny(), runs / "cache", nothing)
+    macs_table(begun.arch, ms_per_gmac=1000.0).save(tmp_path / "table.json")
     shutil.copytree(runs / "cache", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     config = tiny(space={"latency_table": "table.json"}, search={"trials": 1, "start_from": "other"})
