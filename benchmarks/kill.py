@@ -3,10 +3,10 @@
     python -m benchmarks.kill [--kills 100]
 
 A tiny joint search on digits is left alone and timed. Then it is started again, its driver (and at times all of Ray
-with it) is killed with SIGKILL after a random time, from before its first result to a third of what follows, and it is
-resumed, until it ends; and so on until there were kills enough. Writes
-benchmarks/results/kill.json: results lost, units run twice, and whether the candidates are those of a search that was
-left alone (with one worker and a sampler that depends on results alone they should be).
+with it) is killed with SIGKILL after a random time, from long before its first result to a sixth of what follows, and
+it is resumed, until it ends; and so on until there were kills enough. Writes benchmarks/results/kill.json after every
+search: results lost, units run twice, and whether the candidates are those of a search that was left alone (with one
+worker and a sampler that depends on results alone they should be).
 """
 
 from __future__ import annotations
@@ -124,13 +124,13 @@ def main() -> None:
             own, seen = 0, set()
             process = command("search", str(config), "--out", str(run.path))
             while True:
-                wait = moment.uniform(first / 2, first + (whole - first) / 3) if kills < given.kills else None
+                wait = moment.uniform(first / 4, first + (whole - first) / 6) if kills < given.kills else None
                 try:
                     process.wait(wait)
                     break
                 except subprocess.TimeoutExpired:
-                    whole = moment.random() < 0.3
-                    os.killpg(process.pid, signal.SIGKILL) if whole else process.kill()
+                    with_ray = moment.random() < 0.3
+                    os.killpg(process.pid, signal.SIGKILL) if with_ray else process.kill()
                     process.wait()
                     kills, own = kills + 1, own + 1
                     seen |= {r.id for r in run.results()} if (run / "run.json").exists() else set()
@@ -150,13 +150,18 @@ def main() -> None:
                 }
             )
             print(searches[-1], flush=True)
+            keep(kills, searches)
+
+
+def keep(kills: int, searches: list[dict[str, Any]]) -> None:
+    """Write what came of all kills until now."""
     summary = {
         "kills": kills,
         "lost": sum(len(s["lost"]) for s in searches),
         "twice": sum(len(s["twice"]) for s in searches),
         "same_candidates": all(s["same_candidates"] for s in searches),
     }
-    print(summary)
+    print(summary, flush=True)
     RESULTS.write_text(json.dumps({**summary, "versions": versions(), "searches": searches}, indent=1))
 
 
