@@ -370,6 +370,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="surfaces; the first is --first")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--only", default="", help="rows whose name has this in it; the others stay as --out has them")
+    parser.add_argument("--epochs", type=float, help="how far a search goes, in place of each row's own")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     seeds = range(args.first, args.first + args.seeds)
@@ -379,7 +380,8 @@ def main() -> None:
         absent = name.startswith("Syne") and importlib.util.find_spec("syne_tune") is None
         if absent or args.only not in name:
             continue
-        rows[name] = summary([simulate(make(surface_of(s)[0], s), s, epochs) for s in seeds], epochs)
+        far = args.epochs or epochs
+        rows[name] = summary([simulate(make(surface_of(s)[0], s), s, far) for s in seeds], far)
         print(name, rows[name]["median_share"], flush=True)
         ordered = {each: rows[each] for each in SEARCHES if each in rows}
         result = {**settings, "ladder": asdict(Ladder()), "searches": ordered}

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import tempfile
 import threading
@@ -27,6 +28,7 @@ from models import UserError
 from .config import ResourcesTable
 from .coordinator import Coordinator, SearchFailed
 from .run import Unit
+from .signals import deferred
 
 for name, value in {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -137,7 +139,7 @@ class RayConnection:
             own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
             # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
             dashboard = self._resources.workers_per_trial > 1
-            context = ray.init(address="local", include_dashboard=dashboard, **own, **options)
+            context = _start(address="local", include_dashboard=dashboard, **own, **options)
         else:
             context = _join(self._address, options)
         try:
@@ -168,9 +170,19 @@ class RayConnection:
             self.on_death()
 
 
+def _start(**options: Any) -> Any:
+    """``ray.init``, in which no Ctrl-C is lost; it leaves no Ray behind."""
+    try:
+        with deferred(signal.SIGINT):
+            return ray.init(**options)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+
+
 def _join(address: str, options: Mapping[str, Any]) -> Any:
     try:
-        return ray.init(address=address, **options)
+        return _start(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
 
@@ -187,7 +199,7 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     if address is None:
         _own_token()
         own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(address="local", **own, **options)
+        _start(address="local", **own, **options)
     else:
         _join(address, options)
     try:

@@ -16,10 +16,10 @@ import pytest
 from launch.cluster.client import Cluster
 from models import load
 from search.config import SearchConfig
-from search.run import Run
+from search.run import Run, read_json
 from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
-from tests.search.test_end_to_end import driver_of, finished_units
+from tests.search.test_end_to_end import finished_units
 from tests.search.test_study import trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -130,7 +130,7 @@ def test_killed_stopped_and_resumed(
     assert code == 2
     assert "lost-a1 is running" in err
     assert TOKEN not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
-    os.kill(driver_of(run), signal.SIGKILL)
+    os.kill(read_json(run / "lease.json")["pid"], signal.SIGKILL)
     cluster = Cluster(head.url)
     wait_for(lambda: cluster.status("lost-a1") == "FAILED", "the driver was killed, and its job goes on")
     time.sleep(1)  # what was being written by the workers is written or torn now
