@@ -37,10 +37,10 @@ BATCH = 256  # images of all workers at a time
 
 
 class TeacherLogits:
-    """``logits[i]``: the teacher's answer (K) to training image i."""
+    """``logits[i]``: the teacher's answer (K) to training image i; ``folder`` has them, where they are kept."""
 
-    def __init__(self, shards: list[torch.Tensor]) -> None:
-        self.shards = shards
+    def __init__(self, shards: list[torch.Tensor], folder: Path | None = None) -> None:
+        self.shards, self.folder = shards, folder
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.shards[index // SHARD][index % SHARD]
@@ -66,10 +66,9 @@ def cache_logits(
     if not terms:
         return ()
     recipe = recipe.model_copy(update={"distill": terms})  # the others may have hooks put on the source
-    task: Any = make_task(source, recipe, source).to(next(source.parameters()).device)
-    places = tuple(folder / _key(task, name, data, recipe) for name in task.names)
-    cache_teachers(task, data, recipe, World.current(), folder, on_images=on_images)
-    return places
+    task = make_task(source, recipe, source).to(next(source.parameters()).device)
+    found = cache_teachers(task, data, recipe, World.current(), folder, on_images=on_images)
+    return tuple(logits.folder for logits in found.values() if logits.folder)
 
 
 def cache_teachers(
@@ -100,7 +99,7 @@ def cache_teachers(
                 _shard(task, name, data, recipe, world, place, start, on_images)
                 for start in range(0, data.train_images, SHARD)
             ]
-        found[name] = TeacherLogits(shards)
+        found[name] = TeacherLogits(shards, place)
     task.release_cached_teachers()
     return found
 
