@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from search.config import load_config
-from search.driver import run_search
-from search.front import hypervolume
-from search.provenance import versions
-from search.run import Run
+from prunesweep.models.io.provenance import versions
+from prunesweep.search.config import load_config
+from prunesweep.search.execution.driver import run_search
+from prunesweep.search.store.front import hypervolume
+from prunesweep.search.store.run import Run
 
 RESULTS, PICTURE = Path(__file__).parent / "results" / "ablation.json", Path("docs/ablation.svg")
 FIXED: dict[str, Any] = {

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, build, cost, num_params
-from models.files import write_text
-from models.latency import device_name
+from prunesweep.models import Arch, build, cost, num_params
+from prunesweep.models.io.files import write_text
+from prunesweep.models.latency.timing import device_name
 
 SOURCE = "deit_small_patch16_224"
 RESULT = Path(__file__).parent / "results" / "cost.json"

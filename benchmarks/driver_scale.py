@@ -30,17 +30,17 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from models import Arch, arch_of, cost
-from models.files import write_text
-from pruners import Scores, vector_sizes
-from pruners.nvit import KINDS
-from search.config import SearchTable, SpaceTable
-from search.coordinator import Coordinator
-from search.display import Display
-from search.driver import _board
-from search.run import Result, Run, Unit
-from search.space import Candidate, Space
-from search.study import Study
+from prunesweep.models import Arch, arch_of, cost
+from prunesweep.models.io.files import write_text
+from prunesweep.pruners import Scores, vector_sizes
+from prunesweep.pruners.nvit.saliency import KINDS
+from prunesweep.search.config import SearchTable, SpaceTable
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.execution.driver import _board
+from prunesweep.search.report.display import Display
+from prunesweep.search.space.space import Candidate, Space
+from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.study import Study
 
 from .upvit_exact import processor
 

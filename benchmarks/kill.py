@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from search.provenance import versions
-from search.run import Run
+from prunesweep.models.io.provenance import versions
+from prunesweep.search.store.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "kill.json"
 CONFIG = """
@@ -72,7 +72,7 @@ cpus = 1
 def command(*arguments: str) -> subprocess.Popen[bytes]:
     """The command line in a session of its own, so that everything it starts can be killed at once."""
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", *arguments],
+        [sys.executable, "-m", "prunesweep", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -33,13 +33,13 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 from rich.table import Table
 
-from models import UserError
-from models.files import write_text
-from search.pareto import as_losses, hypervolume, non_dominated
-from search.promotion import Promotions
-from search.proposals import EXPLORE, GOLDEN, propose
-from search.run import Result
-from search.surface import BUDGET, Choice, Surface
+from benchmarks.surface import BUDGET, Choice, Surface
+from prunesweep.models import UserError
+from prunesweep.models.io.files import write_text
+from prunesweep.search.execution.rungs import Promotions
+from prunesweep.search.proposals.budget_gp import EXPLORE, GOLDEN, propose
+from prunesweep.search.store.pareto import as_losses, hypervolume, non_dominated
+from prunesweep.search.store.run import Result
 
 RESULT = Path(__file__).parent / "results" / "search_quality.json"
 FULL = 27  # epochs of finetuning that the front is for

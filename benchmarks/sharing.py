@@ -22,11 +22,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import Arch, load, read_arch, save
-from models.build import build
-from models.files import write_text
-from search.provenance import versions
-from training.teacher_cache import SHARD
+from prunesweep.models import Arch, load, read_arch, save
+from prunesweep.models.builder import build
+from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import versions
+from prunesweep.training.teacher_cache import SHARD
 
 from .upvit_exact import processor
 

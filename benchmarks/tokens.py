@@ -22,11 +22,11 @@ import timm
 import torch
 from torch import nn
 
-from models import arch_of, blocks_of, cost, cut, cut_arch
-from models.files import write_text
-from models.fuse import fuse_tokens
-from models.tome import apply_tome, tome_macs
-from pruners import pmvit
+from prunesweep.models import arch_of, blocks_of, cost, cut, cut_arch
+from prunesweep.models.fuse import fuse_tokens
+from prunesweep.models.io.files import write_text
+from prunesweep.models.tome import apply_tome, tome_macs
+from prunesweep.pruners import pmvit
 
 from .upvit_exact import processor
 

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset, TensorDataset
 
-from models import Arch, arch_of, cost, load, save
-from models.files import write_text
-from models.latency import device_name
-from training import Data, DataInfo, Distill, Recipe, World, fit, open_data, seeded
-from training.batches import EpochBatches
+from prunesweep.models import Arch, arch_of, cost, load, save
+from prunesweep.models.io.files import write_text
+from prunesweep.models.latency.timing import device_name
+from prunesweep.training import Data, DataInfo, Distill, Recipe, World, fit, open_data, seeded
+from prunesweep.training.batches import EpochBatches
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 ON_GPU = torch.cuda.is_available()
@@ -158,7 +158,7 @@ def photographs(folder: Path, images: int = 128) -> Data:
 
 def on_ray(workers: int, folder: Path) -> dict[str, float]:
     """Training on Ray Train's workers: speed, and seconds until they start and after they are done."""
-    from search.finetune import Finetuning, Place, finetune
+    from prunesweep.search.finetune import Finetuning, Place, finetune
 
     rates, marks = [], {"call": time.perf_counter()}
     recipe = RECIPE.model_copy(update={"epochs": 4})

@@ -18,14 +18,14 @@ from typing import Any
 import optuna
 import timm
 
-from models import arch_of
-from models.files import write_text
-from search.config import ResourcesTable, SearchTable
-from search.coordinator import Coordinator
-from search.provenance import versions
-from search.run import Result, Run, Unit
-from search.runtime import RayConnection, execute
-from search.study import Study
+from prunesweep.models import arch_of
+from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import versions
+from prunesweep.search.config import ResourcesTable, SearchTable
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.execution.runtime import RayConnection, execute
+from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.study import Study
 
 from .driver_scale import make_run, make_space
 from .upvit_exact import processor

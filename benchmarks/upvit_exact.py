@@ -20,10 +20,10 @@ import timm
 import torch
 from torch import nn
 
-from models import Arch, BlockCut, Cut, arch_of, blocks_of, build, cut
-from models.arch import Block, Stage
-from models.files import write_text
-from pruners import kl_divergence, upvit, vector_sizes
+from prunesweep.models import Arch, BlockCut, Cut, arch_of, blocks_of, build, cut
+from prunesweep.models.arch import Block, Stage
+from prunesweep.models.io.files import write_text
+from prunesweep.pruners import kl_divergence, upvit, vector_sizes
 
 RESULT = Path(__file__).parent / "results" / "upvit_exact.json"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from models.latency import Timing
+    from prunesweep.models.latency.timing import Timing
 
 __all__ = ["bench", "numbers", "open_model", "progress_bar"]
 
@@ -49,9 +49,9 @@ def bench(
 
     from rich.console import Console
 
-    from models import UserError
-    from models.files import write_text
-    from models.latency import Setting, measure_all
+    from prunesweep.models import UserError
+    from prunesweep.models.io.files import write_text
+    from prunesweep.models.latency.timing import Setting, measure_all
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: its folder does not exist")
@@ -76,7 +76,7 @@ def open_model(name: str) -> nn.Module:
     """A saved model, or a timm model with random weights. Raises UserError where it is neither."""
     import timm
 
-    from models import Arch, load
+    from prunesweep.models import Arch, load
 
     folder = Path(name.removeprefix("local-dir:"))
     if folder.exists() or ("/" in name and not name.startswith("hf-hub:")):
@@ -87,7 +87,7 @@ def open_model(name: str) -> nn.Module:
 
 def numbers(option: str, text: str) -> list[int]:
     """Positive whole numbers with commas between them."""
-    from models import UserError
+    from prunesweep.models import UserError
 
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
@@ -122,7 +122,7 @@ def _header(setting: Any) -> dict[str, Any]:
     """The conditions that all batch sizes share."""
     import torch
 
-    from models.latency import device_name
+    from prunesweep.models.latency.timing import device_name
 
     shared = {key: value for key, value in setting.to_dict().items() if key != "batch"}
     if setting.device == "cpu":
@@ -134,7 +134,7 @@ def _results(
     names: Sequence[str], loaded: Sequence[nn.Module], timings: Sequence[Sequence[Timing]]
 ) -> list[dict[str, Any]]:
     """Per model its cost, and per batch size its timing; the first model is the source."""
-    from models import arch_of, cost
+    from prunesweep.models import arch_of, cost
 
     costs = [cost(arch_of(model)) for model in loaded]
     results = []

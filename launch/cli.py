@@ -32,7 +32,7 @@ from .show import show
 from .submit import resubmit, submit
 
 if TYPE_CHECKING:
-    from search import SearchResult
+    from prunesweep.search import SearchResult
 
 __all__ = ["app", "main"]
 
@@ -69,7 +69,7 @@ def search(
     verbose: VerboseOption = False,
 ) -> None:
     """Search for the Pareto front of accuracy against MACs."""
-    from search import load_config, run_search
+    from prunesweep.search import load_config, run_search
 
     settings, console = load_config(config, overrides or []), Console()
     options: dict[str, Any] = {"address": address, "dry_run": dry_run, "verbose": verbose}
@@ -90,7 +90,7 @@ def resume(
     if address is not None and address.startswith(("http://", "https://")):
         resubmit(str(run), address, trials=trials, overrides=overrides or [])
         return
-    from search import resume_search
+    from prunesweep.search import resume_search
 
     console = Console()
     options: dict[str, Any] = {"trials": trials, "overrides": overrides or [], "address": address, "verbose": verbose}
@@ -99,7 +99,7 @@ def resume(
 
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
     """Run a search and say how it ended."""
-    from search import Run, SearchFailed
+    from prunesweep.search import Run, SearchFailed
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -131,8 +131,8 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """How far a search is."""
-    from search import Run
-    from training import Quality
+    from prunesweep.search import Run
+    from prunesweep.training import Quality
 
     found = Run.existing(run).status() if address is None else remote_status(str(run), address)
     if as_json:
@@ -155,10 +155,10 @@ def front(
     as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")] = False,
 ) -> None:
     """The Pareto front of a run; each model is a folder that loads in one line."""
-    from search import Run
-    from search.display import front_table, promoted_table
-    from search.promote import promoted
-    from search.run import unit_id
+    from prunesweep.search import Run
+    from prunesweep.search.execution.promote import promoted
+    from prunesweep.search.report.display import front_table, promoted_table
+    from prunesweep.search.store.run import unit_id
 
     found = Run.existing(run)
     points = [{**p, "model": str(run / p["model"])} for p in found.front()]
@@ -198,9 +198,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a saved model's accuracy, or perplexity."""
-    from models import arch_of, cost, load
-    from training import EVAL_BATCH, Quality, check_words, open_data, open_text
-    from training import evaluate as measure
+    from prunesweep.models import arch_of, cost, load
+    from prunesweep.training import EVAL_BATCH, Quality, check_words, open_data, open_text
+    from prunesweep.training import evaluate as measure
 
     loaded: Any = load(model)
     arch = arch_of(loaded)
@@ -220,8 +220,8 @@ def evaluate(
 @app.command()
 def report(run: RunArgument) -> None:
     """Write the run's report.html again."""
-    from search import Run
-    from search.report import write_report
+    from prunesweep.search import Run
+    from prunesweep.search.report.page import write_report
 
     print(write_report(Run.existing(run)))
 
@@ -250,8 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: user errors are one clear message, everything else is a defect and keeps its traceback."""
     # torch takes seconds to load, and makes other errors of a KeyboardInterrupt; later ones are caught where they come
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    from models import UserError
-    from models.files import disk_full
+    from prunesweep.models import UserError
+    from prunesweep.models.io.files import disk_full
 
     signal.signal(signal.SIGINT, before)
     try:

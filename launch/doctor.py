@@ -57,7 +57,7 @@ def doctor(
     from rich.console import Console
     from rich.table import Table
 
-    from search.config import ClusterTable, load_config
+    from prunesweep.search.config import ClusterTable, load_config
 
     table = (load_config(config).cluster if config is not None else None) or ClusterTable()
     findings = list(check_here())
@@ -74,7 +74,7 @@ def doctor(
 
 def check_here() -> Iterator[Finding]:
     """This machine: versions, Ray's extras, the token's file, GPUs, and room for runs."""
-    from .cluster.probe import versions
+    from prunesweep.launch.cluster.probe import versions
 
     found = versions()
     missing = [name for name, number in found.items() if number is None]
@@ -97,9 +97,8 @@ def check_here() -> Iterator[Finding]:
 
 
 def _token_file() -> Finding:
-    from models import UserError
-
-    from .cluster.auth import find_token
+    from prunesweep.launch.cluster.auth import find_token
+    from prunesweep.models import UserError
 
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
     try:
@@ -128,9 +127,8 @@ def _room(folder: Path) -> Finding:
 
 def check_cluster(address: str, table: Any, storage: str | None, data: str | None) -> Iterator[Finding]:
     """A cluster: that it answers and takes the token, and every node of it."""
-    from models import UserError
-
-    from .cluster.probe import probe, versions
+    from prunesweep.launch.cluster.probe import probe, versions
+    from prunesweep.models import UserError
 
     try:
         if address.startswith(("http://", "https://")):
@@ -148,15 +146,14 @@ def check_cluster(address: str, table: Any, storage: str | None, data: str | Non
 
 
 def _probe_by_job(address: str, table: Any, storage: str | None, data: str | None) -> Any:
-    from models import UserError
-
-    from .cluster.client import Cluster, last_json
-    from .cluster.package import environment, staged
+    from prunesweep.launch.cluster.client import Cluster, last_json
+    from prunesweep.launch.cluster.package import environment, staged
+    from prunesweep.models import UserError
 
     cluster = Cluster(address)
     with_token = "with a token" if cluster.head.headers else "without a token"
     yield Finding("cluster", "ok", f"{cluster.head.url} answers {with_token}: Ray {cluster.head.ray}")
-    arguments = ["launch.cluster.probe"]
+    arguments = ["prunesweep.launch.cluster.probe"]
     arguments += [part for name, path in (("--storage", storage), ("--data", data)) if path for part in (name, path)]
     with staged(exclude=table.exclude) as code:
         status, output = cluster.call("doctor", arguments, code, environment(table, pip=False), timeout=600)
@@ -169,7 +166,7 @@ def _probe_by_job(address: str, table: Any, storage: str | None, data: str | Non
 def check_nodes(
     nodes: list[dict[str, Any]], here: dict[str, str | None], storage: str | None, data: str | None
 ) -> Iterator[Finding]:
-    """What ``launch.cluster.probe`` found on every node, judged."""
+    """What ``prunesweep.launch.cluster.probe`` found on every node, judged."""
     for node in nodes:
         if "error" in node:
             yield Finding(

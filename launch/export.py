@@ -27,8 +27,8 @@ def export_model(
 
     from rich.console import Console
 
-    from models import load
-    from models.export import default_path, export
+    from prunesweep.models import load
+    from prunesweep.models.io.export import default_path, export
 
     path = default_path(model, to) if out is None else out
     console = Console(stderr=True)
@@ -48,6 +48,6 @@ def push_model(
     private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
 ) -> None:
     """Upload a saved model to the Hugging Face Hub."""
-    from models.hub import push
+    from prunesweep.models.io.hub import push
 
     print(push(model, repo_id, private=private))

@@ -52,12 +52,12 @@ def finetune(
     """Train a saved model; the same command goes on with a run that was stopped."""
     from rich.console import Console
 
-    from models import UserError, cost, load_provenance, read_arch
-    from search.config import read_overrides
-    from search.display import Display
-    from search.finetune import Finetuning, Place, worker_range
-    from search.finetune import finetune as train
-    from training import Quality, load_recipe
+    from prunesweep.models import UserError, cost, load_provenance, read_arch
+    from prunesweep.search.config import read_overrides
+    from prunesweep.search.finetune import Finetuning, Place, worker_range
+    from prunesweep.search.finetune import finetune as train
+    from prunesweep.search.report.display import Display
+    from prunesweep.training import Quality, load_recipe
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -93,8 +93,8 @@ def reports(
     display: Any, progress: Callable[[str, float, str], None], batch_size: int, *, what: str = "finetuning"
 ) -> dict[str, Any]:
     """Callables for ``fit``: a bar with loss, speed and accuracy; where nothing can be redrawn, a line per epoch."""
-    from search.display import clock
-    from search.finetune import StepRate
+    from prunesweep.search.finetune import StepRate
+    from prunesweep.search.report.display import clock
 
     rate, note, eta = StepRate(batch_size), "", ""
     begun: tuple[float, int] | None = None  # when, and after how many updates

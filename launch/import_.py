@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from models import Arch
+    from prunesweep.models import Arch
 
 __all__ = ["import_model"]
 
@@ -40,8 +40,8 @@ def import_model(
 
     from rich.console import Console
 
-    from models import UserError, arch_of, cost, save
-    from models.importers import import_checkpoint
+    from prunesweep.models import UserError, arch_of, cost, save
+    from prunesweep.models.importers import import_checkpoint
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -57,7 +57,7 @@ def import_model(
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    from models import UserError
+    from prunesweep.models import UserError
 
     try:
         return tuple(int(part) for part in text.split(","))

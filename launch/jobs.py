@@ -23,9 +23,8 @@ PATIENCE = 600.0  # seconds for a short job, an environment that is installed fo
 
 
 def _cluster(address: str | None) -> Any:
-    from models import UserError
-
-    from .cluster.client import Cluster
+    from prunesweep.launch.cluster.client import Cluster
+    from prunesweep.models import UserError
 
     if not address:
         raise UserError("--address is missing: give the head's, for example http://HEAD:8265")
@@ -85,13 +84,12 @@ def remote_status(run: str, address: str) -> dict[str, Any]:
     Raises:
         UserError: the head does not know the run, or its folder is not there yet.
     """
-    from models import UserError
-
-    from .cluster.client import last_json
+    from prunesweep.launch.cluster.client import last_json
+    from prunesweep.models import UserError
 
     cluster = _cluster(address)
     last = cluster.latest(run)
-    code, output = _call(cluster, last, "status", ["launch.cli", "status", last.folder, "--json"])
+    code, output = _call(cluster, last, "status", ["prunesweep", "status", last.folder, "--json"])
     found = last_json(output)
     if code != 0 or not isinstance(found, dict):
         raise UserError(
@@ -105,9 +103,8 @@ def _call(cluster: Any, last: Any, what: str, arguments: list[str]) -> tuple[int
     """A short job in the environment of a search."""
     import tomllib
 
-    from search.config import ClusterTable
-
-    from .cluster.package import environment, staged
+    from prunesweep.launch.cluster.package import environment, staged
+    from prunesweep.search.config import ClusterTable
 
     table = ClusterTable.model_validate(tomllib.loads(last.config).get("cluster", {}))
     with staged(exclude=table.exclude) as code:
@@ -131,17 +128,16 @@ def fetch(
     limit: Annotated[int, typer.Option(min=1, help="largest archive, in MiB")] = 256,
 ) -> None:
     """Bring a run's front, report, results and chosen models here, running or finished."""
-    from models import UserError
-    from models.files import publish_folder
-
-    from .cluster.client import last_json
+    from prunesweep.launch.cluster.client import last_json
+    from prunesweep.models import UserError
+    from prunesweep.models.io.files import publish_folder
 
     target = out if out is not None else Path("runs") / run
     if target.exists():
         raise UserError(f"--out {target}: is there already; give a new folder")
     cluster = _cluster(address)
     last = cluster.latest(run)
-    arguments = ["launch.cluster.pack", last.folder, "--limit", str(limit * MIB)]
+    arguments = ["prunesweep.launch.cluster.pack", last.folder, "--limit", str(limit * MIB)]
     if top is not None:
         arguments += ["--top", str(top)]
     code, output = _call(cluster, last, "fetch", arguments)
@@ -161,10 +157,9 @@ def fetch(
 
 
 def unpack(output: str) -> bytes:
-    """The archive in what ``launch.cluster.pack`` printed. Raises UserError where it is torn or altered."""
-    from models import UserError
-
-    from .cluster.pack import BEGIN, END
+    """The archive in what ``prunesweep.launch.cluster.pack`` printed. Raises UserError where it is torn or altered."""
+    from prunesweep.launch.cluster.pack import BEGIN, END
+    from prunesweep.models import UserError
 
     lines = iter(output.splitlines())
     head = next((line.split() for line in lines if line.startswith(BEGIN)), None)

@@ -11,8 +11,8 @@ import typer
 from .bench import CompileOption, DeviceOption, DtypeOption, ThreadsOption, open_model, progress_bar
 
 if TYPE_CHECKING:
-    from models import Arch
-    from models.latency_table import LatencyTable
+    from prunesweep.models import Arch
+    from prunesweep.models.latency.table import LatencyTable
 
 __all__ = ["latency"]
 
@@ -41,10 +41,10 @@ def latency(
 
     from rich.console import Console
 
-    from models import UserError, arch_of
-    from models.latency import Setting
-    from models.latency_build import build_table
-    from models.latency_check import prediction_error
+    from prunesweep.models import UserError, arch_of
+    from prunesweep.models.latency.building import build_table
+    from prunesweep.models.latency.prediction import prediction_error
+    from prunesweep.models.latency.timing import Setting
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist")
@@ -83,7 +83,7 @@ def _report(table: LatencyTable, arch: Arch, out: Path) -> Iterator[str]:
 
 
 def _widths(texts: Sequence[str]) -> Mapping[str, int]:
-    from models import UserError
+    from prunesweep.models import UserError
 
     pairs = [text.partition("=") for text in texts]
     for text, (_, _, width) in zip(texts, pairs, strict=True):

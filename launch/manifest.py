@@ -37,13 +37,12 @@ def manifest(
     ] = None,
 ) -> None:
     """Write what starts, and restarts, a search on Kubernetes, under SLURM or on machines of your own."""
-    from models.files import write_text
-    from search.config import load_config
-
-    from .cluster.kuberay import kuberay
-    from .cluster.package import on_cluster
-    from .cluster.ray_launcher import ray_launcher
-    from .cluster.slurm import slurm
+    from prunesweep.launch.cluster.kuberay import kuberay
+    from prunesweep.launch.cluster.package import on_cluster
+    from prunesweep.launch.cluster.ray_launcher import ray_launcher
+    from prunesweep.launch.cluster.slurm import slurm
+    from prunesweep.models.io.files import write_text
+    from prunesweep.search.config import load_config
 
     make = {Kind.kuberay: kuberay, Kind.slurm: slurm, Kind.ray_cluster: ray_launcher}[kind]
     text = make(on_cluster(load_config(config, overrides or [])))

@@ -36,16 +36,16 @@ def promote(
     """Finetune chosen models of the front with a full recipe, and measure their latency; all of them by default."""
     from rich.console import Console
 
-    from models import UserError
-    from models.latency import Setting
-    from search import Run
-    from search.config import read_overrides
-    from search.display import Display, promoted_table
-    from search.finetune import Place
-    from search.promote import choose, promoted
-    from search.promote import promote as promote_one
-    from search.report import write_report
-    from training import load_recipe
+    from prunesweep.models import UserError
+    from prunesweep.models.latency.timing import Setting
+    from prunesweep.search import Run
+    from prunesweep.search.config import read_overrides
+    from prunesweep.search.execution.promote import choose, promoted
+    from prunesweep.search.execution.promote import promote as promote_one
+    from prunesweep.search.finetune import Place
+    from prunesweep.search.report.display import Display, promoted_table
+    from prunesweep.search.report.page import write_report
+    from prunesweep.training import load_recipe
 
     from .finetune import reports
 

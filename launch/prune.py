@@ -90,9 +90,9 @@ def prune(
     """Make a model smaller by one method: cut it, plan its tokens, or search while it trains, and finetune."""
     from rich.console import Console
 
-    from models import UserError
-    from search.finetune import Place
-    from search.scoring import Calibration
+    from prunesweep.models import UserError
+    from prunesweep.search.finetune import Place
+    from prunesweep.search.scoring import Calibration
 
     from .prune_kinds import Request, kind_of
 
@@ -156,10 +156,10 @@ def score(
     """Score a model's units by one method and keep the scores; any later budget is then solved without scoring."""
     from rich.console import Console
 
-    from search.display import Display
-    from search.prune import open_source
-    from search.scoring import Calibration, cached_scores
-    from training import open_data
+    from prunesweep.search.prune import open_source
+    from prunesweep.search.report.display import Display
+    from prunesweep.search.scoring import Calibration, cached_scores
+    from prunesweep.training import open_data
 
     model, console = open_source(source), Console()
     opened = open_data(data, model.pretrained_cfg)
@@ -170,7 +170,7 @@ def score(
 
 def _cost(text: str) -> float:
     """A number, with K, M or G behind it for thousands, millions, thousand millions."""
-    from models import UserError
+    from prunesweep.models import UserError
 
     factors = {"K": 1e3, "M": 1e6, "G": 1e9}
     factor = factors.get(text[-1:].upper(), 1.0)
@@ -182,8 +182,8 @@ def _cost(text: str) -> float:
 
 def _pairs(option: str, given: list[str] | None, kind: Any) -> dict[str, Any]:
     """KIND=VALUE options as a dict."""
-    from models import UserError
-    from pruners import GROUP_SIZES
+    from prunesweep.models import UserError
+    from prunesweep.pruners import GROUP_SIZES
 
     found = {}
     for pair in given or ():

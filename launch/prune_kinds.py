@@ -10,16 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save
-from models.errors import nearest
-from pruners import MACS, PARAMS, PRUNERS, Measure, latency
-from pruners.trained import TRAINED, trained_pruner
-from search.config import read_overrides
-from search.display import Display
-from search.finetune import Finetuning, Place, finetune
-from search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
-from search.scoring import Calibration
-from training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
+from prunesweep.models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save
+from prunesweep.models.errors import nearest
+from prunesweep.pruners import MACS, PARAMS, PRUNERS, Measure, latency
+from prunesweep.pruners.trained import TRAINED, trained_pruner
+from prunesweep.search.config import read_overrides
+from prunesweep.search.finetune import Finetuning, Place, finetune
+from prunesweep.search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
+from prunesweep.search.report.display import Display
+from prunesweep.search.scoring import Calibration
+from prunesweep.training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
 
 from .finetune import reports
 
@@ -126,7 +126,7 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
 
 def prune_trained(request: Request) -> None:
     """Train while the method decides, cut, finetune."""
-    from search.prune_training import TrainedPruning
+    from prunesweep.search.prune_training import TrainedPruning
 
     method, model = trained_pruner(request.method), open_source(request.source)
     whole = cost(arch_of(model))
@@ -204,7 +204,7 @@ def _named(prefix: str, found: Quality) -> dict[str, float]:
 
 def tome(request: Request) -> None:
     """Evaluate the source with ToMe's merging, which no record describes and nothing is saved of."""
-    from models.tome import apply_tome, tome_macs
+    from prunesweep.models.tome import apply_tome, tome_macs
 
     if request.r is None:
         raise UserError("--r: method 'tome' needs the number of tokens that every block merges, for example 8")

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from models.published import Comparison, Published
+    from prunesweep.models.published.comparison import Comparison, Published
 
 __all__ = ["published"]
 
@@ -40,7 +40,7 @@ def published(
     from rich.measure import Measurement
     from rich.table import Table
 
-    from models.published import PUBLISHED
+    from prunesweep.models.published.comparison import PUBLISHED
 
     rows = list(PUBLISHED.values())
     if as_json:
@@ -60,8 +60,8 @@ def published(
 
 def _entry(row: Published) -> dict[str, Any]:
     """One row for scripts. ``printed`` keeps the paper's digits; exact and by_paper are in the same unit."""
-    from models import cost
-    from models.published import compare
+    from prunesweep.models import cost
+    from prunesweep.models.published.comparison import compare
 
     spent = None if row.arch is None else cost(row.arch)
     figures = [
@@ -92,7 +92,7 @@ def _table(rows: list[Published], marks: dict[str, int]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from models.published import compare
+    from prunesweep.models.published.comparison import compare
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Published architectures", title_justify="left")
     table.add_column("name", no_wrap=True)
@@ -112,7 +112,7 @@ def _table(rows: list[Published], marks: dict[str, int]) -> Table:
 
 
 def _about(row: Published) -> tuple[str, str, str, str]:
-    from models import cost
+    from prunesweep.models import cost
 
     top1 = " / ".join("-" if value is None else f"{value:g}" for value in (row.top1, row.top1_distilled))
     if row.arch is None:

@@ -24,9 +24,9 @@ def show(
     from rich.console import Console
     from rich.table import Table
 
-    from models import UserError, cost, load, read_arch
-    from models.cost import block_cost
-    from search.token_picture import draw_tokens
+    from prunesweep.models import UserError, cost, load, read_arch
+    from prunesweep.models.counting import block_cost
+    from prunesweep.search.report.token_picture import draw_tokens
 
     arch, console = read_arch(model), Console()
     spent = cost(arch)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from search.config import SearchConfig
-
-    from .cluster.client import Cluster
+    from prunesweep.launch.cluster.client import Cluster
+    from prunesweep.search.config import SearchConfig
 
 __all__ = ["AddressOption", "FollowOption", "follow_job", "resubmit", "submit"]
 
@@ -43,10 +42,9 @@ def submit(
     follow: FollowOption = False,
 ) -> None:
     """Start a search on a cluster and return; it does not need this machine any more."""
-    from models import UserError
-    from search.config import load_config
-
-    from .cluster.client import Cluster
+    from prunesweep.launch.cluster.client import Cluster
+    from prunesweep.models import UserError
+    from prunesweep.search.config import load_config
 
     found = load_config(config, overrides or [])
     folder = _folder(found, out)
@@ -65,7 +63,7 @@ def submit(
 
 
 def _folder(config: SearchConfig, out: Path | None) -> str:
-    from models import UserError
+    from prunesweep.models import UserError
 
     storage = config.cluster and config.cluster.storage
     if out is None and storage is None:
@@ -81,7 +79,7 @@ def _folder(config: SearchConfig, out: Path | None) -> str:
 
 def _next(cluster: Cluster, run: str) -> int:
     """The next attempt's number. Raises UserError where one is still running."""
-    from models import UserError
+    from prunesweep.models import UserError
 
     attempts = cluster.attempts(run)
     for attempt in attempts:
@@ -105,9 +103,8 @@ def _start(
     overrides: Sequence[str] = (),
 ) -> str:
     """Ship code and configuration and start the driver there; the job's name."""
-    from search.config import ClusterTable
-
-    from .cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
+    from prunesweep.launch.cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
+    from prunesweep.search.config import ClusterTable
 
     table, job = config.cluster or ClusterTable(), f"{config.name}-a{attempt}"
     command = driver(CONFIG, folder, again=again, trials=trials, overrides=overrides)
@@ -135,9 +132,8 @@ def resubmit(
     """
     import tomllib
 
-    from search.config import parse_config
-
-    from .cluster.client import Cluster
+    from prunesweep.launch.cluster.client import Cluster
+    from prunesweep.search.config import parse_config
 
     cluster = Cluster(address)
     last = cluster.latest(run)

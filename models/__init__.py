@@ -5,19 +5,20 @@ Importing this package registers timm's entry point ``prunesweep``, so that
 architectures, so that ``timm.create_model("spvit_deit_small")`` builds them.
 """
 
+from prunesweep.models.io.digest import weights_digest
+from prunesweep.models.io.export import export
+from prunesweep.models.io.hub import push
+from prunesweep.models.io.store import load, load_provenance, read_arch, save
+from prunesweep.models.latency.building import build_table
+from prunesweep.models.latency.table import LatencyTable
+from prunesweep.models.latency.timing import Setting, measure
+from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
+
 from .arch import Arch, Block, Stage, Text
-from .build import arch_of, blocks_of, build, num_params
-from .cost import Cost, cost
-from .cut import BlockCut, Cut, cut, cut_arch
-from .digest import weights_digest
+from .builder import arch_of, blocks_of, build, num_params
+from .counting import Cost, cost
+from .cutting import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
-from .export import export
-from .hub import push
-from .latency import Setting, measure
-from .latency_build import build_table
-from .latency_table import LatencyTable
-from .published import PUBLISHED, published_arch, revit
-from .store import load, load_provenance, read_arch, save
 
 __all__ = [
     "PUBLISHED",

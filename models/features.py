@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .build import arch_of
+from .builder import arch_of
 from .errors import UserError
 
 __all__ = ["features"]

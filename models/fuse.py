@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, add_rows
+
 from .arch import Arch
-from .build import arch_of, blocks_of
+from .builder import arch_of, blocks_of
 from .errors import UserError
-from .tokens import DenseMerge, SparseMerge, add_rows
 
 __all__ = ["FusedMerge", "fuse_tokens"]
 

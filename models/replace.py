@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
+from prunesweep.models.layers.conv_mixing import ALPHA, mix_conv, tap_columns
+from prunesweep.models.layers.token_merging import TokenPlan
+
 from .arch import Arch, Block
-from .conv_mixing import ALPHA, mix_conv, tap_columns
 from .errors import UserError
-from .tokens import TokenPlan
 
 __all__ = ["REPLACEMENTS", "replace_block", "replace_tensors"]
 

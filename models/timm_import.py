@@ -16,9 +16,10 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from prunesweep.models.families.vit import ACTIVATIONS
+
 from .arch import Arch, Block, Stage
 from .errors import UserError, nearest
-from .vit import ACTIVATIONS
 
 __all__ = ["arch_from_timm"]
 

@@ -19,11 +19,12 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from prunesweep.models.layers.mixers import attend
+
 from .arch import Arch, Block
-from .build import arch_of
-from .cost import block_cost, outside_cost
+from .builder import arch_of
+from .counting import block_cost, outside_cost
 from .errors import UserError
-from .mixers import attend
 
 __all__ = ["Matching", "Schedule", "ToMe", "apply_tome", "match", "tome_macs", "tome_schedule"]
 

@@ -3,12 +3,13 @@
 ``PRUNERS`` is the one table of width methods.
 """
 
+from prunesweep.pruners.upvit.importance import merge, score_blocks
+from prunesweep.pruners.upvit.rules import Target, select
+
 from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
 from .depth import kl_divergence, score_depth
 from .registry import PRUNERS, Pruner, cheapest_first, pruner
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
-from .upvit import merge, score_blocks
-from .upvit_rules import Target, select
 
 __all__ = [
     "GROUP_SIZES",

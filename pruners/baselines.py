@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import arch_of
+from prunesweep.models import arch_of
 
 from .coupled import KINDS, coupled_sums
 from .scores import Scores, vector_sizes

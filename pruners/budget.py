@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from models import Arch, BlockCut, Cut, LatencyTable, UserError
-from models.arch import Block, Stage
-from models.cost import block_cost, outside_cost
-from models.replace import replace_block
-from models.tokens import TokenPlan
+from prunesweep.models import Arch, BlockCut, Cut, LatencyTable, UserError
+from prunesweep.models.arch import Block, Stage
+from prunesweep.models.counting import block_cost, outside_cost
+from prunesweep.models.layers.token_merging import TokenPlan
+from prunesweep.models.replace import replace_block
 
 from .scores import Scores, kind_of, unit_counts
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from models import Arch, UserError
-from models.cut import tensor_axes
+from prunesweep.models import Arch, UserError
+from prunesweep.models.cutting import tensor_axes
 
 from .scores import vector_sizes
 

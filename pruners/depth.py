@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from models import UserError, arch_of
+from prunesweep.models import UserError, arch_of
 
 from .scores import Scores
 

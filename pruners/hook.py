@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from models import UserError
+from prunesweep.models import UserError
 
 __all__ = ["Collapsed", "Hook", "TrainingHook"]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from models import Arch, BlockCut, Cut, UserError, cut_arch
-from models.arch import Block
+from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
+from prunesweep.models.arch import Block
 
 from .budget import MACS, Measure
 from .coupled import heads_and_dims

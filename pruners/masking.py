@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Arch
-from models.cut import tensor_axes
+from prunesweep.models import Arch
+from prunesweep.models.cutting import tensor_axes
 
 __all__ = ["KeptLayerNorm", "Masking", "axis_masks"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from models import Arch, Cut, UserError
-from models.errors import nearest
+from prunesweep.models import Arch, Cut, UserError
+from prunesweep.models.errors import nearest
+from prunesweep.pruners import baselines, isomorphic, nvit, taylor, upvit
 
-from . import baselines, isomorphic, nvit, taylor, upvit
 from .budget import width_path
 from .scores import Scores
 

@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from models import Arch, UserError
-from models.arch import Block
+from prunesweep.models import Arch, UserError
+from prunesweep.models.arch import Block
 
 __all__ = ["FORMAT", "KINDS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models import UserError
+from prunesweep.models import UserError
 
 __all__ = ["Sparsity", "is_2_4", "prune_2_4", "to_sparse_kernels"]
 

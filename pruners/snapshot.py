@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from models import Arch, Cut, cut_arch
-from models.build import build_with
+from prunesweep.models import Arch, Cut, cut_arch
+from prunesweep.models.builder import build_with
 
 __all__ = ["Snapshot"]
 

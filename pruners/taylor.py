@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import arch_of
+from prunesweep.models import arch_of
 
 from .coupled import KINDS, coupled_sums
 from .scores import Scores

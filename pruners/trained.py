@@ -9,14 +9,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from models import Arch, Cut, UserError, cost
-from models.errors import explain, nearest
+from prunesweep.models import Arch, Cut, UserError, cost
+from prunesweep.models.errors import explain, nearest
+from prunesweep.pruners import spvit, uvc
+from prunesweep.pruners.nvit.hook import NViTPruning
+from prunesweep.pruners.uvc.settings import UVCSettings
 
-from . import spvit, uvc
 from .hook import Hook
-from .nvit_hook import NViTPruning
 from .snapshot import Snapshot
-from .uvc_settings import UVCSettings
 
 __all__ = ["TRAINED", "Decided", "NViTSettings", "TrainedPruner", "trained_pruner"]
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunesweep.search.execution.coordinator import SearchFailed
+    from prunesweep.search.execution.driver import SearchResult, resume_search, run_search
+    from prunesweep.search.store.run import Run
+
     from .config import SearchConfig, load_config
-    from .coordinator import SearchFailed
-    from .driver import SearchResult, resume_search, run_search
-    from .run import Run
 
 _HOME = {
-    "Run": "run",
+    "Run": "store.run",
     "SearchConfig": "config",
-    "SearchFailed": "coordinator",
-    "SearchResult": "driver",
+    "SearchFailed": "execution.coordinator",
+    "SearchResult": "execution.driver",
     "load_config": "config",
-    "resume_search": "driver",
-    "run_search": "driver",
+    "resume_search": "execution.driver",
+    "run_search": "execution.driver",
 }
 
 __all__ = ["Run", "SearchConfig", "SearchFailed", "SearchResult", "load_config", "resume_search", "run_search"]
@@ -28,7 +29,7 @@ __all__ = ["Run", "SearchConfig", "SearchFailed", "SearchResult", "load_config",
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'search' has no attribute {name!r}")
+        raise AttributeError(f"module 'prunesweep.search' has no attribute {name!r}")
     import importlib
 
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -12,13 +12,12 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from models import UserError
-from models.errors import nearest
-from pruners import GROUP_SIZES, PRUNERS
-from pruners.trained import trained_pruner
-from training import Recipe
-
-from .front import OBJECTIVES, QUALITIES, TWO
+from prunesweep.models import UserError
+from prunesweep.models.errors import nearest
+from prunesweep.pruners import GROUP_SIZES, PRUNERS
+from prunesweep.pruners.trained import trained_pruner
+from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
+from prunesweep.training import Recipe
 
 __all__ = ["SearchConfig", "load_config", "parse_config"]
 

@@ -17,13 +17,24 @@ import torch
 import torch.distributed as dist
 from tensorboardX import SummaryWriter
 
-from models import UserError, load, read_arch, save, weights_digest
-from training import EVAL_BATCH, Data, Epoch, Quality, Recipe, World, batches_of, check_words, evaluate, fit, open_data
-
-from .provenance import digest, versions
+from prunesweep.models import UserError, load, read_arch, save, weights_digest
+from prunesweep.models.io.provenance import digest, versions
+from prunesweep.training import (
+    EVAL_BATCH,
+    Data,
+    Epoch,
+    Quality,
+    Recipe,
+    World,
+    batches_of,
+    check_words,
+    evaluate,
+    fit,
+    open_data,
+)
 
 if TYPE_CHECKING:
-    from training.ray_train import FinetuneJob
+    from prunesweep.training.ray_train import FinetuneJob
 
 __all__ = ["Finetuning", "Place", "StepRate", "finetune", "logged", "on_ray", "worker_range"]
 
@@ -183,7 +194,7 @@ def finetune(
     if place.here:
         _train_here(job, **reports)
         return
-    from training.ray_train import FinetuneJob
+    from prunesweep.training.ray_train import FinetuneJob
 
     data = job.check()
     described = FinetuneJob(
@@ -271,9 +282,8 @@ def on_ray(
     Raises:
         UserError: a batch cannot be shared among the workers, training failed, or Ray cannot hold them.
     """
-    from training.ray_train import TrainingFailed, Workers, finetune_on_ray
-
-    from .runtime import connected
+    from prunesweep.search.execution.runtime import connected
+    from prunesweep.training.ray_train import TrainingFailed, Workers, finetune_on_ray
 
     recipe = Recipe.model_validate(job.recipe)
     for number in range(place.least or place.workers, place.workers + 1):

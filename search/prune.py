@@ -11,14 +11,14 @@ import timm
 import torch
 from torch import nn
 
-from models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
-from models.errors import nearest
-from pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
-from training import EVAL_BATCH, Data, Quality, check_words, evaluate, open_data
+from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
+from prunesweep.models.errors import nearest
+from prunesweep.models.io.provenance import versions
+from prunesweep.pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
+from prunesweep.search.space.space import DEPTH, TOKENS
+from prunesweep.training import EVAL_BATCH, Data, Quality, check_words, evaluate, open_data
 
-from .provenance import versions
 from .scoring import Calibration, Progress, cached_scores
-from .space import DEPTH, TOKENS
 
 __all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
 

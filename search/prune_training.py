@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
-from pruners.trained import trained_pruner
-from training import Data, Epoch, Recipe, open_data
-from training.prune import PruneJob, prune_while_training
+from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
+from prunesweep.models.io.provenance import digest, versions
+from prunesweep.pruners.trained import trained_pruner
+from prunesweep.training import Data, Epoch, Recipe, open_data
+from prunesweep.training.prune import PruneJob, prune_while_training
 
 from .finetune import Place, logged, on_ray
-from .provenance import digest, versions
 from .prune import to_device
 from .scoring import Calibration
 
 if TYPE_CHECKING:
-    from training.ray_train import FinetuneJob
+    from prunesweep.training.ray_train import FinetuneJob
 
 __all__ = ["Candidate", "TrainedPruning"]
 
@@ -123,7 +123,7 @@ class TrainedPruning:
 
     def _described(self) -> FinetuneJob:
         """For Ray Train's workers, who find the source in a folder."""
-        from training.ray_train import FinetuneJob
+        from prunesweep.training.ray_train import FinetuneJob
 
         source = self.work / "source"
         if not source.exists():

@@ -10,16 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from models import arch_of, weights_digest
-from models.files import publish_file
-from pruners import Scores, pmvit, pruner, score_depth, upvit
-from pruners.scores import FORMAT
-from pruners.uvc import UVC
-from pruners.uvc_settings import UVCSettings
-from training import Data, Recipe, fit, images_only
-
-from .provenance import digest
-from .space import DEPTH, LEARNED, TOKENS
+from prunesweep.models import arch_of, weights_digest
+from prunesweep.models.io.files import publish_file
+from prunesweep.models.io.provenance import digest
+from prunesweep.pruners import Scores, pmvit, pruner, score_depth, upvit
+from prunesweep.pruners.scores import FORMAT
+from prunesweep.pruners.uvc.hook import UVC
+from prunesweep.pruners.uvc.settings import UVCSettings
+from prunesweep.search.space.space import DEPTH, LEARNED, TOKENS
+from prunesweep.training import Data, Recipe, fit, images_only
 
 __all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from search.config import SearchConfig, parse_config
+from prunesweep.search.config import SearchConfig, parse_config
 
 TINY: dict[str, Any] = {
     "name": "tiny",

@@ -8,8 +8,8 @@ from random import Random
 import torch
 from torch import nn
 
-from models import Arch, arch_of, cost, cut
-from pruners import MACS, Pruner, Scores, vector_sizes
+from prunesweep.models import Arch, arch_of, cost, cut
+from prunesweep.pruners import MACS, Pruner, Scores, vector_sizes
 from tests.generate import random_arch, random_images, random_model
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 1}

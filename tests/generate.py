@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import Arch, Block, BlockCut, Cut, Stage, Text, build
+from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, Text, build
 
 FAMILIES = ("vit", "swin", "pvt_v2")  # of images; there is "lm" too
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
+from prunesweep.models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
 
 Hook = Callable[..., None]
 

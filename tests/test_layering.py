@@ -17,19 +17,23 @@ FIRST = {"ray": "training", "ray.train": "training", "ray.tune": "search", "optu
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and absolute name of everything that a file imports, inside functions too."""
-    package = path.relative_to(ROOT).parts[0]
+    package = ("prunesweep", *path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package if node.level else str(node.module)
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
 def offences(layer: str, names: Iterator[tuple[int, str]]) -> Iterator[str]:
     rank = LAYERS.index(layer)
     for line, name in names:
-        top = name.split(".")[0]
+        top, _, rest = name.partition(".")
+        if top in LAYERS:
+            yield f"line {line}: imports {name}; the package is prunesweep.{top}"
+        top = rest.split(".")[0] if top == "prunesweep" else ""
         if top in LAYERS and LAYERS.index(top) > rank:
             yield f"line {line}: {layer} imports {name}, a layer above it"
         for package, first in FIRST.items():
@@ -43,13 +47,15 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_the_test_sees_offences() -> None:
-    names = iter([(3, "search.run"), (4, "optuna"), (5, "ray.tune.Tuner"), (6, "torch")])
-    assert len(list(offences("training", names))) == 3
+    names = iter(
+        [(3, "prunesweep.search.store.run"), (4, "optuna"), (5, "ray.tune.Tuner"), (6, "torch"), (7, "models.Arch")]
+    )
+    assert len(list(offences("training", names))) == 4
 
 
 def test_models_and_pruners_do_not_load_ray_or_optuna() -> None:
     import subprocess
 
-    code = "import models, pruners, sys; print([m for m in ('ray', 'optuna', 'pydantic', 'typer') if m in sys.modules])"
+    code = "import prunesweep.models, prunesweep.pruners, sys; print([m for m in ('ray', 'optuna', 'pydantic', 'typer') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

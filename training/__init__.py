@@ -2,7 +2,7 @@
 
 from .checkpoint import load_state, save_state
 from .data import Data, DataInfo, images_only, open_data
-from .evaluate import EVAL_BATCH, Quality, evaluate
+from .evaluation import EVAL_BATCH, Quality, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from models.files import publish_file
+from prunesweep.models.io.files import publish_file
 
 __all__ = ["load_state", "save_state"]
 

@@ -24,7 +24,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from models import UserError
+from prunesweep.models import UserError
 
 from .batches import EpochBatches, WithRows, own_share
 from .recipe import Recipe

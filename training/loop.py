@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from models import arch_of
-from pruners.hook import Hook, TrainingHook
+from prunesweep.models import arch_of
+from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .checkpoint import save_state
 from .data import Data
-from .evaluate import EVAL_BATCH, evaluate
+from .evaluation import EVAL_BATCH, evaluate
 from .recipe import Recipe
 from .text import check_words
 from .trainer import Diverged, Trainer

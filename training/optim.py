@@ -9,9 +9,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from models import UserError
-from models.errors import nearest
-from pruners.hook import TrainingHook
+from prunesweep.models import UserError
+from prunesweep.models.errors import nearest
+from prunesweep.pruners.hook import TrainingHook
 
 from .recipe import Recipe
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from models import Cut, UserError, arch_of, cut
-from models.recalibrate import recalibrate
-from pruners.trained import trained_pruner
+from prunesweep.models import Cut, UserError, arch_of, cut
+from prunesweep.models.recalibrate import recalibrate
+from prunesweep.pruners.trained import trained_pruner
 
 from .data import Data
-from .evaluate import EVAL_BATCH, evaluate
+from .evaluation import EVAL_BATCH, evaluate
 from .loop import fit
 from .recipe import Recipe
 from .world import World

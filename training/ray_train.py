@@ -41,12 +41,12 @@ from ray.train import (  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer, get_device  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-from models import load, save  # noqa: E402
-from models.files import publish_folder  # noqa: E402
-from pruners.hook import Collapsed  # noqa: E402
+from prunesweep.models import load, save  # noqa: E402
+from prunesweep.models.io.files import publish_folder  # noqa: E402
+from prunesweep.pruners.hook import Collapsed  # noqa: E402
 
 from .data import open_data  # noqa: E402
-from .evaluate import Quality  # noqa: E402
+from .evaluation import Quality  # noqa: E402
 from .loop import Epoch, fit  # noqa: E402
 from .prune import PruneJob, prune_while_training  # noqa: E402
 from .recipe import Recipe  # noqa: E402

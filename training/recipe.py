@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models import UserError
-from models.errors import explain, nearest
+from prunesweep.models import UserError
+from prunesweep.models.errors import explain, nearest
 
 __all__ = ["Distill", "Recipe", "load_recipe", "recipe_names"]
 
-RECIPES = files("training") / "recipes"
+RECIPES = files("prunesweep.training") / "recipes"
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

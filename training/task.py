@@ -16,8 +16,8 @@ from timm.task import ClassificationTask
 from timm.task.distillation import DistillationTeacher
 from torch import nn
 
-from models import UserError
-from models.lm import LanguageModel
+from prunesweep.models import UserError
+from prunesweep.models.families.lm import LanguageModel
 
 from .losses import full_model_kl, hard_distillation
 from .recipe import Distill, Recipe

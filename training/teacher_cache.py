@@ -22,8 +22,8 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
-from models import UserError, arch_of, weights_digest
-from models.files import publish_file
+from prunesweep.models import UserError, arch_of, weights_digest
+from prunesweep.models.io.files import publish_file
 
 from .data import Data
 from .recipe import Recipe

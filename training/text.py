@@ -27,8 +27,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from models import Arch, UserError
-from models.files import publish_folder
+from prunesweep.models import Arch, UserError
+from prunesweep.models.io.files import publish_folder
 
 from .batches import own_share
 from .data import Batch, Data, DataInfo

@@ -17,8 +17,8 @@ from timm.task import TrainingTask
 from timm.utils import distribute_bn
 from torch import nn
 
-from models import UserError, blocks_of
-from pruners.hook import Hook, TrainingHook
+from prunesweep.models import UserError, blocks_of
+from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .batches import EpochBatches
 from .checkpoint import load_state

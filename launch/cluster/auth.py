@@ -13,7 +13,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models import UserError
+from prunesweep.models import UserError
 
 __all__ = ["Head", "find_token", "greet"]
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import UserError
-from models.errors import nearest
+from prunesweep.models import UserError
+from prunesweep.models.errors import nearest
 
 from .auth import Head, greet
 

@@ -1,4 +1,4 @@
-"""``python -m launch.cluster.drive CONFIG RUN``: go on with the run where it exists, begin it where it does not.
+"""``-m prunesweep.launch.cluster.drive CONFIG RUN``: go on with a run where it exists, begin it where not.
 
 What manifests and later attempts start, because they cannot know how far the one before them came.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     given = parser.parse_args()
-    from launch.cli import main as prunesweep
+    from prunesweep.launch.cli import main as prunesweep
 
     prunesweep(command(given.config, given.run, given.address, given.trials, given.overrides))
 

@@ -1,4 +1,4 @@
-"""``python -m launch.cluster.pack RUN``: a run as text on standard output, for ``prunesweep fetch``; needs Python only.
+"""``-m prunesweep.launch.cluster.pack RUN``: print a run as text for ``prunesweep fetch``; needs Python only.
 
 First a line ``prunesweep-archive BYTES SHA256``, then base64 lines of a gzipped tar, then ``prunesweep-end``. What is
 in it is a run that ``status``, ``front``, ``report`` and ``eval`` read, with the chosen models only.

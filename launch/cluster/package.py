@@ -13,12 +13,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from models import UserError
-from search.config import ClusterTable, SearchConfig
+import prunesweep
+from prunesweep.models import UserError
+from prunesweep.search.config import ClusterTable, SearchConfig
 
 __all__ = ["CONFIG", "ENV", "driver", "environment", "on_cluster", "requirements", "staged"]
 
-PACKAGES = ("models", "pruners", "training", "search", "launch")
+PACKAGES = ("models", "pruners", "training", "search", "launch")  # links in the checkout, folders when installed
 LIMIT = 100 * 2**20  # bytes: what the dashboard of a head takes (DASHBOARD_CLIENT_MAX_SIZE)
 LARGEST = 5  # files that are named where the limit is exceeded
 CONFIG, SOURCE, TABLE = "search.toml", "source", "latency_table.json"
@@ -72,12 +73,12 @@ def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> I
     Raises:
         UserError: it is larger than a cluster takes; the message names what is large.
     """
-    root = Path(__file__).parents[2]
+    root = Path(prunesweep.__file__).parent
     with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
         folder = Path(scratch)
-        for package in PACKAGES:
-            for path in sorted((root / package).rglob("*")):
-                name = path.relative_to(root)
+        for place in (root.glob("*"), *((root / package).rglob("*") for package in PACKAGES)):
+            for path in sorted(place):
+                name = "prunesweep" / path.relative_to(root)
                 unwanted = any(fnmatch(str(name), pattern) or fnmatch(name.name, pattern) for pattern in exclude)
                 if path.is_file() and "__pycache__" not in name.parts and not unwanted:
                     _copy(path, folder / name)
@@ -143,7 +144,7 @@ def driver(config: str, folder: str, *, again: bool, trials: int | None = None, 
         trials, overrides: as ``prunesweep resume`` takes them; only with ``again``.
     """
     if not again:
-        return shlex.join(["python", "-m", "launch.cli", "search", config, "--out", folder, "--address", "auto"])
+        return shlex.join(["python", "-m", "prunesweep", "search", config, "--out", folder, "--address", "auto"])
     more = [] if trials is None else ["--trials", str(trials)]
     more += [part for text in overrides for part in ("--set", text)]
-    return shlex.join(["python", "-m", "launch.cluster.drive", config, folder, *more])
+    return shlex.join(["python", "-m", "prunesweep.launch.cluster.drive", config, folder, *more])

@@ -1,4 +1,4 @@
-"""``python -m launch.cluster.probe``: what every node of a cluster sees, as JSON on standard output, for ``doctor``."""
+"""``-m prunesweep.launch.cluster.probe``: print what every node of a cluster sees as JSON, for ``doctor``."""
 
 from __future__ import annotations
 

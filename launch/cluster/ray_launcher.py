@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from models import UserError
-from search.config import ClusterTable, SearchConfig
+from prunesweep.models import UserError
+from prunesweep.search.config import ClusterTable, SearchConfig
 
 from .package import ENV
 

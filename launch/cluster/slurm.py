@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shlex
 
-from models import UserError
-from search.config import ClusterTable, SearchConfig
+from prunesweep.models import UserError
+from prunesweep.search.config import ClusterTable, SearchConfig
 
 from .package import CONFIG, ENV
 
@@ -57,9 +57,9 @@ for node in "${{nodes[@]:1}}"; do
     steps+=($!)
 done
 
-python -m launch.cluster.wait --address "$head:$port" --nodes "${{#nodes[@]}}"
+python -m prunesweep.launch.cluster.wait --address "$head:$port" --nodes "${{#nodes[@]}}"
 
-python -m launch.cluster.drive "$config" "$run" --address "$head:$port" &
+python -m prunesweep.launch.cluster.drive "$config" "$run" --address "$head:$port" &
 search=$!
 again=no
 # before the time limit: ask the driver to end, and end it {grace} seconds later

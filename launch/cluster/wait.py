@@ -1,4 +1,4 @@
-"""``python -m launch.cluster.wait``: return once a cluster is complete; exit with 1 where it is not in time."""
+"""``-m prunesweep.launch.cluster.wait``: wait for all nodes; exit with 1 where they are not there in time."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import UserError, nearest
+from prunesweep.models.errors import UserError, nearest
+
 from .container import read_checkpoint, read_config
 from .fairseq import read_fairseq
 from .nvit import read_nvit

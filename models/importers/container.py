@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from ..errors import UserError
+from prunesweep.models.errors import UserError
 
 __all__ = ["read_checkpoint", "read_config"]
 

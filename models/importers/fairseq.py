@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arch import Arch, Block, Stage, Text
-from ..errors import UserError
+from prunesweep.models.arch import Arch, Block, Stage, Text
+from prunesweep.models.errors import UserError
+
 from .tensors import Given, Tensors, check_heads
 
 __all__ = ["read_fairseq"]

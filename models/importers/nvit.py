@@ -15,7 +15,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ..errors import UserError
+from prunesweep.models.errors import UserError
+
 from .tensors import Given, Tensors, agree
 from .vit import vit_arch
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UserError
+from prunesweep.models.errors import UserError
+
 from .tensors import Given, Tensors, agree, one_number_of_heads
 from .vit import timm_attention, vit_arch
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arch import Arch, Block, Stage
-from ..conv_mixing import mix_conv, tap_columns
-from ..errors import UserError
+from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.errors import UserError
+from prunesweep.models.layers.conv_mixing import mix_conv, tap_columns
+
 from .spvit_config import Settings, read_settings
 from .tensors import Given, Tensors, agree, check_heads
 from .vit import mlp_and_norms, vit_arch

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..conv_mixing import ALPHA
-from ..errors import UserError
+from prunesweep.models.errors import UserError
+from prunesweep.models.layers.conv_mixing import ALPHA
+
 from .tensors import Given
 
 __all__ = ["Settings", "read_settings"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arch import Arch
-from ..build import build_with
-from ..errors import UserError
+from prunesweep.models.arch import Arch
+from prunesweep.models.builder import build_with
+from prunesweep.models.errors import UserError
 
 __all__ = ["Given", "Tensors", "agree", "check_heads", "one_number_of_heads"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..arch import Arch, Block, Stage
-from ..errors import UserError
+from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.errors import UserError
+
 from .tensors import Given, Tensors, check_heads, one_number_of_heads
 from .vit import mlp_and_norms, timm_attention, vit_arch
 

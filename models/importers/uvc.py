@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..arch import Arch
-from ..build import arch_of
-from ..cut import BlockCut, Cut, cut
-from ..errors import UserError
+from prunesweep.models.arch import Arch
+from prunesweep.models.builder import arch_of
+from prunesweep.models.cutting import BlockCut, Cut, cut
+from prunesweep.models.errors import UserError
+
 from .tensors import Given, Tensors, one_number_of_heads
 from .vit import timm_attention, vit_arch
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..arch import Arch, Block, Stage
-from ..errors import UserError
+from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.errors import UserError
+
 from .tensors import Given, Tensors, agree
 
 __all__ = ["mlp_and_norms", "timm_attention", "vit_arch"]

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from models import UserError, arch_of, cost, load, num_params, save
-from models.cost import block_cost, outside_cost
-from models.importers import import_checkpoint
-from models.paper_counts import tables_twice
+from prunesweep.models import UserError, arch_of, cost, load, num_params, save
+from prunesweep.models.counting import block_cost, outside_cost
+from prunesweep.models.importers import import_checkpoint
+from prunesweep.models.published.counts import tables_twice
 
 from .conftest import cases
 

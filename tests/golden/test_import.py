@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from models import Arch, UserError, arch_of, cost, load, num_params, save
-from models.importers import LAYOUTS, import_checkpoint
+from prunesweep.models import Arch, UserError, arch_of, cost, load, num_params, save
+from prunesweep.models.importers import LAYOUTS, import_checkpoint
 
 from .conftest import cases
 

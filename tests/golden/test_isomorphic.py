@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from models import Arch, Block, Cut, Stage, arch_of, build, cost, cut, cut_arch, num_params
-from pruners import kind_of
-from pruners.isomorphic import Ratios, isomorphic_cut, normalised
-from pruners.taylor import attention_pairs, score, summed_gradients, taylor_terms
+from prunesweep.models import Arch, Block, Cut, Stage, arch_of, build, cost, cut, cut_arch, num_params
+from prunesweep.pruners import kind_of
+from prunesweep.pruners.isomorphic import Ratios, isomorphic_cut, normalised
+from prunesweep.pruners.taylor import attention_pairs, score, summed_gradients, taylor_terms
 
 from .conftest import cases
 

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, cut_arch, num_params
-from models.latency import Setting
-from models.latency_nvit import from_nvit
-from models.latency_table import LatencyTable
-from pruners import kind_of, nvit, vector_sizes
-from pruners.masking import Masking
-from pruners.nvit_hook import NViTPruning
-from pruners.nvit_schedule import Grouping, adjust, dims_of, form_groups, narrow, reference_index, unit_gains
+from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, cut_arch, num_params
+from prunesweep.models.latency.nvit_format import from_nvit
+from prunesweep.models.latency.table import LatencyTable
+from prunesweep.models.latency.timing import Setting
+from prunesweep.pruners import kind_of, nvit, vector_sizes
+from prunesweep.pruners.masking import Masking
+from prunesweep.pruners.nvit.hook import NViTPruning
+from prunesweep.pruners.nvit.schedule import Grouping, adjust, dims_of, form_groups, narrow, reference_index, unit_gains
+from prunesweep.training.losses import cnn_distillation, full_model_kl
 from tests.oracle import masked
-from training.losses import cnn_distillation, full_model_kl
 
 from .conftest import cases
 

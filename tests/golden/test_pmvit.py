@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from models import Arch, Block, Stage, arch_of, build, cut
-from models.importers import import_checkpoint
-from models.tokens import TokenPlan
-from pruners import Scores, pmvit
-from pruners.pmvit_scores import score
-from training.recipe import Distill, Recipe
-from training.task import make_task
+from prunesweep.models import Arch, Block, Stage, arch_of, build, cut
+from prunesweep.models.importers import import_checkpoint
+from prunesweep.models.layers.token_merging import TokenPlan
+from prunesweep.pruners import Scores, pmvit
+from prunesweep.pruners.pmvit.scores import score
+from prunesweep.training.recipe import Distill, Recipe
+from prunesweep.training.task import make_task
 
 from .conftest import cases
 

@@ -15,14 +15,14 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models import arch_of, blocks_of, cost, cut, num_params
-from pruners.spvit_choices import spvit_cut
-from pruners.spvit_cost import COUNTS, complexity_loss, gate_costs
-from pruners.spvit_gates import choice_of, cumulate, expect, sample
-from pruners.spvit_mixed import SPViTMixed, SPViTMixedSettings
-from pruners.spvit_supernet import Supernet
-from training import Distill, Recipe
-from training.task import make_task
+from prunesweep.models import arch_of, blocks_of, cost, cut, num_params
+from prunesweep.pruners.spvit.choices import spvit_cut
+from prunesweep.pruners.spvit.cost import COUNTS, complexity_loss, gate_costs
+from prunesweep.pruners.spvit.gates import choice_of, cumulate, expect, sample
+from prunesweep.pruners.spvit.mixed import SPViTMixed, SPViTMixedSettings
+from prunesweep.pruners.spvit.supernet import Supernet
+from prunesweep.training import Distill, Recipe
+from prunesweep.training.task import make_task
 
 from .conftest import cases
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from models.tome import Schedule, apply_tome, tome_schedule
+from prunesweep.models.tome import Schedule, apply_tome, tome_schedule
 
 from .conftest import cases
 

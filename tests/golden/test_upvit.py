@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cut
-from models.build import build_with
-from pruners import Scores, unit_counts, upvit
-from pruners.upvit_forward import Forward
-from pruners.upvit_rules import Target, select
+from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cut
+from prunesweep.models.builder import build_with
+from prunesweep.pruners import Scores, unit_counts, upvit
+from prunesweep.pruners.upvit.forward import Forward
+from prunesweep.pruners.upvit.rules import Target, select
 
 from .conftest import cases
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, cut_arch
-from pruners.uvc_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, weakest
-from pruners.uvc_resource import Resource, paper_macs
-from pruners.uvc_settings import UVCSettings
+from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, arch_of, build, cost, cut, cut_arch
+from prunesweep.pruners.uvc.primal_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, weakest
+from prunesweep.pruners.uvc.resource import Resource, paper_macs
+from prunesweep.pruners.uvc.settings import UVCSettings
 from tests.oracle import masked
 
 from .conftest import cases

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models import build, cost, save
-from models.latency_table import LatencyTable
+from prunesweep.models import build, cost, save
+from prunesweep.models.latency.table import LatencyTable
 from tests.launch.test_cli import call
 from tests.models.test_latency_table import BLOCK, vit
 

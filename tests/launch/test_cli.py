@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
-from models import cost, cut_arch, save
-from search.run import Result
+from prunesweep.launch.cli import main
+from prunesweep.models import cost, cut_arch, save
+from prunesweep.search.store.run import Result
 from tests.generate import random_model
 from tests.search.helpers import ARCH, make_run, make_space
 

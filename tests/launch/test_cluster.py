@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import drive, package
-from launch.cluster.auth import find_token, greet
-from launch.jobs import unpack
-from models import UserError
-from search.config import SearchConfig, load_config
+from prunesweep.launch.cluster import drive, package
+from prunesweep.launch.cluster.auth import find_token, greet
+from prunesweep.launch.jobs import unpack
+from prunesweep.models import UserError
+from prunesweep.search.config import SearchConfig, load_config
 from tests.launch.head import AUTH, clean_environment
 from tests.search.helpers import make_run
 
@@ -39,38 +39,39 @@ def test_code_and_configuration_are_shipped_and_run_alone(tiny: Callable[..., Se
     with package.staged(config) as folder:
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
         assert {
-            "models/arch.py",
-            "launch/cluster/probe.py",
-            "search/report.html",
-            "training/recipes/quick.toml",
+            "prunesweep/__init__.py",
+            "prunesweep/models/arch.py",
+            "prunesweep/launch/cluster/probe.py",
+            "prunesweep/search/report/report.html",
+            "prunesweep/training/recipes/quick.toml",
         } <= names
         assert not [name for name in names if "pycache" in name or name.startswith(("tests", "docs", "runs", "."))]
         assert sum(package.sizes(folder).values()) < 3 * 2**20
         shipped = load_config(folder / "search.toml")
         assert shipped.data.name == "imagefolder:/mnt/imagenet"
         code = (
-            "import models.files, search.provenance, launch.cluster.drive;"
+            "import prunesweep.models.io.files, prunesweep.models.io.provenance, prunesweep.launch.cluster.drive;"
             "from importlib.metadata import distribution as d;"
-            "print(models.__file__, d('prunesweep').locate_file('').absolute());"
-            "print(search.provenance.versions()['prunesweep'])"
+            "print(prunesweep.models.__file__, d('prunesweep').locate_file('').absolute());"
+            "print(prunesweep.models.io.provenance.versions()['prunesweep'])"
         )
         environment = clean_environment(PYTHONPATH=str(folder))  # as Ray sets it in a job
         out = subprocess.run(
             [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
         )
         module, facts, number = out.stdout.split()
-        assert module == str(folder / "models" / "__init__.py")
+        assert module == str(folder / "prunesweep" / "models" / "__init__.py")
         assert facts == str(folder)
         assert number == version("prunesweep")
 
 
 def test_files_can_be_left_behind() -> None:
-    with package.staged(exclude=["*.html", "pruners/upvit*.py"]) as folder:
+    with package.staged(exclude=["*.html", "prunesweep/pruners/upvit/*.py"]) as folder:
         names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-        assert "search/report.py" in names
-        assert "search/report.html" not in names
-        assert "pruners/upvit.py" not in names
-        assert "pruners/nvit.py" in names
+        assert "prunesweep/search/report/page.py" in names
+        assert "prunesweep/search/report/report.html" not in names
+        assert "prunesweep/pruners/upvit/importance.py" not in names
+        assert "prunesweep/pruners/nvit/saliency.py" in names
 
 
 def test_a_local_source_is_shipped_and_what_is_too_large_is_named(
@@ -133,8 +134,18 @@ def test_a_driver_begins_once_and_then_goes_on(tmp_path: Path) -> None:
     wanted = ["resume", str(run), "--address", "auto", "--trials", "9", "--set", "resources.cpus=2"]
     assert drive.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == wanted
     words = shlex.split(package.driver("c.toml", str(run), again=True, trials=9, overrides=["a.b='x y'"]))
-    assert words == ["python", "-m", "launch.cluster.drive", "c.toml", str(run), "--trials", "9", "--set", "a.b='x y'"]
-    assert "launch.cli" in package.driver("c.toml", str(run), again=False)
+    assert words == [
+        "python",
+        "-m",
+        "prunesweep.launch.cluster.drive",
+        "c.toml",
+        str(run),
+        "--trials",
+        "9",
+        "--set",
+        "a.b='x y'",
+    ]
+    assert "prunesweep search" in package.driver("c.toml", str(run), again=False)
 
 
 class Door(http.server.BaseHTTPRequestHandler):
@@ -235,7 +246,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def pack(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.cluster.pack", str(run), "--limit", "1000000", *options]
+    command = [sys.executable, "-m", "prunesweep.launch.cluster.pack", str(run), "--limit", "1000000", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 

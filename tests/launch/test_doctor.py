@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.cluster.probe import Node, look, versions
-from launch.doctor import Finding, check_nodes
+from prunesweep.launch.cluster.probe import Node, look, versions
+from prunesweep.launch.doctor import Finding, check_nodes
 from tests.launch.head import AUTH
 from tests.launch.test_cli import call
 

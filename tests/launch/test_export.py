@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from models import arch_of, save
+from prunesweep.models import arch_of, save
 from tests.generate import random_images, random_model
 from tests.launch.test_cli import call
 from tests.search.helpers import ARCH

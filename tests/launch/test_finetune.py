@@ -13,9 +13,9 @@ import timm
 import torch
 from typer.testing import CliRunner
 
-from launch.cli import app
-from models import UserError, arch_of, load, load_provenance, save
-from training import EVAL_BATCH, evaluate, open_data
+from prunesweep.launch.cli import app
+from prunesweep.models import UserError, arch_of, load, load_provenance, save
+from prunesweep.training import EVAL_BATCH, evaluate, open_data
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 runner = CliRunner()
@@ -83,7 +83,7 @@ def test_two_workers_on_ray_survive_the_death_of_the_driver(source: Path, tmp_pa
     options = ("--epochs", "6", "--workers", "2", "--set", "batch_size=64")
 
     def start(out: Path) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "launch.cli", *command(source, out, *options)]
+        line = [sys.executable, "-m", "prunesweep", *command(source, out, *options)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 

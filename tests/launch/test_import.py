@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models import arch_of, cost, load, load_provenance
-from models.importers import import_checkpoint
+from prunesweep.models import arch_of, cost, load, load_provenance
+from prunesweep.models.importers import import_checkpoint
 from tests.launch.test_cli import call
 
 DATA = Path(__file__).parents[1] / "golden" / "data" / "import"

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from launch.cluster.kuberay import kuberay
-from launch.cluster.package import ENV
-from launch.cluster.ray_launcher import ray_launcher
-from launch.cluster.slurm import slurm
-from models import UserError
-from search.config import SearchConfig, parse_config
+from prunesweep.launch.cluster.kuberay import kuberay
+from prunesweep.launch.cluster.package import ENV
+from prunesweep.launch.cluster.ray_launcher import ray_launcher
+from prunesweep.launch.cluster.slurm import slurm
+from prunesweep.models import UserError
+from prunesweep.search.config import SearchConfig, parse_config
 from tests.launch.test_cli import call
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "imagenet_deit_small.toml"
@@ -50,7 +50,9 @@ def test_kuberay_has_nodes_gpus_storage_and_restarts(config: Callable[..., Searc
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert job["metadata"] == settings["metadata"] == {"name": "my-run-1", "namespace": "default"}
     spec = job["spec"]
-    assert spec["entrypoint"] == "python -m launch.cluster.drive /etc/prunesweep/search.toml /mnt/runs/My_run.1"
+    assert (
+        spec["entrypoint"] == "python -m prunesweep.launch.cluster.drive /etc/prunesweep/search.toml /mnt/runs/My_run.1"
+    )
     assert spec["backoffLimit"] == 5
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {**ENV, "NCCL_DEBUG": "IN FO"}}
     cluster = spec["rayClusterSpec"]
@@ -153,8 +155,8 @@ def test_a_batch_script_starts_ray_and_the_driver(config: Callable[..., SearchCo
     assert len(starts) == 3
     assert sum("--head" in line and "--node-ip-address=10.1.1.1 --port=20077" in line for line in starts) == 1
     assert sum("--address=10.1.1.1:20077 --num-cpus=16 --num-gpus=4" in line for line in starts) == 2
-    assert "python -m launch.cluster.wait --address 10.1.1.1:20077 --nodes 3" in lines
-    assert f"python -m launch.cluster.drive {run}.search.toml {run} --address 10.1.1.1:20077" in lines
+    assert "python -m prunesweep.launch.cluster.wait --address 10.1.1.1:20077 --nodes 3" in lines
+    assert f"python -m prunesweep.launch.cluster.drive {run}.search.toml {run} --address 10.1.1.1:20077" in lines
     assert lines[-2:] == ["token 600 64", "IN FO yes"]
     assert parse_config(tomllib.loads(Path(f"{run}.search.toml").read_text()), "there").name == "My_run.1"
     assert [path.name for path in run.parent.iterdir()] == ["My_run.1.search.toml"]  # and no token

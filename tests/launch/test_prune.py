@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from launch.cli import app
-from models import UserError, arch_of, cost, load, load_provenance, save
+from prunesweep.launch.cli import app
+from prunesweep.models import UserError, arch_of, cost, load, load_provenance, save
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 3, "num_heads": 4}
 runner = CliRunner()

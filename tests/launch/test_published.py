@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from launch.cli import main
-from models import cost
-from models.published import PUBLISHED, published_arch
+from prunesweep.launch.cli import main
+from prunesweep.models import cost
+from prunesweep.models.published.comparison import PUBLISHED, published_arch
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

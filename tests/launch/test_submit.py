@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.client import Cluster
-from models import load
-from search.config import SearchConfig
-from search.run import Run, read_json
+from prunesweep.launch.cluster.client import Cluster
+from prunesweep.models import load
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.store.run import Run, read_json
 from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
 from tests.search.test_end_to_end import finished_units
@@ -205,7 +205,16 @@ def test_nodes_are_examined(
 
 def test_without_a_token(configured: Callable[..., Path], tmp_path: Path) -> None:
     with running_head() as head:
-        command = [sys.executable, "-m", "launch.cli", "submit", str(configured("open")), "--address", head.url, "-f"]
+        command = [
+            sys.executable,
+            "-m",
+            "prunesweep.launch.cli",
+            "submit",
+            str(configured("open")),
+            "--address",
+            head.url,
+            "-f",
+        ]
         environment = clean_environment(HOME=str(tmp_path))
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from launch.cli import app
-from models import arch_of, build, cost, load, load_provenance, save
-from models.lm import lm_arch
-from models.store import read_arch
+from prunesweep.launch.cli import app
+from prunesweep.models import arch_of, build, cost, load, load_provenance, save
+from prunesweep.models.families.lm import lm_arch
+from prunesweep.models.io.store import read_arch
+from prunesweep.training import EVAL_BATCH, evaluate, open_data, open_text
 from tests.generate import random_images
-from training import EVAL_BATCH, evaluate, open_data, open_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "import" / "fairseq_lm_full_dev.pth"
 SMALL = ("--group", "embed=2", "--group", "heads=1", "--group", "dim=2", "--group", "mlp=4", "--group", "tail=1")

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from models import Arch, Block, Stage, UserError, build
+from prunesweep.models import Arch, Block, Stage, UserError, build
 from tests.generate import FAMILIES, random_arch
 
 

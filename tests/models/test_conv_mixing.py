@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.conv_mixing import ALPHA, mix_conv, tap_columns
+from prunesweep.models.layers.conv_mixing import ALPHA, mix_conv, tap_columns
 
 H, D, E = 3, 8, 4  # heads, width, head width
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, build, cost, num_params
-from models.cost import block_cost
+from prunesweep.models import Arch, build, cost, num_params
+from prunesweep.models.counting import block_cost
 from tests.generate import FAMILIES, random_arch, random_images
 
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from models import Arch, Block, BlockCut, Cut, UserError, arch_of, cost, cut, cut_arch, num_params
+from prunesweep.models import Arch, Block, BlockCut, Cut, UserError, arch_of, cost, cut, cut_arch, num_params
 from tests.generate import FAMILIES, random_arch, random_cut, random_images, random_model
 from tests.oracle import masked
 

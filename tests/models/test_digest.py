@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from models import weights_digest
+from prunesweep.models import weights_digest
 from tests.generate import FAMILIES, random_arch, random_model
 
 

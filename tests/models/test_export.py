@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 
-from models import Arch, Block, Stage, UserError, arch_of, build
-from models.export import FORMATS, default_path, export
+from prunesweep.models import Arch, Block, Stage, UserError, arch_of, build
+from prunesweep.models.io.export import FORMATS, default_path, export
 from tests.generate import random_images, random_model
 
 
@@ -173,7 +173,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     changed.head = torch.nn.Linear(3, 3)
     with pytest.raises(UserError, match="its record no longer fits"):
         export(changed, path, "timm")
-    monkeypatch.setattr(sys.modules["models.export"], "ONNX_LIMIT", 100)
+    monkeypatch.setattr(sys.modules["prunesweep.models.io.export"], "ONNX_LIMIT", 100)
     with pytest.raises(UserError, match=r"an ONNX file holds 100; export to torch-export"):
         export(model, path, "onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import Arch, UserError
-from models.importers import import_checkpoint
-from models.lm import lm_arch
+from prunesweep.models import Arch, UserError
+from prunesweep.models.families.lm import lm_arch
+from prunesweep.models.importers import import_checkpoint
 from tests.generate import random_images, random_model
 
 Weights = dict[str, torch.Tensor]

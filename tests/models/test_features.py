@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Arch, Stage, UserError, arch_of, build, cut
-from models.features import features
-from pruners import pmvit
+from prunesweep.models import Arch, Stage, UserError, arch_of, build, cut
+from prunesweep.models.features import features
+from prunesweep.pruners import pmvit
 from tests.generate import random_arch, random_images, random_model
 from tests.models.test_fuse import planned
 

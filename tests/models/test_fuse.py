@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, Block, Stage, UserError, arch_of, build
-from models.fuse import FusedMerge, fuse_tokens
+from prunesweep.models import Arch, Block, Stage, UserError, arch_of, build
+from prunesweep.models.fuse import FusedMerge, fuse_tokens
 from tests.generate import random_images, random_model
 
 

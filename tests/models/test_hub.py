@@ -16,8 +16,8 @@ import pytest
 import timm
 import torch
 
-from models import UserError, arch_of, cost, load, load_provenance, save
-from models.hub import push
+from prunesweep.models import UserError, arch_of, cost, load, load_provenance, save
+from prunesweep.models.io.hub import push
 from tests.generate import random_arch, random_model
 
 MODEL = random_model(random_arch(Random(3)), 3, torch.float32)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from models import UserError, arch_of, load, save
-from models.importers import LAYOUTS, import_checkpoint
+from prunesweep.models import UserError, arch_of, load, save
+from prunesweep.models.importers import LAYOUTS, import_checkpoint
 
 DATA = Path(__file__).parents[1] / "golden" / "data" / "import"
 CONFIG = {"deit": DATA / "spvit_deit_mixed_dev_config.json", "swin": DATA / "spvit_swin_mixed_dev_config.yaml"}

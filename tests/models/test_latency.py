@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import Arch, UserError, build
-from models.latency import ROUNDS, Setting, Timing, measure, measure_all, time_calls
-from models.latency_build import build_table, macs_table
-from models.latency_check import PredictionError, kendall, prediction_error, random_record, spearman
+from prunesweep.models import Arch, UserError, build
+from prunesweep.models.latency.building import build_table, macs_table
+from prunesweep.models.latency.prediction import PredictionError, kendall, prediction_error, random_record, spearman
+from prunesweep.models.latency.timing import ROUNDS, Setting, Timing, measure, measure_all, time_calls
 from tests.generate import FAMILIES, random_arch
 from tests.models.test_latency_table import BLOCK, NONE, vit
 
@@ -47,7 +47,7 @@ def test_a_timing_is_the_median_and_the_distance_of_the_quartiles(monkeypatch: p
         clock[0] += call.calls / 1e3  # type: ignore[attr-defined]
 
     call.calls = -2  # type: ignore[attr-defined]  # one call to warm up, one to see how long it takes
-    monkeypatch.setattr("models.latency.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("prunesweep.models.latency.timing.time.perf_counter", lambda: clock[0])
     (found,) = time_calls([call], Setting(batch=6), warmup=1, repeats=5, min_seconds=0)
     assert found == Timing(6, pytest.approx(3), pytest.approx(2), 5)
     assert found.throughput == pytest.approx(2000)
@@ -70,7 +70,7 @@ def test_calls_go_on_until_enough_time_is_measured(monkeypatch: pytest.MonkeyPat
     def call() -> None:
         clock[0] += 0.01
 
-    monkeypatch.setattr("models.latency.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("prunesweep.models.latency.timing.time.perf_counter", lambda: clock[0])
     (found,) = time_calls([call], Setting(batch=1), warmup=1, repeats=1, min_seconds=0.5)
     assert found.calls == 50
 

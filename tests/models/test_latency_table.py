@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from models import Arch, Block, UserError, cost
-from models.latency import Setting
-from models.latency_build import macs_table
-from models.latency_check import PredictionError, random_record
-from models.latency_nvit import from_nvit, to_nvit
-from models.latency_table import Grid, LatencyTable
+from prunesweep.models import Arch, Block, UserError, cost
+from prunesweep.models.latency.building import macs_table
+from prunesweep.models.latency.nvit_format import from_nvit, to_nvit
+from prunesweep.models.latency.prediction import PredictionError, random_record
+from prunesweep.models.latency.table import Grid, LatencyTable
+from prunesweep.models.latency.timing import Setting
 from tests.generate import FAMILIES, random_arch
 from tests.golden.conftest import cases
 

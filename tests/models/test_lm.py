@@ -11,10 +11,23 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, BlockCut, Cut, UserError, arch_of, build, cost, cut, cut_arch, load, num_params, save
-from models.cost import block_cost, outside_cost
-from models.lm import lm_arch
-from models.paper_counts import tables_twice
+from prunesweep.models import (
+    Arch,
+    BlockCut,
+    Cut,
+    UserError,
+    arch_of,
+    build,
+    cost,
+    cut,
+    cut_arch,
+    load,
+    num_params,
+    save,
+)
+from prunesweep.models.counting import block_cost, outside_cost
+from prunesweep.models.families.lm import lm_arch
+from prunesweep.models.published.counts import tables_twice
 from tests.generate import random_arch, random_cut, random_images, random_model
 from tests.oracle import masked
 

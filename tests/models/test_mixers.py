@@ -11,10 +11,10 @@ from timm.models.pvt_v2 import Block as PvtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
-from models import Arch, Block, blocks_of, build
-from models.mixers import ConvMixer, HeteroAttention, attend
-from models.pvt import HeteroPvtBlock
-from models.swin import HeteroSwinBlock
+from prunesweep.models import Arch, Block, blocks_of, build
+from prunesweep.models.families.pvt_v2 import HeteroPvtBlock
+from prunesweep.models.families.swin import HeteroSwinBlock
+from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention, attend
 from tests.generate import random_arch, random_images, random_model
 
 

@@ -8,10 +8,10 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, UserError, cost, num_params
-from models.paper_counts import NVIT, PMVIT, SPVIT, UVC
-from models.published import PUBLISHED, Comparison, compare, published_arch, revit
-from models.published_archs import deit, mae, spvit, swin
+from prunesweep.models import Arch, UserError, cost, num_params
+from prunesweep.models.published.archs import deit, mae, spvit, swin
+from prunesweep.models.published.comparison import PUBLISHED, Comparison, compare, published_arch, revit
+from prunesweep.models.published.counts import NVIT, PMVIT, SPVIT, UVC
 
 BUILT = [name for name, row in PUBLISHED.items() if row.make is not None and row.method != "dense"]
 DENSE = [name for name, row in PUBLISHED.items() if row.method == "dense"]

@@ -5,8 +5,8 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from models import UserError
-from models.recalibrate import recalibrate
+from prunesweep.models import UserError
+from prunesweep.models.recalibrate import recalibrate
 
 
 def batches(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,8 +6,8 @@ from random import Random
 import pytest
 import torch
 
-from models import Arch, BlockCut, Cut, UserError, arch_of, cost, cut, cut_arch, num_params
-from models.tokens import TokenPlan
+from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, cost, cut, cut_arch, num_params
+from prunesweep.models.layers.token_merging import TokenPlan
 from tests.generate import random_arch, random_cut, random_images, random_model, subset
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import Arch, Block, Stage, UserError, build
-from models.tokens import DenseMerge, SparseMerge, TokenPlan, default_groups
+from prunesweep.models import Arch, Block, Stage, UserError, build
+from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, TokenPlan, default_groups
 
 
 def arch_with(**block: object) -> Arch:

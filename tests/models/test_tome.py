@@ -9,8 +9,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, UserError, arch_of, cost
-from models.tome import apply_tome, match, tome_macs, tome_schedule
+from prunesweep.models import Arch, UserError, arch_of, cost
+from prunesweep.models.tome import apply_tome, match, tome_macs, tome_schedule
 from tests.generate import random_arch, random_images, random_model
 from tests.models.test_fuse import planned
 

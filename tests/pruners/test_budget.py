@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 
-from models import Arch, BlockCut, Cut, UserError, cost, cut, cut_arch
-from models.latency_build import macs_table
-from models.tokens import TokenPlan
-from pruners import (
+from prunesweep.models import Arch, BlockCut, Cut, UserError, cost, cut, cut_arch
+from prunesweep.models.latency.building import macs_table
+from prunesweep.models.layers.token_merging import TokenPlan
+from prunesweep.pruners import (
     GROUP_SIZES,
     MACS,
     PARAMS,

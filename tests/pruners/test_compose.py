@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, BlockCut, Cut, UserError, arch_of, cost, cut, num_params
-from pruners import GROUP_SIZES, Scores, pmvit, vector_sizes, width_path
+from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, cost, cut, num_params
+from prunesweep.pruners import GROUP_SIZES, Scores, pmvit, vector_sizes, width_path
 from tests.generate import random_images, random_model
 
 GROUPS = dict.fromkeys(GROUP_SIZES, 2)

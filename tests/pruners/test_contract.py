@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from models import Arch, UserError
-from pruners import PRUNERS, pruner
+from prunesweep.models import Arch, UserError
+from prunesweep.pruners import PRUNERS, pruner
 from tests.contract_pruner import PrunerContract
 
 PAIRS = [(name, family) for name, entry in PRUNERS.items() for family in entry.families]

@@ -5,8 +5,8 @@ from random import Random
 import pytest
 import torch
 
-from models import BlockCut, Cut, cut
-from pruners import drop_order, kl_divergence, score_depth
+from prunesweep.models import BlockCut, Cut, cut
+from prunesweep.pruners import drop_order, kl_divergence, score_depth
 from tests.generate import random_arch, random_images, random_model
 
 

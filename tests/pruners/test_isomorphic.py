@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 
-from models import Arch, UserError, arch_of, cost, cut, cut_arch
-from pruners import PRUNERS, Scores, vector_sizes
-from pruners.baselines import score_magnitude, score_random
-from pruners.coupled import KINDS, coupled_sums
-from pruners.isomorphic import Ratios, decide, isomorphic_cut, normalised
-from pruners.taylor import score
+from prunesweep.models import Arch, UserError, arch_of, cost, cut, cut_arch
+from prunesweep.pruners import PRUNERS, Scores, vector_sizes
+from prunesweep.pruners.baselines import score_magnitude, score_random
+from prunesweep.pruners.coupled import KINDS, coupled_sums
+from prunesweep.pruners.isomorphic import Ratios, decide, isomorphic_cut, normalised
+from prunesweep.pruners.taylor import score
 from tests.contract_pruner import labelled, source
 
 
@@ -80,7 +80,7 @@ def test_coupled_weights_are_those_that_a_cut_removes(family: str) -> None:
 
 
 def one_unit_less(arch: Arch, place: str, kind: str, kept: tuple[int, ...]):
-    from models import BlockCut, Cut
+    from prunesweep.models import BlockCut, Cut
 
     index = int(place.split(".")[1])
     if kind == "embed":

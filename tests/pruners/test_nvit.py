@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import Arch, UserError, arch_of, cut
-from pruners import PRUNERS, vector_sizes
-from pruners.nvit import KINDS, raw_saliency
+from prunesweep.models import Arch, UserError, arch_of, cut
+from prunesweep.pruners import PRUNERS, vector_sizes
+from prunesweep.pruners.nvit.saliency import KINDS, raw_saliency
 from tests.generate import random_arch, random_cut, random_images, random_model
 
 

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import Arch, UserError, arch_of, build, cost, cut_arch
-from pruners import MACS, PARAMS, kind_of, nvit, vector_sizes
-from pruners.masking import KeptLayerNorm, axis_masks
-from pruners.nvit_hook import NViTPruning
-from pruners.nvit_schedule import Grouping, narrow, total_cost
-from pruners.snapshot import Snapshot
+from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
+from prunesweep.pruners import MACS, PARAMS, kind_of, nvit, vector_sizes
+from prunesweep.pruners.masking import KeptLayerNorm, axis_masks
+from prunesweep.pruners.nvit.hook import NViTPruning
+from prunesweep.pruners.nvit.schedule import Grouping, narrow, total_cost
+from prunesweep.pruners.snapshot import Snapshot
+from prunesweep.training import Distill, Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 from tests.pruners.test_nvit_schedule import vit
-from training import Distill, Recipe, fit, open_data, seeded
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "mlp": 4}
 

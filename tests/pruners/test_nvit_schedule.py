@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from models import Arch, Block, Stage, UserError, cost, cut_arch
-from models.latency import Setting
-from models.latency_table import Grid, LatencyTable
-from pruners import MACS, PARAMS, kind_of, vector_sizes
-from pruners.nvit import KINDS
-from pruners.nvit_schedule import (
+from prunesweep.models import Arch, Block, Stage, UserError, cost, cut_arch
+from prunesweep.models.latency.table import Grid, LatencyTable
+from prunesweep.models.latency.timing import Setting
+from prunesweep.pruners import MACS, PARAMS, kind_of, vector_sizes
+from prunesweep.pruners.nvit.saliency import KINDS
+from prunesweep.pruners.nvit.schedule import (
     Grouping,
     PruneGroup,
     adjust,

@@ -10,10 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Arch, BlockCut, Cut, Stage, UserError, arch_of, cost, cut, cut_arch, load, num_params, save
-from models.export import export
-from models.tokens import TokenPlan
-from pruners import Measure, Scores, pmvit
+from prunesweep.models import (
+    Arch,
+    BlockCut,
+    Cut,
+    Stage,
+    UserError,
+    arch_of,
+    cost,
+    cut,
+    cut_arch,
+    load,
+    num_params,
+    save,
+)
+from prunesweep.models.io.export import export
+from prunesweep.models.layers.token_merging import TokenPlan
+from prunesweep.pruners import Measure, Scores, pmvit
 from tests.generate import random_arch, random_cut, random_images, random_model
 from tests.models.test_cost import counted_macs
 from tests.models.test_fuse import planned

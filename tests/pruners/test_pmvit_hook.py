@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from models import UserError, cut
-from pruners import pmvit
-from pruners.pmvit_hook import PruneMergeSettings, PruneMergeTraining
+from prunesweep.models import UserError, cut
+from prunesweep.pruners import pmvit
+from prunesweep.pruners.pmvit.hook import PruneMergeSettings, PruneMergeTraining
+from prunesweep.training import fit, load_recipe, open_data
+from prunesweep.training.recipe import Distill, Recipe
 from tests.generate import random_model
 from tests.models.test_fuse import planned
-from training import fit, load_recipe, open_data
-from training.recipe import Distill, Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=128, lr=1e-2, weight_decay=0.05, distill=(Distill(weight=0.01, temperature=20),))
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import Arch, UserError
-from pruners import Scores
-from pruners.pmvit_scores import IMPORTANCES, scorable, score
+from prunesweep.models import Arch, UserError
+from prunesweep.pruners import Scores
+from prunesweep.pruners.pmvit.scores import IMPORTANCES, scorable, score
 from tests.generate import random_arch, random_images, random_model
 from tests.models.test_fuse import planned
 

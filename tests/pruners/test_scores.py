@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import Arch, UserError
-from pruners import Scores, vector_sizes
+from prunesweep.models import Arch, UserError
+from prunesweep.pruners import Scores, vector_sizes
 
 
 def test_round_trip(tmp_path: Path) -> None:

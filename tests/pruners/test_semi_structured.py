@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import UserError, build
-from pruners.semi_structured import is_2_4, prune_2_4, to_sparse_kernels
+from prunesweep.models import UserError, build
+from prunesweep.pruners.semi_structured import is_2_4, prune_2_4, to_sparse_kernels
 from tests.pruners.test_nvit_schedule import vit
 
 

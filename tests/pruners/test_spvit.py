@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import Arch, Block, BlockCut, Cut, Stage, UserError, arch_of, build, cost, cut, cut_arch
-from models.paper_counts import SPVIT
-from models.recalibrate import recalibrate
-from pruners.hook import Collapsed
-from pruners.spvit import SPViT, SPViTSettings
-from pruners.spvit_mixed import SPViTMixed
-from pruners.spvit_supernet import SearchAttention, SearchSwinBlock, UnitGates
+from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, UserError, arch_of, build, cost, cut, cut_arch
+from prunesweep.models.published.counts import SPVIT
+from prunesweep.models.recalibrate import recalibrate
+from prunesweep.pruners.hook import Collapsed
+from prunesweep.pruners.spvit.hook import SPViT, SPViTSettings
+from prunesweep.pruners.spvit.mixed import SPViTMixed
+from prunesweep.pruners.spvit.supernet import SearchAttention, SearchSwinBlock, UnitGates
+from prunesweep.training import Epoch, Recipe, fit
 from tests.generate import random_arch, random_images, random_model
 from tests.pruners.test_spvit_supernet import swin
 from tests.training.test_ddp import Noise
-from training import Epoch, Recipe, fit
 
 RECIPE = Recipe(epochs=20, batch_size=13, lr=1e-3, drop_path=0.1)  # 80 updates
 FAST = {"theta_lr": 0.08, "weight": 3.0}

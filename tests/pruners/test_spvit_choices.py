@@ -5,12 +5,12 @@ from random import Random
 import pytest
 import torch
 
-from models import Arch, BlockCut, UserError, cut_arch
-from models.published_archs import deit
-from pruners import Scores
-from pruners.spvit_choices import best_units, conv_prefix, fit_units, score_mlp_units, spvit_cut
-from pruners.spvit_cost import gate_costs
-from pruners.spvit_gates import CHOICES
+from prunesweep.models import Arch, BlockCut, UserError, cut_arch
+from prunesweep.models.published.archs import deit
+from prunesweep.pruners import Scores
+from prunesweep.pruners.spvit.choices import best_units, conv_prefix, fit_units, score_mlp_units, spvit_cut
+from prunesweep.pruners.spvit.cost import gate_costs
+from prunesweep.pruners.spvit.gates import CHOICES
 from tests.generate import random_arch, random_model
 
 TINY = deit("tiny")

@@ -5,13 +5,13 @@ from random import Random
 import pytest
 import torch
 
-from models import Arch, cost, cut_arch
-from models.paper_counts import SPVIT
-from models.published import published_arch
-from models.published_archs import deit, swin
-from pruners.spvit_choices import spvit_cut
-from pruners.spvit_cost import COUNTS, complexity_loss, gate_costs, has_mixer_gates
-from pruners.spvit_gates import CHOICES
+from prunesweep.models import Arch, cost, cut_arch
+from prunesweep.models.published.archs import deit, swin
+from prunesweep.models.published.comparison import published_arch
+from prunesweep.models.published.counts import SPVIT
+from prunesweep.pruners.spvit.choices import spvit_cut
+from prunesweep.pruners.spvit.cost import COUNTS, complexity_loss, gate_costs, has_mixer_gates
+from prunesweep.pruners.spvit.gates import CHOICES
 from tests.generate import random_arch, subset
 
 LETTERS = {"attn": "msa", "none": "skip"}

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from pruners.spvit_gates import CHOICES, choice_of, cumulate, expect, is_open, sample, uniforms
+from prunesweep.pruners.spvit.gates import CHOICES, choice_of, cumulate, expect, is_open, sample, uniforms
 
 P = 1 / (1 + math.exp(-1.5))  # of SPViT's start
 

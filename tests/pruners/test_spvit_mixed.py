@@ -6,10 +6,10 @@ from random import Random
 import pytest
 import torch
 
-from models import BlockCut, UserError, arch_of, blocks_of, cut
-from models.mixers import ConvMixer
-from pruners.spvit_choices import spvit_cut
-from pruners.spvit_mixed import MixedConvMixer, SPViTMixed, SPViTMixedSettings
+from prunesweep.models import BlockCut, UserError, arch_of, blocks_of, cut
+from prunesweep.models.layers.mixers import ConvMixer
+from prunesweep.pruners.spvit.choices import spvit_cut
+from prunesweep.pruners.spvit.mixed import MixedConvMixer, SPViTMixed, SPViTMixedSettings
 from tests.generate import random_arch, random_cut, random_images, random_model
 
 

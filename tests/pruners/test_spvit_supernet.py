@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from models import Arch, Block, Stage, UserError, blocks_of, build, cut
-from pruners.spvit_choices import spvit_cut
-from pruners.spvit_cost import has_mixer_gates
-from pruners.spvit_gates import CHOICES
-from pruners.spvit_supernet import SearchAttention, SearchSwinBlock, Supernet, UnitGates
+from prunesweep.models import Arch, Block, Stage, UserError, blocks_of, build, cut
+from prunesweep.pruners.spvit.choices import spvit_cut
+from prunesweep.pruners.spvit.cost import has_mixer_gates
+from prunesweep.pruners.spvit.gates import CHOICES
+from prunesweep.pruners.spvit.supernet import SearchAttention, SearchSwinBlock, Supernet, UnitGates
 from tests.generate import random_arch, random_images, random_model
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
-from pruners import Scores, kind_of, kl_divergence, score_depth, upvit, vector_sizes
-from pruners.upvit_fisher import draw_labels
-from pruners.upvit_forward import Forward
+from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
+from prunesweep.pruners import Scores, kind_of, kl_divergence, score_depth, upvit, vector_sizes
+from prunesweep.pruners.upvit.fisher import draw_labels
+from prunesweep.pruners.upvit.forward import Forward
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import BlockCut, Cut, UserError, arch_of, cost, cut
-from models.lm import lm_arch
-from pruners import PARAMS, Scores, Target, kl_divergence, pruner, select, upvit, vector_sizes
-from pruners.upvit_lm import TextForward, text_kl
+from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut
+from prunesweep.models.families.lm import lm_arch
+from prunesweep.pruners import PARAMS, Scores, Target, kl_divergence, pruner, select, upvit, vector_sizes
+from prunesweep.pruners.upvit.lm import TextForward, text_kl
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 

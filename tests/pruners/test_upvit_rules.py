@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from models import Arch, Block, Stage, UserError, cut_arch
-from pruners import Scores, upvit, vector_sizes
-from pruners.upvit_rules import Target, select
+from prunesweep.models import Arch, Block, Stage, UserError, cut_arch
+from prunesweep.pruners import Scores, upvit, vector_sizes
+from prunesweep.pruners.upvit.rules import Target, select
 
 
 def deit(heads: int = 12, **options: bool) -> tuple[Arch, Scores]:

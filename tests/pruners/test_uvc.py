@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import Arch, UserError, arch_of, build, cost, cut_arch
-from pruners.hook import Collapsed
-from pruners.uvc import UVC
-from pruners.uvc_settings import UVCSettings
+from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
+from prunesweep.pruners.hook import Collapsed
+from prunesweep.pruners.uvc.hook import UVC
+from prunesweep.pruners.uvc.settings import UVCSettings
+from prunesweep.training import Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 from tests.pruners.test_nvit_schedule import vit
-from training import Recipe, fit, open_data, seeded
 
 ARCH = vit(depth=3, width=16, heads=2, head=8, mlp=32)
 QUICK: dict[str, Any] = {"warmup_epochs": 0, "ramp_steps": 40, "gating_interval": 10, "mlp_align": 4}

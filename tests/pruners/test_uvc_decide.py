@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import UserError, cost, cut_arch
-from pruners.uvc_control import NormalizedPrimalDual
-from pruners.uvc_decide import Counts, Decider
-from pruners.uvc_resource import Resource
-from pruners.uvc_settings import UVCSettings
+from prunesweep.models import UserError, cost, cut_arch
+from prunesweep.pruners.uvc.control import NormalizedPrimalDual
+from prunesweep.pruners.uvc.decide import Counts, Decider
+from prunesweep.pruners.uvc.resource import Resource
+from prunesweep.pruners.uvc.settings import UVCSettings
 from tests.pruners.test_nvit_schedule import vit
 from tests.pruners.test_uvc_dual import random_norms
 

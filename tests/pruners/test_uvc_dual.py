@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruners.uvc_control import NormalizedPrimalDual
-from pruners.uvc_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, weakest
-from pruners.uvc_resource import Resource
-from pruners.uvc_settings import UVCSettings
+from prunesweep.pruners.uvc.control import NormalizedPrimalDual
+from prunesweep.pruners.uvc.primal_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, weakest
+from prunesweep.pruners.uvc.resource import Resource
+from prunesweep.pruners.uvc.settings import UVCSettings
 from tests.pruners.test_nvit_schedule import vit
 
 

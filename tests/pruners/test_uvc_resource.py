@@ -5,8 +5,8 @@ from random import Random
 import pytest
 import torch
 
-from models import Arch, BlockCut, Cut, cost, cut_arch
-from pruners.uvc_resource import Resource, paper_macs
+from prunesweep.models import Arch, BlockCut, Cut, cost, cut_arch
+from prunesweep.pruners.uvc.resource import Resource, paper_macs
 from tests.pruners.test_nvit_schedule import vit
 
 

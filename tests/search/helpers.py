@@ -9,13 +9,13 @@ from typing import Any
 import tomli_w
 import torch
 
-from models import Arch, Block, Stage, cost
-from models.files import write_text
-from pruners import GROUP_SIZES, Scores, vector_sizes
-from pruners.nvit import KINDS
-from search.config import SpaceTable
-from search.run import Run
-from search.space import Space
+from prunesweep.models import Arch, Block, Stage, cost
+from prunesweep.models.io.files import write_text
+from prunesweep.pruners import GROUP_SIZES, Scores, vector_sizes
+from prunesweep.pruners.nvit.saliency import KINDS
+from prunesweep.search.config import SpaceTable
+from prunesweep.search.space.space import Space
+from prunesweep.search.store.run import Run
 
 ARCH = Arch(
     family="vit",

@@ -18,11 +18,11 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from models import UserError
-from search import SearchResult, run_search
-from search.config import SearchConfig
-from search.opening import open_search
-from search.run import Run
+from prunesweep.models import UserError
+from prunesweep.search import SearchResult, run_search
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.prepare import open_search
+from prunesweep.search.store.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

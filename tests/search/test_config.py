@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from models import UserError
-from search.config import load_config, parse_config
+from prunesweep.models import UserError
+from prunesweep.search.config import load_config, parse_config
 from tests.conftest import TINY
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from models.files import write_text
-from pruners import GROUP_SIZES
-from search.config import SearchTable
-from search.coordinator import Coordinator, SearchFailed
-from search.front import pareto_front
-from search.run import Result, Run, Unit
-from search.study import Study
+from prunesweep.models.io.files import write_text
+from prunesweep.pruners import GROUP_SIZES
+from prunesweep.search.config import SearchTable
+from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
+from prunesweep.search.store.front import pareto_front
+from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.study import Study
 from tests.search.helpers import make_run, make_space
 from tests.search.test_study import trials
 
@@ -226,7 +226,7 @@ def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
 
 
 def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
-    from search.run import Lease
+    from prunesweep.search.store.run import Lease
 
     run = make_run(tmp_path / "r")
     coordinator = start(run)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from models import UserError
-from models.files import disk_full, write_text
-from search import resume_search, run_search
-from search.config import SearchConfig
-from search.unit import run_unit
+from prunesweep.models import UserError
+from prunesweep.models.io.files import disk_full, write_text
+from prunesweep.search import resume_search, run_search
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.task import run_unit
 from tests.search.test_unit import begin
 
 MIB = 2**20

@@ -20,20 +20,20 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Arch, UserError, build, load, num_params
-from search import SearchFailed, SearchResult, resume_search, run_search
-from search.config import SearchConfig
-from search.front import pareto_front
-from search.run import Run
+from prunesweep.models import Arch, UserError, build, load, num_params
+from prunesweep.search import SearchFailed, SearchResult, resume_search, run_search
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.store.front import pareto_front
+from prunesweep.search.store.run import Run
+from prunesweep.training import EVAL_BATCH, evaluate, open_data
 from tests.search.test_study import trials
-from training import EVAL_BATCH, evaluate, open_data
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def config() -> SearchConfig:
-    from search.config import parse_config
+    from prunesweep.search.config import parse_config
     from tests.conftest import TINY
 
     return parse_config({**TINY, "resources": {"cpus": 1}}, "tiny")
@@ -141,7 +141,7 @@ class Search:
     """``prunesweep`` in a process group of its own, as a terminal would start it."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "launch.cli", *arguments]
+        command = [sys.executable, "-m", "prunesweep", *arguments]
         # a file and no pipe: Ray's own helpers, which outlive a killed Ray by half a minute, would keep a pipe open
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, start_new_session=True)
@@ -254,7 +254,7 @@ JOINT = {
 
 
 def test_all_axes_and_rungs_at_once(runs: Path) -> None:
-    from search.config import parse_config
+    from prunesweep.search.config import parse_config
     from tests.conftest import TINY
 
     result = run_search(parse_config({**TINY, **JOINT, "name": "joint"}, "joint"), runs / "joint")
@@ -279,7 +279,7 @@ def test_all_axes_and_rungs_at_once(runs: Path) -> None:
 
 
 def test_a_trial_of_two_workers(runs: Path) -> None:
-    from search.config import parse_config
+    from prunesweep.search.config import parse_config
     from tests.conftest import TINY
 
     table = {"search": {"trials": 1}, "resources": {"cpus": 2, "workers_per_trial": 2}, "name": "pair"}

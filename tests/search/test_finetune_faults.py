@@ -21,9 +21,9 @@ import torch
 from ray.cluster_utils import Cluster
 from torch import nn
 
-from models import load, save
-from search.finetune import Finetuning, Place, finetune
-from training import Epoch, Recipe, fit, open_data
+from prunesweep.models import load, save
+from prunesweep.search.finetune import Finetuning, Place, finetune
+from prunesweep.training import Epoch, Recipe, fit, open_data
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna._hypervolume import compute_hypervolume
 
-from search.front import hypervolume, pareto_front
+from prunesweep.search.store.front import hypervolume, pareto_front
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.gaussian_process import GaussianProcess, Observations, learn
+from prunesweep.search.proposals.gaussian_process import GaussianProcess, Observations, learn
 
 RNG = np.random.default_rng(0)
 

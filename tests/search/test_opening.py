@@ -14,17 +14,18 @@ import torch
 from torch import nn
 
 import training
-from models import UserError, load
-from models.latency_build import macs_table
-from search import opening, resume_search, run_search
-from search.config import SearchConfig, load_config
-from search.driver import create_run
-from search.opening import open_search
-from search.run import Run
-from search.source import open_space
-from search.unit import run_unit
+from prunesweep.models import UserError, load
+from prunesweep.models.latency.building import macs_table
+from prunesweep.search import resume_search, run_search
+from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.execution import prepare as opening
+from prunesweep.search.execution.driver import create_run
+from prunesweep.search.execution.prepare import open_search
+from prunesweep.search.execution.source import open_space
+from prunesweep.search.execution.task import run_unit
+from prunesweep.search.store.run import Run
+from prunesweep.training import teacher_cache
 from tests.search.test_unit import begin, nothing
-from training import teacher_cache
 
 
 def test_a_look_at_the_space_costs_the_same_on_any_data(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from search.pareto import as_losses, crowding_distance, fronts, hypervolume, non_dominated
+from prunesweep.search.store.pareto import as_losses, crowding_distance, fronts, hypervolume, non_dominated
 
 losses = st.integers(1, 4).flatmap(
     lambda m: st.integers(0, 12).flatmap(lambda n: arrays(np.float64, (n, m), elements=st.integers(0, 6).map(float)))

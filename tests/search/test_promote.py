@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launch.cli import app
-from models import UserError, load
-from search.config import SearchConfig
-from search.coordinator import Coordinator
-from search.driver import create_run
-from search.promote import choose
-from search.run import Run
-from search.source import prepare
-from search.study import Study
-from search.unit import run_unit
-from training import EVAL_BATCH, evaluate, open_data
+from prunesweep.launch.cli import app
+from prunesweep.models import UserError, load
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.execution.driver import create_run
+from prunesweep.search.execution.promote import choose
+from prunesweep.search.execution.source import prepare
+from prunesweep.search.execution.task import run_unit
+from prunesweep.search.store.run import Run
+from prunesweep.search.store.study import Study
+from prunesweep.training import EVAL_BATCH, evaluate, open_data
 
 runner = CliRunner()
 

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from search.promotion import Promotions
+from prunesweep.search.execution.rungs import Promotions
 
 BOTH = ("maximize", "minimize")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from search.proposals import CROWD, EXPLORE, Cube, propose, standardised
-from search.run import Result
+from prunesweep.search.proposals.budget_gp import CROWD, EXPLORE, Cube, propose, standardised
+from prunesweep.search.store.run import Result
 
 SPACE = {
     "budget": FloatDistribution(0.2, 0.9),

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import timm
 
-from models import Arch, arch_of, cost, save
-from search.promote import Promoted
-from search.report import write_report
-from search.run import Result, Run
+from prunesweep.models import Arch, arch_of, cost, save
+from prunesweep.search.execution.promote import Promoted
+from prunesweep.search.report.page import write_report
+from prunesweep.search.store.run import Result, Run
 
 # enough of a page to run the script: elements remember their text, rows and listeners
 PAGE = """

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from models import UserError
-from search.run import Lease, Run
+from prunesweep.models import UserError
+from prunesweep.search.store.run import Lease, Run
 from tests.search.helpers import make_run
 
 

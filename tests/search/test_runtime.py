@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from models import UserError
-from search.config import ResourcesTable
-from search.runtime import slots
+from prunesweep.models import UserError
+from prunesweep.search.config import ResourcesTable
+from prunesweep.search.execution.runtime import slots
 
 GPU_NODE, CPU_NODE = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from search import runtime
-from search.config import ResourcesTable
-from search.runtime import RayConnection
-from search.signals import deferred, handling
+from prunesweep.search.config import ResourcesTable
+from prunesweep.search.execution import runtime
+from prunesweep.search.execution.runtime import RayConnection
+from prunesweep.search.execution.signals import deferred, handling
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 

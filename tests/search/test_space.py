@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from models import Arch, UserError, cost
-from pruners import GROUP_SIZES, Scores, vector_sizes
-from pruners.nvit import KINDS
-from search.config import SpaceTable
-from search.space import Space
+from prunesweep.models import Arch, UserError, cost
+from prunesweep.pruners import GROUP_SIZES, Scores, vector_sizes
+from prunesweep.pruners.nvit.saliency import KINDS
+from prunesweep.search.config import SpaceTable
+from prunesweep.search.space.space import Space
 from tests.search.helpers import ARCH, make_space
 
 GROUPS = {**GROUP_SIZES, "embed": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}

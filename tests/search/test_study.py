@@ -11,7 +11,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from search.study import Study
+from prunesweep.search.store.study import Study
 
 SPACE = {"budget": FloatDistribution(0.2, 0.9), "skip": IntDistribution(0, 3)}
 

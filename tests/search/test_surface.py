@@ -6,8 +6,8 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from models import UserError, cost
-from search.surface import ATTN, BUDGET, KEEP, LEVELS, MAX_CONV, Choice, Surface, effective_epochs
+from benchmarks.surface import ATTN, BUDGET, KEEP, LEVELS, MAX_CONV, Choice, Surface, effective_epochs
+from prunesweep.models import UserError, cost
 
 SEEDS = (0, 1)
 FULL = 27.0

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models import UserError, build, cut
-from pruners import Scores, pmvit
-from search.token_picture import draw_tokens, patch_groups
+from prunesweep.models import UserError, build, cut
+from prunesweep.pruners import Scores, pmvit
+from prunesweep.search.report.token_picture import draw_tokens, patch_groups
 from tests.models.test_fuse import planned
 from tests.pruners.test_pmvit import scores_of
 

@@ -12,16 +12,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from models import UserError, arch_of, load, load_provenance, save
-from pruners import Scores
-from search.config import SearchConfig, parse_config
-from search.coordinator import Coordinator
-from search.driver import create_run
-from search.run import Run
-from search.source import prepare
-from search.study import Study
-from search.unit import run_unit
-from training import EVAL_BATCH, evaluate, open_data
+from prunesweep.models import UserError, arch_of, load, load_provenance, save
+from prunesweep.pruners import Scores
+from prunesweep.search.config import SearchConfig, parse_config
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.execution.driver import create_run
+from prunesweep.search.execution.source import prepare
+from prunesweep.search.execution.task import run_unit
+from prunesweep.search.store.run import Run
+from prunesweep.search.store.study import Study
+from prunesweep.training import EVAL_BATCH, evaluate, open_data
 
 
 def nothing(what: str, share: float, note: str) -> None:

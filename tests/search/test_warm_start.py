@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from models import Arch, UserError
-from models.published import PUBLISHED, published_arch
-from models.published_archs import deit, searched, swin
-from search.config import SearchConfig, SpaceTable
-from search.run import Result, Run
-from search.space import Params, Space
-from search.warm_start import axis_points, nearest_point, prior_points, published_points, start_points
+from prunesweep.models import Arch, UserError
+from prunesweep.models.published.archs import deit, searched, swin
+from prunesweep.models.published.comparison import PUBLISHED, published_arch
+from prunesweep.search.config import SearchConfig, SpaceTable
+from prunesweep.search.space.space import Params, Space
+from prunesweep.search.space.warm_start import axis_points, nearest_point, prior_points, published_points, start_points
+from prunesweep.search.store.run import Result, Run
 from tests.conftest import TINY
 from tests.search.helpers import make_run
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.batches import EpochBatches, own_share
-from training.world import World
+from prunesweep.training.batches import EpochBatches, own_share
+from prunesweep.training.world import World
 
 
 def drawn(seed: int, world: World, **options: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import load_state, save_state
+from prunesweep.training import load_state, save_state
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 trees = st.recursive(leaves, lambda t: st.lists(t) | st.dictionaries(st.text() | st.integers(), t), max_leaves=20)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import UserError
-from training import Recipe, World, open_data, seeded
-from training.batches import EpochBatches
+from prunesweep.models import UserError
+from prunesweep.training import Recipe, World, open_data, seeded
+from prunesweep.training.batches import EpochBatches
 
 PREPROCESSING = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
 

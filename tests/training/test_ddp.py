@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from models import Arch, Block, Stage, build
-from pruners.hook import Hook
-from training import Data, DataInfo, Recipe, World, evaluate, fit
+from prunesweep.models import Arch, Block, Stage, build
+from prunesweep.pruners.hook import Hook
+from prunesweep.training import Data, DataInfo, Recipe, World, evaluate, fit
 
 BLOCK = Block(src=0, heads=2, qk=4, v=4, scale=0.5, mlp=16)
 ARCH = Arch(

@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import nn
 
-from models import UserError
-from pruners.hook import Hook
-from training import EVAL_BATCH, Distill, Diverged, Epoch, Recipe, evaluate, fit, open_data, seeded
+from prunesweep.models import UserError
+from prunesweep.pruners.hook import Hook
+from prunesweep.training import EVAL_BATCH, Distill, Diverged, Epoch, Recipe, evaluate, fit, open_data, seeded
 
 
 @pytest.fixture(scope="module")

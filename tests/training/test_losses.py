@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.task import LogitDistillationTask
 from torch import nn
 
-from training.losses import cnn_distillation, full_model_kl
+from prunesweep.training.losses import cnn_distillation, full_model_kl
 
 
 class Answers(nn.Module):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from models import UserError, build
+from prunesweep.models import UserError, build
+from prunesweep.training import Recipe, fit
 from tests.training.test_ddp import ARCH, Noise, Tight
-from training import Recipe, fit
 
 
 def train(limit: int | None, *, backward: bool = False, seed: int = 1, **fields: Any) -> tuple[dict, list, list]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from models import UserError
-from training import Recipe, load_recipe, recipe_names
+from prunesweep.models import UserError
+from prunesweep.training import Recipe, load_recipe, recipe_names
 
 
 def test_every_named_recipe_is_one() -> None:

@@ -5,10 +5,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models import UserError
-from pruners.nvit_hook import NViTPruning
-from training import Distill, Recipe
-from training.task import make_task
+from prunesweep.models import UserError
+from prunesweep.pruners.nvit.hook import NViTPruning
+from prunesweep.training import Distill, Recipe
+from prunesweep.training.task import make_task
 
 SHAPE = {"img_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 5, "embed_dim": 8, "depth": 1, "num_heads": 2}
 

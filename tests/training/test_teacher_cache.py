@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from models import UserError
-from training import Recipe, fit, load_recipe, open_data, seeded
-from training import teacher_cache as module
+from prunesweep.models import UserError
+from prunesweep.training import Recipe, fit, load_recipe, open_data, seeded
+from prunesweep.training import teacher_cache as module
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1}
 

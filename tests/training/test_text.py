@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import UserError, build
-from models.lm import LanguageModel, lm_arch
-from training import (
+from prunesweep.models import UserError, build
+from prunesweep.models.families.lm import LanguageModel, lm_arch
+from prunesweep.training import (
     EVAL_BATCH,
     Distill,
     Epoch,
@@ -27,8 +27,8 @@ from training import (
     open_data,
     open_text,
 )
-from training.task import make_task
-from training.text import IGNORED, Corpus, TextData, Windows, encode, make_vocabulary
+from prunesweep.training.task import make_task
+from prunesweep.training.text import IGNORED, Corpus, TextData, Windows, encode, make_vocabulary
 
 WORDS = ("<s>", "<pad>", "</s>", "<unk>")
 
@@ -214,7 +214,9 @@ def test_accuracy_is_that_of_the_next_word(monkeypatch: pytest.MonkeyPatch) -> N
         total += int(wanted.sum())
     found = evaluate(model, data.val_loader(3))
     assert (found["top1"], found["top5"]) == pytest.approx((100 * right / total, 100 * among / total))
-    monkeypatch.setattr(importlib.import_module("training.evaluate"), "LOGITS_AT_A_TIME", 1)  # word by word
+    monkeypatch.setattr(
+        importlib.import_module("prunesweep.training.evaluation"), "LOGITS_AT_A_TIME", 1
+    )  # word by word
     assert evaluate(model, data.val_loader(3)) == pytest.approx(found)
 
 

@@ -1,0 +1,131 @@
+"""From a record to a module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from prunesweep.models.families.lm import build_lm
+from prunesweep.models.families.pvt_v2 import build_pvt_v2
+from prunesweep.models.families.swin import build_swin
+from prunesweep.models.families.vit import build_vit
+
+from .arch import Arch
+from .errors import UserError
+
+__all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
+
+ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
+BUILDERS = {"vit": build_vit, "swin": build_swin, "pvt_v2": build_pvt_v2, "lm": build_lm}
+
+
+def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
+    """A randomly initialised timm module of this shape; it carries its record as ``model.arch``.
+
+    Args:
+        arch: the record; validated first.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+        pretrained_cfg: timm's description of the preprocessing (``mean``, ``std``, ``crop_pct``, ...), usually the
+            source model's. Without it, ImageNet's or, for another number of channels, 0.5 everywhere.
+
+    Raises:
+        UserError: the record is impossible.
+    """
+    return create(arch, pretrained=False, pretrained_cfg=pretrained_cfg, drop_path=drop_path)
+
+
+def create(
+    arch: Arch, *, pretrained: bool, pretrained_cfg: Mapping[str, Any] | None, drop_path: float = 0.0, **options: Any
+) -> nn.Module:
+    """``build`` through timm's factory, which also loads the weights that ``pretrained_cfg`` points to."""
+    arch.validate()
+    cfg = _pretrained_cfg(arch, pretrained_cfg or {})
+
+    def construct(*, arch: Arch, drop_path: float, **given: Any) -> nn.Module:
+        for name, own in (("in_chans", arch.in_chans), ("img_size", arch.img_size), ("global_pool", arch.pool)):
+            value = given.pop(name, own)
+            if (to_2tuple(value) if name == "img_size" else value) != own:
+                raise UserError(f"{name} = {value!r}: this model's record says {own!r}")
+        classes = given.pop("num_classes", arch.num_classes)  # timm drops the classifier's weights where it differs
+        if arch.text is not None and classes != arch.num_classes:
+            raise UserError(f"num_classes = {classes}: this model's vocabulary has {arch.num_classes} words")
+        if given:
+            raise UserError(f"unknown model argument {', '.join(given)}: the record alone says what the model is")
+        arch = dataclasses.replace(arch, num_classes=classes)
+        model = BUILDERS[arch.family](arch, drop_path=drop_path)
+        model.arch = arch  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
+        return model
+
+    return build_model_with_cfg(
+        construct, ENTRY_POINT, pretrained, pretrained_cfg=cfg, arch=arch, drop_path=drop_path, **options
+    )
+
+
+def build_with(
+    arch: Arch, weights: Mapping[str, torch.Tensor], *, pretrained_cfg: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """``build(arch)`` holding the tensors of ``weights`` themselves: nothing is initialised or copied.
+
+    Raises:
+        RuntimeError: a weight is missing, left over, or of another shape (as ``load_state_dict`` says it).
+    """
+    with torch.device("meta"):
+        model = build(arch, pretrained_cfg=pretrained_cfg)
+    model.load_state_dict(weights, strict=True, assign=True)
+    device = next(model.parameters()).device
+    for module in model.modules():  # Swin's masks and position indices are in no state dict
+        derived = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, buffer in derived.items():
+            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=device)
+        if any(buffer is not None for buffer in derived.values()):
+            module.init_non_persistent_buffers()  # type: ignore[operator]
+    return model
+
+
+def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
+    half = (0.5,) * arch.in_chans
+    own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
+    first_conv = None if arch.text else "patch_embed.proj"
+    fixed = {"fixed_input_size": True, "first_conv": first_conv, "custom_load": False}
+    # the source model's own address is dropped, but "hf-hub:" names the place of these very weights
+    no_download = {"url": ""} if given.get("source") == "hf-hub" else {"url": "", "hf_hub_id": None}
+    classifier = ("head", "head_dist") if arch.dist_token else {"swin": "head.fc", "lm": None}.get(arch.family, "head")
+    defaults = {} if arch.in_chans == 3 else {"mean": half, "std": half}
+    return {
+        **defaults,
+        **{k: v for k, v in given.items() if v is not None},
+        **fixed,
+        **no_download,
+        **own,
+        "classifier": classifier,
+    }
+
+
+def arch_of(model: nn.Module) -> Arch:
+    """The record that a built or cut model carries, or that of a stock timm model."""
+    return Arch.from_timm(model)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of all stages of a ViT, Swin or PVTv2, in the order of ``Arch.blocks``."""
+    stages: Any = getattr(model, "layers", None) or getattr(model, "stages", None) or [model]
+    return [block for stage in stages for block in stage.blocks]
+
+
+def example_input(arch: Arch, batch: int, seed: int) -> torch.Tensor:
+    """What a model of this record takes: random images B·C·H·W in float32, or random word numbers B·T."""
+    generator = torch.Generator().manual_seed(seed)
+    if arch.text is not None:
+        return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
+    return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator)
+
+
+def num_params(model: nn.Module) -> int:
+    """Number of weights, each counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,396 @@
+"""Decisions, and the one place where weights are gathered.
+
+Every method emits a ``Cut``: which channels of the residual streams, of each block's query/key and value heads and of
+its MLP stay, which blocks go, which mixer takes the place of attention, and which tokens a block gets. They apply in
+this order: blocks dropped, widths cut, mixers replaced, tokens planned. ``cut_arch`` says what the record becomes,
+``cut`` gathers the weights. As far as widths and blocks go, a masked source and its cut model are the same function;
+LayerNorm then counts kept channels only.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunesweep.models.layers.token_merging import TokenPlan
+
+from .arch import Arch, Block, Text
+from .builder import arch_of, build_with
+from .errors import UserError
+from .replace import replace_block, replace_tensors
+
+__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "tensor_axes"]
+
+Indices = tuple[int, ...]
+FORMAT = "prunesweep/cut/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCut:
+    """What stays of one block; ``None`` keeps all of it.
+
+    ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut; ``mlp`` lists
+    hidden units, ``sr`` channels of PVTv2's reduced map. Channels are ascending. Both of ``qk`` and ``v`` are given or
+    neither, one entry per remaining head; a convolution has ``v`` alone, with one entry: its bottleneck channels. A new
+    head may take channels of several old ones, except in Swin, where a head has position biases of its own. ``mixer``
+    is one of ``models.replace.REPLACEMENTS``.
+    """
+
+    keep: bool = True
+    qk: tuple[Indices, ...] | None = None
+    v: tuple[Indices, ...] | None = None
+    mlp: Indices | None = None
+    sr: Indices | None = None
+    mixer: str | None = None
+    tokens: TokenPlan | None = None
+
+    @classmethod
+    def aligned(
+        cls, block: Block, *, heads: Sequence[int], qk: Sequence[int], v: Sequence[int], mlp: Sequence[int] | None
+    ) -> BlockCut:
+        """The same channels ``qk`` and ``v`` kept in every head of ``heads`` (NViT's head alignment)."""
+        if not isinstance(block.v, int):
+            raise UserError("an aligned cut needs a block whose heads have equal value widths")
+        return cls(
+            qk=tuple(tuple(h * block.qk + j for j in qk) for h in heads),
+            v=tuple(tuple(h * block.v + j for j in v) for h in heads),
+            mlp=None if mlp is None else tuple(mlp),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What stays: residual channels of every stage, and one ``BlockCut`` per block in the model's order.
+
+    ``embed`` is ``None`` where all channels of all stages stay; a stage's entry is ``None`` where all of its own do.
+    ``tails`` says the same of a language model's word vectors, band by band from the second on; those of the first band
+    have the residual channels.
+    """
+
+    embed: tuple[Indices | None, ...] | None = None
+    blocks: tuple[BlockCut, ...]
+    tails: tuple[Indices | None, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; what is kept whole is left out."""
+        blocks = [_block_dict(block) for block in self.blocks]
+        whole = {} if self.tails is None else {"tails": self.tails}
+        return {"format": FORMAT, "embed": self.embed, "blocks": blocks, **whole}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Cut:
+        """Read ``to_dict``'s form. Raises UserError for another format."""
+        if data.get("format") != FORMAT:
+            raise UserError(f"cut.format = {data.get('format')!r}: this version reads {FORMAT!r}")
+        blocks = tuple(_read_block(block) for block in data["blocks"])
+        return cls(embed=_tuples(data["embed"]), blocks=blocks, tails=_tuples(data.get("tails")))
+
+
+def _block_dict(block: BlockCut) -> dict[str, Any]:
+    """Shallow: ``dataclasses.asdict`` would copy every index."""
+    found = {f.name: value for f in dataclasses.fields(block) if (value := getattr(block, f.name)) is not None}
+    if block.tokens is not None:
+        found["tokens"] = {f.name: getattr(block.tokens, f.name) for f in dataclasses.fields(block.tokens)}
+    return found
+
+
+def _read_block(data: Mapping[str, Any]) -> BlockCut:
+    read = {name: _tuples(value) for name, value in data.items() if name != "tokens"}
+    plan = data.get("tokens")
+    return BlockCut(**read, tokens=None if plan is None else TokenPlan.from_dict(plan))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def cut_arch(arch: Arch, decision: Cut) -> Arch:
+    """The record of ``cut(model, decision)``. Raises UserError naming the first impossible index."""
+    if len(decision.blocks) != arch.depth:
+        raise UserError(f"cut.blocks has {len(decision.blocks)} entries for {arch.depth} blocks")
+    embed = _embed(arch, decision)
+    stages, choices = [], iter(enumerate(decision.blocks))
+    for s, stage in enumerate(arch.stages):
+        if embed[s] is not None:
+            _check(f"cut.embed[{s}]", embed[s], stage.width)
+        width = stage.width if embed[s] is None else len(embed[s])
+        pairs = [(block, *next(choices)) for block in stage.blocks]
+        blocks = tuple(_cut_block(arch, block, choice, f"cut.blocks[{i}]") for block, i, choice in pairs if choice.keep)
+        stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
+    small = dataclasses.replace(arch, stages=tuple(stages), text=_cut_text(arch, decision))
+    small.validate()
+    return small
+
+
+def _cut_text(arch: Arch, decision: Cut) -> Text | None:
+    if decision.tails is None:
+        return arch.text
+    widths = () if arch.text is None else arch.text.tails
+    if arch.text is None or len(decision.tails) != len(widths):
+        raise UserError(f"cut.tails has {len(decision.tails)} entries for {len(widths)} tails")
+    for j, (kept, width) in enumerate(zip(decision.tails, widths, strict=True)):
+        if kept is not None:
+            _check(f"cut.tails[{j}]", kept, width)
+    left = (width if kept is None else len(kept) for kept, width in zip(decision.tails, widths, strict=True))
+    return dataclasses.replace(arch.text, tails=tuple(left))
+
+
+def _embed(arch: Arch, decision: Cut) -> tuple[Any, ...]:
+    if decision.embed is None:
+        return (None,) * len(arch.stages)
+    if len(decision.embed) != len(arch.stages):
+        raise UserError(f"cut.embed has {len(decision.embed)} entries for {len(arch.stages)} stages")
+    return decision.embed
+
+
+def _cut_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Block:
+    narrow = _narrow_block(arch, block, choice, where)
+    return replace_block(arch, narrow, choice.mixer, choice.tokens, where)
+
+
+def _narrow_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Block:
+    changes: dict[str, Any] = {}
+    for name, kept in (("mlp", choice.mlp), ("sr", choice.sr)):
+        if kept is not None:
+            _check(f"{where}.{name}", kept, getattr(block, name))
+            changes[name] = len(kept)
+    if block.conv_kernel:
+        if choice.qk is not None or (choice.v is not None and len(choice.v) != 1):
+            raise UserError(f"{where}: a convolution takes v alone, with one entry: the bottleneck channels that stay")
+        if choice.v is not None:
+            _check(f"{where}.v[0]", choice.v[0], block.total_v)
+            changes["v"] = len(choice.v[0])
+    elif choice.qk is not None and choice.v is not None:
+        changes |= _cut_heads(arch, block, choice.qk, choice.v, where)
+    elif choice.qk is not None or choice.v is not None:
+        raise UserError(f"{where}: give both qk and v, or neither")
+    return dataclasses.replace(block, **changes)
+
+
+def _cut_heads(arch: Arch, block: Block, qk: tuple[Indices, ...], v: tuple[Indices, ...], where: str) -> dict[str, Any]:
+    if len(qk) != len(v):
+        raise UserError(f"{where}: qk has {len(qk)} heads, v has {len(v)}")
+    widths = sorted({len(head) for head in qk})
+    if len(widths) != 1:
+        raise UserError(f"{where}.qk: heads keep different widths {widths}; they must be equal")
+    for h, (own_qk, own_v) in enumerate(zip(qk, v, strict=True)):
+        _check(f"{where}.qk[{h}]", own_qk, block.heads * block.qk)
+        _check(f"{where}.v[{h}]", own_v, block.total_v)
+        if arch.family == "swin" and len({c // block.qk for c in own_qk} | _heads_of(block, own_v)) > 1:
+            raise UserError(f"{where}.qk[{h}]: a Swin head has position biases of its own; keep channels of one head")
+    if arch.qk_norm and len({tuple(c % block.qk for c in head) for head in qk}) > 1:
+        # all heads share one q and one k LayerNorm
+        raise UserError(f"{where}.qk: with q/k norm every head must keep the same channels")
+    v_widths = tuple(len(head) for head in v)
+    return {"heads": len(qk), "qk": widths[0], "v": v_widths[0] if len(set(v_widths)) == 1 else v_widths}
+
+
+def _heads_of(block: Block, v: Indices) -> set[int]:
+    """The heads that value channels belong to."""
+    ends = list(accumulate(block.v_widths))
+    return {bisect.bisect_right(ends, c) for c in v}
+
+
+def _check(where: str, kept: Indices, size: int) -> None:
+    if not kept:
+        raise UserError(f"{where} is empty: at least one of {size} must stay")
+    if any(b <= a for a, b in pairwise(kept)):
+        raise UserError(f"{where}: indices must ascend without repetition")
+    if kept[0] < 0 or kept[-1] >= size:
+        raise UserError(f"{where}: index {kept[0] if kept[0] < 0 else kept[-1]} is outside 0..{size - 1}")
+
+
+def cut(model: nn.Module, decision: Cut) -> nn.Module:
+    """The physically small model: ``model``'s weights gathered by ``decision``, in a new module of its own.
+
+    ``model`` is a timm model that ``Arch.from_timm`` accepts, or one of ours; it is not changed. Dtype, device, train
+    or eval mode and preprocessing carry over, optimizer state does not.
+
+    Raises:
+        UserError: an index does not exist, or nothing would be left.
+    """
+    arch = arch_of(model)
+    small_arch = cut_arch(arch, decision)
+    weights = _gather(arch, decision, model.state_dict())  # gathering makes copies, so nothing is shared
+    weights = _replace(arch, decision, weights)
+    small = build_with(small_arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
+    return small.train(model.training)
+
+
+_BLOCK = re.compile(r"(?:(?P<stage>(?:layers|stages)\.(?P<s>\d+))\.)?blocks\.(?P<b>\d+)\.(?P<part>.+)")
+_STAGE = re.compile(r"(?:layers|stages)\.(?P<s>\d+)\.(?P<part>.+)")
+_WORDS = re.compile(r"(?:words|softmax)\.(?P<part>tables|projections)\.(?P<b>\d+)\.weight")
+
+
+def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
+    """What each axis of a tensor of ``build(arch)``'s state dict counts; "" or left out where nothing is ever cut.
+
+    ``stages.S.embed`` are a stage's residual channels and ``stages.S.merged`` those of four neighbours side by side
+    (Swin's patch merging); of block I there are ``blocks.I.`` and ``q`` (H·E), ``qkv`` (all of Q, K, V), ``kv``, ``v``
+    (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and ``sr``. Of a
+    language model's bands from the second on there is ``bands.B.tail``, the channels of their words.
+    """
+    if match := _BLOCK.fullmatch(name):
+        s = int(match["s"] or 0)
+        i = sum(len(stage.blocks) for stage in arch.stages[:s]) + int(match["b"])
+        residual = f"stages.{s}.embed"
+        reads = f"blocks.{i}.sr" if arch.blocks[i].sr else residual
+        places = {"": "", "embed": residual, "kv_in": reads}
+        return tuple(places.get(axis, f"blocks.{i}.{axis}") for axis in _BLOCK_AXES[match["part"]])
+    if match := _STAGE.fullmatch(name):
+        s, part = int(match["s"]), match["part"]
+        if arch.family == "swin":  # its norm stands before the reduction, PVTv2's behind the projection
+            part = part.replace("downsample.norm", "downsample.norm_merged")
+        places = {"in": f"stages.{s - 1}.embed", "out": f"stages.{s}.embed", "merged": f"stages.{s - 1}.merged"}
+        return tuple(places[axis] for axis in _STAGE_AXES[part])
+    if match := _WORDS.fullmatch(name):
+        channels = f"bands.{match['b']}.tail" if int(match["b"]) else "stages.0.embed"
+        return ("" if match["part"] == "tables" else "stages.0.embed", channels)
+    places = {"": "", "in": "stages.0.embed", "out": f"stages.{len(arch.stages) - 1}.embed"}
+    return tuple(places[axis] for axis in _STEM_AXES[_stem(name)])
+
+
+def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Index every tensor along the axes that the cut shortens; blocks are renumbered within their stage."""
+    kept: dict[str, torch.Tensor] = {}
+    renamed: dict[tuple[int, int], int] = {}  # (stage, block) -> the block's new number in its stage
+    choices = iter(enumerate(decision.blocks))
+    for s, (stage, channels) in enumerate(zip(arch.stages, _embed(arch, decision), strict=True)):
+        embed = torch.tensor(range(stage.width) if channels is None else channels)
+        kept[f"stages.{s}.embed"] = embed
+        kept[f"stages.{s}.merged"] = torch.cat([embed + part * stage.width for part in range(4)])
+        alive = 0
+        for b, block in enumerate(stage.blocks):
+            i, choice = next(choices)
+            if choice.keep:
+                kept |= {f"blocks.{i}.{axis}": indices for axis, indices in _rows(block, choice).items()}
+                renamed[s, b], alive = alive, alive + 1
+    for j, width in enumerate(arch.text.tails if arch.text else ()):
+        own = decision.tails[j] if decision.tails else None
+        kept[f"bands.{j + 1}.tail"] = torch.tensor(range(width) if own is None else own)
+    small: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        new = name
+        if match := _BLOCK.fullmatch(name):
+            place = int(match["s"] or 0), int(match["b"])
+            if place not in renamed:
+                continue
+            prefix = f"{match['stage']}." if match["stage"] else ""
+            new = f"{prefix}blocks.{renamed[place]}.{match['part']}"
+        small[new] = _take(tensor, tensor_axes(arch, name), kept)
+    return small
+
+
+def _replace(arch: Arch, decision: Cut, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give blocks their new mixers and token plans; ``weights`` are those of the narrowed model."""
+    stage_name = {"swin": "layers.{}.", "pvt_v2": "stages.{}."}.get(arch.family, "")
+    choices = iter(enumerate(decision.blocks))
+    for s, stage in enumerate(arch.stages):
+        pairs = [(block, *next(choices)) for block in stage.blocks]
+        for b, (block, i, choice) in enumerate(pair for pair in pairs if pair[2].keep):
+            if choice.mixer is None and choice.tokens is None:
+                continue
+            prefix = f"{stage_name.format(s)}blocks.{b}."
+            own = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+            narrow = _narrow_block(arch, block, choice, f"cut.blocks[{i}]")
+            new = replace_tensors(arch, narrow, own, choice.mixer, choice.tokens)
+            weights |= {prefix + name: tensor for name, tensor in new.items()}
+    return weights
+
+
+def _rows(block: Block, choice: BlockCut) -> dict[str, torch.Tensor]:
+    """What stays of every axis of one block's tensors, but for the residual channels."""
+
+    def long(indices: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(indices), dtype=torch.long)
+
+    width = block.heads * block.qk
+    qk = choice.qk or tuple(tuple(range(h * block.qk, (h + 1) * block.qk)) for h in range(block.heads))
+    flat_qk = long(chain.from_iterable(qk))
+    v = long(range(block.total_v) if choice.v is None else chain.from_iterable(choice.v))
+    return {
+        "q": flat_qk,
+        "kv": torch.cat([flat_qk, width + v]),
+        "qkv": torch.cat([flat_qk, width + flat_qk, 2 * width + v]),
+        "v": v,
+        "heads": long(head[0] // block.qk for head in qk),
+        "qk_norm": long(c % block.qk for c in qk[0]) if qk else long(()),
+        "sr": long(range(block.sr) if choice.sr is None else choice.sr),
+        "mlp": long(range(block.mlp) if choice.mlp is None else choice.mlp),
+    }
+
+
+def _both(name: str, *axes: str) -> dict[str, tuple[str, ...]]:
+    """Axes of ``name.weight``, the first of which is also the bias's."""
+    return {f"{name}.weight": axes, f"{name}.bias": axes[:1]}
+
+
+# What each axis of a tensor counts, from the first on; axes left out are kept whole.
+_BLOCK_AXES: dict[str, tuple[str, ...]] = {
+    **_both("norm1", "embed"),
+    **_both("norm2", "embed"),
+    "ls1.gamma": ("embed",),
+    "ls2.gamma": ("embed",),
+    **_both("attn.qkv", "qkv", "embed"),
+    **_both("attn.q_norm", "qk_norm"),
+    **_both("attn.k_norm", "qk_norm"),
+    **_both("attn.q", "q", "embed"),
+    **_both("attn.kv", "kv", "kv_in"),
+    **_both("attn.sr", "sr", "embed"),
+    **_both("attn.norm", "sr"),
+    **_both("attn.proj", "embed", "v"),
+    "attn.relative_position_bias_table": ("", "heads"),
+    "attn.token_scale": (),
+    **_both("attn.bconv.0", "v", "embed"),
+    **_both("attn.bconv.1", "v"),
+    "attn.bconv.1.running_mean": ("v",),
+    "attn.bconv.1.running_var": ("v",),
+    "attn.bconv.1.num_batches_tracked": (),
+    **_both("attn.bconv.3", "embed", "v"),
+    **_both("mlp.fc1", "mlp", "embed"),
+    **_both("mlp.dwconv", "mlp"),
+    **_both("mlp.fc2", "embed", "mlp"),
+    **{f"token_merge.{part}": () for part in ("assign", "weight", "matrix", "recover", "takes_part")},
+}
+_STAGE_AXES: dict[str, tuple[str, ...]] = {
+    **_both("downsample.proj", "out", "in"),
+    "downsample.reduction.weight": ("out", "merged"),
+    **_both("norm", "out"),
+    **_both("downsample.norm", "out"),
+    **_both("downsample.norm_merged", "merged"),
+}
+_STEM_AXES: dict[str, tuple[str, ...]] = {
+    "cls_token": ("", "", "in"),
+    "dist_token": ("", "", "in"),
+    "reg_token": ("", "", "in"),
+    "pos_embed": ("", "", "in"),
+    "patch_embed": ("in",),
+    "norm_pre": ("in",),
+    "columns": ("in",),
+    "clusters": ("", "in"),
+    "norm": ("out",),
+    "fc_norm": ("out",),
+    **{f"{head}.weight": ("", "out") for head in ("head", "head.fc", "head_dist")},
+    **{f"{head}.bias": () for head in ("head", "head.fc", "head_dist")},
+}
+
+
+def _stem(name: str) -> str:
+    return name if name.startswith("head") else name.split(".")[0]
+
+
+def _take(tensor: torch.Tensor, axes: tuple[str, ...], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A copy of ``tensor`` with the kept indices of every named axis."""
+    taken = tensor
+    for axis, what in enumerate(axes):
+        if what:
+            taken = taken.index_select(axis, kept[what].to(tensor.device))
+    return tensor.clone() if taken is tensor else taken

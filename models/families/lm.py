@@ -1,0 +1,225 @@
+"""A decoder-only language model with adaptive input and adaptive softmax, and a shape of its own in every block.
+
+It is fairseq's ``transformer_lm_wiki103`` (Baevski and Auli, "Adaptive Input Representations for Neural Language
+Modeling", arXiv 1809.10853): norms in front of attention and MLP and none at the end, sinusoidal positions, word
+vectors of a width per band of frequency that are projected to the residual width and scaled, and a softmax in two steps
+(Grave et al., arXiv 1609.04309) that shares tables and projections with the input. Blocks are those of ``models.vit``,
+in timm's names.
+
+After pruning, ``columns`` says which columns of the source's sinusoids the residual channels have; they are computed as
+they are read, so a text of any length has positions.
+
+Shapes: B batch, T words of a text, D residual width, V words of the vocabulary, n and d words and width of a band.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm
+from torch import nn
+
+from prunesweep.models.arch import Arch, Block, Stage, Text
+
+from .vit import HeteroBlock
+
+__all__ = ["LanguageModel", "build_lm", "lm_arch"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class Words(nn.Module):
+    """Adaptive input: word numbers (B, T) to vectors (B, T, D). Every band is computed for every word."""
+
+    def __init__(self, arch: Arch) -> None:
+        super().__init__()
+        (stage,), text = arch.stages, arch.text
+        assert text is not None
+        self.bands, widths = arch.bands, (stage.width, *text.tails)
+        self.tables = nn.ModuleList(nn.Embedding(len(band), d) for band, d in zip(self.bands, widths, strict=True))
+        self.projections = nn.ModuleList(nn.Linear(d, stage.width, bias=False) for d in widths)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        parts = [
+            projection(table((words - band.start).clamp(0, len(band) - 1)))
+            for band, table, projection in zip(self.bands, self.tables, self.projections, strict=True)
+        ]
+        x = parts[0]
+        for band, part in zip(self.bands[1:], parts[1:], strict=True):
+            x = torch.where((words >= band.start)[..., None], part, x)
+        return x
+
+
+class Softmax(nn.Module):
+    """Tables and projections of its own, where the adaptive softmax does not share the input's; by band."""
+
+    def __init__(self, arch: Arch) -> None:
+        super().__init__()
+        (stage,), text = arch.stages, arch.text
+        assert text is not None
+        widths = (stage.width, *text.tails)
+        tables = enumerate(widths) if text.tied == "none" else ()
+        self.tables = nn.ModuleDict({str(b): nn.Embedding(len(arch.bands[b]), d) for b, d in tables})
+        projections = () if text.tied == "all" else enumerate(text.tails, start=1)
+        self.projections = nn.ModuleDict({str(b): nn.Linear(d, stage.width, bias=False) for b, d in projections})
+
+
+class LanguageModel(nn.Module):
+    """Next-word distributions of texts, (B, T) word numbers to (B, T, V) log-probabilities."""
+
+    columns: torch.Tensor
+
+    def __init__(self, arch: Arch, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        (stage,) = arch.stages
+        assert arch.text is not None
+        self.text, self.num_classes, self.num_features = arch.text, arch.num_classes, stage.width
+        rates = torch.linspace(0, drop_path, len(stage.blocks), device="cpu").tolist()
+        norm_layer = partial(LayerNorm, eps=arch.norm_eps)
+        self.words = Words(arch)
+        self.register_buffer("columns", torch.arange(stage.width))
+        self.blocks = nn.ModuleList(
+            HeteroBlock(arch, block, drop_path=rate, act_layer=ACTIVATIONS[arch.act], norm_layer=norm_layer)
+            for block, rate in zip(stage.blocks, rates, strict=True)
+        )
+        self.clusters = nn.Linear(stage.width, len(self.text.tails), bias=False)
+        self.softmax = Softmax(arch)
+        self.apply(_init)
+
+    def forward(self, words: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities (B, T, V) of every next word or, of ``targets`` (B, T) alone, (B, T)."""
+        hidden = self.hidden(words)
+        return self.log_prob(hidden) if targets is None else self.log_prob_of(hidden, targets)
+
+    def hidden(self, words: torch.Tensor) -> torch.Tensor:
+        """The last block's output, (B, T, D)."""
+        x = self.embed(self.words(words))
+        for block in self.blocks:
+            x = block(x, is_causal=True)
+        return x
+
+    def embed(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Scaled word vectors with their positions, (B, T, D)."""
+        return self.text.embed_scale * vectors + self.positions(vectors.shape[1])
+
+    def positions(self, length: int) -> torch.Tensor:
+        """(T, D): the kept columns of the source's [sines | cosines], in float32 at least, as fairseq has them."""
+        weight, half = self.clusters.weight, self.text.positions // 2
+        shape = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        rates = torch.exp(torch.arange(half, **shape) * -(math.log(10000) / (half - 1)))  # type: ignore[call-overload]
+        places = torch.arange(length, **shape) + self.text.first_position  # type: ignore[call-overload]
+        angles = places[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=1)[:, self.columns].to(weight.dtype)
+
+    def table(self, band: int) -> torch.Tensor:
+        """The softmax's word vectors of a band, (n, d)."""
+        tables = self.softmax.tables
+        return (tables[str(band)] if tables else self.words.tables[band]).weight  # type: ignore[return-value]
+
+    def projection(self, band: int) -> torch.Tensor:
+        """What projects the hidden state to a tail's width, (D, d)."""
+        own = self.softmax.projections
+        return (own[str(band)] if own else self.words.projections[band]).weight  # type: ignore[return-value]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., n + tails) of the words of band 0 and of the other bands, each as a whole."""
+        return torch.cat([F.linear(hidden, self.table(0)), self.clusters(hidden)], dim=-1)
+
+    def project(self, hidden: torch.Tensor, band: int) -> torch.Tensor:
+        """The hidden state (..., d) in a tail's width."""
+        return F.linear(hidden, self.projection(band).T)
+
+    def tail(self, projected: torch.Tensor, band: int) -> torch.Tensor:
+        """Logits (..., n) within a band other than the first, of what ``project`` gives."""
+        return F.linear(projected, self.table(band))
+
+    def log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., V): log p(w) = log softmax(head)[w], or that of w's band plus log softmax(tail)[w]."""
+        bands = self.words.bands
+        head = _log_softmax(self.head(hidden))
+        words, clusters = head.tensor_split([len(bands[0])], dim=-1)
+        tails = [
+            _log_softmax(self.tail(self.project(hidden, b), b)) + clusters[..., b - 1 : b] for b in range(1, len(bands))
+        ]
+        return torch.cat([words, *tails], dim=-1)
+
+    def log_prob_of(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of ``targets`` alone, in their shape: a tail is computed for the words that are in it only."""
+        bands = self.words.bands
+        hidden, words = hidden.flatten(0, -2), targets.flatten()
+        which = torch.zeros_like(words)
+        for band in bands[1:]:
+            which += words >= band.start
+        place = torch.where(which == 0, words, len(bands[0]) + which - 1)
+        found = _log_softmax(self.head(hidden)).gather(1, place[:, None])[:, 0]
+        for b, band in enumerate(bands[1:], start=1):
+            rows = torch.nonzero(which == b)[:, 0]  # may be empty, which leaves the tail in the graph
+            inside = _log_softmax(self.tail(self.project(hidden[rows], b), b))
+            found = found.index_add(0, rows, inside.gather(1, (words[rows] - band.start)[:, None])[:, 0])
+        return found.view(targets.shape)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _init(module: nn.Module) -> None:
+    """fairseq's: word vectors of unit length in the mean, Glorot's uniform weights elsewhere."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def build_lm(arch: Arch, *, drop_path: float = 0.0) -> LanguageModel:
+    """The language model of ``arch``."""
+    return LanguageModel(arch, drop_path=drop_path)
+
+
+def lm_arch(
+    *,
+    words: int,
+    cutoffs: tuple[int, ...],
+    width: int,
+    depth: int,
+    heads: int,
+    mlp: int,
+    length: int = 512,
+    factor: int = 4,
+    source: str = "adaptive_lm",
+    vocabulary: str = "",
+) -> Arch:
+    """A uniform record in fairseq's proportions, everything tied: band j has ``width // factor ** j`` channels.
+
+    ``transformer_lm_wiki103`` has 267,744 words, cutoffs 20,000 and 60,000, width 1024, depth 16, 8 heads and MLPs of
+    4096; ``length`` is that of the texts it is trained on. Validate the result.
+    """
+    qk = width // heads
+    blocks = tuple(Block(src=i, heads=heads, qk=qk, v=qk, scale=qk**-0.5, mlp=mlp) for i in range(depth))
+    return Arch(
+        family="lm",
+        source=source,
+        img_size=(1, length),
+        patch_size=(1, 1),
+        in_chans=1,
+        num_classes=words,
+        stages=(Stage(width=width, grid=(1, length), blocks=blocks),),
+        class_token=False,
+        pool="none",
+        head_norm="none",
+        norm_eps=1e-5,
+        act="relu",
+        text=Text(
+            cutoffs=cutoffs,
+            tails=tuple(width // factor**j for j in range(1, len(cutoffs) + 1)),
+            embed_scale=width**0.5,
+            positions=width,
+            vocabulary=vocabulary,
+        ),
+    )

@@ -1,0 +1,139 @@
+"""Swin transformers with a shape of their own in every block and a width of their own in every stage.
+
+A stock timm ``SwinTransformer`` gives the skeleton (patch embedding, stages, forward passes); its uniform blocks are
+replaced. timm's own block holds every record that it can express; ``HeteroSwinBlock`` holds the others and keeps
+timm's windows, shifts, masks and parameter names.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from timm.layers import ClassifierHead, Mlp, calculate_drop_path_rates
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
+from torch import nn
+
+from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.layers.mixers import ConvMixer, attend
+
+__all__ = ["HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
+
+
+class HeteroWindowAttention(WindowAttention):  # type: ignore[misc]  # timm is untyped
+    """timm's window attention with a value width that may differ from E and between heads, and a given scale."""
+
+    def __init__(self, dim: int, block: Block, window: tuple[int, int], qkv_bias: bool) -> None:
+        super().__init__(dim, block.heads, head_dim=block.qk, window_size=window, qkv_bias=qkv_bias)
+        self.qk_dim, self.v_dims, self.scale = block.qk, block.v_widths, block.scale
+        self.qkv = nn.Linear(dim, 2 * block.heads * block.qk + block.total_v, bias=qkv_bias)
+        self.proj = nn.Linear(block.total_v, dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend within windows, (windows*B, N, D) to the same; ``mask`` is (windows, N, N) or None."""
+        width = self.num_heads * self.qk_dim
+        q, k, v = self.qkv(x).split([width, width, sum(self.v_dims)], dim=-1)
+        q, k = (rearrange(t, "b n (h e) -> b h n e", h=self.num_heads) for t in (q, k))
+        bias = self._get_rel_pos_bias()
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+        return self.proj(attend(q, k, v, self.v_dims, self.scale, attn_mask=bias.to(q.dtype)))
+
+
+class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is untyped
+    """Swin block of one record: windows of any heads, a convolution over the whole map or no mixer; any MLP or none."""
+
+    def __init__(self, arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> None:
+        window, attends = stage.window or (1, 1), block.mixer == "attn"
+        super().__init__(
+            stage.width,
+            stage.grid,
+            num_heads=1,
+            head_dim=1,
+            window_size=window if attends else 1,
+            shift_size=shift(stage, block) if attends else 0,
+            drop_path=drop_path,
+            mlp_ratio=0,
+            norm_layer=norm_layer,
+        )
+        self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
+        if attends:
+            self.attn: nn.Module = HeteroWindowAttention(stage.width, block, window, arch.qkv_bias)
+        elif block.conv_kernel:
+            self.attn = ConvMixer(stage.width, block.total_v, block.conv_kernel, stage.grid)
+        else:
+            del self.attn
+            if not block.norm_residual:
+                del self.norm1, self.drop_path1
+        if self.has_mlp:
+            self.mlp = Mlp(stage.width, block.mlp)
+        else:
+            del self.norm2, self.mlp, self.drop_path2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, rows, columns, D) to the same."""
+        if self.mixer == "attn":
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
+        elif self.mixer != "none":
+            y = self.attn(self.norm1(x).flatten(1, 2))
+            x = x + self.drop_path1(y.unflatten(1, x.shape[1:3]))
+        elif self.norm_residual:
+            x = x + self.drop_path1(self.norm1(x))
+        if self.has_mlp:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+def shift(stage: Stage, block: Block) -> tuple[int, int]:
+    """Rows and columns by which a block's windows are shifted."""
+    rows, columns = stage.window or (0, 0)
+    return (rows // 2, columns // 2) if block.shifted else (0, 0)
+
+
+def build_swin(arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
+    """A timm SwinTransformer with the blocks and widths of ``arch``."""
+    norm_layer = partial(nn.LayerNorm, eps=arch.norm_eps)
+    widths = [stage.width for stage in arch.stages]
+    model = SwinTransformer(
+        img_size=arch.img_size,
+        patch_size=arch.patch_size,
+        in_chans=arch.in_chans,
+        num_classes=arch.num_classes,
+        embed_dim=widths[0],
+        depths=(0,) * len(widths),
+        num_heads=(1,) * len(widths),
+        norm_layer=norm_layer,
+        drop_path_rate=0.0,
+    )
+    rates = calculate_drop_path_rates(drop_path, [len(stage.blocks) for stage in arch.stages], stagewise=True)
+    for s, (stage, layer) in enumerate(zip(arch.stages, model.layers, strict=True)):
+        if s:
+            layer.downsample = PatchMerging(widths[s - 1], stage.width, norm_layer=norm_layer)
+        pairs = zip(stage.blocks, rates[s], strict=True)
+        layer.blocks = nn.Sequential(*(_block(arch, stage, block, rate, norm_layer) for block, rate in pairs))
+        layer.depth = len(stage.blocks)
+        model.feature_info[s]["num_chs"] = stage.width
+    model.num_features = model.head_hidden_size = widths[-1]
+    model.norm = norm_layer(widths[-1])
+    model.head = ClassifierHead(widths[-1], arch.num_classes, pool_type=arch.pool, input_fmt="NHWC")
+    model.init_weights(needs_reset=False)
+    return model
+
+
+def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer: Any) -> SwinTransformerBlock:
+    if not (block.stock_heads and block.mlp):
+        return HeteroSwinBlock(arch, stage, block, drop_path=drop_path, norm_layer=norm_layer)
+    return SwinTransformerBlock(
+        stage.width,
+        stage.grid,
+        num_heads=block.heads,
+        head_dim=block.qk,
+        window_size=stage.window,
+        shift_size=shift(stage, block),
+        mlp_ratio=(block.mlp + 0.5) / stage.width,  # timm rounds width * ratio down
+        qkv_bias=arch.qkv_bias,
+        drop_path=drop_path,
+        norm_layer=norm_layer,
+    )

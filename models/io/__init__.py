@@ -1,0 +1,1 @@
+"""Models on disk and elsewhere: saving and loading, the Hugging Face Hub, export, provenance."""

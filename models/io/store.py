@@ -1,0 +1,178 @@
+"""One model is one folder that timm understands: ``config.json`` and ``model.safetensors``, with the record in both.
+
+    import prunesweep, timm
+    model = timm.create_model("local-dir:runs/digits/trials/r0-0007/model", pretrained=True)
+
+``config.json`` is timm's, with the record as ``model_args.arch``, with ``provenance`` and with ``weights_sha256``, the
+SHA-256 of ``model.safetensors``. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm.models
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from prunesweep.models.arch import Arch
+from prunesweep.models.builder import ENTRY_POINT, arch_of, build_with, create
+from prunesweep.models.errors import UserError
+from prunesweep.models.families.lm import lm_arch
+
+from .files import publish_folder
+
+__all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt", "save"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DIGEST = "weights_sha256"  # absent from folders that older versions wrote
+
+
+@timm.models.register_model
+def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
+    """timm's entry point: ``arch`` is a record, or the JSON form of one."""
+    arch = options.pop("arch", None)
+    if arch is None:
+        raise UserError(f"timm model {ENTRY_POINT!r} needs arch=...: a record or its JSON object")
+    if not isinstance(arch, Arch):
+        arch = Arch.from_dict(arch)
+    return create(
+        arch,
+        pretrained=pretrained,
+        pretrained_cfg=options.pop("pretrained_cfg", None),
+        drop_path=options.pop("drop_path_rate", 0.0),
+        **options,
+    )
+
+
+@timm.models.register_model
+def adaptive_lm(pretrained: bool = False, **options: Any) -> nn.Module:
+    """fairseq's ``transformer_lm_wiki103`` with random weights, or one of its kind.
+
+    ``width``, ``depth``, ``heads``, ``mlp``, ``factor``, ``cutoffs`` and ``vocabulary`` are as for
+    ``models.lm.lm_arch``, ``num_classes`` are the words and ``img_size`` is (1, length). By default bands are the same
+    shares of the words.
+    """
+    if pretrained:
+        raise UserError("no weights of 'adaptive_lm' are published here: read fairseq's with `prunesweep import`")
+    words, (_, length) = options.pop("num_classes", 267_744), options.pop("img_size", (1, 512))
+    shape: dict[str, Any] = {"width": 1024, "depth": 16, "heads": 8, "mlp": 4096}
+    shape |= {name: options.pop(name) for name in (*shape, "factor", "vocabulary") if name in options}
+    cutoffs = tuple(options.pop("cutoffs", (words * 20_000 // 267_744, words * 60_000 // 267_744)))
+    return create(
+        lm_arch(words=words, cutoffs=cutoffs, length=length, **shape),
+        pretrained=False,
+        pretrained_cfg=options.pop("pretrained_cfg", None),
+        drop_path=options.pop("drop_path_rate", 0.0),
+        **options,
+    )
+
+
+def rebuilt(model: nn.Module) -> nn.Module:
+    """A new module of the model's record that holds the model's own weights.
+
+    Raises:
+        UserError: the model cannot be represented, or was changed after it was built.
+    """
+    try:
+        return build_with(arch_of(model), model.state_dict(), pretrained_cfg=getattr(model, "pretrained_cfg", None))
+    except RuntimeError as error:
+        raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
+
+
+def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
+    """Write ``model`` (ours, or a timm model that ``Arch.from_timm`` accepts) as a folder, whole or not at all.
+
+    Args:
+        model: the model; its weights are stored as they are.
+        path: the folder; one that is there is replaced.
+        provenance: JSON-ready facts about where the weights come from; ``load_provenance`` gives them back. Any key may
+            be used. By convention, each where it applies: ``method`` (the pruner's name, ``source``, ``import``),
+            ``source`` (facts about the dense model), ``scores`` (the cached scores' file names), ``point`` (the
+            search's parameters), ``data`` (fingerprint of the data set), ``seed``, ``top1`` (per cent) and ``versions``
+            (package to version).
+
+    Raises:
+        UserError: the model cannot be represented, or was changed after it was built.
+    """
+    path, ours = Path(path), rebuilt(model)
+    record = arch_of(ours).to_dict()
+    with publish_folder(path) as folder:
+        timm.models.save_for_hf(
+            ours,
+            str(folder),
+            model_config={"provenance": dict(provenance or {})},
+            model_args={"arch": record},
+            safe_serialization=True,
+        )
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ours.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(record)})
+        config = json.loads((folder / CONFIG).read_text())
+        config[DIGEST] = _sha256(folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    folder = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a saved model: {name} is missing")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        architecture, _ = config["architecture"], config["pretrained_cfg"]
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
+        raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from error
+    if architecture != ENTRY_POINT:
+        raise UserError(f"{folder} holds a {architecture!r}, not a {ENTRY_POINT!r} model; load it with timm")
+    return config
+
+
+def read_arch(path: str | Path) -> Arch:
+    """The record of a saved model, without its weights. Raises UserError where the folder is not one, or is damaged."""
+    record = _config(path).get("model_args", {}).get("arch")
+    try:
+        with safe_open(Path(path) / WEIGHTS, "pt") as file:
+            beside_weights = json.loads((file.metadata() or {}).get("arch", "null"))
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{Path(path) / WEIGHTS} is damaged: {error}") from error
+    if record != beside_weights:
+        raise UserError(f"{path}: {CONFIG} and {WEIGHTS} hold different records; one of them was changed")
+    return Arch.from_dict(record)
+
+
+def load_provenance(path: str | Path) -> dict[str, Any]:
+    """What ``save`` was told about where the weights come from."""
+    return dict(_config(path).get("provenance", {}))
+
+
+def load(path: str | Path) -> nn.Module:
+    """The saved model on the CPU, in eval mode.
+
+    Raises:
+        UserError: the folder is not a saved model, a file is damaged, or the weights are not those that were saved.
+    """
+    config, weights_file = _config(path), Path(path) / WEIGHTS
+    if DIGEST in config and (found := _sha256(weights_file)) != config[DIGEST]:
+        raise UserError(
+            f"{weights_file} is damaged: its SHA-256 is {found}, but {Path(path) / CONFIG} says {config[DIGEST]}. "
+            "One of the two was cut short or changed after they were saved; copy the folder or save the model again"
+        )
+    arch = read_arch(path)
+    try:
+        # copied: safetensors maps the file, and at its odd addresses kernels round differently
+        weights = {name: tensor.clone() for name, tensor in load_file(weights_file).items()}
+        model = build_with(arch, weights, pretrained_cfg=config["pretrained_cfg"])
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{weights_file} does not fit its record: {error}") from error
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Layers that families share: attention of any widths, bottleneck convolutions, token merging."""

@@ -1,0 +1,164 @@
+"""SPViT's decision: a mixer for every block and hidden units for every MLP, from gates or from outside.
+
+Without a gate search ("mode C"), choices come from an outer search: ``conv_prefix`` gives the form that SPViT's own
+searches of DeiT found (arXiv 2111.11802, table 5: convolutions first, 3x3 right before the first attention), and
+``score_mlp_units`` says cheaply which hidden units matter. ``spvit_cut`` makes a cut of them, ``fit_units`` meets a
+budget. A convolution is another function than the attention that it replaces: re-estimate the statistics of its
+BatchNorm (``models.recalibrate``) before scoring such a model, and finetune it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut_arch
+from prunesweep.models.errors import nearest
+from prunesweep.pruners.scores import Scores
+
+from .cost import GateCosts
+from .gates import CHOICES
+
+__all__ = ["FAMILIES", "SKIP_FORMS", "best_units", "conv_prefix", "fit_units", "score_mlp_units", "spvit_cut"]
+
+FAMILIES = ("vit", "swin")
+SKIP_FORMS = {"identity": "none", "ln_residual": "norm"}
+
+Units = Sequence[Sequence[int] | None]
+
+
+def spvit_cut(arch: Arch, choices: Sequence[str], mlp: Units | None = None, *, skip_form: str = "identity") -> Cut:
+    """The cut with these mixers and hidden units.
+
+    Args:
+        arch: a ViT or Swin on any grid.
+        choices: ``msa``, ``conv1x1``, ``conv3x3`` or ``skip`` for every block; ``msa`` leaves the mixer as it is.
+        mlp: the hidden units that stay of every block, ascending; None keeps all, of a block or of all blocks.
+        skip_form: a skipped mixer adds nothing (``identity``) or its normalised input (``ln_residual``, SPViT's
+            finetuned and published models).
+
+    Raises:
+        UserError: another family, another number of blocks, an unknown choice, a convolution in place of something
+            that is no attention, or an impossible unit.
+    """
+    check_family(arch)
+    if skip_form not in SKIP_FORMS:
+        raise UserError(f"skip_form = {skip_form!r}: must be one of {', '.join(SKIP_FORMS)}")
+    for name, given in (("choices", choices), ("mlp", mlp)):
+        if given is not None and len(given) != arch.depth:
+            raise UserError(
+                f"{name} has {len(given)} entries: {arch.source} has {arch.depth} blocks, give one for each"
+            )
+    for i, choice in enumerate(choices):
+        if choice not in CHOICES:
+            hint = nearest(str(choice), CHOICES)
+            raise UserError(f"choices[{i}] = {choice!r}: must be one of {', '.join(CHOICES)}. {hint}".strip())
+        if choice.startswith("conv") and arch.blocks[i].mixer != "attn":
+            raise UserError(
+                f"choices[{i}] = {choice!r}: block {i} has mixer {arch.blocks[i].mixer!r}, and a convolution takes its "
+                "weights from attention; choose 'msa' to leave the block as it is"
+            )
+    mixers = [{"msa": None, "skip": SKIP_FORMS[skip_form]}.get(choice, choice) for choice in choices]
+    units = [None if own is None else tuple(own) for own in mlp or [None] * arch.depth]
+    decision = Cut(blocks=tuple(BlockCut(mixer=m, mlp=own) for m, own in zip(mixers, units, strict=True)))
+    cut_arch(arch, decision)
+    return decision
+
+
+def check_family(arch: Arch) -> None:
+    """Raise UserError where SPViT cannot serve the family of ``arch``."""
+    if arch.family not in FAMILIES:
+        raise UserError(f"{arch.source} is of family {arch.family!r}: SPViT serves families {', '.join(FAMILIES)}")
+
+
+def conv_prefix(depth: int, convs: int, conv3x3: int = 0) -> tuple[str, ...]:
+    """Choices for ``depth`` blocks: the first ``convs`` are convolutions, of which the last ``conv3x3`` are 3x3.
+
+    Raises:
+        UserError: ``convs`` is not in 0..depth, or ``conv3x3`` not in 0..convs.
+    """
+    for name, value, most in (("convs", convs, depth), ("conv3x3", conv3x3, convs)):
+        if not 0 <= value <= most:
+            raise UserError(f"{name} = {value}: must lie in 0..{most}")
+    return ("conv1x1",) * (convs - conv3x3) + ("conv3x3",) * conv3x3 + ("msa",) * (depth - convs)
+
+
+@torch.no_grad()
+def score_mlp_units(model: nn.Module) -> Scores:
+    """Norm of a hidden unit's row of fc1 times the norm of its column of fc2: ``blocks.I.mlp`` (M,) of every MLP."""
+    vectors = {}
+    for i, (block, record) in enumerate(zip(blocks_of(model), arch_of(model).blocks, strict=True)):
+        if record.mlp:
+            rows, columns = block.get_submodule("mlp.fc1").weight, block.get_submodule("mlp.fc2").weight
+            assert isinstance(rows, torch.Tensor)
+            assert isinstance(columns, torch.Tensor)
+            vectors[f"blocks.{i}.mlp"] = (rows.double().norm(dim=1) * columns.double().norm(dim=0)).cpu()
+    return Scores(vectors, {"method": "mlp_norms"})
+
+
+def best_units(scores: Scores, widths: Sequence[int]) -> tuple[tuple[int, ...] | None, ...]:
+    """The ``widths[i]`` hidden units of block i with the highest scores, ascending; None where it has no MLP.
+
+    Raises:
+        UserError: a width is not in 1..M.
+    """
+    best: list[tuple[int, ...] | None] = []
+    for i, width in enumerate(widths):
+        vector = scores.vectors.get(f"blocks.{i}.mlp")
+        if vector is not None and not 1 <= width <= len(vector):
+            raise UserError(f"widths[{i}] = {width}: must lie in 1..{len(vector)}, the block's hidden units")
+        best.append(None if vector is None else _ascending(vector.argsort(descending=True, stable=True)[:width]))
+    return tuple(best)
+
+
+def _ascending(units: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(u) for u in units.sort().values)
+
+
+def fit_units(
+    costs: GateCosts,
+    choices: Sequence[str],
+    value: Sequence[torch.Tensor | None],
+    kept: Sequence[torch.Tensor | None],
+    budget: float,
+) -> tuple[tuple[int, ...] | None, ...]:
+    """Hidden units that fill the budget and no more, starting from those in ``kept``.
+
+    Units go in the order of value per MAC, lowest first, until the budget is met; then others come back, highest first,
+    as long as they fit. A block keeps at least its most valuable unit.
+
+    Args:
+        costs: exact costs of the gates.
+        choices: the mixers, which stay.
+        value: positive number for every hidden unit of a block (M,), None where it has no MLP.
+        kept: bool (M,) in the same places.
+        budget: MACs per image.
+
+    Raises:
+        UserError: with these mixers the budget cannot be met.
+    """
+    keep = [None if own is None else own.clone() for own in kept]
+    order = []  # (value per MAC, block, unit), all units but each block's best
+    for i, (own, mask) in enumerate(zip(value, keep, strict=True)):
+        if own is not None and mask is not None:
+            best = int(own.argmax())
+            mask[best] = True
+            order += [(v / costs.units[i], i, j) for j, v in enumerate(own.tolist()) if j != best]
+    order.sort()
+    spent = costs.total(choices, [0 if mask is None else int(mask.sum()) for mask in keep])
+    for give_back in (False, True):
+        for _, i, j in reversed(order) if give_back else order:
+            mask, unit = keep[i], costs.units[i]
+            assert mask is not None
+            fits = spent + unit <= budget if give_back else spent > budget
+            if bool(mask[j]) != give_back and fits:
+                mask[j] = give_back
+                spent += unit if give_back else -unit
+    if spent > budget:
+        raise UserError(
+            f"budget = {budget:,.0f} macs: the mixers that were chosen leave {spent:,} with one hidden unit per block; "
+            "search longer or with more weight on complexity, or raise the budget"
+        )
+    return tuple(None if mask is None else tuple(int(u) for u in mask.nonzero()[:, 0]) for mask in keep)

@@ -1,0 +1,70 @@
+"""Second-order scores: what removing a unit costs, from gradients with respect to gates.
+
+KL(source || changed) has a zero and a minimum at no change, so its first-order term vanishes and, with a gate m on the
+unit (1 in the source) and p the source's distribution of labels y,
+
+    score = 1/2 · sum over images of E_{y ~ p} [ (d log p(y) / d m)² ]
+
+the expected Fisher information of the gate, with labels drawn from the model. Every image has gates of its own, so one
+backward pass per label gives every unit's gradient for every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from .forward import Forward
+
+__all__ = ["draw_labels", "fisher_sums"]
+
+
+def fisher_sums(
+    forward: Forward, images: torch.Tensor, units: Mapping[str, int], labels: int | str, uniform: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Scores of one batch, summed over its images, float64 on the CPU.
+
+    Args:
+        forward: the model.
+        images: B·C·H·W.
+        units: the number of units of every vector to be scored.
+        labels: drawn per image, or "all" for the exact expectation over the classes.
+        uniform: a number in [0, 1) of every image's own, from which its labels follow.
+    """
+    shape = {"dtype": images.dtype, "device": images.device}
+    with torch.enable_grad():
+        gates = {name: torch.ones(len(images), 1, size, **shape, requires_grad=True) for name, size in units.items()}  # type: ignore[call-overload]
+        log_p = forward(images, gates).double().log_softmax(-1)
+    sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in units.items()}
+    for y, weight in _labels(log_p.detach().exp(), labels, uniform):
+        with torch.enable_grad():
+            of_labels = log_p.gather(1, y[:, None]).sum()
+        gradients = torch.autograd.grad(of_labels, list(gates.values()), retain_graph=True)
+        for name, gradient in zip(sums, gradients, strict=True):
+            sums[name] += 0.5 * (weight @ gradient[:, 0].double().square()).cpu()
+    return sums
+
+
+def _labels(
+    p: torch.Tensor, labels: int | str, uniform: Sequence[float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Labels (B,) with weights (B,) that sum to 1."""
+    if labels == "all":
+        for k in range(p.shape[1]):
+            yield torch.full(p.shape[:1], k, device=p.device), p[:, k]
+    else:
+        drawn = draw_labels(p, int(labels), uniform)
+        for y in drawn.unbind(1):
+            yield y, torch.full_like(p[:, 0], 1 / drawn.shape[1])
+
+
+def draw_labels(p: torch.Tensor, number: int, uniform: Sequence[float]) -> torch.Tensor:
+    """(B, number) labels distributed as ``p`` (B, K), by systematic sampling.
+
+    They lie at equal steps of the distribution function from a random start, so that together they are closer to ``p``
+    than independent draws would be.
+    """
+    start = torch.tensor(uniform, dtype=p.dtype, device=p.device)[:, None]
+    steps = (torch.arange(number, dtype=p.dtype, device=p.device) + start) / number
+    return torch.searchsorted(p.cumsum(1), steps, right=True).clamp(max=p.shape[1] - 1)

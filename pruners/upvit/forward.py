@@ -1,0 +1,219 @@
+"""A ViT's or PVTv2's evaluation forward pass in pieces: with a gate on every unit, and from any block on.
+
+``pruners.upvit_lm`` has that of a language model.
+
+The pieces are the model's own sub-modules, so stock timm blocks and those of ``models.vit`` and ``models.pvt`` run
+alike; without gates the result is ``model(x)``. Gates are named like the vectors of ``Scores`` and have shape (B, 1,
+units), one row per image; 1 leaves a unit, 0 removes it (``models.cut``'s meaning of removal):
+
+    stages.S.embed  in everything that reads the residual stream: LayerNorms have mean and variance over the channels
+                    that are left, and 0 in the others
+    blocks.I.attn   query and value channel; with q/k norm, the norm of the channel's head counts the others only
+    blocks.I.mlp    hidden unit behind the activation (before it, PVTv2's depthwise bias would remain)
+    blocks.I.sr     channel of the reduced map, in its LayerNorm
+
+Nothing is gated twice, so that the logits' derivatives at 1 mean something: the residual channel where it is read but
+not where it is written, the query but not the key. Shapes: B batch, N tokens, D width, H heads, E head width, M hidden
+units, R channels and P places of the reduced map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from prunesweep.models import Arch, arch_of, blocks_of
+from prunesweep.models.layers.mixers import attend
+
+__all__ = ["UNGATED", "Forward", "Gates", "normed", "normed_over"]
+
+Gates = Mapping[str, torch.Tensor]
+UNGATED: Gates = {}
+
+
+def _standardised(x: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(var + eps) over the last axis, weighted by ``gate``; where no channel is left, of mean 0."""
+    count = gate.sum(-1, keepdim=True).clamp(min=1)
+    centred = x - (x * gate).sum(-1, keepdim=True) / count
+    return centred * ((centred.square() * gate).sum(-1, keepdim=True) / count + eps).rsqrt()
+
+
+def normed_over(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """A LayerNorm with mean and variance over the channels that ``gate`` leaves; a missing norm passes ``x`` on."""
+    if gate is None or not isinstance(norm, nn.LayerNorm):
+        return norm(x)
+    return norm.weight * _standardised(x, gate, norm.eps) + norm.bias
+
+
+def normed(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """``normed_over``, times the gate; a missing norm passes ``x`` on, for the next reader to gate."""
+    y = normed_over(norm, x, gate)
+    return y if gate is None or not isinstance(norm, nn.LayerNorm) else gate * y
+
+
+class Forward:
+    """``model`` in pieces. A block's input and output are its stage's residual stream, (B, N, D).
+
+    Where the classifier reads one token (or two, with a distillation token) of the last block, only these leave that
+    block's attention: ``rows`` is their number, ``None`` where all tokens are needed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.arch: Arch = arch_of(model)
+        self.blocks: list[Any] = blocks_of(model)
+        self.stage_of = [s for s, stage in enumerate(self.arch.stages) for _ in stage.blocks]
+        last = self.arch.blocks[-1]
+        whole = self.arch.pool != "token" or bool(last.conv_kernel) or last.tokens is not None
+        self.rows = None if whole else 1 + int(self.arch.dist_token)
+        self.causal = self.arch.family == "lm"
+
+    def __call__(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """Logits (B, K) of images B·C·H·W."""
+        return self.run(0, self.begin(0, self.stem(0, x, gates), gates), gates)
+
+    def run(self, i: int, x: torch.Tensor, gates: Gates = UNGATED, skipped: Collection[int] = ()) -> torch.Tensor:
+        """Logits from block ``i``'s input; behind the last block, ``x`` are the logits (see ``after``)."""
+        for j in range(i, self.arch.depth):
+            x = self.after(j, x if j in skipped else self.block(j, x, gates), gates)
+        return x
+
+    def after(self, i: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """From block ``i``'s output to the next block's input, or to the logits."""
+        if i + 1 == self.arch.depth:
+            return self.logits(x, gates)
+        s = self.stage_of[i + 1]
+        return x if s == self.stage_of[i] else self.begin(s, self.stem(s, x, gates), gates)
+
+    def stem(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """What stage ``s`` begins with, before any norm: (B, N, D), of images or of the last stage's tokens."""
+        model = self.model
+        if self.arch.family == "vit":
+            return model.patch_drop(model._pos_embed(model.patch_embed(x)))
+        if s:
+            x = normed(model.stages[s - 1].norm, x, gates.get(f"stages.{s - 1}.embed"))
+            x = rearrange(x, "b (h w) d -> b d h w", h=self.arch.stages[s - 1].grid[0])
+        return rearrange(self._embedding(s).proj(x), "b d h w -> b (h w) d")
+
+    def begin(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """The first block's input in stage ``s``, of what ``stem`` returned."""
+        gate = gates.get(f"stages.{s}.embed")
+        return normed_over(self.model.norm_pre if self.arch.family == "vit" else self._embedding(s).norm, x, gate)
+
+    def _embedding(self, s: int) -> Any:
+        return self.model.stages[s].downsample if s else self.model.patch_embed
+
+    def logits(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """(B, K), of the last block's output; a distilled model's are the mean of its heads."""
+        model, gate = self.model, gates.get(f"stages.{len(self.arch.stages) - 1}.embed")
+        if self.arch.family == "pvt_v2":
+            return model.head(normed(model.stages[-1].norm, x, gate).mean(1))
+        x = normed(model.norm, x, gate)
+        if self.arch.head_norm == "tokens":
+            return model.forward_head(x)
+        pooled = model.pool(x)[:, None]
+        if self.arch.head_norm == "pooled":
+            pooled = normed(model.fc_norm, pooled, gate)
+        elif gate is not None:
+            pooled = pooled * gate
+        return model.head(pooled[:, 0])
+
+    def block(self, i: int, x: torch.Tensor, gates: Gates = UNGATED, *, mixer: bool = True) -> torch.Tensor:
+        """Block ``i``; without its mixer where ``mixer`` is False."""
+        z = self.enter(i, x)
+        z = self.mixer(i, z, gates) if mixer else z[:, : self._rows(i)]
+        return self.leave(i, self.mlp(i, z, gates), x)
+
+    def enter(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The tokens inside block ``i``: merged where it has a token plan."""
+        return x if self.arch.blocks[i].tokens is None else self.blocks[i].token_merge.merge(x)
+
+    def leave(self, i: int, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The output of block ``i``, of what is inside it at the end and of its input."""
+        return z if self.arch.blocks[i].tokens is None else self.blocks[i].token_merge.spread(z, x)
+
+    def _rows(self, i: int) -> int | None:
+        """Tokens, from the first on, that leave the mixer of block ``i``."""
+        return self.rows if i + 1 == self.arch.depth else None
+
+    def mixer(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """``z`` and what the token mixer adds to it."""
+        block, module, rows = self.arch.blocks[i], self.blocks[i], self._rows(i)
+        if block.mixer == "none" and not block.norm_residual:
+            return z[:, :rows]
+        y = self.norm1(i, z, gates)
+        if block.mixer == "attn":
+            q, k, v = self.qkv(i, y, gates)
+            q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
+            y = module.attn.proj(attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal))
+        elif block.conv_kernel:
+            y = module.attn(y)
+        else:
+            y = y[:, :rows]
+        return z[:, :rows] + self.layer_scaled(i, "ls1", y)
+
+    def norm1(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """The token mixer's input."""
+        return normed(self.blocks[i].norm1, z, gates.get(f"stages.{self.stage_of[i]}.embed"))
+
+    def layer_scaled(self, i: int, name: str, y: torch.Tensor) -> torch.Tensor:
+        """``y`` times the layer scale ``ls1`` or ``ls2``, where there is one."""
+        return getattr(self.blocks[i], name)(y) if self.arch.layer_scale else y
+
+    def qkv(self, i: int, y: torch.Tensor, gates: Gates = UNGATED) -> tuple[torch.Tensor, ...]:
+        """Queries (B, N, H·E) of the rows that are needed, keys (B, P, H·E) and values (B, P, H·V), of norm1's output.
+
+        Before any q/k norm, and queries without their gate.
+        """
+        block, attn, rows = self.arch.blocks[i], self.blocks[i].attn, self._rows(i)
+        width = block.heads * block.qk
+        if self.arch.family != "pvt_v2":
+            split = [width, width + block.total_v]
+            weights = torch.split(attn.qkv.weight, split)
+            biases = (None, None) if attn.qkv.bias is None else torch.split(attn.qkv.bias, split)
+            q, kv = F.linear(y[:, :rows], weights[0], biases[0]), F.linear(y, weights[1], biases[1])
+            if block.token_scale:
+                q, kv = q * attn.token_scale[:rows], kv * attn.token_scale
+        else:
+            q, kv = attn.q(y), attn.kv(self._reduced(i, y, gates) if block.sr else y)
+        k, v = torch.split(kv, [width, block.total_v], dim=-1)
+        gate = gates.get(f"blocks.{i}.attn")
+        return q, k, v if gate is None else v * gate
+
+    def _reduced(self, i: int, y: torch.Tensor, gates: Gates) -> torch.Tensor:
+        """PVTv2's spatially reduced map, (B, P, R)."""
+        attn, rows = self.blocks[i].attn, self.arch.stages[self.stage_of[i]].grid[0]
+        reduced = rearrange(attn.sr(rearrange(y, "b (h w) d -> b d h w", h=rows)), "b r h w -> b (h w) r")
+        return normed(attn.norm, reduced, gates.get(f"blocks.{i}.sr"))
+
+    def scaled_heads(self, i: int, q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor | None) -> tuple[Any, Any]:
+        """Queries and keys as (B, H, N, E), normalised where the model does so, queries gated."""
+        block, attn = self.arch.blocks[i], self.blocks[i].attn
+        q, k = (rearrange(t, "b n (h e) -> b h n e", h=block.heads) for t in (q, k))
+        by_head = None if gate is None else rearrange(gate, "b n (h e) -> b h n e", h=block.heads)
+        if not self.arch.qk_norm:
+            return q if by_head is None else q * by_head, k
+        if by_head is None:
+            return attn.q_norm(q), attn.k_norm(k)
+        return normed(attn.q_norm, q, by_head), normed_over(attn.k_norm, k, by_head)
+
+    def hidden(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """The MLP's hidden units behind the activation, (B, N, M)."""
+        s, module = self.stage_of[i], self.blocks[i]
+        y = module.mlp.fc1(normed(module.norm2, z, gates.get(f"stages.{s}.embed")))
+        if self.arch.family == "pvt_v2":
+            y = module.mlp.dwconv(rearrange(y, "b (h w) m -> b m h w", h=self.arch.stages[s].grid[0]))
+            y = rearrange(y, "b m h w -> b (h w) m")
+        y, gate = module.mlp.act(y), gates.get(f"blocks.{i}.mlp")
+        return y if gate is None else y * gate
+
+    def mlp(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """``z`` and what the MLP adds to it."""
+        if not self.arch.blocks[i].mlp:
+            return z
+        return z + self.layer_scaled(i, "ls2", self.blocks[i].mlp.fc2(self.hidden(i, z, gates)))

@@ -1,0 +1,210 @@
+"""From UVC's variables to a cut within a budget of exact MACs, and within one unit of it.
+
+Norms are shares of a layer's squared norm. Above the budget, what costs least norm per MAC goes; below, what brings
+most norm per MAC comes back while it fits. A block that is skipped by its gate comes back, or another one goes, only
+where widths alone cannot do it. The cost of a ViT is linear in kept heads, value channels and MLP units, so a unit's
+price changes with its own block alone.
+
+Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prunesweep.models import Arch, BlockCut, Cut, UserError
+from prunesweep.models.counting import outside_cost
+
+from .primal_dual import Norms, PrimalDual, weakest
+
+__all__ = ["Counts", "Decider", "Widths"]
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What stays: heads (L,), value channels of every head (L, H), also of one that goes, and MLP units (L,)."""
+
+    heads: torch.Tensor
+    v: torch.Tensor
+    mlp: torch.Tensor
+    head_keep: torch.Tensor  # (L, H) bool
+
+    @classmethod
+    def of(cls, machine: PrimalDual, norms: Norms, *, r_mode: str, mlp_align: int) -> Counts:
+        """What the variables say; MLP widths rounded up to what is allowed."""
+        resource = machine.resource
+        stays = ~weakest(norms.heads, machine.s[:, 0])
+        v = resource.head_dim - machine.r.ceil().long()
+        if r_mode == "off":
+            v = torch.full_like(v, resource.head_dim)
+        elif r_mode == "uniform":
+            v = torch.where(stays, v, 0).amax(1, keepdim=True).expand_as(v)
+        units = resource.hidden - machine.s[:, 1].ceil().long()
+        units = (-(-units // mlp_align) * mlp_align).clamp(max=resource.hidden)
+        return cls(stays.sum(1), v, units, stays)
+
+    def macs(self, arch: Arch, runs: torch.Tensor) -> int:
+        """Exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
+        per_head, per_channel, per_unit = _unit_macs(arch)
+        block = self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
+        return outside_cost(arch).macs + int((block * runs).sum())
+
+    def masks(self, norms: Norms) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of attention projections (L, H·d) and of second MLP layers (L, D) that stay, bool."""
+        columns = ~weakest(norms.columns, norms.columns.shape[2] - self.v) & self.head_keep[..., None]
+        return columns.flatten(1), ~weakest(norms.mlp, norms.mlp.shape[1] - self.mlp)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """One block: how many of its strongest heads stay, value channels of each of all H heads, MLP units."""
+
+    heads: int
+    v: tuple[int, ...]
+    mlp: int
+
+
+class Decider:
+    """Turns variables and norms of a model of record ``arch`` into cuts."""
+
+    def __init__(self, arch: Arch, norms: Norms, *, r_mode: str, mlp_align: int) -> None:
+        self.arch, self.r_mode = arch, r_mode
+        block = arch.blocks[0]
+        self.H, self.d, self.D = block.heads, block.qk, block.mlp
+        self.align = min(mlp_align, self.D)
+        self.head_macs, self.v_macs, self.unit_macs = _unit_macs(arch)
+        self.outside = outside_cost(arch).macs
+        # strongest first; of equals the last, as pruners.uvc_dual.weakest lets the first go
+        self.head_order = [_strongest(heads) for heads in norms.heads]
+        self.dim_order = [[_strongest(head) for head in heads] for heads in norms.columns]
+        self.unit_order = [_strongest(units) for units in norms.mlp]
+        attn, mlp = (norms.heads.sum(1) + 1e-30, norms.mlp.sum(1) + 1e-30)
+        columns = norms.columns.sort(-1, descending=True).values.cumsum(-1) / attn[:, None, None]
+        units = norms.mlp.sort(-1, descending=True).values.cumsum(-1) / mlp[:, None]
+        self.dim_norm = [[[0.0, *head] for head in heads] for heads in columns.tolist()]
+        self.unit_norm = [[0.0, *own] for own in units.tolist()]
+
+    def widths(self, counts: Counts) -> list[Widths]:
+        """Block by block."""
+        every = zip(counts.heads.tolist(), counts.v.tolist(), counts.mlp.tolist(), strict=True)
+        return [Widths(heads, tuple(v), mlp) for heads, v, mlp in every]
+
+    def macs(self, widths: Sequence[Widths], runs: Sequence[bool]) -> int:
+        """Of the whole model, exact."""
+        return self.outside + sum(self._macs(b, w) for b, w in enumerate(widths) if runs[b])
+
+    def least(self, runs: Sequence[bool]) -> int:
+        """MACs with one head, one channel and one (aligned) unit per block that runs."""
+        return self.macs([self._floor] * len(runs), runs)
+
+    @property
+    def _floor(self) -> Widths:
+        return Widths(1, self._v(1), self.align)
+
+    def fit(
+        self, widths: Sequence[Widths], runs: Sequence[bool], budget: float, order: Sequence[int] = ()
+    ) -> tuple[list[Widths], list[bool]]:
+        """Widths and blocks within ``budget`` MACs.
+
+        Args:
+            widths, runs: what is decided so far.
+            budget: in MACs.
+            order: blocks that may go or come back, the first to go first; none where the blocks are given.
+
+        Raises:
+            UserError: even one channel, head and unit per block is too much.
+        """
+        found, alive = list(widths), list(runs)
+        whole = Widths(self.H, (self.d,) * self.H, self.D)
+        for block in order:
+            if sum(alive) > 1 and alive[block] and self.least(alive) > budget:
+                alive[block] = False
+        for block in reversed(order):
+            if not alive[block] and self.macs([whole] * len(found), alive) < budget:
+                alive[block] = True
+        self._walk(found, alive, budget, up=False)
+        self._walk(found, alive, budget, up=True)
+        total = self.macs(found, alive)
+        if total > budget:
+            raise UserError(
+                f"{budget:,.0f} MACs cannot be reached with {sum(alive)} blocks: at their narrowest they have {total:,}"
+                ". Raise the budget, or skip more blocks"
+            )
+        return found, alive
+
+    def cut(self, widths: Sequence[Widths], runs: Sequence[bool]) -> Cut:
+        """The strongest heads, channels and units of every block that runs."""
+        return Cut(blocks=tuple(self._choice(b, w) if runs[b] else BlockCut(keep=False) for b, w in enumerate(widths)))
+
+    def _choice(self, block: int, own: Widths) -> BlockCut:
+        heads = sorted(self.head_order[block][: own.heads])
+        return BlockCut(
+            qk=tuple(tuple(range(h * self.d, (h + 1) * self.d)) for h in heads),
+            v=tuple(tuple(h * self.d + j for j in sorted(self.dim_order[block][h][: own.v[h]])) for h in heads),
+            mlp=tuple(sorted(self.unit_order[block][: own.mlp])),
+        )
+
+    def _walk(self, widths: list[Widths], runs: Sequence[bool], budget: float, *, up: bool) -> None:
+        """One unit after the other, as long as there is one and the total is above the budget, or below with ``up``."""
+        total = self.macs(widths, runs)
+        moves = {b: list(self._moves(b, widths[b], up)) for b, on in enumerate(runs) if on}
+        while up or total > budget:
+            best: tuple[float, int, Widths, int] | None = None
+            for block, own in moves.items():
+                for price, changed, macs in own:
+                    fits = not up or total + macs <= budget
+                    if fits and (best is None or (price > best[0] if up else price < best[0])):
+                        best = price, block, changed, macs
+            if best is None:
+                return
+            _, block, widths[block], macs = best
+            total += macs
+            moves[block] = list(self._moves(block, widths[block], up))
+
+    def _moves(self, block: int, own: Widths, up: bool) -> Iterator[tuple[float, Widths, int]]:
+        """(norm per MAC, the block afterwards, MACs gained) of every unit that may come or go."""
+        norm, macs = self._norm(block, own), self._macs(block, own)
+        for changed in self._neighbours(block, own, 1 if up else -1):
+            gained = self._macs(block, changed) - macs
+            yield (self._norm(block, changed) - norm) / gained, changed, gained
+
+    def _neighbours(self, block: int, own: Widths, by: int) -> Iterator[Widths]:
+        if 1 <= own.heads + by <= self.H:
+            yield Widths(own.heads + by, own.v, own.mlp)
+        units = own.mlp + by * self.align
+        if by < 0:  # from a full width that is no multiple, to the next one below
+            units = math.ceil(own.mlp / self.align - 1) * self.align
+        if units >= self.align and own.mlp < self.D if by > 0 else units >= self.align:
+            yield Widths(own.heads, own.v, min(units, self.D))
+        if self.r_mode == "uniform" and 1 <= own.v[0] + by <= self.d:
+            yield Widths(own.heads, self._v(own.v[0] + by), own.mlp)
+        if self.r_mode == "ragged":
+            for h in self.head_order[block][: own.heads]:
+                if 1 <= own.v[h] + by <= self.d:
+                    yield Widths(own.heads, (*own.v[:h], own.v[h] + by, *own.v[h + 1 :]), own.mlp)
+
+    def _v(self, width: int) -> tuple[int, ...]:
+        return (self.d if self.r_mode == "off" else width,) * self.H
+
+    def _macs(self, block: int, own: Widths) -> int:
+        v = sum(own.v[h] for h in self.head_order[block][: own.heads])
+        return own.heads * self.head_macs + v * self.v_macs + own.mlp * self.unit_macs
+
+    def _norm(self, block: int, own: Widths) -> float:
+        kept = self.head_order[block][: own.heads]
+        return sum(self.dim_norm[block][h][own.v[h]] for h in kept) + self.unit_norm[block][own.mlp]
+
+
+def _unit_macs(arch: Arch) -> tuple[int, int, int]:
+    """MACs of a head's queries and keys, of a value channel, and of an MLP unit."""
+    N, C = arch.tokens, arch.stages[0].width
+    return arch.blocks[0].qk * (2 * C + N) * N, (2 * C + N) * N, 2 * N * C
+
+
+def _strongest(values: torch.Tensor) -> list[int]:
+    """Indices, largest first; of equals the last first."""
+    return values.argsort(stable=True).flip(0).tolist()

@@ -1,0 +1,315 @@
+"""UVC's joint training as a hook: heads, value channels, MLP units and whole blocks go under one budget.
+
+Source: Yu et al., "Unified Visual Transformer Compression", ICLR 2022 (openreview 9jsZiUgkCZP), first stage; the
+second is ordinary finetuning of the cut model (recipe ``uvc_stage2``). Weights train on behind random block gates;
+after every update what is to go is shrunk, and the counts, gates and multipliers make a step (``uvc_dual``,
+``uvc_control``). At the end the decision is brought within its budget, by exact MACs (``uvc_decide``).
+
+Patch gates, which the released code has unfinished, are not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from prunesweep.models import Arch, UserError, arch_of, cost, cut
+from prunesweep.pruners.hook import Collapsed, Hook
+from prunesweep.pruners.snapshot import Snapshot
+
+from .control import NormalizedPrimalDual
+from .decide import Counts, Decider, Widths
+from .gate import CONTROL, GatedBlock
+from .primal_dual import Norms, PrimalDual, weakest
+from .resource import Resource
+from .settings import UVCSettings
+
+__all__ = ["FAMILIES", "UVC", "UVCSettings"]
+
+FAMILIES = ("vit",)
+
+
+class UVC(Hook):
+    """Prunes a ViT while it trains; ``finish`` returns one ``Snapshot`` per budget, in MACs, the largest first.
+
+    The run aims at the smallest budget, whose snapshot is its end. A larger one is taken where the decision first comes
+    within it. With ``skip`` or ``skip_count`` the blocks that run are given, and widths are solved for what is left.
+
+    Every rank of a process group takes the decisions of the first; gates have the same noise on all of them.
+
+    Args:
+        settings: see ``UVCSettings``.
+    """
+
+    def __init__(self, settings: UVCSettings | None = None) -> None:
+        self.settings = settings or UVCSettings()
+        self.budgets = tuple(sorted(set(self.settings.budgets), reverse=True))
+        self.snapshots: list[Snapshot] = []
+        self._facts: dict[str, float | str] = {}
+
+    @property
+    def facts(self) -> Mapping[str, float | str]:
+        """Of the decision: R by the paper's count, exact share of MACs, which blocks run, their heads and units."""
+        return self._facts
+
+    def wrap(self, model: nn.Module) -> None:
+        """Put every block behind a gate.
+
+        Raises:
+            UserError: of another family, blocks of unequal shapes, a budget that no widths can meet.
+        """
+        self.model, self.arch = model, arch_of(model)
+        _check_served(self.arch)
+        runs = _explicit_skip(self.settings, self.arch)
+        self._check_budgets(runs)
+        resource = Resource.of(self.arch, self.settings.resource)
+        self._paper = Resource.of(self.arch, "paper")
+        kind = NormalizedPrimalDual if self.settings.steps == "normalized" else PrimalDual
+        self.machine = kind(resource, self.settings, None if runs is None else torch.tensor(runs))
+        stock: Any = model.blocks
+        like = next(model.parameters())
+        self._control = like.new_zeros(len(stock), len(CONTROL)).detach()
+        frozen = [None] * len(stock) if runs is None else runs
+        self._gated = [
+            GatedBlock(block, row, self.settings.gates, frozen_as=own)
+            for block, row, own in zip(stock, self._control, frozen, strict=True)
+        ]
+        self._stock = stock
+        model.blocks = nn.Sequential(*self._gated)
+        self._record(self._norms())
+        self._set_control()
+
+    def _check_budgets(self, runs: list[bool] | None) -> None:
+        total = cost(self.arch).macs
+        block = self.arch.blocks[0]
+        ones = Norms(torch.ones(self.arch.depth, block.heads, block.qk), torch.ones(self.arch.depth, block.mlp))
+        decider = Decider(self.arch, ones, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
+        alive = [True] + [False] * (self.arch.depth - 1) if runs is None else runs
+        least = decider.least(alive)
+        if least > self.budgets[-1] * total:
+            blocks = sum(alive)
+            raise UserError(
+                f"budget = {self.budgets[-1]:g} of {total:,} MACs is {self.budgets[-1] * total:,.0f}, but {blocks} "
+                f"blocks at their narrowest have {least:,}: {decider.outside:,} outside of the blocks and {blocks} x "
+                f"{(least - decider.outside) // blocks:,}. Raise the budget above {least / total:.4f}, skip more "
+                "blocks, or let widths become smaller (r_mode, mlp_align)"
+            )
+
+    def start_epoch(self) -> None:
+        self.machine.start_epoch()
+        self._set_control()
+
+    @property
+    def _warm(self) -> bool:
+        return self.machine.epoch <= self.settings.warmup_epochs
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Shrink what is to go, then move counts, gates and multipliers."""
+        machine, noise = self.machine, self._noise()
+        machine.step += 1
+        if not self._warm:
+            norms, gradient = self._agreed()
+            if self.settings.gates_in_weight_optimizer and machine.runs is None:
+                machine.gates = torch.stack([g.gate.detach() for g in self._gated]).double().cpu()
+            if norms.columns.isfinite().all() and gradient.isfinite().all():  # else the loop finds the loss diverged
+                norms, settled = self._shrink(norms), machine.settled
+                machine.update(norms, gradient, noise)
+                if machine.settled and not settled:
+                    self._settle(norms)
+            self._record(norms)
+            self._watch(norms)
+        self._set_control()
+
+    def finish(self) -> tuple[Snapshot, ...]:
+        """The snapshots, largest budget first; the model has its own blocks again, unmasked."""
+        norms = self._norms()
+        while len(self.snapshots) < len(self.budgets):
+            self.snapshots.append(self._snapshot(self.budgets[len(self.snapshots)], norms))
+        self._stock = nn.Sequential(*(gated.release() for gated in self._gated))
+        self.model.blocks = self._stock
+        return tuple(self.snapshots)
+
+    def _agreed(self) -> tuple[Norms, torch.Tensor]:
+        """Norms and the gates' clipped gradient (L, 2), on every rank to the last bit the first one's."""
+        norms = self._norms()
+        grads = [g.gate.new_zeros(2) if g.gate.grad is None else g.gate.grad for g in self._gated]
+        gradient = torch.stack(grads).double().cpu()
+        if dist.is_available() and dist.is_initialized():
+            parts = [norms.columns, norms.mlp, gradient]
+            device = next(self.model.parameters()).device
+            flat = torch.cat([part.flatten() for part in parts]).to(device)
+            dist.broadcast(flat, src=0)
+            split = torch.split(flat.cpu(), [part.numel() for part in parts])
+            columns, mlp, gradient = (own.view_as(part) for own, part in zip(split, parts, strict=True))
+            norms = Norms(columns, mlp)
+        return norms, gradient
+
+    @torch.no_grad()
+    def _norms(self) -> Norms:
+        """Of the weights as they are, with one transfer."""
+        proj, fc2 = self._weights()
+        sums = [w.double().square().sum(0) for w in (*proj, *fc2)]
+        flat, block = torch.cat(sums).cpu(), self.arch.blocks[0]
+        columns = len(proj) * block.total_v
+        return Norms(flat[:columns].view(-1, block.heads, block.qk), flat[columns:].view(-1, block.mlp))
+
+    def _weights(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Weights of all attention projections and of all second MLP layers."""
+        blocks = [gated.block for gated in self._gated]
+        proj, fc2 = ([b.get_parameter(f"{name}.weight") for b in blocks] for name in ("attn.proj", "mlp.fc2"))
+        return proj, fc2
+
+    def _shrink(self, norms: Norms) -> Norms:
+        columns, units = self.machine.shrink(norms, self.machine.eta)
+        for weights, factors in zip(self._weights(), (columns.flatten(1), units), strict=True):
+            for weight, factor in zip(weights, factors.to(weights[0]), strict=True):
+                weight.mul_(factor)
+        return norms.scaled(columns, units)
+
+    def _noise(self) -> torch.Tensor:
+        """(3, L, 2) Gumbel noise of the update to come: forward pass, R, R; of seed and step alone."""
+        generator = np.random.default_rng([self.settings.seed, self.machine.step])
+        return torch.from_numpy(generator.gumbel(size=(3, self.arch.depth, 2)))
+
+    @torch.no_grad()
+    def _set_control(self) -> None:
+        """What the gates do in the next forward pass."""
+        machine = self.machine
+        control = torch.zeros(self._control.shape, dtype=torch.float64)
+        control[:, :2] = self._noise()[0]
+        control[:, 2] = float(not (self._warm or machine.settled))
+        control[:, 3] = 0.5 if self._warm else machine.decided.double()
+        control[:, 4] = machine.eps
+        self._control.copy_(control)
+        for gated, gate in zip(self._gated, machine.gates.to(self._control), strict=True):
+            gated.gate.copy_(gate)
+
+    def _counts(self, norms: Norms) -> Counts:
+        return Counts.of(self.machine, norms, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
+
+    def _record(self, norms: Norms) -> None:
+        """Show the decision of now to evaluation and to ``facts``."""
+        machine, runs = self.machine, self.machine.decided
+        counts = self._counts(norms)
+        masks = counts.masks(norms)
+        for gated, run, v, mlp in zip(self._gated, runs, *masks, strict=True):
+            gated.runs.copy_(run)
+            gated.v_keep.copy_(v)
+            gated.mlp_keep.copy_(mlp)
+        decided = self._paper(machine.s, machine.r, runs.double(), weakest(norms.heads, machine.s[:, 0])).value
+        self._facts = {
+            "uvc_R": decided,
+            "macs": counts.macs(self.arch, runs) / cost(self.arch).macs,
+            "skip": "".join("01"[int(run)] for run in runs),
+            "heads": int((counts.heads * runs).sum()),
+            "mlp": int((counts.mlp * runs).sum()),
+        }
+
+    def _watch(self, norms: Norms) -> None:
+        """Take snapshots on the way down; stop a run that has fallen through."""
+        share = float(self._facts["macs"])
+        while len(self.snapshots) < len(self.budgets) - 1 and share <= self.budgets[len(self.snapshots)]:
+            self.snapshots.append(self._snapshot(self.budgets[len(self.snapshots)], norms))
+        if share < self.settings.collapse * self.budgets[-1] and self.machine.runs is None:
+            raise Collapsed(
+                f"the decision has {share:.3f} of the source's MACs at update {self.machine.step}, below "
+                f"{self.settings.collapse:g} x budget {self.budgets[-1]:g} (blocks {self._facts['skip']}): lower "
+                "gating_weight, glr or zlr, or raise ramp_steps; the state of the last whole epoch is kept"
+            )
+
+    def _settle(self, norms: Norms) -> None:
+        """What is decided for good is within the smallest budget to the unit; the rest of the run trains just that."""
+        assert isinstance(self.machine, NormalizedPrimalDual)
+        widths, runs, _ = self._fit(self.budgets[-1], norms)
+        block = self.arch.blocks[0]
+        s = torch.tensor([[block.heads - own.heads, block.mlp - own.mlp] for own in widths])
+        r = block.qk - torch.tensor([own.v for own in widths])
+        self.machine.settle(s, r, torch.tensor(runs))
+
+    def _fit(self, budget: float, norms: Norms) -> tuple[list[Widths], list[bool], Decider]:
+        """The decision of now, brought within ``budget``, a share of the source's MACs."""
+        gates, learned = self.machine.gates, self.machine.runs is None
+        decider = Decider(self.arch, norms, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
+        order = (gates[:, 1] - gates[:, 0]).argsort(stable=True).tolist() if learned else ()
+        widths, runs = decider.widths(self._counts(norms)), self.machine.decided.tolist()
+        return *decider.fit(widths, runs, budget * cost(self.arch).macs, order), decider
+
+    def _snapshot(self, budget: float, norms: Norms) -> Snapshot:
+        widths, runs, decider = self._fit(budget, norms)
+        decision = decider.cut(widths, runs)
+        with self._stock_blocks():
+            small = cut(self.model, decision)
+        return Snapshot(
+            budget * cost(self.arch).macs, cost(arch_of(small)).macs, self.machine.step, decision, small.cpu().eval()
+        )
+
+    @contextlib.contextmanager
+    def _stock_blocks(self) -> Iterator[None]:
+        """The model without gates inside."""
+        gated = self.model.blocks
+        self.model.blocks = nn.Sequential(*(own.block for own in self._gated))
+        try:
+            yield
+        finally:
+            self.model.blocks = gated
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings.model_dump_json(),
+            "machine": self.machine.state_dict(),
+            "facts": dict(self._facts),
+            "snapshots": [snapshot.state_dict() for snapshot in self.snapshots],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where the state is of a run with other settings."""
+        if state["settings"] != self.settings.model_dump_json():
+            raise UserError(
+                f"uvc: the run to go on with has the settings {state['settings']}; use these, or start a run of its own"
+            )
+        self.machine.load_state_dict(state["machine"])
+        self._facts = dict(state["facts"])
+        cfg, whole = getattr(self.model, "pretrained_cfg", None), cost(self.arch).macs
+        self.snapshots = [
+            Snapshot.restore(saved, budget * whole, self.arch, cfg)
+            for budget, saved in zip(self.budgets, state["snapshots"], strict=False)
+        ]
+        self._set_control()
+
+
+def _check_served(arch: Arch) -> None:
+    if arch.family not in FAMILIES:
+        raise UserError(f"{arch.source} is of family {arch.family!r}: UVC prunes families {', '.join(FAMILIES)}")
+    first = arch.blocks[0]
+    for i, block in enumerate(arch.blocks):
+        if dataclasses.replace(block, src=first.src) != first:
+            raise UserError(f"blocks[{i}] has another shape than blocks[0]: UVC starts from blocks of one shape")
+    if first.mixer != "attn" or first.v != first.qk or not first.mlp or first.tokens is not None:
+        raise UserError(
+            f"{arch.source}: UVC needs blocks with attention whose values are as wide as its queries, an MLP, and all "
+            "tokens"
+        )
+
+
+def _explicit_skip(settings: UVCSettings, arch: Arch) -> list[bool] | None:
+    """Which blocks run, where it is given."""
+    if settings.skip is not None:
+        if len(settings.skip) != arch.depth:
+            raise UserError(f"skip = {settings.skip!r}: has {len(settings.skip)} digits for {arch.depth} blocks")
+        return [digit == "1" for digit in settings.skip]
+    if settings.skip_count is None or settings.skip_order is None:
+        return None
+    order = settings.skip_order
+    if len(set(order)) != len(order) or not all(0 <= b < arch.depth for b in order):
+        raise UserError(f"skip_order = {list(order)}: must name some of the blocks 0..{arch.depth - 1}, each once")
+    if settings.skip_count >= arch.depth:
+        raise UserError(f"skip_count = {settings.skip_count}: at least one of {arch.depth} blocks must run")
+    return [b not in order[: settings.skip_count] for b in range(arch.depth)]

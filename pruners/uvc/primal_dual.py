@@ -1,0 +1,224 @@
+"""UVC's primal-dual step on plain float64 tensors: no model, no random numbers of its own.
+
+    min l(W, g)  with  R(s, r, g) <= B  and no weight left in the ceil(s) weakest heads and MLP units of a block and in
+    the ceil(r) weakest value channels of a head;   multipliers y for s, p for r, z for R
+
+Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP); order and form of the steps are the released code's. Where a count is a
+real number, every use rounds it up, with gradient 1; the gradient of "sum of the k smallest" in k is the next one.
+
+``PrimalDual`` is that code. ``pruners.uvc_control`` moves the same variables by other steps.
+Shapes: L blocks, H heads, d channels of a head, D MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .resource import Resource, Usage
+from .settings import UVCSettings
+
+__all__ = ["TAU", "Norms", "PrimalDual", "keep_weight", "least_sum", "next_least", "weakest"]
+
+TAU = 0.5  # temperature of the gates
+MARGIN = 1e-8  # by which s and r stay below the integer that would leave nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Norms:
+    """Squared norms of the columns of attention projections (L, H, d) and of second MLP layers (L, D)."""
+
+    columns: torch.Tensor
+    mlp: torch.Tensor
+
+    @property
+    def heads(self) -> torch.Tensor:
+        """(L, H)"""
+        return self.columns.sum(2)
+
+    def scaled(self, columns: torch.Tensor, mlp: torch.Tensor) -> Norms:
+        """Once the columns themselves are multiplied by these."""
+        return Norms(self.columns * columns**2, self.mlp * mlp**2)
+
+
+def weakest(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Mask of the ``ceil(count)`` smallest along the last axis; of equals the first."""
+    rank = values.argsort(dim=-1, stable=True).argsort(-1)
+    return rank < count.ceil()[..., None]
+
+
+def least_sum(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Sum of the ``ceil(count)`` smallest along the last axis."""
+    below = torch.cat([torch.zeros_like(values[..., :1]), values.sort(-1).values.cumsum(-1)], -1)
+    return below.gather(-1, _index(count, values.shape[-1]))[..., 0]
+
+
+def next_least(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The smallest that is not among the ``ceil(count)`` smallest; the largest where all are."""
+    return values.sort(-1).values.gather(-1, _index(count, values.shape[-1] - 1))[..., 0]
+
+
+def _index(count: torch.Tensor, last: int) -> torch.Tensor:
+    return count.ceil().long().clamp(0, last)[..., None]
+
+
+def keep_weight(
+    gates: torch.Tensor, noise: torch.Tensor, kind: str, eps: float, *, hard: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep weights (L,) of gates (L, 2) = (skip, keep) with Gumbel noise (L, 2), and their derivatives (L, 2).
+
+    ``hard`` rounds to the more likely side and leaves the derivatives as they are (straight through).
+    """
+    if kind == "soft_l0":
+        keep = gates[:, 1]
+        slope = 2 * keep * eps / (keep**2 + eps) ** 2
+        return keep**2 / (keep**2 + eps), torch.stack([torch.zeros_like(slope), slope], 1)
+    weight = ((gates + noise) / TAU).softmax(1)[:, 1]
+    slope = weight * (1 - weight) / TAU
+    return (weight > 0.5).double() if hard else weight, torch.stack([-slope, slope], 1)
+
+
+class PrimalDual:
+    """The variables, and one step of theirs.
+
+    ``s`` (L, 2) heads and MLP units to go, ``r`` (L, H) value channels to go, ``gates`` (L, 2) logits of skipping and
+    of keeping, multipliers ``y`` (L, 2), ``p`` (L, H) and ``z``, ``step`` updates of weights done. All float64
+    on the CPU.
+    """
+
+    TENSORS: tuple[str, ...] = ("s", "r", "gates", "y", "p", "z", "momentum", "pending")
+
+    def __init__(self, resource: Resource, settings: UVCSettings, runs: torch.Tensor | None = None) -> None:
+        """``runs`` (L,) bool, where given, says which blocks run, and the gates are left alone."""
+        L, H = len(resource.heads), resource.num_heads
+        self.resource, self.settings, self.runs = resource, settings, runs
+        self.s = torch.zeros(L, 2, dtype=torch.float64)
+        self.r = torch.zeros(L, H, dtype=torch.float64)
+        self.y, self.p = torch.full_like(self.s, settings.y_init), torch.full_like(self.r, settings.p_init)
+        self.z = torch.tensor(settings.z_init, dtype=torch.float64)
+        self.gates = torch.tensor([[-1.0, 1.0]], dtype=torch.float64).repeat(L, 1)
+        self.momentum, self.pending = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
+        self.collected = 0  # gradients in pending
+        self.eps, self.step, self.epoch = settings.eps, 0, 0
+        self.s_max = torch.tensor([H, resource.hidden], dtype=torch.float64) - 1 - MARGIN
+        self.r_max = torch.tensor(resource.head_dim, dtype=torch.float64) - 1 - MARGIN
+        self.resource_used = 1.0  # R at the last step
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is decided any more."""
+        return False
+
+    @property
+    def decided(self) -> torch.Tensor:
+        """Blocks that run (L,) bool, by their gates."""
+        if self.runs is not None:
+            return self.runs
+        if self.settings.gates == "soft_l0":  # its skip logit never moves
+            return keep_weight(self.gates, self.gates, "soft_l0", self.eps)[0] >= 0.5
+        return self.gates[:, 1] > self.gates[:, 0]
+
+    @property
+    def eta(self) -> float:
+        """Step of the shrinking."""
+        return 1e-4 if self.settings.eta is None else self.settings.eta
+
+    @property
+    def zlr(self) -> float:
+        """The entry of the schedule for this epoch."""
+        rates = self.settings.zlr or (1.0,)
+        return rates[min(max(self.epoch - 1, 0) // self.settings.zlr_epochs, len(rates) - 1)]
+
+    def start_epoch(self) -> None:
+        """Gate gradients of an unfinished interval are dropped; after warm-up, eps falls."""
+        self.epoch += 1
+        self.pending.zero_()
+        self.collected = 0
+        if self.epoch > self.settings.warmup_epochs:
+            self.eps *= self.settings.eps_decay
+
+    def shrink(self, norms: Norms, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors for the columns (L, H, d) and (L, D): the exact prox of eta y |w|^2 on what is to go."""
+        channels = torch.where(weakest(norms.columns, self.r), 1 + 2 * eta * self.p[..., None], 1.0)
+        heads = torch.where(weakest(norms.heads, self.s[:, 0]), 1 + 2 * eta * self.y[:, :1], 1.0)
+        units = torch.where(weakest(norms.mlp, self.s[:, 1]), 1 + 2 * eta * self.y[:, 1:], 1.0)
+        return 1 / (channels * heads[..., None]), 1 / units
+
+    def update(self, norms: Norms, gate_gradient: torch.Tensor, noise: torch.Tensor) -> None:
+        """One step, after the weights have been updated and shrunk.
+
+        Args:
+            norms: of the weights as they are now.
+            gate_gradient: (L, 2), of the task alone.
+            noise: (3, L, 2) Gumbel noise of the forward pass and of two evaluations of R.
+        """
+        used, slopes = self._usage(norms, noise[1])
+        self.resource_used = used.value
+        band = self.settings.resource_band
+        push = self.z if band is None or abs(used.value - self.settings.budget) <= band else torch.zeros_like(self.z)
+        least = torch.stack([next_least(norms.heads, self.s[:, 0]), next_least(norms.mlp, self.s[:, 1])], 1)
+        decay, ends = self.settings.sl2wd, self.s_max.round() + 1
+        s_gradient = self.y * least + decay * self.s / ends + push * used.s
+        r_gradient = self.p * next_least(norms.columns, self.r) + decay * self.r / (self.r_max.round() + 1)
+        self._move_gates(gate_gradient + push * self.settings.gating_weight * used.pi[:, None] * slopes)
+        self.s = self._moved(self.s, s_gradient, self.settings.slr, self.s_max)
+        self.r = self._moved(self.r, r_gradient + push * used.r, self.settings.rlr, self.r_max)
+        self._ascend(norms, noise[2])
+
+    def _usage(self, norms: Norms, noise: torch.Tensor) -> tuple[Usage, torch.Tensor]:
+        """R at a sample of the gates, and the derivatives of the keep weights."""
+        if self.runs is not None:
+            pi, slopes = self.runs.double(), torch.zeros_like(self.gates)
+        else:
+            pi, slopes = keep_weight(self.gates, noise, self.settings.gates, self.eps)
+        return self.resource(self.s, self.r, pi, weakest(norms.heads, self.s[:, 0])), slopes
+
+    def _moved(self, x: torch.Tensor, gradient: torch.Tensor, lr: float | None, top: torch.Tensor) -> torch.Tensor:
+        """Projected gradient step of s or r; the whole tensor's largest entry scales it."""
+        over, under = x >= top, x <= 0
+        gradient = torch.where(over, gradient.clamp(min=0), torch.where(under, gradient.clamp(max=0), gradient))
+        gradient = gradient * min(1.0, 1 / (float(gradient.abs().max()) + 1e-6))
+        x = x - (0.02 if lr is None else lr) * gradient
+        if self.settings.sticky_upper_bound:
+            return torch.where(over, top, x.clamp(min=0))
+        return torch.minimum(x.clamp(min=0), top)
+
+    def _move_gates(self, gradient: torch.Tensor) -> None:
+        interval = self.settings.gating_interval
+        rising = self.settings.gate_weighting == "rising"
+        self.pending += gradient * (self.step % interval if rising else 1)
+        self.collected += 1
+        if self.runs is None and (self.step + 1) % interval == 0:
+            self._step_gates(self.pending / self.collected)
+            self.pending.zero_()
+            self.collected = 0
+
+    def _step_gates(self, gradient: torch.Tensor) -> None:
+        self.momentum = 0.9 * self.momentum + gradient + 1e-4 * self.gates
+        self.gates = self.gates - (0.1 if self.settings.glr is None else self.settings.glr) * self.momentum
+
+    def _ascend(self, norms: Norms, noise: torch.Tensor) -> None:
+        """The multipliers follow what is violated now."""
+        ylr, plr = (1e-4 if rate is None else rate for rate in (self.settings.ylr, self.settings.plr))
+        least = torch.stack([least_sum(norms.heads, self.s[:, 0]), least_sum(norms.mlp, self.s[:, 1])], 1)
+        self.y = self.y + ylr * least
+        self.p = self.p + plr * least_sum(norms.columns, self.r)
+        excess = self._usage(norms, noise)[0].value - self.settings.budget
+        self.z = (self.z + self.zlr * excess).clamp(0, self.settings.z_max)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it: tensors and numbers."""
+        numbers = {name: getattr(self, name) for name in self._numbers()}
+        return {name: getattr(self, name).clone() for name in self.TENSORS} | numbers
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.TENSORS:
+            setattr(self, name, state[name].clone())
+        for name in self._numbers():
+            setattr(self, name, state[name])
+
+    def _numbers(self) -> tuple[str, ...]:
+        return ("collected", "eps", "step", "epoch", "resource_used")

@@ -1,0 +1,106 @@
+"""MACs of a UVC decision as a function of its variables, with gradients in closed form.
+
+    R = fixed + sum_l pi_l [ heads_l (1 - ceil(s_l0)/H) + values_l rho_l + mlp_l (1 - ceil(s_l1)/D) ]
+    rho_l = 1 - (d ceil(s_l0) + sum over heads that stay of ceil(r_lh)) / (H d)
+
+s counts heads and MLP units that go, r value channels that go from a head that stays, pi is a block's keep weight.
+Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP), in the form of the released code's later version, with rho, not rho^2.
+ceil has gradient 1 there, so the gradients are those of the pieces. They are written out because autograd's clamp has,
+from torch 2.15 on, gradient 0 at a bound, which is where s = r = 0 starts: nothing would ever be pruned.
+
+Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prunesweep.models import Arch
+from prunesweep.models.counting import outside_cost
+
+__all__ = ["Resource", "Usage", "paper_macs"]
+
+
+def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
+    """UVC's count: MACs of the patch embedding, and (L, 6) of qkv, q·k, attention·v, proj, fc1, fc2; no classifier."""
+    (stage,) = arch.stages
+    N, C, patches = arch.tokens, stage.width, stage.grid[0] * stage.grid[1]
+    embed = patches * C * arch.in_chans * arch.patch_size[0] * arch.patch_size[1]
+    rows = []
+    for block in stage.blocks:
+        qk, v, hidden = block.heads * block.qk, block.total_v, N * C * block.mlp
+        rows.append([N * C * (2 * qk + v), N * N * qk, N * N * v, N * C * v, hidden, hidden])
+    return embed, torch.tensor(rows, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Usage:
+    """``value`` is R; gradients for s (L, 2), r (L, H) and pi (L,)."""
+
+    value: float
+    s: torch.Tensor
+    r: torch.Tensor
+    pi: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Resource:
+    """Shares of a model's MACs: ``fixed``, and (L,) what falls with heads, with value channels and with MLP units."""
+
+    fixed: float
+    heads: torch.Tensor
+    values: torch.Tensor
+    mlp: torch.Tensor
+    num_heads: int
+    head_dim: int
+    hidden: int
+
+    @classmethod
+    def of(cls, arch: Arch, count: str) -> Resource:
+        """Of a ViT whose blocks all have the same shape.
+
+        Args:
+            arch: the record.
+            count: ``paper`` leaves out the classifier, and lets the rows of the value projection fall with heads
+                alone; ``exact`` is ``models.cost``.
+        """
+        embed, macs = paper_macs(arch)
+        qkv, qk, av, proj, fc1, fc2 = macs.unbind(1)
+        rows = qkv / 3 if count == "exact" else torch.zeros_like(qkv)  # of the value projection
+        fixed = float(outside_cost(arch).macs if count == "exact" else embed)
+        total = fixed + float(macs.sum())
+        block = arch.blocks[0]
+        return cls(
+            fixed / total,
+            (qkv - rows + qk) / total,
+            (rows + av + proj) / total,
+            (fc1 + fc2) / total,
+            block.heads,
+            block.qk,
+            block.mlp,
+        )
+
+    def kept(self, s: torch.Tensor, r: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Shares (L,) of heads, value channels and MLP units that stay, not clamped; ``gone`` (L, H) marks heads."""
+        heads, units = s.ceil().unbind(1)
+        channels = self.head_dim * heads + (r.ceil() * ~gone).sum(1)
+        width = self.num_heads * self.head_dim
+        return 1 - heads / self.num_heads, (width - channels) / width, 1 - units / self.hidden
+
+    def __call__(self, s: torch.Tensor, r: torch.Tensor, pi: torch.Tensor, gone: torch.Tensor) -> Usage:
+        """R and its gradients at s (L, 2), r (L, H), pi (L,); ``gone`` (L, H) bool are the heads that go."""
+        shares = self.kept(s, r, gone)
+        heads, values, mlp = (share.clamp(0, 1) for share in shares)
+        # at the bounds themselves the gradient is that of the inside
+        d_heads, d_values, d_mlp = ((share >= 0) & (share <= 1) for share in shares)
+        block = self.heads * heads + self.values * values + self.mlp * mlp
+        by_heads = (self.heads * d_heads + self.values * d_values) / self.num_heads
+        by_channel = pi * self.values * d_values / (self.num_heads * self.head_dim)
+        return Usage(
+            value=self.fixed + float((pi * block).sum()),
+            s=-torch.stack([pi * by_heads, pi * self.mlp * d_mlp / self.hidden], 1),
+            r=-by_channel[:, None] * ~gone,
+            pi=block,
+        )

@@ -1,0 +1,389 @@
+"""A search from its configuration to its front, and the same again after it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch
+from rich.console import Console
+from tensorboardX import SummaryWriter
+
+from prunesweep.models import Arch, LatencyTable, UserError, cost, read_arch
+from prunesweep.models.io.files import disk_full, publish_folder, write_text
+from prunesweep.models.io.provenance import versions
+from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.report.display import Display
+from prunesweep.search.report.page import write_report
+from prunesweep.search.space.space import Space, read_scores
+from prunesweep.search.space.warm_start import start_points
+from prunesweep.search.store.front import hypervolume, pareto_front
+from prunesweep.search.store.run import Lease, Run
+from prunesweep.search.store.study import Study
+from prunesweep.training import Quality
+
+from .coordinator import Coordinator
+from .prepare import SAMPLE, Opening, open_search
+from .remote import run_on_worker
+from .runtime import RayConnection, execute, slots
+from .signals import handling
+from .source import Kept, open_space
+
+__all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
+
+RAY_DIED = 3  # exit code
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Where a search stands: its folder, its Pareto set (``Run.front``), and whether all trials are done."""
+
+    path: Path
+    front: list[dict[str, Any]]
+    finished: bool
+
+
+def run_search(
+    config: SearchConfig | str | Path,
+    out: str | Path | None = None,
+    *,
+    console: Console | None = None,
+    address: str | None = None,
+    dry_run: bool = False,
+    verbose: bool = False,
+) -> SearchResult | None:
+    """Run a search and return its front.
+
+    Args:
+        config: the configuration, or the path of a TOML file.
+        out: the run's folder, which must not exist yet; ``runs/NAME`` by default.
+        console: where to draw; nothing is drawn by default.
+        address: of a running Ray cluster, all of whose nodes see ``out``; a Ray of its own by default.
+        dry_run: stop, and return None, after the space was shown. Where data or weights are not there, that is said,
+            and the space is what the architecture alone can tell.
+        verbose: show Ray's own log lines.
+
+    Raises:
+        UserError: the configuration, the data or the source cannot be used; nothing is created.
+        SearchFailed: too many trials failed.
+    """
+    if not isinstance(config, SearchConfig):
+        config = load_config(config)
+    display = Display(console or Console(quiet=True))
+    run = Run(out if out is not None else Path("runs") / config.name)
+    if run.path.exists():
+        raise UserError(
+            f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
+        )
+    config = _with_table(config, config.space.latency_table)
+    died = "Ray died before the first trial; the same command goes on from what is saved"
+    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, died))
+    with contextlib.ExitStack() as stack:
+        if address is not None:
+            stack.enter_context(ray)
+        units = ray.slots if address is not None else _slots_here(config) if dry_run else slots(config.resources)
+        try:
+            cache = run.path.parent / "cache"
+            opening = _open(config, cache, display, on_worker=address is not None, fetch=not dry_run)
+        except UserError as error:
+            if not dry_run:
+                raise
+            _plan_without(config, error, display, units)
+            return None
+        space = open_space(config.space, opening)
+        display.space(space, opening.summary, Quality(opening.top1, opening.ppl), opening.zero_shot)
+        if dry_run:
+            display.plan(config, units)
+            return None
+        config = create_run(run, _with_start(config, space), opening)
+        return _search(run, config, space, display, ray if address is None else contextlib.nullcontext(ray))
+
+
+# keys that change no candidate and no figure
+HARMLESS = ("search.trials", "resources.", "cluster.", "data.loader_workers")
+
+
+def resume_search(
+    path: str | Path,
+    *,
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+) -> SearchResult:
+    """Go on with a search that was stopped or killed; unfinished trials first, from their last epoch.
+
+    Args:
+        path: the run's folder.
+        trials: a new number of trials; what the run was made with by default.
+        overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure (``HARMLESS``).
+        console: where to draw; nothing is drawn by default.
+        address: of a running Ray cluster; a Ray of its own by default.
+        verbose: show Ray's own log lines.
+
+    Raises:
+        UserError: ``path`` is no run, another process is working on it, or an override would change the search.
+        SearchFailed: too many trials failed.
+    """
+    run = Run.existing(path)
+    made = load_config(run / "search.toml")
+    config = load_config(run / "search.toml", [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
+    _check_same_search(run, made, config)
+    if run.latency_table.exists():
+        config = _with_table(config, run.latency_table)  # wherever the run was moved to
+    if address is None:
+        slots(config.resources)
+    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.facts()["scores"]))
+    display = Display(console or Console(quiet=True))
+    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
+    return _search(run, config, space, display, ray)
+
+
+def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> None:
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (made, wanted))
+    changed = [key for key in before | after if before.get(key) != after.get(key) and not key.startswith(HARMLESS)]
+    if changed:
+        lines = "\n".join(f"  {key}: {before.get(key)!r}, now {after.get(key)!r}" for key in changed)
+        raise UserError(
+            f"{run.path} was made with other settings, so its results would not compare:\n{lines}\n"
+            "start a new search (search.start_from takes over this one's front), or leave these keys as they are"
+        )
+
+
+def _with_table(config: SearchConfig, path: str | Path | None) -> SearchConfig:
+    """The configuration with its latency table at ``path``, which is made absolute for other processes."""
+    name = None if path is None else str(Path(path).expanduser().absolute())
+    return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": name})})
+
+
+def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
+    """The configuration with all points to begin with in ``search.start``, the same whenever the run goes on.
+
+    Raises UserError for a point that is not in the space.
+    """
+    points = tuple(dict(point) for point in start_points(config, space))
+    changes = {"start": points, "start_from": None, "start_published": False}
+    return config.model_copy(update={"search": config.search.model_copy(update=changes)})
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _open(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> Opening:
+    """``open_search``, here or on a worker of the cluster that was joined."""
+    work = partial(open_search, config, cache, fetch=fetch)
+    with display.progress() as progress:
+        if not on_worker:
+            return work(progress)
+        opening = run_on_worker(work, config.resources, progress)
+    for path in (opening.folder, *opening.score_files.values(), *opening.teacher_logits):
+        if not path.exists():
+            raise UserError(
+                f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"
+            )
+    return opening
+
+
+def _plan_without(config: SearchConfig, error: UserError, display: Display, units: int | None) -> None:
+    """The space and the plan from the source's record alone. Raises ``error`` where the source is not known."""
+    display.note(f"not here: {error}")
+    try:
+        with torch.device("meta"):
+            arch = Arch.from_timm(timm.create_model(config.source.model, pretrained=False, **config.source.args))
+    except (RuntimeError, UserError, TypeError):
+        raise error from None
+    table = config.space
+    if table.latency_table is not None and not Path(table.latency_table).exists():
+        display.note(f"not here: the latency table {table.latency_table}; make it with `prunesweep latency`")
+        table = table.model_copy(update={"latency_table": None, "latency_ms": None})
+    space = Space.check(table, arch, config.scores.method)
+    display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
+    display.space(space, space.summarise(SAMPLE, config.seed), None, None)
+    display.plan(config, units)
+
+
+def _slots_here(config: SearchConfig) -> int | None:
+    try:
+        return slots(config.resources)
+    except UserError:
+        return None
+
+
+def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
+    """The run's folder, whole or not at all, and its configuration: a resume needs nothing outside but the data."""
+    arch, table = kept.arch, config.space.latency_table
+    spent = cost(arch)
+    facts = {
+        "source": {
+            "name": arch.source,
+            "weights": kept.weights,
+            **Quality(kept.top1, kept.ppl).facts,
+            "macs": spent.macs,
+            "params": spent.params,
+            **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(arch)}),
+        },
+        "data": kept.fingerprint,
+        "scores": {kind: path.name for kind, path in kept.score_files.items()},
+        "versions": versions(),
+    }
+    with publish_folder(run.path) as folder:
+        if table is not None:
+            shutil.copy2(table, folder / run.latency_table.name)
+            config = _with_table(config, run.latency_table)
+        write_text(folder / "search.toml", config.to_toml())
+        shutil.copytree(kept.folder, folder / "source")
+        (folder / "scores").mkdir()
+        for path in kept.score_files.values():
+            shutil.copy2(path, folder / "scores" / path.name)
+        for path in kept.teacher_logits:  # large, and never written again
+            shutil.copytree(path, folder / run.teacher_logits.name / path.name, copy_function=_link)
+        (folder / "trials").mkdir()
+        write_text(folder / "run.json", json.dumps(facts, indent=1))
+    return config
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for the same file; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _died(run: Run) -> str:
+    return f"Ray died. No finished trial is lost: prunesweep resume {run.shown}"
+
+
+def _leaving(display: Display, text: str, lease: Lease | None = None) -> Callable[[], NoReturn]:
+    """What ends this process with ``text``: Ray's client code would end it too, but with exit code 0."""
+
+    def leave() -> NoReturn:
+        display.close()
+        display.note(text)
+        if lease is not None:
+            lease.release()
+        os._exit(RAY_DIED)
+
+    return leave
+
+
+def _search(
+    run: Run, config: SearchConfig, space: Space, display: Display, ray: AbstractContextManager[RayConnection]
+) -> SearchResult:
+    """The search proper: everything but the source, the scores and the space, which a run has from the start."""
+    with Lease(run.path) as lease:
+        run.stop_file.unlink(missing_ok=True)
+        write_text(run / "search.toml", config.to_toml())
+        study = Study(
+            run / "study.journal",
+            space.distributions,
+            config.seed,
+            objectives=config.search.objectives,
+            sampler=config.search.sampler,
+            trials=config.search.trials,
+            start=config.search.start,
+        )
+        coordinator = Coordinator(run, study, space, config.search, slots=1, seed=config.seed)
+        source = run.facts()["source"]
+        try:
+            if not coordinator.done:
+                with (
+                    display.live(coordinator, source, config.space.budget) as changed,
+                    _board(run, coordinator, source) as logged,
+                    ray as connection,
+                    _interruptible(coordinator, display),  # after Ray, which takes SIGTERM for itself
+                ):
+                    connection.on_death = _leaving(display, _died(run), lease)
+                    coordinator.slots = connection.slots
+                    before, begun = len(coordinator.results), time.monotonic()
+                    execute(
+                        coordinator,
+                        config.resources,
+                        [changed, logged],
+                        count=partial(_room, connection, coordinator, display),
+                    )
+                    display.overhead(coordinator, before, time.monotonic() - begun)
+        except KeyboardInterrupt:
+            if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
+                raise
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"{run.shown}: no space is left on its disk. Nothing that is finished is lost: make room, then "
+                f"prunesweep resume {run.shown}"
+            ) from error
+        finally:
+            run.stop_file.unlink(missing_ok=True)
+            _write_report(run)
+        if coordinator.finished:
+            display.front(coordinator.front, source["macs"])
+        return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
+
+
+def _room(connection: RayConnection, coordinator: Coordinator, display: Display) -> int:
+    """Units that fit now; says so where nodes have come or gone."""
+    now, before = connection.slots, coordinator.slots
+    if now != before:
+        units = "unit fits" if now == 1 else "units fit"
+        display.note(f"{now} {units} on the cluster's nodes now, before it were {before}")
+    return now
+
+
+def _write_report(run: Run) -> None:
+    try:
+        write_report(run)
+    except OSError as error:  # what ended the search is said, not that there is no room for a page either
+        if not disk_full(error):
+            raise
+
+
+def _interruptible(coordinator: Coordinator, display: Display) -> AbstractContextManager[None]:
+    """The first Ctrl-C or SIGTERM lets the running trials save their state and end; the second one ends at once."""
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        if coordinator.stopping:
+            raise KeyboardInterrupt
+        coordinator.stop()
+        display.note("stopping: the running trials save their state (once more to end at once)")
+
+    return handling(interrupt, signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """TensorBoard: hypervolume and front size over finished trials, and a row of hyperparameters per trial."""
+    writer = SummaryWriter(str(run / "tb" / "search"))
+    logged, best, objectives = len(coordinator.results), coordinator.best, coordinator.search.objectives
+
+    def changed() -> None:
+        nonlocal logged, best
+        for result in coordinator.results[logged:]:
+            logged += 1
+            best = pareto_front([*best, result], objectives) if result.has_model else best
+            writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
+            writer.add_scalar("front_size", len(best), logged)
+            values = {"hparam/top1": result.top1, "hparam/macs": result.macs}
+            writer.add_hparams(dict(result.point), values, name=result.id)
+
+    try:
+        yield changed
+    finally:
+        writer.close()

@@ -1,0 +1,140 @@
+"""The final stage: chosen models of a run's front, finetuned with a full recipe and measured.
+
+promoted/r2-0007/   model/, promoted.json        figures of the search stay what they are, beside the new ones
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prunesweep.models import UserError, load, load_provenance
+from prunesweep.models.io.files import write_text
+from prunesweep.models.latency.timing import Setting, measure_all
+from prunesweep.search.config import load_config
+from prunesweep.search.finetune import Finetuning, Place, finetune
+from prunesweep.search.store.run import Run, read_json, unit_id
+from prunesweep.training import Epoch, Recipe
+
+__all__ = ["Promoted", "choose", "promote", "promoted"]
+
+COSTS = ("macs", "params", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A front member after its full finetuning; ``top1`` values in percent, ``latency`` as measured here.
+
+    ``ppl``, words' perplexity, is a language model's.
+    """
+
+    unit: str
+    top1: float
+    searched_top1: float
+    ppl: float | None
+    searched_ppl: float | None
+    macs: int
+    params: int
+    recipe: str
+    latency: dict[str, Any] | None
+    model: str  # relative to the run
+
+
+def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] = ()) -> list[dict[str, Any]]:
+    """Members of a run's front, by accuracy or by what they may cost.
+
+    Args:
+        run: with a front.
+        top: the most accurate ones.
+        at: (cost, limit) pairs, a limit of at most 1 being a share of the source's: the most accurate one within each.
+
+    Raises:
+        UserError: the front is empty, a cost is unknown, or nothing is within a limit.
+    """
+    front, source = run.front(), run.facts()["source"]
+    if not front:
+        raise UserError(f"{run.path}: the front is empty; search first")
+    if top is None and not at:
+        return front
+    best = sorted(front, key=lambda p: p.get("ppl", -p["top1"]))
+    chosen = best[: top or 0]
+    for name, limit in at:
+        if name not in COSTS or (name not in front[0]):
+            known = ", ".join(c for c in COSTS if c in front[0])
+            raise UserError(f"--at {name}={limit:g}: this front has {known}")
+        most = limit * source[name] if limit <= 1 else limit
+        within = [p for p in best if p[name] <= most]
+        if not within:
+            least = min(p[name] for p in front)
+            raise UserError(f"--at {name}={limit:g}: no model costs that little; the smallest has {least:,.6g}")
+        chosen.append(within[0])
+    seen: dict[str, dict[str, Any]] = {unit_id(p["trial"], p["rung"]): p for p in chosen}
+    return list(seen.values())
+
+
+def promote(
+    run: Run,
+    point: dict[str, Any],
+    recipe_name: str,
+    recipe: Recipe,
+    *,
+    setting: Setting | None = None,
+    place: Place = Place(),  # noqa: B008 (frozen)
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Promoted:
+    """Finetune one member of the front with the source as teacher; goes on where it was stopped.
+
+    Args:
+        run, point: the run and an entry of its front.
+        recipe_name, recipe: how it is trained.
+        setting: measure latency like this too.
+        place: where training runs.
+        on_step, on_epoch, on_note: as for ``training.fit``.
+
+    Raises:
+        UserError: training failed.
+    """
+    unit = unit_id(point["trial"], point["rung"])
+    folder = run / "promoted" / unit
+    config = load_config(run / "search.toml")
+    job = Finetuning(
+        model=run / point["model"],
+        data=config.data.name,
+        recipe=recipe,
+        out=folder / "model",
+        teacher=run / "source",
+        seed=config.seed,
+        loader_workers=config.data.loader_workers,
+    )
+    if not job.out.exists():
+        finetune(job, place, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
+    elif load_provenance(job.out).get("recipe") != recipe.model_dump(mode="json"):
+        raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
+    latency, facts = None, load_provenance(job.out)
+    if setting is not None:
+        latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
+    found = Promoted(
+        unit=unit,
+        top1=facts["top1"],
+        searched_top1=point["top1"],
+        ppl=facts.get("ppl"),
+        searched_ppl=point.get("ppl"),
+        macs=point["macs"],
+        params=point["params"],
+        recipe=recipe_name,
+        latency=latency,
+        model=str(Path("promoted") / unit / "model"),
+    )
+    write_text(folder / "promoted.json", json.dumps(asdict(found), indent=1))
+    return found
+
+
+def promoted(run: Run) -> list[dict[str, Any]]:
+    """What was promoted in a run, ascending MACs."""
+    found = [read_json(path) for path in sorted((run / "promoted").glob("*/promoted.json"))]
+    return sorted(found, key=lambda p: p["macs"])

@@ -1,0 +1,107 @@
+"""One piece of work in another process of the cluster that this process has joined, as if it were done here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from prunesweep.models import UserError
+from prunesweep.search.config import ResourcesTable
+from prunesweep.search.scoring import Progress
+
+from .coordinator import SearchFailed
+from .signals import handling
+
+__all__ = ["run_on_worker"]
+
+T = TypeVar("T")
+
+LOOK, TELL, END = 0.5, 0.5, 10.0  # seconds: between looks at the work, between its reports, for it to end when asked
+RESTARTS = 2  # of work whose process was lost
+WAITING = "waiting for a worker"
+
+
+def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, progress: Progress) -> T:
+    """Call ``work`` in a process with the resources of one of a trial's workers, and return what it returns.
+
+    It is started again where its process or node is lost. Ctrl-C and SIGTERM end it with a KeyboardInterrupt, there and
+    here.
+
+    Args:
+        work: can be sent, and so can what it returns; it must bear being begun anew.
+        resources: of the search.
+        progress: is told here what ``work`` tells there.
+
+    Raises:
+        UserError: ``work`` raised it.
+        SearchFailed: the process was lost again and again.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    said = _Said.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    own = {"num_cpus": resources.cpus_per_trial, "num_gpus": resources.gpus_per_trial}
+    progress(WAITING, 0.0, "")
+    running = _work.options(**own).remote(work, said, resources.cpus_per_trial)
+    try:
+        with handling(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C; Ray would end this process at once
+            ended = False
+            while not ended:
+                ended = bool(ray.wait([running], timeout=LOOK)[0])
+                _pass_on(said, progress)
+            return ray.get(running)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None  # as if it had been raised here; Ray's own has a traceback for its text
+        raise
+    except RayError as error:
+        raise SearchFailed(f"the source and its scores: {error}") from error
+    except BaseException:
+        ray.cancel(running)
+        ray.wait([running], timeout=END)
+        raise
+    finally:
+        ray.kill(said)
+
+
+@ray.remote(max_retries=RESTARTS, max_calls=1)  # its process ends with it: memory is for the units that follow
+def _work(work: Callable[[Progress], T], said: Any, threads: int) -> T:
+    torch.set_num_threads(threads)
+    due: dict[str, float] = {}
+
+    def tell(what: str, share: float, note: str) -> None:
+        now = time.monotonic()
+        if share >= 1:
+            ray.get(said.tell.remote(what, share, note))  # heard before the work ends
+        elif now >= due.get(what, 0.0):
+            due[what] = now + TELL
+            said.tell.remote(what, share, note)
+
+    tell(WAITING, 1.0, f"{ray.util.get_node_ip_address()}, process {os.getpid()}")
+    return work(tell)
+
+
+@ray.remote(num_cpus=0)
+class _Said:
+    """The latest that the work has to say on everything, until it is heard."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, tuple[float, str]] = {}
+
+    def tell(self, what: str, share: float, note: str) -> None:
+        self._latest[what] = (share, note)
+
+    def take(self) -> dict[str, tuple[float, str]]:
+        latest, self._latest = self._latest, {}
+        return latest
+
+
+def _pass_on(said: Any, progress: Progress) -> None:
+    for what, (share, note) in ray.get(said.take.remote()).items():
+        progress(what, share, note)

@@ -1,0 +1,350 @@
+"""A Ray of our own on this machine or a running cluster, and Ray Tune as the executor of units.
+
+Tune runs units in reused actors and decides nothing: no scheduler, no restore, no state of value. It restarts a unit
+whose process was lost; what to run is the coordinator's decision, asked for through a Searcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prunesweep.models import UserError
+from prunesweep.search.config import ResourcesTable
+from prunesweep.search.store.run import Unit
+
+from .coordinator import Coordinator, SearchFailed
+from .signals import deferred
+
+for name, value in {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # units stay in the folder that the user is in
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # units write their own logs
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the driver's, see search.driver
+}.items():
+    os.environ.setdefault(name, value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
+
+from .task import run_unit  # noqa: E402
+
+__all__ = ["RayConnection", "connected", "execute", "slots"]
+
+OBJECT_STORE_BYTES = 128 * 2**20  # units exchange files, not objects
+RESTARTS = 2  # of a unit whose process was lost
+COUNT = 5.0  # seconds between two looks at the nodes of a cluster
+
+
+def slots(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+    """Units that can run side by side on ``nodes``, by default on this machine.
+
+    Args:
+        resources: what a unit needs: ``workers_per_trial`` times ``cpus_per_trial`` and ``gpus_per_trial``.
+        nodes: ``CPU`` and ``GPU`` of every node; a worker lies within one of them.
+
+    Raises:
+        UserError: not even one unit fits.
+    """
+    own = nodes is None
+    nodes = [_this_machine(resources)] if nodes is None else nodes
+    cpus, gpus, workers = resources.cpus_per_trial, resources.gpus_per_trial, resources.workers_per_trial
+    places = sum(_places(node, cpus, gpus) for node in nodes)
+    if places < workers:
+        where = "this machine offers" if own else f"the cluster's {len(nodes)} nodes offer"
+        offered = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes[:8])
+        raise UserError(
+            f"resources: a trial needs {workers} x (cpus_per_trial = {cpus}, gpus_per_trial = {gpus:g}), but {where} "
+            f"{offered}: room for {places} of {workers} workers"
+        )
+    return places // workers
+
+
+def _places(node: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Workers that a node has room for."""
+    by_cpu = int(node.get("CPU", 0) // cpus)
+    if not gpus:
+        return by_cpu
+    whole = int(node.get("GPU", 0))
+    return min(by_cpu, int(whole // gpus) if gpus >= 1 else whole * int(1 / gpus))
+
+
+def _this_machine(resources: ResourcesTable) -> dict[str, float]:
+    found: dict[str, float] = {"CPU": _cpus(resources)}
+    if resources.gpus_per_trial:
+        import torch
+
+        found["GPU"] = torch.cuda.device_count()
+    return found
+
+
+def _cpus(resources: ResourcesTable) -> int:
+    return resources.cpus or len(os.sched_getaffinity(0))
+
+
+class RayConnection:
+    """A Ray of our own on this machine, or a running cluster, for the time of a ``with`` block.
+
+    ``on_death`` is called, in a thread, should Ray die; it may be replaced meanwhile. The loss of a node that is not
+    the head is no death.
+
+    Raises:
+        UserError: nothing answers at ``address``, or no unit fits.
+    """
+
+    def __init__(
+        self, resources: ResourcesTable, *, address: str | None, verbose: bool, on_death: Callable[[], None]
+    ) -> None:
+        self._resources, self._address, self._verbose, self.on_death = resources, address, verbose, on_death
+        self._stop = threading.Event()
+        self._slots, self._counted = 0, -math.inf
+
+    @property
+    def slots(self) -> int:
+        """Units that fit on the nodes that are there now, 0 where all of them are lost; counted every few seconds."""
+        if self._address is not None and time.monotonic() - self._counted > COUNT:
+            try:
+                self._slots = self._count()
+            except UserError:
+                self._slots = 0
+            self._counted = time.monotonic()
+        return self._slots
+
+    def _count(self) -> int:
+        own = self._address is None
+        return slots(self._resources, None if own else [n["Resources"] for n in ray.nodes() if n["Alive"]])
+
+    def __enter__(self) -> RayConnection:
+        level = logging.INFO if self._verbose else logging.ERROR
+        logging.getLogger("ray").setLevel(level)
+        options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
+        if self._address is None:
+            _own_token()
+            own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
+            # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
+            dashboard = self._resources.workers_per_trial > 1
+            context = _start(address="local", include_dashboard=dashboard, **own, **options)
+        else:
+            context = _join(self._address, options)
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._slots = self._count()
+        except UserError:
+            ray.shutdown()
+            raise
+        host, _, port = context.address_info["gcs_address"].rpartition(":")
+        doors = [(host, int(port))]
+        if self._address is None:
+            doors.append((nodes[0]["NodeManagerAddress"], int(nodes[0]["NodeManagerPort"])))
+        threading.Thread(target=self._watch, args=(doors,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        ray.shutdown()
+
+    def _watch(self, doors: list[tuple[str, int]]) -> None:
+        """Ray itself notices the loss of its head only after a minute, and then ends this process with exit code 0."""
+        closed = 0
+        while closed < 2:
+            if self._stop.wait(1.0):
+                return
+            closed = 0 if all(_open(door) for door in doors) else closed + 1
+        if not self._stop.is_set():
+            self.on_death()
+
+
+def _start(**options: Any) -> Any:
+    """``ray.init``, in which no Ctrl-C is lost; it leaves no Ray behind."""
+    try:
+        with deferred(signal.SIGINT):
+            return ray.init(**options)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+
+
+def _join(address: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return _start(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
+
+
+@contextlib.contextmanager
+def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
+    """A running cluster at ``address``, or a Ray of our own with ``cpus``, for the time of a ``with`` block.
+
+    Raises:
+        UserError: nothing answers at ``address``, or it does not have what is asked for.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        _own_token()
+        own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        _start(address="local", **own, **options)
+    else:
+        _join(address, options)
+    try:
+        total = ray.cluster_resources()
+        for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if wanted > total.get(name, 0):
+                raise UserError(f"the workers need {wanted:g} {name}s in all, Ray has {total.get(name, 0):g}")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _own_token() -> None:
+    """A token that only this process and its Ray know; where there is one, Ray of its own accord asks for it.
+
+    Not for clusters: they have theirs, or none, and then a driver must have none either.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _open(door: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(door, timeout=5).close()
+    except TimeoutError:
+        return True  # busy, not dead
+    except OSError:
+        return False
+    return True
+
+
+class _UnitActor(tune.Trainable):  # type: ignore[misc]
+    """Runs one unit per step; Tune hands it the next one without a new process."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        import torch
+
+        self.reset_config(config)
+        torch.set_num_threads(config["threads"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._job = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        found = self._job["work"](Path(self._job["run"]), Unit(**self._job["unit"]))
+        return {"state": found["state"], "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune saves every trial that ends; a unit's state is in its own folder."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See ``save_checkpoint``."""
+
+
+class _Searcher(Searcher):  # type: ignore[misc]
+    """Asks the coordinator for units and tells it of their ends."""
+
+    def __init__(
+        self, coordinator: Coordinator, on_change: Sequence[Callable[[], None]], count: Callable[[], int] | None
+    ) -> None:
+        super().__init__()
+        self._coordinator, self._on_change, self._count = coordinator, on_change, count
+        self._units: dict[str, str] = {}
+        self.failure: Exception | None = None
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._count:
+            self._coordinator.slots = self._count()
+        try:
+            unit = self._coordinator.next()
+        except (UserError, OSError) as error:
+            self._give_up(error)
+            unit = None
+        if unit is None:
+            return Searcher.FINISHED if self._coordinator.done else None
+        self._units[trial_id] = unit.id
+        self._changed()
+        return {"unit": asdict(unit)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)"
+        if (result or {}).get("state") == "disk full":
+            self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._coordinator.run.path)))
+        try:
+            self._coordinator.complete(self._units.pop(trial_id), error=lost if error else None)
+            self._changed()
+        except (SearchFailed, OSError) as failure:
+            self._give_up(failure)
+
+    def _changed(self) -> None:
+        for tell in self._on_change:
+            tell()
+
+    def _give_up(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+        self._coordinator.stop()
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune snapshots its searcher; ours keeps everything on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search is resumed from its folder, not from Tune's state")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def execute(
+    coordinator: Coordinator,
+    resources: ResourcesTable,
+    on_change: Sequence[Callable[[], None]] = (),
+    *,
+    count: Callable[[], int] | None = None,
+    work: Callable[[Path, Unit], Mapping[str, Any]] = run_unit,
+) -> None:
+    """Run units until the coordinator is done. Needs a ``RayConnection``.
+
+    Args:
+        coordinator, resources: of the search.
+        on_change: told of every start and end.
+        count: units that can run side by side, now; nodes come and go. ``coordinator.slots`` throughout by default.
+        work: does a unit of the run at a path, in an actor.
+
+    Raises:
+        SearchFailed: too many units failed.
+        UserError: the space cannot be sampled.
+    """
+    searcher = _Searcher(coordinator, on_change, count)
+    # by default Tune asks for the second unit once the first one's process is up; they should start side by side
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.slots)
+    own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    if resources.workers_per_trial > 1:  # its workers bring their own; the unit itself only waits for them, on the head
+        own = {"cpu": 0, "node:__internal_head__": 0.001}
+    trainable = tune.with_resources(_UnitActor, own)
+    with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
+        tune.Tuner(
+            trainable,
+            param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial, "work": work},
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="units",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            ),
+        ).fit()
+    if searcher.failure:
+        raise searcher.failure

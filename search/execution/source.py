@@ -1,0 +1,205 @@
+"""The source model and its scores: made once, kept in a cache by content, copied into each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple, trunc_normal_
+from torch import nn
+
+from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, read_arch, save, weights_digest
+from prunesweep.models.errors import nearest
+from prunesweep.models.io.provenance import digest, versions
+from prunesweep.pruners import Scores
+from prunesweep.search.config import SearchConfig, SourceTable, SpaceTable
+from prunesweep.search.scoring import Calibration, Progress, cached_gates, cached_scores
+from prunesweep.search.space.space import LEARNED, Space, score_names
+from prunesweep.training import EVAL_BATCH, Data, Quality, cache_logits, check_words, evaluate, fit, open_data, seeded
+
+__all__ = ["Kept", "Prepared", "Progress", "open_space", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A source and its scores, as they lie in the cache: small, and the same for every process that sees it.
+
+    ``folder`` is the saved source, ``score_files`` are by name, ``teacher_logits`` are those of the recipe's teachers.
+    """
+
+    folder: Path
+    score_files: Mapping[str, Path]
+    teacher_logits: tuple[Path, ...] = ()
+    weights: str  # digest of the source's
+    fingerprint: str  # of the data
+    top1: float
+    ppl: float | None = None  # of a language model
+
+    @property
+    def arch(self) -> Arch:
+        return read_arch(self.folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Kept):
+    """All that a search starts from, in the process that made or found it."""
+
+    data: Data
+    model: nn.Module
+    space: Space
+
+
+def open_space(table: SpaceTable, kept: Kept) -> Space:
+    """The space of a source and its scores. Raises UserError as ``Space`` does."""
+    return Space(table, kept.arch, {name: Scores.load(path) for name, path in kept.score_files.items()})
+
+
+def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
+    """Open the data, make or find the source, score it or find its scores, and build the space.
+
+    Args:
+        config: the search's configuration.
+        cache: folder for what takes long to make; created once there is something to keep.
+        progress: told what goes on.
+
+    Raises:
+        UserError: the data or the source are not there, do not go together, or cannot meet the budget.
+    """
+    model, data = _create(config)
+    device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
+    arch = arch_of(model)
+    _check_fit(arch, data, config)
+    Space.check(config.space, arch, config.scores.method)
+    folder = cache / "sources" / _source_key(config, model, data)
+    if not folder.exists():
+        _make(config, model.to(device), data, folder, progress)
+    source = load(folder)
+    weights = weights_digest(source)
+    source.to(device)
+
+    settings = Calibration(**config.scores.model_dump(exclude={"method"}))
+    files = {}
+    for name in score_names(config.space, config.scores.method):
+        if name == LEARNED:
+            run = (config.gates.recipe, config.gates.settings, config.seed)
+            files[name] = cached_gates(source, data, *run, cache / "scores", progress, weights=weights)
+        else:
+            files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
+    logits: tuple[Path, ...] = ()
+    if any(config.search.rungs or [config.finetune.epochs]):
+
+        def on_images(done: int, total: int) -> None:
+            progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
+
+        logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
+    quality = Quality.of(load_provenance(folder))
+    kept = Kept(
+        folder=folder,
+        score_files=files,
+        teacher_logits=logits,
+        weights=weights,
+        fingerprint=data.info.fingerprint,
+        top1=quality.top1,
+        ppl=quality.ppl,
+    )
+    return Prepared(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
+
+
+def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
+    """The source before training, and the data in the form that it takes."""
+    source, workers = config.source, config.data.loader_workers
+    local = source.model.startswith("local-dir:")
+    _check_name(source.model)
+    if local or not source.train:
+        model = _timm_model(source, dict(source.args), {})
+        arch = arch_of(model)
+        preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
+        return model, open_data(config.data.name, preprocessing, loader_workers=workers)
+    cfg = timm.get_pretrained_cfg(source.model)
+    preprocessing = cfg.to_dict() if cfg is not None else {}
+    if "img_size" in source.args:
+        preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))
+    data = open_data(config.data.name, preprocessing, loader_workers=workers)
+    channels, *size = data.info.input_size
+    words = {"vocabulary": data.info.vocabulary} if data.info.vocabulary else {}
+    args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **words, **source.args}
+    own = {"input_size": data.info.input_size, "mean": data.info.mean, "std": data.info.std}
+    overlay = {} if source.pretrained else own  # pretrained weights bring the preprocessing that they were made with
+    with seeded(config.seed):
+        model = _timm_model(source, args, overlay)
+        if source.pos_embed_std is not None:
+            trunc_normal_(model.pos_embed, std=source.pos_embed_std)
+    return model, data
+
+
+def _check_name(name: str) -> None:
+    """Raise UserError for a name that is unknown or of another family, before anything is downloaded or built."""
+    if name.startswith("local-dir:"):
+        if not Path(name.removeprefix("local-dir:"), "config.json").is_file():
+            raise UserError(f"source.model = {name!r}: no folder of a saved model (with a config.json) is there")
+        return
+    bare = name.split(".")[0]
+    if not timm.is_model(bare):
+        raise UserError(f"source.model = {name!r}: not a timm model. {nearest(bare, timm.list_models())}".strip())
+    with torch.device("meta"):
+        Arch.from_timm(timm.create_model(bare, num_classes=1000))
+
+
+def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[str, Any]) -> Any:
+    pretrained = source.pretrained or source.model.startswith("local-dir:")
+    try:
+        return timm.create_model(
+            source.model, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args
+        )
+    except Exception as error:  # timm raises whatever its parts raise; all of it follows from what the user asked for
+        raise UserError(f"source.model = {source.model!r} with args {dict(args)} cannot be made: {error}") from error
+
+
+def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
+    check_words(arch, data)
+    size = (arch.in_chans, *arch.img_size)
+    if size != data.info.input_size:
+        raise UserError(f"source.model takes images of {size}, {data.info.name} has {data.info.input_size}")
+    if arch.num_classes != data.info.num_classes:
+        raise UserError(
+            f"source.model has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: "
+            "use data that it was trained on, or train it with a [source.train] table"
+        )
+    if config.source.pos_embed_std is not None and not config.source.train:
+        raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")
+
+
+def _source_key(config: SearchConfig, model: nn.Module, data: Data) -> str:
+    """Folder name of the source: what is trained here is named by how, what comes trained by its weights."""
+    made = {"train": config.source.model_dump(mode="json"), "seed": config.seed}
+    facts = made if config.source.train else {"weights": weights_digest(model)}
+    name = "".join(c if c.isalnum() else "_" for c in config.source.model.removeprefix("local-dir:"))[-40:]
+    return f"{name}-{digest({**facts, 'data': data.info.fingerprint})}"
+
+
+def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, progress: Progress) -> None:
+    """Train the source where the configuration says so, measure it, and save it."""
+    recipe, note = config.source.train, ""
+    if recipe is not None:
+
+        def on_step(done: int, total: int, loss: float) -> None:
+            progress("training the source", done / total, f"loss {loss:.3f}{note}")
+
+        def on_epoch(epoch: Any) -> None:
+            nonlocal note
+            note = f"  {Quality(epoch.top1, epoch.ppl)}"
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        state = folder.with_name(folder.name + ".state.safetensors")
+        fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
+    progress("evaluating the source", 0.0, "")
+    found = Quality.of(evaluate(model, data.val_loader(EVAL_BATCH)))
+    progress("evaluating the source", 1.0, str(found))
+    facts = {"data": data.info.fingerprint, "seed": config.seed, **found.facts, "versions": versions()}
+    save(model, folder, {"method": "source", "source": config.source.model, **facts})
+    if recipe is not None:
+        state.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Where to look next: samplers that propose points."""

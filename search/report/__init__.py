@@ -1,0 +1,1 @@
+"""What a search shows: the terminal, the report page, pictures of token plans."""

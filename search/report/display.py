@@ -1,0 +1,273 @@
+"""What a search shows while it runs, for people: progress bars, the space, a live table, the front."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.space.space import Space, Spread, Summary
+from prunesweep.search.store.front import hypervolume
+from prunesweep.search.store.run import Result
+from prunesweep.training import Quality
+
+__all__ = ["Display", "clock", "front_table", "promoted_table"]
+
+BANDS = 5
+
+
+class Display:
+    """Draws on ``console``; on one that is no terminal it prints a line per event instead of redrawing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Live | None = None
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Any]:
+        """A callable (what, share done, note) that draws one bar per ``what``."""
+        columns = (
+            TextColumn("{task.description:22}"),
+            BarColumn(30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, share: float, note: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=1.0, note="")
+                if not self.console.is_terminal:
+                    self.note(f"{what} ...")
+            bars.update(tasks[what], completed=share, note=note)
+            if share >= 1 and not self.console.is_terminal:
+                self.note(f"{what}: {note}")
+
+        with bars:
+            self._live = bars.live
+            yield report
+        self._live = None
+
+    def space(self, space: Space, summary: Summary, quality: Quality | None, zero_shot: Spread | None) -> None:
+        """The source, every variable with its range, the objectives over a sample, and what can be reached."""
+        source = space.source_cost
+        self.note(
+            f"source: {space.arch.source}  {'' if quality is None else f'{quality}  '}"
+            f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
+        )
+        variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
+        free = [v for v in space.variables if not v.fixed]
+        for v in free:
+            if v.choices:
+                variables.add_row(v.name, ", ".join(v.choices), "", v.meaning)
+            else:
+                variables.add_row(v.name, f"{v.low:g}", f"{v.high:g}", v.meaning)
+        columns = ("objective", "min", "median", "max")
+        objectives = Table(*columns, title="over a sample of the space", title_justify="left")
+        for name, spread, unit, digits in (
+            ("macs (M) ↓", summary.macs, 1e6, 2),
+            ("macs / source", summary.macs, source.macs, 3),
+            ("params (M)", summary.params, 1e6, 3),
+            *([("latency (ms) ↓, predicted", summary.latency_ms, 1, 3)] if summary.latency_ms else []),
+            *([("top-1 (%) ↑, before finetuning, training images", zero_shot, 1, 2)] if zero_shot else []),
+        ):
+            values = (spread.low, spread.median, spread.high)
+            objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
+        self.console.print(Group(variables, objectives))
+        low, high = summary.reachable
+        table = space.table
+        share = "all of it" if summary.feasible == 1 else f"{summary.feasible:.0%} of it"
+        self.note(
+            f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: satisfiable, {share} "
+            f"(reachable {low:.3f} to {high:.3f}); {len(free)} variables, {summary.distinct} distinct candidates in a "
+            f"sample of {round(len(summary.points) / summary.feasible)}"
+        )
+
+    def plan(self, config: SearchConfig, units: int | None) -> None:
+        """How much would be trained: units and epochs per rung, and how many units run side by side."""
+        search, count = config.search, config.search.trials
+        parts, epochs = [], 0
+        for rung, own in enumerate(search.rungs or (config.finetune.epochs,)):
+            count = search.trials if rung == 0 else int(count // search.eta)
+            epochs += count * own
+            parts.append(f"{count} x {own} epochs")
+        resources = config.resources
+        each = f"{resources.workers_per_trial} worker{'s' if resources.workers_per_trial > 1 else ''}"
+        each += f" of {resources.cpus_per_trial} CPUs and {resources.gpus_per_trial:g} GPUs"
+        beside = "" if units is None else f"; {units} side by side here"
+        self.note(f"plan: {', then '.join(parts)}: {epochs} epochs in all, each on {each}{beside}")
+
+    @contextlib.contextmanager
+    def live(self, coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float]) -> Iterator[Any]:
+        """A callable that is told of every change; the table also moves by itself, for the clock's sake."""
+        started, before = time.monotonic(), coordinator.settled
+        seen, failed = len(coordinator.results), set(coordinator.failures)
+
+        def render() -> RenderableType:
+            return live_table(coordinator, source, window, time.monotonic() - started, before)
+
+        def changed() -> None:
+            nonlocal seen
+            for unit, error in coordinator.failures.items():
+                if unit not in failed:
+                    failed.add(unit)
+                    self.note(f"trial {unit} failed: {error.strip().splitlines()[-1]}")
+            if not self.console.is_terminal:
+                for result in coordinator.results[seen:]:
+                    self.note(_line(result, coordinator, source["macs"]))
+            seen = len(coordinator.results)
+
+        if not self.console.is_terminal:
+            yield changed
+            return
+        with Live(get_renderable=render, console=self.console, refresh_per_second=2) as self._live:
+            yield changed
+        self._live = None
+
+    def overhead(self, coordinator: Coordinator, before: int, elapsed: float) -> None:
+        """What this session's results cost besides training; ``before`` is how many there were already."""
+        found = coordinator.results[before:]
+        if not found:
+            return
+        training = sum(r.training_seconds for r in found)
+        share = 1 - training / (elapsed * coordinator.slots)
+        again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
+        each = coordinator.seconds / len(found)
+        self.note(
+            f"{len(found)} units in {clock(elapsed)}: the driver spent {each:.3f} s on each; "
+            f"{share:.0%} of the workers' time went into other things than training{again}"
+        )
+
+    def close(self) -> None:
+        """Give the terminal back; for ends that run no further code."""
+        if self._live is not None:
+            self._live.stop()
+
+    def front(self, front: Sequence[dict[str, Any]], source_macs: int) -> None:
+        self.console.print(front_table(front, source_macs))
+
+
+def live_table(
+    coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float], elapsed: float, before: int
+) -> RenderableType:
+    """Trials, front, hypervolume, time left, and the best top-1 in every band of the budget window."""
+    failed, settled = len(coordinator.failures), coordinator.settled
+    results = [r for r in coordinator.results if r.has_model]
+    eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
+    state = Table(box=None, show_header=False)
+    state.add_row(
+        f"[bold]{_rungs(coordinator)}[/] done",
+        f"{coordinator.live} running",
+        f"{failed} failed",
+        f"front {len(coordinator.front)}",
+        f"hypervolume {hypervolume(coordinator.best, source, coordinator.search.objectives):.4f}",
+        f"{clock(elapsed)} elapsed",
+        f"ETA {clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
+    )
+    bands = Table("MACs / source", *(f"{low:.2f}-{high:.2f}" for low, high in _bands(window)), box=None)
+    best = [
+        max((r.top1 for r in results if low < r.macs / source["macs"] <= high), default=None)
+        for low, high in _bands(window)
+    ]
+    bands.add_row("best top-1 (%)", *("-" if b is None else f"{b:.2f}" for b in best))
+    return Group(state, bands)
+
+
+def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
+    """Equal bands of the window; the first one reaches down to 0, since dropped blocks can undershoot."""
+    low, high = window
+    edges = [low + (high - low) * i / BANDS for i in range(BANDS + 1)]
+    edges[0] = 0.0
+    return list(pairwise(edges))
+
+
+def clock(seconds: float | None) -> str:
+    """mm:ss, or h:mm:ss from an hour on."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def _rungs(coordinator: Coordinator) -> str:
+    """Finished units of every rung, and the candidates that were asked for."""
+    counts = Counter(result.rung for result in coordinator.results)
+    above = "".join(f" > {counts[rung]}" for rung in range(1, len(coordinator.search.rungs)))
+    return f"{counts[0]}/{coordinator.requested}{above}"
+
+
+def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
+    varying = {v.name for v in coordinator.space.variables if not v.fixed}
+    point = "  ".join(
+        f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in result.point.items() if k in varying
+    )
+    rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
+    return (
+        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {Quality(result.top1, result.ppl)}  "
+        f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
+    )
+
+
+def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> Table:
+    """Front members after their full finetuning, beside what the search had found."""
+    table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
+    texts = any(p["ppl"] is not None for p in found)
+    quality = ("ppl", "searched_ppl") if texts else ("top1", "searched_top1")
+    first = "ppl" if texts else "top-1 (%)"
+    for name in ("unit", first, "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
+        table.add_column(name, justify="right")
+    table.add_column("model", overflow="fold")
+    for p in found:
+        latency = p["latency"]
+        table.add_row(
+            p["unit"],
+            *(f"{p[name]:.2f}" for name in quality),
+            f"{p['macs'] / source_macs:.3f}",
+            f"{p['params'] / 1e6:.3f}",
+            "" if latency is None else f"{latency['median_ms']:.3f} (batch {latency['batch']})",
+            p["recipe"],
+            str(run / p["model"]),
+        )
+    return table
+
+
+def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
+    """The Pareto set, one row per model."""
+    table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
+    texts, timed = (any(name in point for point in front) for name in ("ppl", "latency_ms"))
+    costs = ("MACs (M)", "/ source", "params (M)", *(["latency (ms), predicted"] if timed else []))
+    for name in ("trial", *(["ppl"] if texts else []), "top-1 (%)", *costs):
+        table.add_column(name, justify="right")
+    table.add_column("model", overflow="fold")
+    for point in front:
+        table.add_row(
+            str(point["trial"]),
+            *([f"{point['ppl']:.2f}"] if texts else []),
+            f"{point['top1']:.2f}",
+            f"{point['macs'] / 1e6:.2f}",
+            f"{point['macs'] / source_macs:.3f}",
+            f"{point['params'] / 1e6:.3f}",
+            *([f"{point['latency_ms']:.3f}"] if timed else []),
+            point["model"],
+        )
+    return table

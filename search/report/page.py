@@ -1,0 +1,87 @@
+"""The run as one self-contained, interactive page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from prunesweep.models import Arch, read_arch
+from prunesweep.models.io.files import write_text
+from prunesweep.search.execution.promote import promoted
+from prunesweep.search.store.run import Run
+
+__all__ = ["write_report"]
+
+
+def write_report(run: Run) -> Path:
+    """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the one that is chosen."""
+    facts, front = run.facts(), {(point["trial"], point["rung"]) for point in run.front()}
+    further = {entry["unit"]: entry for entry in promoted(run)}
+    source = read_arch(run / "source")
+    trials = [
+        {
+            "unit": r.id,
+            "trial": r.trial,
+            "top1": r.top1,
+            "ppl": r.ppl,
+            "latency_ms": r.latency_ms,
+            "promoted": further.get(r.id),
+            "zero_shot": r.zero_shot,
+            "macs": r.macs,
+            "params": r.params,
+            "point": r.point,
+            "seconds": r.seconds,
+            "arch_hash": r.arch_hash,
+            "front": (r.trial, r.rung) in front,
+            "rung": r.rung,
+            "epochs": r.epochs,
+            "arch": _picture(Arch.from_json((run.trial(r.id) / "arch.json").read_text()), source),
+        }
+        for r in run.results()
+        if r.has_model
+    ]
+    data = {
+        "name": run.path.name,
+        "source": {**facts["source"], "arch": _picture(source, source)},
+        "objectives": run.objectives,
+        "trials": trials,
+        "failed": len(run.failures()),
+        "versions": facts["versions"],
+    }
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=f"prunesweep: {run.path.name}",
+        plotly=get_plotlyjs(),
+        data=json.dumps(data).replace("</", "<\\/"),  # no text of ours can end the script element
+    )
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _picture(arch: Arch, source: Arch) -> dict[str, Any]:
+    """Kept channels of every block of the source, in numbers and as shares; None for a block that was dropped."""
+    kept = {block.src: block for block in arch.blocks}
+    blocks: list[dict[str, Any] | None] = []
+    for whole in source.blocks:
+        block = kept.get(whole.src)
+        if block is None:
+            blocks.append(None)
+            continue
+        own, full = ({"qk": b.heads * b.qk, "v": sum(b.v_widths), "mlp": b.mlp} for b in (block, whole))
+        blocks.append(
+            {
+                "mixer": block.mixer,
+                "tokens": block.tokens,
+                "heads": block.heads,
+                "qk": block.qk,
+                "v": block.v,
+                "mlp": block.mlp,
+                "share": {kind: own[kind] / full[kind] if full[kind] else 0 for kind in own},
+            }
+        )
+    return {"width": arch.stages[0].width, "depth": arch.depth, "blocks": blocks}

@@ -1,0 +1,1 @@
+"""A search on disk: the run's folder, Optuna's study, the Pareto front."""

@@ -1,0 +1,318 @@
+"""A run's folder: what is where, who may write, and what its trials have given.
+
+    search.toml      the resolved configuration
+    run.json         facts fixed when the run was made: the source's accuracy and cost, the scores in use
+    source/          the source model          scores/    cached scores
+    teacher_logits/, latency_table.json        where the search uses them
+    study.journal    Optuna's journal          front.json, report.html, tb/
+    trials/r0-0007/  spec.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
+
+The files are the truth: a unit of work is finished exactly when its ``result.json`` is there. ``r0-0007`` is trial 7
+on rung 0; a trial that was promoted has a folder on every rung that it reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import tomllib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prunesweep.models import UserError
+from prunesweep.models.io.files import write_text
+
+from .front import TWO, hypervolume, pareto_front
+
+__all__ = ["Lease", "Result", "Run", "Unit", "read_json", "unit_id"]
+
+
+def unit_id(number: int, rung: int = 0) -> str:
+    """Name of a unit's folder."""
+    return f"r{rung}-{number:04d}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: (rung, candidate). It ends by itself and can be started again at any time."""
+
+    number: int  # the Optuna trial
+    point: dict[str, Any]  # values of all variables, fixed ones too
+    arch_hash: str
+    key: str  # of the candidate
+    seed: int
+    rung: int = 0
+
+    @property
+    def id(self) -> str:
+        return unit_id(self.number, self.rung)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished unit gave; ``top1`` values in percent, before (``zero_shot``) and after finetuning.
+
+    Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
+    """
+
+    trial: int
+    top1: float
+    zero_shot: float
+    macs: int
+    params: int
+    arch_hash: str
+    point: dict[str, Any]
+    seconds: float
+    key: str = ""
+    rung: int = 0
+    epochs: int = 0  # of finetuning, on this rung and those below
+    latency_ms: float | None = None  # predicted
+    has_model: bool = True  # False on a rung that only screens
+    training_seconds: float = 0.0  # of ``seconds``
+    ppl: float | None = None
+
+    @property
+    def id(self) -> str:
+        return unit_id(self.trial, self.rung)
+
+
+class Run:
+    """Paths and files of one run; creates nothing by itself."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @classmethod
+    def existing(cls, path: str | Path) -> Run:
+        """Raises UserError where ``path`` is not a run."""
+        run = cls(path)
+        for name in ("search.toml", "run.json"):
+            if not (run / name).is_file():
+                raise UserError(f"{path} is not a run: {name} is missing. A run is made by 'prunesweep search'")
+        return run
+
+    @property
+    def shown(self) -> str:
+        """The folder as a user would type it: relative where it lies below the current one."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    @property
+    def latency_table(self) -> Path:
+        """The run's own copy of ``space.latency_table``."""
+        return self.path / "latency_table.json"
+
+    @property
+    def teacher_logits(self) -> Path:
+        """Made before the first trial where the recipe asks for them: one computation, however many units wait."""
+        return self.path / "teacher_logits"
+
+    def trial(self, unit_id: str) -> Path:
+        return self.path / "trials" / unit_id
+
+    @property
+    def stop_file(self) -> Path:
+        """Units look for it after every epoch; where it is, they save their state and end."""
+        return self.path / ".stop"
+
+    def facts(self) -> dict[str, Any]:
+        """``run.json``."""
+        return read_json(self / "run.json")
+
+    def _trial_files(self, name: str) -> Iterator[Path]:
+        return iter(sorted((self.path / "trials").glob(f"*/{name}")))
+
+    def results(self) -> list[Result]:
+        """Every finished unit's result, by trial number and rung."""
+        found = [read_json(path) for path in self._trial_files("result.json")]
+        finished = (Result(**r["result"]) for r in found if r["state"] == "finished")
+        return sorted(finished, key=lambda r: (r.trial, r.rung))
+
+    def failures(self) -> dict[str, str]:
+        """Unit and error of every unit that failed."""
+        found = {path.parent.name: read_json(path) for path in self._trial_files("result.json")}
+        return {unit: r["error"] for unit, r in found.items() if r["state"] == "failed"}
+
+    def read_result(self, unit_id: str) -> dict[str, Any] | None:
+        path = self.trial(unit_id) / "result.json"
+        return read_json(path) if path.is_file() else None
+
+    def write_result(self, unit_id: str, *, result: Result | None = None, error: str | None = None) -> dict[str, Any]:
+        """Finish a unit, for good: with a result, or with the error that it failed by."""
+        data: dict[str, Any] = {"state": "failed", "error": error}
+        if result is not None:
+            data = {"state": "finished", "result": asdict(result)}
+        write_text(self.trial(unit_id) / "result.json", json.dumps(data, indent=1))
+        return data
+
+    def status(self) -> dict[str, Any]:
+        """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
+        facts = self.facts()
+        table = self.search_table()
+        results, failures = self.results(), self.failures()
+        rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table.get("rungs", [])), 1))]
+        failed = sum(unit.startswith("r0-") for unit in failures)
+        started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
+        running = started - rungs[0] - failed if Lease.holder(self.path) else 0
+        return {
+            "requested": table["trials"],
+            "trials": {
+                "finished": rungs[0],
+                "running": running,
+                "pending": max(table["trials"] - rungs[0] - failed - running, 0),
+                "failed": len(failures),
+            },
+            "rungs": rungs,
+            "hypervolume": hypervolume([r for r in results if r.has_model], facts["source"], self.objectives),
+            "source": {k: v for k, v in facts["source"].items() if k in ("top1", "ppl", "macs", "params")},
+        }
+
+    def search_table(self) -> dict[str, Any]:
+        """``[search]`` of the configuration."""
+        return dict(tomllib.loads((self / "search.toml").read_text(encoding="utf-8"))["search"])
+
+    @cached_property
+    def objectives(self) -> tuple[str, ...]:
+        return tuple(self.search_table().get("objectives", TWO))
+
+    def unfinished(self) -> Iterator[Unit]:
+        """Units above rung 0 that were handed out and have no result."""
+        for path in self._trial_files("spec.json"):
+            if not path.parent.name.startswith("r0-") and not (path.parent / "result.json").is_file():
+                yield Unit(**read_json(path))
+
+    def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
+        """The Pareto set of those ``results`` (all by default) that have a model; its path is relative by default."""
+        base = self.path if absolute else Path()
+        found = [r for r in (self.results() if results is None else results) if r.has_model]
+        return [
+            {
+                "trial": r.trial,
+                "rung": r.rung,
+                "epochs": r.epochs,
+                "top1": r.top1,
+                **({} if r.ppl is None else {"ppl": r.ppl}),
+                "macs": r.macs,
+                "params": r.params,
+                **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),
+                "arch_hash": r.arch_hash,
+                "model": str(base / "trials" / r.id / "model"),
+            }
+            for r in pareto_front(found, self.objectives)
+        ]
+
+    def front_points(self) -> list[dict[str, Any]]:
+        """The points of the front's members."""
+        found = {(r.trial, r.rung): r.point for r in self.results()}
+        return [found[p["trial"], p["rung"]] for p in self.front()]
+
+    def models(self) -> set[str]:
+        """The units that have a model."""
+        return {path.parent.name for path in (self.path / "trials").glob("*/model")}
+
+    def update_front(
+        self, results: Sequence[Result], told: set[str], wanted: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Rewrite ``front.json``, then delete the models of those units that are neither in it nor ``wanted``.
+
+        ``results`` need not have those that were beaten before. ``told`` are units that have a model; those whose model
+        is deleted are taken out.
+        """
+        front = self.front(results)
+        write_text(self / "front.json", json.dumps(front, indent=1))
+        members = {unit_id(point["trial"], point["rung"]) for point in front}
+        for unit in told - members - set(wanted):  # a dominated point never comes back
+            shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
+            told.remove(unit)
+        return front
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of ours. Raises UserError where it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged or missing: {error}") from error
+    return dict(data)
+
+
+class Lease:
+    """The right to write to a run: one driver at a time, across hosts that share the folder."""
+
+    BEAT, STALE = 10.0, 60.0  # seconds
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._stop = folder, threading.Event()
+
+    @staticmethod
+    def holder(folder: Path) -> dict[str, Any] | None:
+        """Host and pid of the live driver, or None."""
+        try:
+            held = json.loads((folder / "lease.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+        if held["host"] == socket.gethostname():
+            return held if _alive(held["pid"], held["started"]) else None
+        return held if time.time() - (folder / "lease.json").stat().st_mtime < Lease.STALE else None
+
+    def __enter__(self) -> Lease:
+        held = self.holder(self.folder)
+        if held:
+            raise UserError(
+                f"{self.folder} is in use by process {held['pid']} on {held['host']}; "
+                "wait for it or stop it (Ctrl-C there, or kill that process)"
+            )
+        lease = self.folder / "lease.json"
+        lease.unlink(missing_ok=True)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        scratch = self.folder / f".lease.{os.getpid()}"
+        scratch.write_text(json.dumps(me))
+        try:
+            os.link(scratch, lease)  # unlike a rename it fails where another driver was quicker
+        except FileExistsError as error:
+            raise UserError(f"{self.folder} has just been taken by another process") from error
+        finally:
+            scratch.unlink()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let another driver in."""
+        self._stop.set()
+        (self.folder / "lease.json").unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / "lease.json")
+
+
+def _started(pid: int) -> str:
+    """When a process began, so that a reused number is not taken for it; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _alive(pid: int, started: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _started(pid) == started
