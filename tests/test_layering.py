@@ -56,6 +56,7 @@ def test_the_test_sees_offences() -> None:
 def test_models_and_pruners_do_not_load_ray_or_optuna() -> None:
     import subprocess
 
-    code = "import prunesweep.models, prunesweep.pruners, sys; print([m for m in ('ray', 'optuna', 'pydantic', 'typer') if m in sys.modules])"
+    names = ("ray", "optuna", "pydantic", "typer")
+    code = f"import prunesweep.models, prunesweep.pruners, sys; print([m for m in {names} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

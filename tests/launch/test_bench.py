@@ -9,7 +9,7 @@ import pytest
 from prunesweep.models import build, cost, save
 from prunesweep.models.latency.table import LatencyTable
 from tests.launch.test_cli import call
-from tests.models.test_latency_table import BLOCK, vit
+from tests.models.latency.test_table import BLOCK, vit
 
 FAST = ("--seconds", "0", "--threads", "1")
 SOURCE = vit(BLOCK, BLOCK)

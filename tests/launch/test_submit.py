@@ -19,8 +19,8 @@ from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.run import Run, read_json
 from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
+from tests.search.store.test_study import trials
 from tests.search.test_end_to_end import finished_units
-from tests.search.test_study import trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOKEN = "0123456789abcdef" * 4

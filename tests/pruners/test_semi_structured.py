@@ -8,7 +8,7 @@ from torch import nn
 
 from prunesweep.models import UserError, build
 from prunesweep.pruners.semi_structured import is_2_4, prune_2_4, to_sparse_kernels
-from tests.pruners.test_nvit_schedule import vit
+from tests.pruners.nvit.test_schedule import vit
 
 
 def model_of(**widths: int) -> nn.Module:

@@ -26,7 +26,7 @@ from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Run
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
-from tests.search.test_study import trials
+from tests.search.store.test_study import trials
 
 pytestmark = pytest.mark.slow
 

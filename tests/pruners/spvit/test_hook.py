@@ -23,7 +23,7 @@ from prunesweep.pruners.spvit.mixed import SPViTMixed
 from prunesweep.pruners.spvit.supernet import SearchAttention, SearchSwinBlock, UnitGates
 from prunesweep.training import Epoch, Recipe, fit
 from tests.generate import random_arch, random_images, random_model
-from tests.pruners.test_spvit_supernet import swin
+from tests.pruners.spvit.test_supernet import swin
 from tests.training.test_ddp import Noise
 
 RECIPE = Recipe(epochs=20, batch_size=13, lr=1e-3, drop_path=0.1)  # 80 updates

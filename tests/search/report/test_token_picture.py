@@ -10,7 +10,7 @@ from prunesweep.models import UserError, build, cut
 from prunesweep.pruners import Scores, pmvit
 from prunesweep.search.report.token_picture import draw_tokens, patch_groups
 from tests.models.test_fuse import planned
-from tests.pruners.test_pmvit import scores_of
+from tests.pruners.pmvit.test_plans import scores_of
 
 
 def model(form: str = "sparse") -> torch.nn.Module:

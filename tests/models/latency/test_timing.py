@@ -15,7 +15,7 @@ from prunesweep.models.latency.building import build_table, macs_table
 from prunesweep.models.latency.prediction import PredictionError, kendall, prediction_error, random_record, spearman
 from prunesweep.models.latency.timing import ROUNDS, Setting, Timing, measure, measure_all, time_calls
 from tests.generate import FAMILIES, random_arch
-from tests.models.test_latency_table import BLOCK, NONE, vit
+from tests.models.latency.test_table import BLOCK, NONE, vit
 
 
 def test_measure_leaves_the_model_and_the_threads_as_they_were() -> None:

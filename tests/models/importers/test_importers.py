@@ -14,7 +14,7 @@ import yaml
 from prunesweep.models import UserError, arch_of, load, save
 from prunesweep.models.importers import LAYOUTS, import_checkpoint
 
-DATA = Path(__file__).parents[1] / "golden" / "data" / "import"
+DATA = Path(__file__).parents[2] / "golden" / "data" / "import"
 CONFIG = {"deit": DATA / "spvit_deit_mixed_dev_config.json", "swin": DATA / "spvit_swin_mixed_dev_config.yaml"}
 NEEDS: dict[str, dict[str, Any]] = {  # what the files do not say
     "nvit_dev": {},

@@ -7,7 +7,7 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, cost, cut_arch
 from prunesweep.pruners.uvc.resource import Resource, paper_macs
-from tests.pruners.test_nvit_schedule import vit
+from tests.pruners.nvit.test_schedule import vit
 
 
 def deit(size: str) -> Arch:

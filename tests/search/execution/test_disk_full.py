@@ -16,7 +16,7 @@ from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.task import run_unit
-from tests.search.test_unit import begin
+from tests.search.execution.test_task import begin
 
 MIB = 2**20
 

@@ -22,7 +22,7 @@ from prunesweep.pruners.uvc.settings import UVCSettings
 from prunesweep.training import Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
-from tests.pruners.test_nvit_schedule import vit
+from tests.pruners.nvit.test_schedule import vit
 
 ARCH = vit(depth=3, width=16, heads=2, head=8, mlp=32)
 QUICK: dict[str, Any] = {"warmup_epochs": 0, "ramp_steps": 40, "gating_interval": 10, "mlp_align": 4}

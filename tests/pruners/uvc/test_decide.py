@@ -8,8 +8,8 @@ from prunesweep.pruners.uvc.control import NormalizedPrimalDual
 from prunesweep.pruners.uvc.decide import Counts, Decider
 from prunesweep.pruners.uvc.resource import Resource
 from prunesweep.pruners.uvc.settings import UVCSettings
-from tests.pruners.test_nvit_schedule import vit
-from tests.pruners.test_uvc_dual import random_norms
+from tests.pruners.nvit.test_schedule import vit
+from tests.pruners.uvc.test_primal_dual import random_norms
 
 ARCH = vit(depth=3, width=24, heads=4, head=6, mlp=30)
 TOTAL = cost(ARCH).macs

@@ -25,7 +25,7 @@ from prunesweep.search.execution.source import open_space
 from prunesweep.search.execution.task import run_unit
 from prunesweep.search.store.run import Run
 from prunesweep.training import teacher_cache
-from tests.search.test_unit import begin, nothing
+from tests.search.execution.test_task import begin, nothing
 
 
 def test_a_look_at_the_space_costs_the_same_on_any_data(

@@ -23,7 +23,7 @@ from prunesweep.pruners.snapshot import Snapshot
 from prunesweep.training import Distill, Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
-from tests.pruners.test_nvit_schedule import vit
+from tests.pruners.nvit.test_schedule import vit
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "mlp": 4}
 

@@ -18,7 +18,7 @@ from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Result, Run, Unit
 from prunesweep.search.store.study import Study
 from tests.search.helpers import make_run, make_space
-from tests.search.test_study import trials
+from tests.search.store.test_study import trials
 
 SPACE = make_space()
 

@@ -7,7 +7,7 @@ from prunesweep.pruners.uvc.control import NormalizedPrimalDual
 from prunesweep.pruners.uvc.primal_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, weakest
 from prunesweep.pruners.uvc.resource import Resource
 from prunesweep.pruners.uvc.settings import UVCSettings
-from tests.pruners.test_nvit_schedule import vit
+from tests.pruners.nvit.test_schedule import vit
 
 
 def vector(*values: float) -> torch.Tensor:
