@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesweep.models import Arch, build, cost, num_params
@@ -27,7 +28,7 @@ RESULT = Path(__file__).parent / "results" / "cost.json"
 
 def counted(model: torch.nn.Module, images: torch.Tensor) -> int:
     """MACs of one forward pass."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(images)
     return counter.get_total_flops() // 2
 
