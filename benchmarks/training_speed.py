@@ -158,7 +158,7 @@ def photographs(folder: Path, images: int = 128) -> Data:
 
 def on_ray(workers: int, folder: Path) -> dict[str, float]:
     """Training on Ray Train's workers: speed, and seconds until they start and after they are done."""
-    from prunesweep.search.finetune import Finetuning, Place, finetune
+    from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
 
     rates, marks = [], {"call": time.perf_counter()}
     recipe = RECIPE.model_copy(update={"epochs": 4})

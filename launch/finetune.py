@@ -54,10 +54,10 @@ def finetune(
 
     from prunesweep.models import UserError, cost, load_provenance, read_arch
     from prunesweep.search.config import read_overrides
-    from prunesweep.search.finetune import Finetuning, Place, worker_range
-    from prunesweep.search.finetune import finetune as train
     from prunesweep.search.report.display import Display
     from prunesweep.training import Quality, load_recipe
+    from prunesweep.training.jobs.finetune import Finetuning, Place, worker_range
+    from prunesweep.training.jobs.finetune import finetune as train
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -93,8 +93,8 @@ def reports(
     display: Any, progress: Callable[[str, float, str], None], batch_size: int, *, what: str = "finetuning"
 ) -> dict[str, Any]:
     """Callables for ``fit``: a bar with loss, speed and accuracy; where nothing can be redrawn, a line per epoch."""
-    from prunesweep.search.finetune import StepRate
     from prunesweep.search.report.display import clock
+    from prunesweep.training.jobs.finetune import StepRate
 
     rate, note, eta = StepRate(batch_size), "", ""
     begun: tuple[float, int] | None = None  # when, and after how many updates

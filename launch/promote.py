@@ -42,10 +42,10 @@ def promote(
     from prunesweep.search.config import read_overrides
     from prunesweep.search.execution.promote import choose, promoted
     from prunesweep.search.execution.promote import promote as promote_one
-    from prunesweep.search.finetune import Place
     from prunesweep.search.report.display import Display, promoted_table
     from prunesweep.search.report.page import write_report
     from prunesweep.training import load_recipe
+    from prunesweep.training.jobs.finetune import Place
 
     from .finetune import reports
 

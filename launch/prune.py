@@ -91,8 +91,8 @@ def prune(
     from rich.console import Console
 
     from prunesweep.models import UserError
-    from prunesweep.search.finetune import Place
-    from prunesweep.search.scoring import Calibration
+    from prunesweep.training.jobs.finetune import Place
+    from prunesweep.training.jobs.scoring import Calibration
 
     from .prune_kinds import Request, kind_of
 
@@ -156,10 +156,10 @@ def score(
     """Score a model's units by one method and keep the scores; any later budget is then solved without scoring."""
     from rich.console import Console
 
-    from prunesweep.search.prune import open_source
     from prunesweep.search.report.display import Display
-    from prunesweep.search.scoring import Calibration, cached_scores
     from prunesweep.training import open_data
+    from prunesweep.training.jobs.one_shot import open_source
+    from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
     model, console = open_source(source), Console()
     opened = open_data(data, model.pretrained_cfg)

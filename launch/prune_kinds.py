@@ -15,11 +15,11 @@ from prunesweep.models.errors import nearest
 from prunesweep.pruners import MACS, PARAMS, PRUNERS, Measure, latency
 from prunesweep.pruners.trained import TRAINED, trained_pruner
 from prunesweep.search.config import read_overrides
-from prunesweep.search.finetune import Finetuning, Place, finetune
-from prunesweep.search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.search.report.display import Display
-from prunesweep.search.scoring import Calibration
 from prunesweep.training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
+from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
+from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
+from prunesweep.training.jobs.scoring import Calibration
 
 from .finetune import reports
 
@@ -126,7 +126,7 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
 
 def prune_trained(request: Request) -> None:
     """Train while the method decides, cut, finetune."""
-    from prunesweep.search.prune_training import TrainedPruning
+    from prunesweep.training.jobs.prune_training import TrainedPruning
 
     method, model = trained_pruner(request.method), open_source(request.source)
     whole = cost(arch_of(model))

@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from prunesweep.models import Arch, UserError
 from prunesweep.models.arch import Block
 
-__all__ = ["FORMAT", "KINDS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
+__all__ = ["DEPTH", "FORMAT", "KINDS", "LEARNED", "TOKENS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
 
 KINDS = ("embed", "heads", "qk", "v", "attn", "mlp", "sr", "tail")
+DEPTH, LEARNED, TOKENS = "depth_kl", "uvc_gates", "pmvit"  # scores of blocks and of tokens: no width method's
 FORMAT = "prunesweep/scores/2"  # to be counted up when a method's scores change, so that no cache is believed
 
 

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("slow"):
-            row = "searches" if "search" in item.path.parts else "commands"
+            row = "searches" if {"search", "jobs"} & set(item.path.parts) else "commands"
             item.add_marker(pytest.mark.xdist_group(row))
 
 

@@ -25,7 +25,7 @@ LARGEST = 5  # files that are named where the limit is exceeded
 CONFIG, SOURCE, TABLE = "search.toml", "source", "latency_table.json"
 CLUSTERS_OWN = ("ray", "torch", "torchvision")  # Ray must be the head's, torch must fit the nodes' drivers
 
-# what Tune and Train read in every process of a job; see training/ray_train.py for the first three
+# what Tune and Train read in every process of a job; see training/jobs/ray_workers.py for the first three
 ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

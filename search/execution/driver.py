@@ -32,12 +32,12 @@ from prunesweep.search.store.front import hypervolume, pareto_front
 from prunesweep.search.store.run import Lease, Run
 from prunesweep.search.store.study import Study
 from prunesweep.training import Quality
+from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator
 from .prepare import SAMPLE, Opening, open_search
 from .remote import run_on_worker
 from .runtime import RayConnection, execute, slots
-from .signals import handling
 from .source import Kept, open_space
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]

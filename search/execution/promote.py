@@ -15,9 +15,9 @@ from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.search.config import load_config
-from prunesweep.search.finetune import Finetuning, Place, finetune
 from prunesweep.search.store.run import Run, read_json, unit_id
 from prunesweep.training import Epoch, Recipe
+from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
 
 __all__ = ["Promoted", "choose", "promote", "promoted"]
 

@@ -15,10 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
-from prunesweep.search.scoring import Progress
+from prunesweep.training.jobs.scoring import Progress
+from prunesweep.training.signals import handling
 
 from .coordinator import SearchFailed
-from .signals import handling
 
 __all__ = ["run_on_worker"]
 

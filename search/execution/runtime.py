@@ -6,18 +6,15 @@ whose process was lost; what to run is the coordinator's decision, asked for thr
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
 import os
-import secrets
-import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -26,14 +23,12 @@ from typing import Any
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
 from prunesweep.search.store.run import Unit
+from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, join, own_token, start
 
 from .coordinator import Coordinator, SearchFailed
-from .signals import deferred
 
 for name, value in {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # units stay in the folder that the user is in
-    "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # units write their own logs
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the driver's, see search.driver
 }.items():
@@ -45,9 +40,8 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from .task import run_unit  # noqa: E402
 
-__all__ = ["RayConnection", "connected", "execute", "slots"]
+__all__ = ["RayConnection", "execute", "slots"]
 
-OBJECT_STORE_BYTES = 128 * 2**20  # units exchange files, not objects
 RESTARTS = 2  # of a unit whose process was lost
 COUNT = 5.0  # seconds between two looks at the nodes of a cluster
 
@@ -135,13 +129,13 @@ class RayConnection:
         logging.getLogger("ray").setLevel(level)
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
         if self._address is None:
-            _own_token()
+            own_token()
             own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
             # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
             dashboard = self._resources.workers_per_trial > 1
-            context = _start(address="local", include_dashboard=dashboard, **own, **options)
+            context = start(address="local", include_dashboard=dashboard, **own, **options)
         else:
-            context = _join(self._address, options)
+            context = join(self._address, options)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             self._slots = self._count()
@@ -168,56 +162,6 @@ class RayConnection:
             closed = 0 if all(_open(door) for door in doors) else closed + 1
         if not self._stop.is_set():
             self.on_death()
-
-
-def _start(**options: Any) -> Any:
-    """``ray.init``, in which no Ctrl-C is lost; it leaves no Ray behind."""
-    try:
-        with deferred(signal.SIGINT):
-            return ray.init(**options)
-    except KeyboardInterrupt:
-        ray.shutdown()
-        raise
-
-
-def _join(address: str, options: Mapping[str, Any]) -> Any:
-    try:
-        return _start(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
-
-
-@contextlib.contextmanager
-def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
-    """A running cluster at ``address``, or a Ray of our own with ``cpus``, for the time of a ``with`` block.
-
-    Raises:
-        UserError: nothing answers at ``address``, or it does not have what is asked for.
-    """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        _own_token()
-        own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        _start(address="local", **own, **options)
-    else:
-        _join(address, options)
-    try:
-        total = ray.cluster_resources()
-        for name, wanted in (("CPU", cpus), ("GPU", gpus)):
-            if wanted > total.get(name, 0):
-                raise UserError(f"the workers need {wanted:g} {name}s in all, Ray has {total.get(name, 0):g}")
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _own_token() -> None:
-    """A token that only this process and its Ray know; where there is one, Ray of its own accord asks for it.
-
-    Not for clusters: they have theirs, or none, and then a driver must have none either.
-    """
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _open(door: tuple[str, int]) -> bool:

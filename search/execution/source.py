@@ -16,10 +16,11 @@ from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, r
 from prunesweep.models.errors import nearest
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners import Scores
+from prunesweep.pruners.scores import LEARNED
 from prunesweep.search.config import SearchConfig, SourceTable, SpaceTable
-from prunesweep.search.scoring import Calibration, Progress, cached_gates, cached_scores
-from prunesweep.search.space.space import LEARNED, Space, score_names
+from prunesweep.search.space.space import Space, score_names
 from prunesweep.training import EVAL_BATCH, Data, Quality, cache_logits, check_words, evaluate, fit, open_data, seeded
+from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 
 __all__ = ["Kept", "Prepared", "Progress", "open_space", "prepare"]
 

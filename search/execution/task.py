@@ -216,7 +216,7 @@ def _finetune_on_workers(
     workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
 ) -> Quality | None:
     """``_finetune`` by Ray Train, on workers that bring their own resources."""
-    from prunesweep.training.ray_train import FinetuneJob, Workers, finetune_on_ray
+    from prunesweep.training.jobs.ray_workers import FinetuneJob, Workers, finetune_on_ray
 
     run, resources = workplace.run, workplace.config.resources
     start = folder / "start"

@@ -32,14 +32,12 @@ from prunesweep.pruners import (
     vector_sizes,
     width_path,
 )
+from prunesweep.pruners.scores import DEPTH, LEARNED, TOKENS
 from prunesweep.search.config import SpaceTable
 
 from .variables import Params, Variable, variables
 
 __all__ = [
-    "DEPTH",
-    "LEARNED",
-    "TOKENS",
     "Candidate",
     "Params",
     "Space",
@@ -49,7 +47,6 @@ __all__ = [
     "score_names",
 ]
 
-DEPTH, LEARNED, TOKENS = "depth_kl", "uvc_gates", "pmvit"  # scores that are no width method's
 TRAINING = ("lr", "distill_weight")  # variables that change the training, not the architecture
 
 

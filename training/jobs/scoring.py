@@ -14,10 +14,9 @@ from prunesweep.models import arch_of, weights_digest
 from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.pruners import Scores, pmvit, pruner, score_depth, upvit
-from prunesweep.pruners.scores import FORMAT
+from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED, TOKENS
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
-from prunesweep.search.space.space import DEPTH, LEARNED, TOKENS
 from prunesweep.training import Data, Recipe, fit, images_only
 
 __all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]

@@ -15,7 +15,7 @@ from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, lo
 from prunesweep.models.errors import nearest
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
-from prunesweep.search.space.space import DEPTH, TOKENS
+from prunesweep.pruners.scores import DEPTH, TOKENS
 from prunesweep.training import EVAL_BATCH, Data, Quality, check_words, evaluate, open_data
 
 from .scoring import Calibration, Progress, cached_scores

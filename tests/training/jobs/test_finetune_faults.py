@@ -22,8 +22,8 @@ from ray.cluster_utils import Cluster
 from torch import nn
 
 from prunesweep.models import load, save
-from prunesweep.search.finetune import Finetuning, Place, finetune
 from prunesweep.training import Epoch, Recipe, fit, open_data
+from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
 
 pytestmark = pytest.mark.slow
 

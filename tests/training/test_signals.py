@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,7 @@ from typing import Any
 
 import pytest
 
-from prunesweep.search.config import ResourcesTable
-from prunesweep.search.execution import runtime
-from prunesweep.search.execution.runtime import RayConnection
-from prunesweep.search.execution.signals import deferred, handling
+from prunesweep.training.signals import deferred, handling
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
@@ -74,35 +70,8 @@ def test_the_second_one_comes_at_once() -> None:
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
     code = (
-        "import signal; from search.signals import deferred; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import signal; from prunesweep.training.signals import deferred\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "with deferred(signal.SIGINT):\n    for _ in range(3): signal.raise_signal(signal.SIGINT)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_ctrl_c_while_ray_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray starts processes, and Python forgets an exception that meets a hook of ``os.fork``: a logger's, mostly."""
-
-    started: list[bool] = []
-
-    def init(**_: Any) -> None:
-        armed = [True]
-
-        def hook() -> None:
-            if armed:
-                armed.clear()
-                signal.raise_signal(INT)
-
-        os.register_at_fork(after_in_parent=hook)
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-        started.append(True)
-        raise ConnectionError("there is no Ray in this test")
-
-    monkeypatch.setattr(runtime.ray, "init", init)
-    connection = RayConnection(ResourcesTable(cpus=1), address=None, verbose=False, on_death=lambda: None)
-    with pytest.raises(KeyboardInterrupt), connection:
-        pass
-    assert started

@@ -15,14 +15,14 @@ from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, s
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners.trained import trained_pruner
 from prunesweep.training import Data, Epoch, Recipe, open_data
-from prunesweep.training.prune import PruneJob, prune_while_training
 
 from .finetune import Place, logged, on_ray
-from .prune import to_device
+from .one_shot import to_device
+from .prune_loop import PruneJob, prune_while_training
 from .scoring import Calibration
 
 if TYPE_CHECKING:
-    from prunesweep.training.ray_train import FinetuneJob
+    from .ray_workers import FinetuneJob
 
 __all__ = ["Candidate", "TrainedPruning"]
 
@@ -123,7 +123,7 @@ class TrainedPruning:
 
     def _described(self) -> FinetuneJob:
         """For Ray Train's workers, who find the source in a folder."""
-        from prunesweep.training.ray_train import FinetuneJob
+        from .ray_workers import FinetuneJob
 
         source = self.work / "source"
         if not source.exists():

@@ -8,8 +8,8 @@ import pytest
 import timm
 
 from prunesweep.models import UserError, save
-from prunesweep.search.finetune import Finetuning, Place, StepRate, finetune, logged, worker_range
 from prunesweep.training import Epoch, Recipe
+from prunesweep.training.jobs.finetune import Finetuning, Place, StepRate, finetune, logged, worker_range
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
 

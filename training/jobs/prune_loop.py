@@ -13,11 +13,11 @@ from prunesweep.models import Cut, UserError, arch_of, cut
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.trained import trained_pruner
 
-from .data import Data
-from .evaluation import EVAL_BATCH, evaluate
-from .loop import fit
-from .recipe import Recipe
-from .world import World
+from ..data import Data
+from ..evaluation import EVAL_BATCH, evaluate
+from ..loop import fit
+from ..recipe import Recipe
+from ..world import World
 
 __all__ = ["Made", "PruneJob", "prune_while_training"]
 

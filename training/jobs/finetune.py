@@ -34,7 +34,7 @@ from prunesweep.training import (
 )
 
 if TYPE_CHECKING:
-    from prunesweep.training.ray_train import FinetuneJob
+    from .ray_workers import FinetuneJob
 
 __all__ = ["Finetuning", "Place", "StepRate", "finetune", "logged", "on_ray", "worker_range"]
 
@@ -194,7 +194,7 @@ def finetune(
     if place.here:
         _train_here(job, **reports)
         return
-    from prunesweep.training.ray_train import FinetuneJob
+    from .ray_workers import FinetuneJob
 
     data = job.check()
     described = FinetuneJob(
@@ -282,8 +282,8 @@ def on_ray(
     Raises:
         UserError: a batch cannot be shared among the workers, training failed, or Ray cannot hold them.
     """
-    from prunesweep.search.execution.runtime import connected
-    from prunesweep.training.ray_train import TrainingFailed, Workers, finetune_on_ray
+    from .ray_session import connected
+    from .ray_workers import TrainingFailed, Workers, finetune_on_ray
 
     recipe = Recipe.model_validate(job.recipe)
     for number in range(place.least or place.workers, place.workers + 1):

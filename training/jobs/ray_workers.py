@@ -45,12 +45,12 @@ from prunesweep.models import load, save  # noqa: E402
 from prunesweep.models.io.files import publish_folder  # noqa: E402
 from prunesweep.pruners.hook import Collapsed  # noqa: E402
 
-from .data import open_data  # noqa: E402
-from .evaluation import Quality  # noqa: E402
-from .loop import Epoch, fit  # noqa: E402
-from .prune import PruneJob, prune_while_training  # noqa: E402
-from .recipe import Recipe  # noqa: E402
-from .trainer import Diverged, DoesNotFit  # noqa: E402
+from ..data import open_data  # noqa: E402
+from ..evaluation import Quality  # noqa: E402
+from ..loop import Epoch, fit  # noqa: E402
+from ..recipe import Recipe  # noqa: E402
+from ..trainer import Diverged, DoesNotFit  # noqa: E402
+from .prune_loop import PruneJob, prune_while_training  # noqa: E402
 
 __all__ = ["FinetuneJob", "TrainingFailed", "Workers", "finetune_on_ray"]
 

@@ -1,0 +1,93 @@
+"""Starting a Ray of our own on this machine, or joining a running cluster, so that nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prunesweep.models import UserError
+
+from ..signals import deferred
+
+for name, value in {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder that the user is in
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(name, value)
+
+import ray  # noqa: E402
+
+__all__ = ["OBJECT_STORE_BYTES", "connected", "join", "own_token", "start"]
+
+OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
+
+
+def start(**options: Any) -> Any:
+    """Call ``ray.init`` so that no Ctrl-C is lost meanwhile and none leaves a Ray behind.
+
+    Args:
+        options: of ``ray.init``.
+
+    Returns:
+        Ray's context.
+    """
+    try:
+        with deferred(signal.SIGINT):
+            return ray.init(**options)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+
+
+def join(address: str, options: Mapping[str, Any]) -> Any:
+    """Connect to the cluster at ``address``; ``options`` are further ones of ``ray.init``.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    try:
+        return start(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
+
+
+@contextlib.contextmanager
+def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
+    """Join a cluster, or start a Ray of our own, for the time of a ``with`` block.
+
+    Args:
+        address: of the cluster; None for a Ray of our own.
+        cpus, gpus: what the workers need in all; a Ray of our own offers so many CPUs and one more.
+
+    Raises:
+        UserError: nothing answers at ``address``, or it does not have what is asked for.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        own_token()
+        own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        start(address="local", **own, **options)
+    else:
+        join(address, options)
+    try:
+        total = ray.cluster_resources()
+        for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if wanted > total.get(name, 0):
+                raise UserError(f"the workers need {wanted:g} {name}s in all, Ray has {total.get(name, 0):g}")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def own_token() -> None:
+    """Set a token that only this process and its Ray know; where there is one, Ray of its own accord asks for it.
+
+    Not for clusters: they have theirs, or none, and then a driver must have none either.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
