@@ -158,7 +158,8 @@ def photographs(folder: Path, images: int = 128) -> Data:
 
 def on_ray(workers: int, folder: Path) -> dict[str, float]:
     """Training on Ray Train's workers: speed, and seconds until they start and after they are done."""
-    from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
+    from prunesweep.training.jobs.finetune import Finetuning, finetune
+    from prunesweep.training.jobs.placement import Placement
 
     rates, marks = [], {"call": time.perf_counter()}
     recipe = RECIPE.model_copy(update={"epochs": 4})
@@ -170,7 +171,7 @@ def on_ray(workers: int, folder: Path) -> dict[str, float]:
 
     finetune(
         job,
-        Place(workers, least=workers, gpus=int(ON_GPU)),
+        Placement(workers, min_workers=workers, gpus=int(ON_GPU)),
         on_epoch=on_epoch,
         on_note=lambda note: marks.setdefault("start", time.perf_counter()),
     )

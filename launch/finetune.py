@@ -56,8 +56,9 @@ def finetune(
     from prunesweep.search.config import read_overrides
     from prunesweep.search.report.display import Display
     from prunesweep.training import Quality, load_recipe
-    from prunesweep.training.jobs.finetune import Finetuning, Place, worker_range
+    from prunesweep.training.jobs.finetune import Finetuning
     from prunesweep.training.jobs.finetune import finetune as train
+    from prunesweep.training.jobs.placement import Placement, worker_range
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -75,11 +76,11 @@ def finetune(
         seed=seed,
         loader_workers=loader_workers,
     )
-    place = Place(most, least if least < most else None, cpus, gpus, address, storage)
+    placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)
     console = Console(stderr=as_json)
     display = Display(console)
     with display.progress() as progress:
-        train(job, place, **reports(display, progress, job.recipe.batch_size))
+        train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one
         return
     spent, found = cost(read_arch(out)), Quality.of(load_provenance(out))
@@ -94,7 +95,7 @@ def reports(
 ) -> dict[str, Any]:
     """Callables for ``fit``: a bar with loss, speed and accuracy; where nothing can be redrawn, a line per epoch."""
     from prunesweep.search.report.display import clock
-    from prunesweep.training.jobs.finetune import StepRate
+    from prunesweep.training.jobs.metrics_log import StepRate
 
     rate, note, eta = StepRate(batch_size), "", ""
     begun: tuple[float, int] | None = None  # when, and after how many updates

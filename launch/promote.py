@@ -45,7 +45,7 @@ def promote(
     from prunesweep.search.report.display import Display, promoted_table
     from prunesweep.search.report.page import write_report
     from prunesweep.training import load_recipe
-    from prunesweep.training.jobs.finetune import Place
+    from prunesweep.training.jobs.placement import Placement
 
     from .finetune import reports
 
@@ -62,11 +62,11 @@ def promote(
     setting = Setting(batch=batch, device=device)
     setting.require_device()
     console = Console()
-    display, place = Display(console), Place(workers, cpus=cpus, gpus=gpus, address=address)
+    display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, top-1 {point['top1']:.2f} % in the search")
         with display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
-            promote_one(found, point, recipe, fields, setting=setting, place=place, **say)
+            promote_one(found, point, recipe, fields, setting=setting, placement=placement, **say)
     write_report(found)
     console.print(promoted_table(promoted(found), found.facts()["source"]["macs"], run))

@@ -91,7 +91,7 @@ def prune(
     from rich.console import Console
 
     from prunesweep.models import UserError
-    from prunesweep.training.jobs.finetune import Place
+    from prunesweep.training.jobs.placement import Placement
     from prunesweep.training.jobs.scoring import Calibration
 
     from .prune_kinds import Request, kind_of
@@ -137,7 +137,7 @@ def prune(
             calibration=Calibration(images, batch_size, seed),
             cache=cache,
             seed=seed,
-            place=Place(workers, cpus=cpus, gpus=gpus, address=address),
+            placement=Placement(workers, cpus=cpus, gpus=gpus, address=address),
             as_json=as_json,
             console=Console(stderr=as_json),
         )

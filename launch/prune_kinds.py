@@ -17,8 +17,9 @@ from prunesweep.pruners.trained import TRAINED, trained_pruner
 from prunesweep.search.config import read_overrides
 from prunesweep.search.report.display import Display
 from prunesweep.training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
-from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
+from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
+from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.scoring import Calibration
 
 from .finetune import reports
@@ -48,7 +49,7 @@ class Request:
     calibration: Calibration
     cache: Path
     seed: int
-    place: Place
+    placement: Placement
     as_json: bool
     console: Console
 
@@ -147,11 +148,11 @@ def prune_trained(request: Request) -> None:
         seed=request.seed,
     )
     display = Display(request.console)
-    found = run.candidates()
+    found = run.saved_models()
     if not found:
         with display.progress() as progress:
             say = reports(display, progress, chosen.batch_size, what=f"{request.method}: deciding")
-            found = run.run(request.place, **say)
+            found = run.run(request.placement, **say)
     rows = []
     for one in found:
         folder, last = request.folder / one.folder.relative_to(decided), Quality(one.top1)
@@ -171,7 +172,7 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
     job = Finetuning(start, request.data, load_recipe(recipe, fields), out, teacher=teacher, seed=request.seed)
     display = Display(request.console)
     with display.progress() as progress:
-        finetune(job, request.place, **reports(display, progress, job.recipe.batch_size))
+        finetune(job, request.placement, **reports(display, progress, job.recipe.batch_size))
     return Quality.of(load_provenance(out))
 
 

@@ -17,7 +17,8 @@ from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.search.config import load_config
 from prunesweep.search.store.run import Run, read_json, unit_id
 from prunesweep.training import Epoch, Recipe
-from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
+from prunesweep.training.jobs.finetune import Finetuning, finetune
+from prunesweep.training.jobs.placement import Placement
 
 __all__ = ["Promoted", "choose", "promote", "promoted"]
 
@@ -82,7 +83,7 @@ def promote(
     recipe: Recipe,
     *,
     setting: Setting | None = None,
-    place: Place = Place(),  # noqa: B008 (frozen)
+    placement: Placement = Placement(),  # noqa: B008 (frozen)
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -93,7 +94,7 @@ def promote(
         run, point: the run and an entry of its front.
         recipe_name, recipe: how it is trained.
         setting: measure latency like this too.
-        place: where training runs.
+        placement: where training runs.
         on_step, on_epoch, on_note: as for ``training.fit``.
 
     Raises:
@@ -112,7 +113,7 @@ def promote(
         loader_workers=config.data.loader_workers,
     )
     if not job.out.exists():
-        finetune(job, place, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
+        finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
     elif load_provenance(job.out).get("recipe") != recipe.model_dump(mode="json"):
         raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
     latency, facts = None, load_provenance(job.out)

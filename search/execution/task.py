@@ -6,18 +6,14 @@ result returns it.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from torch import nn
 
 from prunesweep.models import arch_of, cut, load, load_provenance, save
@@ -27,7 +23,11 @@ from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.space.space import Candidate, Space, read_scores
 from prunesweep.search.store.run import Result, Run, Unit, read_json, unit_id
-from prunesweep.training import EVAL_BATCH, Data, Epoch, Quality, Recipe, evaluate, fit, open_data
+from prunesweep.training import EVAL_BATCH, Data, Quality, Recipe, evaluate, open_data
+from prunesweep.training.jobs.metrics_log import MetricsLog
+from prunesweep.training.jobs.placement import Placement
+from prunesweep.training.jobs.run_job import run_job
+from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
 
 __all__ = ["run_unit"]
 
@@ -138,7 +138,7 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
 def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[Quality, Quality, float]:
     found = Quality.of(evaluate(_cut(workplace, candidate), workplace.screen))
     with _log(workplace.run, unit) as log:
-        log("end", **found.facts)
+        log.event("end", **found.facts)
     return found, found, 0.0
 
 
@@ -148,19 +148,16 @@ def _train(
     """Quality before and after finetuning and its seconds, or None where it was asked to stop."""
     model = _start(workplace, unit, candidate)
     before = workplace.evaluate(model)
-    state = folder / "state.safetensors"
-    workers = workplace.config.resources.workers_per_trial
     with _log(workplace.run, unit) as log:
-        log("start", resumed=state.exists(), zero_shot=before.top1)
-        train = _finetune if workers == 1 else _finetune_on_workers
+        log.event("start", resumed=(folder / STATE).exists(), zero_shot=before.top1)
         begun = time.monotonic()
-        after = train(workplace, model, unit, folder, log)
+        finished = _finetune(workplace, model, unit, folder, log)
         seconds = time.monotonic() - begun
-        if after is None:
-            log("stopped")
+        if not finished:
+            log.event("stopped")
             return None
-        log("end", **after.facts)
-    state.unlink(missing_ok=True)
+        after = Quality.of(load_provenance(folder / "model"))
+        log.event("end", **after.facts)
     return before, after, seconds
 
 
@@ -184,45 +181,20 @@ def _start(workplace: Workplace, unit: Unit, candidate: Candidate) -> nn.Module:
     return load(below / "model").to(next(workplace.source.parameters()).device)
 
 
-def _finetune(
-    workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
-) -> Quality | None:
-    """Train and save ``model``; its quality, or None where it was asked to stop before the last epoch."""
-    last: list[Quality] = []
-
-    def on_epoch(epoch: Epoch) -> None:
-        last[:] = [Quality(epoch.top1, epoch.ppl)]
-        log("epoch", **asdict(epoch))
-
-    finished = fit(
-        model,
-        workplace.data,
-        workplace.recipe(unit),
-        teacher=workplace.source,
-        seed=unit.seed,
-        state=folder / "state.safetensors",
-        teacher_cache=workplace.run.teacher_logits,
-        on_epoch=on_epoch,
-        should_stop=workplace.run.stop_file.exists,
-    )
-    if not finished:
-        return None
-    found = last[0] if last else workplace.evaluate(model)  # no epoch was left to do
-    save(model.cpu(), folder / "model", _provenance(workplace, unit, found))
-    return found
-
-
-def _finetune_on_workers(
-    workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: Callable[..., None]
-) -> Quality | None:
-    """``_finetune`` by Ray Train, on workers that bring their own resources."""
-    from prunesweep.training.jobs.ray_workers import FinetuneJob, Workers, finetune_on_ray
-
+def _finetune(workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: MetricsLog) -> bool:
+    """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
     run, resources = workplace.run, workplace.config.resources
-    start = folder / "start"
-    if not start.exists():
+    start, checkpoints = folder / "start", folder / "train"
+    placement = Placement(
+        resources.workers_per_trial,
+        cpus=resources.cpus_per_trial,
+        gpus=resources.gpus_per_trial,
+        storage=str(checkpoints),
+    )
+    loaded = LoadedJob(model, workplace.source, workplace.data) if placement.here else None
+    if loaded is None and not start.exists():
         save(model.cpu(), start)
-    job = FinetuneJob(
+    job = TrainingJob(
         model=str(start),
         data=workplace.config.data.name,
         recipe=workplace.recipe(unit).model_dump(mode="json"),
@@ -232,23 +204,24 @@ def _finetune_on_workers(
         loader_workers=workplace.config.data.loader_workers,
         stop_file=str(run.stop_file),
     )
-    finished = finetune_on_ray(
+    finished = run_job(
         job,
-        Workers(resources.workers_per_trial, resources.cpus_per_trial, resources.gpus_per_trial),
         folder / "model",
-        storage=str(folder / "train"),
+        folder,
+        data=workplace.data,
+        placement=placement,
+        log=log,
+        provenance=_provenance(workplace, unit),
+        loaded=loaded,
         name=f"{run.path.name}-{unit.id}-{unit.key}",
-        provenance=_provenance(workplace, unit, None),
-        on_epoch=lambda epoch: log("epoch", **asdict(epoch)),
     )
-    if not finished:
-        return None
-    for scratch in (start, folder / "train"):
-        shutil.rmtree(scratch)
-    return Quality.of(load_provenance(folder / "model"))
+    if finished:
+        for scratch in (start, checkpoints):
+            shutil.rmtree(scratch, ignore_errors=True)
+    return finished
 
 
-def _provenance(workplace: Workplace, unit: Unit, found: Quality | None) -> dict[str, Any]:
+def _provenance(workplace: Workplace, unit: Unit) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     return {
         "method": unit.point["method"],
@@ -258,25 +231,10 @@ def _provenance(workplace: Workplace, unit: Unit, found: Quality | None) -> dict
         "point": unit.point,
         "rung": unit.rung,
         "seed": unit.seed,
-        **({} if found is None else found.facts),
         "versions": versions(),
     }
 
 
-@contextlib.contextmanager
-def _log(run: Run, unit: Unit) -> Iterator[Callable[..., None]]:
-    """``log(event, **values)``: a line of ``metrics.jsonl``, and TensorBoard scalars for epochs."""
-    board = SummaryWriter(str(run / "tb" / unit.id))
-    path = run.trial(unit.id) / "metrics.jsonl"
-
-    def log(event: str, **values: Any) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "event": event, **values}) + "\n")
-        if event == "epoch":
-            for name in ("loss", "top1", "lr", "images_per_s"):
-                board.add_scalar(name, values[name], values["epoch"])
-
-    try:
-        yield log
-    finally:
-        board.close()
+def _log(run: Run, unit: Unit) -> MetricsLog:
+    """Lines of a unit's ``metrics.jsonl`` are events, and epochs are also TensorBoard's."""
+    return MetricsLog(run.trial(unit.id) / "metrics.jsonl", run / "tb" / unit.id, events=True)

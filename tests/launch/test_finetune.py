@@ -105,6 +105,7 @@ def test_two_workers_on_ray_survive_the_death_of_the_driver(source: Path, tmp_pa
     epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
     assert epochs[-1] == 6
     assert len(epochs) < 2 * 6  # it went on, it did not start again
+    assert not (metrics.parent / "ray").exists()  # checkpoints are for a training that is not done
     model = load(tmp_path / "killed")
     top1 = evaluate(model, open_data("digits").val_loader(EVAL_BATCH))["top1"]
     assert top1 == load_provenance(tmp_path / "killed")["top1"]

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners.trained import trained_pruner
-from prunesweep.training import Data, Epoch, Recipe, open_data
 
-from .finetune import Place, logged, on_ray
+from ..data import Data, open_data
+from ..loop import Epoch
+from ..recipe import Recipe
+from .metrics_log import MetricsLog
 from .one_shot import to_device
-from .prune_loop import PruneJob, prune_while_training
+from .placement import Placement
+from .prune_loop import PruneJob
+from .run_job import run_job
 from .scoring import Calibration
+from .training_job import LoadedJob, Reports, TrainingJob
 
-if TYPE_CHECKING:
-    from .ray_workers import FinetuneJob
-
-__all__ = ["Candidate", "TrainedPruning"]
+__all__ = ["SavedModel", "TrainedPruning"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SavedModel:
     """A model that was saved: for which budget, its exact cost, and top-1 in percent without finetuning."""
 
     budget: float
@@ -86,63 +89,57 @@ class TrainedPruning:
 
     def run(
         self,
-        place: Place = Place(),  # noqa: B008 (frozen)
+        placement: Placement = Placement(),  # noqa: B008 (frozen)
         *,
         on_step: Callable[[int, int, float], None] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
         on_note: Callable[[str], None] | None = None,
-    ) -> list[Candidate]:
+    ) -> list[SavedModel]:
         """Train, decide, cut and save. The callables are as for ``fit``.
 
         Raises:
             UserError: a setting does not fit, the budget cannot be met, the search collapsed, or training failed.
         """
         data = self._open()
-        facts = {**self.facts, "data": data.info.fingerprint, "versions": versions()}
-        reports: Any = {"on_step": on_step, "on_note": on_note}
-        if place.here:
-            state = self.work / "state.safetensors"
-            with logged(self.work, on_epoch) as log:
-                made = prune_while_training(
-                    to_device(self.model),
-                    data,
-                    self.recipe,
-                    self._job,
-                    seed=self.seed,
-                    state=state,
-                    on_epoch=log,
-                    **reports,
-                )
-            assert made is not None, "nothing asked it to stop"
-            for one in made:
-                save(one.model.cpu(), self._folder(one.budget), {**facts, "budget": one.budget, "top1": one.top1})
-            state.unlink(missing_ok=True)
-        else:
-            on_ray(self._described(), place, self.out, self.work, data, facts, on_epoch=on_epoch, **reports)
-        return self.candidates()
+        loaded = LoadedJob(to_device(self.model), None, data) if placement.here else None
+        if loaded is None and not self._source.exists():
+            save(self.model.cpu(), self._source)
+        with MetricsLog.beside(self.work) as log:
+            run_job(
+                self._described(placement),
+                self.out,
+                self.work,
+                data=data,
+                placement=placement,
+                log=log,
+                provenance={**self.facts, "data": data.info.fingerprint, "versions": versions()},
+                loaded=loaded,
+                reports=Reports(on_step, on_epoch, on_note),
+            )
+        shutil.rmtree(self._source, ignore_errors=True)
+        return self.saved_models()
 
-    def _described(self) -> FinetuneJob:
-        """For Ray Train's workers, who find the source in a folder."""
-        from .ray_workers import FinetuneJob
+    @property
+    def _source(self) -> Path:
+        """Folder where Ray Train's workers find the source."""
+        return self.work / "source"
 
-        source = self.work / "source"
-        if not source.exists():
-            save(self.model.cpu(), source)
-        return FinetuneJob(
-            model=str(source),
+    def _described(self, placement: Placement) -> TrainingJob:
+        return TrainingJob(
+            model=str(self._source),
             data=self.data_name,
             recipe=self.recipe.model_dump(mode="json"),
-            teacher_cache=str(self.out.parent / ".teacher_logits"),
+            teacher_cache=None if placement.here else str(self.out.parent / ".teacher_logits"),
             seed=self.seed,
             loader_workers=self.loader_workers,
             prune=asdict(self._job),
         )
 
-    def candidates(self) -> list[Candidate]:
+    def saved_models(self) -> list[SavedModel]:
         """What this run has saved, the largest budget first; of several budgets not all need have been reached."""
         folders = [self._folder(budget) for budget in sorted(set(self.budgets), reverse=True)]
         found = [(folder, load_provenance(folder)) for folder in folders if (folder / "config.json").is_file()]
-        return [Candidate(f["budget"], folder, cost(read_arch(folder)), f["top1"]) for folder, f in found]
+        return [SavedModel(f["budget"], folder, cost(read_arch(folder)), f["top1"]) for folder, f in found]
 
     def _folder(self, budget: float) -> Path:
         return self.out / f"{budget:.4g}" if len(set(self.budgets)) > 1 else self.out

@@ -61,12 +61,15 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     """Join a cluster, or start a Ray of our own, for the time of a ``with`` block.
 
     Args:
-        address: of the cluster; None for a Ray of our own.
+        address: of the cluster; None for a Ray of our own, or the one that this process has joined already.
         cpus, gpus: what the workers need in all; a Ray of our own offers so many CPUs and one more.
 
     Raises:
         UserError: nothing answers at ``address``, or it does not have what is asked for.
     """
+    if address is None and ray.is_initialized():
+        yield
+        return
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:

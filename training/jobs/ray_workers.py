@@ -1,8 +1,8 @@
-"""Finetuning on Ray Train: the one training loop as every worker of a process group, on one node or many.
+"""Training on Ray Train: the one training loop as every worker of a process group, on one node or many.
 
 A run is named by what it does; the same job under the same storage goes on from its last checkpoint, whether a worker,
-a node or the driver was lost, and with as many workers as there are between ``Workers.least`` and ``Workers.number``.
-Every update sees the same images whatever their number. Ray has to be initialised.
+a node or the driver was lost, and with as many workers as there are between ``min_workers`` and ``workers`` of the
+placement. Every update sees the same images whatever their number. Ray has to be initialised.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 for _name, _value in {
@@ -41,95 +40,65 @@ from ray.train import (  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer, get_device  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-from prunesweep.models import load, save  # noqa: E402
+from prunesweep.models import save  # noqa: E402
 from prunesweep.models.io.files import publish_folder  # noqa: E402
 from prunesweep.pruners.hook import Collapsed  # noqa: E402
 
-from ..data import open_data  # noqa: E402
-from ..evaluation import Quality  # noqa: E402
-from ..loop import Epoch, fit  # noqa: E402
-from ..recipe import Recipe  # noqa: E402
+from ..loop import Epoch  # noqa: E402
 from ..trainer import Diverged, DoesNotFit  # noqa: E402
-from .prune_loop import PruneJob, prune_while_training  # noqa: E402
+from .placement import Placement  # noqa: E402
+from .training_job import STATE, Reports, TrainedModels, TrainingJob, load_job, train_models  # noqa: E402
 
-__all__ = ["FinetuneJob", "TrainingFailed", "Workers", "finetune_on_ray"]
+__all__ = ["TrainingFailed", "train_on_ray"]
 
-STATE, MODEL = "state.safetensors", "model"
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class FinetuneJob:
-    """What is trained: paths of saved models that every node can read, and what ``fit`` needs; all JSON-ready."""
-
-    model: str
-    data: str
-    recipe: Mapping[str, Any]
-    teacher: str | None = None
-    teacher_cache: str | None = None  # see ``fit``
-    seed: int = 0
-    loader_workers: int = 0
-    stop_file: str | None = None  # training ends after an epoch once this is there
-    prune: Mapping[str, Any] | None = None  # ``PruneJob``: a method decides meanwhile, and what is published is cut
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many processes train together, and what each of them has.
-
-    With ``least``, training goes on with that many where a node is lost, and with more again, up to ``number``, once
-    there is room for them (Ray looks every minute); each change restarts the workers from the last checkpoint.
-    """
-
-    number: int = 1
-    cpus: float = 1
-    gpus: float = 0
-    least: int | None = None
+MODEL = "model"  # folder of a checkpoint that has the trained models
 
 
 class TrainingFailed(Exception):
     """Training ended with an error that another attempt would not mend."""
 
 
-def finetune_on_ray(
-    job: FinetuneJob,
-    workers: Workers,
+def train_on_ray(
+    job: TrainingJob,
+    placement: Placement,
     out: Path,
     *,
     storage: str,
     name: str,
     provenance: Mapping[str, Any] | None = None,
     max_failures: int = 3,
-    on_step: Callable[[int, int, float], None] | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    reports: Reports = Reports(),  # noqa: B008 (frozen)
 ) -> bool:
-    """Train ``job`` and publish the model as the folder ``out``; False where its stop file ended it.
+    """Train ``job`` on Ray Train's workers and publish the model as the folder ``out``.
 
     A method with several budgets publishes several models, in folders of ``out`` named by their budgets.
 
     Args:
         job: what is trained.
-        workers: the process group.
+        placement: the workers and what each of them has; Ray is there already.
         out: folder of the trained model, on the machine that calls this.
         storage: absolute path or URI that all nodes can write to (local for one node, NFS, s3://...).
         name: of the run under ``storage``; a run of this name that is there is gone on with.
-        provenance: facts for the model's ``config.json``.
+        provenance: metadata for the model's ``config.json``.
         max_failures: attempts after the first one; each goes on from the last checkpoint.
-        on_step, on_epoch, on_note: as for ``fit``, called in this process: about once a second, after every epoch, and
-            with the processes that train whenever they were started.
+        reports: told in this process: of steps about once a second, of every epoch, and of the processes that train
+            whenever they were started.
+
+    Returns:
+        False where the job's stop file ended training.
 
     Raises:
         TrainingFailed: the loss diverged, memory is too small, or the attempts are used up.
     """
-    with _listening(on_step, on_epoch, on_note) as log:
+    least = placement.min_workers
+    with _listening(reports) as log:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": asdict(job), "provenance": dict(provenance or {}), "log": log},
             scaling_config=ScalingConfig(
-                num_workers=workers.number if workers.least is None else (workers.least, workers.number),
-                use_gpu=workers.gpus > 0,
-                resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+                num_workers=placement.workers if least is None else (least, placement.workers),
+                use_gpu=placement.gpus > 0,
+                resources_per_worker={"CPU": placement.cpus, **({"GPU": placement.gpus} if placement.gpus else {})},
             ),
             run_config=RunConfig(
                 name=name,
@@ -138,7 +107,7 @@ def finetune_on_ray(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
-            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo", timeout_s=300),
+            torch_config=TorchConfig(backend="nccl" if placement.gpus else "gloo", timeout_s=300),
         )
         try:
             result = trainer.fit()
@@ -164,66 +133,57 @@ def _drop_orphans(result: ray.train.Result) -> None:
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """What every worker runs."""
-    job, log = FinetuneJob(**config["job"]), config["log"]
+    """Train as one of the workers; the first one uploads checkpoints, and the models with the last of them."""
+    job, log = TrainingJob(**config["job"]), config["log"]
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
     where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
     log.started.remote(context.get_world_rank(), context.get_world_size(), where)
-    device = get_device()
-    model: Any = load(job.model).to(device)
-    teacher = None if job.teacher is None else load(job.teacher).to(device)
-    data = open_data(job.data, model.pretrained_cfg, loader_workers=job.loader_workers)
+    loaded = load_job(job, get_device())
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch) / STATE
-        kept = ray.train.get_checkpoint()
-        if kept is not None:
-            with kept.as_directory() as folder:
-                if (Path(folder) / STATE).exists():
-                    shutil.copy(Path(folder) / STATE, state)
-
-        def report(facts: dict[str, Any], made: Mapping[str, tuple[Any, dict[str, Any]]] = NOTHING) -> None:
-            checkpoint = None
-            if first:
-                folder = tempfile.mkdtemp()  # Ray deletes it once it is uploaded
-                if state.exists():
-                    shutil.copy(state, folder)
-                for where, (result, more) in made.items():
-                    save(result.cpu(), Path(folder) / MODEL / where, {**config["provenance"], **more})
-                checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(facts, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
-
-        last: dict[str, Any] = {}
+        _restore(state)
 
         def on_epoch(epoch: Epoch) -> None:
-            last.update(Quality.of(asdict(epoch)).facts)
             if first:
                 log.epoch.remote(asdict(epoch))
-            report(asdict(epoch))
+            _report(asdict(epoch), state, {})
 
-        reports: dict[str, Any] = {"on_epoch": on_epoch}
+        reports = Reports(on_epoch=on_epoch)
         if first:
-            reports |= {"on_step": _seldom(log.step.remote), "on_note": log.note.remote}
-        cache = None if job.teacher_cache is None else Path(job.teacher_cache)
-        recipe = Recipe.model_validate(job.recipe)
-        options = {"seed": job.seed, "state": state, "teacher_cache": cache, **reports}
-        if job.stop_file is not None:
-            options["should_stop"] = Path(job.stop_file).exists
+            reports = Reports(_seldom(log.step.remote), on_epoch, log.note.remote)
         try:
-            if job.prune is not None:
-                found = prune_while_training(model, data, recipe, PruneJob(**job.prune), **options)
-                several = found is not None and len(found) > 1
-                made = {f"{m.budget:.4g}" if several else "": m for m in found or ()}
-                models = {where: (m.model, {"top1": m.top1, "budget": m.budget}) for where, m in made.items()}
-            else:
-                finished = fit(model, data, recipe, teacher=teacher, **options)
-                models = {"": (model, last)} if finished else {}
+            models = train_models(job, loaded, state=state, reports=reports)
         except (Collapsed, Diverged, DoesNotFit) as error:  # on all workers; another attempt would end the same way
             return {"failed": str(error)}
-        if not models:
+        if models is None:
             return {"stopped": True}
-        report(last, models)
-    return last
+        described = {where: (model, {**config["provenance"], **figures}) for where, (model, figures) in models.items()}
+        figures = next(iter(models.values()))[1]
+        _report(figures, state, described)
+    return figures
+
+
+def _restore(state: Path) -> None:
+    """Copy the training's state from the last checkpoint to ``state``, if there is one."""
+    kept = ray.train.get_checkpoint()
+    if kept is not None:
+        with kept.as_directory() as folder:
+            if (Path(folder) / STATE).exists():
+                shutil.copy(Path(folder) / STATE, state)
+
+
+def _report(metrics: dict[str, Any], state: Path, models: TrainedModels) -> None:
+    """Report to Ray, on all workers; the first one adds a checkpoint: the state, and what was made."""
+    checkpoint = None
+    if ray.train.get_context().get_world_rank() == 0:
+        folder = tempfile.mkdtemp()  # Ray deletes it once it is uploaded
+        if state.exists():
+            shutil.copy(state, folder)
+        for where, (model, provenance) in models.items():
+            save(model.cpu(), Path(folder) / MODEL / where, provenance)
+        checkpoint = Checkpoint.from_directory(folder)
+    ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
 
 def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., None]:
@@ -241,44 +201,40 @@ def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., Non
 
 @ray.remote(num_cpus=0)
 class _Log:
-    """What the workers have to say, for whoever watches."""
+    """Collects what the workers report, for whoever watches."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, Any]] = []  # what may not get lost, in order
+        self.events: list[tuple[str, Any]] = []  # what may not get lost, in order
         self.latest: tuple[int, int, float] | None = None
-        self.present: dict[int, str] = {}
+        self.ready: dict[int, str] = {}
         self.size = 0
 
     def started(self, rank: int, size: int, where: str) -> None:
         if size != self.size:
-            self.size, self.present = size, {}
-        self.present[rank] = where
-        if len(self.present) == size:
-            places = ", ".join(self.present[r] for r in range(size))
+            self.size, self.ready = size, {}
+        self.ready[rank] = where
+        if len(self.ready) == size:
+            places = ", ".join(self.ready[r] for r in range(size))
             self.note(f"{size} worker{'s' if size > 1 else ''}: {places}")
-            self.present = {}
+            self.ready = {}
 
     def step(self, done: int, total: int, loss: float) -> None:
         self.latest = (done, total, loss)
 
     def epoch(self, epoch: dict[str, Any]) -> None:
-        self.said.append(("epoch", epoch))
+        self.events.append(("epoch", epoch))
 
     def note(self, text: str) -> None:
-        self.said.append(("note", text))
+        self.events.append(("note", text))
 
     def since(self, count: int) -> tuple[list[tuple[str, Any]], tuple[int, int, float] | None]:
         latest, self.latest = self.latest, None
-        return self.said[count:], latest
+        return self.events[count:], latest
 
 
 @contextlib.contextmanager
-def _listening(
-    on_step: Callable[[int, int, float], None] | None,
-    on_epoch: Callable[[Epoch], None] | None,
-    on_note: Callable[[str], None] | None,
-) -> Iterator[Any]:
-    """An actor, on this node, that workers talk to; the callables hear of it in this process, from a thread."""
+def _listening(reports: Reports) -> Iterator[Any]:
+    """Start an actor, on this node, that workers talk to; ``reports`` hear of it in this process, from a thread."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     log = _Log.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ended, heard = threading.Event(), 0
@@ -288,15 +244,15 @@ def _listening(
         over = False
         while not over:
             over = ended.wait(0.5)
-            said, latest = ray.get(log.since.remote(heard))
-            heard += len(said)
-            for kind, what in said:
-                if kind == "epoch" and on_epoch:
-                    on_epoch(Epoch(**what))
-                if kind == "note" and on_note:
-                    on_note(what)
-            if latest and on_step:
-                on_step(*latest)
+            events, latest = ray.get(log.since.remote(heard))
+            heard += len(events)
+            for kind, what in events:
+                if kind == "epoch" and reports.on_epoch:
+                    reports.on_epoch(Epoch(**what))
+                if kind == "note" and reports.on_note:
+                    reports.on_note(what)
+            if latest and reports.on_step:
+                reports.on_step(*latest)
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()

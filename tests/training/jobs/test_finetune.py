@@ -9,16 +9,18 @@ import timm
 
 from prunesweep.models import UserError, save
 from prunesweep.training import Epoch, Recipe
-from prunesweep.training.jobs.finetune import Finetuning, Place, StepRate, finetune, logged, worker_range
+from prunesweep.training.jobs.finetune import Finetuning, finetune
+from prunesweep.training.jobs.metrics_log import MetricsLog, StepRate
+from prunesweep.training.jobs.placement import Placement, worker_range
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
 def test_what_a_method_says_is_logged(tmp_path: Path) -> None:
     facts = {"macs": 0.75, "skip": "attn 3"}
-    with logged(tmp_path) as log:
-        log(Epoch(1, 2, 0.5, 90.0, 99.0, 1e-3, 100.0))
-        log(Epoch(2, 2, 0.4, 91.0, 99.0, 1e-3, 100.0, facts))
+    with MetricsLog.beside(tmp_path) as log:
+        log.epoch(Epoch(1, 2, 0.5, 90.0, 99.0, 1e-3, 100.0))
+        log.epoch(Epoch(2, 2, 0.4, 91.0, 99.0, 1e-3, 100.0, facts))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["facts"] for line in lines] == [{}, facts]
     assert Epoch(**lines[1]).facts == facts
@@ -61,4 +63,4 @@ def test_batches_must_fit_every_number_of_workers(tmp_path: Path) -> None:
     source = save(timm.create_model("vit_tiny_patch16_224", num_classes=10, **SHAPE), tmp_path / "source")
     job = Finetuning(model=source, data="digits", recipe=Recipe(batch_size=128), out=tmp_path / "out")
     with pytest.raises(UserError, match="batch_size = 128 cannot be shared by 3 workers .* must be a multiple of 3"):
-        finetune(job, Place(4, least=2))
+        finetune(job, Placement(4, min_workers=2))

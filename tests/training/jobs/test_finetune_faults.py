@@ -23,7 +23,8 @@ from torch import nn
 
 from prunesweep.models import load, save
 from prunesweep.training import Epoch, Recipe, fit, open_data
-from prunesweep.training.jobs.finetune import Finetuning, Place, finetune
+from prunesweep.training.jobs.finetune import Finetuning, finetune
+from prunesweep.training.jobs.placement import Placement
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,7 @@ def job(source: Path, out: Path) -> Finetuning:
 
 
 def run(source: Path, out: Path, watch: Watch, **options: Any) -> None:
-    finetune(job(source, out), Place(2, **options), on_epoch=watch.on_epoch, on_note=watch.on_note)
+    finetune(job(source, out), Placement(2, **options), on_epoch=watch.on_epoch, on_note=watch.on_note)
 
 
 def assert_same_weights(out: Path, wanted: nn.Module) -> None:
@@ -143,7 +144,7 @@ def lose_a_node(cluster: Cluster) -> Callable[[Watch], None]:
 def test_lost_nodes(source: Path, undisturbed: nn.Module, cluster: Cluster, tmp_path: Path) -> None:
     """The third node takes over; once it is lost too, training goes on with the one worker that there is room for."""
     watch = Watch({2: lose_a_node(cluster), 4: lose_a_node(cluster)})
-    run(source, tmp_path / "out", watch, least=1, address=cluster.address)
+    run(source, tmp_path / "out", watch, min_workers=1, address=cluster.address)
     assert_same_weights(tmp_path / "out", undisturbed)
     assert len(watch.workers[0]) == 2
     assert len(watch.workers[-1]) == 1

@@ -1,0 +1,149 @@
+"""Running a training job: in this process, as a worker that torchrun started, or on Ray Train."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prunesweep.models import UserError, save
+
+from ..data import Data
+from ..loop import Epoch
+from ..recipe import Recipe
+from ..trainer import batches_of
+from ..world import World
+from .metrics_log import MetricsLog
+from .placement import Placement
+from .training_job import STATE, LoadedJob, Reports, TrainingJob, load_job, train_models
+
+__all__ = ["run_job"]
+
+RAY = "ray"  # folder of checkpoints in that of the work
+
+
+def run_job(
+    job: TrainingJob,
+    out: Path,
+    work: Path,
+    *,
+    data: Data,
+    placement: Placement,
+    log: MetricsLog,
+    provenance: Mapping[str, Any],
+    loaded: LoadedJob | None = None,
+    name: str | None = None,
+    reports: Reports = Reports(),  # noqa: B008 (frozen)
+) -> bool:
+    """Train a job and publish the result, here or on Ray Train; a job that was cut off goes on.
+
+    A method with several budgets publishes several models, in folders of ``out`` named by their budgets.
+
+    Args:
+        job: what is trained. On Ray its folders are paths that every node can read.
+        out: folder of the result.
+        work: folder of the training's state, until training is done.
+        data: what the job is trained on, opened.
+        placement: where it is trained.
+        log: writes every epoch.
+        provenance: for the result's ``config.json``.
+        loaded: the job's models where they are in memory already; only used without Ray.
+        name: of the run under Ray's storage, where it is found again; by default that of ``work`` without a leading
+            dot.
+        reports: told of the course, in this process.
+
+    Returns:
+        False where the job's stop file ended training.
+
+    Raises:
+        UserError: a batch cannot be shared among the workers, training failed or diverged, or Ray cannot hold the
+            workers.
+    """
+
+    def on_epoch(epoch: Epoch) -> None:
+        log.epoch(epoch)
+        if reports.on_epoch:
+            reports.on_epoch(epoch)
+
+    logged = replace(reports, on_epoch=on_epoch)
+    if placement.here:
+        return _run_here(job, out, work, data, provenance, loaded, logged)
+    return _run_on_ray(job, out, work, data, placement, provenance, name or work.name.removeprefix("."), logged)
+
+
+def _run_here(
+    job: TrainingJob,
+    out: Path,
+    work: Path,
+    data: Data,
+    provenance: Mapping[str, Any],
+    loaded: LoadedJob | None,
+    reports: Reports,
+) -> bool:
+    """Train in this process, which may be one of torchrun's; the first one reports and saves."""
+    with _process_group() as (world, device):
+        loaded = loaded or load_job(job, device, data)
+        state = work / STATE
+        if world.first:
+            work.mkdir(parents=True, exist_ok=True)
+        models = train_models(job, loaded, state=state, reports=reports if world.first else Reports())
+        if models is None:
+            return False
+        if world.first:
+            for where, (model, figures) in models.items():
+                save(model.cpu(), out / where, {**provenance, **figures})
+            state.unlink(missing_ok=True)
+    return True
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[World, torch.device]]:
+    """Join torchrun's process group where it started this process; yield this worker and its device."""
+    gpu = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if gpu else "cpu")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield World(), device
+        return
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield World.current(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def _run_on_ray(
+    job: TrainingJob,
+    out: Path,
+    work: Path,
+    data: Data,
+    placement: Placement,
+    provenance: Mapping[str, Any],
+    name: str,
+    reports: Reports,
+) -> bool:
+    """Train on Ray Train's workers; its checkpoints in ``work`` go once the result is there."""
+    from .ray_session import connected
+    from .ray_workers import TrainingFailed, train_on_ray
+
+    recipe = Recipe.model_validate(job.recipe)
+    for number in range(placement.min_workers or placement.workers, placement.workers + 1):
+        batches_of(data, recipe, World(0, number))
+    elastic = placement.min_workers is not None and placement.address is not None
+    needed = placement.min_workers if elastic and placement.min_workers else placement.workers
+    storage = placement.storage or str(work / RAY)
+    with connected(placement.address, cpus=needed * placement.cpus, gpus=needed * placement.gpus):
+        try:
+            done = train_on_ray(job, placement, out, storage=storage, name=name, provenance=provenance, reports=reports)
+        except TrainingFailed as error:
+            raise UserError(f"training failed: {error}") from error
+    if done and placement.storage is None:
+        shutil.rmtree(work / RAY, ignore_errors=True)
+    return done

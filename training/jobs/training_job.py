@@ -1,0 +1,127 @@
+"""One training as data, and what every process that takes part in it does: train, measure, and hand back models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunesweep.models import load
+
+from ..data import Data, open_data
+from ..evaluation import EVAL_BATCH, Quality, evaluate
+from ..loop import Epoch, fit
+from ..recipe import Recipe
+from ..world import World
+from .prune_loop import PruneJob, prune_while_training
+
+__all__ = ["STATE", "LoadedJob", "Reports", "TrainedModels", "TrainingJob", "load_job", "train_models"]
+
+STATE = "state.safetensors"  # of a training that is not done
+
+# by folder below the result's ("" is the result itself): a model, and what its ``config.json`` says of it besides
+TrainedModels = dict[str, tuple[nn.Module, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, JSON-ready: folders that every worker can read, and what ``fit`` needs.
+
+    Args:
+        model: folder of a saved model.
+        data: as for ``open_data``.
+        recipe: a ``Recipe`` as JSON.
+        teacher: folder of the model that distillation calls the source, if any.
+        teacher_cache, seed: as for ``fit``.
+        loader_workers: processes per worker that load images.
+        stop_file: training ends after an epoch once this file is there.
+        prune: a ``PruneJob``, if a method decides meanwhile; what is published then is cut.
+    """
+
+    model: str
+    data: str
+    recipe: Mapping[str, Any]
+    teacher: str | None = None
+    teacher_cache: str | None = None
+    seed: int = 0
+    loader_workers: int = 0
+    stop_file: str | None = None
+    prune: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedJob:
+    """The models of a job, on their device, and its data."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    data: Data
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Who is told of a training's course; the callables are as for ``fit``."""
+
+    on_step: Callable[[int, int, float], None] | None = None
+    on_epoch: Callable[[Epoch], None] | None = None
+    on_note: Callable[[str], None] | None = None
+
+
+def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = None) -> LoadedJob:
+    """Load a job's models to ``device`` and open its data, unless they are open already."""
+    model: Any = load(job.model).to(device)
+    teacher = None if job.teacher is None else load(job.teacher).to(device)
+    data = data or open_data(job.data, model.pretrained_cfg, loader_workers=job.loader_workers)
+    return LoadedJob(model, teacher, data)
+
+
+def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: Reports) -> TrainedModels | None:
+    """Train a job to its end, as one process of it.
+
+    In a process group every worker calls this with the same job, and gets the same models.
+
+    Args:
+        job, loaded: what is trained; ``loaded.model`` is trained in place, unless a method prunes it.
+        state: file of the training's state, see ``fit``.
+        reports: told of the course, in this process.
+
+    Returns:
+        The models by their folder below the result's, with their figures; None where the stop file ended training.
+
+    Raises:
+        UserError: as ``fit`` and ``prune_while_training``.
+    """
+    latest: Quality | None = None
+
+    def on_epoch(epoch: Epoch) -> None:
+        nonlocal latest
+        latest = Quality(epoch.top1, epoch.ppl)
+        if reports.on_epoch:
+            reports.on_epoch(epoch)
+
+    recipe = Recipe.model_validate(job.recipe)
+    options: dict[str, Any] = {
+        "seed": job.seed,
+        "state": state,
+        "teacher_cache": None if job.teacher_cache is None else Path(job.teacher_cache),
+        "on_step": reports.on_step,
+        "on_epoch": on_epoch,
+        "on_note": reports.on_note,
+        "should_stop": None if job.stop_file is None else Path(job.stop_file).exists,
+    }
+    if job.prune is not None:
+        made = prune_while_training(loaded.model, loaded.data, recipe, PruneJob(**job.prune), **options)
+        if made is None:
+            return None
+        several = len(made) > 1
+        return {f"{m.budget:.4g}" if several else "": (m.model, {"budget": m.budget, "top1": m.top1}) for m in made}
+    if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, **options):
+        return None
+    if latest is None:  # no epoch was left to do
+        world = World.current()
+        latest = Quality.of(evaluate(loaded.model, loaded.data.val_loader(EVAL_BATCH, world), world))
+    return {"": (loaded.model, latest.facts)}
