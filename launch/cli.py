@@ -132,7 +132,7 @@ def status(
 ) -> None:
     """How far a search is."""
     from prunesweep.search import Run
-    from prunesweep.training import Quality
+    from prunesweep.training import EvalMetrics
 
     found = Run.existing(run).status() if address is None else remote_status(str(run), address)
     if as_json:
@@ -145,7 +145,7 @@ def status(
         f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
         highlight=False,
     )
-    console.print(f"source: {Quality.of(source)}, {source['macs']:,} MACs, {source['params']:,} params")
+    console.print(f"source: {EvalMetrics.of(source)}, {source['macs']:,} MACs, {source['params']:,} params")
 
 
 @app.command()
@@ -199,7 +199,7 @@ def evaluate(
 ) -> None:
     """Measure a saved model's accuracy, or perplexity."""
     from prunesweep.models import arch_of, cost, load
-    from prunesweep.training import EVAL_BATCH, Quality, check_words, open_data, open_text
+    from prunesweep.training import EVAL_BATCH, EvalMetrics, check_fits, open_data, open_text
     from prunesweep.training import evaluate as measure
 
     loaded: Any = load(model)
@@ -208,11 +208,11 @@ def evaluate(
         opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
     else:
         opened = open_data(data, loaded.pretrained_cfg)
-    check_words(arch, opened)
+    check_fits(arch, opened, all_classes=False)
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
-    found, spent = Quality.of(measure(loaded, batches)), cost(arch)
+    found, spent = EvalMetrics.of(measure(loaded, batches)), cost(arch)
     if as_json:
-        print(json.dumps({**found.facts, "macs": spent.macs, "params": spent.params}))
+        print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params}))
     else:
         Console().print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
 

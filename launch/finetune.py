@@ -55,7 +55,7 @@ def finetune(
     from prunesweep.models import UserError, cost, load_provenance, read_arch
     from prunesweep.search.config import read_overrides
     from prunesweep.search.report.display import Display
-    from prunesweep.training import Quality, load_recipe
+    from prunesweep.training import EvalMetrics, load_recipe
     from prunesweep.training.jobs.finetune import Finetuning
     from prunesweep.training.jobs.finetune import finetune as train
     from prunesweep.training.jobs.placement import Placement, worker_range
@@ -83,9 +83,9 @@ def finetune(
         train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one
         return
-    spent, found = cost(read_arch(out)), Quality.of(load_provenance(out))
+    spent, found = cost(read_arch(out)), EvalMetrics.of(load_provenance(out))
     if as_json:
-        print(json.dumps({**found.facts, "macs": spent.macs, "params": spent.params, "model": str(out)}))
+        print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params, "model": str(out)}))
     else:
         console.print(f"{found}, {spent.macs:,} MACs; saved as {out}", highlight=False, soft_wrap=True)
 

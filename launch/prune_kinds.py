@@ -16,7 +16,7 @@ from prunesweep.pruners import MACS, PARAMS, PRUNERS, Measure, latency
 from prunesweep.pruners.trained import TRAINED, trained_pruner
 from prunesweep.search.config import read_overrides
 from prunesweep.search.report.display import Display
-from prunesweep.training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
+from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate, load_recipe, open_data
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.training.jobs.placement import Placement
@@ -118,7 +118,7 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
     wanted = request.finetune not in (None, "none")
     untrained = request.folder.with_name(f".{request.folder.name}-untrained") if wanted else request.folder
     save_pruned(pruned, untrained)
-    source, first = Quality(pruned.source_top1, pruned.source_ppl), Quality(pruned.top1, pruned.ppl)
+    source, first = EvalMetrics(pruned.source_top1, pruned.source_ppl), EvalMetrics(pruned.top1, pruned.ppl)
     last = first
     if wanted:
         last = _finetune(request, model, untrained, request.folder, str(request.finetune))
@@ -155,15 +155,15 @@ def prune_trained(request: Request) -> None:
             found = run.run(request.placement, **say)
     rows = []
     for one in found:
-        folder, last = request.folder / one.folder.relative_to(decided), Quality(one.top1)
+        folder, last = request.folder / one.folder.relative_to(decided), EvalMetrics(one.top1)
         if after != "none":
             last = _finetune(request, model, one.folder, folder, after)
-        rows.append((folder, one.cost, Quality(one.top1), last))
+        rows.append((folder, one.cost, EvalMetrics(one.top1), last))
     data = open_data(request.data, model.pretrained_cfg)
-    _report(request, whole, Quality.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
+    _report(request, whole, EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
 
 
-def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> Quality:
+def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> EvalMetrics:
     """Train ``start`` with the source as teacher; the result's quality."""
     teacher = request.folder.with_name(f".{request.folder.name}-source")
     if not teacher.exists():
@@ -173,16 +173,16 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
     display = Display(request.console)
     with display.progress() as progress:
         finetune(job, request.placement, **reports(display, progress, job.recipe.batch_size))
-    return Quality.of(load_provenance(out))
+    return EvalMetrics.of(load_provenance(out))
 
 
 def _report(
-    request: Request, source: Cost, before: Quality, rows: Sequence[tuple[Path, Cost, Quality, Quality]]
+    request: Request, source: Cost, before: EvalMetrics, rows: Sequence[tuple[Path, Cost, EvalMetrics, EvalMetrics]]
 ) -> None:
     """What came out: folder, cost, quality at first and at last; ``before`` is the source's."""
     if request.as_json:
         facts = [
-            {**_named("source_", before), **found.facts, **_named("untrained_", first)}
+            {**_named("source_", before), **found.as_dict(), **_named("untrained_", first)}
             | {"macs": own.macs, "params": own.params, "model": str(folder)}
             for folder, own, first, found in rows
         ]
@@ -199,8 +199,8 @@ def _report(
         )
 
 
-def _named(prefix: str, found: Quality) -> dict[str, float]:
-    return {prefix + name: value for name, value in found.facts.items()}
+def _named(prefix: str, found: EvalMetrics) -> dict[str, float]:
+    return {prefix + name: value for name, value in found.as_dict().items()}
 
 
 def tome(request: Request) -> None:

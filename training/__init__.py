@@ -1,8 +1,9 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
+from .compatibility import check_fits
 from .data import Data, DataInfo, images_only, open_data
-from .evaluation import EVAL_BATCH, Quality, evaluate
+from .evaluation import EVAL_BATCH, EvalMetrics, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
@@ -18,11 +19,12 @@ __all__ = [
     "Diverged",
     "DoesNotFit",
     "Epoch",
-    "Quality",
+    "EvalMetrics",
     "Recipe",
     "World",
     "batches_of",
     "cache_logits",
+    "check_fits",
     "check_words",
     "evaluate",
     "fit",

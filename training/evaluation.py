@@ -15,7 +15,7 @@ from prunesweep.models.families.lm import LanguageModel
 from .text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "Quality", "evaluate"]
+__all__ = ["EVAL_BATCH", "EvalMetrics", "evaluate"]
 
 EVAL_BATCH = 256
 LOGITS_AT_A_TIME = 2**26  # of a language model
@@ -40,27 +40,26 @@ def evaluate(
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, y.new_tensor(len(y))]).double()
     model.train(training)
-    right, among_five, loss, images = (world or World()).total(sums).tolist()
+    right, among_five, loss, images = (world or World()).all_reduce(sums).tolist()
     if images == 0:
         raise ValueError("no images to evaluate on")
     found = {"top1": 100 * right / images, "top5": 100 * among_five / images, "loss": loss / images}
     return {**found, "ppl": math.exp(loss / images)} if isinstance(model, LanguageModel) else found
 
 
-class Quality(NamedTuple):
-    """What is kept of an evaluation: ``top1`` in percent and, of a language model, the perplexity."""
+class EvalMetrics(NamedTuple):
+    """What is kept of an evaluation: ``top1`` in percent and, of a language model, ``ppl``, the perplexity."""
 
     top1: float
     ppl: float | None = None
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> Quality:
-        """Of ``evaluate``'s result, or of a saved model's provenance."""
+    def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
+        """Read ``evaluate``'s result, or a saved model's provenance."""
         return cls(float(found["top1"]), found.get("ppl"))
 
-    @property
-    def facts(self) -> dict[str, float]:
-        """``top1`` and, where there is one, ``ppl``."""
+    def as_dict(self) -> dict[str, float]:
+        """Return ``top1`` and, where there is one, ``ppl``."""
         return {"top1": self.top1} if self.ppl is None else {"top1": self.top1, "ppl": self.ppl}
 
     def __str__(self) -> str:

@@ -126,7 +126,7 @@ def fit(
             on_epoch(Epoch(epoch + 1, recipe.epochs, loss, *accuracy, lr, rate, dict(hook.facts), found.get("ppl")))
         finished = epoch + 1 == recipe.epochs or hook.done
         stop = should_stop is not None and should_stop()
-        if finished or trainer.world.total(torch.tensor(float(stop), device=trainer.device)) > 0:
+        if finished or trainer.world.all_reduce(torch.tensor(float(stop), device=trainer.device)) > 0:
             break
     if finished:
         trainer.keep_average()

@@ -129,7 +129,7 @@ def _shard(
     """Logits of the images from ``start`` on, found or made; the first worker decides which, and writes them."""
     file = None if place is None else place / f"{start // SHARD:05}.safetensors"
     known = torch.tensor(float(world.first and file is not None and file.exists()), device=task.device)
-    if world.total(known).item() == 0:
+    if world.all_reduce(known).item() == 0:
         images = range(start, min(start + SHARD, data.train_images))
         logits = _logits(task, name, data, recipe, world, images, on_images)
         if file is None:
@@ -138,9 +138,9 @@ def _shard(
             file.parent.mkdir(parents=True, exist_ok=True)
             with publish_file(file) as scratch:
                 save_file({"logits": logits}, scratch)
-        world.total(known)  # nobody reads before it is written
+        world.all_reduce(known)  # nobody reads before it is written
     assert file is not None
-    missing = world.total(torch.tensor(float(not file.exists()), device=task.device)).item()
+    missing = world.all_reduce(torch.tensor(float(not file.exists()), device=task.device)).item()
     if missing:
         raise UserError(f"{file}: not there for {missing:.0f} of {world.size} workers: take a folder that all can read")
     return load_file(file)["logits"]
@@ -168,6 +168,6 @@ def _logits(
         rows = answers.new_zeros(len(batch), answers.shape[1])
         if world.rank < len(batch):
             rows[world.rank :: world.size] = answers
-        found.append(world.total(rows).cpu())
+        found.append(world.all_reduce(rows).cpu())
         on_images(batch[-1] + 1, data.train_images)
     return torch.cat(found)

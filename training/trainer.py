@@ -32,7 +32,7 @@ from .world import World
 __all__ = ["Diverged", "DoesNotFit", "Trainer", "batches_of"]
 
 CHECK_EVERY = 20  # updates between two looks at the loss on a GPU, where looking waits for it
-PROVING = 2  # updates by hand before DDP: the second one is the first with the optimizer's state in memory
+MANUAL_SYNC_STEPS = 2  # updates before DDP takes over: the second one is the first with the optimizer's state in memory
 
 
 class Diverged(UserError):
@@ -46,11 +46,11 @@ class DoesNotFit(UserError):
 class Trainer:
     """A model with its task, optimizer and schedule; the arguments are those of ``training.fit``.
 
-    Several workers do their first ``PROVING`` updates without DistributedDataParallel, and all of them where there is a
-    hook: gradients are averaged once they are there. Workers can then agree on how many images fit into memory, which
-    is too late in the middle of DDP's reductions; DDP learns whether parameters go unused; and a hook may have
-    parameters in its loss alone, or lead the forward pass around parts of the model. BatchNorm normalises by a worker's
-    own images (those of one forward pass), as in timm; its running statistics are averaged after every epoch.
+    Several workers do their first ``MANUAL_SYNC_STEPS`` updates without DistributedDataParallel, and all of them where
+    there is a hook: gradients are averaged once they are there. Workers can then agree on how many images fit into
+    memory, which is too late in the middle of DDP's reductions; DDP learns whether parameters go unused; and a hook may
+    have parameters in its loss alone, or lead the forward pass around parts of the model. BatchNorm normalises by a
+    worker's own images (those of one forward pass), as in timm; its running statistics are averaged after every epoch.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, hook, recipe)
         if recipe.compile:
             self.task.compile()
-        self.by_hand: float = 0 if world.size == 1 else PROVING if type(hook) is Hook else math.inf  # updates
+        alone, plain = world.size == 1, type(hook) is Hook
+        self.manual_sync_steps: float = 0 if alone else MANUAL_SYNC_STEPS if plain else math.inf  # left to do
         self.scheduler = make_scheduler(self.optimizer, recipe, self.batches.updates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.mixup = _mixup(recipe, data.info.num_classes)
@@ -111,7 +112,7 @@ class Trainer:
                 self._watch(loss, update)
                 if self.hook.done:
                     break
-        sums = self.world.total(torch.stack([total, torch.tensor(float(done), dtype=torch.float64).to(total)]))
+        sums = self.world.all_reduce(torch.stack([total, torch.tensor(float(done), dtype=torch.float64).to(total)]))
         mean = float(sums[0] / sums[1])
         if not np.isfinite(mean):
             self._diverged(mean, (epoch + 1) * updates)
@@ -134,12 +135,12 @@ class Trainer:
                 for index, piece in enumerate(todo, start=len(share) - len(todo) + 1):
                     loss = loss + self._backward(piece, sync=last and index == len(share))
             except torch.OutOfMemoryError:
-                if self.world.size > 1 and not self.by_hand:  # the others are in DDP's reductions: start again
-                    raise
+                if self.world.size > 1 and not self.manual_sync_steps:
+                    raise  # the others are in DDP's reductions: start again
                 fits = False
-            if self.by_hand:
+            if self.manual_sync_steps:
                 flag = torch.tensor(float(not fits), device=self.device)
-                fits = self.world.total(flag).item() == 0
+                fits = self.world.all_reduce(flag).item() == 0
             if fits:
                 return loss
             self._halve()
@@ -188,7 +189,7 @@ class Trainer:
         return total
 
     def _update(self, update: int) -> None:
-        if self.by_hand:
+        if self.manual_sync_steps:
             self._average_gradients()
         self.scaler.unscale_(self.optimizer)
         self.hook.after_backward()
@@ -203,13 +204,13 @@ class Trainer:
         """What DDP does, after the backward pass; DDP takes over once enough updates have passed."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         own = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
-        used = [p for p, workers in zip(trained, self.world.total(own).tolist(), strict=True) if workers]
+        used = [p for p, workers in zip(trained, self.world.all_reduce(own).tolist(), strict=True) if workers]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
-        mean = self.world.total(torch.cat([g.flatten() for g in gradients])) / self.world.size
+        mean = self.world.all_reduce(torch.cat([g.flatten() for g in gradients])) / self.world.size
         for p, values in zip(used, torch.split(mean, [p.numel() for p in used]), strict=True):
             p.grad = values.view_as(p)
-        self.by_hand -= 1
-        if self.by_hand == 0:
+        self.manual_sync_steps -= 1
+        if self.manual_sync_steps == 0:
             self.task.prepare_distributed(
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 find_unused_parameters=len(used) < len(trained),
@@ -262,7 +263,7 @@ class Trainer:
             self._load(found, path)
         for model in self._models():
             for tensor in model.state_dict().values():
-                self.world.share(tensor)
+                self.world.broadcast(tensor)
         return 0 if found is None else int(found["epoch"])
 
     def _load(self, found: dict[str, Any], path: Path | None) -> None:

@@ -29,15 +29,15 @@ class World:
         """Whether this worker writes what is written once."""
         return self.rank == 0
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of ``values`` over all workers, on every one of them."""
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``values`` over all workers, on every one of them."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
-    def share(self, tensor: torch.Tensor) -> None:
-        """Put the first worker's ``tensor`` into everybody's."""
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrite ``tensor`` on every worker with the first one's, in place."""
         if self.size > 1:
             values = tensor.contiguous()  # of any memory format before
             dist.broadcast(values, src=0)

@@ -31,7 +31,7 @@ from prunesweep.search.space.warm_start import start_points
 from prunesweep.search.store.front import hypervolume, pareto_front
 from prunesweep.search.store.run import Lease, Run
 from prunesweep.search.store.study import Study
-from prunesweep.training import Quality
+from prunesweep.training import EvalMetrics
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator
@@ -102,7 +102,7 @@ def run_search(
             _plan_without(config, error, display, units)
             return None
         space = open_space(config.space, opening)
-        display.space(space, opening.summary, Quality(opening.top1, opening.ppl), opening.zero_shot)
+        display.space(space, opening.summary, EvalMetrics(opening.top1, opening.ppl), opening.zero_shot)
         if dry_run:
             display.plan(config, units)
             return None
@@ -234,7 +234,7 @@ def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
         "source": {
             "name": arch.source,
             "weights": kept.weights,
-            **Quality(kept.top1, kept.ppl).facts,
+            **EvalMetrics(kept.top1, kept.ppl).as_dict(),
             "macs": spent.macs,
             "params": spent.params,
             **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(arch)}),

@@ -19,7 +19,17 @@ from prunesweep.pruners import Scores
 from prunesweep.pruners.scores import LEARNED
 from prunesweep.search.config import SearchConfig, SourceTable, SpaceTable
 from prunesweep.search.space.space import Space, score_names
-from prunesweep.training import EVAL_BATCH, Data, Quality, cache_logits, check_words, evaluate, fit, open_data, seeded
+from prunesweep.training import (
+    EVAL_BATCH,
+    Data,
+    EvalMetrics,
+    cache_logits,
+    check_fits,
+    evaluate,
+    fit,
+    open_data,
+    seeded,
+)
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 
 __all__ = ["Kept", "Prepared", "Progress", "open_space", "prepare"]
@@ -97,7 +107,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
             progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
 
         logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
-    quality = Quality.of(load_provenance(folder))
+    quality = EvalMetrics.of(load_provenance(folder))
     kept = Kept(
         folder=folder,
         score_files=files,
@@ -161,15 +171,8 @@ def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[s
 
 
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
-    check_words(arch, data)
-    size = (arch.in_chans, *arch.img_size)
-    if size != data.info.input_size:
-        raise UserError(f"source.model takes images of {size}, {data.info.name} has {data.info.input_size}")
-    if arch.num_classes != data.info.num_classes:
-        raise UserError(
-            f"source.model has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: "
-            "use data that it was trained on, or train it with a [source.train] table"
-        )
+    remedy = "use data that it was trained on, or train it with a [source.train] table"
+    check_fits(arch, data, name="source.model", remedy=remedy)
     if config.source.pos_embed_std is not None and not config.source.train:
         raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")
 
@@ -192,15 +195,15 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, prog
 
         def on_epoch(epoch: Any) -> None:
             nonlocal note
-            note = f"  {Quality(epoch.top1, epoch.ppl)}"
+            note = f"  {EvalMetrics(epoch.top1, epoch.ppl)}"
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         state = folder.with_name(folder.name + ".state.safetensors")
         fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
     progress("evaluating the source", 0.0, "")
-    found = Quality.of(evaluate(model, data.val_loader(EVAL_BATCH)))
+    found = EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH)))
     progress("evaluating the source", 1.0, str(found))
-    facts = {"data": data.info.fingerprint, "seed": config.seed, **found.facts, "versions": versions()}
+    facts = {"data": data.info.fingerprint, "seed": config.seed, **found.as_dict(), "versions": versions()}
     save(model, folder, {"method": "source", "source": config.source.model, **facts})
     if recipe is not None:
         state.unlink(missing_ok=True)

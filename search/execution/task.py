@@ -23,7 +23,7 @@ from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.space.space import Candidate, Space, read_scores
 from prunesweep.search.store.run import Result, Run, Unit, read_json, unit_id
-from prunesweep.training import EVAL_BATCH, Data, Quality, Recipe, evaluate, open_data
+from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, Recipe, evaluate, open_data
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.run_job import run_job
@@ -61,9 +61,9 @@ class Workplace:
         """Images of the training split, for rungs that do not train and for BatchNorm."""
         return self.data.calibration(self.config.search.screen_images, EVAL_BATCH, self.config.seed)
 
-    def evaluate(self, model: nn.Module) -> Quality:
+    def evaluate(self, model: nn.Module) -> EvalMetrics:
         """Of the validation split."""
-        return Quality.of(evaluate(model, self.data.val_loader(EVAL_BATCH)))
+        return EvalMetrics.of(evaluate(model, self.data.val_loader(EVAL_BATCH)))
 
     def epochs(self, rung: int) -> int:
         """Epochs of finetuning on a rung."""
@@ -135,16 +135,16 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
     )
 
 
-def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[Quality, Quality, float]:
-    found = Quality.of(evaluate(_cut(workplace, candidate), workplace.screen))
+def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[EvalMetrics, EvalMetrics, float]:
+    found = EvalMetrics.of(evaluate(_cut(workplace, candidate), workplace.screen))
     with _log(workplace.run, unit) as log:
-        log.event("end", **found.facts)
+        log.event("end", **found.as_dict())
     return found, found, 0.0
 
 
 def _train(
     workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path
-) -> tuple[Quality, Quality, float] | None:
+) -> tuple[EvalMetrics, EvalMetrics, float] | None:
     """Quality before and after finetuning and its seconds, or None where it was asked to stop."""
     model = _start(workplace, unit, candidate)
     before = workplace.evaluate(model)
@@ -156,8 +156,8 @@ def _train(
         if not finished:
             log.event("stopped")
             return None
-        after = Quality.of(load_provenance(folder / "model"))
-        log.event("end", **after.facts)
+        after = EvalMetrics.of(load_provenance(folder / "model"))
+        log.event("end", **after.as_dict())
     return before, after, seconds
 
 

@@ -21,7 +21,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.space.space import Space, Spread, Summary
 from prunesweep.search.store.front import hypervolume
 from prunesweep.search.store.run import Result
-from prunesweep.training import Quality
+from prunesweep.training import EvalMetrics
 
 __all__ = ["Display", "clock", "front_table", "promoted_table"]
 
@@ -67,7 +67,7 @@ class Display:
             yield report
         self._live = None
 
-    def space(self, space: Space, summary: Summary, quality: Quality | None, zero_shot: Spread | None) -> None:
+    def space(self, space: Space, summary: Summary, quality: EvalMetrics | None, zero_shot: Spread | None) -> None:
         """The source, every variable with its range, the objectives over a sample, and what can be reached."""
         source = space.source_cost
         self.note(
@@ -223,7 +223,7 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
     )
     rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
     return (
-        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {Quality(result.top1, result.ppl)}  "
+        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {EvalMetrics(result.top1, result.ppl)}  "
         f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
     )
 

@@ -18,7 +18,7 @@ from prunesweep.training import (
     EVAL_BATCH,
     Distill,
     Epoch,
-    Quality,
+    EvalMetrics,
     Recipe,
     World,
     check_words,
@@ -307,7 +307,7 @@ def test_words_and_numbers_must_agree() -> None:
 
 
 def test_quality_is_the_perplexity_where_there_is_one() -> None:
-    assert str(Quality.of({"top1": 12.34, "loss": 3.0})) == "top-1 12.34 %"
-    found = Quality.of({"top1": 30, "ppl": 20.5, "loss": 3.0})
-    assert (str(found), found.facts) == ("ppl 20.50", {"top1": 30.0, "ppl": 20.5})
-    assert Quality(30.0).facts == {"top1": 30.0}
+    assert str(EvalMetrics.of({"top1": 12.34, "loss": 3.0})) == "top-1 12.34 %"
+    found = EvalMetrics.of({"top1": 30, "ppl": 20.5, "loss": 3.0})
+    assert (str(found), found.as_dict()) == ("ppl 20.50", {"top1": 30.0, "ppl": 20.5})
+    assert EvalMetrics(30.0).as_dict() == {"top1": 30.0}

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import UserError, load, read_arch, weights_digest
+from prunesweep.models import load, read_arch, weights_digest
 from prunesweep.models.io.provenance import digest, versions
 
+from ..compatibility import check_fits
 from ..data import Data, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
-from ..text import check_words
 from .metrics_log import MetricsLog
 from .placement import Placement
 from .run_job import run_job
@@ -42,12 +42,12 @@ class Finetuning:
     @cached_property
     def name(self) -> str:
         """The result's name and the hash of everything that it depends on."""
-        facts = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+        settings = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
         models = {
             "model": weights_digest(load(self.model)),
             "teacher": self.teacher and weights_digest(load(self.teacher)),
         }
-        return f"{self.out.name}-{digest({**facts, **models})}"
+        return f"{self.out.name}-{digest({**settings, **models})}"
 
     @property
     def work(self) -> Path:
@@ -65,17 +65,9 @@ class Finetuning:
         for what, path in (("model", self.model), ("teacher", self.teacher)):
             if path is None:
                 continue
-            arch = read_arch(path)
-            check_words(arch, data)
-            if arch.num_classes != data.info.num_classes:
-                raise UserError(
-                    f"{what} {path} has {arch.num_classes} classes, {data.info.name} has {data.info.num_classes}: give "
-                    f"it a new head with timm.create_model('local-dir:{path}', pretrained=True, "
-                    f"num_classes={data.info.num_classes}) and models.save, or take data of its classes"
-                )
-            size = (arch.in_chans, *arch.img_size)
-            if size != data.info.input_size:
-                raise UserError(f"{what} {path} takes images of {size}, {data.info.name} has {data.info.input_size}")
+            head = f"timm.create_model('local-dir:{path}', pretrained=True, num_classes={data.info.num_classes})"
+            remedy = f"give it a new head with {head} and models.save, or take data of its classes"
+            check_fits(read_arch(path), data, name=f"{what} {path}", remedy=remedy)
         return data
 
     @property

@@ -16,7 +16,7 @@ from prunesweep.models.errors import nearest
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
 from prunesweep.pruners.scores import DEPTH, TOKENS
-from prunesweep.training import EVAL_BATCH, Data, Quality, check_words, evaluate, open_data
+from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, check_fits, evaluate, open_data
 
 from .scoring import Calibration, Progress, cached_scores
 
@@ -101,7 +101,7 @@ def prune_once(
     if not 0 <= drop < arch.depth:
         raise UserError(f"drop = {drop}: the model has {arch.depth} blocks, at least one must stay")
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
-    check_words(arch, data)
+    check_fits(arch, data, all_classes=False)
     settings = _settings(method, budget.measure, drop, groups, floors)
     calibration = calibration or Calibration()
     weights = weights_digest(model)
@@ -115,8 +115,8 @@ def prune_once(
     if drop:
         settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
     decision = pruner(method).decide(arch, widths, limit, measure=budget.measure, **settings)
-    facts = {"budget": {"measure": budget.measure.name, "limit": limit}, "scores": name, "seed": calibration.seed}
-    return _cut(model, decision, data, {"method": method, "weights": weights, **facts}, progress)
+    metadata = {"budget": {"measure": budget.measure.name, "limit": limit}, "scores": name, "seed": calibration.seed}
+    return _cut(model, decision, data, {"method": method, "weights": weights, **metadata}, progress)
 
 
 def plan_once(
@@ -146,7 +146,7 @@ def plan_once(
     arch, options = arch_of(model), dict(settings or {})
     limit = None if budget is None else budget.limit(arch)
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
-    check_words(arch, data)
+    check_fits(arch, data, all_classes=False)
     calibration = calibration or Calibration()
     weights = weights_digest(to_device(model))
     path = cached_scores(model, TOKENS, data, calibration, cache, progress, weights=weights)
@@ -156,14 +156,20 @@ def plan_once(
     else:
         assert keep_rate is not None
         decision = pmvit.plan(arch, scores, keep_rate, **options)
-    facts = {"keep_rate": keep_rate, "limit": limit, "settings": options, "scores": path.name, "seed": calibration.seed}
-    return _cut(model, decision, data, {"method": TOKENS, "weights": weights, **facts}, progress)
+    metadata = {
+        "keep_rate": keep_rate,
+        "limit": limit,
+        "settings": options,
+        "scores": path.name,
+        "seed": calibration.seed,
+    }
+    return _cut(model, decision, data, {"method": TOKENS, "weights": weights, **metadata}, progress)
 
 
-def _cut(model: nn.Module, decision: Cut, data: Data, facts: Mapping[str, Any], progress: Progress) -> Pruned:
+def _cut(model: nn.Module, decision: Cut, data: Data, metadata: Mapping[str, Any], progress: Progress) -> Pruned:
     """Cut and measure."""
     arch, small = arch_of(model), cut(model, decision)
-    facts = {**facts, "source": {"name": arch.source, "weights": facts["weights"]}}
+    metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
     before = _evaluate(model, data, progress, "evaluating the source")
     after = _evaluate(small, data, progress, "evaluating the cut model")
     return Pruned(
@@ -174,7 +180,7 @@ def _cut(model: nn.Module, decision: Cut, data: Data, facts: Mapping[str, Any], 
         top1=after.top1,
         source_ppl=before.ppl,
         ppl=after.ppl,
-        provenance={**facts, "data": data.info.fingerprint, "versions": versions()},
+        provenance={**metadata, "data": data.info.fingerprint, "versions": versions()},
     )
 
 
@@ -198,13 +204,13 @@ def to_device(model: nn.Module) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _evaluate(model: nn.Module, data: Data, progress: Progress, what: str) -> Quality:
+def _evaluate(model: nn.Module, data: Data, progress: Progress, what: str) -> EvalMetrics:
     progress(what, 0.0, "")
-    found = Quality.of(evaluate(model, data.val_loader(EVAL_BATCH)))
+    found = EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH)))
     progress(what, 1.0, str(found))
     return found
 
 
 def save_pruned(pruned: Pruned, out: Path) -> Path:
     """Write the cut model with where it comes from."""
-    return save(pruned.model.cpu(), out, {**pruned.provenance, **Quality(pruned.top1, pruned.ppl).facts})
+    return save(pruned.model.cpu(), out, {**pruned.provenance, **EvalMetrics(pruned.top1, pruned.ppl).as_dict()})

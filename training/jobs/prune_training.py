@@ -16,6 +16,7 @@ from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, s
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners.trained import trained_pruner
 
+from ..compatibility import check_fits
 from ..data import Data, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
@@ -71,7 +72,7 @@ class TrainedPruning:
     loader_workers: int = 0
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the run depends on, JSON-ready."""
         return {
             "method": self.method,
@@ -85,7 +86,7 @@ class TrainedPruning:
 
     @property
     def work(self) -> Path:
-        return self.out.parent / f".{self.out.name}-{digest(self.facts)}"
+        return self.out.parent / f".{self.out.name}-{digest(self.metadata)}"
 
     def run(
         self,
@@ -112,7 +113,7 @@ class TrainedPruning:
                 data=data,
                 placement=placement,
                 log=log,
-                provenance={**self.facts, "data": data.info.fingerprint, "versions": versions()},
+                provenance={**self.metadata, "data": data.info.fingerprint, "versions": versions()},
                 loaded=loaded,
                 reports=Reports(on_step, on_epoch, on_note),
             )
@@ -149,7 +150,9 @@ class TrainedPruning:
         method, arch = trained_pruner(self.method), arch_of(self.model)
         settings = method.configure(self.method, self.budgets, self.options)
         method.make(settings, arch).wrap(copy.deepcopy(self.model))
-        return open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
+        data = open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
+        check_fits(arch, data)
+        return data
 
     @property
     def _job(self) -> PruneJob:

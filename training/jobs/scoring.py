@@ -65,8 +65,8 @@ def cached_scores(
         pruner(method).check(method, arch_of(model))
     weights = weights or weights_digest(model)
     settings = asdict(calibration)
-    facts = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
-    path = cache / f"{method}-{digest(facts)}.safetensors"
+    metadata = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
+    path = cache / f"{method}-{digest(metadata)}.safetensors"
     if not path.exists():
         what = {DEPTH: "measuring blocks", TOKENS: "scoring patches"}.get(method, "scoring widths")
         batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
@@ -77,7 +77,7 @@ def cached_scores(
         scores = _compute(model, method, batches, calibration, on_batch)
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish_file(path) as scratch:
-            Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
+            Scores(scores.vectors, {**scores.provenance, **metadata}).save(scratch)
     return path
 
 
@@ -106,8 +106,8 @@ def cached_gates(
     """
     weights = weights or weights_digest(model)
     run = {"recipe": recipe.model_dump(mode="json"), "settings": dict(settings), "seed": seed}
-    facts = {"method": LEARNED, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **run}
-    path = cache / f"{LEARNED}-{digest(facts)}.safetensors"
+    metadata = {"method": LEARNED, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **run}
+    path = cache / f"{LEARNED}-{digest(metadata)}.safetensors"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def cached_gates(
     fit(trained, data, recipe, teacher=model, hook=hook, seed=seed, state=state, on_step=on_step)
     margin = hook.machine.gates[:, 1] - hook.machine.gates[:, 0]
     with publish_file(path) as scratch:
-        Scores({"depth": margin.double().cpu()}, facts).save(scratch)
+        Scores({"depth": margin.double().cpu()}, metadata).save(scratch)
     state.unlink(missing_ok=True)
     return path
 

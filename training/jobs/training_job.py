@@ -13,7 +13,7 @@ from torch import nn
 from prunesweep.models import load
 
 from ..data import Data, open_data
-from ..evaluation import EVAL_BATCH, Quality, evaluate
+from ..evaluation import EVAL_BATCH, EvalMetrics, evaluate
 from ..loop import Epoch, fit
 from ..recipe import Recipe
 from ..world import World
@@ -95,11 +95,11 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
     Raises:
         UserError: as ``fit`` and ``prune_while_training``.
     """
-    latest: Quality | None = None
+    latest: EvalMetrics | None = None
 
     def on_epoch(epoch: Epoch) -> None:
         nonlocal latest
-        latest = Quality(epoch.top1, epoch.ppl)
+        latest = EvalMetrics(epoch.top1, epoch.ppl)
         if reports.on_epoch:
             reports.on_epoch(epoch)
 
@@ -123,5 +123,5 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
         return None
     if latest is None:  # no epoch was left to do
         world = World.current()
-        latest = Quality.of(evaluate(loaded.model, loaded.data.val_loader(EVAL_BATCH, world), world))
-    return {"": (loaded.model, latest.facts)}
+        latest = EvalMetrics.of(evaluate(loaded.model, loaded.data.val_loader(EVAL_BATCH, world), world))
+    return {"": (loaded.model, latest.as_dict())}
