@@ -147,4 +147,4 @@ def driver(config: str, folder: str, *, again: bool, trials: int | None = None, 
         return shlex.join(["python", "-m", "prunesweep", "search", config, "--out", folder, "--address", "auto"])
     more = [] if trials is None else ["--trials", str(trials)]
     more += [part for text in overrides for part in ("--set", text)]
-    return shlex.join(["python", "-m", "prunesweep.launch.cluster.drive", config, folder, *more])
+    return shlex.join(["python", "-m", "prunesweep.launch.cluster.entrypoint", config, folder, *more])

@@ -57,9 +57,9 @@ for node in "${{nodes[@]:1}}"; do
     steps+=($!)
 done
 
-python -m prunesweep.launch.cluster.wait --address "$head:$port" --nodes "${{#nodes[@]}}"
+python -m prunesweep.launch.cluster.wait_for_nodes --address "$head:$port" --nodes "${{#nodes[@]}}"
 
-python -m prunesweep.launch.cluster.drive "$config" "$run" --address "$head:$port" &
+python -m prunesweep.launch.cluster.entrypoint "$config" "$run" --address "$head:$port" &
 search=$!
 again=no
 # before the time limit: ask the driver to end, and end it {grace} seconds later

@@ -1,4 +1,4 @@
-"""``-m prunesweep.launch.cluster.drive CONFIG RUN``: go on with a run where it exists, begin it where not.
+"""``-m prunesweep.launch.cluster.entrypoint CONFIG RUN``: go on with a run where it exists, begin it where not.
 
 What manifests and later attempts start, because they cannot know how far the one before them came.
 """

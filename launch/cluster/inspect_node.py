@@ -1,4 +1,4 @@
-"""``-m prunesweep.launch.cluster.probe``: print what every node of a cluster sees as JSON, for ``doctor``."""
+"""``-m prunesweep.launch.cluster.inspect_node``: print what every node of a cluster sees as JSON, for ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "look", "probe", "versions"]
+__all__ = ["PACKAGES", "inspect_node", "inspect_nodes", "versions"]
 
 PACKAGES = ("ray", "torch", "timm", "optuna", "pydantic", "safetensors")
 ROUNDS = 5  # of asking for the time; the quickest answer counts
@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def look(data: str | None) -> dict[str, Any]:
+def inspect_node(data: str | None) -> dict[str, Any]:
     """What this machine is: host, versions, GPUs that torch sees, and what keeps it from reading ``data``."""
     gpus: int | None = None
     with contextlib.suppress(ImportError):
@@ -62,8 +62,8 @@ class Node:
     def time(self) -> float:
         return time.time()
 
-    def look(self, data: str | None) -> dict[str, Any]:
-        return look(data)
+    def inspect(self, data: str | None) -> dict[str, Any]:
+        return inspect_node(data)
 
     def write(self, path: str, text: str) -> str | None:
         """What keeps this node from writing, or None."""
@@ -99,10 +99,10 @@ def _text(path: str) -> str | None:
         return None
 
 
-def probe(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
+def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
     """Ask a process on every living node.
 
-    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what ``look``
+    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what ``inspect_node``
     says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or ``error``, where no
     process could be started on it.
     """
@@ -119,7 +119,7 @@ def probe(address: str, storage: str | None, data: str | None) -> dict[str, Any]
         for node in nodes
     }
     found = {node["NodeID"]: {"address": node["NodeManagerAddress"], **_offer(node["Resources"])} for node in nodes}
-    looks = {key: actor.look.remote(data) for key, actor in actors.items()}  # all nodes at the same time
+    looks = {key: actor.inspect.remote(data) for key, actor in actors.items()}  # all nodes at the same time
     for key, actor in actors.items():
         try:
             found[key] |= ray.get(looks[key], timeout=PATIENCE)
@@ -180,7 +180,7 @@ def main() -> int:
     parser.add_argument("--storage")
     parser.add_argument("--data")
     arguments = parser.parse_args()
-    print(json.dumps(probe(arguments.address, arguments.storage, arguments.data)))
+    print(json.dumps(inspect_nodes(arguments.address, arguments.storage, arguments.data)))
     return 0
 
 
