@@ -148,7 +148,7 @@ def test_a_driver_begins_once_and_then_goes_on(tmp_path: Path) -> None:
     assert "prunesweep search" in package.driver("c.toml", str(run), again=False)
 
 
-class Door(http.server.BaseHTTPRequestHandler):
+class Endpoint(http.server.BaseHTTPRequestHandler):
     """Answers as Ray's dashboard does; ``server.token`` opens it."""
 
     def do_GET(self) -> None:
@@ -168,7 +168,7 @@ class Door(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[http.server.HTTPServer]:
-    server = http.server.HTTPServer(("127.0.0.1", 0), Door)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Endpoint)
     server.token, server.body, server.seen = None, json.dumps({"ray_version": "2.60.0"}).encode(), []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

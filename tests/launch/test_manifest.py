@@ -51,7 +51,8 @@ def test_kuberay_has_nodes_gpus_storage_and_restarts(config: Callable[..., Searc
     assert job["metadata"] == settings["metadata"] == {"name": "my-run-1", "namespace": "default"}
     spec = job["spec"]
     assert (
-        spec["entrypoint"] == "python -m prunesweep.launch.cluster.entrypoint /etc/prunesweep/search.toml /mnt/runs/My_run.1"
+        spec["entrypoint"]
+        == "python -m prunesweep.launch.cluster.entrypoint /etc/prunesweep/search.toml /mnt/runs/My_run.1"
     )
     assert spec["backoffLimit"] == 5
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {**ENV, "NCCL_DEBUG": "IN FO"}}
