@@ -102,9 +102,9 @@ def _text(path: str) -> str | None:
 def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
     """Ask a process on every living node.
 
-    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what ``inspect_node``
-    says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or ``error``, where no
-    process could be started on it.
+    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what
+    ``inspect_node`` says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or
+    ``error``, where no process could be started on it.
     """
     import ray
 
