@@ -1,4 +1,4 @@
-"""``prunesweep doctor``: whether this machine, and a cluster, have what a search needs; and what to do where not."""
+"""``prunesweep doctor``: check that this machine and a cluster have what a search needs, and say how to fix it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def doctor(
 
 
 def check_here() -> Iterator[Finding]:
-    """This machine: versions, Ray's extras, the token's file, GPUs, and room for runs."""
+    """Check this machine: versions, Ray's extras, the token's file, GPUs, and disk space for runs."""
     from prunesweep.launch.cluster.inspect_node import versions
 
     found = versions()
@@ -126,7 +126,7 @@ def _room(folder: Path) -> Finding:
 
 
 def check_cluster(address: str, table: Any, storage: str | None, data: str | None) -> Iterator[Finding]:
-    """A cluster: that it answers and takes the token, and every node of it."""
+    """Check that a cluster answers and accepts the token, then check each of its nodes."""
     from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
     from prunesweep.models import UserError
 
@@ -166,7 +166,7 @@ def _inspect_by_job(address: str, table: Any, storage: str | None, data: str | N
 def check_nodes(
     nodes: list[dict[str, Any]], here: dict[str, str | None], storage: str | None, data: str | None
 ) -> Iterator[Finding]:
-    """What ``prunesweep.launch.cluster.inspect_node`` found on every node, judged."""
+    """Judge what ``prunesweep.launch.cluster.inspect_node`` reported of every node."""
     for node in nodes:
         if "error" in node:
             yield Finding(

@@ -1,4 +1,4 @@
-"""A search as a batch script of SLURM: Ray on the nodes of one allocation, and a driver that resumes.
+"""Write a search as a batch script of SLURM: Ray on the nodes of one allocation, and a driver that resumes.
 
 Before the time limit, and when a node is lost, the job is queued again (``--requeue``) and its driver goes on with the
 run's folder. Ray's token is made anew for every allocation, in a file that only its owner reads.
@@ -83,7 +83,7 @@ exit "$code"
 
 
 def slurm(config: SearchConfig) -> str:
-    """A script for ``sbatch``.
+    """Return the script for ``sbatch``.
 
     Raises:
         UserError: ``[cluster]`` names no storage.

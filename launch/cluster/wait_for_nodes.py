@@ -1,4 +1,4 @@
-"""``-m prunesweep.launch.cluster.wait_for_nodes``: wait for all nodes; exit with 1 where they are not there in time."""
+"""``-m prunesweep.launch.cluster.wait_for_nodes``: wait for all nodes; exit with 1 after the time limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POLL = 2.0  # seconds
 
 
 def wait_for_nodes(address: str, nodes: int, timeout: float) -> int:
-    """The nodes that are there once there are ``nodes``, or after ``timeout`` seconds."""
+    """Wait for ``nodes`` living nodes, at most ``timeout`` seconds; return how many there are."""
     import ray
 
     deadline, alive = time.monotonic() + timeout, 0
