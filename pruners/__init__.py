@@ -3,11 +3,11 @@
 ``PRUNERS`` is the one table of width methods.
 """
 
-from prunesweep.pruners.upvit.importance import merge, score_blocks
+from prunesweep.pruners.upvit.importance import merge, score_blocks, score_depth
 from prunesweep.pruners.upvit.rules import Target, select
 
 from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
-from .depth import kl_divergence, score_depth
+from .divergence import kl_divergence
 from .registry import PRUNERS, Pruner, cheapest_first, pruner
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
 

@@ -13,12 +13,12 @@ from torch import nn
 from prunesweep.models import arch_of, weights_digest
 from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
-from prunesweep.pruners import Scores, pmvit, pruner, score_depth, upvit
+from prunesweep.pruners import Scores, pmvit, pruner, score_depth
 from prunesweep.pruners.scores import FORMAT
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
 from prunesweep.search.space.space import DEPTH, LEARNED, TOKENS
-from prunesweep.training import Data, Recipe, fit, images_only
+from prunesweep.training import Data, Recipe, fit
 
 __all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]
 
@@ -128,10 +128,8 @@ def cached_gates(
 def _compute(
     model: nn.Module, method: str, batches: Any, calibration: Calibration, progress: Callable[[int, int], None]
 ) -> Scores:
-    if method == DEPTH and arch_of(model).family == "lm":
-        return upvit.score_blocks_progressively(model, batches, progress=progress)
     if method == DEPTH:
-        return score_depth(model, images_only(batches), progress=progress)
+        return score_depth(model, batches, progress=progress)
     if method == TOKENS:
         return pmvit.score(model, batches, progress=progress)
     seed = {"seed": calibration.seed} if pruner(method).seeded else {}

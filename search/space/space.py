@@ -128,7 +128,7 @@ class Space:
 
     def __init__(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores]) -> None:
         for name in ("skip", "conv", "merge_start"):
-            last = arch.depth - (name != "conv")
+            last = arch.depth - {"skip": len(arch.stages), "conv": 0, "merge_start": 1}[name]
             if getattr(table, name)[1] > last:
                 raise UserError(
                     f"space.{name} = {list(getattr(table, name))}: the source has {arch.depth} blocks, so it must not "
@@ -154,7 +154,7 @@ class Space:
         blank: dict[str, Scores] = {}
         for name in names:
             if name in (DEPTH, LEARNED):
-                blank[name] = Scores({"depth": torch.arange(arch.depth)})
+                blank[name] = _blank_depth(arch)
             elif name == TOKENS:
                 blank[name] = _blank_tokens(arch)
             else:
@@ -325,6 +325,13 @@ class Space:
 
 def _whole(variable: Variable, value: float) -> float | int:
     return int(value) if variable.whole else value
+
+
+def _blank_depth(arch: Arch) -> Scores:
+    """Blocks in their order; the last one of every stage is never dropped."""
+    depth = torch.arange(arch.depth, dtype=torch.float64)
+    depth[torch.tensor([len(stage.blocks) for stage in arch.stages]).cumsum(0) - 1] = torch.inf
+    return Scores({"depth": depth})
 
 
 def _blank_tokens(arch: Arch) -> Scores:
