@@ -23,12 +23,12 @@ from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import (
     Scores,
+    WidthMethod,
     WidthPath,
-    cheapest_first,
     drop_order,
+    get_method,
     kind_of,
     pmvit,
-    pruner,
     vector_sizes,
     width_path,
 )
@@ -158,10 +158,11 @@ class Space:
             elif name == TOKENS:
                 blank[name] = _blank_tokens(arch)
             else:
-                pruner(name).check(name, arch)
-                if pruner(name).decide is not cheapest_first:
+                width_method = get_method(name, WidthMethod)
+                width_method.check(arch)
+                if not width_method.along_path:
                     raise UserError(f"method {name!r}: decides by ratios, not along one path of budgets; use 'taylor'")
-                sizes = vector_sizes(arch, pruner(name).kinds)
+                sizes = vector_sizes(arch, width_method.kinds)
                 blank[name] = Scores({vector: torch.ones(size) for vector, size in sizes.items()})
         return cls(table, arch, blank)
 
