@@ -28,6 +28,7 @@ class MethodCommand(TyperCommand):
             if parameter.name == "method":
                 listed = "; ".join(f"{when}: {', '.join(names)}" for when, names in groups.items())
                 parameter.help = listed  # type: ignore[attr-defined]  # options have one
+        self.epilog = "\n\n".join(f"{name}: {METHODS[name].description}" for names in groups.values() for name in names)
         super().format_help(ctx, formatter)
 
 

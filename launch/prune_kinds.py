@@ -263,7 +263,7 @@ def apply_once(request: Request) -> None:
     if not method.saved:
         _report_unsaved(request, cost(arch), before, after, applied.macs or cost(arch).macs)
         return
-    facts = {"method": method.name, "source": {"name": arch.source, "weights": weights_digest(model)}}
+    facts: dict[str, Any] = {"method": method.name, "source": {"name": arch.source, "weights": weights_digest(model)}}
     facts |= {"change": dict(applied.facts), "data": data.info.fingerprint, "versions": versions(), **after.facts}
     save(applied.model, request.folder, facts)
     _report(request, cost(arch), before, [(request.folder, cost(arch), after, after)])

@@ -302,7 +302,7 @@ for _method in (
     ),
     TokenMethod(
         name="pmvit",
-        description="Prune-and-Merge: a fixed plan per block of which patches merge and which pass by",
+        description="a fixed plan per block of which patches merge and which pass by (Prune-and-Merge)",
         paper="Prune and Merge, IEEE TMM 2025, arXiv 2503.23455",
         families=("vit",),
         kinds=("tokens",),

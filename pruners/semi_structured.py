@@ -1,9 +1,9 @@
 """2:4 sparsity: of every four consecutive weights along a linear layer's input, the two smallest are zero.
 
 NVIDIA's sparse tensor cores (Ampere and later) run such layers at up to twice the rate, in half precision and with the
-weights in ``torch.sparse.to_sparse_semi_structured``'s form, which can be neither trained nor saved. NViT (arXiv 2110.04869, section
-4.2, "ASP") applies it to its pruned models after training, by magnitude; that is why its group sizes keep dimensions
-divisible by 16. Nothing is retrained here: measure the accuracy afterwards.
+weights in the form of ``torch.sparse.to_sparse_semi_structured``, which can be neither trained nor saved. NViT (arXiv
+2110.04869, section 4.2, "ASP") applies it to its pruned models after training, by magnitude; that is why its group
+sizes keep dimensions divisible by 16. Nothing is retrained here: measure the accuracy afterwards.
 """
 
 from __future__ import annotations
