@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import torch
 from torch import nn
 
 from prunesweep.models import Arch, Cut, arch_of, cost, cut
-from prunesweep.pruners import MACS, Pruner, Scores, vector_sizes
+from prunesweep.pruners import MACS, Scores, WidthMethod, vector_sizes
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import hooks_of
 
@@ -53,16 +52,10 @@ def kept_units(arch: Arch, decision: Cut) -> dict[str, set[int]]:
     return found
 
 
-def takes_groups(decide: Callable[..., Cut]) -> bool:
-    """Whether a rule removes units in groups, whose sizes can be set."""
-    parameters = inspect.signature(decide).parameters.values()
-    return any(p.name == "groups" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
 class PrunerContract:
     """Checks of one pruner on one family."""
 
-    def __init__(self, pruner: Pruner, family: str) -> None:
+    def __init__(self, pruner: WidthMethod, family: str) -> None:
         self.pruner, self.family = pruner, family
         self.model = source(family, 7)
         self.arch = arch_of(self.model)
@@ -73,7 +66,7 @@ class PrunerContract:
 
     def decide(self, arch: Arch, scores: Scores, budget: float) -> Cut:
         """The method's decision; small models need groups smaller than the usual ones, where a rule has groups."""
-        settings = {"groups": GROUPS} if takes_groups(self.pruner.decide) else {}
+        settings = {"groups": GROUPS} if self.pruner.along_path else {}
         return self.pruner.decide(arch, scores, budget, measure=MACS, **settings)
 
     def check_every_unit_is_scored(self) -> None:
