@@ -7,19 +7,21 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, PRUNERS
 from prunesweep.pruners.trained import trained_pruner
+from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe
 
-__all__ = ["SearchConfig", "load_config", "parse_config"]
+__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "parse_config"]
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -76,62 +78,37 @@ class ScoresTable(Table):
         return name
 
 
-RANGES = ("budget", "skip", "conv", "conv3", "keep_rate", "merge_start", "mlp_weight", "lr", "distill_weight")
-
-
 class SpaceTable(Table):
-    """Every variable is a range [low, high]; low = high fixes it."""
+    """What is searched. Its keys are those below and those of the axes (``search.space.axes``): see ``follow_axes``.
+
+    Every axis is a range [low, high]; low = high fixes it.
+    """
 
     encoding: Literal["compact", "full"] = "compact"  # ordinal variables, or a bit and a mixer for every block
-    methods: tuple[str, ...] = ()  # width methods to choose from; scores.method alone by default
-    budget: tuple[float, float] = (0.25, 0.9)  # MACs of the result over MACs of the source
-    skip: tuple[int, int] = (0, 0)  # blocks dropped, least important first
-    conv: tuple[int, int] = (0, 0)  # blocks whose attention becomes a convolution, from the first on
-    conv3: tuple[int, int] = (0, 0)  # of these, 3x3 ones, the last ones
-    keep_rate: tuple[float, float] = (1.0, 1.0)  # share of patches kept inside merging blocks
-    merge_start: tuple[int, int] = (0, 0)  # first block that merges tokens
-    mlp_weight: tuple[float, float] = (1.0, 1.0)  # factor on the saliency of MLP units: what is spared
-    lr: tuple[float, float] = (5e-4, 5e-4)  # of finetuning, searched on a logarithmic scale
-    distill_weight: tuple[float, float] = (1.0, 1.0)  # factor on the weights of finetune.distill
-    skip_order: Literal["measured", "learned"] = "measured"  # by leaving blocks out, or by the gates of a UVC run
-    prune_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of patches that pass a merging block by
     groups: dict[str, Natural] = dict(GROUP_SIZES)  # units removed at a time; 0 leaves a kind whole
     params: tuple[float, float] | None = None  # window; what lies outside is never built
     latency_ms: tuple[float, float] | None = None  # window of the prediction
     latency_table: str | None = None  # file of `prunesweep latency`
 
-    @field_validator("methods")
-    @classmethod
-    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in PRUNERS:
-                raise ValueError(
-                    f"{name!r} is no method; known: {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip()
-                )
-        if len(set(names)) < len(names):
-            raise ValueError("names a method twice")
-        return names
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The keys of the axes."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name in (*RANGES, "params", "latency_ms"):
+        ranges = [name for name in AXES if name in type(self).model_fields]
+        for name in (*ranges, "params", "latency_ms"):
             low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name} = [{low}, {high}]: low must not exceed high")
-        for name in ("budget", "keep_rate"):
+        for name in ranges:
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} = [{low}, {high}]: must lie in (0, 1]")
-        for name in ("skip", "conv", "conv3", "merge_start", "distill_weight"):
-            if getattr(self, name)[0] < 0:
-                raise ValueError(f"{name} = {list(getattr(self, name))}: must be at least 0")
-        for name in ("lr", "mlp_weight"):
-            if getattr(self, name)[0] <= 0:
-                raise ValueError(f"{name} = {list(getattr(self, name))}: must be above 0")
-        if self.conv3[0] > self.conv[1]:
-            raise ValueError(f"conv3 = {list(self.conv3)}: these are among the {self.conv[1]} of conv")
-        if self.encoding == "full" and (self.skip != (0, 0) or self.conv != (0, 0)):
-            raise ValueError("skip, conv: belong to encoding 'compact'; 'full' decides for every block")
+            limits = AXES[name].limits
+            if limits is not None and not limits.allow(low, high):
+                raise ValueError(f"{name} = [{low}, {high}]: {limits.text}")
+        for axis in AXES.values():
+            axis.check(self)
         if self.latency_ms is not None and self.latency_table is None:
             raise ValueError("latency_ms: needs latency_table, the file of `prunesweep latency`")
         if unknown := sorted(set(self.groups) - set(GROUP_SIZES)):
@@ -142,6 +119,26 @@ class SpaceTable(Table):
     def group_sizes(self) -> dict[str, int]:
         """``groups`` with the defaults of the kinds that are not named."""
         return {**GROUP_SIZES, **self.groups}
+
+
+_OWN_FIELDS = dict(SpaceTable.model_fields)
+
+
+def follow_axes() -> None:
+    """Give ``SpaceTable`` the keys of the axes that are in ``AXES`` now, and none of others.
+
+    Pydantic validates from a schema that is made with the class, so those of ``SpaceTable`` and of the configuration
+    around it are made anew.
+    """
+    axes = {
+        key: FieldInfo.from_annotated_attribute(annotation, default)
+        for axis in AXES.values()
+        for key, (annotation, default) in axis.fields().items()
+    }
+    SpaceTable.__pydantic_fields__.clear()
+    SpaceTable.__pydantic_fields__.update({"encoding": _OWN_FIELDS["encoding"], **axes, **_OWN_FIELDS})
+    for model in (SpaceTable, SearchConfig):
+        model.model_rebuild(force=True)
 
 
 class GatesTable(Table):
@@ -258,7 +255,7 @@ class SearchConfig(Table):
     source: SourceTable
     scores: ScoresTable = ScoresTable()
     gates: GatesTable = GatesTable()
-    space: SpaceTable = SpaceTable()
+    space: SpaceTable = Field(default_factory=lambda: SpaceTable())  # not one of before an axis was added
     search: SearchTable = SearchTable()
     finetune: Recipe = Recipe()
     resources: ResourcesTable = ResourcesTable()
@@ -267,6 +264,9 @@ class SearchConfig(Table):
     def to_toml(self) -> str:
         """The resolved configuration, defaults filled in; keys that are unset are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+follow_axes()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
