@@ -21,7 +21,7 @@ from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe
 
-__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "parse_config"]
+__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config"]
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -160,16 +160,16 @@ class GatesTable(Table):
 class SearchTable(Table):
     """What is optimised, by which sampler, and how much is spent: ``trials`` candidates, the best of them further.
 
-    ``rungs`` are epochs of finetuning. Every candidate starts on the first rung; one of ``eta`` goes on to the next,
-    from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images`` images of the
-    training split. Without rungs there is one, of ``finetune.epochs``.
+    ``rungs`` are epochs of finetuning. Every candidate starts on the first rung; one in ``reduction_factor`` goes on to
+    the next, from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images``
+    images of the training split. Without rungs there is one, of ``finetune.epochs``.
     """
 
     trials: Count = 24
     objectives: tuple[str, ...] = TWO
     sampler: Literal["auto", "excess", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
     rungs: tuple[Natural, ...] = ()
-    eta: Annotated[float, Field(gt=1)] = 3.0
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
     screen_images: Count = 1024
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     start_from: str | None = None  # another run, whose front's points are begun with
@@ -269,6 +269,9 @@ class SearchConfig(Table):
 follow_axes()
 
 
+RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
     """Read a TOML file and apply ``key.path=value`` overrides.
 
@@ -276,18 +279,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
         UserError: the file is missing or not TOML, or a key or value is not allowed; the message names the key, what
             was given, what is allowed and the nearest known key.
     """
-    path = Path(path)
+    data = _read(Path(path))
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, str(path))
+
+
+def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    """``load_config`` for the ``search.toml`` of a run, which may be of an earlier version with other names of keys."""
+    path = Path(folder) / "search.toml"
+    data = _read(path)
+    for old, new in RENAMED.items():
+        table, _, key = old.partition(".")
+        if key in data.get(table, {}):
+            data[table][new.rpartition(".")[2]] = data[table].pop(key)
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}") from error
-    for override in overrides:
-        _apply(data, override)
-    return parse_config(data, str(path))
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -327,6 +346,8 @@ def parse_config(data: Mapping[str, Any], where: str) -> SearchConfig:
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
+    if key in RENAMED:
+        return f"{key}: is called {RENAMED[key]} now"
     if problem["type"] == "extra_forbidden":
         table, word = ".".join(location[:-1]), location[-1]
         places = [name.rpartition(".") for name in _known(SearchConfig)]

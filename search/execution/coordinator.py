@@ -76,7 +76,7 @@ class Coordinator:
         whole = self.space.source_value(cost)
         ladder = Promotions(
             max(len(self.search.rungs), 1),
-            self.search.eta,
+            self.search.reduction_factor,
             directions(objectives),
             bands=[edge * whole for edge in edges],
             banded=objectives.index(cost),
@@ -136,7 +136,7 @@ class Coordinator:
         """Units that there will be, should all proposals be found and none fail."""
         total = level = self.requested
         for _ in self.search.rungs[1:]:
-            level = int(level // self.search.eta)
+            level = int(level // self.search.reduction_factor)
             total += level
         return max(total, self.settled)
 

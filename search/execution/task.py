@@ -24,7 +24,7 @@ from prunesweep.models import LatencyTable, arch_of, cost, cut, cut_arch, load, 
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.recalibrate import recalibrate
-from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
 from prunesweep.search.store.run import Result, Run, Unit, read_json, unit_id
@@ -38,7 +38,7 @@ class Workplace:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.config: SearchConfig = load_config(run / "search.toml")
+        self.config: SearchConfig = load_run_config(run.path)
         source = load(run / "source")
         cfg: Any = source.pretrained_cfg
         self.data: Data = open_data(self.config.data.name, cfg, loader_workers=self.config.data.loader_workers)
