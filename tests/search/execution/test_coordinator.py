@@ -236,7 +236,7 @@ def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
 
 
-LADDER: dict[str, Any] = {"rungs": (0, 1, 2), "eta": 3}
+LADDER: dict[str, Any] = {"rungs": (0, 1, 2), "reduction_factor": 3}
 
 
 def climb(coordinator: Coordinator, run: Run, random: Random, chance: float = 0.0) -> Counter[str]:
@@ -285,8 +285,8 @@ def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Pa
 
 
 def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "r", 9, rungs=(1, 2), eta=3)
-    coordinator = start(run, 9, slots=1, rungs=(1, 2), eta=3)
+    run = make_run(tmp_path / "r", 9, rungs=(1, 2), reduction_factor=3)
+    coordinator = start(run, 9, slots=1, rungs=(1, 2), reduction_factor=3)
     for _ in range(8):
         unit = coordinator.next()
         assert unit is not None
