@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..compatibility import check_fits
 from ..data import Data, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
+from ..second_stage import SecondStageJob
 from .metrics_log import MetricsLog
 from .placement import Placement
 from .run_job import run_job
@@ -38,11 +39,14 @@ class Finetuning:
     teacher: Path | None = None
     seed: int = 0
     loader_workers: int = 0
+    second_stage: SecondStageJob | None = None
 
     @cached_property
     def name(self) -> str:
         """The result's name and the hash of everything that it depends on."""
-        settings = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+        settings: dict[str, Any] = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+        if self.second_stage is not None:
+            settings["second_stage"] = asdict(self.second_stage)
         models = {
             "model": weights_digest(load(self.model)),
             "teacher": self.teacher and weights_digest(load(self.teacher)),
@@ -68,6 +72,8 @@ class Finetuning:
             head = f"timm.create_model('local-dir:{path}', pretrained=True, num_classes={data.info.num_classes})"
             remedy = f"give it a new head with {head} and models.save, or take data of its classes"
             check_fits(read_arch(path), data, name=f"{what} {path}", remedy=remedy)
+        if self.second_stage is not None:
+            self.second_stage.check(self.model, self.teacher)
         return data
 
     @property
@@ -81,6 +87,7 @@ class Finetuning:
             teacher_cache=str(self.teacher_cache),
             seed=self.seed,
             loader_workers=self.loader_workers,
+            second_stage=None if self.second_stage is None else asdict(self.second_stage),
         )
 
     def provenance(self, data: Data) -> dict[str, Any]:
@@ -93,6 +100,7 @@ class Finetuning:
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.seed,
             "versions": versions(),
+            **({} if self.second_stage is None else {"second_stage": asdict(self.second_stage)}),
         }
 
 

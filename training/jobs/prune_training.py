@@ -14,7 +14,7 @@ from torch import nn
 
 from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.io.provenance import digest, versions
-from prunesweep.pruners.trained import trained_pruner
+from prunesweep.pruners import TrainedMethod, get_method
 
 from ..compatibility import check_fits
 from ..data import Data, open_data
@@ -43,7 +43,7 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class TrainedPruning:
-    """One run of a method of ``pruners.trained.TRAINED``.
+    """One run of a method that decides while it trains.
 
     ``work`` is a folder beside ``out``, named by the run's content: training state and logs. The same run goes on from
     what is there.
@@ -51,7 +51,7 @@ class TrainedPruning:
     Args:
         model: the source, ours or one that ``Arch.from_timm`` accepts; also the teacher. It is not changed.
         data_name: as for ``training.open_data``.
-        method: a name in ``TRAINED``.
+        method: its name in ``pruners.METHODS``.
         budgets: shares of the source's MACs.
         recipe: the training during which the method decides.
         out: folder of the result; of several, each in a folder of its own inside, named by its budget.
@@ -147,14 +147,14 @@ class TrainedPruning:
 
     def _open(self) -> Data:
         """The data. Raises UserError where the settings, the source or the data do not go together."""
-        method, arch = trained_pruner(self.method), arch_of(self.model)
-        settings = method.configure(self.method, self.budgets, self.options)
-        method.make(settings, arch).wrap(copy.deepcopy(self.model))
+        method, arch = get_method(self.method, TrainedMethod), arch_of(self.model)
+        settings = method.for_budgets(self.budgets, self.options)
+        method.hook(settings, arch).wrap(copy.deepcopy(self.model))
         data = open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
         check_fits(arch, data)
         return data
 
     @property
     def _job(self) -> PruneJob:
-        settings = trained_pruner(self.method).configure(self.method, self.budgets, self.options)
+        settings = get_method(self.method, TrainedMethod).for_budgets(self.budgets, self.options)
         return PruneJob(self.method, settings.model_dump(mode="json"), **asdict(self.calibration))

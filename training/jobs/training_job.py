@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from prunesweep.models import load
+from prunesweep.pruners.hook import Hook
 
 from ..data import Data, open_data
 from ..evaluation import EVAL_BATCH, EvalMetrics, evaluate
 from ..loop import Epoch, fit
 from ..recipe import Recipe
+from ..second_stage import SecondStageJob
 from ..world import World
 from .prune_loop import PruneJob, prune_while_training
 
@@ -40,6 +42,7 @@ class TrainingJob:
         loader_workers: processes per worker that load images.
         stop_file: training ends after an epoch once this file is there.
         prune: a ``PruneJob``, if a method decides meanwhile; what is published then is cut.
+        second_stage: a ``SecondStageJob``, if training is finetuning in a method's own way.
     """
 
     model: str
@@ -51,6 +54,7 @@ class TrainingJob:
     loader_workers: int = 0
     stop_file: str | None = None
     prune: Mapping[str, Any] | None = None
+    second_stage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +122,13 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
         if made is None:
             return None
         several = len(made) > 1
-        return {f"{m.budget:.4g}" if several else "": (m.model, {"budget": m.budget, "top1": m.top1}) for m in made}
-    if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, **options):
+        return {f"{m.budget:.4g}" if several else "": (m.model, dict(m.metadata)) for m in made}
+    stage = None if job.second_stage is None else SecondStageJob(**job.second_stage)
+    hook = Hook() if stage is None else stage.hook(job.model, job.teacher)
+    if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, hook=hook, **options):
         return None
-    if latest is None:  # no epoch was left to do
+    hook.finish()
+    if latest is None or stage is not None:  # no epoch was left to do, or the last one was of the model with its hook
         world = World.current()
         latest = EvalMetrics.of(evaluate(loaded.model, loaded.data.val_loader(EVAL_BATCH, world), world))
     return {"": (loaded.model, latest.as_dict())}
