@@ -45,16 +45,16 @@ def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, prog
         SearchFailed: the process was lost again and again.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    said = _Said.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     own = {"num_cpus": resources.cpus_per_trial, "num_gpus": resources.gpus_per_trial}
     progress(WAITING, 0.0, "")
-    running = _work.options(**own).remote(work, said, resources.cpus_per_trial)
+    running = _work.options(**own).remote(work, board, resources.cpus_per_trial)
     try:
         with handling(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C; Ray would end this process at once
             ended = False
             while not ended:
                 ended = bool(ray.wait([running], timeout=LOOK)[0])
-                _pass_on(said, progress)
+                _pass_on(board, progress)
             return ray.get(running)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
@@ -67,29 +67,29 @@ def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, prog
         ray.wait([running], timeout=END)
         raise
     finally:
-        ray.kill(said)
+        ray.kill(board)
 
 
 @ray.remote(max_retries=RESTARTS, max_calls=1)  # its process ends with it: memory is for the units that follow
-def _work(work: Callable[[Progress], T], said: Any, threads: int) -> T:
+def _work(work: Callable[[Progress], T], board: Any, threads: int) -> T:
     torch.set_num_threads(threads)
     due: dict[str, float] = {}
 
     def tell(what: str, share: float, note: str) -> None:
         now = time.monotonic()
         if share >= 1:
-            ray.get(said.tell.remote(what, share, note))  # heard before the work ends
+            ray.get(board.tell.remote(what, share, note))  # heard before the work ends
         elif now >= due.get(what, 0.0):
             due[what] = now + TELL
-            said.tell.remote(what, share, note)
+            board.tell.remote(what, share, note)
 
     tell(WAITING, 1.0, f"{ray.util.get_node_ip_address()}, process {os.getpid()}")
     return work(tell)
 
 
 @ray.remote(num_cpus=0)
-class _Said:
-    """The latest that the work has to say on everything, until it is heard."""
+class _Board:
+    """Keeps the latest report on everything that is being done, until it is read."""
 
     def __init__(self) -> None:
         self._latest: dict[str, tuple[float, str]] = {}
@@ -102,6 +102,6 @@ class _Said:
         return latest
 
 
-def _pass_on(said: Any, progress: Progress) -> None:
-    for what, (share, note) in ray.get(said.take.remote()).items():
+def _pass_on(board: Any, progress: Progress) -> None:
+    for what, (share, note) in ray.get(board.take.remote()).items():
         progress(what, share, note)
