@@ -37,6 +37,7 @@ from prunesweep.pruners import (
 )
 from prunesweep.search.config import parse_config
 from prunesweep.training.recipe import recipe_names
+from tests.pruners.test_semi_structured import is_2_4
 
 README = Path(__file__).parents[2] / "README.md"
 KINDS = (WidthMethod, TokenMethod, TrainedMethod, AppliedMethod)
@@ -208,8 +209,6 @@ def test_settings_that_are_not_allowed(source: Path, tmp_path: Path, method: str
 
 
 def test_two_of_four_weights_are_zeroed(source: Path, tmp_path: Path) -> None:
-    from prunesweep.pruners.semi_structured import is_2_4
-
     result = prune(source, tmp_path, "--json", method="2:4")
     assert result.exit_code == 0, (result.output, result.exception)
     facts, model = json.loads(result.stdout), load(tmp_path / "small")
