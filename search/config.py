@@ -15,8 +15,7 @@ from pydantic.fields import FieldInfo
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import nearest
-from prunesweep.pruners import GROUP_SIZES, PRUNERS
-from prunesweep.pruners.trained import trained_pruner
+from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe
@@ -65,7 +64,7 @@ class SourceTable(Table):
 
 
 class ScoresTable(Table):
-    method: str = "nvit"  # the width method, a name in pruners.PRUNERS
+    method: str = "nvit"  # the width method, a name in pruners.METHODS
     images: Count = 1024  # calibration images, from the training split
     batch_size: Count = 16  # saliency is a mean of squared batch sums, so this matters
     seed: Natural = 0
@@ -73,8 +72,9 @@ class ScoresTable(Table):
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
-        if name not in PRUNERS:
-            raise ValueError(f"must be one of {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip())
+        known = method_names(WidthMethod)
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}. {nearest(name, known)}".strip())
         return name
 
 
@@ -151,7 +151,7 @@ class GatesTable(Table):
     @classmethod
     def _allowed(cls, settings: dict[str, Any]) -> dict[str, Any]:
         try:
-            trained_pruner("uvc").configure("uvc", [0.5], {k: v for k, v in settings.items() if k != "budgets"})
+            get_method("uvc", TrainedMethod).for_budgets([0.5], {k: v for k, v in settings.items() if k != "budgets"})
         except UserError as error:
             raise ValueError(str(error)) from error
         return settings

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from prunesweep.models import Arch, UserError
-from prunesweep.pruners import PRUNERS, pruner
-from tests.contract_pruner import PrunerContract
+from prunesweep.models import Arch, Cut, UserError
+from prunesweep.pruners import METHODS, Measure, Scores, WidthMethod, get_method
+from tests.contract_pruner import GROUPS, PrunerContract
 
-PAIRS = [(name, family) for name, entry in PRUNERS.items() for family in entry.families]
+PAIRS = [(n, family) for n, m in METHODS.items() if isinstance(m, WidthMethod) for family in m.families]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
 def contract(request: pytest.FixtureRequest) -> PrunerContract:
     name, family = request.param
-    return PrunerContract(PRUNERS[name], family)
+    return PrunerContract(get_method(name, WidthMethod), family)
 
 
 def test_every_unit_is_scored(contract: PrunerContract) -> None:
@@ -35,8 +37,28 @@ def test_a_cut_model_can_be_scored_and_cut_again(contract: PrunerContract) -> No
     contract.check_a_cut_model_can_be_scored_and_cut_again()
 
 
+def test_the_contract_sees_cuts_that_are_not_nested() -> None:
+    """Each budget is met, and by another half of the residual channels."""
+    calls: list[float] = []
+    usual = get_method("magnitude", WidthMethod)
+
+    def decide(arch: Arch, scores: Scores, budget: float, *, measure: Measure) -> Cut:
+        calls.append(budget)
+        decision = usual.decide(arch, scores, budget, measure=measure, groups=GROUPS)
+        width = arch.stages[0].width
+        assert decision.embed is not None
+        kept = len(decision.embed[0] or range(width))
+        first = len(calls) % 2
+        return dataclasses.replace(decision, embed=(tuple(range(kept) if first else range(width - kept, width)),))
+
+    contract = PrunerContract(dataclasses.replace(usual, decide=decide), "vit")
+    with pytest.raises(AssertionError, match="keeps units that a larger budget leaves out"):
+        contract.check_budgets_are_met_and_nested()
+    assert len(calls) == 2
+
+
 def test_unknown_methods_and_families_are_named() -> None:
     with pytest.raises(UserError, match="unknown method 'nvti'; known: nvit, .* did you mean 'nvit'"):
-        pruner("nvti")
+        get_method("nvti", WidthMethod)
     with pytest.raises(UserError, match="method 'nvit' serves families vit, swin; pvt_v2_b0 is a 'pvt_v2', for which"):
-        pruner("nvit").check("nvit", Arch.from_timm("pvt_v2_b0"))
+        get_method("nvit", WidthMethod).check(Arch.from_timm("pvt_v2_b0"))

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 import torch
 from torch import nn
 
-from prunesweep.models import UserError, build
-from prunesweep.pruners.semi_structured import is_2_4, prune_2_4, to_sparse_kernels
+from prunesweep.models import build
+from prunesweep.pruners.semi_structured import is_2_4, prune_2_4
 from tests.pruners.nvit.test_schedule import vit
 
 
@@ -58,8 +57,3 @@ def test_a_transformer_and_what_cannot_be_done() -> None:
 def test_weights_in_odd_numbers_are_not_2_4() -> None:
     assert not is_2_4(torch.zeros(4, 6))
     assert is_2_4(torch.zeros(4, 8))
-
-
-def test_sparse_kernels_need_cuda_and_half_precision() -> None:
-    with pytest.raises(UserError, match="on cpu in torch.float32: sparse kernels need CUDA and float16 or bfloat16"):
-        to_sparse_kernels(model_of())

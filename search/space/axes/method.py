@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.errors import nearest
-from prunesweep.pruners import PRUNERS, Scores, cheapest_first, pruner, vector_sizes
+from prunesweep.pruners import Scores, WidthMethod, get_method, method_names, vector_sizes
 from prunesweep.search.space.variables import Params, Variable
 
 from .base import Axis, Draft, ScoredSource
@@ -23,9 +23,10 @@ __all__ = ["AXIS", "Method"]
 
 
 def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = method_names(WidthMethod)
     for name in names:
-        if name not in PRUNERS:
-            raise ValueError(f"{name!r} is no method; known: {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip())
+        if name not in known:
+            raise ValueError(f"{name!r} is no method; known: {', '.join(known)}. {nearest(name, known)}".strip())
     if len(set(names)) < len(names):
         raise ValueError("names a method twice")
     return names
@@ -36,7 +37,7 @@ class Method(Axis):
     """A choice among ``space.methods``; without those, the one method of ``scores.method``."""
 
     def fields(self) -> dict[str, tuple[Any, Any]]:
-        """``methods``: names in ``pruners.PRUNERS``."""
+        """``methods``: names in ``pruners.METHODS``."""
         return {"methods": (Annotated[tuple[str, ...], AfterValidator(_known)], ())}
 
     def needs(self, table: SpaceTable, method: str) -> tuple[str, ...]:
@@ -45,10 +46,11 @@ class Method(Axis):
 
     def blank(self, name: str, arch: Arch) -> Scores:
         """Ones for every unit. Raises UserError for a method that does not serve ``arch`` or decides by ratios."""
-        pruner(name).check(name, arch)
-        if pruner(name).decide is not cheapest_first:
+        method = get_method(name, WidthMethod)
+        method.check(arch)
+        if not method.along_path:
             raise UserError(f"method {name!r}: decides by ratios, not along one path of budgets; use 'taylor'")
-        return Scores({vector: torch.ones(size) for vector, size in vector_sizes(arch, pruner(name).kinds).items()})
+        return Scores({vector: torch.ones(size) for vector, size in vector_sizes(arch, method.kinds).items()})
 
     def variables(self, table: SpaceTable, source: ScoredSource) -> tuple[Variable, ...]:
         """One choice of the methods; the first entry of the scores is the default method's."""

@@ -31,8 +31,8 @@ class Skip(Axis):
         return {**super().fields(), "skip_order": (Literal["measured", "learned"], "measured")}
 
     def fit(self, table: SpaceTable, arch: Arch) -> None:
-        """At least one block must stay."""
-        check_depth(self.name, table, arch, arch.depth - 1)
+        """At least one block of every stage must stay."""
+        check_depth(self.name, table, arch, arch.depth - len(arch.stages))
 
     def needs(self, table: SpaceTable, method: str) -> tuple[str, ...]:
         """The importance of blocks, where any may be dropped."""
@@ -40,8 +40,10 @@ class Skip(Axis):
         return (order,) if table.skip[1] else ()
 
     def blank(self, name: str, arch: Arch) -> Scores:
-        """Blocks from the first one on."""
-        return Scores({"depth": torch.arange(arch.depth)})
+        """Blocks in their order; the last one of every stage is never dropped."""
+        depth = torch.arange(arch.depth, dtype=torch.float64)
+        depth[torch.tensor([len(stage.blocks) for stage in arch.stages]).cumsum(0) - 1] = torch.inf
+        return Scores({"depth": depth})
 
     def apply(self, draft: Draft, point: Params, source: ScoredSource) -> Draft:
         """Drop the least important blocks."""
