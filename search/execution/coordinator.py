@@ -40,8 +40,10 @@ class SearchFailed(RuntimeError):
 class Coordinator:
     """Hands out units until ``search.trials`` candidates have finished or failed, and none is left to promote."""
 
-    def __init__(self, run: Run, study: Study, space: Space, search: SearchTable, *, slots: int, seed: int) -> None:
-        self.run, self.search, self.slots = run, search, slots
+    def __init__(
+        self, run: Run, study: Study, space: Space, search: SearchTable, *, max_concurrent: int, seed: int
+    ) -> None:
+        self.run, self.search, self.max_concurrent = run, search, max_concurrent
         self.space, self._study, self._seed = space, study, seed
         self._live: dict[str, Unit] = {}
         self._decisions: dict[int, Cut] = {}  # of candidates that are to be handed out for the first time
@@ -155,7 +157,7 @@ class Coordinator:
 
     def next(self) -> Unit | None:
         """The next unit to run, or None where there is none now."""
-        if self._stopping or len(self._live) >= self.slots:
+        if self._stopping or len(self._live) >= self.max_concurrent:
             return None
         with self._clocked():
             return self._hand_out()

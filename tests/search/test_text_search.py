@@ -49,7 +49,7 @@ def test_a_unit_gives_a_perplexity(runs: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     create_run(run, settings, prepared)
     study = Study(run / "study.journal", prepared.space.distributions, 0, objectives=("ppl", "params"))
-    coordinator = Coordinator(run, study, prepared.space, settings.search, slots=1, seed=0)
+    coordinator = Coordinator(run, study, prepared.space, settings.search, max_concurrent=1, seed=0)
     unit = coordinator.next()
     assert unit is not None
     found = run_unit(run.path, unit)

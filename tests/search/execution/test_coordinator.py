@@ -23,10 +23,12 @@ SPACE = make_space()
 
 
 def start(
-    run: Run, requested: int = 12, slots: int = 3, seed: int = 0, space: Any = SPACE, **search: Any
+    run: Run, requested: int = 12, max_concurrent: int = 3, seed: int = 0, space: Any = SPACE, **search: Any
 ) -> Coordinator:
     study = Study(run / "study.journal", space.distributions, seed)
-    return Coordinator(run, study, space, SearchTable(trials=requested, **search), slots=slots, seed=seed)
+    return Coordinator(
+        run, study, space, SearchTable(trials=requested, **search), max_concurrent=max_concurrent, seed=seed
+    )
 
 
 def work(run: Run, unit: Unit) -> Result:
@@ -51,7 +53,7 @@ def work(run: Run, unit: Unit) -> Result:
     return result
 
 
-def test_it_runs_as_many_as_asked_for_and_no_more_at_once_than_slots(tmp_path: Path) -> None:
+def test_it_runs_as_many_as_asked_for_and_no_more_at_once_than_fit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     coordinator = start(run)
     live: list[Unit] = []
@@ -117,7 +119,7 @@ def test_same_seed_same_proposals_with_one_slot(tmp_path: Path) -> None:
     points = []
     for name in "ab":
         run = make_run(tmp_path / name)
-        coordinator = start(run, slots=1, seed=7)
+        coordinator = start(run, max_concurrent=1, seed=7)
         while (unit := coordinator.next()) is not None:
             work(run, unit)
             coordinator.complete(unit.id)
@@ -189,11 +191,11 @@ def test_failures_are_counted_and_too_many_end_the_search(tmp_path: Path) -> Non
 
 def test_a_failed_unit_is_not_run_again_and_counts_as_one_of_those_asked_for(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
-    coordinator = start(run, slots=1)
+    coordinator = start(run, max_concurrent=1)
     unit = coordinator.next()
     assert unit is not None
     run.write_result(unit.id, error="boom")
-    again = start(run, slots=1)
+    again = start(run, max_concurrent=1)
     assert again.failures == {unit.id: "boom"}
     while (unit := again.next()) is not None:
         work(run, unit)
@@ -225,13 +227,13 @@ def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
 
 
 def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
-    from prunesweep.search.store.run import Lease
+    from prunesweep.search.store.run import RunLock
 
     run = make_run(tmp_path / "r")
     coordinator = start(run)
     coordinator.next()
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
-    with Lease(run.path):
+    with RunLock(run.path):
         assert run.status()["trials"] == {"finished": 0, "running": 1, "pending": 11, "failed": 0}
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
 
@@ -286,7 +288,7 @@ def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Pa
 
 def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", 9, rungs=(1, 2), reduction_factor=3)
-    coordinator = start(run, 9, slots=1, rungs=(1, 2), reduction_factor=3)
+    coordinator = start(run, 9, max_concurrent=1, rungs=(1, 2), reduction_factor=3)
     for _ in range(8):
         unit = coordinator.next()
         assert unit is not None
@@ -339,7 +341,7 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
     wanted = [{"budget": 0.7, "skip": 1, "lr": 1e-3}, {"budget": 0.5, "skip": 2, "lr": 2e-3}]
     for expected in ([0.7, 0.5], []):
         study = Study(run / "study.journal", SPACE.distributions, 0, start=wanted)
-        coordinator = Coordinator(run, study, SPACE, SearchTable(trials=12), slots=9, seed=0)
+        coordinator = Coordinator(run, study, SPACE, SearchTable(trials=12), max_concurrent=9, seed=0)
         budgets = []
         for _ in range(3):
             unit = coordinator.next()
