@@ -21,7 +21,7 @@ from .base import Family
 from .block_costs import Cost, Counts, global_attention_cost, mlp_cost, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
-from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel, writes
+from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel
 from .vit import ACTIVATIONS
 
 __all__ = ["PVT_V2", "HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
@@ -153,8 +153,7 @@ class PVTv2Family(Family):
         **per_channel("norm", "out"),
     }
     outer_tensors: ClassVar[Table] = {
-        "patch_embed.proj.weight": (writes("in"),),
-        "patch_embed.proj.bias": (writes("in"),),
+        **linear("patch_embed.proj", "in", ""),
         **per_channel("patch_embed.norm", "in"),
         **CLASSIFIERS,
     }
