@@ -36,7 +36,7 @@ from rich.table import Table
 from benchmarks.surface import BUDGET, Choice, Surface
 from prunesweep.models import UserError
 from prunesweep.models.io.files import write_text
-from prunesweep.search.execution.rungs import Promotions
+from prunesweep.search.execution.rungs import MultiObjectiveASHA
 from prunesweep.search.proposals.budget_gp import EXPLORE, GOLDEN, propose
 from prunesweep.search.store.pareto import as_losses, hypervolume, non_dominated
 from prunesweep.search.store.run import Result
@@ -182,7 +182,7 @@ class Ours:
         self._tpe = TPESampler(seed=seed, multivariate=ladder.sampler == "excess-tpe", n_startup_trials=0)
         low, high = (share * surface.source_macs for share in BUDGET)
         bands = tuple(np.linspace(low, high, ladder.bands + 1)[1:-1])
-        self._promotions = Promotions(len(ladder.schedules), ladder.eta, DIRECTIONS, bands=bands)
+        self._promotions = MultiObjectiveASHA(len(ladder.schedules), ladder.eta, DIRECTIONS, bands=bands)
         self._points: list[Mapping[str, Any]] = []
         self._units: dict[int, Unit] = {}
         self._results: list[Result] = []

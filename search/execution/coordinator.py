@@ -25,7 +25,7 @@ from prunesweep.search.store.front import QUALITIES, directions, values
 from prunesweep.search.store.run import Result, Run, Unit
 from prunesweep.search.store.study import Study
 
-from .rungs import Promotions
+from .rungs import MultiObjectiveASHA
 
 __all__ = ["BANDS", "Coordinator", "SearchFailed"]
 
@@ -67,13 +67,13 @@ class Coordinator:
         """Candidates that were asked for."""
         return self.search.trials
 
-    def _make_ladder(self) -> Promotions:
+    def _make_ladder(self) -> MultiObjectiveASHA:
         objectives = self.search.objectives
         cost = next(name for name in objectives if name not in QUALITIES)
         low, high = self.space.table.budget
         edges = [low + (high - low) * i / BANDS for i in range(1, BANDS)] if low < high else []
         whole = self.space.source_value(cost)
-        ladder = Promotions(
+        ladder = MultiObjectiveASHA(
             max(len(self.search.rungs), 1),
             self.search.eta,
             directions(objectives),
