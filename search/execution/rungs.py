@@ -63,7 +63,7 @@ class MultiObjectiveASHA:
         self._promoted: list[set[int]] = [set() for _ in range(rungs)]
 
     def add(self, rung: int, candidate: int, values: Sequence[float]) -> None:
-        """Add a finished result: the objectives of ``candidate`` on ``rung``. Infinite ones are worse than all others."""
+        """Add a finished result: the objectives of ``candidate`` on ``rung``; infinitely bad ones go last."""
         values = tuple(values)
         if len(values) != len(self._directions) or any(map(math.isnan, values)):
             raise ValueError(f"values = {values}: must be {len(self._directions)} numbers")

@@ -11,13 +11,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from prunesweep.search.store.study import Study
+from prunesweep.search.store.study import PROPOSALS, RESULTS, Study
 
 SPACE = {"budget": FloatDistribution(0.2, 0.9), "skip": IntDistribution(0, 3)}
 
 
-def trials(journal: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="r0", storage=JournalStorage(JournalFileBackend(str(journal)))).trials
+def load(journal: Path, name: str) -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(journal))))
+
+
+def trials(journal: Path, name: str = PROPOSALS) -> list[optuna.trial.FrozenTrial]:
+    return load(journal, name).trials
 
 
 def run(study: Study, count: int) -> list[dict[str, float]]:
