@@ -171,10 +171,10 @@ class Ladder:
 class Ours:
     """Promotions over the rungs, and proposals from what they gave.
 
-    MACs are known before any training, so a sampler need not learn them. ``budget_gp`` fixes a budget first, evenly over
-    the window, and a Gaussian process over all rungs proposes the rest: ``search.proposals``. In ``budget-tpe`` that is
-    TPE, from the half of the highest rung with enough results whose MACs are nearest, by how much their top-1 exceeds
-    the trend of all at their MACs. ``tpe`` learns both objectives, as Optuna has it, from that rung too.
+    MACs are known before any training, so a sampler need not learn them. ``budget_gp`` fixes a budget first, evenly
+    over the window, and a Gaussian process over all rungs proposes the rest: ``search.proposals``. In ``budget-tpe``
+    that is TPE, from the half of the highest rung with enough results whose MACs are nearest, by how much their top-1
+    exceeds the trend of all at their MACs. ``tpe`` learns both objectives, as Optuna has it, from that rung too.
     """
 
     def __init__(self, surface: Surface, seed: int, ladder: Ladder) -> None:

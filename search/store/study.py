@@ -45,8 +45,8 @@ SAMPLERS = ("auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 MANY = 1500  # trials from which a proposal of TPE takes longer than it is worth
 SCALES = {"top1": log_error, "ppl": log_perplexity}
 NOTES = {
-    PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a pruned "
-    "trial was no new candidate. What candidates gave in the end is in the study `results`.",
+    PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a "
+    "pruned trial was no new candidate. What candidates gave in the end is in the study `results`.",
     RESULTS: "Every result of search **{run}**, on every rung. The best trials are the front, as `prunesweep front` "
     "shows it. User attributes say which candidate and rung a trial is of, how long it was finetuned, and where its "
     "model is: models that are on no front are deleted as the search goes. A pruned trial only screened its candidate, "
@@ -95,7 +95,9 @@ def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trial
 
 
 class Study:
-    """Proposals and results of a search, for objectives of mixed directions. Open it only while holding the run's lease.
+    """Proposals and results of a search, for objectives of mixed directions.
+
+    Open it only while holding the run's lease.
 
     Args:
         journal: Optuna's journal file; a torn last line is cut off.
@@ -196,7 +198,10 @@ class Study:
         return len(self._study.get_trials(deepcopy=False, states=states))
 
     def running(self) -> dict[int, dict[str, float | int | str] | None]:
-        """Return trials that were asked for and not told, with their points; None where the driver died while asking."""
+        """Return trials that were asked for and not told, with their points.
+
+        The point is None where the driver died while asking.
+        """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         complete = set(self._distributions)
         return {t.number: dict(t.params) if set(t.params) == complete else None for t in trials}
@@ -226,9 +231,10 @@ def _attributes(result: Result) -> dict[str, Any]:
 
 def _open(storage: BaseStorage, stored: str, kind: str, objectives: Sequence[str], run: str) -> optuna.Study:
     """Return a study of the journal, which is made where it is not there, with what dashboards show of it."""
-    study = optuna.create_study(
-        study_name=stored, storage=storage, directions=directions(objectives), load_if_exists=True
-    )
+    if stored in {study.study_name for study in storage.get_all_studies()}:
+        study = optuna.load_study(study_name=stored, storage=storage)
+    else:
+        study = optuna.create_study(study_name=stored, storage=storage, directions=directions(objectives))
     if study.user_attrs.get("run") == run:
         return study
     with warnings.catch_warnings():

@@ -131,7 +131,7 @@ def test_values_that_are_no_numbers_count_as_worst_and_the_model_goes_on(value: 
     results = new_study(sampler())
     study = new_study(sampler(results=results))
 
-    def work(trials: int, rung_of_bad: int | None) -> list[dict[str, Any]]:
+    def work(trials: int) -> list[dict[str, Any]]:
         points = []
         for _ in range(trials):
             trial = study.ask(SPACE)
@@ -152,7 +152,7 @@ def test_values_that_are_no_numbers_count_as_worst_and_the_model_goes_on(value: 
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        late = work(40, 0)[20:]
+        late = work(40)[20:]
     assert [str(w.message) for w in said if "finite" in str(w.message)] == [
         "a quality is not a finite number: it counts as worse than all others"
     ]
