@@ -314,6 +314,7 @@ def _search(
             sampler=config.search.sampler,
             trials=config.search.trials,
             start=config.search.start,
+            name=config.name,
         )
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.facts()["source"]

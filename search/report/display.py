@@ -18,7 +18,7 @@ from rich.table import Table
 
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
-from prunesweep.search.space.space import Space, Summary
+from prunesweep.search.space.space import Range, Space, Summary
 from prunesweep.search.store.front import hypervolume
 from prunesweep.search.store.run import Result
 from prunesweep.training import EvalMetrics

@@ -13,7 +13,7 @@ from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
-from prunesweep.search.execution.rungs import Promotions
+from prunesweep.search.execution.rungs import MultiObjectiveASHA
 from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_unit
 from prunesweep.search.store.front import hypervolume, pareto_front
@@ -100,7 +100,7 @@ def test_front_and_hypervolume_of_perplexities() -> None:
 
 def test_bands_are_those_of_the_cost_behind_a_perplexity() -> None:
     """One candidate per band goes on, though another one of the first band has a lower perplexity."""
-    ladder = Promotions(2, 2, ["minimize", "minimize"], bands=[50], banded=1)
+    ladder = MultiObjectiveASHA(2, 2, ["minimize", "minimize"], bands=[50], banded=1)
     for candidate, values in enumerate([(10.0, 40.0), (11.0, 30.0), (9.0, 90.0), (30.0, 95.0)]):
         ladder.add(0, candidate, values)
     chosen = []

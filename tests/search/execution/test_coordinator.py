@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,9 +17,9 @@ from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
 from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Result, Run, Unit
-from prunesweep.search.store.study import Study
+from prunesweep.search.store.study import RESULTS, Study
 from tests.search.helpers import make_run, make_space
-from tests.search.store.test_study import die_while_asking, trials
+from tests.search.store.test_study import die_while_asking, load, trials
 
 SPACE = make_space()
 
@@ -284,6 +286,12 @@ def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Pa
         f"r{p['rung']}-{p['trial']:04d}" for p in json.loads((run / "front.json").read_text())
     }
     assert Counter(t.state.name for t in trials(run / "study.journal"))["COMPLETE"] >= 27
+    # the journal's results are all there, once, and their best trials are the front
+    units = Counter(t.user_attrs["unit"] for t in trials(run / "study.journal", RESULTS))
+    assert units == Counter(r.id for r in run.results())
+    best = load(run / "study.journal", RESULTS).best_trials
+    places = {(t.user_attrs["candidate"], t.user_attrs["rung"], *t.values) for t in best}
+    assert places == {(p["trial"], p["rung"], p["top1"], p["macs"]) for p in run.front()}
 
 
 def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:
@@ -351,3 +359,25 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
             coordinator.complete(unit.id)
         assert budgets[: len(expected)] == expected
         assert not {0.7, 0.5} & set(budgets[len(expected) :])
+
+
+def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -> None:
+    """Every third one diverges: none of them is promoted, on the front, or told as a value."""
+    run = make_run(tmp_path / "r", 18, **LADDER)
+    coordinator = start(run, 18, slots=2, **LADDER)
+    bad = set()
+    while (unit := coordinator.next()) is not None:
+        result = work(run, unit)
+        if unit.number % 3 == 0:
+            bad.add(unit.number)
+            run.write_result(unit.id, result=replace(result, top1=(math.nan, math.inf)[unit.number % 2]))
+        coordinator.complete(unit.id)
+        again = start(run, 18, slots=2, **LADDER)
+        assert again.front == coordinator.front
+    assert coordinator.finished
+    results = run.results()
+    assert Counter(r.rung for r in results) == {0: 18, 1: 6, 2: 2}
+    assert bad
+    assert not bad & {r.trial for r in results if r.rung}
+    assert not bad & {p["trial"] for p in run.front()}
+    assert {t.number for t in trials(run / "study.journal") if t.state.name == "FAIL"} == bad
