@@ -165,7 +165,7 @@ def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]
 
     fill(run, open_study(), space, search, count)
     coordinator: Coordinator = clock.time(
-        "open", lambda: Coordinator(run, open_study(), space, search, slots=args.slots, seed=0)
+        "open", lambda: Coordinator(run, open_study(), space, search, max_concurrent=args.slots, seed=0)
     )
     before, source = coordinator.settled, run.facts()["source"]
     display = Display(Console(file=io.StringIO(), width=120))

@@ -36,8 +36,10 @@ from rich.table import Table
 from benchmarks.surface import BUDGET, Choice, Surface
 from prunesweep.models import UserError
 from prunesweep.models.io.files import write_text
-from prunesweep.search.execution.rungs import Promotions
-from prunesweep.search.proposals.budget_gp import EXPLORE, GOLDEN, propose
+from prunesweep.search.execution.rungs import MultiObjectiveASHA
+from prunesweep.search.proposals.budget_gp import EXPLORE, GOLDEN, log_error, propose
+from prunesweep.search.proposals.encoder import SearchSpaceEncoder
+from prunesweep.search.proposals.evaluations import Evaluations
 from prunesweep.search.store.pareto import as_losses, hypervolume, non_dominated
 from prunesweep.search.store.run import Result
 
@@ -161,28 +163,28 @@ class Ladder:
     """Our design choices, made on seeds 100 to 107."""
 
     schedules: tuple[float, ...] = (3, 24)  # of the rungs; each goes on from the one before
-    eta: float = 2
+    reduction_factor: float = 2
     bands: int = 12
-    sampler: str = "excess"  # excess, search.proposals | excess-tpe | tpe | random
+    sampler: str = "budget_gp"  # budget_gp, search.proposals | budget-tpe | tpe | random
 
 
 class Ours:
     """Promotions over the rungs, and proposals from what they gave.
 
-    MACs are known before any training, so a sampler need not learn them. ``excess`` fixes a budget first, evenly over
-    the window, and a Gaussian process over all rungs proposes the rest: ``search.proposals``. In ``excess-tpe`` that is
-    TPE, from the half of the highest rung with enough results whose MACs are nearest, by how much their top-1 exceeds
-    the trend of all at their MACs. ``tpe`` learns both objectives, as Optuna has it, from that rung too.
+    MACs are known before any training, so a sampler need not learn them. ``budget_gp`` fixes a budget first, evenly
+    over the window, and a Gaussian process over all rungs proposes the rest: ``search.proposals``. In ``budget-tpe``
+    that is TPE, from the half of the highest rung with enough results whose MACs are nearest, by how much their top-1
+    exceeds the trend of all at their MACs. ``tpe`` learns both objectives, as Optuna has it, from that rung too.
     """
 
     def __init__(self, surface: Surface, seed: int, ladder: Ladder) -> None:
         self._surface, self._ladder, self._seed = surface, ladder, seed
         self._enough = 2 * len(surface.distributions)
         self._random = RandomSampler(seed)
-        self._tpe = TPESampler(seed=seed, multivariate=ladder.sampler == "excess-tpe", n_startup_trials=0)
+        self._tpe = TPESampler(seed=seed, multivariate=ladder.sampler == "budget-tpe", n_startup_trials=0)
         low, high = (share * surface.source_macs for share in BUDGET)
         bands = tuple(np.linspace(low, high, ladder.bands + 1)[1:-1])
-        self._promotions = Promotions(len(ladder.schedules), ladder.eta, DIRECTIONS, bands=bands)
+        self._promotions = MultiObjectiveASHA(len(ladder.schedules), ladder.reduction_factor, DIRECTIONS, bands=bands)
         self._points: list[Mapping[str, Any]] = []
         self._units: dict[int, Unit] = {}
         self._results: list[Result] = []
@@ -209,8 +211,9 @@ class Ours:
 
     def _draw(self) -> tuple[int, Mapping[str, Any]]:
         self._draws += 1
-        if self._ladder.sampler == "excess":
-            return -1, propose(self._surface.distributions, self._results, self._draws - 1, self._seed)
+        if self._ladder.sampler == "budget_gp":
+            encoder = SearchSpaceEncoder(self._surface.distributions)
+            return -1, propose(encoder, evaluations(encoder, self._results), self._draws - 1, self._seed)
         rungs = [
             {r.trial: (r.top1, r.macs) for r in self._results if r.rung == k}
             for k in range(len(self._ladder.schedules))
@@ -221,7 +224,7 @@ class Ours:
         if self._ladder.sampler == "tpe":
             return -1, self._proposal(self._tpe, known)
         budget = BUDGET[0] + self._draws * GOLDEN % 1 * (BUDGET[1] - BUDGET[0])
-        near = excess(known, budget * self._surface.source_macs, self._enough)
+        near = above_trend(known, budget * self._surface.source_macs, self._enough)
         return -1, self._proposal(PartialFixedSampler({"budget": budget}, self._tpe), near)
 
     def _proposal(self, sampler: BaseSampler, known: Mapping[int, Sequence[float]]) -> Mapping[str, Any]:
@@ -235,7 +238,17 @@ class Ours:
         return study.ask(space).params
 
 
-def excess(known: Mapping[int, tuple[float, int]], macs: float, at_least: int) -> dict[int, tuple[float]]:
+def evaluations(encoder: SearchSpaceEncoder, results: Sequence[Result]) -> Evaluations:
+    """Results as the sampler has them."""
+    return Evaluations.ordered(
+        encoder.rows([r.point for r in results]),
+        np.array([r.rung for r in results], np.int64),
+        np.array([r.trial for r in results], np.int64),
+        log_error(np.array([r.top1 for r in results], float)),
+    )
+
+
+def above_trend(known: Mapping[int, tuple[float, int]], macs: float, at_least: int) -> dict[int, tuple[float]]:
     """Top-1 above the trend (a parabola over log MACs) of the half of the results that are nearest to ``macs``."""
     numbers, (top1, spent) = list(known), np.array(list(known.values())).T
     cost = np.log(spent / macs)
@@ -311,8 +324,11 @@ def simulate(search: Search, seed: int, epochs: float, workers: int = WORKERS) -
 
 MARKS = (300, 600, 900, 1200, 1500, 1800, 2400, 3600, 5400, 7200)  # epochs at which the table shows the share
 SEARCHES: dict[str, tuple[float, Callable[[Surface, int], Search]]] = {
-    "ours: excess + promotions": (2700, lambda surface, seed: Ours(surface, seed, Ladder())),
-    "excess by TPE + promotions": (1800, lambda surface, seed: Ours(surface, seed, Ladder(sampler="excess-tpe"))),
+    "ours: budget_gp + promotions": (2700, lambda surface, seed: Ours(surface, seed, Ladder())),
+    "budget first, then TPE + promotions": (
+        1800,
+        lambda surface, seed: Ours(surface, seed, Ladder(sampler="budget-tpe")),
+    ),
     "TPE + promotions": (1800, lambda surface, seed: Ours(surface, seed, Ladder(sampler="tpe"))),
     "random + promotions": (1800, lambda surface, seed: Ours(surface, seed, Ladder(sampler="random"))),
     "Ray Tune OptunaSearch, full": (7200, RayOptuna),

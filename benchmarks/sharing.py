@@ -1,10 +1,10 @@
 """What all units of a search read, as files or through Ray's object store: ``python -m benchmarks.sharing``.
 
-The source's weights and a teacher's logits, read side by side by actors on one node, as ``search.unit.Workplace`` and
-``training.teacher_cache`` read them, and as arrays that the driver has put into the object store. Seconds are until the
-last actor has a model and has looked at every logit, memory is what the actors add to the node (proportional set size,
-so what they share counts once). Each way is run several times in turns; the page cache is warm, as it is on a node for
-every actor but the first. Writes benchmarks/results/sharing.json.
+The source's weights and a teacher's logits, read side by side by actors on one node, as ``WorkerContext`` of
+``search.execution.task`` and ``training.teacher_cache`` read them, and as arrays that the driver has put into the
+object store. Seconds are until the last actor has a model and has looked at every logit, memory is what the actors add
+to the node (proportional set size, so what they share counts once). Each way is run several times in turns; the page
+cache is warm, as it is on a node for every actor but the first. Writes benchmarks/results/sharing.json.
 """
 
 from __future__ import annotations

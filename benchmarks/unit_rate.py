@@ -68,9 +68,9 @@ def rate(path: Path, sampler: str, units: int, cpus: int) -> dict[str, Any]:
         sampler=search.sampler,
         trials=search.trials,
     )
-    coordinator, seen = Coordinator(run, study, space, search, slots=1, seed=0), list[tuple[float, int]]()
+    coordinator, seen = Coordinator(run, study, space, search, max_concurrent=1, seed=0), list[tuple[float, int]]()
     with RayConnection(resources, address=None, verbose=False, on_death=lambda: os._exit(1)) as connection:
-        coordinator.slots = connection.slots
+        coordinator.max_concurrent = connection.slots
         begun = time.monotonic()
         changed = [lambda: seen.append((time.monotonic(), len(coordinator.results)))]
         execute(coordinator, resources, changed, work=nothing)
@@ -78,7 +78,7 @@ def rate(path: Path, sampler: str, units: int, cpus: int) -> dict[str, Any]:
     return {
         "sampler": sampler,
         "units": units,
-        "slots": coordinator.slots,
+        "slots": coordinator.max_concurrent,
         "units_per_s": round((last[1] - warm[1]) / (last[0] - warm[0]), 1),
         "startup_s": round(warm[0] - begun, 1),
         "driver_ms_per_unit": round(1e3 * coordinator.seconds / units, 1),

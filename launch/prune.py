@@ -121,32 +121,32 @@ def prune(
         raise UserError(f"--measure {measure}: must be one of macs, params, latency_ms")
     if (table is None) == (measure == "latency_ms"):
         raise UserError("--measure latency_ms and --table TABLE go together")
-    runner.run(
-        Request(
-            source=source,
-            method=chosen,
-            data=data,
-            out=out,
-            budgets=[_cost(part) for part in budget.split(",")] if budget is not None else [],
-            keep_rate=keep_rate,
-            r=r,
-            measure=measure,
-            table=table,
-            drop=drop,
-            groups=_pairs("--group", groups, int),
-            floors=_pairs("--floor", floors, float),
-            settings=settings or [],
-            recipe=recipe,
-            finetune=finetune,
-            second_stage=second_stage,
-            calibration=Calibration(images, batch_size, seed),
-            cache=cache,
-            seed=seed,
-            placement=Placement(workers, cpus=cpus, gpus=gpus, address=address),
-            as_json=as_json,
-            console=Console(stderr=as_json),
-        )
+    request = Request(
+        source=source,
+        method=chosen,
+        data=data,
+        out=out,
+        budgets=[_cost(part) for part in budget.split(",")] if budget is not None else [],
+        keep_rate=keep_rate,
+        r=r,
+        measure=measure,
+        table=table,
+        drop=drop,
+        groups=_pairs("--group", groups, int),
+        floors=_pairs("--floor", floors, float),
+        settings=settings or [],
+        recipe=recipe,
+        finetune=finetune,
+        second_stage=second_stage,
+        calibration=Calibration(images, batch_size, seed),
+        cache=cache,
+        seed=seed,
+        placement=Placement(workers, cpus=cpus, gpus=gpus, address=address),
+        as_json=as_json,
+        console=Console(stderr=as_json),
     )
+    request.check_stage()
+    runner.run(request)
 
 
 def score(

@@ -100,6 +100,15 @@ class Request:
             raise UserError(f"--set {STAGE}...: these settings go with --second-stage, as {STAGE}.NAME=VALUE")
         return SecondStageJob(self.method.name, table) if self.second_stage else None
 
+    def check_stage(self) -> None:
+        """Raise UserError for settings of the second stage that are not allowed, or where nothing is finetuned."""
+        stage = self.stage
+        if stage is None:
+            return
+        stage.configure()
+        if (self.finetune or self.method.finetune or "none") == "none":
+            raise UserError(f"--second-stage: is finetuning; give a recipe, for example --finetune {self.method.name}")
+
 
 def prune_widths(request: Request) -> None:
     """Score, decide, cut; finetune where a recipe is given."""
@@ -143,8 +152,6 @@ def prune_tokens(request: Request) -> None:
 
 def _finish(request: Request, model: Any, pruned: Pruned) -> None:
     wanted = request.finetune not in (None, "none")
-    if request.stage is not None and not wanted:
-        raise UserError("--second-stage: is finetuning; give the recipe, for example --finetune pmvit")
     untrained = request.folder.with_name(f".{request.folder.name}-untrained") if wanted else request.folder
     save_pruned(pruned, untrained)
     source, first = EvalMetrics(pruned.source_top1, pruned.source_ppl), EvalMetrics(pruned.top1, pruned.ppl)
@@ -165,8 +172,6 @@ def prune_trained(request: Request) -> None:
     options, recipe, _ = request.options()
     chosen = load_recipe(request.recipe or method.recipe, recipe)
     after = request.finetune or method.finetune
-    if request.stage is not None and after == "none":
-        raise UserError("--second-stage: is finetuning, so --finetune must be a recipe")
     decided = request.folder if after == "none" else request.folder.with_name(f".{request.folder.name}-decided")
     run = TrainedPruning(
         model,

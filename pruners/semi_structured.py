@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["Sparsity", "is_2_4", "prune_2_4"]
+__all__ = ["Sparsity", "prune_2_4"]
 
 MULTIPLE = 16  # of both dimensions of a layer, as the kernels need it
 
@@ -47,13 +47,6 @@ def prune_2_4(model: nn.Module) -> Sparsity:
         pruned.append(name)
         params += layer.weight.numel()
     return Sparsity(tuple(pruned), skipped, params)
-
-
-def is_2_4(weight: torch.Tensor) -> bool:
-    """Whether of every four consecutive inputs of a weight (outputs, inputs) at most two are other than zero."""
-    if weight.shape[-1] % 4:
-        return False
-    return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

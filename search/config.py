@@ -167,13 +167,20 @@ class SearchTable(Table):
 
     trials: Count = 24
     objectives: tuple[str, ...] = TWO
-    sampler: Literal["auto", "excess", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
+    sampler: Literal["auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
     rungs: tuple[Natural, ...] = ()
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
     screen_images: Count = 1024
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     start_from: str | None = None  # another run, whose front's points are begun with
     start_published: bool = False  # begin with what papers published for models of the source's family too
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _renamed(cls, sampler: Any) -> Any:
+        if sampler == "excess":
+            raise ValueError("sampler = 'excess' is now called 'budget_gp'; change it in the file, it is the same one")
+        return sampler
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -29,6 +29,10 @@ class SecondStageJob:
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def configure(self) -> Any:
+        """Make the settings. Raises UserError where the method has no second stage, or a setting is not allowed."""
+        return validated(f"second stage of method {self.method!r}", self._stage().settings(), self.settings)
+
     def hook(self, model: str | Path, dense: str | Path | None) -> Hook:
         """Make the hook for finetuning ``model``.
 
@@ -40,8 +44,7 @@ class SecondStageJob:
             UserError: the method has no second stage, a setting is not allowed, or ``model`` was not cut from
                 ``dense`` by the method.
         """
-        stage = self._stage()
-        settings = validated(f"second stage of method {self.method!r}", stage.settings(), self.settings)
+        stage, settings = self._stage(), self.configure()
         if not stage.needs_decision:
             return stage.make(settings, None, None)
         facts = load_provenance(model)

@@ -21,11 +21,11 @@ from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space
-from prunesweep.search.store.front import QUALITIES, directions, values
+from prunesweep.search.store.front import QUALITIES, comparable, directions, values
 from prunesweep.search.store.run import Result, Run, Unit
 from prunesweep.search.store.study import Study
 
-from .rungs import Promotions
+from .rungs import MultiObjectiveASHA
 
 __all__ = ["BANDS", "Coordinator", "SearchFailed"]
 
@@ -40,19 +40,22 @@ class SearchFailed(RuntimeError):
 class Coordinator:
     """Hands out units until ``search.trials`` candidates have finished or failed, and none is left to promote."""
 
-    def __init__(self, run: Run, study: Study, space: Space, search: SearchTable, *, slots: int, seed: int) -> None:
-        self.run, self.search, self.slots = run, search, slots
+    def __init__(
+        self, run: Run, study: Study, space: Space, search: SearchTable, *, max_concurrent: int, seed: int
+    ) -> None:
+        self.run, self.search, self.max_concurrent = run, search, max_concurrent
         self.space, self._study, self._seed = space, study, seed
         self._live: dict[str, Unit] = {}
         self._decisions: dict[int, Cut] = {}  # of candidates that are to be handed out for the first time
         self._stopping = self._exhausted = False
         self.results, self.failures = run.results(), run.failures()
-        self._ladder = self._make_ladder()
+        study.record(self.results)
+        self._rungs = self._make_rungs()
         self._candidates = {r.key: r.trial for r in self.results if r.rung == 0}
         self._at = {(r.trial, r.rung): r for r in self.results}
         above = list(run.unfinished())
         for unit in above:
-            self._ladder.promoted(unit.rung, unit.number)
+            self._rungs.promoted(unit.rung, unit.number)
         self._waiting = deque([*above, *self._adopt()])
         self._candidates |= {u.key: u.number for u in self._waiting if u.rung == 0}
         begun = {r.trial for r in self.results} | {number for rung, number in map(_place, self.failures) if rung == 0}
@@ -68,13 +71,13 @@ class Coordinator:
         """Candidates that were asked for."""
         return self.search.trials
 
-    def _make_ladder(self) -> Promotions:
+    def _make_rungs(self) -> MultiObjectiveASHA:
         objectives = self.search.objectives
         cost = next(name for name in objectives if name not in QUALITIES)
         low, high = self.space.table.budget
         edges = [low + (high - low) * i / BANDS for i in range(1, BANDS)] if low < high else []
         whole = self.space.source_value(cost)
-        ladder = Promotions(
+        asha = MultiObjectiveASHA(
             max(len(self.search.rungs), 1),
             self.search.reduction_factor,
             directions(objectives),
@@ -82,11 +85,11 @@ class Coordinator:
             banded=objectives.index(cost),
         )
         for r in self.results:
-            ladder.add(r.rung, r.trial, values(r, objectives))
+            asha.add(r.rung, r.trial, comparable(values(r, objectives), objectives))
         for rung, number in [(r.rung, r.trial) for r in self.results] + [_place(name) for name in self.failures]:
             if rung:
-                ladder.promoted(rung, number)
-        return ladder
+                asha.promoted(rung, number)
+        return asha
 
     def _adopt(self) -> Iterator[Unit]:
         """Settle what a dead driver left: tell what was done but not told; the units that were begun but not done."""
@@ -143,7 +146,7 @@ class Coordinator:
     @property
     def finished(self) -> bool:
         """All that was asked for is settled."""
-        return not self._live and not self._waiting and not self._proposing() and self._ladder.next() is None
+        return not self._live and not self._waiting and not self._proposing() and self._rungs.next() is None
 
     @property
     def done(self) -> bool:
@@ -155,7 +158,7 @@ class Coordinator:
 
     def next(self) -> Unit | None:
         """The next unit to run, or None where there is none now."""
-        if self._stopping or len(self._live) >= self.slots:
+        if self._stopping or len(self._live) >= self.max_concurrent:
             return None
         with self._clocked():
             return self._hand_out()
@@ -181,11 +184,11 @@ class Coordinator:
         return unit
 
     def _promotion(self) -> Unit | None:
-        found = self._ladder.next()
+        found = self._rungs.next()
         if found is None:
             return None
         rung, number = found
-        self._ladder.promoted(rung, number)
+        self._rungs.promoted(rung, number)
         below = self._at[number, rung - 1]
         return Unit(number, below.point, below.arch_hash, below.key, self._seed_of(rung, number), rung)
 
@@ -199,7 +202,7 @@ class Coordinator:
             return None
         known = self.duplicates
         for _ in range(MAX_REJECTED):
-            number, point = self._study.ask(self.results)
+            number, point = self._study.ask()
             candidate = self._decode(point)
             if candidate is None:
                 self._study.prune(number)
@@ -247,7 +250,9 @@ class Coordinator:
             result = Result(**found["result"])
             self.results.append(result)
             self._at[result.trial, result.rung] = result
-            self._ladder.add(result.rung, result.trial, values(result, self.search.objectives))
+            objectives = self.search.objectives
+            self._rungs.add(result.rung, result.trial, comparable(values(result, objectives), objectives))
+            self._study.record([result])
             self._models |= {result.id} if result.has_model else set()
             self.front = self._update_front([result])
             return

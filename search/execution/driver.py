@@ -1,4 +1,4 @@
-"""A search from its configuration to its front, and the same again after it was interrupted."""
+"""Run a search from its configuration to its front, or resume one that was interrupted."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
 from prunesweep.search.space.warm_start import start_points
 from prunesweep.search.store.front import hypervolume, pareto_front
-from prunesweep.search.store.run import Lease, Run
+from prunesweep.search.store.run import Run, RunLock
 from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator
-from .prepare import SAMPLE, Opening, open_search
+from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
-from .runtime import RayConnection, execute, slots
-from .source import Kept, open_space
+from .runtime import RayConnection, execute, max_concurrent
+from .source import SourceArtifacts, open_space
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
@@ -92,21 +92,21 @@ def run_search(
     with contextlib.ExitStack() as stack:
         if address is not None:
             stack.enter_context(ray)
-        units = ray.slots if address is not None else _slots_here(config) if dry_run else slots(config.resources)
+        units = _concurrency(config, ray if address is not None else None, must_fit=not dry_run)
         try:
             cache = run.path.parent / "cache"
-            opening = _open(config, cache, display, on_worker=address is not None, fetch=not dry_run)
+            prepared = _prepare(config, cache, display, on_worker=address is not None, fetch=not dry_run)
         except UserError as error:
             if not dry_run:
                 raise
             _plan_without(config, error, display, units)
             return None
-        space = open_space(config.space, opening)
-        display.space(space, opening.summary, EvalMetrics(opening.top1, opening.ppl), opening.zero_shot)
+        space = open_space(config.space, prepared)
+        display.space(space, prepared.summary, EvalMetrics(prepared.top1, prepared.ppl), prepared.zero_shot)
         if dry_run:
             display.plan(config, units)
             return None
-        config = create_run(run, _with_start(config, space), opening)
+        config = create_run(run, _with_start(config, space), prepared)
         return _search(run, config, space, display, ray if address is None else contextlib.nullcontext(ray))
 
 
@@ -144,7 +144,7 @@ def resume_search(
     if run.latency_table.exists():
         config = _with_table(config, run.latency_table)  # wherever the run was moved to
     if address is None:
-        slots(config.resources)
+        max_concurrent(config.resources)
     space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.facts()["scores"]))
     display = Display(console or Console(quiet=True))
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
@@ -163,15 +163,16 @@ def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> No
 
 
 def _with_table(config: SearchConfig, path: str | Path | None) -> SearchConfig:
-    """The configuration with its latency table at ``path``, which is made absolute for other processes."""
+    """Set the configuration's latency table to ``path``, made absolute because other processes read it too."""
     name = None if path is None else str(Path(path).expanduser().absolute())
     return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": name})})
 
 
 def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
-    """The configuration with all points to begin with in ``search.start``, the same whenever the run goes on.
+    """Put all points to start from into ``search.start``, so that they are the same when the run is resumed.
 
-    Raises UserError for a point that is not in the space.
+    Raises:
+        UserError: a point is not in the space.
     """
     points = tuple(dict(point) for point in start_points(config, space))
     changes = {"start": points, "start_from": None, "start_published": False}
@@ -186,23 +187,23 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _open(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> Opening:
-    """``open_search``, here or on a worker of the cluster that was joined."""
-    work = partial(open_search, config, cache, fetch=fetch)
+def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> PreparedSearch:
+    """Call ``prepare_search`` here, or on a worker of the cluster that was joined."""
+    work = partial(prepare_search, config, cache, fetch=fetch)
     with display.progress() as progress:
         if not on_worker:
             return work(progress)
-        opening = run_on_worker(work, config.resources, progress)
-    for path in (opening.folder, *opening.score_files.values(), *opening.teacher_logits):
+        prepared = run_on_worker(work, config.resources, progress)
+    for path in (prepared.folder, *prepared.score_files.values(), *prepared.teacher_logits):
         if not path.exists():
             raise UserError(
                 f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"
             )
-    return opening
+    return prepared
 
 
 def _plan_without(config: SearchConfig, error: UserError, display: Display, units: int | None) -> None:
-    """The space and the plan from the source's record alone. Raises ``error`` where the source is not known."""
+    """Show the space and the plan from the source's record alone. Raises ``error`` if timm does not know the source."""
     display.note(f"not here: {error}")
     try:
         with torch.device("meta"):
@@ -219,15 +220,29 @@ def _plan_without(config: SearchConfig, error: UserError, display: Display, unit
     display.plan(config, units)
 
 
-def _slots_here(config: SearchConfig) -> int | None:
+def _concurrency(config: SearchConfig, ray: RayConnection | None, *, must_fit: bool) -> int | None:
+    """How many units run side by side on the cluster or, without one, here; None where none fits and none must."""
+    if ray is not None:
+        return ray.max_concurrent
     try:
-        return slots(config.resources)
+        return max_concurrent(config.resources)
     except UserError:
+        if must_fit:
+            raise
         return None
 
 
-def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
-    """The run's folder, whole or not at all, and its configuration: a resume needs nothing outside but the data."""
+def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchConfig:
+    """Create a run's folder, complete or not at all, so that a resume needs nothing outside of it but the data.
+
+    Args:
+        run: its folder must not exist.
+        config: of the search.
+        kept: the source and its scores, which are copied.
+
+    Returns:
+        The configuration with the run's own copy of the latency table.
+    """
     arch, table = kept.arch, config.space.latency_table
     spent = cost(arch)
     facts = {
@@ -260,7 +275,7 @@ def create_run(run: Run, config: SearchConfig, kept: Kept) -> SearchConfig:
 
 
 def _link(source: str, target: str) -> None:
-    """Another name for the same file; a copy where the file system has no such thing."""
+    """Make a hard link to a file, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -271,14 +286,14 @@ def _died(run: Run) -> str:
     return f"Ray died. No finished trial is lost: prunesweep resume {run.shown}"
 
 
-def _leaving(display: Display, text: str, lease: Lease | None = None) -> Callable[[], NoReturn]:
-    """What ends this process with ``text``: Ray's client code would end it too, but with exit code 0."""
+def _leaving(display: Display, text: str, lock: RunLock | None = None) -> Callable[[], NoReturn]:
+    """Return a function that prints ``text`` and ends this process; Ray would end it too, but with exit code 0."""
 
     def leave() -> NoReturn:
         display.close()
         display.note(text)
-        if lease is not None:
-            lease.release()
+        if lock is not None:
+            lock.release()
         os._exit(RAY_DIED)
 
     return leave
@@ -287,8 +302,8 @@ def _leaving(display: Display, text: str, lease: Lease | None = None) -> Callabl
 def _search(
     run: Run, config: SearchConfig, space: Space, display: Display, ray: AbstractContextManager[RayConnection]
 ) -> SearchResult:
-    """The search proper: everything but the source, the scores and the space, which a run has from the start."""
-    with Lease(run.path) as lease:
+    """Run the trials of a run whose source, scores and space are there."""
+    with RunLock(run.path) as lock:
         run.stop_file.unlink(missing_ok=True)
         write_text(run / "search.toml", config.to_toml())
         study = Study(
@@ -299,8 +314,9 @@ def _search(
             sampler=config.search.sampler,
             trials=config.search.trials,
             start=config.search.start,
+            name=config.name,
         )
-        coordinator = Coordinator(run, study, space, config.search, slots=1, seed=config.seed)
+        coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.facts()["source"]
         try:
             if not coordinator.done:
@@ -310,8 +326,8 @@ def _search(
                     ray as connection,
                     _interruptible(coordinator, display),  # after Ray, which takes SIGTERM for itself
                 ):
-                    connection.on_death = _leaving(display, _died(run), lease)
-                    coordinator.slots = connection.slots
+                    connection.on_death = _leaving(display, _died(run), lock)
+                    coordinator.max_concurrent = connection.max_concurrent
                     before, begun = len(coordinator.results), time.monotonic()
                     execute(
                         coordinator,
@@ -339,8 +355,8 @@ def _search(
 
 
 def _room(connection: RayConnection, coordinator: Coordinator, display: Display) -> int:
-    """Units that fit now; says so where nodes have come or gone."""
-    now, before = connection.slots, coordinator.slots
+    """Return how many units fit now, and tell the user if nodes have come or gone."""
+    now, before = connection.max_concurrent, coordinator.max_concurrent
     if now != before:
         units = "unit fits" if now == 1 else "units fit"
         display.note(f"{now} {units} on the cluster's nodes now, before it were {before}")
@@ -356,7 +372,7 @@ def _write_report(run: Run) -> None:
 
 
 def _interruptible(coordinator: Coordinator, display: Display) -> AbstractContextManager[None]:
-    """The first Ctrl-C or SIGTERM lets the running trials save their state and end; the second one ends at once."""
+    """Handle Ctrl-C and SIGTERM: the first lets running trials save their state and end, the second ends at once."""
 
     def interrupt(_signal: int, _frame: Any) -> None:
         if coordinator.stopping:
@@ -369,7 +385,7 @@ def _interruptible(coordinator: Coordinator, display: Display) -> AbstractContex
 
 @contextlib.contextmanager
 def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
-    """TensorBoard: hypervolume and front size over finished trials, and a row of hyperparameters per trial."""
+    """Log to TensorBoard: hypervolume and size of the front by finished trials, and hyperparameters of every trial."""
     writer = SummaryWriter(str(run / "tb" / "search"))
     logged, best, objectives = len(coordinator.results), coordinator.best, coordinator.search.objectives
 

@@ -1,7 +1,7 @@
-"""What precedes the first trial: the source, its scores, and a look at the space. It takes long, and may need a GPU.
+"""Prepare a search before its first trial: the source, its scores, and a sample of the space.
 
-It is one function, ``open_search``. Without a cluster the driver calls it, with one a worker does (``remote``): what it
-gives is small, all else are files of the cache.
+That takes long and may need a GPU, so with a cluster a worker does it (``remote``), and without one the driver. What
+``prepare_search`` returns is small; everything else it makes is a file in the cache.
 """
 
 from __future__ import annotations
@@ -15,53 +15,56 @@ from huggingface_hub import try_to_load_from_cache
 from prunesweep.models import UserError, cut
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig, SourceTable
-from prunesweep.search.space.space import Spread, Summary
+from prunesweep.search.space.space import Range, Summary
 from prunesweep.training import EVAL_BATCH, evaluate
 
-from .source import Kept, Prepared, Progress, prepare
+from .source import LoadedSource, Progress, SourceArtifacts, prepare
 
-__all__ = ["SAMPLE", "Opening", "open_search"]
+__all__ = ["SAMPLE", "PreparedSearch", "prepare_search"]
 
 SAMPLE = 256  # points of the space whose cost is shown before the search
 SCORED = 16  # of them, those that are also cut and evaluated without training
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening(Kept):
-    """What a search is begun with, and what is shown of its space.
+class PreparedSearch(SourceArtifacts):
+    """The files that a search starts from, and the figures of its space that are shown before the first trial.
 
-    ``zero_shot`` is top-1 before finetuning of some of the sample, on ``search.screen_images`` of the training split.
+    Attributes:
+        summary: costs of a sample of the space.
+        zero_shot: top-1 in percent, before finetuning, of some points of the sample on ``search.screen_images`` images
+            of the training split.
     """
 
     summary: Summary
-    zero_shot: Spread
+    zero_shot: Range
 
 
-def open_search(config: SearchConfig, folder: Path, progress: Progress, *, fetch: bool = True) -> Opening:
-    """Make the source and its scores, or find them, and look at the space.
+def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fetch: bool = True) -> PreparedSearch:
+    """Make the source and its scores or find them in the cache, and sample the space.
 
     Args:
         config: the search's configuration.
-        folder: the cache, see ``prepare``.
-        progress: told what goes on.
-        fetch: from the hub, weights that this machine does not have.
+        folder: the cache; see ``prepare``.
+        progress: called with what is being done and the share of it done.
+        fetch: download weights that this machine does not have from the hub.
 
     Raises:
-        UserError: as ``prepare``; or the weights would have to be fetched.
+        UserError: as ``prepare``; or ``fetch`` is false and the weights are not on this machine.
     """
     if not fetch:
         _check_downloaded(config.source)
     prepared = prepare(config, folder, progress)
     summary = prepared.space.summarise(SAMPLE, config.seed)
-    return Opening(
-        **{field.name: getattr(prepared, field.name) for field in fields(Kept)},
+    return PreparedSearch(
+        **{field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)},
         summary=summary,
         zero_shot=_zero_shot(prepared, summary, config, progress),
     )
 
 
-def _zero_shot(prepared: Prepared, summary: Summary, config: SearchConfig, progress: Progress) -> Spread:
-    """Accuracy before finetuning of a few points of the sample, as a rung without training has it."""
+def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, progress: Progress) -> Range:
+    """Measure top-1 without finetuning of a few points of the sample, as a rung of 0 epochs does."""
     images = prepared.data.calibration(config.search.screen_images, EVAL_BATCH, config.seed)
     found: list[float] = []
     points = summary.points[:SCORED]
@@ -71,7 +74,7 @@ def _zero_shot(prepared: Prepared, summary: Summary, config: SearchConfig, progr
         recalibrate(model, images)
         found.append(evaluate(model, images)["top1"])
     progress("sampling the space", 1.0, f"{len(points)}/{len(points)}")
-    return Spread.of(found)
+    return Range.of(found)
 
 
 def _check_downloaded(source: SourceTable) -> None:

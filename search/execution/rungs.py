@@ -1,11 +1,11 @@
-"""Multi-objective successive halving in promotion form: which candidate goes on to the next rung.
+"""Multi-objective asynchronous successive halving in promotion form: which candidate goes on to the next rung.
 
 Asynchronous successive halving (ASHA, Li et al. 2020, algorithm 2) with non-dominated rank in place of one metric
 (MO-ASHA, Schmucker et al. 2021), for objectives of mixed directions. Nothing is ever stopped: a unit of work ends by
 itself, and this says whether a next one is due. Two differences from the papers:
 
-- At most floor(n / eta) of a rung's n results are promoted, ever. Fronts move as results arrive, and without this cap
-  the asynchronous rule promotes far more than its share.
+- At most floor(n / reduction_factor) of a rung's n results are promoted, ever. Fronts move as results arrive, and
+  without this cap the asynchronous rule promotes far more than its share.
 - Within a rank, bands of the first minimised objective take turns, so that the front stays spread over the costs.
 """
 
@@ -16,13 +16,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from prunesweep.search.store.pareto import Direction, as_losses, crowding_distance, fronts
+import numpy as np
 
-__all__ = ["Promotions"]
+from prunesweep.search.store.pareto import Direction, Floats, as_losses, crowding_distance, fronts
+
+__all__ = ["MultiObjectiveASHA"]
 
 
-class Promotions:
-    """A state machine without processes, clocks or files.
+class MultiObjectiveASHA:
+    """Decides promotions; a state machine without processes, clocks or files.
 
     What it answers depends only on the set of calls to ``add`` and ``promoted``, not on their order: it is rebuilt from
     the finished results and the units that were handed out. A candidate that failed on a rung is simply not added
@@ -32,7 +34,7 @@ class Promotions:
     def __init__(
         self,
         rungs: int,
-        eta: float,
+        reduction_factor: float,
         directions: Sequence[Direction],
         *,
         bands: Sequence[float] = (),
@@ -41,48 +43,52 @@ class Promotions:
         """
         Args:
             rungs: how many there are; rung 0 is where candidates start.
-            eta: one of eta results is promoted; above 1.
+            reduction_factor: one of so many results is promoted; above 1. Papers call it eta.
             directions: of the objectives, in the order of ``add``'s values.
             bands: ascending inner boundaries of the bands of one objective, in its unit; a value on a boundary belongs
                 to the band above. None given: one band.
             banded: place of that objective; the first minimised one by default.
         """
-        if rungs < 1 or not eta > 1:
-            raise ValueError(f"rungs = {rungs}, eta = {eta}: there must be at least one rung, and eta must exceed 1")
+        if rungs < 1 or not reduction_factor > 1:
+            raise ValueError(
+                f"rungs = {rungs}, reduction_factor = {reduction_factor}: there must be at least one rung, and "
+                "reduction_factor must exceed 1"
+            )
         if list(bands) != sorted(set(bands)) or (bands and "minimize" not in directions):
             raise ValueError(f"bands = {list(bands)}: must ascend, and need an objective that is minimised")
         self._banded = directions.index("minimize") if bands and banded is None else banded or 0
-        self._rungs, self._eta, self._directions, self._bands = rungs, eta, tuple(directions), tuple(bands)
+        self._rungs, self._reduction_factor = rungs, reduction_factor
+        self._directions, self._bands = tuple(directions), tuple(bands)
         self._results: list[dict[int, tuple[float, ...]]] = [{} for _ in range(rungs)]
         self._promoted: list[set[int]] = [set() for _ in range(rungs)]
 
     def add(self, rung: int, candidate: int, values: Sequence[float]) -> None:
-        """A finished result: the objectives of ``candidate`` on ``rung``."""
+        """Add a finished result: the objectives of ``candidate`` on ``rung``; infinitely bad ones go last."""
         values = tuple(values)
         if len(values) != len(self._directions) or any(map(math.isnan, values)):
             raise ValueError(f"values = {values}: must be {len(self._directions)} numbers")
         self._results[rung][candidate] = values
 
     def promoted(self, rung: int, candidate: int) -> None:
-        """The unit of ``candidate`` on ``rung``, above 0, has been handed out."""
+        """Record that the unit of ``candidate`` on ``rung``, above 0, has been handed out."""
         if not 0 < rung < self._rungs:
             raise ValueError(f"rung = {rung}: candidates are promoted to rungs 1..{self._rungs - 1}")
         self._promoted[rung].add(candidate)
 
     def next(self) -> tuple[int, int] | None:
-        """(rung, candidate) of the unit to hand out now, on the highest rung that has room, or None."""
+        """Return (rung, candidate) of the unit to hand out now, on the highest rung that has room, or None."""
         for rung in range(self._rungs - 1, 0, -1):
-            if len(self._promoted[rung]) < len(self._results[rung - 1]) // self._eta:
+            if len(self._promoted[rung]) < len(self._results[rung - 1]) // self._reduction_factor:
                 best = self._best(rung)
                 if best is not None:
                     return rung, best
         return None
 
     def _best(self, rung: int) -> int | None:
-        """The best candidate below ``rung`` that has not been promoted to it."""
+        """Return the best candidate below ``rung`` that has not been promoted to it."""
         results, promoted = self._results[rung - 1], self._promoted[rung]
         numbers = sorted(results)
-        losses = as_losses([results[number] for number in numbers], self._directions)
+        losses = _finite(as_losses([results[number] for number in numbers], self._directions))
         taken = Counter(self._band(results[number]) for number in numbers if number in promoted)
         for front in fronts(losses):
             crowding = crowding_distance(losses[front])
@@ -99,3 +105,14 @@ class Promotions:
         if not self._bands:
             return 0
         return bisect.bisect_right(self._bands, values[self._banded])
+
+
+def _finite(losses: Floats) -> Floats:
+    """Return losses with those rows beaten by all others that have an infinitely bad one: distances must be numbers."""
+    found, bad = losses.copy(), (losses == np.inf).any(axis=1)
+    for column in found.T:
+        known = column[np.isfinite(column)]
+        low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+        column[column == -np.inf] = low - 1
+        column[bad] = high + 1
+    return found

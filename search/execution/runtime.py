@@ -1,7 +1,7 @@
-"""A Ray of our own on this machine or a running cluster, and Ray Tune as the executor of units.
+"""Connect to Ray, on this machine or a cluster, and run units of work with Ray Tune.
 
-Tune runs units in reused actors and decides nothing: no scheduler, no restore, no state of value. It restarts a unit
-whose process was lost; what to run is the coordinator's decision, asked for through a Searcher.
+Tune only executes: it runs units in reused actors and restarts one whose process was lost. It has no scheduler and
+restores nothing; which unit runs next is the coordinator's decision, which Tune asks for through a ``Searcher``.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from .task import run_unit  # noqa: E402
 
-__all__ = ["RayConnection", "execute", "slots"]
+__all__ = ["RayConnection", "execute", "max_concurrent"]
 
 RESTARTS = 2  # of a unit whose process was lost
 COUNT = 5.0  # seconds between two looks at the nodes of a cluster
 
 
-def slots(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
-    """Units that can run side by side on ``nodes``, by default on this machine.
+def max_concurrent(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+    """Count the units that can run side by side on ``nodes``, by default on this machine.
 
     Args:
         resources: what a unit needs: ``workers_per_trial`` times ``cpus_per_trial`` and ``gpus_per_trial``.
@@ -71,7 +71,7 @@ def slots(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None
 
 
 def _places(node: Mapping[str, float], cpus: int, gpus: float) -> int:
-    """Workers that a node has room for."""
+    """Count the workers that a node has room for."""
     by_cpu = int(node.get("CPU", 0) // cpus)
     if not gpus:
         return by_cpu
@@ -107,22 +107,22 @@ class RayConnection:
     ) -> None:
         self._resources, self._address, self._verbose, self.on_death = resources, address, verbose, on_death
         self._stop = threading.Event()
-        self._slots, self._counted = 0, -math.inf
+        self._max_concurrent, self._counted = 0, -math.inf
 
     @property
-    def slots(self) -> int:
-        """Units that fit on the nodes that are there now, 0 where all of them are lost; counted every few seconds."""
+    def max_concurrent(self) -> int:
+        """How many units fit on the nodes that are there now, 0 if all are lost; counted every few seconds."""
         if self._address is not None and time.monotonic() - self._counted > COUNT:
             try:
-                self._slots = self._count()
+                self._max_concurrent = self._count()
             except UserError:
-                self._slots = 0
+                self._max_concurrent = 0
             self._counted = time.monotonic()
-        return self._slots
+        return self._max_concurrent
 
     def _count(self) -> int:
         own = self._address is None
-        return slots(self._resources, None if own else [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        return max_concurrent(self._resources, None if own else [n["Resources"] for n in ray.nodes() if n["Alive"]])
 
     def __enter__(self) -> RayConnection:
         level = logging.INFO if self._verbose else logging.ERROR
@@ -138,7 +138,7 @@ class RayConnection:
             context = join(self._address, options)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
-            self._slots = self._count()
+            self._max_concurrent = self._count()
         except UserError:
             ray.shutdown()
             raise
@@ -154,7 +154,7 @@ class RayConnection:
         ray.shutdown()
 
     def _watch(self, endpoints: list[tuple[str, int]]) -> None:
-        """Ray itself notices the loss of its head only after a minute, and then ends this process with exit code 0."""
+        """Call ``on_death`` soon after Ray dies; Ray notices only after a minute and then exits with code 0."""
         closed = 0
         while closed < 2:
             if self._stop.wait(1.0):
@@ -175,7 +175,7 @@ def _open(endpoint: tuple[str, int]) -> bool:
 
 
 class _UnitActor(tune.Trainable):  # type: ignore[misc]
-    """Runs one unit per step; Tune hands it the next one without a new process."""
+    """Runs one unit per step. Tune reuses the actor, so the next unit needs no new process."""
 
     def setup(self, config: dict[str, Any]) -> None:
         import torch
@@ -192,14 +192,14 @@ class _UnitActor(tune.Trainable):  # type: ignore[misc]
         return {"state": found["state"], "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune saves every trial that ends; a unit's state is in its own folder."""
+        """Do nothing: Tune saves every trial that ends, but a unit's state is in its own folder."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """See ``save_checkpoint``."""
+        """Do nothing; see ``save_checkpoint``."""
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
-    """Asks the coordinator for units and tells it of their ends."""
+    """Tune's view of the coordinator: asks it for units and tells it when they end."""
 
     def __init__(
         self, coordinator: Coordinator, on_change: Sequence[Callable[[], None]], count: Callable[[], int] | None
@@ -211,7 +211,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._count:
-            self._coordinator.slots = self._count()
+            self._coordinator.max_concurrent = self._count()
         try:
             unit = self._coordinator.next()
         except (UserError, OSError) as error:
@@ -242,7 +242,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         self._coordinator.stop()
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune snapshots its searcher; ours keeps everything on disk already."""
+        """Do nothing: Tune snapshots its searcher, but everything of value is on disk already."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search is resumed from its folder, not from Tune's state")
@@ -264,7 +264,8 @@ def execute(
     Args:
         coordinator, resources: of the search.
         on_change: told of every start and end.
-        count: units that can run side by side, now; nodes come and go. ``coordinator.slots`` throughout by default.
+        count: returns how many units can run side by side now, as nodes come and go; ``coordinator.max_concurrent``
+            throughout by default.
         work: does a unit of the run at a path, in an actor.
 
     Raises:
@@ -273,7 +274,7 @@ def execute(
     """
     searcher = _Searcher(coordinator, on_change, count)
     # by default Tune asks for the second unit once the first one's process is up; they should start side by side
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.slots)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.max_concurrent)
     own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
     if resources.workers_per_trial > 1:  # its workers bring their own; the unit itself only waits for them, on the head
         own = {"cpu": 0, "node:__internal_head__": 0.001}

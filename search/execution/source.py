@@ -1,4 +1,4 @@
-"""The source model and its scores: made once, kept in a cache by content, copied into each run."""
+"""The source model and its scores: made once, cached under a digest of what they depend on, copied into each run."""
 
 from __future__ import annotations
 
@@ -32,50 +32,58 @@ from prunesweep.training import (
 )
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 
-__all__ = ["Kept", "Prepared", "Progress", "open_space", "prepare"]
+__all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_space", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A source and its scores, as they lie in the cache: small, and the same for every process that sees it.
+class SourceArtifacts:
+    """Where a source and its scores lie in the cache. Small, so it can be sent to other processes that see the cache.
 
-    ``folder`` is the saved source, ``score_files`` are by name, ``teacher_logits`` are those of the recipe's teachers.
+    Attributes:
+        folder: the saved source.
+        score_files: files of the source's scores, by the name of the scores.
+        teacher_logits: folders of logits of the recipe's teachers.
+        weights: digest of the source's weights.
+        fingerprint: digest of the data.
+        top1: the source's accuracy on the validation split, in percent.
+        ppl: its perplexity, if it is a language model.
     """
 
     folder: Path
     score_files: Mapping[str, Path]
     teacher_logits: tuple[Path, ...] = ()
-    weights: str  # digest of the source's
-    fingerprint: str  # of the data
+    weights: str
+    fingerprint: str
     top1: float
-    ppl: float | None = None  # of a language model
+    ppl: float | None = None
 
     @property
     def arch(self) -> Arch:
+        """The source's record."""
         return read_arch(self.folder)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared(Kept):
-    """All that a search starts from, in the process that made or found it."""
+class LoadedSource(SourceArtifacts):
+    """``SourceArtifacts`` with the data, the model and the space opened in this process."""
 
     data: Data
     model: nn.Module
     space: Space
 
 
-def open_space(table: SpaceTable, kept: Kept) -> Space:
-    """The space of a source and its scores. Raises UserError as ``Space`` does."""
+def open_space(table: SpaceTable, kept: SourceArtifacts) -> Space:
+    """Build the space of a source from its record and its scores. Raises UserError as ``Space`` does."""
     return Space(table, kept.arch, {name: Scores.load(path) for name, path in kept.score_files.items()})
 
 
-def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
+def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSource:
     """Open the data, make or find the source, score it or find its scores, and build the space.
 
     Args:
         config: the search's configuration.
-        cache: folder for what takes long to make; created once there is something to keep.
-        progress: told what goes on.
+        cache: folder for what takes long to make; created when the first file is written.
+        progress: called with what is being done and the share of it done.
 
     Raises:
         UserError: the data or the source are not there, do not go together, or cannot meet the budget.
@@ -108,7 +116,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
 
         logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
     quality = EvalMetrics.of(load_provenance(folder))
-    kept = Kept(
+    kept = SourceArtifacts(
         folder=folder,
         score_files=files,
         teacher_logits=logits,
@@ -117,11 +125,11 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> Prepared:
         top1=quality.top1,
         ppl=quality.ppl,
     )
-    return Prepared(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
+    return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
 
 
 def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
-    """The source before training, and the data in the form that it takes."""
+    """Create the source, not trained yet, and open the data with the preprocessing that the source expects."""
     source, workers = config.source, config.data.loader_workers
     local = source.model.startswith("local-dir:")
     _check_name(source.model)
@@ -178,7 +186,7 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
 
 
 def _source_key(config: SearchConfig, model: nn.Module, data: Data) -> str:
-    """Folder name of the source: what is trained here is named by how, what comes trained by its weights."""
+    """Name the source's folder: by how it is trained if it is trained here, otherwise by its weights."""
     made = {"train": config.source.model_dump(mode="json"), "seed": config.seed}
     facts = made if config.source.train else {"weights": weights_digest(model)}
     name = "".join(c if c.isalnum() else "_" for c in config.source.model.removeprefix("local-dir:"))[-40:]

@@ -1,7 +1,7 @@
-"""One unit of work: a candidate on one rung. Cut the source, or take the model of the rung below; finetune it; report.
+"""Do one unit of work, a candidate on one rung: cut the source or load the model of the rung below, finetune, measure.
 
-It can be killed and started again at any moment: finetuning goes on from its last whole epoch, and a unit that has a
-result returns it.
+A unit can be killed and started again at any moment: finetuning resumes after its last complete epoch, and a unit that
+has a result returns it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
 __all__ = ["run_unit"]
 
 
-class Workplace:
-    """What every unit of a run needs, loaded once per process: configuration, data, source model and space."""
+class WorkerContext:
+    """What all units of a run share in one process: configuration, data and source model, loaded once."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -48,23 +48,23 @@ class Workplace:
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of(cls, path: Path) -> Workplace:
-        """The workplace of a run's folder; the last one is kept, for the next unit in this process."""
+    def of(cls, path: Path) -> WorkerContext:
+        """Return the context of a run's folder. The last one is kept for the next unit in this process."""
         return cls(Run(path))
 
     @cached_property
     def space(self) -> Space:
-        """For points that no decision is kept of."""
+        """The space, for points whose decision is not kept."""
         return Space(self.config.space, self.arch, read_scores(self.run / "scores", self.facts["scores"]))
 
     @cached_property
     def latency(self) -> LatencyTable | None:
-        """Of the space, where it has one."""
+        """The latency table of the space, if it has one."""
         table = self.config.space.latency_table
         return None if table is None else LatencyTable.load(Path(table))
 
     def candidate(self, unit: Unit) -> Candidate:
-        """The candidate of a unit, from the decision that the driver made.
+        """Return the candidate of a unit, from the decision that the driver made and kept.
 
         In a run from before decisions were kept, the point is decoded again.
 
@@ -87,7 +87,7 @@ class Workplace:
         return found
 
     def images(self) -> Iterator[Any]:
-        """``screen``, loaded only once somebody looks."""
+        """Iterate over ``screen``, which is loaded at the first item."""
         yield from self.screen
 
     @cached_property
@@ -104,7 +104,7 @@ class Workplace:
         return self.config.search.rungs[rung] if self.config.search.rungs else self.config.finetune.epochs
 
     def recipe(self, unit: Unit) -> Recipe:
-        """The finetuning of a unit: complete in itself, with its own schedule."""
+        """Return the recipe of a unit: the epochs of its rung as one whole schedule, changed by its training axes."""
         epochs = self.epochs(unit.rung)
         recipe = self.config.finetune
         for axis in AXES.values():
@@ -117,15 +117,16 @@ class Workplace:
 def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
     """Do a unit of the run at ``path``, or what is left of it.
 
-    Returns what ``result.json`` says, or ``{"state": "stopped"}``, or ``{"state": "disk full"}`` where that kept it
-    from ending. Any other exception is the unit's failure: its traceback is the result.
+    Returns:
+        What ``result.json`` says; ``{"state": "stopped"}`` if it was asked to stop; ``{"state": "disk full"}`` if there
+        was no room to end. Any other exception is the unit's failure, and its traceback is the result.
     """
     run = Run(path)
     found = run.read_result(unit.id)
     if found is not None:
         return found
     try:
-        result = _work(Workplace.of(path), unit)
+        result = _work(WorkerContext.of(path), unit)
         return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
     except Exception as error:
         if disk_full(error):  # it is no fault of the unit's, which goes on once there is room
@@ -133,13 +134,13 @@ def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
         return run.write_result(unit.id, error=traceback.format_exc())
 
 
-def _work(workplace: Workplace, unit: Unit) -> Result | None:
-    run, start = workplace.run, time.monotonic()
+def _work(context: WorkerContext, unit: Unit) -> Result | None:
+    run, start = context.run, time.monotonic()
     folder = run.trial(unit.id)
-    candidate = workplace.candidate(unit)
+    candidate = context.candidate(unit)
     write_text(folder / "arch.json", candidate.arch.to_json())
-    screens = workplace.epochs(unit.rung) == 0
-    found = _screen(workplace, unit, candidate) if screens else _train(workplace, unit, candidate, folder)
+    screens = context.epochs(unit.rung) == 0
+    found = _screen(context, unit, candidate) if screens else _train(context, unit, candidate, folder)
     if found is None:
         return None
     before, after, training = found
@@ -154,7 +155,7 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
         seconds=time.monotonic() - start,
         key=unit.key,
         rung=unit.rung,
-        epochs=sum(workplace.epochs(rung) for rung in range(unit.rung + 1)),
+        epochs=sum(context.epochs(rung) for rung in range(unit.rung + 1)),
         latency_ms=candidate.latency_ms,
         has_model=not screens,
         training_seconds=training,
@@ -162,23 +163,23 @@ def _work(workplace: Workplace, unit: Unit) -> Result | None:
     )
 
 
-def _screen(workplace: Workplace, unit: Unit, candidate: Candidate) -> tuple[EvalMetrics, EvalMetrics, float]:
-    found = EvalMetrics.of(evaluate(_cut(workplace, candidate), workplace.screen))
-    with _log(workplace.run, unit) as log:
+def _screen(context: WorkerContext, unit: Unit, candidate: Candidate) -> tuple[EvalMetrics, EvalMetrics, float]:
+    found = EvalMetrics.of(evaluate(_cut(context, candidate), context.screen))
+    with _log(context.run, unit) as log:
         log.event("end", **found.as_dict())
     return found, found, 0.0
 
 
 def _train(
-    workplace: Workplace, unit: Unit, candidate: Candidate, folder: Path
+    context: WorkerContext, unit: Unit, candidate: Candidate, folder: Path
 ) -> tuple[EvalMetrics, EvalMetrics, float] | None:
-    """Quality before and after finetuning and its seconds, or None where it was asked to stop."""
-    model = _start(workplace, unit, candidate)
-    before = workplace.evaluate(model)
-    with _log(workplace.run, unit) as log:
+    """EvalMetrics before and after finetuning and its seconds, or None where it was asked to stop."""
+    model = _start(context, unit, candidate)
+    before = context.evaluate(model)
+    with _log(context.run, unit) as log:
         log.event("start", resumed=(folder / STATE).exists(), zero_shot=before.top1)
         begun = time.monotonic()
-        finished = _finetune(workplace, model, unit, folder, log)
+        finished = _finetune(context, model, unit, folder, log)
         seconds = time.monotonic() - begun
         if not finished:
             log.event("stopped")
@@ -188,29 +189,29 @@ def _train(
     return before, after, seconds
 
 
-def _cut(workplace: Workplace, candidate: Candidate) -> nn.Module:
-    """The source, cut; BatchNorms of new convolutions have seen images."""
-    model = cut(workplace.source, candidate.decision)
-    recalibrate(model, workplace.images())
+def _cut(context: WorkerContext, candidate: Candidate) -> nn.Module:
+    """Cut the source, and show images to the BatchNorms of new convolutions."""
+    model = cut(context.source, candidate.decision)
+    recalibrate(model, context.images())
     return model
 
 
-def _start(workplace: Workplace, unit: Unit, candidate: Candidate) -> nn.Module:
-    """The model that a unit starts from: the cut source, or what the rung below has made of it.
+def _start(context: WorkerContext, unit: Unit, candidate: Candidate) -> nn.Module:
+    """Return the model that a unit starts from: the cut source, or the model of the rung below.
 
-    Where that model is gone, because it was off the front when an earlier search ended, it is made again.
+    If that model was deleted because it was off the front when an earlier search ended, it is trained again.
     """
-    if unit.rung == 0 or workplace.epochs(unit.rung - 1) == 0:
-        return _cut(workplace, candidate)
-    below = workplace.run.trial(unit_id(unit.number, unit.rung - 1))
+    if unit.rung == 0 or context.epochs(unit.rung - 1) == 0:
+        return _cut(context, candidate)
+    below = context.run.trial(unit_id(unit.number, unit.rung - 1))
     if not (below / "model").exists():
-        _train(workplace, Unit(**read_json(below / "spec.json")), candidate, below)
-    return load(below / "model").to(next(workplace.source.parameters()).device)
+        _train(context, Unit(**read_json(below / "spec.json")), candidate, below)
+    return load(below / "model").to(next(context.source.parameters()).device)
 
 
-def _finetune(workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, log: MetricsLog) -> bool:
+def _finetune(context: WorkerContext, model: nn.Module, unit: Unit, folder: Path, log: MetricsLog) -> bool:
     """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
-    run, resources = workplace.run, workplace.config.resources
+    run, resources = context.run, context.config.resources
     start, checkpoints = folder / "start", folder / "train"
     placement = Placement(
         resources.workers_per_trial,
@@ -218,27 +219,27 @@ def _finetune(workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, 
         gpus=resources.gpus_per_trial,
         storage=str(checkpoints),
     )
-    loaded = LoadedJob(model, workplace.source, workplace.data) if placement.here else None
+    loaded = LoadedJob(model, context.source, context.data) if placement.here else None
     if loaded is None and not start.exists():
         save(model.cpu(), start)
     job = TrainingJob(
         model=str(start),
-        data=workplace.config.data.name,
-        recipe=workplace.recipe(unit).model_dump(mode="json"),
+        data=context.config.data.name,
+        recipe=context.recipe(unit).model_dump(mode="json"),
         teacher=str(run / "source"),
         teacher_cache=str(run.teacher_logits),
         seed=unit.seed,
-        loader_workers=workplace.config.data.loader_workers,
+        loader_workers=context.config.data.loader_workers,
         stop_file=str(run.stop_file),
     )
     finished = run_job(
         job,
         folder / "model",
         folder,
-        data=workplace.data,
+        data=context.data,
         placement=placement,
         log=log,
-        provenance=_provenance(workplace, unit),
+        provenance=_provenance(context, unit),
         loaded=loaded,
         name=f"{run.path.name}-{unit.id}-{unit.key}",
     )
@@ -248,13 +249,13 @@ def _finetune(workplace: Workplace, model: nn.Module, unit: Unit, folder: Path, 
     return finished
 
 
-def _provenance(workplace: Workplace, unit: Unit) -> dict[str, Any]:
+def _provenance(context: WorkerContext, unit: Unit) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     return {
         "method": unit.point["method"],
-        "source": workplace.facts["source"],
-        "scores": workplace.facts["scores"],
-        "data": workplace.data.info.fingerprint,
+        "source": context.facts["source"],
+        "scores": context.facts["scores"],
+        "data": context.data.info.fingerprint,
         "point": unit.point,
         "rung": unit.rung,
         "seed": unit.seed,

@@ -1,1 +1,5 @@
-"""Where to look next: samplers that propose points."""
+"""Where to look next: an Optuna sampler that knows what candidates cost."""
+
+from .budget_gp import BudgetGPSampler
+
+__all__ = ["BudgetGPSampler"]

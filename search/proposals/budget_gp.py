@@ -1,4 +1,4 @@
-"""Where to look next, for a search that knows what a candidate costs before it is trained.
+"""An Optuna sampler for searches that know what a candidate costs before it is trained.
 
 A sampler for two objectives has to learn both. Costs need no learning: here a budget is fixed first, evenly over the
 window, and one objective is left, the quality at that budget on the highest rung. A Gaussian process learns it from the
@@ -9,187 +9,245 @@ other ways).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from prunesweep.search.store.run import Result
-
+from .encoder import SearchSpaceEncoder
+from .evaluations import FEW, Evaluations, standardised, thinned
 from .gaussian_process import GaussianProcess, Observations, learn
 
-__all__ = ["EXPLORE", "GOLDEN", "Cube", "propose", "standardised"]
+__all__ = ["CANDIDATE", "EXPLORE", "GOLDEN", "RUNG", "BudgetGPSampler", "log_error", "log_perplexity", "propose"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+RUNG, CANDIDATE = "rung", "candidate"  # user attributes of a trial
 EXPLORE = 8  # one of so many proposals is random
 CROWD = 64  # proposals whose candidates may be running
 GOLDEN = (5**0.5 - 1) / 2  # steps that cover an interval evenly, however many there are
-FEW = 5  # a rung with fewer results is not learned from: their spread says nothing yet
 MOST, LEARN = 200, 100  # results that a proposal learns from, and those that its hyperparameters are learned from
 REFIT = 8  # hyperparameters are learned anew once there are one in so many more candidates
-OUTLIER = 4.0  # spreads of a rung; how much worse than that a ruined candidate is does not matter
-TRACE = 0.05  # of a mutation's step
 ROUNDS, WIDE, LOCAL, BEST = 5, 200, 100, 10  # of the local search: first and later points, and those mutated
+SUM_WEIGHT = 0.05  # of the sum beside the largest term, in Knowles' augmented Chebyshev function
 
 
-class Cube:
-    """A search's variables as a unit cube: a point is a row with one column per variable.
+def log_error(top1: Floats) -> Floats:
+    """Return accuracies in percent as negated logarithms of the error, of at least 0.1 percent."""
+    return np.asarray(-np.log(np.maximum(100 - top1, 0.1)))
 
-    A column runs from 0 to 1 over the range, on its logarithm where the variable is drawn so; whole numbers lie on a
-    grid; of a categorical variable it is the place of the choice.
+
+def log_perplexity(ppl: Floats) -> Floats:
+    """Return perplexities as their negated logarithms."""
+    return np.asarray(-np.log(ppl))
+
+
+class BudgetGPSampler(BaseSampler):
+    """Sample a budget evenly, and the other variables by a Gaussian process over the results of all rungs.
+
+    It serves any study. Its random numbers follow from ``seed`` and the trial's number alone, so that a study that is
+    opened again goes on as if it had never been closed.
+
+    Which trials it learns from: finished ones with values of the study that it is asked for, or of ``results``. A trial
+    may say by the user attribute ``rung`` (0 by default) on what fidelity it was evaluated, and by ``candidate`` (its
+    own number by default) of which candidate it is an evaluation: one candidate may have a trial on every rung. A trial
+    that has a ``rung`` counts in any finished state: pruned, it still has values; failed, it gave no number.
+    Values that are no finite numbers count as worse than all others. Running trials of the study are pending: their
+    points are not proposed again, nor are those that are known.
+
+    Args:
+        search_space: the variables; by default those that all finished trials of the study have in common, so that a
+            first trial is sampled variable by variable.
+        seed: of the random numbers; any by default.
+        budget: the variable that decides what a candidate costs. It takes values evenly over its range whatever the
+            results are. By default there is none, and all variables are sampled alike.
+        quality: index of the one objective that has to be learned; the others are costs, which follow from the budget.
+            By default all have to be: where there are several, every trial optimises a random weighting of them
+            (ParEGO, Knowles 2006, equation 2).
+        scale: what makes the quality additive, larger being better, of an (n,) array; by default the quality itself,
+            negated where it is minimised.
+        results: another study, whose trials are learned from in place of those of the study that proposes.
     """
 
-    def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
-        self.names, self._each = list(distributions), list(distributions.values())
-        self.choices = [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in self._each]
-        self._steps = [d.high - d.low if isinstance(d, IntDistribution) else 0 for d in self._each]
-        self.groups = [v for v, choices in enumerate(self.choices) for _ in range(max(choices, 1))]  # of the features
+    def __init__(
+        self,
+        search_space: Mapping[str, BaseDistribution] | None = None,
+        *,
+        seed: int | None = None,
+        budget: str | None = None,
+        quality: int | None = None,
+        scale: Callable[[Floats], Floats] | None = None,
+        results: Study | None = None,
+    ) -> None:
+        self._search_space = None if search_space is None else dict(search_space)
+        self._seed = _any_seed() if seed is None else seed
+        self._budget, self._quality, self._scale, self._results = budget, quality, scale, results
+        self._intersection = IntersectionSearchSpace()
+        self._warned = False
 
-    def rows(self, points: Sequence[Mapping[str, float | int | str]]) -> Floats:
-        """(n, V) rows of points."""
-        found = np.zeros((len(points), len(self.names)))
-        for v, (name, d) in enumerate(zip(self.names, self._each, strict=True)):
-            given = [point[name] for point in points]
-            if isinstance(d, CategoricalDistribution):
-                found[:, v] = [d.choices.index(value) for value in given]
-            else:
-                low, high, log = _range(d)
-                column = np.log(np.array(given, float)) if log else np.array(given, float)
-                found[:, v] = (column - low) / (high - low) if high > low else 0.5
-        return found
+    def reseed_rng(self) -> None:
+        """Draw another seed; for Optuna, which calls this where several processes share a sampler."""
+        self._seed = _any_seed()
 
-    def point(self, row: Floats) -> dict[str, float | int | str]:
-        """The point of a row."""
-        found: dict[str, float | int | str] = {}
-        for name, d, value in zip(self.names, self._each, row.tolist(), strict=True):
-            if isinstance(d, CategoricalDistribution):
-                found[name] = d.choices[int(value)]  # type: ignore[assignment]  # ours are strings
-                continue
-            low, high, log = _range(d)
-            number = low + value * (high - low)
-            number = min(max(math.exp(number) if log else number, d.low), d.high)  # type: ignore[attr-defined]
-            found[name] = round(number) if isinstance(d, IntDistribution) else number
-        return found
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the variables that are sampled together."""
+        if self._search_space is not None:
+            return dict(self._search_space)
+        return {name: d for name, d in self._intersection.calculate(study).items() if not d.single()}
 
-    def features(self, rows: Floats) -> Floats:
-        """(n, D) for a kernel: one column per number, one per choice; two choices lie 1 apart."""
-        columns = [
-            (rows[:, [v]] == np.arange(choices)) * 0.5**0.5 if choices else rows[:, [v]]
-            for v, choices in enumerate(self.choices)
-        ]
-        return np.hstack(columns)
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return a point for the trial."""
+        if not search_space:
+            return {}
+        encoder = SearchSpaceEncoder(search_space)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pending = [t.params for t in running if t.number != trial.number and search_space.keys() <= t.params.keys()]
+        return propose(
+            encoder,
+            self._evaluations(study, encoder, trial.number),
+            trial.number,
+            self._seed,
+            budget=self._budget,
+            pending=encoder.rows(pending),
+        )
 
-    def random(self, rng: np.random.Generator, count: int) -> Floats:
-        """(count, V) rows, every value as likely as any other."""
-        found = rng.random((count, len(self.names)))
-        for v, (choices, steps) in enumerate(zip(self.choices, self._steps, strict=True)):
-            if choices:
-                found[:, v] = rng.integers(choices, size=count)
-            elif steps:
-                found[:, v] = rng.integers(steps + 1, size=count) / steps
-        return found
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return a random value of one variable, for variables that are not sampled together."""
+        rng = np.random.default_rng([self._seed, trial.number, zlib.crc32(param_name.encode())])
+        encoder = SearchSpaceEncoder({param_name: param_distribution})
+        return encoder.point(encoder.random(rng, 1)[0])[param_name]
 
-    def mutated(self, rng: np.random.Generator, rows: Floats, free: Ints) -> Floats:
-        """Rows, each with one or a few of the ``free`` variables changed: numbers a little, choices at will.
+    def _evaluations(self, study: Study, encoder: SearchSpaceEncoder, number: int) -> Evaluations:
+        """Return what the trials say of points of the space."""
+        source = study if self._results is None else self._results
+        trials = [t for t in source.get_trials(deepcopy=False) if _counts(t) and set(encoder.names) <= t.params.keys()]
+        rows = encoder.rows([t.params for t in trials])
+        values = np.array([t.values or [np.nan] * len(source.directions) for t in trials], float)
+        known = Evaluations.ordered(
+            rows,
+            np.array([t.user_attrs.get(RUNG, 0) for t in trials], np.int64),
+            np.array([t.user_attrs.get(CANDIDATE, t.number) for t in trials], np.int64),
+            self._qualities(values.reshape(-1, len(source.directions)), source.directions, number),
+        )
+        if not self._warned and not np.isfinite(known.values).all():
+            self._warned = True
+            warnings.warn("a quality is not a finite number: it counts as worse than all others", stacklevel=2)
+        return known.take(encoder.inside(known.rows))
 
-        The other numbers, if not whole, move by a trace: what differs in the budget alone may be one candidate.
-        """
-        count = len(rows)
-        hit = rng.random(rows.shape) < 1.7 / len(free)
-        hit[np.arange(count), rng.choice(free, count)] = True
-        steps = rng.normal(size=rows.shape) * rng.choice([0.12, 0.03], size=(count, 1))
-        anew, found = self.random(rng, count), rows.copy()
-        for v in free:
-            changed = anew[:, v]
-            if grid := self._steps[v]:
-                whole = np.maximum(np.round(abs(steps[:, v]) * grid), 1) / grid
-                changed = np.clip(rows[:, v] + np.sign(steps[:, v]) * whole, 0, 1)
-            elif not self.choices[v]:
-                found[:, v] = _reflected(rows[:, v] + np.where(hit[:, v], 1, TRACE) * steps[:, v])
-                continue
-            found[:, v] = np.where(hit[:, v], changed, rows[:, v])
-        return found
-
-
-def _reflected(column: Floats) -> Floats:
-    """Back into the unit interval; cut off, many would be equal."""
-    return 1 - abs(1 - abs(column) % 2)
+    def _qualities(self, values: Floats, directions: Sequence[StudyDirection], number: int) -> Floats:
+        """Return (n,) qualities of (n, m) values: larger is better, -inf where one is not a finite number."""
+        index = 0 if len(directions) == 1 else self._quality
+        bad = ~np.isfinite(values if index is None else values[:, [index]]).all(axis=1)
+        signs = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions])
+        usable = np.where(bad[:, None], 1.0, values)
+        if index is None:
+            weights = np.random.default_rng([self._seed, number, 1]).dirichlet(np.ones(len(directions)))
+            found = _weighted(usable * signs, bad, weights)
+        elif self._scale is not None:
+            found = self._scale(usable[:, index])
+        else:
+            found = usable[:, index] * signs[index]
+        return np.where(bad, -np.inf, found)
 
 
-def _range(distribution: BaseDistribution) -> tuple[float, float, bool]:
-    """Low, high and whether they are logarithms, of a range of numbers."""
-    low, high, log = distribution.low, distribution.high, distribution.log  # type: ignore[attr-defined]
-    return (math.log(low), math.log(high), True) if log else (float(low), float(high), False)
+def _any_seed() -> int:
+    return int(np.random.SeedSequence().generate_state(1)[0])
 
 
-@dataclass(frozen=True)
-class Known:
-    """Results of all rungs that have enough of them, as arrays; (n,) each but ``rows``."""
+def _counts(trial: FrozenTrial) -> bool:
+    """Return whether a trial is an evaluation."""
+    return trial.state == TrialState.COMPLETE or (trial.state.is_finished() and RUNG in trial.user_attrs)
 
-    rows: Floats  # (n, V)
-    rungs: Ints
-    candidates: Ints
-    values: Floats
 
-    def some(self, places: Ints) -> Known:
-        return Known(self.rows[places], self.rungs[places], self.candidates[places], self.values[places])
+def _weighted(gains: Floats, bad: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return the negated augmented Chebyshev function of (n, m) gains, which are scaled to the unit cube.
+
+    Source: ParEGO, Knowles 2006, equation 2: max_k w_k f_k + 0.05 sum_k w_k f_k, for losses f in [0, 1].
+    """
+    if bad.all():
+        return np.zeros(len(gains))
+    low, high = gains[~bad].min(axis=0), gains[~bad].max(axis=0)
+    losses = weights * (high - gains) / np.maximum(high - low, 1e-12)
+    return np.asarray(-(losses.max(axis=1) + SUM_WEIGHT * losses.sum(axis=1)))
 
 
 def propose(
-    distributions: Mapping[str, BaseDistribution], results: Sequence[Result], number: int, seed: int
-) -> dict[str, float | int | str]:
-    """A point for the proposal of this number; the same for the same arguments.
+    encoder: SearchSpaceEncoder,
+    evaluations: Evaluations,
+    number: int,
+    seed: int,
+    *,
+    budget: str | None = "budget",
+    pending: Floats | None = None,
+) -> dict[str, Any]:
+    """Return a point for the proposal of this number; the same for the same arguments.
 
     Args:
-        distributions: the variables. Where ``budget`` is not among them, the quality alone is what counts.
-        results: all that is known, of any rung.
+        encoder: the variables.
+        evaluations: all that is known, of any rung.
         number: how many proposals there were before.
         seed: of the search.
+        budget: the variable that decides the cost. Where it is not among the variables, the quality alone counts.
+        pending: (p, V) rows of candidates that are being evaluated.
     """
     rng = np.random.default_rng([seed, number])
-    results = sorted(results, key=lambda r: (r.rung, r.trial))  # in whatever order they came in
-    cube = Cube(distributions)
-    budget = {cube.names.index("budget"): number * GOLDEN % 1} if "budget" in distributions else {}
-    known = standardised(cube, results)
-    candidates = len({result.trial for result in results})
-    started = candidates >= 2 * len(distributions)
+    fixed = {encoder.names.index(budget): number * GOLDEN % 1} if budget in encoder.names else {}
+    known = standardised(evaluations)
+    candidates = len(np.unique(evaluations.candidates))
+    started = candidates >= 2 * len(encoder.names)
     crowded = number > 4 * candidates + CROWD  # most proposals were no new candidates: chance finds one sooner
-    free = np.array([v for v in range(len(cube.names)) if v not in budget], dtype=np.int64)
-    if crowded or not started or not len(known.rungs) or not len(free) or number % EXPLORE == EXPLORE - 1:
-        return cube.point(_at(cube.random(rng, 1), budget)[0])
-    known = known.some(_spread(known.rungs, MOST, _distance(known.rows, budget)))
+    free = np.array([v for v in range(len(encoder.names)) if v not in fixed], dtype=np.int64)
+    if crowded or not started or not len(known) or not len(free) or number % EXPLORE == EXPLORE - 1:
+        return encoder.point(_at(encoder.random(rng, 1), fixed)[0])
+    known = known.take(thinned(known.rungs, MOST, _distance(known.rows, fixed)))
     top = int(known.rungs.max())
-    process = GaussianProcess(_observed(cube, known), _learned(cube, results, top + 1))
-    near = _best_near(known, budget)
+    process = GaussianProcess(_observed(encoder, known), _learned(encoder, evaluations, top + 1))
+    near = _best_near(known, fixed)
     rows = np.vstack(
-        [cube.random(rng, WIDE // 2), cube.mutated(rng, near[rng.integers(len(near), size=WIDE // 2)], free)]
+        [encoder.random(rng, WIDE // 2), encoder.mutated(rng, near[rng.integers(len(near), size=WIDE // 2)], free)]
     )
     for _ in range(ROUNDS):
-        rows = _at(rows, budget)
-        mean, deviation = process.predict(cube.features(rows), top)
+        rows = _at(rows, fixed)
+        mean, deviation = process.predict(encoder.features(rows), top)
         best = rows[np.argsort(-(mean + deviation), kind="stable")[:BEST]]
-        rows = np.vstack([best, cube.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free)])
-    return cube.point(best[0])
+        rows = np.vstack([best, encoder.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free)])
+    taken = np.vstack([evaluations.rows, *([] if pending is None else [pending])])
+    return encoder.point(next(_untaken(best, taken), _at(encoder.random(rng, 1), fixed)[0]))
 
 
-def _learned(cube: Cube, results: Sequence[Result], rungs: int) -> Tensor | None:
-    """Hyperparameters, which is what takes time: learned anew only once there is an eighth more to learn them from."""
-    trials = sorted({result.trial for result in results})
-    settled = set(trials[: len(trials) - len(trials) % max(len(trials) // REFIT, 1)])
-    known = standardised(cube, [result for result in results if result.trial in settled])
-    if not len(known.rungs):
+def _untaken(rows: Floats, taken: Floats) -> Iterator[Floats]:
+    """Yield the rows that are not among those taken."""
+    for row in rows:
+        if not (abs(taken - row).max(axis=1) < 1e-9).any():
+            yield row
+
+
+def _learned(encoder: SearchSpaceEncoder, evaluations: Evaluations, rungs: int) -> Tensor | None:
+    """Return hyperparameters, which take time: learned anew only once there is an eighth more to learn them from."""
+    trials = np.unique(evaluations.candidates)
+    settled = trials[: len(trials) - len(trials) % max(len(trials) // REFIT, 1)]
+    known = standardised(evaluations.take(np.isin(evaluations.candidates, settled)))
+    if not len(known):
         return None
-    order = np.random.default_rng(len(settled)).random(len(known.rungs))  # the same until they are learned anew
-    some = _observed(cube, known.some(_spread(known.rungs, LEARN, order)))
+    order = np.random.default_rng(len(settled)).random(len(known))  # the same until they are learned anew
+    some = _observed(encoder, known.take(thinned(known.rungs, LEARN, order)))
     arrays = (some.inputs, some.rungs, some.candidates, some.values)
-    return _learn(tuple(cube.groups), rungs, *(array.tobytes() for array in arrays))
+    return _learn(tuple(encoder.groups), rungs, *(array.tobytes() for array in arrays))
 
 
 @lru_cache(maxsize=8)
@@ -207,58 +265,27 @@ def _learn(
     return learn(known, rungs)
 
 
-def _observed(cube: Cube, known: Known) -> Observations:
-    return Observations(cube.features(known.rows), cube.groups, known.rungs, known.candidates, known.values)
-
-
-def standardised(cube: Cube, results: Sequence[Result]) -> Known:
-    """What a model learns: the logarithm of error or perplexity, negated, by the median and the spread of its rung.
-
-    Rungs with few results are left out. A rung's spread is at least that of the rung below: its candidates were chosen.
-    """
-    kept: list[Result] = []
-    values: list[float] = []
-    spread = 1e-6
-    for rung in sorted({result.rung for result in results}):
-        own = [result for result in results if result.rung == rung]
-        if len(own) < FEW:
-            continue
-        quality = -np.log([max(100 - r.top1, 0.1) if r.ppl is None else r.ppl for r in own])
-        low, middle, high = np.quantile(quality, (0.16, 0.5, 0.84))
-        spread = max(spread, float(high - low) / 2)
-        kept += own
-        values += np.clip((quality - middle) / spread, -OUTLIER, OUTLIER).tolist()
-    rows = cube.rows([{name: result.point[name] for name in cube.names} for result in kept])
-    return Known(rows, np.array([r.rung for r in kept], int), np.array([r.trial for r in kept], int), np.array(values))
+def _observed(encoder: SearchSpaceEncoder, known: Evaluations) -> Observations:
+    return Observations(encoder.features(known.rows), encoder.groups, known.rungs, known.candidates, known.values)
 
 
 def _at(rows: Floats, fixed: Mapping[int, float]) -> Floats:
-    """Rows with some columns replaced, in place."""
+    """Return rows with some columns replaced, in place."""
     for v, value in fixed.items():
         rows[:, v] = value
     return rows
 
 
 def _distance(rows: Floats, fixed: Mapping[int, float]) -> Floats:
+    """Return (n,) distances of rows from the fixed budget."""
     return np.asarray(sum((abs(rows[:, v] - value) for v, value in fixed.items()), np.zeros(len(rows))))
 
 
-def _spread(rungs: Ints, most: int, order: Floats) -> Ints:
-    """Places of at most ``most`` results: a fair share of every rung, what a rung does not use to those below it."""
-    found: list[int] = []
-    present = sorted(set(rungs.tolist()), reverse=True)
-    for i, rung in enumerate(present):
-        own = np.flatnonzero(rungs == rung)
-        own = own[np.argsort(order[own], kind="stable")]
-        found += own[: (most - len(found)) // (len(present) - i)].tolist()
-    return np.array(sorted(found), dtype=np.int64)
-
-
-def _best_near(known: Known, budget: Mapping[int, float]) -> Floats:
-    """Rows of the best of those results of the two highest rungs that are nearest to the budget."""
+def _best_near(known: Evaluations, fixed: Mapping[int, float]) -> Floats:
+    """Return rows of the best of those evaluations of the two highest rungs that are nearest to the budget."""
     found = []
     for rung in sorted(set(known.rungs.tolist()), reverse=True)[:2]:
-        own = known.some(np.flatnonzero(known.rungs == rung))
-        near = own.some(np.argsort(_distance(own.rows, budget), kind="stable")[: max(FEW, len(own.rungs) // 4)])
+        own = known.take(np.flatnonzero(known.rungs == rung))
+        near = own.take(np.argsort(_distance(own.rows, fixed), kind="stable")[: max(FEW, len(own) // 4)])
         found.append(near.rows[np.argsort(-near.values, kind="stable")[:FEW]])
     return np.vstack(found)

@@ -2,13 +2,29 @@
 
 Compression costs accuracy mostly additively: what one choice costs depends little on the others. So the kernel is a sum
 over the variables (additive Gaussian processes, Duvenaud et al. 2011) plus one product over all of them, each a Matern
-kernel of order 5/2 with a length of its own. Both have a part that all rungs share and a part that fades with the
-distance between rungs, so that cheap results say what they can about expensive ones (multi-fidelity, Kennedy and
-O'Hagan 2000). What is particular to a candidate is the same on all of its rungs but fades too, and every rung has a
-noise of its own.
+kernel of order 5/2 with lengths of its own. Both have a part that all rungs share and a part that fades with the
+distance between rungs, so that cheap results inform expensive ones (multi-fidelity, Kennedy and O'Hagan 2000). A
+candidate's own deviation from the smooth functions fades too, and every rung has a noise of its own.
 
-Hyperparameters are the maximum a posteriori under broad log-normal priors. Inputs lie in the unit cube, outputs have
-scale 1.
+The covariance of the result of candidate c with inputs x on rung r, and that of c' with x' on r', is
+
+    k = sum_v (a_v + g b_v) m(|x_v - x'_v| / l_v) + (A + g B) m(|(x - x') / L|) + g w [c = c'] + (s_r + j) [same result]
+
+    g = exp(-|r - r'| / t)        m(d) = (1 + sqrt(5) d + 5 d^2 / 3) exp(-sqrt(5) d)
+
+    symbol    name in Hyperparameters   meaning
+    x_v                                 inputs of variable v, in the unit cube; several features where it is one-hot
+    l_v       additive_lengths          length of variable v in the sum
+    L         product_lengths           lengths of all variables in the product; (x - x') / L is taken by variable
+    a_v       additive_shared           variance of variable v in the sum, the same on all rungs
+    b_v       additive_fading           likewise, fading with the distance between rungs
+    A, B      product_shared, _fading   variances of the product, shared and fading
+    t         rung_length               rungs over which what fades falls to 1 / e
+    w         candidate_variance        variance of a candidate's own deviation
+    s_r       noise                     variance of the noise of rung r
+    j         JITTER                    a constant that keeps the matrix well conditioned
+
+Hyperparameters maximise marginal likelihood times broad log-normal priors. Outputs have mean about 0 and scale about 1.
 """
 
 from __future__ import annotations
@@ -22,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["GaussianProcess", "Observations", "learn"]
+__all__ = ["GaussianProcess", "Hyperparameters", "Observations", "learn"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -50,111 +66,145 @@ class Observations:
     values: Floats
 
 
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Hyperparameters of the kernel in the module's equation, all positive; V variables, R rungs."""
+
+    additive_lengths: Tensor  # (V,)
+    product_lengths: Tensor  # (V,)
+    additive_shared: Tensor  # (V,)
+    additive_fading: Tensor  # (V,)
+    product_shared: Tensor  # (1,)
+    product_fading: Tensor  # (1,)
+    rung_length: Tensor  # (1,)
+    candidate_variance: Tensor  # (1,)
+    noise: Tensor  # (R,)
+
+
 class GaussianProcess:
-    """Predicts one quantity on any rung from results on all of them.
+    """Predict one quantity on any rung from results on all of them.
 
     Args:
         known: the results.
-        hyperparameters: what ``learn`` gave, for as many rungs; learned from ``known`` by default, which is slow.
+        log_hyperparameters: what ``learn`` returned, for as many rungs; learned from ``known`` by default, which is
+            slow.
     """
 
-    def __init__(self, known: Observations, hyperparameters: Tensor | None = None) -> None:
+    def __init__(self, known: Observations, log_hyperparameters: Tensor | None = None) -> None:
         self._kernels = _Kernels(known)
-        self._prior = _Prior(self._kernels.variables, int(known.rungs.max()) + 1)
+        prior = _Prior(self._kernels.variables, int(known.rungs.max()) + 1)
         y = torch.as_tensor(known.values, dtype=torch.float64)
-        theta = _maximised(self._kernels, self._prior, y) if hyperparameters is None else hyperparameters
-        factor, failed = torch.linalg.cholesky_ex(self._kernels.noisy(self._prior.split(theta)))
+        theta = _maximised(self._kernels, prior, y) if log_hyperparameters is None else log_hyperparameters
+        self._hyperparameters = prior.split(theta)
+        factor, failed = torch.linalg.cholesky_ex(self._kernels.noisy(self._hyperparameters))
         if failed or not bool(factor.isfinite().all()):
-            theta = self._prior.mean
-            factor = torch.linalg.cholesky(self._kernels.noisy(self._prior.split(theta)))
-        self._parts, self._factor = self._prior.split(theta), factor
+            self._hyperparameters = prior.split(prior.mean)
+            factor = _factor(self._kernels.noisy(self._hyperparameters))
+        self._cholesky = factor
         self._weights = torch.cholesky_solve(y[:, None], factor)[:, 0]
-        self._own = self._kernels.own(self._parts)
+        self._prior_variance = self._kernels.variance(self._hyperparameters)
 
     def predict(self, inputs: Floats, rung: int) -> tuple[Floats, Floats]:
-        """Mean and standard deviation, without noise, on ``rung``; (m,) each, for (m, D) inputs."""
-        cross = self._kernels.to(self._parts, torch.as_tensor(inputs, dtype=torch.float64), rung)
-        solved = torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
-        variance = (self._own - (solved**2).sum(0)).clamp(min=1e-12)
+        """Return mean and standard deviation, without noise, on ``rung``: (m,) each, for (m, D) inputs."""
+        cross = self._kernels.cross(self._hyperparameters, torch.as_tensor(inputs, dtype=torch.float64), rung)
+        solved = torch.linalg.solve_triangular(self._cholesky, cross.T, upper=False)
+        variance = (self._prior_variance - (solved**2).sum(0)).clamp(min=1e-12)
         return (cross @ self._weights).numpy(), variance.sqrt().numpy()
 
 
 def learn(known: Observations, rungs: int) -> Tensor:
-    """Hyperparameters from some results, for processes that know results of ``rungs`` rungs."""
+    """Return the logarithms of hyperparameters learned from some results.
+
+    Args:
+        known: the results.
+        rungs: of the process that is to have them; at least one more than the highest in ``known``.
+    """
     kernels = _Kernels(known)
     y = torch.as_tensor(known.values, dtype=torch.float64)
     return _maximised(kernels, _Prior(kernels.variables, rungs), y)
 
 
 class _Prior:
-    """Mean and deviation of every hyperparameter's logarithm."""
+    """Mean and deviation of every hyperparameter's logarithm, as one vector in the order of ``Hyperparameters``."""
 
     def __init__(self, variables: int, rungs: int) -> None:
-        kinds = [
-            (variables, 0.5, 0.8),  # lengths of the sum
-            (variables, math.sqrt(variables / 3), 0.8),  # lengths of the product
-            (variables, 0.5, 1.5),  # variances of the sum, shared by the rungs
-            (variables, 0.15, 1.5),  # variances of the sum, fading with the rungs
-            (2, 0.3, 1.5),  # variances of the product, likewise
-            (1, 1.5, 1.0),  # rungs over which it fades
-            (1, 0.05, 1.5),  # variance of a candidate's own error
-            (rungs, 0.05, 1.5),  # of the noise
-        ]
-        self._sizes = [n for n, _, _ in kinds]
-        self.mean = torch.cat([torch.full((n,), math.log(middle), dtype=torch.float64) for n, middle, _ in kinds])
-        self.deviation = torch.cat([torch.full((n,), each, dtype=torch.float64) for n, _, each in kinds])
+        each = {  # number of them, median, deviation of the logarithm
+            "additive_lengths": (variables, 0.5, 0.8),
+            "product_lengths": (variables, math.sqrt(variables / 3), 0.8),
+            "additive_shared": (variables, 0.5, 1.5),
+            "additive_fading": (variables, 0.15, 1.5),
+            "product_shared": (1, 0.3, 1.5),
+            "product_fading": (1, 0.3, 1.5),
+            "rung_length": (1, 1.5, 1.0),
+            "candidate_variance": (1, 0.05, 1.5),
+            "noise": (rungs, 0.05, 1.5),
+        }
+        self._sizes = {name: n for name, (n, _, _) in each.items()}
+        kinds = each.values()
+        self.mean = torch.cat([torch.full((n,), math.log(median), dtype=torch.float64) for n, median, _ in kinds])
+        self.deviation = torch.cat([torch.full((n,), wide, dtype=torch.float64) for n, _, wide in kinds])
 
-    def split(self, theta: Tensor) -> tuple[Tensor, ...]:
-        """Hyperparameters by kind, from their logarithms in a row."""
-        return torch.split(theta.exp(), self._sizes)
+    def split(self, theta: Tensor) -> Hyperparameters:
+        """Return the hyperparameters by name, from their logarithms in a row."""
+        parts = torch.split(theta.exp(), list(self._sizes.values()))
+        return Hyperparameters(**dict(zip(self._sizes, parts, strict=True)))
 
 
 class _Kernels:
-    """Covariances of results, and of anything with them; ``parts`` are hyperparameters by kind."""
+    """Covariances of one set of results, for any hyperparameters."""
 
     def __init__(self, known: Observations) -> None:
-        groups = np.array(known.groups)[:, None] == np.arange(max(known.groups) + 1)
+        groups = np.arange(max(known.groups) + 1) == np.array(known.groups)[:, None]
         self._member = torch.as_tensor(groups, dtype=torch.float64)
         self._inputs = torch.as_tensor(known.inputs, dtype=torch.float64)
-        self._rungs, who = torch.as_tensor(known.rungs), torch.as_tensor(known.candidates)
-        self._squares, self._apart = self._to(self._inputs), (self._rungs[:, None] - self._rungs).abs().double()
-        self._same = (who[:, None] == who).double()
+        self._rungs, candidates = torch.as_tensor(known.rungs), torch.as_tensor(known.candidates)
+        self._squares = self._squared_distances(self._inputs)
+        self._rungs_apart = (self._rungs[:, None] - self._rungs).abs().double()
+        self._same_candidate = (candidates[:, None] == candidates).double()
 
     @property
     def variables(self) -> int:
         return self._member.shape[1]
 
-    def noisy(self, parts: Sequence[Tensor]) -> Tensor:
-        """(n, n) of the results with each other."""
-        *_, over, own, noise = parts
-        fade = torch.exp(-self._apart / over)
-        found = self._smooth(parts, self._squares, fade) + own * fade * self._same
-        return found + torch.diag(noise[self._rungs] + JITTER)
+    def noisy(self, h: Hyperparameters) -> Tensor:
+        """Return the (n, n) covariance of the results with each other, noise included."""
+        fade = torch.exp(-self._rungs_apart / h.rung_length)
+        found = self._smooth(h, self._squares, fade) + h.candidate_variance * fade * self._same_candidate
+        return found + torch.diag(h.noise[self._rungs] + JITTER)
 
-    def to(self, parts: Sequence[Tensor], inputs: Tensor, rung: int) -> Tensor:
-        """(m, n) of (m, D) inputs on ``rung`` with the results."""
-        fade = torch.exp(-(self._rungs - rung).abs().double() / parts[5])
-        return self._smooth(parts, self._to(inputs), fade)
+    def cross(self, h: Hyperparameters, inputs: Tensor, rung: int) -> Tensor:
+        """Return the (m, n) covariance of (m, D) inputs on ``rung`` with the results."""
+        fade = torch.exp(-(self._rungs - rung).abs().double() / h.rung_length)
+        return self._smooth(h, self._squared_distances(inputs), fade)
 
-    def own(self, parts: Sequence[Tensor]) -> Tensor:
-        """Of any input with itself."""
+    def variance(self, h: Hyperparameters) -> Tensor:
+        """Return the prior variance of any input, without a candidate's own deviation and noise."""
         zero = torch.zeros(self.variables, 1, 1, dtype=torch.float64)
-        return self._smooth(parts, zero, torch.ones(1, 1, dtype=torch.float64))[0, 0]
+        return self._smooth(h, zero, torch.ones(1, 1, dtype=torch.float64))[0, 0]
 
-    def _to(self, x: Tensor) -> Tensor:
-        """(V, m, n) squared distances to the results, by variable."""
+    def _squared_distances(self, x: Tensor) -> Tensor:
+        """Return (V, m, n) squared distances of (m, D) inputs to the results, by variable."""
         return torch.einsum("mnd,dv->vmn", (x[:, None] - self._inputs) ** 2, self._member)
 
-    def _smooth(self, parts: Sequence[Tensor], squares: Tensor, fade: Tensor) -> Tensor:
-        lengths, joint, shared, fading, product = parts[:5]
-        single = _matern(squares / lengths[:, None, None] ** 2)
-        both = _matern(torch.einsum("vmn,v->mn", squares, joint**-2))
-        found = torch.einsum("vmn,v->mn", single, shared) + product[0] * both
-        return found + fade * (torch.einsum("vmn,v->mn", single, fading) + product[1] * both)
+    def _smooth(self, h: Hyperparameters, squares: Tensor, fade: Tensor) -> Tensor:
+        single = _matern(squares / h.additive_lengths[:, None, None] ** 2)
+        joint = _matern(torch.einsum("vmn,v->mn", squares, h.product_lengths**-2))
+        found = torch.einsum("vmn,v->mn", single, h.additive_shared) + h.product_shared * joint
+        return found + fade * (torch.einsum("vmn,v->mn", single, h.additive_fading) + h.product_fading * joint)
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """Return the Cholesky factor, with as much added to the diagonal as it takes."""
+    identity = torch.eye(len(covariance), dtype=covariance.dtype)
+    for more in (0.0, 1e-3, 1e-2, 1e-1):
+        factor, failed = torch.linalg.cholesky_ex(covariance + more * identity)
+        if not failed and bool(factor.isfinite().all()):
+            return factor
+    return torch.linalg.cholesky(covariance + identity)
 
 
 def _maximised(kernels: _Kernels, prior: _Prior, y: Tensor) -> Tensor:
-    """Logarithms of the hyperparameters; the prior's mean where the search for them fails."""
+    """Return the logarithms of the most likely hyperparameters; the prior's mean where the search for them fails."""
     theta = prior.mean.clone().requires_grad_()
     search = torch.optim.LBFGS([theta], max_iter=STEPS, history_size=STEPS, line_search_fn="strong_wolfe")
 
@@ -172,6 +222,6 @@ def _maximised(kernels: _Kernels, prior: _Prior, y: Tensor) -> Tensor:
 
 
 def _matern(squares: Tensor) -> Tensor:
-    """Of order 5/2, by squared distances in lengths."""
+    """Return the Matern kernel m(d) of order 5/2, from squared distances d^2."""
     distance = torch.sqrt(5 * squares + 1e-9)  # a root has no slope at 0
     return (1 + distance + distance**2 / 3) * torch.exp(-distance)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
-from prunesweep.search.space.space import Space, Spread, Summary
+from prunesweep.search.space.space import Range, Space, Summary
 from prunesweep.search.store.front import hypervolume
 from prunesweep.search.store.run import Result
 from prunesweep.training import EvalMetrics
@@ -67,7 +67,7 @@ class Display:
             yield report
         self._live = None
 
-    def space(self, space: Space, summary: Summary, quality: EvalMetrics | None, zero_shot: Spread | None) -> None:
+    def space(self, space: Space, summary: Summary, quality: EvalMetrics | None, zero_shot: Range | None) -> None:
         """The source, every variable with its range, the objectives over a sample, and what can be reached."""
         source = space.source_cost
         self.note(
@@ -149,7 +149,7 @@ class Display:
         if not found:
             return
         training = sum(r.training_seconds for r in found)
-        share = 1 - training / (elapsed * coordinator.slots)
+        share = 1 - training / (elapsed * coordinator.max_concurrent)
         again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
         each = coordinator.seconds / len(found)
         self.note(

@@ -30,8 +30,8 @@ from .variables import Params, Variable
 __all__ = [
     "Candidate",
     "Params",
+    "Range",
     "Space",
-    "Spread",
     "Summary",
     "candidate_key",
     "read_scores",
@@ -54,7 +54,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Range:
     """Smallest, middle and largest value of a sample."""
 
     low: float
@@ -62,7 +62,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
+    def of(cls, values: list[float]) -> Range:
         ordered = sorted(values)
         return cls(ordered[0], ordered[len(ordered) // 2], ordered[-1])
 
@@ -71,9 +71,9 @@ class Spread:
 class Summary:
     """What the space holds, from a sample of its points."""
 
-    macs: Spread
-    params: Spread
-    latency_ms: Spread | None
+    macs: Range
+    params: Range
+    latency_ms: Range | None
     distinct: int  # candidates among the feasible points of the sample
     reachable: tuple[float, float]  # MACs of the narrowest and the widest architecture, over the source's
     feasible: float  # share of the sample that can be built within all windows
@@ -253,9 +253,9 @@ class Space:
             )
         latencies = [c.latency_ms for c in found if c.latency_ms is not None]
         return Summary(
-            macs=Spread.of([c.cost.macs for c in found]),
-            params=Spread.of([c.cost.params for c in found]),
-            latency_ms=Spread.of(latencies) if latencies else None,
+            macs=Range.of([c.cost.macs for c in found]),
+            params=Range.of([c.cost.params for c in found]),
+            latency_ms=Range.of(latencies) if latencies else None,
             distinct=len({c.key for c in found}),
             reachable=self.reachable,
             feasible=len(feasible) / sample,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from prunesweep.search.store import pareto
 
 from .pareto import Direction, as_losses
 
-__all__ = ["OBJECTIVES", "QUALITIES", "TWO", "directions", "hypervolume", "pareto_front", "values"]
+__all__ = ["OBJECTIVES", "QUALITIES", "TWO", "comparable", "directions", "hypervolume", "pareto_front", "values"]
 
 OBJECTIVES: dict[str, Direction] = {
     "top1": "maximize",
@@ -34,14 +35,25 @@ def values(point: Any, objectives: Sequence[str]) -> list[float]:
     return [float(getattr(point, name)) for name in objectives]
 
 
+def comparable(given: Sequence[float], objectives: Sequence[str]) -> tuple[float, ...]:
+    """Return values with those that are no numbers as infinitely bad: a comparison with NaN says nothing."""
+    worst = {"maximize": -math.inf, "minimize": math.inf}
+    return tuple(
+        worst[direction] if math.isnan(value) else value
+        for value, direction in zip(given, directions(objectives), strict=True)
+    )
+
+
 def pareto_front(points: Iterable[P], objectives: Sequence[str] = TWO) -> list[P]:
     """The points that no other point beats: none is at least as good in every objective and better in one.
 
-    Ascending in the first objective that is a cost. Of points with equal objectives the first one given stays.
+    Ascending in the first objective that is a cost. Of points with equal objectives the first one given stays. A point
+    that has an objective which is not a finite number is left out.
     """
     found: dict[tuple[float, ...], P] = {}
     for point in points:
-        found.setdefault(tuple(values(point, objectives)), point)
+        if all(map(math.isfinite, key := tuple(values(point, objectives)))):
+            found.setdefault(key, point)
     if not found:
         return []
     losses = as_losses(list(found), directions(objectives))

@@ -32,7 +32,7 @@ from prunesweep.models.io.files import write_text
 
 from .front import TWO, hypervolume, pareto_front
 
-__all__ = ["Lease", "Result", "Run", "Unit", "read_json", "unit_id"]
+__all__ = ["Result", "Run", "RunLock", "Unit", "read_json", "unit_id"]
 
 
 def unit_id(number: int, rung: int = 0) -> str:
@@ -174,7 +174,7 @@ class Run:
         rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table.get("rungs", [])), 1))]
         failed = sum(unit.startswith("r0-") for unit in failures)
         started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
-        running = started - rungs[0] - failed if Lease.holder(self.path) else 0
+        running = started - rungs[0] - failed if RunLock.holder(self.path) else 0
         return {
             "requested": table["trials"],
             "trials": {
@@ -257,7 +257,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-class Lease:
+class RunLock:
     """The right to write to a run: one driver at a time, across hosts that share the folder."""
 
     BEAT, STALE = 10.0, 60.0  # seconds
@@ -274,9 +274,9 @@ class Lease:
             return None
         if held["host"] == socket.gethostname():
             return held if _alive(held["pid"], held["started"]) else None
-        return held if time.time() - (folder / "lease.json").stat().st_mtime < Lease.STALE else None
+        return held if time.time() - (folder / "lease.json").stat().st_mtime < RunLock.STALE else None
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> RunLock:
         held = self.holder(self.folder)
         if held:
             raise UserError(

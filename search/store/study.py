@@ -1,48 +1,82 @@
-"""Optuna's study on disk: it proposes points and remembers what they gave. One driver writes; units never open it."""
+"""Optuna's studies of a search, on disk. One driver writes; units never open them.
+
+The journal has two studies. ``proposals`` has a trial for every point that the sampler proposed; its number is the
+candidate's, it is running while the candidate's first unit is, and its values are those of the first rung, which is
+what Optuna's own samplers learn from. ``results`` has a finished trial for every result on every rung, with what it
+gave as user attributes: it is what to look at in optuna-dashboard, where its best trials are the front of the search,
+and what our own sampler learns from.
+
+Two, because a trial cannot be changed once it is told. Were a candidate's trial left running until it can go no
+further, samplers would learn nothing before the search ends, as promotions are due at any time; were results of higher
+rungs added to the proposals, their numbers would no longer be the candidates'. ``results`` follows from the units'
+files: what is missing there, in a journal of an older version too, is added when a search goes on.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from prunesweep.search.proposals.budget_gp import propose
+from prunesweep.models import UserError
+from prunesweep.search.proposals.budget_gp import CANDIDATE, RUNG, BudgetGPSampler, log_error, log_perplexity
 from prunesweep.search.space.variables import Params
 
-from .front import TWO, directions
+from .front import QUALITIES, TWO, directions, values
 from .run import Result
 
-__all__ = ["SAMPLERS", "Study", "make_sampler", "resolve"]
+__all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
 
-NAME = "r0"
-SAMPLERS = ("auto", "excess", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
+PROPOSALS, RESULTS = "proposals", "results"
+OLDER = "r0"  # what proposals were called before
+SAMPLERS = ("auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 MANY = 1500  # trials from which a proposal of TPE takes longer than it is worth
+SCALES = {"top1": log_error, "ppl": log_perplexity}
+NOTES = {
+    PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a "
+    "pruned trial was no new candidate. What candidates gave in the end is in the study `results`.",
+    RESULTS: "Every result of search **{run}**, on every rung. The best trials are the front, as `prunesweep front` "
+    "shows it. User attributes say which candidate and rung a trial is of, how long it was finetuned, and where its "
+    "model is: models that are on no front are deleted as the search goes. A pruned trial only screened its candidate, "
+    "and has no model; a failed one gave no number.",
+}
 
 
 def resolve(name: str, distributions: Mapping[str, BaseDistribution], trials: int) -> str:
-    """The sampler that ``auto`` stands for.
+    """Return the sampler that ``auto`` stands for.
 
-    ``excess`` (``search.proposals``) where the budget varies; without that, TPE, or for more than ``MANY`` trials
+    ``budget_gp`` (``search.proposals``) where the budget varies; without that, TPE, or for more than ``MANY`` trials
     NSGA-II, as every proposal of TPE takes longer than the one before.
     """
     if name != "auto":
         return name
     if "budget" in distributions:
-        return "excess"
+        return "budget_gp"
     return "tpe" if trials <= MANY else "nsga2"
 
 
 def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trials: int, seed: int) -> BaseSampler:
-    """Optuna's sampler of this name. ``qmc`` draws categorical variables independently."""
+    """Return Optuna's sampler of this name. ``qmc`` draws categorical variables independently.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name == "excess":
+        raise UserError("sampler 'excess' is now called 'budget_gp'")
+    if name not in SAMPLERS[2:]:
+        raise UserError(f"sampler {name!r} is none; known: {', '.join(SAMPLERS)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         start = max(3 * len(distributions), 10)
@@ -61,16 +95,19 @@ def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trial
 
 
 class Study:
-    """Objectives of mixed directions. Open it only while holding the run's lease.
+    """Proposals and results of a search, for objectives of mixed directions.
+
+    Open it only while holding the run's lease.
 
     Args:
         journal: Optuna's journal file; a torn last line is cut off.
         distributions: the variables.
-        seed: of the proposals; together with the number of trials that are there already.
+        seed: of the proposals; for Optuna's samplers together with the number of trials that are there already.
         objectives: names, in the order of ``tell``'s values.
         sampler: one of ``SAMPLERS``.
         trials: how many proposals are planned.
         start: points to propose first, by variables; those that were proposed already are left out.
+        name: of the run, which the studies carry; that of the journal's folder by default.
     """
 
     def __init__(
@@ -83,38 +120,47 @@ class Study:
         sampler: str = "auto",
         trials: int = 0,
         start: Sequence[Params] = (),
+        name: str | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         _repair(journal)
-        self._distributions = dict(distributions)
+        self._distributions, self._objectives = dict(distributions), tuple(objectives)
         storage = JournalStorage(JournalFileBackend(str(journal)))
-        study = optuna.create_study(
-            study_name=NAME, storage=storage, directions=directions(objectives), load_if_exists=True
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(objectives))  # for optuna-dashboard
-        # a sampler keeps its random state in memory: after a resume it must not draw the same points again
-        state = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False))])
-        own = resolve(sampler, self._distributions, trials)
-        self._excess, self._seed = own == "excess", seed
-        first = "random" if self._excess else own  # every point of excess is put into the queue before it is asked for
-        study.sampler = make_sampler(first, self._distributions, trials, int(state.generate_state(1)[0]))
+        names = {study.study_name for study in storage.get_all_studies()}
+        run = journal.absolute().parent.name if name is None else name
+        self._results = _open(storage, RESULTS, RESULTS, objectives, run)
+        self._study = _open(storage, OLDER if OLDER in names else PROPOSALS, PROPOSALS, objectives, run)
+        self._known = {t.user_attrs.get("unit") for t in self._results.get_trials(deepcopy=False)}
+        self._study.sampler = self._make_sampler(resolve(sampler, self._distributions, trials), trials, seed)
         for point in start:
-            study.enqueue_trial({n: v for n, v in point.items() if n in distributions}, skip_if_exists=True)
-        self._study = study
+            self._study.enqueue_trial({n: v for n, v in point.items() if n in distributions}, skip_if_exists=True)
 
-    def ask(self, results: Sequence[Result] = ()) -> tuple[int, dict[str, float | int | str]]:
-        """Number and point of a new trial; ``results``, of all rungs, are what ``excess`` learns from."""
-        if self._excess and not self.count(TrialState.WAITING):
-            number = self.count(*TrialState)
-            self._study.enqueue_trial(propose(self._distributions, results, number, self._seed))
+    def _make_sampler(self, name: str, trials: int, seed: int) -> BaseSampler:
+        if name != "budget_gp":
+            # these keep their random state in memory: after a resume they must not draw the same points again
+            state = np.random.SeedSequence([seed, len(self._study.get_trials(deepcopy=False))])
+            return make_sampler(name, self._distributions, trials, int(state.generate_state(1)[0]))
+        quality = next(i for i, objective in enumerate(self._objectives) if objective in QUALITIES)
+        return BudgetGPSampler(
+            self._distributions,
+            seed=seed,
+            budget="budget",
+            quality=quality,
+            scale=SCALES[self._objectives[quality]],
+            results=self._results,
+        )
+
+    def ask(self) -> tuple[int, dict[str, float | int | str]]:
+        """Return number and point of a new trial."""
         trial = self._study.ask(self._distributions)
         return trial.number, dict(trial.params)
 
     def tell(self, number: int, values: Sequence[float]) -> None:
-        """Finish a trial; does nothing where it is finished already."""
-        self._study.tell(number, list(values), skip_if_finished=True)
+        """Finish a trial; does nothing where it is finished already. It has failed where a value is not finite."""
+        if all(map(math.isfinite, values)):
+            self._study.tell(number, list(values), skip_if_finished=True)
+        else:
+            self.fail(number)
 
     def fail(self, number: int) -> None:
         """Finish a trial without values."""
@@ -124,15 +170,81 @@ class Study:
         """Take back a proposal that is no candidate."""
         self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
+    def record(self, results: Iterable[Result]) -> None:
+        """Add finished units' results, of any rung, to ``results``; those that are there already are left out."""
+        for result in results:
+            if result.id not in self._known:
+                self._results.add_trial(self._trial_of(result))
+                self._known.add(result.id)
+
+    def _trial_of(self, result: Result) -> FrozenTrial:
+        """Return a finished trial that has all that is known of a result."""
+        found = values(result, self._objectives)
+        state = TrialState.COMPLETE if result.has_model else TrialState.PRUNED
+        state = state if all(map(math.isfinite, found)) else TrialState.FAIL
+        trial = optuna.trial.create_trial(
+            state=state,
+            values=None if state == TrialState.FAIL else found,
+            params={name: result.point[name] for name in self._distributions},
+            distributions=self._distributions,
+            user_attrs=_attributes(result),
+        )
+        if trial.datetime_start is not None and math.isfinite(result.seconds):
+            trial.datetime_start -= timedelta(seconds=result.seconds)
+        return trial
+
     def count(self, *states: TrialState) -> int:
-        """Trials in any of these states."""
+        """Return how many proposals are in any of these states."""
         return len(self._study.get_trials(deepcopy=False, states=states))
 
     def running(self) -> dict[int, dict[str, float | int | str] | None]:
-        """Trials that were asked for and not told, with their points; None where the driver died while asking."""
+        """Return trials that were asked for and not told, with their points.
+
+        The point is None where the driver died while asking.
+        """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         complete = set(self._distributions)
         return {t.number: dict(t.params) if set(t.params) == complete else None for t in trials}
+
+
+def _attributes(result: Result) -> dict[str, Any]:
+    """Return the user attributes of a result's trial; a figure that is no finite number is None."""
+    figures = {
+        "top1": result.top1,
+        **({} if result.ppl is None else {"ppl": result.ppl}),
+        "zero_shot": result.zero_shot,
+        "macs": result.macs,
+        "params": result.params,
+        **({} if result.latency_ms is None else {"latency_ms": result.latency_ms}),
+        "seconds": result.seconds,
+    }
+    return {
+        CANDIDATE: result.trial,
+        RUNG: result.rung,
+        "unit": result.id,
+        "epochs": result.epochs,
+        **{name: figure if math.isfinite(figure) else None for name, figure in figures.items()},
+        "arch_hash": result.arch_hash,
+        "model": f"trials/{result.id}/model" if result.has_model else None,
+    }
+
+
+def _open(storage: BaseStorage, stored: str, kind: str, objectives: Sequence[str], run: str) -> optuna.Study:
+    """Return a study of the journal, which is made where it is not there, with what dashboards show of it."""
+    if stored in {study.study_name for study in storage.get_all_studies()}:
+        study = optuna.load_study(study_name=stored, storage=storage)
+    else:
+        study = optuna.create_study(study_name=stored, storage=storage, directions=directions(objectives))
+    if study.user_attrs.get("run") == run:
+        return study
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(objectives))
+    study.set_user_attr("run", run)
+    # optuna-dashboard keeps its notes under these keys
+    storage.set_study_system_attr(study._study_id, "dashboard:note_ver", 1)
+    storage.set_study_system_attr(study._study_id, "dashboard:note_str:0", NOTES[kind].format(run=run))
+    return study
 
 
 def _repair(journal: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_submitted_followed_watched_and_fetched(
     code, out, err = call(capsys, "submit", configured("far"), *at, "--follow")
     assert code == 0, out + err
     assert "run far, job far-a1" in out
-    assert "[4/4] trial 3" in out
+    assert re.search(r"\[4/4\] trial [0-3]", out)  # which one ends last depends on the machine
     assert "far-a1: succeeded" in out
 
     found = json.loads(call(capsys, "status", "far", *at, "--json")[1])
@@ -87,7 +88,7 @@ def test_submitted_followed_watched_and_fetched(
     assert (found["job"], found["state"]) == ("far-a1", "succeeded")
     jobs = json.loads(call(capsys, "jobs", *at, "--json")[1])
     assert [(job["run"], job["job"], job["folder"]) for job in jobs] == [("far", "far-a1", str(runs / "far"))]
-    assert "[4/4] trial 3" in call(capsys, "logs", "far", *at)[1]
+    assert re.search(r"\[4/4\] trial [0-3]", call(capsys, "logs", "far", *at)[1])
 
     code, out, _ = call(capsys, "fetch", "far", *at, "--out", tmp_path / "near")
     assert code == 0

@@ -21,7 +21,7 @@ from rich.console import Console
 from prunesweep.models import UserError
 from prunesweep.search import SearchResult, run_search
 from prunesweep.search.config import SearchConfig
-from prunesweep.search.execution.prepare import open_search
+from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.store.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -76,7 +76,7 @@ def test_a_users_error_on_a_worker_is_the_users(
 ) -> None:
     config, text = tiny(data={"name": "imagefolder:/nowhere"}), StringIO()
     with pytest.raises(UserError) as here:
-        open_search(config, tmp_path / "cache", lambda *_: None)
+        prepare_search(config, tmp_path / "cache", lambda *_: None)
     with pytest.raises(UserError) as there:
         search(config, tmp_path / "run", cluster, text)
     assert str(there.value) == str(here.value)

@@ -13,7 +13,7 @@ from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
-from prunesweep.search.execution.rungs import Promotions
+from prunesweep.search.execution.rungs import MultiObjectiveASHA
 from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_unit
 from prunesweep.search.store.front import hypervolume, pareto_front
@@ -49,7 +49,7 @@ def test_a_unit_gives_a_perplexity(runs: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     create_run(run, settings, prepared)
     study = Study(run / "study.journal", prepared.space.distributions, 0, objectives=("ppl", "params"))
-    coordinator = Coordinator(run, study, prepared.space, settings.search, slots=1, seed=0)
+    coordinator = Coordinator(run, study, prepared.space, settings.search, max_concurrent=1, seed=0)
     unit = coordinator.next()
     assert unit is not None
     found = run_unit(run.path, unit)
@@ -100,7 +100,7 @@ def test_front_and_hypervolume_of_perplexities() -> None:
 
 def test_bands_are_those_of_the_cost_behind_a_perplexity() -> None:
     """One candidate per band goes on, though another one of the first band has a lower perplexity."""
-    ladder = Promotions(2, 2, ["minimize", "minimize"], bands=[50], banded=1)
+    ladder = MultiObjectiveASHA(2, 2, ["minimize", "minimize"], bands=[50], banded=1)
     for candidate, values in enumerate([(10.0, 40.0), (11.0, 30.0), (9.0, 90.0), (30.0, 95.0)]):
         ladder.add(0, candidate, values)
     chosen = []

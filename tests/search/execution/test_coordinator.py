@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,18 +17,20 @@ from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
 from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Result, Run, Unit
-from prunesweep.search.store.study import Study
+from prunesweep.search.store.study import RESULTS, Study
 from tests.search.helpers import make_run, make_space
-from tests.search.store.test_study import die_while_asking, trials
+from tests.search.store.test_study import die_while_asking, load, trials
 
 SPACE = make_space()
 
 
 def start(
-    run: Run, requested: int = 12, slots: int = 3, seed: int = 0, space: Any = SPACE, **search: Any
+    run: Run, requested: int = 12, max_concurrent: int = 3, seed: int = 0, space: Any = SPACE, **search: Any
 ) -> Coordinator:
     study = Study(run / "study.journal", space.distributions, seed)
-    return Coordinator(run, study, space, SearchTable(trials=requested, **search), slots=slots, seed=seed)
+    return Coordinator(
+        run, study, space, SearchTable(trials=requested, **search), max_concurrent=max_concurrent, seed=seed
+    )
 
 
 def work(run: Run, unit: Unit) -> Result:
@@ -51,7 +55,7 @@ def work(run: Run, unit: Unit) -> Result:
     return result
 
 
-def test_it_runs_as_many_as_asked_for_and_no_more_at_once_than_slots(tmp_path: Path) -> None:
+def test_it_runs_as_many_as_asked_for_and_no_more_at_once_than_fit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     coordinator = start(run)
     live: list[Unit] = []
@@ -117,7 +121,7 @@ def test_same_seed_same_proposals_with_one_slot(tmp_path: Path) -> None:
     points = []
     for name in "ab":
         run = make_run(tmp_path / name)
-        coordinator = start(run, slots=1, seed=7)
+        coordinator = start(run, max_concurrent=1, seed=7)
         while (unit := coordinator.next()) is not None:
             work(run, unit)
             coordinator.complete(unit.id)
@@ -189,11 +193,11 @@ def test_failures_are_counted_and_too_many_end_the_search(tmp_path: Path) -> Non
 
 def test_a_failed_unit_is_not_run_again_and_counts_as_one_of_those_asked_for(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
-    coordinator = start(run, slots=1)
+    coordinator = start(run, max_concurrent=1)
     unit = coordinator.next()
     assert unit is not None
     run.write_result(unit.id, error="boom")
-    again = start(run, slots=1)
+    again = start(run, max_concurrent=1)
     assert again.failures == {unit.id: "boom"}
     while (unit := again.next()) is not None:
         work(run, unit)
@@ -225,13 +229,13 @@ def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
 
 
 def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
-    from prunesweep.search.store.run import Lease
+    from prunesweep.search.store.run import RunLock
 
     run = make_run(tmp_path / "r")
     coordinator = start(run)
     coordinator.next()
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
-    with Lease(run.path):
+    with RunLock(run.path):
         assert run.status()["trials"] == {"finished": 0, "running": 1, "pending": 11, "failed": 0}
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
 
@@ -282,11 +286,17 @@ def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Pa
         f"r{p['rung']}-{p['trial']:04d}" for p in json.loads((run / "front.json").read_text())
     }
     assert Counter(t.state.name for t in trials(run / "study.journal"))["COMPLETE"] >= 27
+    # the journal's results are all there, once, and their best trials are the front
+    units = Counter(t.user_attrs["unit"] for t in trials(run / "study.journal", RESULTS))
+    assert units == Counter(r.id for r in run.results())
+    best = load(run / "study.journal", RESULTS).best_trials
+    places = {(t.user_attrs["candidate"], t.user_attrs["rung"], *t.values) for t in best}
+    assert places == {(p["trial"], p["rung"], p["top1"], p["macs"]) for p in run.front()}
 
 
 def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", 9, rungs=(1, 2), reduction_factor=3)
-    coordinator = start(run, 9, slots=1, rungs=(1, 2), reduction_factor=3)
+    coordinator = start(run, 9, max_concurrent=1, rungs=(1, 2), reduction_factor=3)
     for _ in range(8):
         unit = coordinator.next()
         assert unit is not None
@@ -339,7 +349,7 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
     wanted = [{"budget": 0.7, "skip": 1, "lr": 1e-3}, {"budget": 0.5, "skip": 2, "lr": 2e-3}]
     for expected in ([0.7, 0.5], []):
         study = Study(run / "study.journal", SPACE.distributions, 0, start=wanted)
-        coordinator = Coordinator(run, study, SPACE, SearchTable(trials=12), slots=9, seed=0)
+        coordinator = Coordinator(run, study, SPACE, SearchTable(trials=12), max_concurrent=9, seed=0)
         budgets = []
         for _ in range(3):
             unit = coordinator.next()
@@ -349,3 +359,25 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
             coordinator.complete(unit.id)
         assert budgets[: len(expected)] == expected
         assert not {0.7, 0.5} & set(budgets[len(expected) :])
+
+
+def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -> None:
+    """Every third one diverges: none of them is promoted, on the front, or told as a value."""
+    run = make_run(tmp_path / "r", 18, **LADDER)
+    coordinator = start(run, 18, slots=2, **LADDER)
+    bad = set()
+    while (unit := coordinator.next()) is not None:
+        result = work(run, unit)
+        if unit.number % 3 == 0:
+            bad.add(unit.number)
+            run.write_result(unit.id, result=replace(result, top1=(math.nan, math.inf)[unit.number % 2]))
+        coordinator.complete(unit.id)
+        again = start(run, 18, slots=2, **LADDER)
+        assert again.front == coordinator.front
+    assert coordinator.finished
+    results = run.results()
+    assert Counter(r.rung for r in results) == {0: 18, 1: 6, 2: 2}
+    assert bad
+    assert not bad & {r.trial for r in results if r.rung}
+    assert not bad & {p["trial"] for p in run.front()}
+    assert {t.number for t in trials(run / "study.journal") if t.state.name == "FAIL"} == bad

@@ -20,7 +20,7 @@ from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.execution import prepare as opening
 from prunesweep.search.execution.driver import create_run
-from prunesweep.search.execution.prepare import open_search
+from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.execution.source import open_space
 from prunesweep.search.execution.task import run_unit
 from prunesweep.search.store.run import Run
@@ -32,7 +32,7 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
     tiny: Callable[..., SearchConfig], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(space={"conv": [0, 2]}, search={"screen_images": 96})
-    open_search(config, runs / "cache", nothing)  # source and scores are there from now on
+    prepare_search(config, runs / "cache", nothing)  # source and scores are there from now on
     looked: list[int] = []
 
     def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
@@ -41,7 +41,7 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
 
     monkeypatch.setattr(opening, "evaluate", evaluate)
     seen: list[tuple[str, float]] = []
-    found = open_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
+    found = prepare_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
     assert looked == [96] * opening.SCORED
     assert 0 < found.zero_shot.low <= found.zero_shot.high <= 100
     assert {what for what, _ in seen} == {"sampling the space"}
@@ -52,7 +52,7 @@ def test_what_a_worker_sends_back_is_small_and_enough(
     tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
 ) -> None:
     config = tiny()
-    sent = pickle.dumps(open_search(config, runs / "cache", nothing))
+    sent = pickle.dumps(prepare_search(config, runs / "cache", nothing))
     assert len(sent) < 100_000
     begun = pickle.loads(sent)
     space = open_space(config.space, begun)
@@ -69,7 +69,7 @@ def test_a_point_of_another_space_is_refused_before_there_is_a_run(
     tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
 ) -> None:
     config = tiny(search={"start": [{"budgte": 0.5}]})
-    shutil.copytree(open_search(config, runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
+    shutil.copytree(prepare_search(config, runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
     with pytest.raises(UserError, match="search.start: budgte: no variable of this space"):
         run_search(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -83,9 +83,11 @@ def test_a_teacher_is_asked_once_before_the_first_unit(
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError("no links here")))
     distill = [{"cache_teacher": True}, {"kind": "feature", "weight": 0.0}]
     config = tiny(finetune={"epochs": 1, "fixed_view": True, "distill": distill})
-    shutil.copytree(open_search(tiny(), runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
+    shutil.copytree(prepare_search(tiny(), runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
     shares: list[float] = []
-    open_search(config, tmp_path / "cache", lambda what, share, _: shares.append(share) if "teacher" in what else None)
+    prepare_search(
+        config, tmp_path / "cache", lambda what, share, _: shares.append(share) if "teacher" in what else None
+    )
     assert len(shares) == 6  # 1,347 images in batches of 256
     assert (sorted(shares), shares[-1]) == (shares, 1.0)
     monkeypatch.setattr(DistillationTask, "answers", Mock(side_effect=AssertionError("asked again")))
@@ -105,7 +107,7 @@ def test_no_teacher_is_asked_where_nothing_is_trained(
 ) -> None:
     monkeypatch.setattr(DistillationTask, "answers", Mock(side_effect=AssertionError("asked")))
     config = tiny(finetune={"epochs": 0, "fixed_view": True, "distill": [{"cache_teacher": True}]})
-    assert open_search(config, runs / "cache", nothing).teacher_logits == ()
+    assert prepare_search(config, runs / "cache", nothing).teacher_logits == ()
 
 
 @pytest.mark.parametrize(("below", "shown"), [(True, "runs/a"), (False, None)])
@@ -127,7 +129,7 @@ def test_a_run_needs_nothing_outside_its_folder(
     unit = coordinator.next()
     assert unit is not None
     run_unit(other.path, unit)
-    begun = open_search(tiny(), runs / "cache", nothing)
+    begun = prepare_search(tiny(), runs / "cache", nothing)
     macs_table(begun.arch, ms_per_gmac=1000.0).save(tmp_path / "table.json")
     shutil.copytree(runs / "cache", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

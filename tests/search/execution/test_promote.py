@@ -32,7 +32,7 @@ def run(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> Run:
     run = Run(tmp_path / "run")
     create_run(run, config, prepared)
     study = Study(run / "study.journal", prepared.space.distributions, 0)
-    coordinator = Coordinator(run, study, prepared.space, config.search, slots=1, seed=0)
+    coordinator = Coordinator(run, study, prepared.space, config.search, max_concurrent=1, seed=0)
     while (unit := coordinator.next()) is not None:
         assert run_unit(run.path, unit)["state"] == "finished"
         coordinator.complete(unit.id)

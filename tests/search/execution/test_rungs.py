@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
+import warnings
 from collections import Counter
 from random import Random
 
 import pytest
 
-from prunesweep.search.execution.rungs import Promotions
+from prunesweep.search.execution.rungs import MultiObjectiveASHA
 
 BOTH = ("maximize", "minimize")
 
@@ -25,20 +27,20 @@ def macs(candidate: int) -> int:
 
 
 def run(
-    candidates: int, workers: int, seed: int, *, rungs: int = 3, eta: float = 3, rebuild: bool = False
+    candidates: int, workers: int, seed: int, *, rungs: int = 3, reduction_factor: float = 3, rebuild: bool = False
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Units as they were handed out, and as they ended; ``rebuild`` asks a new driver every time."""
     random, clock, now = Random(seed), itertools.count(), 0.0
     handed: list[tuple[int, int]] = []
     ended: list[tuple[int, int]] = []
     queue: list[tuple[float, int, tuple[int, int]]] = []
-    live = Promotions(rungs, eta, BOTH, bands=(300, 600))
+    live = MultiObjectiveASHA(rungs, reduction_factor, BOTH, bands=(300, 600))
     started = 0
     while True:
         while len(queue) < workers:
             promotions = live
             if rebuild:
-                promotions = Promotions(rungs, eta, BOTH, bands=(300, 600))
+                promotions = MultiObjectiveASHA(rungs, reduction_factor, BOTH, bands=(300, 600))
                 for rung, number in random.sample(handed, len(handed)):
                     if rung:
                         promotions.promoted(rung, number)
@@ -79,7 +81,7 @@ def test_a_driver_rebuilt_from_the_results_decides_the_same(seed: int) -> None:
 
 def test_at_most_the_share_is_promoted_at_any_moment() -> None:
     """Fronts move as results arrive; those that were promoted before count."""
-    promotions, count = Promotions(2, 3, BOTH), 0
+    promotions, count = MultiObjectiveASHA(2, 3, BOTH), 0
     for number in range(90):
         promotions.add(0, number, (float(number), number))  # all of them are on the front, always
         while (unit := promotions.next()) is not None:
@@ -88,15 +90,15 @@ def test_at_most_the_share_is_promoted_at_any_moment() -> None:
         assert count == (number + 1) // 3
 
 
-def filled(values: list[tuple[float, ...]], **options: object) -> Promotions:
-    settings: dict[str, object] = {"directions": BOTH, "eta": 3, **options}
-    promotions = Promotions(2, **settings)  # type: ignore[arg-type]
+def filled(values: list[tuple[float, ...]], **options: object) -> MultiObjectiveASHA:
+    settings: dict[str, object] = {"directions": BOTH, "reduction_factor": 3, **options}
+    promotions = MultiObjectiveASHA(2, **settings)  # type: ignore[arg-type]
     for number, each in enumerate(values):
         promotions.add(0, number, each)
     return promotions
 
 
-def order(promotions: Promotions) -> list[int]:
+def order(promotions: MultiObjectiveASHA) -> list[int]:
     found = []
     while (unit := promotions.next()) is not None:
         promotions.promoted(*unit)
@@ -107,7 +109,7 @@ def order(promotions: Promotions) -> list[int]:
 def test_a_better_front_goes_first() -> None:
     # 0 and 3 are on the front; 2 is behind 3 alone, 1 behind all
     values = [(50.0, 100), (40.0, 400), (60.0, 300), (70.0, 200)]
-    assert order(filled(values, eta=1.01)) == [0, 3, 2]
+    assert order(filled(values, reduction_factor=1.01)) == [0, 3, 2]
 
 
 @pytest.mark.parametrize("directions", [("maximize", "minimize"), ("minimize", "minimize"), ("maximize", "maximize")])
@@ -125,20 +127,20 @@ def test_three_objectives() -> None:
 def test_bands_take_turns_within_a_front() -> None:
     """Six points of one front, four of them in the cheapest third: each band is served before one is served twice."""
     values = [(float(m), m) for m in (100, 110, 130, 160, 500, 800)]
-    first = order(filled(values, eta=2, bands=(300, 600)))
+    first = order(filled(values, reduction_factor=2, bands=(300, 600)))
     assert {0 if m < 300 else 1 if m < 600 else 2 for m in (values[i][1] for i in first)} == {0, 1, 2}
     # a value on a boundary belongs above it
-    assert order(filled([(1.0, 100), (2.0, 299), (3.0, 300)], eta=1.5, bands=(300,))) == [0, 2]
+    assert order(filled([(1.0, 100), (2.0, 299), (3.0, 300)], reduction_factor=1.5, bands=(300,))) == [0, 2]
 
 
 def test_isolated_points_of_a_front_go_first_and_ties_by_number() -> None:
     values = [(10.0, 10), (11.0, 11), (12.0, 12), (50.0, 50), (90.0, 90)]
-    assert order(filled(values, eta=1.25)) == [0, 4, 3, 2]
-    assert order(filled([(5.0, 5)] * 6, eta=2)) == [0, 1, 2]
+    assert order(filled(values, reduction_factor=1.25)) == [0, 4, 3, 2]
+    assert order(filled([(5.0, 5)] * 6, reduction_factor=2)) == [0, 1, 2]
 
 
 def test_the_highest_rung_goes_first() -> None:
-    promotions = Promotions(3, 2, BOTH)
+    promotions = MultiObjectiveASHA(3, 2, BOTH)
     for number in range(4):
         promotions.add(0, number, (float(number), number))
     for number in (0, 3):
@@ -158,24 +160,33 @@ def test_one_that_failed_above_keeps_its_place_in_the_count() -> None:
 
 
 def test_one_rung_promotes_nobody() -> None:
-    promotions = Promotions(1, 3, BOTH)
+    promotions = MultiObjectiveASHA(1, 3, BOTH)
     for number in range(9):
         promotions.add(0, number, (1.0, number))
     assert promotions.next() is None
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    for settings in ({"rungs": 0, "eta": 3}, {"rungs": 2, "eta": 1}):
+    for settings in ({"rungs": 0, "reduction_factor": 3}, {"rungs": 2, "reduction_factor": 1}):
         with pytest.raises(ValueError, match="at least one rung"):
-            Promotions(directions=BOTH, **settings)
+            MultiObjectiveASHA(directions=BOTH, **settings)
     with pytest.raises(ValueError, match="must ascend"):
-        Promotions(2, 3, BOTH, bands=(2, 1))
+        MultiObjectiveASHA(2, 3, BOTH, bands=(2, 1))
     with pytest.raises(ValueError, match="minimised"):
-        Promotions(2, 3, ("maximize",), bands=(1,))
-    promotions = Promotions(2, 3, BOTH)
+        MultiObjectiveASHA(2, 3, ("maximize",), bands=(1,))
+    promotions = MultiObjectiveASHA(2, 3, BOTH)
     for values in ((1.0,), (float("nan"), 1)):
         with pytest.raises(ValueError, match="must be 2 numbers"):
             promotions.add(0, 0, values)
     for rung in (0, 2):
         with pytest.raises(ValueError, match=r"rungs 1\.\.1"):
             promotions.promoted(rung, 0)
+
+
+def test_results_that_are_infinitely_bad_are_promoted_last() -> None:
+    values = [(-math.inf, 10), (50.0, 100), (60.0, 200), (-math.inf, 5), (70.0, 300)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = order(filled(values, reduction_factor=1.2))
+    assert found[-1] in (0, 3)
+    assert set(order(filled([(-math.inf, math.inf)] * 4, reduction_factor=2))) == {0, 1}

@@ -6,7 +6,7 @@ import pytest
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
-from prunesweep.search.execution.runtime import slots
+from prunesweep.search.execution.runtime import max_concurrent
 
 GPU_NODE, CPU_NODE = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}
 
@@ -25,7 +25,7 @@ GPU_NODE, CPU_NODE = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}
     ],
 )
 def test_units_that_fit(resources: dict, nodes: list, expected: int) -> None:
-    assert slots(ResourcesTable(**resources), nodes) == expected
+    assert max_concurrent(ResourcesTable(**resources), nodes) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_units_that_fit(resources: dict, nodes: list, expected: int) -> None:
 )
 def test_a_trial_that_can_never_fit_is_refused_with_the_arithmetic(resources: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        slots(ResourcesTable(**resources), [GPU_NODE, CPU_NODE])
+        max_concurrent(ResourcesTable(**resources), [GPU_NODE, CPU_NODE])

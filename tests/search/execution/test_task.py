@@ -34,7 +34,7 @@ def begin(config: SearchConfig, cache: Path, path: Path) -> tuple[Run, Coordinat
     run = Run(path)
     create_run(run, config, prepared)
     study = Study(run / "study.journal", prepared.space.distributions, 0)
-    return run, Coordinator(run, study, prepared.space, config.search, slots=3, seed=0)
+    return run, Coordinator(run, study, prepared.space, config.search, max_concurrent=3, seed=0)
 
 
 @pytest.fixture

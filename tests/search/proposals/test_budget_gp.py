@@ -13,7 +13,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import create_trial
 
-from prunesweep.search.proposals.budget_gp import CROWD, EXPLORE, Cube, propose, standardised
+from prunesweep.search.proposals import budget_gp
+from prunesweep.search.proposals.budget_gp import CROWD, EXPLORE, log_error, log_perplexity
+from prunesweep.search.proposals.encoder import SearchSpaceEncoder
+from prunesweep.search.proposals.evaluations import Evaluations, standardised
 from prunesweep.search.store.run import Result
 
 SPACE = {
@@ -29,6 +32,22 @@ def result(number: int, point: dict[str, Any], rung: int = 0) -> Result:
     top1 = 80 + 10 * math.log(point["budget"]) - (point["skip"] - 4) ** 2 - 3 * (point["method"] == "bad")
     macs = int(point["budget"] * SOURCE)
     return Result(number, top1 + rung, 0.0, macs, 1, "", point, 0.0, rung=rung)
+
+
+def known(space: dict[str, Any], results: list[Result]) -> Evaluations:
+    encoder = SearchSpaceEncoder(space)
+    texts = any(r.ppl is not None for r in results)
+    quality = np.array([r.ppl if texts else r.top1 for r in results], float)
+    return Evaluations.ordered(
+        encoder.rows([r.point for r in results]),
+        np.array([r.rung for r in results], int),
+        np.array([r.trial for r in results], int),
+        log_perplexity(quality) if texts else log_error(quality),
+    )
+
+
+def propose(space: dict[str, Any], results: list[Result], number: int, seed: int) -> dict[str, Any]:
+    return budget_gp.propose(SearchSpaceEncoder(space), known(space, results), number, seed)
 
 
 def search(count: int, seed: int) -> list[Result]:
@@ -109,8 +128,7 @@ def test_where_most_proposals_were_no_candidates_chance_takes_over() -> None:
 def test_perplexity_takes_the_place_of_accuracy() -> None:
     results = search(20, 2)
     texts = [dataclasses.replace(r, top1=0.0, ppl=math.exp((100 - r.top1) / 10)) for r in results]
-    cube = Cube(SPACE)
-    by_ppl, by_top1 = (standardised(cube, each).values for each in (texts, results))
+    by_ppl, by_top1 = (standardised(known(SPACE, each)).values for each in (texts, results))
     assert np.argsort(by_ppl).tolist() == np.argsort(by_top1).tolist()
     for number in range(20, 23):
         assert propose(SPACE, texts, number, 0)["method"] == "good"
@@ -122,30 +140,30 @@ def test_every_rung_is_measured_by_its_own_median_and_spread() -> None:
     above = [dataclasses.replace(result(i, p, rung=1), top1=78 + i / 100) for i, p in enumerate(points[:10])]
     few = [dataclasses.replace(result(i, p, rung=2), top1=80.0) for i, p in enumerate(points[:4])]
     ruined = dataclasses.replace(below[0], trial=30, top1=0.1)
-    known = standardised(Cube(SPACE), [*below, *above, *few, ruined])
-    assert set(known.rungs) == {0, 1}  # four results have no spread to speak of
-    assert [abs(np.median(known.values[known.rungs == rung])) < 0.1 for rung in (0, 1)] == [True, True]
+    found = standardised(known(SPACE, [*below, *above, *few, ruined]))
+    assert set(found.rungs) == {0, 1}  # four results have no spread to speak of
+    assert [abs(np.median(found.values[found.rungs == rung])) < 0.1 for rung in (0, 1)] == [True, True]
     # the few that were promoted are alike: what is left of their differences does not become large
-    assert np.ptp(known.values[known.rungs == 1]) < 0.1 * np.ptp(known.values[known.rungs == 0])
+    assert np.ptp(found.values[found.rungs == 1]) < 0.1 * np.ptp(found.values[found.rungs == 0])
 
 
 def test_one_ruined_candidate_does_not_drown_the_others() -> None:
-    known = [result(i, {"budget": 0.5, "skip": 4, "method": "good"}) for i in range(20)]
-    near = [dataclasses.replace(r, top1=r.top1 + 0.1 * i) for i, r in enumerate(known)]
-    values = standardised(Cube(SPACE), [*near, dataclasses.replace(known[0], trial=20, top1=0.0)]).values
+    same = [result(i, {"budget": 0.5, "skip": 4, "method": "good"}) for i in range(20)]
+    near = [dataclasses.replace(r, top1=r.top1 + 0.1 * i) for i, r in enumerate(same)]
+    values = standardised(known(SPACE, [*near, dataclasses.replace(same[0], trial=20, top1=0.0)])).values
     assert values.min() == -4
     assert np.ptp(values[:20]) > 2
 
 
-def test_points_survive_the_cube() -> None:
+def test_points_survive_encoding() -> None:
     space = {**SPACE, "lr": FloatDistribution(1e-5, 1e-2, log=True)}
-    cube, rng = Cube(space), np.random.default_rng(0)
-    rows = cube.mutated(rng, cube.random(rng, 200), np.arange(1, 4))
-    points = [cube.point(row) for row in rows]
-    assert cube.rows(points) == pytest.approx(rows, abs=1e-9)
+    encoder, rng = SearchSpaceEncoder(space), np.random.default_rng(0)
+    rows = encoder.mutated(rng, encoder.random(rng, 200), np.arange(1, 4))
+    points = [encoder.point(row) for row in rows]
+    assert encoder.rows(points) == pytest.approx(rows, abs=1e-9)
     assert {p["skip"] for p in points} == set(range(6))
     assert np.median([p["lr"] for p in points]) == pytest.approx(10**-3.5, rel=0.9)
-    assert cube.features(rows).shape == (200, 5)
-    changed = (cube.mutated(rng, rows, np.arange(1, 4)) != rows).mean(0)
+    assert encoder.features(rows).shape == (200, 5)
+    changed = (encoder.mutated(rng, rows, np.arange(1, 4)) != rows).mean(0)
     assert changed[0] == 0
     assert (changed[1:] > 0.2).all()

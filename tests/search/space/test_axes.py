@@ -111,7 +111,7 @@ def test_a_search_over_new_axes_proposes_and_decodes_them(tmp_path: Path) -> Non
     assert {"head_weight", "decay"} <= set(space.distributions)
     run = make_run(tmp_path / "r")
     study = Study(run / "study.journal", space.distributions, 0)
-    coordinator = Coordinator(run, study, space, SearchTable(trials=6), slots=6, seed=0)
+    coordinator = Coordinator(run, study, space, SearchTable(trials=6), max_concurrent=6, seed=0)
     tasks = [coordinator.next() for _ in range(6)]
     points = [task.point for task in tasks if task is not None]
     assert len({point["head_weight"] for point in points}) == 6

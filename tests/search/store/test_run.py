@@ -10,49 +10,49 @@ from pathlib import Path
 import pytest
 
 from prunesweep.models import UserError
-from prunesweep.search.store.run import Lease, Run
+from prunesweep.search.store.run import Run, RunLock
 from tests.search.helpers import make_run
 
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
-    with Lease(tmp_path) as lease:
-        assert Lease.holder(tmp_path)["pid"] == os.getpid()
+    with RunLock(tmp_path) as lease:
+        assert RunLock.holder(tmp_path)["pid"] == os.getpid()
         with (
             pytest.raises(UserError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"),
-            Lease(tmp_path),
+            RunLock(tmp_path),
         ):
             pass
         lease.release()
-        with Lease(tmp_path):
+        with RunLock(tmp_path):
             pass
-    assert Lease.holder(tmp_path) is None
+    assert RunLock.holder(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_drivers_lease_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from prunesweep.search.store.run import Lease, Path\n"
-        "Lease(Path(sys.argv[1])).__enter__(); os._exit(9)"
+        "import os, sys; from prunesweep.search.store.run import RunLock, Path\n"
+        "RunLock(Path(sys.argv[1])).__enter__(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert (tmp_path / "lease.json").exists()
-    assert Lease.holder(tmp_path) is None
-    with Lease(tmp_path):
-        assert Lease.holder(tmp_path)["pid"] == os.getpid()
+    assert RunLock.holder(tmp_path) is None
+    with RunLock(tmp_path):
+        assert RunLock.holder(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_reused_process_number_is_not_taken_for_the_driver(tmp_path: Path) -> None:
     stale = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}
     (tmp_path / "lease.json").write_text(json.dumps(stale))
-    assert Lease.holder(tmp_path) is None
+    assert RunLock.holder(tmp_path) is None
 
 
 def test_another_hosts_lease_ends_without_its_heartbeat(tmp_path: Path) -> None:
     lease = tmp_path / "lease.json"
     lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": ""}))
-    assert Lease.holder(tmp_path) is not None
+    assert RunLock.holder(tmp_path) is not None
     os.utime(lease, (0, 0))
-    assert Lease.holder(tmp_path) is None
+    assert RunLock.holder(tmp_path) is None
 
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:

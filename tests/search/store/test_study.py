@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -11,23 +12,25 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from prunesweep.search.store.study import Study
+from prunesweep.models import UserError
+from prunesweep.search.store.front import pareto_front
+from prunesweep.search.store.run import Result
+from prunesweep.search.store.study import PROPOSALS, RESULTS, Study, make_sampler
 
 SPACE = {"budget": FloatDistribution(0.2, 0.9), "skip": IntDistribution(0, 3)}
 
 
-def opened(journal: Path) -> optuna.Study:
-    """The study as another process reads it: by Optuna alone."""
-    return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
+def load(journal: Path, name: str) -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(journal))))
 
 
-def trials(journal: Path) -> list[optuna.trial.FrozenTrial]:
-    return opened(journal).trials
+def trials(journal: Path, name: str = PROPOSALS) -> list[optuna.trial.FrozenTrial]:
+    return load(journal, name).trials
 
 
 def die_while_asking(journal: Path) -> None:
     """Leave a trial that was begun and has no point, as a driver does that dies before it has fixed one."""
-    opened(journal).ask()
+    load(journal, PROPOSALS).ask()
 
 
 def run(study: Study, count: int) -> list[dict[str, float]]:
@@ -91,3 +94,104 @@ def test_telling_twice_changes_nothing(tmp_path: Path) -> None:
     study.tell(number, [60.0, 20])
     study.fail(number)
     assert trials(tmp_path / "j")[0].values == [50.0, 10.0]
+
+
+def result(number: int, top1: float, macs: int, rung: int = 0, **other: object) -> Result:
+    point = {"budget": 0.2 + number / 100, "skip": number % 4, "method": "nvit"}
+    return Result(number, top1, 1.0, macs, 10, f"hash {number}", point, 2.0, rung=rung, **other)  # type: ignore[arg-type]
+
+
+def test_best_trials_of_the_results_are_the_front(tmp_path: Path) -> None:
+    journal = tmp_path / "j"
+    study = Study(journal, SPACE, seed=0)
+    results = [
+        result(0, 48.22, 100, epochs=1),
+        result(1, 60.0, 300),
+        result(0, 83.11, 100, rung=1, epochs=4),
+        result(2, 40.0, 50, has_model=False),  # screened only
+        result(3, math.nan, 20),
+        result(4, 90.0, 400, ppl=None, latency_ms=3.0),
+    ]
+    study.record(results[:3])
+    study.record(results)  # those that are there are not added again
+    found = load(journal, RESULTS)
+    assert [t.state.name for t in found.trials] == ["COMPLETE"] * 3 + ["PRUNED", "FAIL", "COMPLETE"]
+    front = pareto_front([r for r in results if r.has_model])
+    best = sorted(found.best_trials, key=lambda t: t.values[1])
+    assert [(t.user_attrs["candidate"], t.values) for t in best] == [(r.trial, [r.top1, r.macs]) for r in front]
+    assert [(r.trial, r.rung) for r in front] == [(0, 1), (4, 0)]
+    attributes = best[0].user_attrs
+    assert {"rung": 1, "unit": "r1-0000", "epochs": 4, "arch_hash": "hash 0"}.items() <= attributes.items()
+    assert attributes["model"] == "trials/r1-0000/model"
+    assert found.trials[3].user_attrs["model"] is None
+    assert found.trials[4].user_attrs["top1"] is None
+    assert best[0].duration is not None
+    assert best[0].duration.total_seconds() == pytest.approx(2.0, abs=0.1)
+
+
+def test_both_studies_say_whose_they_are_and_what_they_show(tmp_path: Path) -> None:
+    for _ in range(2):
+        Study(tmp_path / "j", SPACE, seed=0, name="digits")
+    size = (tmp_path / "j").stat().st_size
+    Study(tmp_path / "j", SPACE, seed=0, name="digits")
+    assert (tmp_path / "j").stat().st_size == size  # opening writes nothing
+    for name in (PROPOSALS, RESULTS):
+        study = load(tmp_path / "j", name)
+        assert study.user_attrs["run"] == "digits"
+        assert study.metric_names == ["top1", "macs"]
+        notes = study._storage.get_study_system_attrs(study._study_id)
+        assert notes["dashboard:note_ver"] == 1
+        assert "search **digits**" in notes["dashboard:note_str:0"]
+
+
+def test_a_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """It has one study, ``r0``, without results and notes."""
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "j")))
+    older = optuna.create_study(study_name="r0", storage=storage, directions=["maximize", "minimize"])
+    older.enqueue_trial({"budget": 0.5, "skip": 1})
+    for _ in range(2):
+        older.ask(SPACE)
+    older.tell(0, [50.0, 10])
+    study = Study(tmp_path / "j", SPACE, seed=0)
+    assert list(study.running()) == [1]
+    study.record([result(0, 50.0, 10)])
+    assert study.ask()[0] == 2
+    assert [t.user_attrs["unit"] for t in trials(tmp_path / "j", RESULTS)] == ["r0-0000"]
+    assert len(trials(tmp_path / "j", "r0")) == 3
+
+
+@pytest.mark.parametrize("objectives", [("top1", "macs"), ("macs", "top1")])
+def test_a_search_that_is_opened_again_proposes_as_one_that_was_not(
+    tmp_path: Path, objectives: tuple[str, ...]
+) -> None:
+    """Random state follows from the seed and the trial's number, and what is known from the results."""
+    found = []
+    for name, every in (("a", 100), ("b", 3)):
+        points, known = [], []
+        for number in range(24):
+            if number % every == 0:
+                study = Study(tmp_path / name, SPACE, 3, objectives=objectives)
+                study.record(reversed(known))
+            asked, point = study.ask()
+            macs = int(1000 * point["budget"])
+            known.append(Result(asked, 60.0 - point["skip"] + 20 * point["budget"], 0.0, macs, 1, "", point, 0.0))
+            study.tell(asked, [macs, known[-1].top1] if objectives[0] == "macs" else [known[-1].top1, macs])
+            study.record(known[-1:])
+            points.append(point)
+        found.append(points)
+    assert found[0] == found[1]
+    assert sum(p["skip"] == 0 for p in found[0][12:]) > 6  # it learned
+
+
+def test_values_that_are_no_numbers_fail_a_proposal(tmp_path: Path) -> None:
+    study = Study(tmp_path / "j", SPACE, seed=0)
+    for values in ([math.nan, 1.0], [math.inf, 1.0]):
+        study.tell(study.ask()[0], values)
+    assert [t.state for t in trials(tmp_path / "j")] == [TrialState.FAIL] * 2
+
+
+def test_a_sampler_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'excess' is now called 'budget_gp'"):
+        Study(tmp_path / "a", SPACE, 0, sampler="excess")
+    with pytest.raises(UserError, match="sampler 'cma' is none; known: auto, budget_gp, tpe"):
+        make_sampler("cma", SPACE, 10, 0)
