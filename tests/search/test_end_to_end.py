@@ -291,6 +291,7 @@ def test_a_trial_of_two_workers(runs: Path) -> None:
     assert evaluate(load(point["model"]), open_data("digits").val_loader(EVAL_BATCH))["top1"] == point["top1"]
     assert {p.name for p in Path(point["model"]).parent.iterdir()} == {
         "arch.json",
+        "cut.json",
         "metrics.jsonl",
         "model",
         "result.json",
