@@ -9,8 +9,9 @@ from random import Random
 import pytest
 import torch
 
-from prunesweep.models import Arch, UserError, build, cost, cut, load, save
+from prunesweep.models import Arch, Setting, UserError, build_table, cost, cut, load, save
 from prunesweep.models.families import FAMILIES, families_with, family_of, register
+from prunesweep.models.latency.building import macs_table
 from prunesweep.models.reduction import Choose, reduce_tensor
 from tests.contract_family import FamilyContract
 from tests.generate import random_arch, random_cut, random_images, random_model
@@ -153,5 +154,10 @@ def test_side_by_side_spaces_are_reduced_each_by_itself() -> None:
     assert whole.data_ptr() != tensor.data_ptr()
 
 
-def test_building_follows_the_table() -> None:
-    assert type(build(toy_arch(Random(1)))).__name__ == "ToyNet"
+def test_its_latency_is_measured_and_predicted() -> None:
+    arch = toy_arch(Random(2), ragged=False, missing=False)
+    table = build_table(arch, Setting(batch=1, threads=1), points=2, repeats=1, min_seconds=0.0)
+    assert table.predict(arch) > 0
+    assert not any(name.startswith(("conv", "merge")) for name in table.stages[0])
+    exact = macs_table(arch, ms_per_gmac=1.0)
+    assert exact.predict(arch) == pytest.approx(cost(arch).macs / 1e9)
