@@ -14,7 +14,7 @@ from .pvt_v2 import PVT_V2
 from .swin import SWIN
 from .vit import VIT
 
-__all__ = ["CAPABILITIES", "FAMILIES", "Family", "families_with", "family_of", "names_with", "register"]
+__all__ = ["CAPABILITIES", "FAMILIES", "Family", "families_with", "family_of", "register"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, SWIN, PVT_V2, LM)}
 
@@ -31,15 +31,15 @@ def family_of(arch: Arch | str) -> Family:
     return FAMILIES[name]
 
 
-def families_with(*capabilities: str) -> tuple[str, ...]:
-    """Names of the families that have all of ``capabilities`` (names of ``CAPABILITIES``), in the table's order."""
-    return tuple(name for name, family in FAMILIES.items() if family.supports(*capabilities))
-
-
 def names_with(*capabilities: str) -> str:
     """``families_with`` as an error message says it: ``family 'vit'``, or ``families 'vit', 'swin'``."""
     names = families_with(*capabilities)
     return f"{'family' if len(names) == 1 else 'families'} {', '.join(map(repr, names))}"
+
+
+def families_with(*capabilities: str) -> tuple[str, ...]:
+    """Names of the families that have all of ``capabilities`` (names of ``CAPABILITIES``), in the table's order."""
+    return tuple(name for name, family in FAMILIES.items() if family.supports(*capabilities))
 
 
 def register(family: Family) -> None:
