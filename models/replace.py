@@ -17,7 +17,7 @@ from prunesweep.models.layers.token_merging import TokenPlan
 
 from .arch import Arch, Block
 from .errors import UserError
-from .families import family_of
+from .families import family_of, names_with
 
 __all__ = ["REPLACEMENTS", "replace_block", "replace_tensors"]
 
@@ -39,8 +39,9 @@ def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan |
             raise UserError(f"{where}.mixer = {mixer!r}: must be one of {', '.join(REPLACEMENTS)}")
         if mixer.startswith("conv"):
             if block.mixer != "attn" or not family.supports("mixers"):
+                able = names_with("mixers")
                 what = f"a block with mixer {block.mixer!r}" if block.mixer != "attn" else f"family {arch.family!r}"
-                raise UserError(f"{where}.mixer = {mixer!r}: convolutions come from ViT or Swin attention, not {what}")
+                raise UserError(f"{where}.mixer = {mixer!r}: convolutions come from attention of {able}, not {what}")
             block = dataclasses.replace(block, mixer=mixer, v=max(block.v_widths), tokens=None, merge="sparse")
         else:
             if mixer == "norm" and block.mixer == "none" and not block.norm_residual:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .arch import Arch, Block, Stage
 from .errors import UserError
-from .families import Family, families_with, family_of
+from .families import Family, family_of, names_with
 from .families.checks import check_at_least, check_one_of
 
 __all__ = ["MIXERS", "validate"]
@@ -34,15 +34,11 @@ def validate(arch: Arch) -> None:
     family.check_fields(arch)
     _validate_stages(family, arch)
     if (arch.text is None) == family.supports("text"):
-        needs = f"family {arch.family!r} needs its vocabulary" if arch.text is None else f"is for {_only('text')}"
+        needs = (
+            f"family {arch.family!r} needs its vocabulary" if arch.text is None else f"is for {names_with('text')} only"
+        )
         raise UserError(f"text: {needs}")
     family.check_whole(arch)
-
-
-def _only(capability: str) -> str:
-    """The families that have a capability, as a message says it."""
-    names = ", ".join(repr(name) for name in families_with(capability))
-    return f"{'families' if ',' in names else 'family'} {names} only"
 
 
 def _validate_stages(family: Family, arch: Arch) -> None:
@@ -65,7 +61,7 @@ def _validate_stages(family: Family, arch: Arch) -> None:
 def _validate_stage(family: Family, stage: Stage, where: str) -> None:
     windows = family.supports("windows")
     if (stage.window is None) == windows:
-        needs = "needs the size of its attention windows" if windows else f"is for {_only('windows')}"
+        needs = "needs the size of its attention windows" if windows else f"is for {names_with('windows')} only"
         raise UserError(f"{where}.window = {stage.window!r}: {needs}")
     for i, side in enumerate(stage.window or ()):
         if not 1 <= side <= stage.grid[i]:
@@ -73,7 +69,11 @@ def _validate_stage(family: Family, stage: Stage, where: str) -> None:
     check_at_least(f"{where}.sr_ratio", stage.sr_ratio, 1)
     reduces = family.supports("spatial_reduction")
     if stage.sr_ratio > 1 and (not reduces or stage.sr_ratio > min(stage.grid)):
-        limit = f"must not exceed the grid {list(stage.grid)}" if reduces else f"is for {_only('spatial_reduction')}"
+        limit = (
+            f"must not exceed the grid {list(stage.grid)}"
+            if reduces
+            else f"is for {names_with('spatial_reduction')} only"
+        )
         raise UserError(f"{where}.sr_ratio = {stage.sr_ratio}: {limit}")
 
 
@@ -120,15 +120,15 @@ def _validate_extras(family: Family, stage: Stage, block: Block, where: str) -> 
         raise UserError(f"{where}.sr = {block.sr}: must be 0 without attention on a spatially reduced map")
     attends = block.mixer == "attn"
     if block.shifted and not (attends and family.supports("windows")):
-        raise UserError(f"{where}.shifted: is for attention in the windows of {_only('windows')}")
+        raise UserError(f"{where}.shifted: is for attention in the windows of {names_with('windows')} only")
     if block.norm_residual and block.mixer != "none":
         raise UserError(f"{where}.norm_residual: is for mixer 'none' only, got {block.mixer!r}")
     if block.conv_kernel and not family.supports("convolutions"):
         text = "a convolution would see the words that are to be predicted"
-        reason = text if family.supports("text") else f"is for {_only('convolutions')}"
+        reason = text if family.supports("text") else f"is for {names_with('convolutions')} only"
         raise UserError(f"{where}.mixer = {block.mixer!r}: {reason}")
     if block.token_scale and not (attends and block.tokens is None and family.supports("token_scale")):
-        raise UserError(f"{where}.token_scale: is for attention over all tokens of {_only('token_scale')}")
+        raise UserError(f"{where}.token_scale: is for attention over all tokens of {names_with('token_scale')} only")
 
 
 def _validate_tokens(family: Family, arch: Arch, block: Block, where: str) -> None:

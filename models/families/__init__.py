@@ -26,8 +26,15 @@ def family_of(arch: Arch | str) -> Family:
         UserError: there is no such family; the message lists those that there are.
     """
     name = arch.family if isinstance(arch, Arch) else arch
-    check_one_of("family", name, FAMILIES)
+    if name not in FAMILIES:
+        check_one_of("family", name, FAMILIES)
     return FAMILIES[name]
+
+
+def names_with(*capabilities: str) -> str:
+    """``families_with`` as an error message says it: ``family 'vit'``, or ``families 'vit', 'swin'``."""
+    names = families_with(*capabilities)
+    return f"{'family' if len(names) == 1 else 'families'} {', '.join(map(repr, names))}"
 
 
 def families_with(*capabilities: str) -> tuple[str, ...]:

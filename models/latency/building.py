@@ -22,7 +22,7 @@ from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.builder import blocks_of, build
 from prunesweep.models.counting import block_cost, outside_cost
 from prunesweep.models.errors import UserError, nearest
-from prunesweep.models.families import families_with, family_of
+from prunesweep.models.families import family_of, names_with
 
 from .table import Grid, LatencyTable
 from .timing import DTYPES, Call, Progress, Setting, device_name, time_calls
@@ -152,8 +152,8 @@ def _check_arguments(source: Arch, points: int, token_points: int, least: Mappin
     if points < 2:
         raise UserError(f"points = {points}: must be at least 2, the ends of every axis")
     if token_points and (token_points < 2 or not family_of(source).supports("tokens")):
-        able = ", ".join(repr(name) for name in families_with("tokens"))
-        raise UserError(f"token_points = {token_points}: must be 0, or at least 2 and for family {able}")
+        able = names_with("tokens")
+        raise UserError(f"token_points = {token_points}: must be 0, or at least 2 and for {able}")
     for name, value in least.items():
         if name not in LEAST:
             raise UserError(f"least has {name!r}; known: {', '.join(LEAST)}. {nearest(name, LEAST)}".strip())

@@ -18,7 +18,7 @@ import numpy as np
 
 from prunesweep.models.arch import Arch
 from prunesweep.models.errors import UserError
-from prunesweep.models.families import family_of
+from prunesweep.models.families import family_of, names_with
 
 from .table import Grid, LatencyTable
 from .timing import Setting
@@ -45,7 +45,8 @@ def from_nvit(
         UserError: ``source`` is no ViT, a key is not of the form above, or a crossing of the grid is missing.
     """
     if not family_of(source).supports("global_attention"):
-        raise UserError(f"source is of family {source.family!r}: NViT's tables are for family 'vit'")
+        able = names_with("global_attention")
+        raise UserError(f"source is of family {source.family!r}: NViT's tables are for {able}")
     cells = dict(_cells(data, 0, ()))
     axes = {name: sorted({cell[i] for cell in cells}) for i, name in enumerate(AXES)}
     shape = [len(points) for points in axes.values()]

@@ -9,8 +9,9 @@ from random import Random
 import pytest
 import torch
 
-from prunesweep.models import Arch, UserError, build, cost, cut, load, save
+from prunesweep.models import Arch, Setting, UserError, build_table, cost, cut, load, save
 from prunesweep.models.families import FAMILIES, families_with, family_of, register
+from prunesweep.models.latency.building import macs_table
 from prunesweep.models.reduction import Choose, reduce_tensor
 from tests.contract_family import FamilyContract
 from tests.generate import random_arch, random_cut, random_images, random_model
@@ -38,7 +39,7 @@ def test_capabilities(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_axes_and_places(name: str) -> None:
-    for seed in range(20):
+    for seed in range(10):
         contract(name).check_axes(seed)
         contract(name).check_places(seed)
 
@@ -68,7 +69,7 @@ def test_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_projections(name: str) -> None:
-    assert sum(contract(name).check_projections(seed) for seed in range(8)) > 8
+    assert sum(contract(name).check_projections(seed) for seed in range(4)) > 8
 
 
 def test_a_toy_family_from_outside(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_what_a_family_lacks_is_refused_with_its_name() -> None:
     blocks = (planned, *stage.blocks[1:])
     with pytest.raises(UserError, match="family 'toy' needs the whole grid"):
         dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=blocks),)).validate()
-    with pytest.raises(UserError, match="family = 'toy': needs pool = 'avg'"):
+    with pytest.raises(UserError, match="family = 'toy': needs class_token = False"):
         dataclasses.replace(arch, class_token=True, pool="token").validate()
 
 
@@ -153,5 +154,10 @@ def test_side_by_side_spaces_are_reduced_each_by_itself() -> None:
     assert whole.data_ptr() != tensor.data_ptr()
 
 
-def test_building_follows_the_table() -> None:
-    assert type(build(toy_arch(Random(1)))).__name__ == "ToyNet"
+def test_its_latency_is_measured_and_predicted() -> None:
+    arch = toy_arch(Random(2), ragged=False, missing=False)
+    table = build_table(arch, Setting(batch=1, threads=1), points=2, repeats=1, min_seconds=0.0)
+    assert table.predict(arch) > 0
+    assert not any(name.startswith(("conv", "merge")) for name in table.stages[0])
+    exact = macs_table(arch, ms_per_gmac=1.0)
+    assert exact.predict(arch) == pytest.approx(cost(arch).macs / 1e9)
