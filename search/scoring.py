@@ -128,7 +128,7 @@ def cached_gates(
 def _compute(
     model: nn.Module, method: str, batches: Any, calibration: Calibration, progress: Callable[[int, int], None]
 ) -> Scores:
-    if method == DEPTH and arch_of(model).family == "lm":
+    if method == DEPTH and arch_of(model).text is not None:
         return upvit.score_blocks_progressively(model, batches, progress=progress)
     if method == DEPTH:
         return score_depth(model, images_only(batches), progress=progress)

@@ -92,13 +92,13 @@ def score(
             different query/key and value widths.
     """
     arch = _checked(model, batches)
-    importance = importance or ("fisher" if arch.family == "lm" else "hybrid")
+    importance = importance or ("fisher" if arch.text is not None else "hybrid")
     if importance not in IMPORTANCES:
         hint = nearest(importance, IMPORTANCES)
         raise UserError(f"importance = {importance!r}: must be one of {', '.join(IMPORTANCES)}. {hint}".strip())
     if labels_per_image != "all" and (not isinstance(labels_per_image, int) or labels_per_image < 1):
         raise UserError(f"labels_per_image = {labels_per_image!r}: must be a whole number of at least 1, or 'all'")
-    if labels_per_image == "all" and arch.family == "lm":
+    if labels_per_image == "all" and arch.text is not None:
         raise UserError("labels_per_image = 'all': there are too many words; give the number to draw per word, e.g. 4")
     parts, sizes = _parts(arch), _chosen(vector_sizes(arch, KINDS), vectors)
     exact = [name for name in sizes if kind_of(name) in IMPORTANCES[importance]]
@@ -209,7 +209,7 @@ def _check_mergeable(first: Mapping[str, Any], other: Mapping[str, Any]) -> None
 
 
 def _parts(arch: Arch) -> _Parts:
-    return _TEXTS if arch.family == "lm" else _IMAGES
+    return _IMAGES if arch.text is None else _TEXTS
 
 
 def _checked(model: nn.Module, batches: Batches) -> Arch:
@@ -220,7 +220,7 @@ def _checked(model: nn.Module, batches: Batches) -> Arch:
         raise ValueError("no batches to score on")
     want = (arch.in_chans, *arch.img_size)
     for x, _ in batches:
-        if arch.family == "lm":
+        if arch.text is not None:
             if x.dim() != 2 or x.is_floating_point() or not 0 <= int(x.min()) <= int(x.max()) < arch.num_classes:
                 shape = f"{x.dtype} of shape {tuple(x.shape)}"
                 raise UserError(f"{shape}: {arch.source} takes texts B·T of word numbers below {arch.num_classes}")
