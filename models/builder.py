@@ -11,18 +11,13 @@ from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from prunesweep.models.families.lm import build_lm
-from prunesweep.models.families.pvt_v2 import build_pvt_v2
-from prunesweep.models.families.swin import build_swin
-from prunesweep.models.families.vit import build_vit
-
 from .arch import Arch
 from .errors import UserError
+from .families import FAMILIES, family_of
 
 __all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
 
 ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
-BUILDERS = {"vit": build_vit, "swin": build_swin, "pvt_v2": build_pvt_v2, "lm": build_lm}
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -58,7 +53,7 @@ def create(
         if given:
             raise UserError(f"unknown model argument {', '.join(given)}: the record alone says what the model is")
         arch = dataclasses.replace(arch, num_classes=classes)
-        model = BUILDERS[arch.family](arch, drop_path=drop_path)
+        model = family_of(arch).build(arch, drop_path=drop_path)
         model.arch = arch  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         return model
 
@@ -91,11 +86,10 @@ def build_with(
 def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     half = (0.5,) * arch.in_chans
     own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
-    first_conv = None if arch.text else "patch_embed.proj"
-    fixed = {"fixed_input_size": True, "first_conv": first_conv, "custom_load": False}
+    family = family_of(arch)
+    fixed = {"fixed_input_size": True, "first_conv": family.first_conv, "custom_load": False}
     # the source model's own address is dropped, but "hf-hub:" names the place of these very weights
     no_download = {"url": ""} if given.get("source") == "hf-hub" else {"url": "", "hf_hub_id": None}
-    classifier = ("head", "head_dist") if arch.dist_token else {"swin": "head.fc", "lm": None}.get(arch.family, "head")
     defaults = {} if arch.in_chans == 3 else {"mean": half, "std": half}
     return {
         **defaults,
@@ -103,7 +97,7 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
         **fixed,
         **no_download,
         **own,
-        "classifier": classifier,
+        "classifier": family.classifiers(arch),
     }
 
 
@@ -113,17 +107,17 @@ def arch_of(model: nn.Module) -> Arch:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of all stages of a ViT, Swin or PVTv2, in the order of ``Arch.blocks``."""
-    stages: Any = getattr(model, "layers", None) or getattr(model, "stages", None) or [model]
-    return [block for stage in stages for block in stage.blocks]
+    """The blocks of all stages of a model, in the order of ``Arch.blocks``; it may have lost its record."""
+    arch = getattr(model, "arch", None)
+    if isinstance(arch, Arch):
+        return family_of(arch).blocks(model)
+    staged = (family for family in FAMILIES.values() if family.stages_name and hasattr(model, family.stages_name))
+    return next(staged, FAMILIES["vit"]).blocks(model)
 
 
 def example_input(arch: Arch, batch: int, seed: int) -> torch.Tensor:
     """What a model of this record takes: random images B·C·H·W in float32, or random word numbers B·T."""
-    generator = torch.Generator().manual_seed(seed)
-    if arch.text is not None:
-        return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
-    return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator)
+    return family_of(arch).example_input(arch, batch, torch.Generator().manual_seed(seed))
 
 
 def num_params(model: nn.Module) -> int:

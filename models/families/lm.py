@@ -15,7 +15,9 @@ Shapes: B batch, T words of a text, D residual width, V words of the vocabulary,
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +25,18 @@ from timm.layers import LayerNorm
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage, Text
+from prunesweep.models.errors import UserError
 
+from .base import Family
+from .block_costs import Cost
+from .checks import PYRAMID, check_at_least, check_one_of
+from .spaces import BLOCK, WHOLE, AxisUse, Table, reads, shares, writes
 from .vit import HeteroBlock
 
-__all__ = ["LanguageModel", "build_lm", "lm_arch"]
+__all__ = ["LM", "LanguageModel", "build_lm", "lm_arch"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+TIED = ("all", "tables", "none")  # what the softmax shares with the input
 
 
 class Words(nn.Module):
@@ -180,6 +188,102 @@ def _init(module: nn.Module) -> None:
 def build_lm(arch: Arch, *, drop_path: float = 0.0) -> LanguageModel:
     """The language model of ``arch``."""
     return LanguageModel(arch, drop_path=drop_path)
+
+
+class LanguageModelFamily(Family):
+    """The decoder of this module; its grid is one row of words."""
+
+    name = "lm"
+    capabilities = frozenset({"text", "width", "depth", "fused_qkv", "mixed_heads"})
+    single_stage = True
+    fixed_fields: ClassVar[dict[str, Any]] = {
+        **PYRAMID,
+        "pool": "none",
+        "head_norm": "none",
+        "in_chans": 1,
+        "patch_size": (1, 1),
+    }
+    first_conv = None
+    block_tensors = BLOCK
+    outer_tensors: ClassVar[Table] = {
+        "columns": (writes("in"),),  # which of the source's sinusoids are added
+        "clusters.weight": (WHOLE, reads("in")),
+    }
+
+    def build(self, arch: Arch, *, drop_path: float = 0.0) -> LanguageModel:
+        """The language model of ``arch``."""
+        return build_lm(arch, drop_path=drop_path)
+
+    def classifiers(self, arch: Arch) -> None:
+        """None: the words are those of the vocabulary."""
+
+    def example_input(self, arch: Arch, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Random word numbers B·T."""
+        return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
+
+    def check_whole(self, arch: Arch) -> None:
+        """The vocabulary, its bands and the positions."""
+        text = arch.text
+        assert text is not None
+        check_one_of("act", arch.act, ACTIVATIONS)
+        check_one_of("text.tied", text.tied, TIED)
+        if arch.img_size[0] != 1:
+            raise UserError(f"img_size = {list(arch.img_size)}: a text has one row of words, [1, length]")
+        if not text.cutoffs or any(len(band) == 0 for band in arch.bands):
+            raise UserError(
+                f"text.cutoffs = {list(text.cutoffs)}: must be one or more, ascending in 1..{arch.num_classes - 1}"
+            )
+        if len(text.tails) != len(text.cutoffs):
+            raise UserError(f"text.tails = {list(text.tails)}: must have one width per cutoff, {len(text.cutoffs)}")
+        for j, width in enumerate(text.tails):
+            check_at_least(f"text.tails[{j}]", width, 1)
+        if not isinstance(text.embed_scale, float) or not text.embed_scale > 0:
+            raise UserError(
+                f"text.embed_scale = {text.embed_scale!r}: must be a positive float (the source's D ** 0.5)"
+            )
+        check_at_least("text.positions", text.positions, max(4, arch.stages[0].width))
+        if text.positions % 2:
+            raise UserError(f"text.positions = {text.positions}: must be even, as many sines as cosines")
+        check_at_least("text.first_position", text.first_position, 0)
+
+    def outside_cost(self, arch: Arch) -> Cost:
+        """Tables and projections of all bands, clusters; the softmax shares what is tied."""
+        (stage,), text = arch.stages, arch.text
+        assert text is not None
+        width, tails = stage.width, sum(text.tails)
+        vectors = [len(band) * own for band, own in zip(arch.bands, (width, *text.tails), strict=True)]
+        projections, clusters = width * (width + tails), width * len(text.tails)
+        macs = projections + clusters + sum(vectors) + width * tails
+        own = width * tails * (text.tied != "all") + sum(vectors) * (text.tied == "none")
+        return Cost(macs, sum(vectors) + projections + clusters + own)
+
+    def block_cost(self, arch: Arch, stage: Stage, block: Block) -> Cost:
+        """MACs per word, each of which attends to a whole context, and parameters."""
+        whole = super().block_cost(arch, stage, block)
+        return Cost(whole.macs // (stage.grid[0] * stage.grid[1]), whole.params)
+
+    def uses(self, arch: Arch, tensor: str) -> tuple[AxisUse, ...]:
+        """Word vectors of band 0 have the residual channels, those of band B from the second on ``bands.B.tail``."""
+        match = re.fullmatch(r"(words|softmax)\.(tables|projections)\.(\d+)\.weight", tensor)
+        if match is None:
+            return super().uses(arch, tensor)
+        assert arch.text is not None
+        part, kind, band = match[1], match[2], int(match[3])
+        residual, channels = "stages.0.embed", f"bands.{band}.tail" if band else "stages.0.embed"
+        if kind == "tables":
+            shared = shares if arch.text.tied != "none" else writes
+            return WHOLE, (shared if part == "words" else reads)(channels)
+        if part == "softmax":  # from the hidden state to the band's channels, transposed
+            return reads(residual), writes(channels)
+        shared_here = band > 0 and arch.text.tied == "all"
+        return (shares(residual), shares(channels)) if shared_here else (writes(residual), reads(channels))
+
+    def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
+        """The residual stream is chosen only: its positions are columns of the source's sinusoids."""
+        return ("choose",) if space.endswith(".embed") else super().reductions(arch, space)
+
+
+LM = LanguageModelFamily()
 
 
 def lm_arch(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -13,9 +14,17 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.errors import UserError
 from prunesweep.models.layers.mixers import ConvMixer, attend
 
-__all__ = ["HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
+from .base import Family
+from .block_costs import Cost, Counts, global_attention_cost, mlp_cost, projection_params
+from .checks import PYRAMID
+from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
+from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel, writes
+from .vit import ACTIVATIONS
+
+__all__ = ["PVT_V2", "HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
 
 
 class ReducedAttention(nn.Module):
@@ -116,3 +125,139 @@ def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer:
         drop_path=drop_path,
         norm_layer=norm_layer,
     )
+
+
+class PVTv2Family(Family):
+    """timm's PVTv2: overlapping patch embeddings, keys and values from a reduced map, a convolution within MLPs."""
+
+    name = "pvt_v2"
+    capabilities = frozenset({"images", "width", "depth", "convolutions", "spatial_reduction", "mixed_heads"})
+    timm_classes = (PyramidVisionTransformerV2,)
+    stages_name = "stages"
+    fixed_fields = PYRAMID
+    probe_patch = 4
+    block_tensors: ClassVar[Table] = {
+        **NORMS,
+        **linear("attn.q", "q", "embed"),
+        **linear("attn.kv", "kv", "kv_in"),
+        **linear("attn.sr", "sr", "embed"),
+        **per_channel("attn.norm", "sr"),
+        **linear("attn.proj", "embed", "v"),
+        **CONVOLUTION,
+        **MLP,
+        **per_channel("mlp.dwconv", "mlp"),
+    }
+    stage_tensors: ClassVar[Table] = {
+        **linear("downsample.proj", "out", "in"),
+        **per_channel("downsample.norm", "out"),  # behind the projection
+        **per_channel("norm", "out"),
+    }
+    outer_tensors: ClassVar[Table] = {
+        "patch_embed.proj.weight": (writes("in"),),
+        "patch_embed.proj.bias": (writes("in"),),
+        **per_channel("patch_embed.norm", "in"),
+        **CLASSIFIERS,
+    }
+
+    def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
+        """The record of a PyramidVisionTransformerV2 for images of ``img_size``."""
+        needs = partial(require, name)
+        needs(isinstance(model.head, nn.Linear), "it has no classifier (num_classes = 0)")
+        needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
+        embeds = [model.patch_embed, *(layer.downsample for layer in model.stages[1:])]
+        layer_norms(model, needs)
+        fixed = {m.norm.eps for m in embeds} | {m.norm.eps for m in model.modules() if hasattr(m, "sr") and m.norm}
+        needs(fixed == {1e-5}, "a LayerNorm of its embeddings or reductions has eps other than 1e-5")
+        eps = shared_eps([n for s in model.stages for n in (s.norm, *(b.norm1 for b in s.blocks))], needs)
+        grid: tuple[int, ...] = tuple((side + 3) // 4 for side in img_size)
+        index, stages, biases = 0, [], set()
+        for s, layer in enumerate(model.stages):
+            grid = grid if s == 0 else tuple((side + 1) // 2 for side in grid)
+            blocks = []
+            for block in layer.blocks:
+                blocks.append(_read_block(index, block, needs))
+                biases.add(block.attn.q.bias is not None)
+                index += 1
+            sr = layer.blocks[0].attn.sr
+            ratio = 1 if sr is None else int(sr.kernel_size[0])
+            stages.append(
+                Stage(width=embeds[s].proj.out_channels, grid=(grid[0], grid[1]), blocks=tuple(blocks), sr_ratio=ratio)
+            )
+        shape = {"img_size": img_size, "patch_size": (4, 4), "in_chans": model.in_chans}
+        return pyramid_record(model, self.name, name, stages, biases, norm_eps=eps, **shape)
+
+    def build(self, arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
+        """A timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
+        return build_pvt_v2(arch, drop_path=drop_path)
+
+    def grids(self, arch: Arch) -> list[tuple[int, ...]]:
+        """The first patch embedding, a 7x7 convolution of stride 4 and padding 3, rounds up too."""
+        grids = [tuple((i + p - 1) // p for i, p in zip(arch.img_size, arch.patch_size, strict=True))]
+        for _ in arch.stages[1:]:
+            grids.append(tuple((side + 1) // 2 for side in grids[-1]))
+        return grids
+
+    def check_fields(self, arch: Arch) -> None:
+        """The stride of the first patch embedding is fixed."""
+        if arch.patch_size != (4, 4):
+            raise UserError(f"patch_size = {list(arch.patch_size)}: the patch embedding of pvt_v2 has stride [4, 4]")
+
+    def outside_cost(self, arch: Arch) -> Cost:
+        """Overlapping patch embeddings (7x7, then 3x3) with a norm each, a norm per stage, classifier."""
+        last = arch.stages[-1]
+        macs, params = last.width * arch.num_classes, (last.width + 1) * arch.num_classes
+        channels, kernel = arch.in_chans, 49
+        for stage in arch.stages:
+            macs += stage.grid[0] * stage.grid[1] * stage.width * channels * kernel
+            params += stage.width * (channels * kernel + 5)
+            channels, kernel = stage.width, 9
+        return Cost(macs, params)
+
+    def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
+        """Queries from all places; keys and values from the map that the stage's ``sr_ratio`` reduces, if it does."""
+        if not block.sr:
+            return global_attention_cost(arch, stage, block, tokens)
+        qk, v = block.heads * block.qk, block.total_v
+        keys = math.prod(side // stage.sr_ratio for side in stage.grid)
+        macs = keys * stage.width * block.sr * stage.sr_ratio**2
+        macs += tokens * (stage.width + keys) * (qk + v) + keys * block.sr * (qk + v)
+        reduction = block.sr * (stage.width * stage.sr_ratio**2 + 3)
+        return macs, projection_params(arch, stage, block, block.sr) + reduction
+
+    def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
+        """Two linear layers and a 3x3 depthwise convolution between them."""
+        macs, params = mlp_cost(stage, block, tokens)
+        return macs + tokens * block.mlp * 9, params + 10 * block.mlp
+
+    def norm_writes(self, arch: Arch, stage: int) -> bool:
+        """Every stage's patch embedding ends with a norm."""
+        return True
+
+    def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Tokens, and the rows and columns that they are."""
+        return (stage.grid[0] * stage.grid[1], stage.width), {"feat_size": stage.grid}
+
+    def _block_use(self, arch: Arch, stage: int, index: int, use: AxisUse) -> AxisUse:
+        if use.axis == "kv_in":  # what keys and values are read from
+            use = AxisUse("sr" if arch.blocks[index].sr else "embed", use.role)
+        return super()._block_use(arch, stage, index, use)
+
+
+def _read_block(index: int, block: Any, require: Require) -> Block:
+    where = f"block {index}"
+    require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
+    attn = block.attn
+    require(attn.pool is None, f"{where} has linear attention (pooled keys and values)")
+    activation_of(block.mlp, MlpWithDepthwiseConv, ACTIVATIONS, where, require)
+    return Block(
+        src=index,
+        heads=attn.num_heads,
+        qk=attn.head_dim,
+        v=attn.head_dim,
+        scale=float(attn.scale),
+        mlp=block.mlp.fc1.out_features,
+        sr=0 if attn.sr is None else attn.dim,
+    )
+
+
+PVT_V2 = PVTv2Family()

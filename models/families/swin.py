@@ -7,19 +7,27 @@ timm's windows, shifts, masks and parameter names.
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from timm.layers import ClassifierHead, Mlp, calculate_drop_path_rates
+from timm.layers import ClassifierHead, Mlp, PatchEmbed, calculate_drop_path_rates
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.layers.mixers import ConvMixer, attend
 
-__all__ = ["HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
+from .base import ConvSharing, Family
+from .block_costs import Cost, Counts, projection_params
+from .checks import PYRAMID
+from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
+from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, per_channel, reads, scales, writes
+from .vit import ACTIVATIONS
+
+__all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
 
 
 class HeteroWindowAttention(WindowAttention):  # type: ignore[misc]  # timm is untyped
@@ -137,3 +145,115 @@ def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer:
         drop_path=drop_path,
         norm_layer=norm_layer,
     )
+
+
+class SwinFamily(Family):
+    """timm's Swin: attention in windows, shifted or not, and patch merging between stages."""
+
+    name = "swin"
+    capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "fused_qkv", "windows"})
+    timm_classes = (SwinTransformer,)
+    stages_name = "layers"
+    fixed_fields = PYRAMID
+    one_head_only = "a Swin head has position biases of its own"
+    conv_sharing = ConvSharing(alpha=1e2, centre_first=True)
+    block_tensors: ClassVar[Table] = {**BLOCK, "attn.relative_position_bias_table": (WHOLE, scales("heads"))}
+    stage_tensors: ClassVar[Table] = {
+        **per_channel("downsample.norm", "merged"),  # in front of the reduction
+        "downsample.reduction.weight": (writes("out"), reads("merged")),
+    }
+    outer_tensors: ClassVar[Table] = {
+        "patch_embed.proj.weight": (writes("in"),),
+        "patch_embed.proj.bias": (writes("in"),),
+        **per_channel("patch_embed.norm", "in"),
+        **per_channel("norm", "out"),
+        **CLASSIFIERS,
+    }
+
+    def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
+        """The record of a SwinTransformer, which knows its image size."""
+        needs = partial(require, name)
+        embed = model.patch_embed
+        needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
+        needs(isinstance(embed.norm, nn.LayerNorm), "it has no LayerNorm in the patch embedding")
+        needs(not model.dynamic_img_size, "it is built for images of any size (strict_img_size = False)")
+        needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
+        needs(isinstance(model.head.fc, nn.Linear), "it has no classifier (num_classes = 0)")
+        eps = shared_eps(layer_norms(model, needs), needs)
+        grid, index, stages, biases = tuple(embed.grid_size), 0, [], set()
+        for s, layer in enumerate(model.layers):
+            grid = grid if s == 0 else tuple((side + 1) // 2 for side in grid)
+            needs(len(layer.blocks) > 0, f"stage {s} has no blocks")
+            blocks = []
+            for block in layer.blocks:
+                blocks.append(_read_block(index, block, needs))
+                biases.add(block.attn.qkv.bias is not None)
+                index += 1
+            window = tuple(layer.blocks[0].window_size)
+            stages.append(Stage(width=layer.blocks[0].dim, grid=grid, blocks=tuple(blocks), window=window))
+        shape = {
+            "img_size": tuple(embed.img_size),
+            "patch_size": tuple(embed.patch_size),
+            "in_chans": embed.proj.in_channels,
+        }
+        return pyramid_record(model, self.name, name, stages, biases, norm_eps=eps, **shape)
+
+    def build(self, arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
+        """A timm SwinTransformer with the blocks and widths of ``arch``."""
+        return build_swin(arch, drop_path=drop_path)
+
+    def classifiers(self, arch: Arch) -> str:
+        """``head.fc``: timm pools within ``head``."""
+        return "head.fc"
+
+    def outside_cost(self, arch: Arch) -> Cost:
+        """Patch embedding with a norm, patch merging (norm and reduction over 4 neighbours), norm and classifier."""
+        first, last = arch.stages[0], arch.stages[-1]
+        pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+        macs = first.grid[0] * first.grid[1] * pixels * first.width + last.width * arch.num_classes
+        params = first.width * (pixels + 3) + last.width * 2 + (last.width + 1) * arch.num_classes
+        for before, stage in zip(arch.stages, arch.stages[1:], strict=False):
+            macs += stage.grid[0] * stage.grid[1] * 4 * before.width * stage.width
+            params += 8 * before.width + 4 * before.width * stage.width
+        return Cost(macs, params)
+
+    def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
+        """Attention within windows, to whole ones of which the map is padded, and a table of biases per head."""
+        assert stage.window is not None
+        qk, v = block.heads * block.qk, block.total_v
+        keys = math.prod(stage.window)
+        windows = math.prod(-(-side // w) for side, w in zip(stage.grid, stage.window, strict=True))
+        queries = windows * keys
+        macs = queries * (stage.width + keys) * (qk + v) + queries * stage.width * (qk + v)
+        biases = block.heads * math.prod(2 * w - 1 for w in stage.window)
+        return macs, projection_params(arch, stage, block, stage.width) + biases
+
+    def norm_writes(self, arch: Arch, stage: int) -> bool:
+        """The patch embedding ends with a norm; patch merging has its norm in front of the reduction."""
+        return stage == 0
+
+    def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """A map: rows, columns and channels."""
+        return (*stage.grid, stage.width), {}
+
+
+def _read_block(index: int, block: Any, require: Require) -> Block:
+    where = f"block {index}"
+    require(type(block) is SwinTransformerBlock, f"{where} is a {type(block).__name__}")
+    attn = block.attn
+    require(type(attn) is WindowAttention, f"{where} has a {type(attn).__name__}")
+    require(not block.always_partition, f"{where} is built with always_partition")
+    activation_of(block.mlp, Mlp, ACTIVATIONS, where, require)
+    width = attn.proj.in_features // attn.num_heads
+    return Block(
+        src=index,
+        heads=attn.num_heads,
+        qk=width,
+        v=width,
+        scale=float(attn.scale),
+        mlp=block.mlp.fc1.out_features,
+        shifted=any(block.shift_size),
+    )
+
+
+SWIN = SwinFamily()

@@ -8,21 +8,31 @@ timm's ``Attention`` holds a block whose query, key and value widths agree; ``He
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prunesweep.models.arch import Arch, Block
+from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.errors import UserError
 from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
 
-__all__ = ["ACTIVATIONS", "HeteroBlock", "build_vit"]
+from .base import ConvSharing, Family
+from .block_costs import Cost
+from .checks import check_fixed
+from .reading import Require, activation_of, layer_norms, require, shared_eps
+from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, per_channel, writes
+
+__all__ = ["ACTIVATIONS", "VIT", "HeteroBlock", "build_vit"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU}
+# what timm's VisionTransformerDistilled takes for granted
+DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
 
 
 class HeteroBlock(nn.Module):
@@ -117,3 +127,149 @@ def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         block_fn=block_fn,
         **options,
     )
+
+
+class VisionTransformerFamily(Family):
+    """timm's ViT and DeiT: one stage, class, distillation and register tokens, every switch of the record."""
+
+    name = "vit"
+    capabilities = frozenset(
+        {
+            "images",
+            "width",
+            "depth",
+            "convolutions",
+            "mixers",
+            "tokens",
+            "token_scale",
+            "global_attention",
+            "fused_qkv",
+            "mixed_heads",
+            "features",
+        }
+    )
+    timm_classes = (VisionTransformer, VisionTransformerDistilled)
+    single_stage = True
+    conv_sharing = ConvSharing(alpha=1e-2)
+    block_tensors = BLOCK
+    outer_tensors: ClassVar[Table] = {
+        **{f"{tokens}_token": (WHOLE, WHOLE, writes("in")) for tokens in ("cls", "dist", "reg")},
+        "pos_embed": (WHOLE, WHOLE, writes("in")),
+        "patch_embed.proj.weight": (writes("in"),),
+        "patch_embed.proj.bias": (writes("in"),),
+        **per_channel("norm_pre", "in"),
+        **per_channel("norm", "out"),
+        **per_channel("fc_norm", "out"),
+        **CLASSIFIERS,
+    }
+
+    def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
+        """The record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
+        needs = partial(require, name)
+        embed = model.patch_embed
+        needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
+        needs(isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
+        needs(not model.dynamic_img_size, "it is built with dynamic_img_size")
+        needs(model.attn_pool is None, "it has an attention pool")
+        needs(model.global_pool in ("token", "avg"), f"its pooling is {model.global_pool!r}, not 'token' or 'avg'")
+        needs(not model.pool_include_prefix, "its pooling includes the prefix tokens")
+        needs(model.pos_embed is not None, "it has no learned position embedding")
+        needs(isinstance(model.head, nn.Linear), "it has no classifier (num_classes = 0)")
+        eps = shared_eps(layer_norms(model, needs), needs)
+        blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
+        needs(len(set(features)) == 1, "its blocks differ in bias, q/k norm, layer scale or activation")
+        qkv_bias, qk_norm, layer_scale, act = features[0]
+        rows, columns = embed.grid_size
+        arch = Arch(
+            family=self.name,
+            source=name,
+            img_size=tuple(embed.img_size),
+            patch_size=tuple(embed.patch_size),
+            in_chans=embed.proj.in_channels,
+            num_classes=model.num_classes,
+            stages=(Stage(width=model.embed_dim, grid=(rows, columns), blocks=blocks),),
+            class_token=model.cls_token is not None,
+            dist_token=isinstance(model, VisionTransformerDistilled),
+            reg_tokens=model.num_reg_tokens,
+            prefix_pos_embed=not model.no_embed_class,
+            pool=model.global_pool,
+            head_norm=_head_norm(model),
+            pre_norm=not isinstance(model.norm_pre, nn.Identity),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            layer_scale=layer_scale,
+            norm_eps=eps,
+            act=act,
+        )
+        needs((embed.proj.bias is None) == arch.pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
+        return arch
+
+    def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
+        """A timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
+        return build_vit(arch, drop_path=drop_path)
+
+    def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
+        """``head``, and ``head_dist`` of a distilled model."""
+        return ("head", "head_dist") if arch.dist_token else "head"
+
+    def check_fields(self, arch: Arch) -> None:
+        """Pooling, and what timm's VisionTransformerDistilled takes for granted."""
+        if arch.pool == "none":
+            raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
+        if arch.pool == "token" and not arch.class_token:
+            raise UserError("pool = 'token': needs class_token = true; use pool = 'avg'")
+        if arch.dist_token:
+            check_fixed(arch, "dist_token = true", DISTILLED)
+
+    def outside_cost(self, arch: Arch) -> Cost:
+        """Patch embedding, prefix tokens, positions, norms and one classifier, or two with a distillation token."""
+        (stage,) = arch.stages
+        width, patches = stage.width, stage.grid[0] * stage.grid[1]
+        pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+        macs = width * (patches * pixels + (1 + arch.dist_token) * arch.num_classes)
+        embed = width * pixels + (0 if arch.pre_norm else width)
+        positions = patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0)
+        norms = (arch.head_norm != "none") + arch.pre_norm
+        heads = (1 + arch.dist_token) * (width + 1) * arch.num_classes
+        return Cost(macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads)
+
+    def norm_writes(self, arch: Arch, stage: int) -> bool:
+        """With ``pre_norm`` the first norm's output is what the blocks' residual stream begins with."""
+        return arch.pre_norm
+
+
+def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, bool, bool, str]]:
+    """The record of one block, and the features that all blocks of a model must share."""
+    where = f"block {index}"
+    require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
+    attn, mlp = block.attn, block.mlp
+    require(type(attn) is Attention, f"{where} has a {type(attn).__name__}")
+    require(attn.gate is None, f"{where} gates its attention")
+    require(isinstance(attn.norm, nn.Identity), f"{where} normalises its attention output")
+    require(attn.proj.bias is not None, f"{where} has no projection bias")
+    act = activation_of(mlp, Mlp, ACTIVATIONS, where, require)
+    require(isinstance(mlp.norm, nn.Identity), f"{where} normalises inside its MLP")
+    record = Block(
+        src=index,
+        heads=attn.num_heads,
+        qk=attn.head_dim,
+        v=attn.head_dim,
+        scale=float(attn.scale),
+        mlp=mlp.fc1.out_features,
+    )
+    features = (
+        attn.qkv.bias is not None,
+        not isinstance(attn.q_norm, nn.Identity),
+        isinstance(block.ls1, LayerScale),
+        act,
+    )
+    return record, features
+
+
+def _head_norm(model: Any) -> str:
+    if not isinstance(model.norm, nn.Identity):
+        return "tokens"
+    return "none" if isinstance(model.fc_norm, nn.Identity) else "pooled"
+
+
+VIT = VisionTransformerFamily()

@@ -1,0 +1,286 @@
+"""What a model family is: one object that answers every question whose answer differs between families.
+
+A new family is one file with a subclass of ``Family`` and its entry in ``models.families.FAMILIES`` (or, from outside
+the package, ``models.families.register``). Nothing else names a family: whoever needs to know asks for a *capability*.
+``tests/contract_family.py`` checks whatever is registered.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from prunesweep.models.arch import Arch, Block, Stage
+
+from .block_costs import Cost, Counts, convolution_cost, global_attention_cost, mlp_cost
+from .spaces import AxisUse, Table
+
+__all__ = ["CAPABILITIES", "ConvSharing", "Family", "Place"]
+
+CAPABILITIES: Mapping[str, str] = MappingProxyType(
+    {
+        "images": "takes images B x C x rows x columns and gives one vector of logits for each",
+        "text": "takes word numbers and predicts every next word; its record has a ``text``",
+        "width": "channels of the residual streams, of queries, keys and values, and MLP units can be cut",
+        "depth": "blocks can be dropped",
+        "convolutions": "a block may have a convolution over the grid of patches as its mixer",
+        "mixers": "attention can be replaced by a convolution that shares its weights (``conv_sharing`` says how)",
+        "tokens": "a block may have a token plan: fewer tokens inside it than between blocks",
+        "token_scale": "attention may have a frozen factor per token",
+        "global_attention": "every block attends over all tokens of the only stage, in no order",
+        "fused_qkv": "queries, keys and values come from the same tokens by one projection, ``attn.qkv``",
+        "windows": "attention is within windows, whose size is in the stage's record, and may be shifted",
+        "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",
+        "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
+        "features": "the tokens behind any block are one vector per patch of the first grid",
+    }
+)
+
+
+class ConvSharing(NamedTuple):
+    """How a convolution takes its weights from attention (SPViT, arXiv 2111.11802, section 3.2)."""
+
+    alpha: float  # temperature of the softmax over the heads
+    centre_first: bool = False  # the kernel's centre has the first column of ``head_probs``
+
+
+class Place(NamedTuple):
+    """Where a tensor of a block is: its stage, the block's number within the stage, and its name within the block."""
+
+    stage: int
+    block: int
+    part: str
+
+
+class Family(ABC):
+    """Everything that is particular to one model family. Objects have no state: one serves all models.
+
+    A subclass sets the attributes, gives ``build``, ``outside_cost`` and, where timm has such models, ``read``, and
+    overrides what else is different. Defaults are those of a pre-norm transformer whose blocks have attention over all
+    tokens and an MLP.
+    """
+
+    name: ClassVar[str]  # what records, files and reports call it
+    capabilities: ClassVar[frozenset[str]]  # names of ``CAPABILITIES``
+    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = ()  # exact types that ``read`` takes
+
+    single_stage: ClassVar[bool] = False
+    stages_name: ClassVar[str] = ""  # the attribute that holds the stages; "" where blocks are the model's own
+    fixed_fields: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what its records always hold
+    one_head_only: ClassVar[str] = ""  # without "mixed_heads": why a head keeps channels of one head only
+    conv_sharing: ClassVar[ConvSharing | None] = None  # with "mixers"
+
+    block_tensors: ClassVar[Table]  # by the name within a block
+    stage_tensors: ClassVar[Table] = {}  # by the name within a stage
+    outer_tensors: ClassVar[Table]  # by the name within the model
+
+    first_conv: ClassVar[str | None] = "patch_embed.proj"  # for timm's ``pretrained_cfg``
+    probe_patch: ClassVar[int] = 1  # side of the patches of a model made to measure its blocks
+
+    # --- models ---
+
+    def supports(self, *capabilities: str) -> bool:
+        """Whether the family has all of ``capabilities``. Raises KeyError for one that does not exist."""
+        unknown = [name for name in capabilities if name not in CAPABILITIES]
+        if unknown:
+            raise KeyError(f"unknown capability {', '.join(unknown)}; known: {', '.join(CAPABILITIES)}")
+        return self.capabilities.issuperset(capabilities)
+
+    def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
+        """The record of a module of ``timm_classes``.
+
+        Args:
+            model: a timm module.
+            name: what to call the source.
+            img_size: rows and columns of its images, for a model that takes any.
+
+        Raises:
+            UserError: the model has a part that the record lacks; the message says which.
+        """
+        raise NotImplementedError(f"{self.name} has no timm models")
+
+    @abstractmethod
+    def build(self, arch: Arch, *, drop_path: float = 0.0) -> nn.Module:
+        """A randomly initialised module; the last block has the stochastic depth rate ``drop_path``."""
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of all stages, in the order of ``Arch.blocks``."""
+        stages: Any = getattr(model, self.stages_name) if self.stages_name else [model]
+        return [block for stage in stages for block in stage.blocks]
+
+    def classifiers(self, arch: Arch) -> str | tuple[str, ...] | None:
+        """Names of the layers that depend on the number of classes, as timm's ``pretrained_cfg`` wants them."""
+        return "head"
+
+    def example_input(self, arch: Arch, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """What a model takes: random images B·C·H·W in float32."""
+        return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator)
+
+    # --- records ---
+
+    def grids(self, arch: Arch) -> list[tuple[int, ...]]:
+        """Rows and columns of every stage: patches, halved (rounding up) from stage to stage."""
+        grids = [tuple(i // p for i, p in zip(arch.img_size, arch.patch_size, strict=True))]
+        for _ in arch.stages[1:]:
+            grids.append(tuple((side + 1) // 2 for side in grids[-1]))
+        return grids
+
+    def check_fields(self, arch: Arch) -> None:
+        """Raise UserError where a field other than ``stages`` makes the record impossible; ``stages`` may be wrong."""
+
+    def check_whole(self, arch: Arch) -> None:
+        """Raise UserError where a record whose fields and stages are right one by one is impossible."""
+
+    # --- cost ---
+
+    @abstractmethod
+    def outside_cost(self, arch: Arch) -> Cost:
+        """MACs and parameters of all but the blocks: embedding, what lies between stages, norms and classifiers."""
+
+    def block_cost(self, arch: Arch, stage: Stage, block: Block) -> Cost:
+        """MACs and parameters of one block in a stage of a model like ``arch``."""
+        places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens  # between blocks
+        tokens = block.tokens or places  # inside
+        norm = stage.width * (2 + arch.layer_scale)
+        macs = params = 0
+        if block.tokens is not None:
+            dense = block.merge == "dense"
+            macs += dense * 2 * tokens * places * stage.width
+            params += 2 * places * (tokens if dense else 1)
+        mixer, mlp = (0, 0), (0, 0)
+        if block.mixer == "attn":
+            mixer = self.attention_cost(arch, stage, block, tokens)
+        elif block.conv_kernel:
+            mixer = convolution_cost(stage, block)
+        if block.mlp:
+            mlp = self.mlp_cost(stage, block, tokens)
+        norms = norm * ((block.mixer != "none" or block.norm_residual) + (block.mlp > 0))
+        return Cost(macs + mixer[0] + mlp[0], params + mixer[1] + mlp[1] + norms)
+
+    def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
+        """MACs and parameters of a block's attention on ``tokens`` tokens."""
+        return global_attention_cost(arch, stage, block, tokens)
+
+    def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
+        """MACs and parameters of a block's MLP on ``tokens`` tokens."""
+        return mlp_cost(stage, block, tokens)
+
+    # --- tensors and spaces ---
+
+    def block_prefix(self, stage: int, block: int) -> str:
+        """What the names of a block's tensors begin with, such as ``layers.0.blocks.1.``."""
+        return f"{self.stages_name}.{stage}.blocks.{block}." if self.stages_name else f"blocks.{block}."
+
+    def place(self, tensor: str) -> Place | None:
+        """Where a block's tensor is; None for a tensor outside the blocks."""
+        stage = rf"{re.escape(self.stages_name)}\.(\d+)\." if self.stages_name else "()"
+        match = re.fullmatch(rf"{stage}blocks\.(\d+)\.(.+)", tensor)
+        return None if match is None else Place(int(match[1] or 0), int(match[2]), match[3])
+
+    def uses(self, arch: Arch, tensor: str) -> tuple[AxisUse, ...]:
+        """What every axis of a tensor of ``build(arch)``'s state dict counts, and what the tensor does there.
+
+        Axes that are left out, from the last on, are always kept whole.
+        """
+        if place := self.place(tensor):
+            i = sum(len(stage.blocks) for stage in arch.stages[: place.stage]) + place.block
+            return tuple(self._block_use(arch, place.stage, i, use) for use in self.block_tensors[place.part])
+        if self.stages_name and (match := re.fullmatch(rf"{re.escape(self.stages_name)}\.(\d+)\.(.+)", tensor)):
+            s = int(match[1])
+            names = {"in": f"stages.{s - 1}.embed", "out": f"stages.{s}.embed", "merged": f"stages.{s - 1}.merged"}
+            return tuple(AxisUse(names.get(use.axis, ""), use.role) for use in self.stage_tensors[match[2]])
+        names = {"in": "stages.0.embed", "out": f"stages.{len(arch.stages) - 1}.embed"}
+        return tuple(AxisUse(names.get(use.axis, ""), use.role) for use in self.outer_tensors[tensor])
+
+    def _block_use(self, arch: Arch, stage: int, index: int, use: AxisUse) -> AxisUse:
+        if use.axis in ("", "embed"):
+            return AxisUse(use.axis and f"stages.{stage}.embed", use.role)
+        return AxisUse(f"blocks.{index}.{use.axis}", use.role)
+
+    def axes(self, arch: Arch, tensor: str) -> tuple[str, ...]:
+        """What every axis of a tensor counts; "" or left out where nothing is ever cut. ``parts`` has the spaces."""
+        return tuple(use.axis for use in self.uses(arch, tensor))
+
+    def parts(self, axis: str) -> tuple[str, ...]:
+        """The spaces that lie side by side on an axis."""
+        if not axis:
+            return ()
+        where, _, own = axis.rpartition(".")
+        joint = {"merged": ("embed",) * 4, "qkv": ("q", "k", "v"), "kv": ("k", "v")}.get(own, (own,))
+        return tuple(f"{where}.{part}" for part in joint)
+
+    def spaces(self, arch: Arch) -> dict[str, int]:
+        """Size of every space of a record.
+
+        ``stages.S.embed`` are a stage's residual channels. Of block I there are ``blocks.I.`` and ``q`` and ``k`` (H·E
+        each), ``v`` (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and
+        ``sr`` (PVTv2's reduced map). Of a language model's bands from the second on there is ``bands.B.tail``.
+        """
+        sizes = {f"stages.{s}.embed": stage.width for s, stage in enumerate(arch.stages)}
+        for i, block in enumerate(arch.blocks):
+            qk = block.heads * block.qk
+            own = {"q": qk, "k": qk, "v": block.total_v, "heads": block.heads, "mlp": block.mlp, "sr": block.sr}
+            if arch.qk_norm:
+                own["qk_norm"] = block.qk
+            sizes |= {f"blocks.{i}.{space}": size for space, size in own.items() if size}
+        return sizes | {f"bands.{b}.tail": width for b, width in enumerate(arch.text.tails if arch.text else (), 1)}
+
+    def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
+        """How a space may be reduced without another function being computed in between.
+
+        ``choose`` keeps some of its channels, which every space allows. ``project`` puts a matrix on every axis of the
+        space; it needs that nothing but linear maps and, in the residual stream, the norm in front of a reader acts on
+        the channels. A residual stream that a norm *writes* to (behind a patch embedding) is not such a space: the
+        norm's gain acts in the source's basis, and no linear map follows in which it could be absorbed.
+        """
+        where, _, own = space.rpartition(".")
+        linear = own == "tail"
+        if own in ("q", "k"):
+            linear = not arch.qk_norm
+        elif own == "v":
+            linear = arch.blocks[int(where.split(".")[1])].mixer == "attn"
+        elif own == "embed":
+            linear = not self.norm_writes(arch, int(where.split(".")[1]))
+        return ("choose", "project") if linear else ("choose",)
+
+    def norm_writes(self, arch: Arch, stage: int) -> bool:
+        """Whether a norm's output goes straight into a stage's residual stream."""
+        return False
+
+    def writers(self, arch: Arch, space: str) -> tuple[str, ...]:
+        """Names of the tensors whose output lies in a space, biases included."""
+        return tuple(self._with_role(arch, space, "writes", "shares"))
+
+    def readers(self, arch: Arch, space: str) -> tuple[str, ...]:
+        """Names of the tensors whose input lies in a space."""
+        return tuple(self._with_role(arch, space, "reads", "shares"))
+
+    def scalers(self, arch: Arch, space: str) -> tuple[str, ...]:
+        """Names of the tensors with one number per channel of a space, such as the gains of norms."""
+        return tuple(self._with_role(arch, space, "scales"))
+
+    def _with_role(self, arch: Arch, space: str, *roles: str) -> Iterator[str]:
+        for tensor in tensor_shapes(self, arch):
+            if any(use.role in roles and space in self.parts(use.axis) for use in self.uses(arch, tensor)):
+                yield tensor
+
+    # --- latency ---
+
+    def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Shape, without the batch, and further arguments of what a block of a stage takes."""
+        return (stage.grid[0] * stage.grid[1] + arch.prefix_tokens, stage.width), {}
+
+
+@lru_cache(maxsize=16)
+def tensor_shapes(family: Family, arch: Arch) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every tensor of ``build(arch)``'s state dict, without allocating any."""
+    with torch.device("meta"):
+        model = family.build(arch)
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})

@@ -1,0 +1,44 @@
+"""Checks that records of several families share; every message names the field, what it holds and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prunesweep.models.arch import Arch
+from prunesweep.models.errors import UserError, nearest
+
+__all__ = ["PYRAMID", "check_at_least", "check_fixed", "check_one_of"]
+
+# what a model of several stages takes for granted: no prefix tokens, the average over places
+PYRAMID: Mapping[str, Any] = {
+    "class_token": False,
+    "dist_token": False,
+    "reg_tokens": 0,
+    "pool": "avg",
+    "head_norm": "tokens",
+    "pre_norm": False,
+    "qk_norm": False,
+    "layer_scale": False,
+}
+
+
+def check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise UserError, with the nearest allowed value, where ``value`` is not allowed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise UserError(f"{name} = {value!r}: must be one of {', '.join(allowed)}. {hint}".strip())
+
+
+def check_at_least(name: str, value: Any, least: int) -> None:
+    """Raise UserError where ``value`` is not a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} = {value!r}: must be a whole number of at least {least}")
+
+
+def check_fixed(arch: Arch, why: str, needed: Mapping[str, Any]) -> None:
+    """Raise UserError where a field differs from its value in ``needed``."""
+    for name, value in needed.items():
+        if getattr(arch, name) != value:
+            raise UserError(f"{why}: needs {name} = {value!r}, got {getattr(arch, name)!r}")
