@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from .arch import Arch, Block
-from .builder import arch_of, blocks_of
-from .families.views import AttentionView, MlpView, attention_view, mlp_view
+from .builder import arch_of
+from .families import family_of
+from .families.views import AttentionView, MlpView
 
 __all__ = ["BlockView", "block_views"]
 
@@ -45,9 +46,10 @@ def block_views(model: nn.Module, arch: Arch | None = None) -> list[BlockView]:
     """
     arch = arch_of(model) if arch is None else arch
     names = {id(module): name for name, module in model.named_modules()}
+    family = family_of(arch)
     stages = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
-    rows = zip(stages, blocks_of(model), arch.blocks, strict=True)
-    return [
-        BlockView(i, s, names[id(block)], block, record, attention_view(block, record), mlp_view(block, record))
-        for i, (s, block, record) in enumerate(rows)
-    ]
+    views = []
+    for i, (s, block, record) in enumerate(zip(stages, family.blocks(model), arch.blocks, strict=True)):
+        attention, mlp = family.attention_view(block, record), family.mlp_view(block, record)
+        views.append(BlockView(i, s, names[id(block)], block, record, attention, mlp))
+    return views

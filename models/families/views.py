@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 
 from prunesweep.models.arch import Block
 
-__all__ = ["AttentionView", "LinearView", "MlpView", "ReductionView", "attention_view", "mlp_view"]
+__all__ = ["AttentionView", "LinearView", "MlpView", "ReductionView", "attention_view", "consecutive", "mlp_view"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +123,13 @@ class AttentionView:
         """Queries or keys (B, N, H·E) as (B, H, N, E)."""
         return rearrange(q, "b n (h e) -> b h n e", h=self.record.heads)
 
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, N, H·E), (B, N, H·E) and (B, N, V), all of ``x`` (B, N, D), each layer run once; before the norms."""
+        outputs = {view.name: view.layer(x) for view in self.inputs}
+        q, k, v = (outputs[part.name][..., part.rows] for part in (self.q, self.k, self.v))
+        scale = self.token_scale
+        return (q, k, v) if scale is None else (q * scale, k * scale, v * scale)
+
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """(B, n, H·E) of the attention's first n tokens (B, n, D); before ``q_norm``."""
         q = self.q(x)
@@ -179,43 +187,35 @@ class MlpView:
         return self.act(y)
 
 
-def attention_view(block: nn.Module, record: Block) -> AttentionView | None:
-    """The attention of a block, given its record; None where it has another mixer or none."""
-    if record.mixer != "attn":
-        return None
+def consecutive(name: str, layer: nn.Linear, *widths: int) -> tuple[LinearView, ...]:
+    """Views of a layer's rows, so many at a time, from the first on."""
+    ends = list(accumulate(widths))
+    return tuple(LinearView(name, layer, slice(end - width, end)) for end, width in zip(ends, widths, strict=True))
+
+
+def attention_view(
+    block: nn.Module,
+    record: Block,
+    projections: tuple[LinearView, LinearView, LinearView],
+    reduction: ReductionView | None = None,
+) -> AttentionView:
+    """View ``block.attn``, which comes behind ``block.norm1`` and ends with ``proj``.
+
+    Args:
+        block: the block's module.
+        record: its record.
+        projections: the rows of queries, keys and values.
+        reduction: what keys and values are read from, if not the attention's input.
+    """
     attn: Any = block.get_submodule("attn")
-    width, total_v = record.heads * record.qk, record.total_v
-    reduction = None
-    if hasattr(attn, "qkv"):
-        q, k, v = (
-            LinearView("attn.qkv", attn.qkv, slice(start, stop))
-            for start, stop in ((0, width), (width, 2 * width), (2 * width, 2 * width + total_v))
-        )
-    else:
-        q = LinearView("attn.q", attn.q, slice(0, width))
-        k, v = (
-            LinearView("attn.kv", attn.kv, slice(start, stop)) for start, stop in ((0, width), (width, width + total_v))
-        )
-        reduction = None if attn.sr is None else ReductionView(attn.sr, attn.norm)
-    return AttentionView(
-        name="attn",
-        module=attn,
-        record=record,
-        norm=block.get_submodule("norm1"),
-        q=q,
-        k=k,
-        v=v,
-        out=LinearView("attn.proj", attn.proj),
-        q_norm=getattr(attn, "q_norm", nn.Identity()),
-        k_norm=getattr(attn, "k_norm", nn.Identity()),
-        reduction=reduction,
-    )
+    q, k, v = projections
+    norms = (getattr(attn, name, None) or nn.Identity() for name in ("q_norm", "k_norm"))
+    out, norm = LinearView("attn.proj", attn.proj), block.get_submodule("norm1")
+    return AttentionView("attn", attn, record, norm, q, k, v, out, *norms, reduction=reduction)
 
 
-def mlp_view(block: nn.Module, record: Block) -> MlpView | None:
-    """The MLP of a block, given its record; None where it has none."""
-    if not record.mlp:
-        return None
+def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
+    """View ``block.mlp``: behind ``block.norm2``, the layers ``fc1``, ``conv`` if it is given, ``act`` and ``fc2``."""
     mlp: Any = block.get_submodule("mlp")
     return MlpView(
         name="mlp",
@@ -224,5 +224,5 @@ def mlp_view(block: nn.Module, record: Block) -> MlpView | None:
         inputs=(LinearView("mlp.fc1", mlp.fc1),),
         out=LinearView("mlp.fc2", mlp.fc2),
         act_name="mlp.act",
-        conv=getattr(mlp, "dwconv", None),
+        conv=conv,
     )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut_arch
+from prunesweep.models import Arch, BlockCut, Cut, UserError, block_views, cut_arch
 from prunesweep.models.errors import nearest
 from prunesweep.pruners.scores import Scores
 
@@ -87,14 +87,13 @@ def conv_prefix(depth: int, convs: int, conv3x3: int = 0) -> tuple[str, ...]:
 
 @torch.no_grad()
 def score_mlp_units(model: nn.Module) -> Scores:
-    """Norm of a hidden unit's row of fc1 times the norm of its column of fc2: ``blocks.I.mlp`` (M,) of every MLP."""
+    """Norm of a hidden unit's input weights times that of its output weights: ``blocks.I.mlp`` (M,) of every MLP."""
     vectors = {}
-    for i, (block, record) in enumerate(zip(blocks_of(model), arch_of(model).blocks, strict=True)):
-        if record.mlp:
-            rows, columns = block.get_submodule("mlp.fc1").weight, block.get_submodule("mlp.fc2").weight
-            assert isinstance(rows, torch.Tensor)
-            assert isinstance(columns, torch.Tensor)
-            vectors[f"blocks.{i}.mlp"] = (rows.double().norm(dim=1) * columns.double().norm(dim=0)).cpu()
+    for block in block_views(model):
+        if block.mlp is not None:
+            rows = torch.cat([view.weight for view in block.mlp.inputs], dim=1)
+            columns = block.mlp.out.weight
+            vectors[f"blocks.{block.index}.mlp"] = (rows.double().norm(dim=1) * columns.double().norm(dim=0)).cpu()
     return Scores(vectors, {"method": "mlp_norms"})
 
 
