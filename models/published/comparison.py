@@ -1,6 +1,6 @@
 """Published compressed transformers: their records, the figures that their papers print, and both side by side.
 
-    from models.published import PUBLISHED, compare
+    from prunesweep.models.published import PUBLISHED, compare
     compare(PUBLISHED["spvit_deit_small"])
 
 Importing this module gives timm every row that has a record: ``timm.create_model("spvit_deit_small")``, with random

@@ -11,7 +11,7 @@ from prunesweep.models import arch_of, cost, load, load_provenance
 from prunesweep.models.importers import import_checkpoint
 from tests.launch.test_cli import call
 
-DATA = Path(__file__).parents[2] / "golden" / "data" / "import"
+DATA = Path(__file__).parents[1] / "golden" / "data" / "import"
 
 
 def test_import_saves_a_model_with_its_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from prunesweep.models.io.store import read_arch
 from prunesweep.training import EVAL_BATCH, evaluate, open_data, open_text
 from tests.generate import random_images
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "data" / "import" / "fairseq_lm_full_dev.pth"
+GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "import" / "fairseq_lm_full_dev.pth"
 SMALL = ("--group", "embed=2", "--group", "heads=1", "--group", "dim=2", "--group", "mlp=4", "--group", "tail=1")
 runner = CliRunner()
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors import safe_open
 
-import models
+from prunesweep import models
 from prunesweep.models import UserError, arch_of, cut, load, load_provenance, read_arch, save
 from prunesweep.models.io.files import publish_folder, write_text
 from tests.generate import random_arch, random_cut, random_images, random_model

@@ -31,7 +31,7 @@ from prunesweep.pruners.pmvit import plans
 from tests.generate import random_arch, random_cut, random_images, random_model
 from tests.models.test_counting import counted_macs
 from tests.models.test_fuse import planned
-from tests.pruners import test_pmvit_scores
+from tests.pruners.pmvit import test_scores as test_pmvit_scores
 from tests.pruners.pmvit.test_scores import labelled
 
 

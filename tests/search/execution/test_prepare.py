@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import training
+from prunesweep import training
 from prunesweep.models import UserError, load
 from prunesweep.models.latency.building import macs_table
 from prunesweep.search import resume_search, run_search

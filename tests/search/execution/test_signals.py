@@ -74,7 +74,8 @@ def test_the_second_one_comes_at_once() -> None:
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
     code = (
-        "import signal; from search.signals import deferred; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import signal; from prunesweep.search.execution.signals import deferred\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "with deferred(signal.SIGINT):\n    for _ in range(3): signal.raise_signal(signal.SIGINT)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
