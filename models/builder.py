@@ -111,8 +111,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     arch = getattr(model, "arch", None)
     if isinstance(arch, Arch):
         return family_of(arch).blocks(model)
-    staged = (family for family in FAMILIES.values() if family.stages_name and hasattr(model, family.stages_name))
-    return next(staged, FAMILIES["vit"]).blocks(model)
+    names = {family.stages_name for family in FAMILIES.values()} - {""}
+    stages: Any = next((getattr(model, name) for name in names if hasattr(model, name)), [model])
+    return [block for stage in stages for block in stage.blocks]
 
 
 def example_input(arch: Arch, batch: int, seed: int) -> torch.Tensor:

@@ -3,16 +3,16 @@
 Every method emits a ``Cut``: which channels of the residual streams, of each block's query/key and value heads and of
 its MLP stay, which blocks go, which mixer takes the place of attention, and which tokens a block gets. They apply in
 this order: blocks dropped, widths cut, mixers replaced, tokens planned. ``cut_arch`` says what the record becomes,
-``cut`` gathers the weights. As far as widths and blocks go, a masked source and its cut model are the same function;
-LayerNorm then counts kept channels only.
+``cut`` gathers the weights: a decision is a ``Reduction`` of some *spaces*, and every tensor is reduced along each axis
+that counts one of them, whatever the family. As far as widths and blocks go, a masked source and its cut model are the
+same function; LayerNorm then counts kept channels only.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -25,9 +25,11 @@ from prunesweep.models.layers.token_merging import TokenPlan
 from .arch import Arch, Block, Text
 from .builder import arch_of, build_with
 from .errors import UserError
+from .families import family_of
+from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
 
-__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "tensor_axes"]
+__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "space_reductions", "tensor_axes"]
 
 Indices = tuple[int, ...]
 FORMAT = "prunesweep/cut/1"
@@ -181,11 +183,13 @@ def _cut_heads(arch: Arch, block: Block, qk: tuple[Indices, ...], v: tuple[Indic
     widths = sorted({len(head) for head in qk})
     if len(widths) != 1:
         raise UserError(f"{where}.qk: heads keep different widths {widths}; they must be equal")
+    family = family_of(arch)
+    mixed = family.supports("mixed_heads")
     for h, (own_qk, own_v) in enumerate(zip(qk, v, strict=True)):
         _check(f"{where}.qk[{h}]", own_qk, block.heads * block.qk)
         _check(f"{where}.v[{h}]", own_v, block.total_v)
-        if arch.family == "swin" and len({c // block.qk for c in own_qk} | _heads_of(block, own_v)) > 1:
-            raise UserError(f"{where}.qk[{h}]: a Swin head has position biases of its own; keep channels of one head")
+        if not mixed and len({c // block.qk for c in own_qk} | _heads_of(block, own_v)) > 1:
+            raise UserError(f"{where}.qk[{h}]: {family.one_head_only}; keep channels of one head")
     if arch.qk_norm and len({tuple(c % block.qk for c in head) for head in qk}) > 1:
         # all heads share one q and one k LayerNorm
         raise UserError(f"{where}.qk: with q/k norm every head must keep the same channels")
@@ -225,11 +229,6 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     return small.train(model.training)
 
 
-_BLOCK = re.compile(r"(?:(?P<stage>(?:layers|stages)\.(?P<s>\d+))\.)?blocks\.(?P<b>\d+)\.(?P<part>.+)")
-_STAGE = re.compile(r"(?:layers|stages)\.(?P<s>\d+)\.(?P<part>.+)")
-_WORDS = re.compile(r"(?:words|softmax)\.(?P<part>tables|projections)\.(?P<b>\d+)\.weight")
-
-
 def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
     """What each axis of a tensor of ``build(arch)``'s state dict counts; "" or left out where nothing is ever cut.
 
@@ -238,159 +237,71 @@ def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
     (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and ``sr``. Of a
     language model's bands from the second on there is ``bands.B.tail``, the channels of their words.
     """
-    if match := _BLOCK.fullmatch(name):
-        s = int(match["s"] or 0)
-        i = sum(len(stage.blocks) for stage in arch.stages[:s]) + int(match["b"])
-        residual = f"stages.{s}.embed"
-        reads = f"blocks.{i}.sr" if arch.blocks[i].sr else residual
-        places = {"": "", "embed": residual, "kv_in": reads}
-        return tuple(places.get(axis, f"blocks.{i}.{axis}") for axis in _BLOCK_AXES[match["part"]])
-    if match := _STAGE.fullmatch(name):
-        s, part = int(match["s"]), match["part"]
-        if arch.family == "swin":  # its norm stands before the reduction, PVTv2's behind the projection
-            part = part.replace("downsample.norm", "downsample.norm_merged")
-        places = {"in": f"stages.{s - 1}.embed", "out": f"stages.{s}.embed", "merged": f"stages.{s - 1}.merged"}
-        return tuple(places[axis] for axis in _STAGE_AXES[part])
-    if match := _WORDS.fullmatch(name):
-        channels = f"bands.{match['b']}.tail" if int(match["b"]) else "stages.0.embed"
-        return ("" if match["part"] == "tables" else "stages.0.embed", channels)
-    places = {"": "", "in": "stages.0.embed", "out": f"stages.{len(arch.stages) - 1}.embed"}
-    return tuple(places[axis] for axis in _STEM_AXES[_stem(name)])
+    return family_of(arch).axes(arch, name)
 
 
 def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Index every tensor along the axes that the cut shortens; blocks are renumbered within their stage."""
-    kept: dict[str, torch.Tensor] = {}
-    renamed: dict[tuple[int, int], int] = {}  # (stage, block) -> the block's new number in its stage
-    choices = iter(enumerate(decision.blocks))
-    for s, (stage, channels) in enumerate(zip(arch.stages, _embed(arch, decision), strict=True)):
-        embed = torch.tensor(range(stage.width) if channels is None else channels)
-        kept[f"stages.{s}.embed"] = embed
-        kept[f"stages.{s}.merged"] = torch.cat([embed + part * stage.width for part in range(4)])
-        alive = 0
-        for b, block in enumerate(stage.blocks):
-            i, choice = next(choices)
-            if choice.keep:
-                kept |= {f"blocks.{i}.{axis}": indices for axis, indices in _rows(block, choice).items()}
-                renamed[s, b], alive = alive, alive + 1
-    for j, width in enumerate(arch.text.tails if arch.text else ()):
-        own = decision.tails[j] if decision.tails else None
-        kept[f"bands.{j + 1}.tail"] = torch.tensor(range(width) if own is None else own)
+    """Reduce every tensor along the axes of spaces that the cut shortens; number blocks anew within their stage."""
+    family, reductions = family_of(arch), space_reductions(arch, decision)
+    choices = iter(decision.blocks)
+    left = {}  # (stage, block) -> the block's new number in its stage
+    for s, stage in enumerate(arch.stages):
+        alive = [b for b in range(len(stage.blocks)) if next(choices).keep]
+        left |= {(s, b): new for new, b in enumerate(alive)}
+    sizes = family.spaces(arch)
     small: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
-        new = name
-        if match := _BLOCK.fullmatch(name):
-            place = int(match["s"] or 0), int(match["b"])
-            if place not in renamed:
+        new, place = name, family.place(name)
+        if place is not None:
+            if (place.stage, place.block) not in left:
                 continue
-            prefix = f"{match['stage']}." if match["stage"] else ""
-            new = f"{prefix}blocks.{renamed[place]}.{match['part']}"
-        small[new] = _take(tensor, tensor_axes(arch, name), kept)
+            new = family.block_prefix(place.stage, left[place.stage, place.block]) + place.part
+        spaces = [family.parts(axis) for axis in family.axes(arch, name)]
+        small[new] = reduce_tensor(tensor, spaces, sizes, reductions)
     return small
+
+
+def space_reductions(arch: Arch, decision: Cut) -> dict[str, Reduction]:
+    """How a cut reduces every space that does not stay whole. The spaces are those of ``Family.spaces``."""
+    found: dict[str, Reduction] = {}
+    for s, channels in enumerate(_embed(arch, decision)):
+        if channels is not None:
+            found[f"stages.{s}.embed"] = Choose(channels)
+    for i, (block, choice) in enumerate(zip(arch.blocks, decision.blocks, strict=True)):
+        if choice.keep:
+            found |= {f"blocks.{i}.{space}": Choose(indices) for space, indices in _chosen(block, choice).items()}
+    for b, channels in enumerate(decision.tails or (), start=1):
+        if channels is not None:
+            found[f"bands.{b}.tail"] = Choose(channels)
+    return found
+
+
+def _chosen(block: Block, choice: BlockCut) -> dict[str, Indices]:
+    """The indices that stay of every space of one block that the cut shortens."""
+    chosen: dict[str, Indices] = {}
+    if choice.qk is not None:
+        channels = tuple(chain.from_iterable(choice.qk))
+        chosen |= {"q": channels, "k": channels}
+        chosen["heads"] = tuple(head[0] // block.qk for head in choice.qk)
+        chosen["qk_norm"] = tuple(c % block.qk for c in choice.qk[0])
+    if choice.v is not None:
+        chosen["v"] = tuple(chain.from_iterable(choice.v))
+    own = (("mlp", choice.mlp), ("sr", choice.sr))
+    return chosen | {space: indices for space, indices in own if indices is not None}
 
 
 def _replace(arch: Arch, decision: Cut, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give blocks their new mixers and token plans; ``weights`` are those of the narrowed model."""
-    stage_name = {"swin": "layers.{}.", "pvt_v2": "stages.{}."}.get(arch.family, "")
+    family = family_of(arch)
     choices = iter(enumerate(decision.blocks))
     for s, stage in enumerate(arch.stages):
         pairs = [(block, *next(choices)) for block in stage.blocks]
         for b, (block, i, choice) in enumerate(pair for pair in pairs if pair[2].keep):
             if choice.mixer is None and choice.tokens is None:
                 continue
-            prefix = f"{stage_name.format(s)}blocks.{b}."
+            prefix = family.block_prefix(s, b)
             own = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
             narrow = _narrow_block(arch, block, choice, f"cut.blocks[{i}]")
             new = replace_tensors(arch, narrow, own, choice.mixer, choice.tokens)
             weights |= {prefix + name: tensor for name, tensor in new.items()}
     return weights
-
-
-def _rows(block: Block, choice: BlockCut) -> dict[str, torch.Tensor]:
-    """What stays of every axis of one block's tensors, but for the residual channels."""
-
-    def long(indices: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(indices), dtype=torch.long)
-
-    width = block.heads * block.qk
-    qk = choice.qk or tuple(tuple(range(h * block.qk, (h + 1) * block.qk)) for h in range(block.heads))
-    flat_qk = long(chain.from_iterable(qk))
-    v = long(range(block.total_v) if choice.v is None else chain.from_iterable(choice.v))
-    return {
-        "q": flat_qk,
-        "kv": torch.cat([flat_qk, width + v]),
-        "qkv": torch.cat([flat_qk, width + flat_qk, 2 * width + v]),
-        "v": v,
-        "heads": long(head[0] // block.qk for head in qk),
-        "qk_norm": long(c % block.qk for c in qk[0]) if qk else long(()),
-        "sr": long(range(block.sr) if choice.sr is None else choice.sr),
-        "mlp": long(range(block.mlp) if choice.mlp is None else choice.mlp),
-    }
-
-
-def _both(name: str, *axes: str) -> dict[str, tuple[str, ...]]:
-    """Axes of ``name.weight``, the first of which is also the bias's."""
-    return {f"{name}.weight": axes, f"{name}.bias": axes[:1]}
-
-
-# What each axis of a tensor counts, from the first on; axes left out are kept whole.
-_BLOCK_AXES: dict[str, tuple[str, ...]] = {
-    **_both("norm1", "embed"),
-    **_both("norm2", "embed"),
-    "ls1.gamma": ("embed",),
-    "ls2.gamma": ("embed",),
-    **_both("attn.qkv", "qkv", "embed"),
-    **_both("attn.q_norm", "qk_norm"),
-    **_both("attn.k_norm", "qk_norm"),
-    **_both("attn.q", "q", "embed"),
-    **_both("attn.kv", "kv", "kv_in"),
-    **_both("attn.sr", "sr", "embed"),
-    **_both("attn.norm", "sr"),
-    **_both("attn.proj", "embed", "v"),
-    "attn.relative_position_bias_table": ("", "heads"),
-    "attn.token_scale": (),
-    **_both("attn.bconv.0", "v", "embed"),
-    **_both("attn.bconv.1", "v"),
-    "attn.bconv.1.running_mean": ("v",),
-    "attn.bconv.1.running_var": ("v",),
-    "attn.bconv.1.num_batches_tracked": (),
-    **_both("attn.bconv.3", "embed", "v"),
-    **_both("mlp.fc1", "mlp", "embed"),
-    **_both("mlp.dwconv", "mlp"),
-    **_both("mlp.fc2", "embed", "mlp"),
-    **{f"token_merge.{part}": () for part in ("assign", "weight", "matrix", "recover", "takes_part")},
-}
-_STAGE_AXES: dict[str, tuple[str, ...]] = {
-    **_both("downsample.proj", "out", "in"),
-    "downsample.reduction.weight": ("out", "merged"),
-    **_both("norm", "out"),
-    **_both("downsample.norm", "out"),
-    **_both("downsample.norm_merged", "merged"),
-}
-_STEM_AXES: dict[str, tuple[str, ...]] = {
-    "cls_token": ("", "", "in"),
-    "dist_token": ("", "", "in"),
-    "reg_token": ("", "", "in"),
-    "pos_embed": ("", "", "in"),
-    "patch_embed": ("in",),
-    "norm_pre": ("in",),
-    "columns": ("in",),
-    "clusters": ("", "in"),
-    "norm": ("out",),
-    "fc_norm": ("out",),
-    **{f"{head}.weight": ("", "out") for head in ("head", "head.fc", "head_dist")},
-    **{f"{head}.bias": () for head in ("head", "head.fc", "head_dist")},
-}
-
-
-def _stem(name: str) -> str:
-    return name if name.startswith("head") else name.split(".")[0]
-
-
-def _take(tensor: torch.Tensor, axes: tuple[str, ...], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A copy of ``tensor`` with the kept indices of every named axis."""
-    taken = tensor
-    for axis, what in enumerate(axes):
-        if what:
-            taken = taken.index_select(axis, kept[what].to(tensor.device))
-    return tensor.clone() if taken is tensor else taken

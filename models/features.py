@@ -9,6 +9,7 @@ from torch import nn
 
 from .builder import arch_of
 from .errors import UserError
+from .families import families_with, family_of
 
 __all__ = ["features"]
 
@@ -28,8 +29,9 @@ def features(model: nn.Module, x: torch.Tensor, block: int | None = None) -> tor
         UserError: another family, or a block that does not exist.
     """
     arch = arch_of(model)
-    if arch.family != "vit":
-        raise UserError(f"features: {arch.source} is of family {arch.family!r}; a grid of tokens has family 'vit'")
+    if not family_of(arch).supports("features"):
+        able = ", ".join(repr(name) for name in families_with("features"))
+        raise UserError(f"features: {arch.source} is of family {arch.family!r}; a grid of tokens has family {able}")
     if block is not None and not 0 <= block < arch.depth:
         raise UserError(f"features: block = {block}: {arch.source} has blocks 0..{arch.depth - 1}")
     timm_model: Any = model

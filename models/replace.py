@@ -12,11 +12,12 @@ from collections.abc import Mapping
 
 import torch
 
-from prunesweep.models.layers.conv_mixing import ALPHA, mix_conv, tap_columns
+from prunesweep.models.layers.conv_mixing import mix_conv
 from prunesweep.models.layers.token_merging import TokenPlan
 
 from .arch import Arch, Block
 from .errors import UserError
+from .families import family_of
 
 __all__ = ["REPLACEMENTS", "replace_block", "replace_tensors"]
 
@@ -32,11 +33,12 @@ def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan |
     Raises:
         UserError: this block cannot have that mixer or that plan.
     """
+    family = family_of(arch)
     if mixer is not None:
         if mixer not in REPLACEMENTS:
             raise UserError(f"{where}.mixer = {mixer!r}: must be one of {', '.join(REPLACEMENTS)}")
         if mixer.startswith("conv"):
-            if block.mixer != "attn" or arch.family not in ALPHA:
+            if block.mixer != "attn" or not family.supports("mixers"):
                 what = f"a block with mixer {block.mixer!r}" if block.mixer != "attn" else f"family {arch.family!r}"
                 raise UserError(f"{where}.mixer = {mixer!r}: convolutions come from ViT or Swin attention, not {what}")
             block = dataclasses.replace(block, mixer=mixer, v=max(block.v_widths), tokens=None, merge="sparse")
@@ -46,8 +48,9 @@ def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan |
             block = dataclasses.replace(block, mixer="none", v=0, norm_residual=mixer == "norm")
         block = dataclasses.replace(block, heads=0, qk=0, scale=0.0, sr=0, shifted=False, token_scale=False)
     if plan is not None:
-        if arch.family != "vit" or (block.mixer != "attn" and not block.mlp) or block.conv_kernel:
-            what = f"family {arch.family!r}" if arch.family != "vit" else f"mixer {block.mixer!r}"
+        planned = family.supports("tokens")
+        if not planned or (block.mixer != "attn" and not block.mlp) or block.conv_kernel:
+            what = f"mixer {block.mixer!r}" if planned else f"family {arch.family!r}"
             raise UserError(f"{where}.tokens: {what} takes no token plan; leave this block out of it")
         plan.check(arch.tokens, arch.prefix_tokens, f"{where}.tokens")
         block = dataclasses.replace(block, tokens=plan.kept, merge=plan.form)
@@ -87,6 +90,8 @@ def _convolution(
     proj = attention["attn.proj.weight"]
     rows = attention["attn.qkv.weight"][-block.total_v :]
     bias = attention["attn.qkv.bias"][-block.total_v :] if "attn.qkv.bias" in attention else rows.new_zeros(len(rows))
+    sharing = family_of(arch).conv_sharing
+    assert sharing is not None  # replace_block has refused other families
     width, widths = max(block.v_widths), block.v_widths
     place = torch.cat([h * width + torch.arange(v) for h, v in enumerate(widths)]).to(rows.device)
     size = len(widths) * width
@@ -96,8 +101,8 @@ def _convolution(
         bias.new_zeros(size).index_copy(0, place, bias),
         proj.new_zeros(proj.shape[0], size).index_copy(1, place, proj),
         attention["attn.proj.bias"],
-        columns=tap_columns(arch.family, kernel).to(rows.device),
-        alpha=ALPHA[arch.family],
+        columns=sharing.columns(kernel).to(rows.device),
+        alpha=sharing.alpha,
     )
     return {
         "attn.bconv.0.weight": mixed.weight.contiguous(),

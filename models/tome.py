@@ -25,6 +25,7 @@ from .arch import Arch
 from .builder import arch_of
 from .counting import block_cost, outside_cost
 from .errors import UserError
+from .families import family_of
 from .views import block_views
 
 __all__ = ["Matching", "Schedule", "ToMe", "apply_tome", "match", "tome_macs", "tome_schedule"]
@@ -174,7 +175,7 @@ def apply_tome(model: nn.Module, r: Schedule, *, proportional: bool = True) -> T
 
 
 def _check(arch: Arch) -> None:
-    if arch.family != "vit":
+    if not family_of(arch).supports("global_attention"):
         raise UserError(f"ToMe: {arch.source} is of family {arch.family!r}, whose windows need the grid of patches")
     for i, block in enumerate(arch.blocks):
         for wrong, what in (

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from prunesweep.models.arch import Arch
 
-from .base import CAPABILITIES, ConvSharing, Family
+from .base import CAPABILITIES, Family
 from .checks import check_one_of
 from .lm import LM
 from .pvt_v2 import PVT_V2
 from .swin import SWIN
 from .vit import VIT
 
-__all__ = ["CAPABILITIES", "FAMILIES", "ConvSharing", "Family", "families_with", "family_of", "register"]
+__all__ = ["CAPABILITIES", "FAMILIES", "Family", "families_with", "family_of", "register"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, SWIN, PVT_V2, LM)}
 

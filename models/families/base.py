@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.layers.conv_mixing import ConvSharing
 
 from .block_costs import Cost, Counts, convolution_cost, global_attention_cost, mlp_cost
+from .checks import check_fixed
 from .spaces import AxisUse, Table
 from .views import AttentionView, MlpView, attention_view, consecutive, mlp_view
 
-__all__ = ["CAPABILITIES", "ConvSharing", "Family", "Place"]
+__all__ = ["CAPABILITIES", "Family", "Place", "tensor_shapes"]
 
 CAPABILITIES: Mapping[str, str] = MappingProxyType(
     {
@@ -43,13 +45,6 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "features": "the tokens behind any block are one vector per patch of the first grid",
     }
 )
-
-
-class ConvSharing(NamedTuple):
-    """How a convolution takes its weights from attention (SPViT, arXiv 2111.11802, section 3.2)."""
-
-    alpha: float  # temperature of the softmax over the heads
-    centre_first: bool = False  # the kernel's centre has the first column of ``head_probs``
 
 
 class Place(NamedTuple):
@@ -150,8 +145,9 @@ class Family(ABC):
 
     def check_fields(self, arch: Arch) -> None:
         """Raise UserError where a field other than ``stages`` makes the record impossible; ``stages`` may be wrong."""
+        check_fixed(arch, f"family = {arch.family!r}", self.fixed_fields)
 
-    def check_whole(self, arch: Arch) -> None:
+    def check_whole(self, arch: Arch) -> None:  # noqa: B027  # most families have nothing to add
         """Raise UserError where a record whose fields and stages are right one by one is impossible."""
 
     # --- cost ---

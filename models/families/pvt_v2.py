@@ -213,6 +213,7 @@ class PVTv2Family(Family):
 
     def check_fields(self, arch: Arch) -> None:
         """The stride of the first patch embedding is fixed."""
+        super().check_fields(arch)
         if arch.patch_size != (4, 4):
             raise UserError(f"patch_size = {list(arch.patch_size)}: the patch embedding of pvt_v2 has stride [4, 4]")
 

@@ -18,9 +18,10 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTran
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.layers.mixers import ConvMixer, attend
 
-from .base import ConvSharing, Family
+from .base import Family
 from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
@@ -156,7 +157,7 @@ class SwinFamily(Family):
     stages_name = "layers"
     fixed_fields = PYRAMID
     one_head_only = "a Swin head has position biases of its own"
-    conv_sharing = ConvSharing(alpha=1e2, centre_first=True)
+    conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e2, centre_first=True)
     block_tensors: ClassVar[Table] = {**BLOCK, "attn.relative_position_bias_table": (WHOLE, scales("heads"))}
     stage_tensors: ClassVar[Table] = {
         **per_channel("downsample.norm", "merged"),  # in front of the reduction

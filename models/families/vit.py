@@ -19,10 +19,11 @@ from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
+from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
 
-from .base import ConvSharing, Family
+from .base import Family
 from .block_costs import Cost
 from .checks import check_fixed
 from .reading import Require, activation_of, layer_norms, require, shared_eps
@@ -150,7 +151,7 @@ class VisionTransformerFamily(Family):
     )
     timm_classes = (VisionTransformer, VisionTransformerDistilled)
     single_stage = True
-    conv_sharing = ConvSharing(alpha=1e-2)
+    conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e-2)
     block_tensors = BLOCK
     outer_tensors: ClassVar[Table] = {
         **{f"{tokens}_token": (WHOLE, WHOLE, writes("in")) for tokens in ("cls", "dist", "reg")},
@@ -214,6 +215,7 @@ class VisionTransformerFamily(Family):
 
     def check_fields(self, arch: Arch) -> None:
         """Pooling, and what timm's VisionTransformerDistilled takes for granted."""
+        super().check_fields(arch)
         if arch.pool == "none":
             raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
         if arch.pool == "token" and not arch.class_token:

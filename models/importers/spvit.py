@@ -14,7 +14,7 @@ from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
-from prunesweep.models.layers.conv_mixing import mix_conv, tap_columns
+from prunesweep.models.layers.conv_mixing import ConvSharing, mix_conv
 
 from .spvit_config import Settings, read_settings
 from .tensors import Given, Tensors, agree, check_heads
@@ -41,7 +41,7 @@ def _deit_arch(tensors: Tensors, settings: Settings) -> Arch:
     heads = check_heads("num_heads", settings.heads[0], tensors.shape("cls_token", 3)[2])
 
     def read(index: int, width: int, _: int) -> dict[str, Any]:
-        return _mixer(tensors, f"blocks.{index}", settings.choices[index], width, heads, "vit", settings.alpha)
+        return _mixer(tensors, f"blocks.{index}", settings.choices[index], width, heads, settings.sharing)
 
     return vit_arch(tensors, Given(img_size=settings.img_size), read)
 
@@ -103,7 +103,7 @@ def _swin_stage(
             windows = (grid[0] // window) * (grid[1] // window)
             tensors.take(f"{where}.attn_mask", windows, window**2, window**2, why=_windows(settings, window))
         choice = settings.choices[src + j]
-        fields = _mixer(tensors, where, choice, width, heads, "swin", settings.alpha)
+        fields = _mixer(tensors, where, choice, width, heads, settings.sharing)
         if choice == "attn":
             table = f"{where}.attn.relative_position_bias_table"
             tensors.move(table, (2 * window - 1) ** 2, heads, why=_windows(settings, window))
@@ -117,9 +117,7 @@ def _windows(settings: Settings, window: int) -> str:
     return f"windows of {window} on images of {settings.img_size[0]} x {settings.img_size[1]}"
 
 
-def _mixer(
-    tensors: Tensors, where: str, choice: str, width: int, heads: int, family: str, alpha: float
-) -> dict[str, Any]:
+def _mixer(tensors: Tensors, where: str, choice: str, width: int, heads: int, sharing: ConvSharing) -> dict[str, Any]:
     """Move the tensors of a block's mixer; the fields of its record. ``choice`` is the configuration's."""
     found = _choice_of(tensors, where)
     agree(f"the configuration's choice for {where}", choice, found)
@@ -132,7 +130,7 @@ def _mixer(
     if tensors.has(f"{where}.attn.bconv."):
         _frozen_conv(tensors, f"{where}.attn.bconv", width, bottleneck, kernel, heads)
     else:
-        _mixed_conv(tensors, where, width, heads, kernel, family, alpha)
+        _mixed_conv(tensors, where, width, heads, kernel, sharing)
     return {**record, "v": bottleneck}
 
 
@@ -163,7 +161,7 @@ def _frozen_conv(tensors: Tensors, conv: str, width: int, bottleneck: int, kerne
     tensors.layer(f"{conv}.3", width, bottleneck, 1, 1)
 
 
-def _mixed_conv(tensors: Tensors, where: str, width: int, heads: int, kernel: int, family: str, alpha: float) -> None:
+def _mixed_conv(tensors: Tensors, where: str, width: int, heads: int, kernel: int, sharing: ConvSharing) -> None:
     attn, conv = f"{where}.attn", f"{where}.attn.bconv"
     shares = tensors.take(f"{attn}.head_probs", heads, 9, why=f"{heads} heads")
     shapes = {"v.weight": (width, width), "v.bias": (width,), "proj.weight": (width, width), "proj.bias": (width,)}
@@ -171,8 +169,8 @@ def _mixed_conv(tensors: Tensors, where: str, width: int, heads: int, kernel: in
     mixed = mix_conv(
         shares.double(),  # once and for all, so exactly
         *(tensor.double() for tensor in shared),
-        columns=tap_columns(family, kernel),
-        alpha=alpha,
+        columns=sharing.columns(kernel),
+        alpha=sharing.alpha,
     )
     for name, tensor in zip(("0.weight", "0.bias", "3.weight", "3.bias"), mixed, strict=True):
         tensors.built[f"{conv}.{name}"] = tensor.to(shares.dtype)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prunesweep.models.errors import UserError
-from prunesweep.models.layers.conv_mixing import ALPHA
+from prunesweep.models.families.swin import SWIN
+from prunesweep.models.families.vit import VIT
+from prunesweep.models.layers.conv_mixing import ConvSharing
 
 from .tensors import Given
 
@@ -28,7 +31,7 @@ class Settings:
     heads: tuple[int, ...]
     img_size: tuple[int, int]
     patch_size: int | None
-    alpha: float
+    sharing: ConvSharing
     window: int = 0
     depths: tuple[int, ...] | None = None
     width: int | None = None
@@ -53,7 +56,7 @@ def _deit(config: Mapping[str, Any], given: Given) -> Settings:
         heads=_heads("num_heads", None if heads is None else (heads,), given),
         img_size=_img_size(config, "input_size", given),
         patch_size=_whole(config, "patch_size"),
-        alpha=ALPHA["vit"],
+        sharing=VIT.conv_sharing,
     )
 
 
@@ -66,7 +69,7 @@ def _swin(config: Mapping[str, Any], given: Given) -> Settings:
         heads=_heads("MODEL.SWIN.NUM_HEADS", _wholes(config, "MODEL.SWIN.NUM_HEADS"), given),
         img_size=_img_size(config, "DATA.IMG_SIZE", given),
         patch_size=_whole(config, "MODEL.SWIN.PATCH_SIZE"),
-        alpha=ALPHA["swin"] if alpha is None else alpha,
+        sharing=SWIN.conv_sharing if alpha is None else dataclasses.replace(SWIN.conv_sharing, alpha=alpha),
         window=_whole(config, "MODEL.SWIN.WINDOW_SIZE") or WINDOW_SIZE,
         depths=_wholes(config, "MODEL.SWIN.DEPTHS"),
         width=_whole(config, "MODEL.SWIN.EMBED_DIM"),

@@ -22,6 +22,7 @@ from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.builder import blocks_of, build
 from prunesweep.models.counting import block_cost, outside_cost
 from prunesweep.models.errors import UserError, nearest
+from prunesweep.models.families import families_with, family_of
 
 from .table import Grid, LatencyTable
 from .timing import DTYPES, Call, Progress, Setting, device_name, time_calls
@@ -65,7 +66,7 @@ def build_table(
         source: the model that is going to be compressed.
         setting: the conditions; all latencies are for ``setting.batch`` images.
         points: widths per axis between the least and the source's; what is absent (0 heads, no MLP) comes on top.
-        token_points: numbers of tokens for token plans (ViTs only), which multiply the measurements; 0: none.
+        token_points: numbers of tokens for token plans, which multiply the measurements; 0: none, as for families without.
         least: smallest width of an axis (embed, heads, qk, v, mlp, sr), instead of ``LEAST``.
         repeats: calls per measurement, at least.
         min_seconds: time per measurement, at least.
@@ -150,8 +151,9 @@ def _fill(
 def _check_arguments(source: Arch, points: int, token_points: int, least: Mapping[str, int]) -> None:
     if points < 2:
         raise UserError(f"points = {points}: must be at least 2, the ends of every axis")
-    if token_points and (token_points < 2 or source.family != "vit"):
-        raise UserError(f"token_points = {token_points}: must be 0, or at least 2 and for family 'vit'")
+    if token_points and (token_points < 2 or not family_of(source).supports("tokens")):
+        able = ", ".join(repr(name) for name in families_with("tokens"))
+        raise UserError(f"token_points = {token_points}: must be 0, or at least 2 and for family {able}")
     for name, value in least.items():
         if name not in LEAST:
             raise UserError(f"least has {name!r}; known: {', '.join(LEAST)}. {nearest(name, LEAST)}".strip())
@@ -212,7 +214,7 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
     parts = {"attn": attention(False), "mlp": part(absent, **outer, mlp=axes["mlp"][1:])}
     if any(block.shifted for block in stage.blocks):
         parts["attn_shifted"] = attention(True)
-    if axes["v"] != (0,):
+    if axes["v"] != (0,) and family_of(source).supports("convolutions"):
         for mixer in ("conv1x1", "conv3x3"):
             parts[mixer] = part(lambda conv, mixer=mixer: absent(mixer=mixer, v=conv), embed=embed, conv=axes["v"])
     parts["norm_residual"] = part(lambda: absent(norm_residual=True), embed=embed)
@@ -228,7 +230,7 @@ def _probe(source: Arch, stage: Stage, cell: Mapping[str, int], block: Block) ->
     grid = stage.grid
     if cell.get("tokens", source.tokens) != source.tokens:
         grid = (1, cell["tokens"] - source.prefix_tokens)
-    side = 4 if source.family == "pvt_v2" else 1
+    side = family_of(source).probe_patch
     arch = dataclasses.replace(
         source,
         img_size=(side * grid[0], side * grid[1]),
@@ -284,9 +286,8 @@ def _call(probe: Probe, setting: Setting, inputs: dict[tuple[int, ...], torch.Te
     arch = probe.arch
     stage = arch.stages[0]
     model: Any = build(arch).to(setting.device, DTYPES[setting.dtype]).eval()
-    shapes = {"vit": (arch.tokens, stage.width), "swin": (*stage.grid, stage.width)}
-    shape = (setting.batch, *shapes.get(arch.family, (stage.grid[0] * stage.grid[1], stage.width)))
-    options = {"feat_size": stage.grid} if arch.family == "pvt_v2" else {}
+    own, options = family_of(arch).block_input(arch, stage)
+    shape = (setting.batch, *own)
     if probe.whole:
         shape, options = (setting.batch, arch.in_chans, *arch.img_size), {}
     x_first = inputs.get(shape)

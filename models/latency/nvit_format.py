@@ -18,6 +18,7 @@ import numpy as np
 
 from prunesweep.models.arch import Arch
 from prunesweep.models.errors import UserError
+from prunesweep.models.families import family_of
 
 from .table import Grid, LatencyTable
 from .timing import Setting
@@ -43,7 +44,7 @@ def from_nvit(
     Raises:
         UserError: ``source`` is no ViT, a key is not of the form above, or a crossing of the grid is missing.
     """
-    if source.family != "vit":
+    if not family_of(source).supports("global_attention"):
         raise UserError(f"source is of family {source.family!r}: NViT's tables are for family 'vit'")
     cells = dict(_cells(data, 0, ()))
     axes = {name: sorted({cell[i] for cell in cells}) for i, name in enumerate(AXES)}
@@ -92,7 +93,7 @@ def to_nvit(table: LatencyTable) -> dict[str, Any]:
         UserError: the table is not one of a ViT with all its tokens, or has an MLP of width 1, which means none here.
     """
     grid = table.stages[0]["attn"]
-    if table.source.family != "vit" or tuple(grid.axes) != AXES:
+    if not family_of(table.source).supports("global_attention") or tuple(grid.axes) != AXES:
         raise UserError(f"NViT's form has the axes {', '.join(AXES)} of a ViT; this table has {', '.join(grid.axes)}")
     if 1 in grid.axes["mlp"]:
         raise UserError("this table has MLPs of width 1, which stands for none in NViT's form")

@@ -8,14 +8,25 @@ differentiable, so that the shared weights and ``head_probs`` can be trained thr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 
-__all__ = ["ALPHA", "MixedConv", "mix_conv", "tap_columns"]
+__all__ = ["ConvSharing", "MixedConv", "mix_conv", "tap_columns"]
 
-ALPHA = {"vit": 1e-2, "swin": 1e2}  # temperature of the softmax over the heads, by family
+
+@dataclass(frozen=True, slots=True)
+class ConvSharing:
+    """How a family's convolutions take their weights from its attention."""
+
+    alpha: float  # temperature of the softmax over the heads
+    centre_first: bool = False  # the kernel's centre has the first column of ``head_probs``
+
+    def columns(self, kernel: int) -> torch.Tensor:
+        """The column of ``head_probs`` of every tap; see ``tap_columns``."""
+        return tap_columns(kernel, centre_first=self.centre_first)
 
 
 class MixedConv(NamedTuple):
@@ -27,14 +38,14 @@ class MixedConv(NamedTuple):
     out_bias: torch.Tensor  # (D,)
 
 
-def tap_columns(family: str, kernel: int) -> torch.Tensor:
-    """(kernel, kernel) int64: the column of ``head_probs`` of every tap (row, column) of a 1x1 or 3x3 kernel.
+def tap_columns(kernel: int, *, centre_first: bool = False) -> torch.Tensor:
+    """Give the column of ``head_probs`` of every tap (row, column) of a 1x1 or 3x3 kernel, (kernel, kernel) int64.
 
-    Taps are counted down the columns of the kernel. DeiT ("vit") takes them as they come, so that the centre is column
-    4; Swin puts the centre first. A 1x1 convolution is the centre alone.
+    Taps are counted down the columns of the kernel. SPViT's DeiT takes them as they come, so that the centre is column
+    4; its Swin puts the centre first. A 1x1 convolution is the centre alone.
     """
     taps = torch.arange(9).reshape(3, 3).T
-    if family == "swin":
+    if centre_first:
         taps = torch.where(taps == 4, 0, taps + (taps < 4))
     return taps if kernel == 3 else taps[1:2, 1:2]
 
@@ -55,8 +66,8 @@ def mix_conv(
         head_probs: (H, 9), before the softmax.
         v_weight, v_bias: (H*d, D) and (H*d,), the value projection, head after head.
         proj_weight, proj_bias: (D, H*d) and (D,), the output projection.
-        columns: the kernel's taps, ``tap_columns(family, kernel)``.
-        alpha: temperature of the softmax over the heads (``ALPHA``).
+        columns: the kernel's taps, ``ConvSharing.columns(kernel)``.
+        alpha: temperature of the softmax over the heads.
     """
     heads = head_probs.shape[0]
     share = (head_probs / alpha).softmax(0)[:, columns]  # P: (H, k, k), sums to 1 over the heads

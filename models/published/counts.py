@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.counting import cost
+from prunesweep.models.families import family_of
 
 __all__ = ["NVIT", "PMVIT", "SPVIT", "UVC", "Counting", "exact_macs", "exact_params", "tables_twice"]
 
@@ -62,7 +63,7 @@ def _spvit_macs(arch: Arch) -> int:
         patches = stage.grid[0] * stage.grid[1]
         macs += len(stage.blocks) * 2 * stage.width * (patches + arch.prefix_tokens)
         macs -= arch.prefix_tokens * sum(2 * stage.width * block.mlp for block in stage.blocks)
-    if arch.family == "swin":
+    if family_of(arch).supports("windows"):
         patches = arch.stages[0].grid[0] * arch.stages[0].grid[1]
         macs += patches * arch.stages[0].width + arch.stages[-1].width * patches // 2 ** len(arch.stages)
         macs += sum(stage.width * stage.grid[0] * stage.grid[1] for stage in arch.stages[:-1])

@@ -17,7 +17,8 @@ from torch import nn
 
 from prunesweep.models import Cut, UserError, arch_of, blocks_of, cut, cut_arch
 from prunesweep.models.arch import Block
-from prunesweep.models.layers.conv_mixing import ALPHA, MixedConv, mix_conv, tap_columns
+from prunesweep.models.families import family_of
+from prunesweep.models.layers.conv_mixing import ConvSharing, MixedConv, mix_conv
 from prunesweep.models.layers.mixers import ConvMixer
 from prunesweep.pruners.hook import Hook
 
@@ -112,7 +113,8 @@ class SPViTMixed(Hook):
         choices = [choice for choice in self.decision.blocks if choice.keep]
         alone = (dataclasses.replace(choice, mixer=None, tokens=None) for choice in self.decision.blocks)
         narrow = cut(self.dense, dataclasses.replace(self.decision, blocks=tuple(alone)))
-        alpha = ALPHA.get(arch.family, 1.0) if self.settings.alpha is None else self.settings.alpha
+        sharing = family_of(arch).conv_sharing or ConvSharing(alpha=1.0)
+        alpha = sharing.alpha if self.settings.alpha is None else self.settings.alpha
         device = next(model.parameters()).device
         rows = zip(choices, blocks_of(model), blocks_of(narrow), arch_of(narrow).blocks, strict=True)
         for i, (choice, block, source, record) in enumerate(rows):
@@ -122,7 +124,7 @@ class SPViTMixed(Hook):
                 raise UserError(f"blocks[{i}].v = {list(record.v)}: heads must have equal widths to be mixed")
             here: Any = block
             frozen: ConvMixer = here.attn
-            columns = tap_columns(arch.family, frozen.bconv[0].kernel_size[0])  # type: ignore[arg-type,index]
+            columns = sharing.columns(frozen.bconv[0].kernel_size[0])  # type: ignore[arg-type,index]
             here.attn = MixedConvMixer(frozen, source.attn, record, columns, alpha).to(device)
             here.attn.train(model.training)
             self._swapped.append((here, frozen, here.attn))

@@ -29,8 +29,9 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, blocks_of
 from prunesweep.models.arch import Block, Stage
+from prunesweep.models.families import family_of
 from prunesweep.models.families.swin import shift
-from prunesweep.models.layers.conv_mixing import ALPHA, MixedConv, mix_conv, tap_columns
+from prunesweep.models.layers.conv_mixing import ConvSharing, MixedConv, mix_conv
 
 from .cost import has_mixer_gates
 from .gates import choice_of, cumulate, expect, is_open, sample, uniforms
@@ -47,14 +48,14 @@ def run_bottleneck(x: torch.Tensor, conv: MixedConv, norm: nn.Module) -> torch.T
 class MixerGates(nn.Module):
     """Three gates of one mixer, and what its convolutions have of their own: ``head_probs`` and a BatchNorm each."""
 
-    def __init__(self, family: str, block: Block, *, theta: float, alpha: float) -> None:
+    def __init__(self, sharing: ConvSharing, block: Block, *, theta: float, alpha: float) -> None:
         super().__init__()
         self.alpha, self.heads, self.total_v = alpha, block.heads, block.total_v
         self.theta = nn.Parameter(torch.full((3,), theta))
         self.head_probs = nn.Parameter(torch.ones(block.heads, 9))
         self.bn_1x1, self.bn_3x3 = (nn.BatchNorm2d(block.total_v // block.heads) for _ in range(2))
         for kernel in (1, 3):
-            self.register_buffer(f"columns_{kernel}", tap_columns(family, kernel), persistent=False)
+            self.register_buffer(f"columns_{kernel}", sharing.columns(kernel), persistent=False)
         self.u = torch.full((3,), 0.5)  # no buffer: DDP would give all ranks the first one's
 
     def mix(
@@ -175,8 +176,10 @@ class Supernet:
                 units = UnitGates(block.mlp.act, record.mlp, theta=theta).to(like)
                 block.mlp.act = units
             if has_mixer_gates(record):
-                own = ALPHA[arch.family] if alpha is None else alpha
-                gates = MixerGates(arch.family, record, theta=theta, alpha=own).to(like)
+                sharing = family_of(arch).conv_sharing
+                assert sharing is not None  # has_mixer_gates
+                own = sharing.alpha if alpha is None else alpha
+                gates = MixerGates(sharing, record, theta=theta, alpha=own).to(like)
                 self._put_in(index, block, gates)
             self.mixers.append(gates)
             self.units.append(units)
