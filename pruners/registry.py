@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Pruner:
 
     score: Callable[..., Scores]
     kinds: tuple[str, ...]
-    families: tuple[str, ...]
+    families: Collection[str]
     source: str  # the publication
     decide: Callable[..., Cut] = cheapest_first
     seeded: bool = False  # ``score`` draws random numbers and takes a ``seed``

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models import BlockView, UserError, arch_of
+from prunesweep.models.families import FamiliesWith
 
 from .coupled import KINDS, coupled_sums
 from .scores import Scores
 
 __all__ = ["FAMILIES", "KINDS", "attention_pairs", "score", "summed_gradients", "taylor_terms"]
 
-FAMILIES = ("vit", "swin", "pvt_v2")
+FAMILIES = FamiliesWith("images", "width")
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[int, int], None]
 

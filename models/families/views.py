@@ -209,9 +209,19 @@ def attention_view(
     """
     attn: Any = block.get_submodule("attn")
     q, k, v = projections
-    norms = (getattr(attn, name, None) or nn.Identity() for name in ("q_norm", "k_norm"))
-    out, norm = LinearView("attn.proj", attn.proj), block.get_submodule("norm1")
-    return AttentionView("attn", attn, record, norm, q, k, v, out, *norms, reduction=reduction)
+    return AttentionView(
+        name="attn",
+        module=attn,
+        record=record,
+        norm=block.get_submodule("norm1"),
+        q=q,
+        k=k,
+        v=v,
+        out=LinearView("attn.proj", attn.proj),
+        q_norm=getattr(attn, "q_norm", nn.Identity()),
+        k_norm=getattr(attn, "k_norm", nn.Identity()),
+        reduction=reduction,
+    )
 
 
 def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:

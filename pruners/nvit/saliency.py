@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models import Arch, arch_of, block_views
+from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.views import LinearView
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 __all__ = ["FAMILIES", "KINDS", "raw_saliency", "score"]
 
 KINDS = ("embed", "heads", "qk", "v", "mlp")
-FAMILIES = ("vit", "swin")
+FAMILIES = FamiliesWith("images", "width", "fused_qkv")  # no unit stands for a reduced map's channels
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -105,7 +106,7 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
     return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in raw.items()}
 
 
-def _term(parameter: nn.Parameter) -> torch.Tensor:
+def _term(parameter: torch.Tensor) -> torch.Tensor:
     """w * dL/dw of every entry; zeros where there is no gradient."""
     return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).detach()
 

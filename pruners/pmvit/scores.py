@@ -26,12 +26,13 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.views import AttentionView
 from prunesweep.pruners.scores import Scores
 
-__all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "scorable", "score"]
+__all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "scorable", "score", "served"]
 
-FAMILIES = ("vit",)
+FAMILIES = FamiliesWith("images", "tokens")
 KINDS = ("tokens",)  # vectors are blocks.I.tokens, one entry per patch in raster order
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -94,7 +95,7 @@ def _check(arch: Arch, importance: str) -> None:
         hint = nearest(importance, IMPORTANCES)
         raise UserError(f"importance = {importance!r}: must be one of {', '.join(IMPORTANCES)}. {hint}".strip())
     if arch.family not in FAMILIES:
-        raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of family 'vit'")
+        raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of {served()}")
     planned = [i for i, block in enumerate(arch.blocks) if block.tokens is not None]
     if planned:
         raise UserError(f"blocks {planned} have a token plan already: score the model that has none, and plan anew")
@@ -102,6 +103,11 @@ def _check(arch: Arch, importance: str) -> None:
         raise UserError(f"{arch.source} has no block with attention: there is nothing to score")
     if importance == "cls_attn" and not arch.class_token:
         raise UserError("importance = 'cls_attn': the model has no class token; use 'grad_attn'")
+
+
+def served() -> str:
+    """Whom Prune-and-Merge serves, in words."""
+    return f"family {' or '.join(map(repr, FAMILIES))}"
 
 
 def _sum_over_batches(

@@ -16,6 +16,7 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, block_views, cut_arch
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
 from prunesweep.pruners.scores import Scores
 
 from .cost import GateCosts
@@ -23,7 +24,7 @@ from .gates import CHOICES
 
 __all__ = ["FAMILIES", "SKIP_FORMS", "best_units", "conv_prefix", "fit_units", "score_mlp_units", "spvit_cut"]
 
-FAMILIES = ("vit", "swin")
+FAMILIES = FamiliesWith("images", "mixers")
 SKIP_FORMS = {"identity": "none", "ln_residual": "norm"}
 
 Units = Sequence[Sequence[int] | None]

@@ -27,6 +27,7 @@ from einops import rearrange
 from torch import nn
 
 from prunesweep.models import Arch, arch_of, block_views
+from prunesweep.models.families import family_of
 from prunesweep.models.families.views import AttentionView
 from prunesweep.models.layers.mixers import attend
 
@@ -74,6 +75,7 @@ class Forward:
         whole = self.arch.pool != "token" or bool(last.conv_kernel) or last.tokens is not None
         self.rows = None if whole else 1 + int(self.arch.dist_token)
         self.causal = self.arch.text is not None
+        self._pyramid = not family_of(self.arch).single_stage  # every stage embeds patches, and ends with a norm
 
     def __call__(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Logits (B, K) of images B·C·H·W."""
@@ -95,7 +97,7 @@ class Forward:
     def stem(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """What stage ``s`` begins with, before any norm: (B, N, D), of images or of the last stage's tokens."""
         model = self.model
-        if self.arch.family == "vit":
+        if not self._pyramid:
             return model.patch_drop(model._pos_embed(model.patch_embed(x)))
         if s:
             x = normed(model.stages[s - 1].norm, x, gates.get(f"stages.{s - 1}.embed"))
@@ -105,7 +107,7 @@ class Forward:
     def begin(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """The first block's input in stage ``s``, of what ``stem`` returned."""
         gate = gates.get(f"stages.{s}.embed")
-        return normed_over(self.model.norm_pre if self.arch.family == "vit" else self._embedding(s).norm, x, gate)
+        return normed_over(self._embedding(s).norm if self._pyramid else self.model.norm_pre, x, gate)
 
     def _embedding(self, s: int) -> Any:
         return self.model.stages[s].downsample if s else self.model.patch_embed
@@ -113,7 +115,7 @@ class Forward:
     def logits(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """(B, K), of the last block's output; a distilled model's are the mean of its heads."""
         model, gate = self.model, gates.get(f"stages.{len(self.arch.stages) - 1}.embed")
-        if self.arch.family == "pvt_v2":
+        if self._pyramid:
             return model.head(normed(model.stages[-1].norm, x, gate).mean(1))
         x = normed(model.norm, x, gate)
         if self.arch.head_norm == "tokens":

@@ -32,6 +32,7 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, weights_digest
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 from .exact import Exact
@@ -42,7 +43,7 @@ from .lm import TextExact, TextForward, text_fisher_sums
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_blocks_progressively"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
-FAMILIES = ("vit", "pvt_v2", "lm")
+FAMILIES = FamiliesWith("width", without=("windows",))  # ``forward`` has no windows
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views, cost, cut
+from prunesweep.models.families import FamiliesWith
 from prunesweep.pruners.hook import Collapsed, Hook
 from prunesweep.pruners.snapshot import Snapshot
 
@@ -33,7 +34,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = ("vit",)
+FAMILIES = FamiliesWith("images", "width", "depth", "global_attention")
 
 
 class UVC(Hook):
@@ -165,7 +166,7 @@ class UVC(Hook):
         columns = len(proj) * block.total_v
         return Norms(flat[:columns].view(-1, block.heads, block.qk), flat[columns:].view(-1, block.mlp))
 
-    def _weights(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Weights of all attention projections and of all second MLP layers."""
         return [proj.weight for proj, _ in self._projections], [fc2.weight for _, fc2 in self._projections]
 
