@@ -104,7 +104,10 @@ class Family(ABC):
 
     @abstractmethod
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> nn.Module:
-        """A randomly initialised module; the last block has the stochastic depth rate ``drop_path``."""
+        """A randomly initialised module; the last block has the stochastic depth rate ``drop_path``.
+
+        timm stores its ``num_classes`` and ``num_features`` with it, so it must have both.
+        """
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of all stages, in the order of ``Arch.blocks``."""
@@ -231,18 +234,25 @@ class Family(ABC):
     def spaces(self, arch: Arch) -> dict[str, int]:
         """Size of every space of a record.
 
-        ``stages.S.embed`` are a stage's residual channels. Of block I there are ``blocks.I.`` and ``q`` and ``k`` (H·E
-        each), ``v`` (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and
-        ``sr`` (PVTv2's reduced map). Of a language model's bands from the second on there is ``bands.B.tail``.
+        ``stages.S.embed`` are a stage's residual channels. Of block I there are ``blocks.I.`` and those of
+        ``block_spaces``. Of a language model's bands from the second on there is ``bands.B.tail``.
         """
         sizes = {f"stages.{s}.embed": stage.width for s, stage in enumerate(arch.stages)}
         for i, block in enumerate(arch.blocks):
-            qk = block.heads * block.qk
-            own = {"q": qk, "k": qk, "v": block.total_v, "heads": block.heads, "mlp": block.mlp, "sr": block.sr}
-            if arch.qk_norm:
-                own["qk_norm"] = block.qk
+            own = self.block_spaces(arch, block)
             sizes |= {f"blocks.{i}.{space}": size for space, size in own.items() if size}
-        return sizes | {f"bands.{b}.tail": width for b, width in enumerate(arch.text.tails if arch.text else (), 1)}
+        return sizes
+
+    def block_spaces(self, arch: Arch, block: Block) -> dict[str, int]:
+        """Size of the spaces within a block; 0 for one that this block lacks.
+
+        ``q`` and ``k`` (H·E each), ``v`` (all heads' value channels, or a convolution's bottleneck), ``mlp``, ``sr``
+        (PVTv2's reduced map); ``qk_norm`` (E) where all heads share norms of queries and keys, and ``heads`` where a
+        tensor has one entry per head.
+        """
+        qk = block.heads * block.qk
+        shared_norm = block.qk * arch.qk_norm
+        return {"q": qk, "k": qk, "v": block.total_v, "mlp": block.mlp, "sr": block.sr, "qk_norm": shared_norm}
 
     def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
         """How a space may be reduced without another function being computed in between.
@@ -271,7 +281,7 @@ class Family(ABC):
         return tuple(self._with_role(arch, space, "writes", "shares"))
 
     def readers(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """Names of the tensors whose input lies in a space."""
+        """Names of the tensors whose input lies in a space; queries and keys are read by each other only."""
         return tuple(self._with_role(arch, space, "reads", "shares"))
 
     def scalers(self, arch: Arch, space: str) -> tuple[str, ...]:

@@ -278,6 +278,12 @@ class LanguageModelFamily(Family):
         shared_here = band > 0 and arch.text.tied == "all"
         return (shares(residual), shares(channels)) if shared_here else (writes(residual), reads(channels))
 
+    def spaces(self, arch: Arch) -> dict[str, int]:
+        """The channels of words of the bands from the second on, too."""
+        assert arch.text is not None
+        tails = {f"bands.{band}.tail": width for band, width in enumerate(arch.text.tails, start=1)}
+        return super().spaces(arch) | tails
+
     def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
         """The residual stream is chosen only: its positions are columns of the source's sinusoids."""
         return ("choose",) if space.endswith(".embed") else super().reductions(arch, space)

@@ -21,7 +21,7 @@ from .base import Family
 from .block_costs import Cost, Counts, global_attention_cost, mlp_cost, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
-from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel, writes
+from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel
 from .views import AttentionView, MlpView, ReductionView, attention_view, consecutive, mlp_view
 from .vit import ACTIVATIONS
 
@@ -154,8 +154,7 @@ class PVTv2Family(Family):
         **per_channel("norm", "out"),
     }
     outer_tensors: ClassVar[Table] = {
-        "patch_embed.proj.weight": (writes("in"),),
-        "patch_embed.proj.bias": (writes("in"),),
+        **linear("patch_embed.proj", "in", ""),
         **per_channel("patch_embed.norm", "in"),
         **CLASSIFIERS,
     }

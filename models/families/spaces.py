@@ -64,8 +64,9 @@ def shares(axis: str) -> AxisUse:
 
 
 def linear(name: str, out: str, into: str) -> Table:
-    """A linear layer or convolution from ``into`` to ``out``, with a bias or not."""
-    return {f"{name}.weight": (writes(out), reads(into)), f"{name}.bias": (writes(out),)}
+    """A linear layer or convolution from ``into`` to ``out``, with a bias or not; "" is an end that stays whole."""
+    output, input_ = writes(out) if out else WHOLE, reads(into) if into else WHOLE
+    return {f"{name}.weight": (output, input_), f"{name}.bias": (output,)}
 
 
 def per_channel(name: str, axis: str) -> Table:
@@ -100,7 +101,4 @@ BLOCK: Table = {
     "ls2.gamma": (scales("embed"),),
     **TOKEN_PLAN,
 }
-CLASSIFIERS: Table = {
-    **{f"{head}.weight": (WHOLE, reads("out")) for head in ("head", "head.fc", "head_dist")},
-    **{f"{head}.bias": () for head in ("head", "head.fc", "head_dist")},
-}
+CLASSIFIERS: Table = {**linear("head", "", "out"), **linear("head.fc", "", "out"), **linear("head_dist", "", "out")}

@@ -25,7 +25,7 @@ from .base import Family
 from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
-from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, per_channel, reads, scales, writes
+from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .vit import ACTIVATIONS
 
 __all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
@@ -164,8 +164,7 @@ class SwinFamily(Family):
         "downsample.reduction.weight": (writes("out"), reads("merged")),
     }
     outer_tensors: ClassVar[Table] = {
-        "patch_embed.proj.weight": (writes("in"),),
-        "patch_embed.proj.bias": (writes("in"),),
+        **linear("patch_embed.proj", "in", ""),
         **per_channel("patch_embed.norm", "in"),
         **per_channel("norm", "out"),
         **CLASSIFIERS,
@@ -228,6 +227,10 @@ class SwinFamily(Family):
         macs = queries * (stage.width + keys) * (qk + v) + queries * stage.width * (qk + v)
         biases = block.heads * math.prod(2 * w - 1 for w in stage.window)
         return macs, projection_params(arch, stage, block, stage.width) + biases
+
+    def block_spaces(self, arch: Arch, block: Block) -> dict[str, int]:
+        """A head has a column of position biases of its own."""
+        return super().block_spaces(arch, block) | {"heads": block.heads}
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
         """The patch embedding ends with a norm; patch merging has its norm in front of the reduction."""

@@ -27,7 +27,7 @@ from .base import Family
 from .block_costs import Cost
 from .checks import check_fixed
 from .reading import Require, activation_of, layer_norms, require, shared_eps
-from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, per_channel, writes
+from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, writes
 
 __all__ = ["ACTIVATIONS", "VIT", "HeteroBlock", "build_vit"]
 
@@ -156,8 +156,7 @@ class VisionTransformerFamily(Family):
     outer_tensors: ClassVar[Table] = {
         **{f"{tokens}_token": (WHOLE, WHOLE, writes("in")) for tokens in ("cls", "dist", "reg")},
         "pos_embed": (WHOLE, WHOLE, writes("in")),
-        "patch_embed.proj.weight": (writes("in"),),
-        "patch_embed.proj.bias": (writes("in"),),
+        **linear("patch_embed.proj", "in", ""),
         **per_channel("norm_pre", "in"),
         **per_channel("norm", "out"),
         **per_channel("fc_norm", "out"),

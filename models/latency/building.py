@@ -66,7 +66,7 @@ def build_table(
         source: the model that is going to be compressed.
         setting: the conditions; all latencies are for ``setting.batch`` images.
         points: widths per axis between the least and the source's; what is absent (0 heads, no MLP) comes on top.
-        token_points: numbers of tokens for token plans, which multiply the measurements; 0: none, as for families without.
+        token_points: numbers of tokens for token plans, which multiply the measurements; 0: none (most families).
         least: smallest width of an axis (embed, heads, qk, v, mlp, sr), instead of ``LEAST``.
         repeats: calls per measurement, at least.
         min_seconds: time per measurement, at least.
