@@ -25,6 +25,7 @@ from .import_ import import_model
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
+from .method_help import MethodCommand, ScoringCommand
 from .promote import promote
 from .prune import prune, score
 from .published import published
@@ -231,10 +232,10 @@ app.command()(latency)
 app.command("export")(export_model)
 app.command("push")(push_model)
 app.command("import")(import_model)
-app.command()(prune)
+app.command(cls=MethodCommand)(prune)
 app.command()(finetune)
 app.command()(promote)
-app.command()(score)
+app.command(cls=ScoringCommand)(score)
 app.command()(show)
 app.command()(published)
 app.command()(submit)

@@ -28,6 +28,16 @@ def finetune(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="override a field of the recipe, e.g. lr=1e-4"),
     ] = None,
+    second_stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="finetune in this method's own way, with settings as --set second_stage.NAME=VALUE: pmvit trains its "
+            "matrices by settings of their own, spvit keeps convolutions mixed from their attention's weights (the "
+            "teacher is then the model that was cut)",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[
         str,
@@ -58,12 +68,16 @@ def finetune(
     from prunesweep.search.finetune import finetune as train
     from prunesweep.search.report.display import Display
     from prunesweep.training import Quality, load_recipe
+    from prunesweep.training.second_stage import SecondStageJob
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
     fields: dict[str, Any] = read_overrides(overrides or [])
     if epochs is not None:
         fields["epochs"] = epochs
+    stage = fields.pop("second_stage", {})
+    if not isinstance(stage, dict) or (stage and second_stage is None):
+        raise UserError("--set second_stage...: give --second-stage METHOD, and second_stage.NAME=VALUE")
     least, most = worker_range(workers)
     read_arch(model)
     job = Finetuning(
@@ -74,6 +88,7 @@ def finetune(
         teacher=None if teacher is None else teacher.absolute(),
         seed=seed,
         loader_workers=loader_workers,
+        second_stage=None if second_stage is None else SecondStageJob(second_stage, stage),
     )
     place = Place(most, least if least < most else None, cpus, gpus, address, storage)
     console = Console(stderr=as_json)

@@ -13,6 +13,7 @@ from .bench import CompileOption, DeviceOption, DtypeOption, ThreadsOption, open
 if TYPE_CHECKING:
     from prunesweep.models import Arch
     from prunesweep.models.latency.table import LatencyTable
+    from prunesweep.models.latency.timing import Setting
 
 __all__ = ["latency"]
 
@@ -35,23 +36,44 @@ def latency(
     threads: ThreadsOption = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="time to measure each block for")] = 0.3,
     check: Annotated[int, typer.Option(min=0, help="random models to measure the prediction's error on; 0: none")] = 20,
+    from_nvit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="take NViT's latency_head.json in place of measuring; --batch and --dtype say how that was measured",
+            show_default=False,
+        ),
+    ] = None,
+    to_nvit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write the table of a ViT in NViT's form too", show_default=False),
+    ] = None,
 ) -> None:
     """Measure a latency table of a model's blocks, and how well it predicts whole models."""
     import dataclasses
+    import json
 
     from rich.console import Console
 
     from prunesweep.models import UserError, arch_of
+    from prunesweep.models.io.files import write_text
     from prunesweep.models.latency.building import build_table
+    from prunesweep.models.latency.nvit_format import to_nvit as write_nvit
     from prunesweep.models.latency.prediction import prediction_error
     from prunesweep.models.latency.timing import Setting
 
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist")
+    for option, file in (("--out", out), ("--to-nvit", to_nvit)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"{option} {file}: its folder does not exist")
     if check == 1:
         raise UserError("--check 1: a rank correlation needs at least 2 models; 0 for none")
     setting = Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads)
     arch, console = arch_of(open_model(source)), Console()
+    if from_nvit is not None:
+        table = _read_nvit(from_nvit, arch, setting)
+        table.save(out)
+        console.print(f"{from_nvit} read; table saved as {out}", highlight=False, markup=False, soft_wrap=True)
+        return
     with progress_bar(console) as bar:
         table = build_table(
             arch,
@@ -63,12 +85,28 @@ def latency(
             progress=bar("blocks"),
         )
         table.save(out)
+        if to_nvit is not None:
+            write_text(to_nvit, json.dumps(write_nvit(table)))
         if check:
             error = prediction_error(table, n=check, min_seconds=3 * seconds, progress=bar("models"))
             table = dataclasses.replace(table, check=error.to_dict())
             table.save(out)
     for line in _report(table, arch, out):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _read_nvit(file: Path, arch: Arch, setting: Setting) -> LatencyTable:
+    """A table from NViT's file. Raises UserError where there is none, or it is of another form."""
+    import json
+
+    from prunesweep.models import UserError
+    from prunesweep.models.latency.nvit_format import from_nvit
+
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--from-nvit {file}: cannot be read as JSON: {error}") from error
+    return from_nvit(data, source=arch, setting=setting, device_name=setting.device)
 
 
 def _report(table: LatencyTable, arch: Arch, out: Path) -> Iterator[str]:

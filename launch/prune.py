@@ -10,14 +10,7 @@ import typer
 __all__ = ["prune", "score"]
 
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="widths: nvit, upvit, isomorphic, taylor, magnitude, random; while training: uvc, spvit, nvit-iterative; "
-        "tokens: pmvit; a comparison without training: tome",
-        show_default=False,
-    ),
-]
+Method = Annotated[str, typer.Option(show_default=False)]  # its help comes from the table, see ``method_help``
 DataName = Annotated[
     str, typer.Option("--data", help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)
 ]
@@ -38,13 +31,14 @@ def prune(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="share of the source's cost (0.5), or a cost with K, M or G (1.2G); uvc and nvit-iterative serve "
-            "several in one run (0.7,0.5)",
+            help="share of the source's cost (0.5), or a cost with K, M or G (1.2G); some methods that decide while "
+            "they train serve several in one run (0.7,0.5)",
             show_default=False,
         ),
     ] = None,
     keep_rate: Annotated[
-        float | None, typer.Option(help="pmvit: share of patches kept, in place of a budget", show_default=False)
+        float | None,
+        typer.Option(help="token methods: share of patches kept, not a budget", show_default=False),
     ] = None,
     r: Annotated[int | None, typer.Option(min=0, help="tome: tokens merged per block", show_default=False)] = None,
     measure: Annotated[str, typer.Option(help="what the budget is counted in: macs, params or latency_ms")] = "macs",
@@ -64,8 +58,8 @@ def prune(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="a setting of uvc, spvit, nvit-iterative or pmvit, e.g. skip=111110, or a field of a recipe, "
-            "recipe.epochs=5 or finetune.lr=1e-4",
+            help="a setting of the method, e.g. skip=111110, or a field of a recipe, recipe.epochs=5 or "
+            "finetune.lr=1e-4, or a setting of the second stage, second_stage.alpha=0.5",
         ),
     ] = None,
     recipe: Annotated[
@@ -75,6 +69,14 @@ def prune(
         str | None,
         typer.Option(help="recipe of training afterwards, or none  [default: the method's]", show_default=False),
     ] = None,
+    second_stage: Annotated[
+        bool,
+        typer.Option(
+            "--second-stage",
+            help="finetune in the method's own way: pmvit trains its matrices by settings of their own, spvit keeps "
+            "convolutions mixed from their attention's weights",
+        ),
+    ] = False,
     images: Images = 1024,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
@@ -94,9 +96,10 @@ def prune(
     from prunesweep.search.finetune import Place
     from prunesweep.search.scoring import Calibration
 
-    from .prune_kinds import Request, kind_of
+    from .prune_kinds import Request, find_method, means, runner_of
 
-    kind = kind_of(method)
+    chosen = find_method(method)
+    runner = runner_of(chosen)
     given = {
         "--budget": budget is not None,
         "--keep-rate": keep_rate is not None,
@@ -104,12 +107,13 @@ def prune(
         "--drop": drop > 0,
         "--group": bool(groups),
         "--floor": bool(floors),
-        "--set": bool(settings),
+        "--set": means(settings or [], runner),
         "--recipe": recipe is not None,
         "--measure": measure != "macs",
+        "--second-stage": second_stage,
     }
-    kind.check(method, given)
-    if out is None and method != "tome":
+    runner.check(chosen, given)
+    if out is None and runner.saves(chosen):
         raise UserError("--out: give the folder of the result")
     if out is not None and out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -117,31 +121,32 @@ def prune(
         raise UserError(f"--measure {measure}: must be one of macs, params, latency_ms")
     if (table is None) == (measure == "latency_ms"):
         raise UserError("--measure latency_ms and --table TABLE go together")
-    kind.run(
-        Request(
-            source=source,
-            method=method,
-            data=data,
-            out=out,
-            budgets=[_cost(part) for part in budget.split(",")] if budget is not None else [],
-            keep_rate=keep_rate,
-            r=r,
-            measure=measure,
-            table=table,
-            drop=drop,
-            groups=_pairs("--group", groups, int),
-            floors=_pairs("--floor", floors, float),
-            settings=settings or [],
-            recipe=recipe,
-            finetune=finetune,
-            calibration=Calibration(images, batch_size, seed),
-            cache=cache,
-            seed=seed,
-            place=Place(workers, cpus=cpus, gpus=gpus, address=address),
-            as_json=as_json,
-            console=Console(stderr=as_json),
-        )
+    request = Request(
+        source=source,
+        method=chosen,
+        data=data,
+        out=out,
+        budgets=[_cost(part) for part in budget.split(",")] if budget is not None else [],
+        keep_rate=keep_rate,
+        r=r,
+        measure=measure,
+        table=table,
+        drop=drop,
+        groups=_pairs("--group", groups, int),
+        floors=_pairs("--floor", floors, float),
+        settings=settings or [],
+        recipe=recipe,
+        finetune=finetune,
+        second_stage=second_stage,
+        calibration=Calibration(images, batch_size, seed),
+        cache=cache,
+        seed=seed,
+        place=Place(workers, cpus=cpus, gpus=gpus, address=address),
+        as_json=as_json,
+        console=Console(stderr=as_json),
     )
+    request.check_stage()
+    runner.run(request)
 
 
 def score(

@@ -10,20 +10,34 @@ from typing import Any
 
 from rich.console import Console
 
-from prunesweep.models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save
+from prunesweep.models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save, weights_digest
 from prunesweep.models.errors import nearest
-from prunesweep.pruners import MACS, PARAMS, PRUNERS, Measure, latency
-from prunesweep.pruners.trained import TRAINED, trained_pruner
+from prunesweep.models.io.provenance import versions
+from prunesweep.pruners import (
+    MACS,
+    METHODS,
+    PARAMS,
+    AppliedMethod,
+    Measure,
+    Method,
+    TokenMethod,
+    TrainedMethod,
+    WidthMethod,
+    latency,
+)
 from prunesweep.search.config import read_overrides
 from prunesweep.search.finetune import Finetuning, Place, finetune
 from prunesweep.search.prune import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.search.report.display import Display
 from prunesweep.search.scoring import Calibration
 from prunesweep.training import EVAL_BATCH, Quality, evaluate, load_recipe, open_data
+from prunesweep.training.second_stage import SecondStageJob
 
 from .finetune import reports
 
-__all__ = ["Kind", "Request", "kind_of"]
+__all__ = ["Request", "Runner", "find_method", "means", "runner_of"]
+
+STAGE = "second_stage"  # prefix of --set for settings of a method's own finetuning
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Request:
     """The command's options, read."""
 
     source: str
-    method: str
+    method: Method
     data: str
     out: Path | None
     budgets: Sequence[float]
@@ -45,6 +59,7 @@ class Request:
     settings: Sequence[str]
     recipe: str | None
     finetune: str | None
+    second_stage: bool
     calibration: Calibration
     cache: Path
     seed: int
@@ -55,7 +70,7 @@ class Request:
     def budget(self, model: Any) -> Budget:
         """The only budget, in its measure."""
         if len(self.budgets) > 1:
-            raise UserError(f"--budget: method {self.method!r} serves one in a run, got {len(self.budgets)}")
+            raise UserError(f"--budget: method {self.method.name!r} serves one in a run, got {len(self.budgets)}")
         measures: dict[str, Measure] = {"macs": MACS, "params": PARAMS}
         if self.table is not None:
             measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
@@ -69,25 +84,45 @@ class Request:
     def options(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Settings of the method, fields of the recipe, and of the finetuning's."""
         found = read_overrides(self.settings)
+        found.pop(STAGE, None)
         tables = [found.pop(name, {}) for name in ("recipe", "finetune")]
         for name, table in zip(("recipe", "finetune"), tables, strict=True):
             if not isinstance(table, dict):
                 raise UserError(f"--set {name}={table}: give --{name} {table}, or fields: --set {name}.epochs=3")
         return found, *tables
 
+    @property
+    def stage(self) -> SecondStageJob | None:
+        """The method's own way of finetuning, where it was asked for."""
+        table = read_overrides(self.settings).get(STAGE, {})
+        if not isinstance(table, dict) or (table and not self.second_stage):
+            raise UserError(f"--set {STAGE}...: these settings go with --second-stage, as {STAGE}.NAME=VALUE")
+        return SecondStageJob(self.method.name, table) if self.second_stage else None
+
+    def check_stage(self) -> None:
+        """Raise UserError for settings of the second stage that are not allowed, or where nothing is finetuned."""
+        stage = self.stage
+        if stage is None:
+            return
+        stage.configure()
+        if (self.finetune or self.method.finetune or "none") == "none":
+            raise UserError(f"--second-stage: is finetuning; give a recipe, for example --finetune {self.method.name}")
+
 
 def prune_widths(request: Request) -> None:
     """Score, decide, cut; finetune where a recipe is given."""
     model = open_source(request.source)
+    options, _, _ = request.options()
     with Display(request.console).progress() as progress:
         pruned = prune_once(
             model,
             request.data,
-            request.method,
+            request.method.name,
             request.budget(model),
             drop=request.drop,
             groups=request.groups,
             floors=request.floors,
+            options=options,
             calibration=request.calibration,
             cache=request.cache,
             progress=progress,
@@ -103,6 +138,7 @@ def prune_tokens(request: Request) -> None:
         pruned = plan_once(
             model,
             request.data,
+            request.method.name,
             keep_rate=request.keep_rate,
             budget=request.budget(model) if request.budgets else None,
             settings=options,
@@ -128,7 +164,8 @@ def prune_trained(request: Request) -> None:
     """Train while the method decides, cut, finetune."""
     from prunesweep.search.prune_training import TrainedPruning
 
-    method, model = trained_pruner(request.method), open_source(request.source)
+    method, model = request.method, open_source(request.source)
+    assert isinstance(method, TrainedMethod)
     whole = cost(arch_of(model))
     shares = [b if b <= 1 else b / whole.macs for b in request.budgets]
     options, recipe, _ = request.options()
@@ -138,7 +175,7 @@ def prune_trained(request: Request) -> None:
     run = TrainedPruning(
         model,
         request.data,
-        request.method,
+        method.name,
         shares,
         chosen,
         decided,
@@ -150,7 +187,7 @@ def prune_trained(request: Request) -> None:
     found = run.candidates()
     if not found:
         with display.progress() as progress:
-            say = reports(display, progress, chosen.batch_size, what=f"{request.method}: deciding")
+            say = reports(display, progress, chosen.batch_size, what=f"{method.name}: deciding")
             found = run.run(request.place, **say)
     rows = []
     for one in found:
@@ -168,7 +205,15 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
     if not teacher.exists():
         save(source.cpu(), teacher)
     _, _, fields = request.options()
-    job = Finetuning(start, request.data, load_recipe(recipe, fields), out, teacher=teacher, seed=request.seed)
+    job = Finetuning(
+        start,
+        request.data,
+        load_recipe(recipe, fields),
+        out,
+        teacher=teacher,
+        seed=request.seed,
+        second_stage=request.stage,
+    )
     display = Display(request.console)
     with display.progress() as progress:
         finetune(job, request.place, **reports(display, progress, job.recipe.batch_size))
@@ -202,62 +247,93 @@ def _named(prefix: str, found: Quality) -> dict[str, float]:
     return {prefix + name: value for name, value in found.facts.items()}
 
 
-def tome(request: Request) -> None:
-    """Evaluate the source with ToMe's merging, which no record describes and nothing is saved of."""
-    from prunesweep.models.tome import apply_tome, tome_macs
-
-    if request.r is None:
-        raise UserError("--r: method 'tome' needs the number of tokens that every block merges, for example 8")
-    if request.finetune not in (None, "none") or request.out is not None:
-        raise UserError("method 'tome' is evaluated as it is: it takes no --finetune and saves nothing, so no --out")
+def apply_once(request: Request) -> None:
+    """Change the source at once, measure it before and after, and save it where a record describes it."""
+    method = request.method
+    assert isinstance(method, AppliedMethod)
+    if "r" in method.option_names and request.r is None:
+        raise UserError(f"--r: method {method.name!r} needs the number of tokens that every block merges, e.g. 8")
+    if request.finetune not in (None, "none") or (request.out is not None and not method.saved):
+        raise UserError(
+            f"method {method.name!r} is evaluated as it is: it takes no --finetune"
+            + ("" if method.saved else " and saves nothing, so no --out")
+        )
     model = open_source(request.source)
     arch = arch_of(model)
-    merged = apply_tome(model, request.r)
+    method.check(arch)
+    options, _, _ = request.options()
+    applied = method.apply(model, method.configure(options if request.r is None else {**options, "r": request.r}))
     data = open_data(request.data, model.pretrained_cfg)
-    tops = [evaluate(m, data.val_loader(EVAL_BATCH))["top1"] for m in (model, merged)]
-    macs, whole = tome_macs(arch, request.r), cost(arch).macs
+    before, after = (Quality.of(evaluate(m, data.val_loader(EVAL_BATCH))) for m in (model, applied.model))
+    if not method.saved:
+        _report_unsaved(request, cost(arch), before, after, applied.macs or cost(arch).macs)
+        return
+    facts: dict[str, Any] = {"method": method.name, "source": {"name": arch.source, "weights": weights_digest(model)}}
+    facts |= {"change": dict(applied.facts), "data": data.info.fingerprint, "versions": versions(), **after.facts}
+    save(applied.model, request.folder, facts)
+    _report(request, cost(arch), before, [(request.folder, cost(arch), after, after)])
+
+
+def _report_unsaved(request: Request, source: Cost, before: Quality, after: Quality, macs: int) -> None:
     if request.as_json:
-        print(json.dumps({"top1": tops[1], "source_top1": tops[0], "macs": macs}))
+        print(json.dumps({**after.facts, **_named("source_", before), "macs": macs}))
         return
     request.console.print(
-        f"{macs:,} MACs ({macs / whole:.3f} of the source's), top-1 {tops[1]:.2f} % (source {tops[0]:.2f} %)",
+        f"{macs:,} MACs ({macs / source.macs:.3f} of the source's), {after} (source {before})",
         highlight=False,
         soft_wrap=True,
     )
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Methods that share a way of working, and with it the options of the command that mean something to them."""
+class Runner:
+    """How the command works for methods of one class, and which of its options mean something to them."""
 
     run: Callable[[Request], None]
     options: frozenset[str]
     needs_budget: bool = False
 
-    def check(self, method: str, given: Mapping[str, bool]) -> None:
+    def check(self, method: Method, given: Mapping[str, bool]) -> None:
         """Raise UserError where ``given`` has an option that means nothing here, or lacks the budget."""
+        allowed = {*self.options}
+        allowed |= {"--set"} if method.option_names and self.run is not apply_once else set()
+        allowed |= {"--r"} if "r" in method.option_names else set()
+        allowed |= {"--second-stage"} if method.second_stage is not None else set()
         for option, is_given in given.items():
-            if is_given and option not in self.options:
-                raise UserError(
-                    f"{option}: means nothing to method {method!r}; it takes {', '.join(sorted(self.options))}"
-                )
+            if is_given and option not in allowed:
+                takes = f"it takes {', '.join(sorted(allowed))}" if allowed else "it takes no options of its own"
+                raise UserError(f"{option}: means nothing to method {method.name!r}; {takes}")
         if self.needs_budget and not given["--budget"]:
-            raise UserError(f"--budget: method {method!r} needs one, for example 0.5")
+            raise UserError(f"--budget: method {method.name!r} needs one, for example 0.5")
+
+    def saves(self, method: Method) -> bool:
+        """Whether there is a result to save."""
+        return not isinstance(method, AppliedMethod) or method.saved
 
 
-WIDTHS = Kind(prune_widths, frozenset({"--budget", "--drop", "--group", "--floor", "--measure"}), needs_budget=True)
-DECIDED_IN_TRAINING = Kind(prune_trained, frozenset({"--budget", "--set", "--recipe"}), needs_budget=True)
-PATCHES = Kind(prune_tokens, frozenset({"--budget", "--keep-rate", "--set", "--measure"}))
-KINDS: Mapping[str, Kind] = {
-    **dict.fromkeys(PRUNERS, WIDTHS),
-    **dict.fromkeys(TRAINED, DECIDED_IN_TRAINING),
-    "pmvit": PATCHES,
-    "tome": Kind(tome, frozenset({"--r"})),
+RUNNERS: Mapping[type[Method], Runner] = {
+    WidthMethod: Runner(
+        prune_widths, frozenset({"--budget", "--drop", "--group", "--floor", "--measure"}), needs_budget=True
+    ),
+    TrainedMethod: Runner(prune_trained, frozenset({"--budget", "--set", "--recipe"}), needs_budget=True),
+    TokenMethod: Runner(prune_tokens, frozenset({"--budget", "--keep-rate", "--measure"})),
+    AppliedMethod: Runner(apply_once, frozenset()),
 }
 
 
-def kind_of(method: str) -> Kind:
-    """Raises UserError for a method that there is not."""
-    if method not in KINDS:
-        raise UserError(f"--method {method}: must be one of {', '.join(KINDS)}. {nearest(method, KINDS)}".strip())
-    return KINDS[method]
+def runner_of(method: Method) -> Runner:
+    """The runner of a method's class."""
+    return next(runner for kind, runner in RUNNERS.items() if isinstance(method, kind))
+
+
+def find_method(name: str) -> Method:
+    """The method of this name. Raises UserError for one that there is not."""
+    if name not in METHODS:
+        raise UserError(f"--method {name}: must be one of {', '.join(METHODS)}. {nearest(name, METHODS)}".strip())
+    return METHODS[name]
+
+
+def means(settings: Sequence[str], runner: Runner) -> bool:
+    """Whether ``settings`` has one of the method's, not of the training that follows."""
+    later = ("finetune.", f"{STAGE}.") if runner.run is not apply_once else ()
+    return any(not setting.strip().startswith(later) for setting in settings)

@@ -1,34 +1,42 @@
 """How a decision is made: scores of a model's prunable groups, and cuts that meet a budget.
 
-``PRUNERS`` is the one table of width methods.
+``METHODS`` is the one table of methods.
 """
 
-from prunesweep.pruners.upvit.importance import merge, score_blocks
+from prunesweep.pruners.upvit.importance import merge, score_blocks, score_depth
 from prunesweep.pruners.upvit.rules import Target, select
 
 from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
-from .depth import kl_divergence, score_depth
-from .registry import PRUNERS, Pruner, cheapest_first, pruner
+from .divergence import kl_divergence
+from .method import AppliedMethod, Method, ScoredMethod, TokenMethod, TrainedMethod, WidthMethod, cheapest_first
+from .methods import METHODS, get_method, method_names, register
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
 
 __all__ = [
     "GROUP_SIZES",
     "KINDS",
     "MACS",
+    "METHODS",
     "PARAMS",
-    "PRUNERS",
+    "AppliedMethod",
     "Measure",
-    "Pruner",
+    "Method",
+    "ScoredMethod",
     "Scores",
     "Target",
+    "TokenMethod",
+    "TrainedMethod",
+    "WidthMethod",
     "WidthPath",
     "cheapest_first",
     "drop_order",
+    "get_method",
     "kind_of",
     "kl_divergence",
     "latency",
     "merge",
-    "pruner",
+    "method_names",
+    "register",
     "score_blocks",
     "score_depth",
     "select",

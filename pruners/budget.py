@@ -137,9 +137,12 @@ class WidthPath:
 
 
 def drop_order(scores: Scores) -> tuple[int, ...]:
-    """Blocks in the order in which to drop them, from ``score_depth``; all but the last one."""
+    """Blocks in the order in which to drop them, from ``score_depth``.
+
+    Left out are the last one and those of infinite importance, which are the last of their stages.
+    """
     depth = scores.vectors["depth"]
-    return tuple(int(i) for i in torch.argsort(depth, stable=True)[:-1])
+    return tuple(int(i) for i in torch.argsort(depth, stable=True)[:-1] if depth[i] < torch.inf)
 
 
 def live_vectors(arch: Arch, scores: Scores) -> dict[str, np.ndarray]:

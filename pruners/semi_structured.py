@@ -1,8 +1,9 @@
 """2:4 sparsity: of every four consecutive weights along a linear layer's input, the two smallest are zero.
 
-NVIDIA's sparse tensor cores (Ampere and later) run such layers at up to twice the rate. NViT (arXiv 2110.04869, section
-4.2, "ASP") applies it to its pruned models after training, by magnitude; that is why its group sizes keep dimensions
-divisible by 16. Nothing is retrained here: measure the accuracy afterwards.
+NVIDIA's sparse tensor cores (Ampere and later) run such layers at up to twice the rate, in half precision and with the
+weights in the form of ``torch.sparse.to_sparse_semi_structured``, which can be neither trained nor saved. NViT (arXiv
+2110.04869, section 4.2, "ASP") applies it to its pruned models after training, by magnitude; that is why its group
+sizes keep dimensions divisible by 16. Nothing is retrained here: measure the accuracy afterwards.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunesweep.models import UserError
-
-__all__ = ["Sparsity", "is_2_4", "prune_2_4", "to_sparse_kernels"]
+__all__ = ["Sparsity", "prune_2_4"]
 
 MULTIPLE = 16  # of both dimensions of a layer, as the kernels need it
 
@@ -48,37 +47,6 @@ def prune_2_4(model: nn.Module) -> Sparsity:
         pruned.append(name)
         params += layer.weight.numel()
     return Sparsity(tuple(pruned), skipped, params)
-
-
-def is_2_4(weight: torch.Tensor) -> bool:
-    """Whether of every four consecutive inputs of a weight (outputs, inputs) at most two are other than zero."""
-    if weight.shape[-1] % 4:
-        return False
-    return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
-
-
-def to_sparse_kernels(model: nn.Module) -> tuple[str, ...]:
-    """Hand the 2:4 layers of a half-precision CUDA model to torch's sparse kernels, in place; the layers' names.
-
-    For inference alone: such a model can be neither trained nor saved as safetensors.
-
-    Raises:
-        UserError: the model is not on a CUDA device in float16 or bfloat16, or no layer is 2:4.
-    """
-    weight = next(model.parameters())
-    if weight.device.type != "cuda" or weight.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(
-            f"the model is on {weight.device} in {weight.dtype}: sparse kernels need CUDA and float16 or bfloat16"
-        )
-    done = []
-    for name, layer in _linear_layers(model):
-        if not _obstacle(layer) and is_2_4(layer.weight):
-            sparse = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
-            layer.weight = nn.Parameter(sparse, requires_grad=False)
-            done.append(name)
-    if not done:
-        raise UserError("no linear layer is 2:4: call prune_2_4 first")
-    return tuple(done)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

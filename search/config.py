@@ -14,8 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import nearest
-from prunesweep.pruners import GROUP_SIZES, PRUNERS
-from prunesweep.pruners.trained import trained_pruner
+from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe
 
@@ -63,7 +62,7 @@ class SourceTable(Table):
 
 
 class ScoresTable(Table):
-    method: str = "nvit"  # the width method, a name in pruners.PRUNERS
+    method: str = "nvit"  # the width method, a name in pruners.METHODS
     images: Count = 1024  # calibration images, from the training split
     batch_size: Count = 16  # saliency is a mean of squared batch sums, so this matters
     seed: Natural = 0
@@ -71,8 +70,9 @@ class ScoresTable(Table):
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
-        if name not in PRUNERS:
-            raise ValueError(f"must be one of {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip())
+        known = method_names(WidthMethod)
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}. {nearest(name, known)}".strip())
         return name
 
 
@@ -103,11 +103,10 @@ class SpaceTable(Table):
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = method_names(WidthMethod)
         for name in names:
-            if name not in PRUNERS:
-                raise ValueError(
-                    f"{name!r} is no method; known: {', '.join(PRUNERS)}. {nearest(name, PRUNERS)}".strip()
-                )
+            if name not in known:
+                raise ValueError(f"{name!r} is no method; known: {', '.join(known)}. {nearest(name, known)}".strip())
         if len(set(names)) < len(names):
             raise ValueError("names a method twice")
         return names
@@ -154,7 +153,7 @@ class GatesTable(Table):
     @classmethod
     def _allowed(cls, settings: dict[str, Any]) -> dict[str, Any]:
         try:
-            trained_pruner("uvc").configure("uvc", [0.5], {k: v for k, v in settings.items() if k != "budgets"})
+            get_method("uvc", TrainedMethod).for_budgets([0.5], {k: v for k, v in settings.items() if k != "budgets"})
         except UserError as error:
             raise ValueError(str(error)) from error
         return settings

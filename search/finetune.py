@@ -19,6 +19,7 @@ from tensorboardX import SummaryWriter
 
 from prunesweep.models import UserError, load, read_arch, save, weights_digest
 from prunesweep.models.io.provenance import digest, versions
+from prunesweep.pruners.hook import Hook
 from prunesweep.training import (
     EVAL_BATCH,
     Data,
@@ -32,6 +33,7 @@ from prunesweep.training import (
     fit,
     open_data,
 )
+from prunesweep.training.second_stage import SecondStageJob
 
 if TYPE_CHECKING:
     from prunesweep.training.ray_train import FinetuneJob
@@ -79,11 +81,14 @@ class Finetuning:
     teacher: Path | None = None
     seed: int = 0
     loader_workers: int = 0
+    second_stage: SecondStageJob | None = None
 
     @cached_property
     def name(self) -> str:
         """The result's name and the hash of everything that it depends on."""
         facts = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+        if self.second_stage is not None:
+            facts["second_stage"] = asdict(self.second_stage)
         models = {
             "model": weights_digest(load(self.model)),
             "teacher": self.teacher and weights_digest(load(self.teacher)),
@@ -117,6 +122,8 @@ class Finetuning:
             size = (arch.in_chans, *arch.img_size)
             if size != data.info.input_size:
                 raise UserError(f"{what} {path} takes images of {size}, {data.info.name} has {data.info.input_size}")
+        if self.second_stage is not None:
+            self.second_stage.check(self.model, self.teacher)
         return data
 
     def provenance(self, data: Data) -> dict[str, Any]:
@@ -129,6 +136,7 @@ class Finetuning:
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.seed,
             "versions": versions(),
+            **({} if self.second_stage is None else {"second_stage": asdict(self.second_stage)}),
         }
 
 
@@ -205,6 +213,7 @@ def finetune(
         teacher_cache=str(job.teacher_cache),
         seed=job.seed,
         loader_workers=job.loader_workers,
+        second_stage=None if job.second_stage is None else asdict(job.second_stage),
     )
     on_ray(described, place, job.out, job.work, data, job.provenance(data), **reports)
 
@@ -220,6 +229,7 @@ def _train_here(
         data = job.check()
         model: Any = load(job.model).to(device)
         teacher = None if job.teacher is None else load(job.teacher).to(device)
+        hook = Hook() if job.second_stage is None else job.second_stage.hook(job.model, job.teacher)
         folder = job.work if world.first else job.work / f"rank{world.rank}"
         with logged(folder, on_epoch if world.first else None) as log:
             fit(
@@ -227,6 +237,7 @@ def _train_here(
                 data,
                 job.recipe,
                 teacher=teacher,
+                hook=hook,
                 seed=job.seed,
                 state=job.work / "state.safetensors",
                 teacher_cache=job.teacher_cache,
@@ -234,6 +245,7 @@ def _train_here(
                 on_epoch=log,
                 on_note=on_note if world.first else None,
             )
+        hook.finish()
         found = evaluate(model, data.val_loader(EVAL_BATCH, world), world)
         if world.first:
             save(model.cpu(), job.out, {**job.provenance(data), **Quality.of(found).facts})

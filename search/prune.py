@@ -14,13 +14,15 @@ from torch import nn
 from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.io.provenance import versions
-from prunesweep.pruners import GROUP_SIZES, MACS, Measure, Scores, cheapest_first, drop_order, pmvit, pruner
-from prunesweep.search.space.space import DEPTH, TOKENS
+from prunesweep.pruners import GROUP_SIZES, MACS, Measure, Scores, TokenMethod, WidthMethod, drop_order, get_method
+from prunesweep.search.space.space import DEPTH
 from prunesweep.training import EVAL_BATCH, Data, Quality, check_words, evaluate, open_data
 
 from .scoring import Calibration, Progress, cached_scores
 
 __all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
+
+SMALLEST = 1e-6  # keep rate that is valid beside any other setting
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,22 @@ def prune_once(
     drop: int = 0,
     groups: Mapping[str, int] | None = None,
     floors: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     cache: Path,
     progress: Progress,
 ) -> Pruned:
-    """Cut ``model`` by a method of ``pruners.PRUNERS`` to a budget.
+    """Cut ``model`` by a method that scores widths to a budget.
 
     Args:
         model: the source, ours or one that ``Arch.from_timm`` accepts.
         data_name: as for ``training.open_data``; for calibration images and accuracy.
         method: the width method.
         budget: what the result may cost.
-        drop: blocks that go first, least important ones by KL divergence (ViT only).
+        drop: blocks that go first, least important ones as ``pruners.score_depth`` has them.
         groups: units per group of some kinds; the others keep ``GROUP_SIZES``.
         floors: share of every vector of some kinds that stays.
+        options: settings of the method, by name.
         calibration: the images to score on.
         cache: folder of scores.
         progress: told what goes on.
@@ -95,33 +99,40 @@ def prune_once(
     Raises:
         UserError: the method cannot serve the model, a setting does not fit, or the budget cannot be met.
     """
-    arch = arch_of(model)
-    pruner(method).check(method, arch)
+    arch, entry = arch_of(model), get_method(method, WidthMethod)
+    entry.check(arch)
+    entry.configure(options or {})
+    scoring, deciding = entry.split(options or {})
     limit = budget.limit(arch)
     if not 0 <= drop < arch.depth:
         raise UserError(f"drop = {drop}: the model has {arch.depth} blocks, at least one must stay")
+    if drop > arch.depth - len(arch.stages):
+        raise UserError(f"drop = {drop}: {arch.depth} blocks are in {len(arch.stages)} stages, each must keep one")
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
     check_words(arch, data)
-    settings = _settings(method, budget.measure, drop, groups, floors)
+    settings = {**_path_settings(entry, drop, groups, floors), **deciding}
     calibration = calibration or Calibration()
     weights = weights_digest(model)
     to_device(model)
 
-    def scores(of: str) -> tuple[Scores, str]:
-        path = cached_scores(model, of, data, calibration, cache, progress, weights=weights)
+    def scores(of: str, **how: Any) -> tuple[Scores, str]:
+        path = cached_scores(model, of, data, calibration, cache, progress, weights=weights, **how)
         return Scores.load(path), path.name
 
-    widths, name = scores(method)
+    widths, name = scores(method, options=scoring)
     if drop:
         settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
-    decision = pruner(method).decide(arch, widths, limit, measure=budget.measure, **settings)
+    decision = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
     facts = {"budget": {"measure": budget.measure.name, "limit": limit}, "scores": name, "seed": calibration.seed}
+    if options:
+        facts["settings"] = dict(options)
     return _cut(model, decision, data, {"method": method, "weights": weights, **facts}, progress)
 
 
 def plan_once(
     model: nn.Module,
     data_name: str,
+    method: str = "pmvit",
     *,
     keep_rate: float | None = None,
     budget: Budget | None = None,
@@ -130,34 +141,38 @@ def plan_once(
     cache: Path,
     progress: Progress,
 ) -> Pruned:
-    """Plan the tokens of ``model`` by Prune-and-Merge, for a keep rate or for a budget.
+    """Plan the tokens of ``model`` for a keep rate or for a budget.
 
     Args:
         model, data_name, calibration, cache, progress: as for ``prune_once``.
+        method: the token method.
         keep_rate: share of patches that are centres; else
         budget: what the result may cost.
-        settings: other fields of ``pruners.pmvit.PlanSettings``.
+        settings: other settings of the method, by name.
 
     Raises:
         UserError: not exactly one of ``keep_rate`` and ``budget``, a setting that does not fit, another family.
     """
     if (keep_rate is None) == (budget is None):
         raise UserError("give either a keep rate or a budget: each of them decides how many tokens stay")
-    arch, options = arch_of(model), dict(settings or {})
+    entry, arch, options = get_method(method, TokenMethod), arch_of(model), dict(settings or {})
+    entry.check(arch)
+    entry.configure(options, keep_rate=SMALLEST if keep_rate is None else keep_rate)  # a budget goes with any others
+    scoring, deciding = entry.split(options)
     limit = None if budget is None else budget.limit(arch)
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
     check_words(arch, data)
     calibration = calibration or Calibration()
     weights = weights_digest(to_device(model))
-    path = cached_scores(model, TOKENS, data, calibration, cache, progress, weights=weights)
+    path = cached_scores(model, method, data, calibration, cache, progress, weights=weights, options=scoring)
     scores = Scores.load(path)
     if budget is not None and limit is not None:
-        decision = pmvit.plan_for_budget(arch, scores, limit, measure=budget.measure, **options)
+        decision = entry.plan_for_budget(arch, scores, limit, measure=budget.measure, **deciding)
     else:
         assert keep_rate is not None
-        decision = pmvit.plan(arch, scores, keep_rate, **options)
+        decision = entry.plan(arch, scores, keep_rate, **deciding)
     facts = {"keep_rate": keep_rate, "limit": limit, "settings": options, "scores": path.name, "seed": calibration.seed}
-    return _cut(model, decision, data, {"method": TOKENS, "weights": weights, **facts}, progress)
+    return _cut(model, decision, data, {"method": method, "weights": weights, **facts}, progress)
 
 
 def _cut(model: nn.Module, decision: Cut, data: Data, facts: Mapping[str, Any], progress: Progress) -> Pruned:
@@ -178,18 +193,14 @@ def _cut(model: nn.Module, decision: Cut, data: Data, facts: Mapping[str, Any], 
     )
 
 
-def _settings(
-    method: str,
-    measure: Measure,
-    drop: int,
-    groups: Mapping[str, int] | None,
-    floors: Mapping[str, float] | None,
+def _path_settings(
+    method: WidthMethod, drop: int, groups: Mapping[str, int] | None, floors: Mapping[str, float] | None
 ) -> dict[str, Any]:
-    """What the method's rule takes besides the budget."""
-    if pruner(method).decide is cheapest_first:
+    """What a path of widths takes besides the budget."""
+    if method.along_path:
         return {"groups": {**GROUP_SIZES, **(groups or {})}, "floors": floors}
     if drop or groups or floors:
-        raise UserError(f"method {method!r} decides by ratios per structure: it takes no drop, groups or floors")
+        raise UserError(f"method {method.name!r} decides by ratios per structure: it takes no drop, groups or floors")
     return {}
 
 

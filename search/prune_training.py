@@ -13,7 +13,7 @@ from torch import nn
 
 from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.io.provenance import digest, versions
-from prunesweep.pruners.trained import trained_pruner
+from prunesweep.pruners import TrainedMethod, get_method
 from prunesweep.training import Data, Epoch, Recipe, open_data
 from prunesweep.training.prune import PruneJob, prune_while_training
 
@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TrainedPruning:
-    """One run of a method of ``pruners.trained.TRAINED``.
+    """One run of a method that decides while it trains.
 
     ``work`` is a folder beside ``out``, named by the run's content: training state and logs. The same run goes on from
     what is there.
@@ -47,7 +47,7 @@ class TrainedPruning:
     Args:
         model: the source, ours or one that ``Arch.from_timm`` accepts; also the teacher. It is not changed.
         data_name: as for ``training.open_data``.
-        method: a name in ``TRAINED``.
+        method: its name in ``pruners.METHODS``.
         budgets: shares of the source's MACs.
         recipe: the training during which the method decides.
         out: folder of the result; of several, each in a folder of its own inside, named by its budget.
@@ -115,7 +115,7 @@ class TrainedPruning:
                 )
             assert made is not None, "nothing asked it to stop"
             for one in made:
-                save(one.model.cpu(), self._folder(one.budget), {**facts, "budget": one.budget, "top1": one.top1})
+                save(one.model.cpu(), self._folder(one.budget), {**facts, **one.facts})
             state.unlink(missing_ok=True)
         else:
             on_ray(self._described(), place, self.out, self.work, data, facts, on_epoch=on_epoch, **reports)
@@ -149,12 +149,12 @@ class TrainedPruning:
 
     def _open(self) -> Data:
         """The data. Raises UserError where the settings, the source or the data do not go together."""
-        method, arch = trained_pruner(self.method), arch_of(self.model)
-        settings = method.configure(self.method, self.budgets, self.options)
-        method.make(settings, arch).wrap(copy.deepcopy(self.model))
+        method, arch = get_method(self.method, TrainedMethod), arch_of(self.model)
+        settings = method.for_budgets(self.budgets, self.options)
+        method.hook(settings, arch).wrap(copy.deepcopy(self.model))
         return open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
 
     @property
     def _job(self) -> PruneJob:
-        settings = trained_pruner(self.method).configure(self.method, self.budgets, self.options)
+        settings = get_method(self.method, TrainedMethod).for_budgets(self.budgets, self.options)
         return PruneJob(self.method, settings.model_dump(mode="json"), **asdict(self.calibration))

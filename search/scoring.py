@@ -13,12 +13,12 @@ from torch import nn
 from prunesweep.models import arch_of, weights_digest
 from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
-from prunesweep.pruners import Scores, pmvit, pruner, score_depth, upvit
+from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
 from prunesweep.pruners.scores import FORMAT
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
-from prunesweep.search.space.space import DEPTH, LEARNED, TOKENS
-from prunesweep.training import Data, Recipe, fit, images_only
+from prunesweep.search.space.space import DEPTH, LEARNED
+from prunesweep.training import Data, Recipe, fit
 
 __all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]
 
@@ -46,36 +46,44 @@ def cached_scores(
     progress: Progress,
     *,
     weights: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """The file of a method's scores of ``model``, made now where the cache does not have it.
 
     Args:
         model: the scored model, on its device.
-        method: a name in ``pruners.PRUNERS``, ``depth_kl`` for the importance of whole blocks, or ``pmvit`` for that of
-            patches.
+        method: a name in ``pruners.METHODS`` of one that scores, or ``depth_kl`` for the importance of whole blocks.
         data: where the calibration images come from (its training split).
         calibration: which of them.
         cache: folder; the file is named by the hash of everything that it depends on.
         progress: told what goes on.
         weights: ``weights_digest(model)``, where it is known already.
+        options: settings of the method's scoring that are not the default ones.
 
     Raises:
         UserError: the method is unknown, or cannot serve the model.
     """
-    if method not in (DEPTH, TOKENS):
-        pruner(method).check(method, arch_of(model))
+    entry = None if method == DEPTH else get_method(method, ScoredMethod)
+    if entry is not None:
+        entry.check(arch_of(model))
     weights = weights or weights_digest(model)
     settings = asdict(calibration)
     facts = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
+    if options:
+        facts["settings"] = dict(options)
     path = cache / f"{method}-{digest(facts)}.safetensors"
     if not path.exists():
-        what = {DEPTH: "measuring blocks", TOKENS: "scoring patches"}.get(method, "scoring widths")
+        what = "measuring blocks" if entry is None else entry.progress
         batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
 
         def on_batch(done: int, total: int) -> None:
             progress(what, done / total, f"{done}/{total}")
 
-        scores = _compute(model, method, batches, calibration, on_batch)
+        if entry is None:
+            scores = score_depth(model, batches, progress=on_batch)
+        else:
+            seed = {"seed": calibration.seed} if entry.seeded else {}
+            scores = entry.score(model, batches, progress=on_batch, **seed, **(options or {}))
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish_file(path) as scratch:
             Scores(scores.vectors, {**scores.provenance, **facts}).save(scratch)
@@ -123,16 +131,3 @@ def cached_gates(
         Scores({"depth": margin.double().cpu()}, facts).save(scratch)
     state.unlink(missing_ok=True)
     return path
-
-
-def _compute(
-    model: nn.Module, method: str, batches: Any, calibration: Calibration, progress: Callable[[int, int], None]
-) -> Scores:
-    if method == DEPTH and arch_of(model).text is not None:
-        return upvit.score_blocks_progressively(model, batches, progress=progress)
-    if method == DEPTH:
-        return score_depth(model, images_only(batches), progress=progress)
-    if method == TOKENS:
-        return pmvit.score(model, batches, progress=progress)
-    seed = {"seed": calibration.seed} if pruner(method).seeded else {}
-    return pruner(method).score(model, batches, progress=progress, **seed)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, arch_of, cost, cut
-from prunesweep.pruners import MACS, Pruner, Scores, vector_sizes
+from prunesweep.pruners import MACS, Scores, WidthMethod, vector_sizes
 from tests.generate import random_arch, random_images, random_model
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 1}
@@ -31,7 +31,7 @@ def labelled(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> list[
 class PrunerContract:
     """Checks of one pruner on one family."""
 
-    def __init__(self, pruner: Pruner, family: str) -> None:
+    def __init__(self, pruner: WidthMethod, family: str) -> None:
         self.pruner, self.family = pruner, family
         self.model = source(family, 7)
         self.arch = arch_of(self.model)
@@ -72,7 +72,7 @@ class PrunerContract:
 
     def check_budgets_are_met_and_nested(self) -> None:
         scores, total = self.score(), cost(self.arch).macs
-        settings = {"groups": GROUPS} if self.pruner.decide.__name__ == "cheapest_first" else {}
+        settings = {"groups": GROUPS} if self.pruner.along_path else {}
         last = total
         for share in (0.9, 0.7, 0.5):
             decision = self.pruner.decide(self.arch, scores, share * total, measure=MACS, **settings)
@@ -83,7 +83,7 @@ class PrunerContract:
             last = cost(arch_of(small)).macs
 
     def check_a_cut_model_can_be_scored_and_cut_again(self) -> None:
-        settings = {"groups": GROUPS} if self.pruner.decide.__name__ == "cheapest_first" else {}
+        settings = {"groups": GROUPS} if self.pruner.along_path else {}
         total = cost(self.arch).macs
         small = cut(self.model, self.pruner.decide(self.arch, self.score(), 0.8 * total, measure=MACS, **settings))
         again = self.pruner.decide(arch_of(small), self.score(small), 0.6 * total, measure=MACS, **settings)

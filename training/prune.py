@@ -1,4 +1,4 @@
-"""A method that decides while it trains (``pruners.trained``), from a source to models that are cut."""
+"""A method that decides while it trains (a ``TrainedMethod``), from a source to models that are cut."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 
 from prunesweep.models import Cut, UserError, arch_of, cut
 from prunesweep.models.recalibrate import recalibrate
-from prunesweep.pruners.trained import trained_pruner
+from prunesweep.pruners import TrainedMethod, get_method
 
 from .data import Data
 from .evaluation import EVAL_BATCH, evaluate
 from .loop import fit
 from .recipe import Recipe
+from .second_stage import DECISION
 from .world import World
 
 __all__ = ["Made", "PruneJob", "prune_while_training"]
@@ -35,12 +36,16 @@ class PruneJob:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A model for ``budget``, a share of the source's MACs, with its validation accuracy in percent."""
+    """A model for ``budget``, a share of the source's MACs, with its validation accuracy in percent.
+
+    ``facts`` are for its provenance; of a method whose second stage needs it, the decision is among them.
+    """
 
     budget: float
     cut: Cut
     model: nn.Module
     top1: float
+    facts: Mapping[str, Any]
 
 
 def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob, **options: Any) -> list[Made] | None:
@@ -58,9 +63,9 @@ def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob,
     Raises:
         UserError: a setting does not fit, the budget cannot be met, or the search collapsed or diverged.
     """
-    method, arch = trained_pruner(job.method), arch_of(source)
-    settings = method.settings.model_validate(job.settings)
-    hook, model = method.make(settings, arch), copy.deepcopy(source)
+    method, arch = get_method(job.method, TrainedMethod), arch_of(source)
+    settings = method.settings().model_validate(job.settings)
+    hook, model = method.hook(settings, arch), copy.deepcopy(source)
     if not fit(model, data, recipe, teacher=source, hook=hook, **options):
         return None
     decided = method.decided(settings, arch, hook.finish())
@@ -77,5 +82,8 @@ def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob,
             recalibrate(small, data.calibration(job.images, job.batch_size, job.seed))
         small = small.to(device)
         top1 = evaluate(small, data.val_loader(EVAL_BATCH, world), world)["top1"]
-        found.append(Made(one.budget, one.cut, small, top1))
+        facts: dict[str, Any] = {"budget": one.budget, "top1": top1}
+        if method.second_stage is not None and method.second_stage.needs_decision:
+            facts[DECISION] = one.cut.to_dict()
+        found.append(Made(one.budget, one.cut, small, top1, facts))
     return found

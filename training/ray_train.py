@@ -43,13 +43,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from prunesweep.models import load, save  # noqa: E402
 from prunesweep.models.io.files import publish_folder  # noqa: E402
-from prunesweep.pruners.hook import Collapsed  # noqa: E402
+from prunesweep.pruners.hook import Collapsed, Hook  # noqa: E402
 
 from .data import open_data  # noqa: E402
 from .evaluation import Quality  # noqa: E402
 from .loop import Epoch, fit  # noqa: E402
 from .prune import PruneJob, prune_while_training  # noqa: E402
 from .recipe import Recipe  # noqa: E402
+from .second_stage import SecondStageJob  # noqa: E402
 from .trainer import Diverged, DoesNotFit  # noqa: E402
 
 __all__ = ["FinetuneJob", "TrainingFailed", "Workers", "finetune_on_ray"]
@@ -71,6 +72,7 @@ class FinetuneJob:
     loader_workers: int = 0
     stop_file: str | None = None  # training ends after an epoch once this is there
     prune: Mapping[str, Any] | None = None  # ``PruneJob``: a method decides meanwhile, and what is published is cut
+    second_stage: Mapping[str, Any] | None = None  # ``SecondStageJob``: the method's own way of finetuning
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,13 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
                 found = prune_while_training(model, data, recipe, PruneJob(**job.prune), **options)
                 several = found is not None and len(found) > 1
                 made = {f"{m.budget:.4g}" if several else "": m for m in found or ()}
-                models = {where: (m.model, {"top1": m.top1, "budget": m.budget}) for where, m in made.items()}
+                models = {where: (m.model, dict(m.facts)) for where, m in made.items()}
             else:
-                finished = fit(model, data, recipe, teacher=teacher, **options)
+                stage = None if job.second_stage is None else SecondStageJob(**job.second_stage)
+                hook = Hook() if stage is None else stage.hook(job.model, job.teacher)
+                finished = fit(model, data, recipe, teacher=teacher, hook=hook, **options)
+                if finished:
+                    hook.finish()
                 models = {"": (model, last)} if finished else {}
         except (Collapsed, Diverged, DoesNotFit) as error:  # on all workers; another attempt would end the same way
             return {"failed": str(error)}

@@ -1,10 +1,8 @@
 """SPViT's decision: a mixer for every block and hidden units for every MLP, from gates or from outside.
 
-Without a gate search ("mode C"), choices come from an outer search: ``conv_prefix`` gives the form that SPViT's own
-searches of DeiT found (arXiv 2111.11802, table 5: convolutions first, 3x3 right before the first attention), and
-``score_mlp_units`` says cheaply which hidden units matter. ``spvit_cut`` makes a cut of them, ``fit_units`` meets a
-budget. A convolution is another function than the attention that it replaces: re-estimate the statistics of its
-BatchNorm (``models.recalibrate``) before scoring such a model, and finetune it.
+``spvit_cut`` makes a cut of choices, ``fit_units`` meets a budget. A convolution is another function than the attention
+that it replaces: re-estimate the statistics of its BatchNorm (``models.recalibrate``) before scoring such a model, and
+finetune it.
 """
 
 from __future__ import annotations
@@ -12,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from prunesweep.models import Arch, BlockCut, Cut, UserError, block_views, cut_arch
+from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.errors import nearest
 from prunesweep.models.families import FamiliesWith
-from prunesweep.pruners.scores import Scores
 
 from .cost import GateCosts
 from .gates import CHOICES
 
-__all__ = ["FAMILIES", "SKIP_FORMS", "best_units", "conv_prefix", "fit_units", "score_mlp_units", "spvit_cut"]
+__all__ = ["FAMILIES", "SKIP_FORMS", "fit_units", "spvit_cut"]
 
 FAMILIES = FamiliesWith("images", "mixers")
 SKIP_FORMS = {"identity": "none", "ln_residual": "norm"}
@@ -72,49 +68,6 @@ def check_family(arch: Arch) -> None:
     """Raise UserError where SPViT cannot serve the family of ``arch``."""
     if arch.family not in FAMILIES:
         raise UserError(f"{arch.source} is of family {arch.family!r}: SPViT serves families {', '.join(FAMILIES)}")
-
-
-def conv_prefix(depth: int, convs: int, conv3x3: int = 0) -> tuple[str, ...]:
-    """Choices for ``depth`` blocks: the first ``convs`` are convolutions, of which the last ``conv3x3`` are 3x3.
-
-    Raises:
-        UserError: ``convs`` is not in 0..depth, or ``conv3x3`` not in 0..convs.
-    """
-    for name, value, most in (("convs", convs, depth), ("conv3x3", conv3x3, convs)):
-        if not 0 <= value <= most:
-            raise UserError(f"{name} = {value}: must lie in 0..{most}")
-    return ("conv1x1",) * (convs - conv3x3) + ("conv3x3",) * conv3x3 + ("msa",) * (depth - convs)
-
-
-@torch.no_grad()
-def score_mlp_units(model: nn.Module) -> Scores:
-    """Norm of a hidden unit's input weights times that of its output weights: ``blocks.I.mlp`` (M,) of every MLP."""
-    vectors = {}
-    for block in block_views(model):
-        if block.mlp is not None:
-            rows = torch.cat([view.weight for view in block.mlp.inputs], dim=1)
-            columns = block.mlp.out.weight
-            vectors[f"blocks.{block.index}.mlp"] = (rows.double().norm(dim=1) * columns.double().norm(dim=0)).cpu()
-    return Scores(vectors, {"method": "mlp_norms"})
-
-
-def best_units(scores: Scores, widths: Sequence[int]) -> tuple[tuple[int, ...] | None, ...]:
-    """The ``widths[i]`` hidden units of block i with the highest scores, ascending; None where it has no MLP.
-
-    Raises:
-        UserError: a width is not in 1..M.
-    """
-    best: list[tuple[int, ...] | None] = []
-    for i, width in enumerate(widths):
-        vector = scores.vectors.get(f"blocks.{i}.mlp")
-        if vector is not None and not 1 <= width <= len(vector):
-            raise UserError(f"widths[{i}] = {width}: must lie in 1..{len(vector)}, the block's hidden units")
-        best.append(None if vector is None else _ascending(vector.argsort(descending=True, stable=True)[:width]))
-    return tuple(best)
-
-
-def _ascending(units: torch.Tensor) -> tuple[int, ...]:
-    return tuple(int(u) for u in units.sort().values)
 
 
 def fit_units(

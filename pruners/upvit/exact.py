@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from prunesweep.models import Arch
-from prunesweep.pruners.depth import kl_divergence
+from prunesweep.pruners.divergence import kl_divergence
 from prunesweep.pruners.scores import kind_of
 
 from .forward import UNGATED, Forward, normed, normed_over

@@ -40,7 +40,7 @@ from .fisher import fisher_sums
 from .forward import Forward
 from .lm import TextExact, TextForward, text_fisher_sums
 
-__all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_blocks_progressively"]
+__all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
 FAMILIES = FamiliesWith("width", without=("windows",))  # ``forward`` has no windows
@@ -135,13 +135,22 @@ def score_blocks(
 
 
 @torch.no_grad()
-def score_blocks_progressively(
+def score_depth(
     model: nn.Module, batches: Batches, *, memory_mb: int = 1024, progress: Progress | None = None
 ) -> Scores:
-    """Importance ``depth`` of every block as ``pruners.score_depth`` has it, for the families of this method.
+    """Score every block by leaving it out; ascending order is the order in which to drop blocks.
 
-    The least important block goes, and the others are scored again without it; a stage keeps its last block, whose
-    entry is infinite. Arguments and errors are those of ``score``; these scores do not add up over images.
+    The importance of a block is KL(source || without the block), summed over the images. It is taken progressively:
+    the least important block goes, and the others are scored again without it. An entry of the vector ``depth`` (L,)
+    is the divergence in nats at the time when its block went, made to rise along the order. Every stage keeps its last
+    block, whose entry is infinite. These scores do not add up over images.
+
+    Args:
+        model, batches, memory_mb: as for ``score``.
+        progress: called with (blocks dropped, blocks to drop).
+
+    Raises:
+        UserError: as ``score``.
     """
     arch = _checked(model, batches)
     depth = torch.full((arch.depth,), torch.inf, dtype=torch.float64)
@@ -161,7 +170,7 @@ def score_blocks_progressively(
             depth[least] = last
             if progress:
                 progress(done + 1, rounds)
-    provenance = {"method": "upvit_blocks_progressive", "arch": arch.hash, "images": sum(len(x) for x, _ in batches)}
+    provenance = {"method": "depth_kl", "arch": arch.hash, "images": sum(len(x) for x, _ in batches)}
     return Scores({"depth": depth}, provenance)
 
 

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from prunesweep.pruners.depth import kl_divergence
+from prunesweep.pruners.divergence import kl_divergence
 from prunesweep.pruners.scores import kind_of
 
 from .exact import Exact

@@ -72,7 +72,7 @@ def select(
         arch: the record that was scored.
         scores: of ``upvit.score``, or any of kinds embed, attn, mlp and sr.
         target: what is to stay.
-        blocks: of ``upvit.score_blocks`` (one shot) or ``upvit.score_blocks_progressively``, where blocks go.
+        blocks: of ``upvit.score_blocks`` (one shot) or ``upvit.score_depth``, where blocks go.
         attn_group: ``contiguous`` or ``whole_heads``: how heads become fewer.
         mlp_floor: share of its units that every block keeps under ``target.mlp_total``; one always stays.
         sr: what PVTv2's reduced map keeps where the residual width shrinks, by the same ratio: its ``own`` best

@@ -31,7 +31,7 @@ class UVCSettings(BaseModel):
     )
     skip_order: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks, the first to go first: learned by an earlier run, or measured by pruners.depth.",
+        description="Blocks, the first to go first: learned by an earlier run, or measured by pruners.score_depth.",
     )
     warmup_epochs: int = Field(
         default=1, ge=0, description="Epochs before anything is decided; every learned gate is half open."

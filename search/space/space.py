@@ -23,12 +23,12 @@ from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import (
     Scores,
+    WidthMethod,
     WidthPath,
-    cheapest_first,
     drop_order,
+    get_method,
     kind_of,
     pmvit,
-    pruner,
     vector_sizes,
     width_path,
 )
@@ -128,7 +128,7 @@ class Space:
 
     def __init__(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores]) -> None:
         for name in ("skip", "conv", "merge_start"):
-            last = arch.depth - (name != "conv")
+            last = arch.depth - {"skip": len(arch.stages), "conv": 0, "merge_start": 1}[name]
             if getattr(table, name)[1] > last:
                 raise UserError(
                     f"space.{name} = {list(getattr(table, name))}: the source has {arch.depth} blocks, so it must not "
@@ -154,14 +154,15 @@ class Space:
         blank: dict[str, Scores] = {}
         for name in names:
             if name in (DEPTH, LEARNED):
-                blank[name] = Scores({"depth": torch.arange(arch.depth)})
+                blank[name] = _blank_depth(arch)
             elif name == TOKENS:
                 blank[name] = _blank_tokens(arch)
             else:
-                pruner(name).check(name, arch)
-                if pruner(name).decide is not cheapest_first:
+                width_method = get_method(name, WidthMethod)
+                width_method.check(arch)
+                if not width_method.along_path:
                     raise UserError(f"method {name!r}: decides by ratios, not along one path of budgets; use 'taylor'")
-                sizes = vector_sizes(arch, pruner(name).kinds)
+                sizes = vector_sizes(arch, width_method.kinds)
                 blank[name] = Scores({vector: torch.ones(size) for vector, size in sizes.items()})
         return cls(table, arch, blank)
 
@@ -325,6 +326,13 @@ class Space:
 
 def _whole(variable: Variable, value: float) -> float | int:
     return int(value) if variable.whole else value
+
+
+def _blank_depth(arch: Arch) -> Scores:
+    """Blocks in their order; the last one of every stage is never dropped."""
+    depth = torch.arange(arch.depth, dtype=torch.float64)
+    depth[torch.tensor([len(stage.blocks) for stage in arch.stages]).cumsum(0) - 1] = torch.inf
+    return Scores({"depth": depth})
 
 
 def _blank_tokens(arch: Arch) -> Scores:

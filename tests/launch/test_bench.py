@@ -72,6 +72,23 @@ def test_latency(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capt
     assert f"{table.predict(SOURCE):.2f} ms per batch of 2" in out
 
 
+def test_latency_in_nvits_form(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, theirs, again = (tmp_path / name for name in ("table.json", "nvit.json", "again.json"))
+    options = ("--points", "2", "--batch", "2", "--check", "0", *FAST)
+    code, _, err = call(capsys, "latency", folders[0], "--out", file, "--to-nvit", theirs, *options)
+    assert code == 0, err
+    code, out, err = call(capsys, "latency", folders[0], "--out", again, "--from-nvit", theirs, "--batch", "2")
+    assert code == 0, err
+    assert f"table saved as {again}" in out.replace("\n", "")
+    written, read = (LatencyTable.load(name).stages[0]["attn"] for name in (file, again))
+    heads, qk, v = (written.axes[name].index(written.axes[name][-1]) for name in ("heads", "qk", "v"))
+    assert read.axes["embed"][-1] == written.axes["embed"][-1]
+    assert read.values[-1, -1, -1, -1, -1] == pytest.approx(written.values[-1, heads, qk, v, -1])
+    code, _, err = call(capsys, "latency", folders[0], "--out", again, "--from-nvit", tmp_path / "none.json")
+    assert code == 2
+    assert "none.json: cannot be read as JSON" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

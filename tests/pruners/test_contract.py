@@ -3,16 +3,16 @@ from __future__ import annotations
 import pytest
 
 from prunesweep.models import Arch, UserError
-from prunesweep.pruners import PRUNERS, pruner
+from prunesweep.pruners import METHODS, WidthMethod, get_method
 from tests.contract_pruner import PrunerContract
 
-PAIRS = [(name, family) for name, entry in PRUNERS.items() for family in entry.families]
+PAIRS = [(n, family) for n, m in METHODS.items() if isinstance(m, WidthMethod) for family in m.families]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
 def contract(request: pytest.FixtureRequest) -> PrunerContract:
     name, family = request.param
-    return PrunerContract(PRUNERS[name], family)
+    return PrunerContract(get_method(name, WidthMethod), family)
 
 
 def test_every_unit_is_scored(contract: PrunerContract) -> None:
@@ -37,6 +37,6 @@ def test_a_cut_model_can_be_scored_and_cut_again(contract: PrunerContract) -> No
 
 def test_unknown_methods_and_families_are_named() -> None:
     with pytest.raises(UserError, match="unknown method 'nvti'; known: nvit, .* did you mean 'nvit'"):
-        pruner("nvti")
+        get_method("nvti", WidthMethod)
     with pytest.raises(UserError, match="method 'nvit' serves families vit, swin; pvt_v2_b0 is a 'pvt_v2', for which"):
-        pruner("nvit").check("nvit", Arch.from_timm("pvt_v2_b0"))
+        get_method("nvit", WidthMethod).check(Arch.from_timm("pvt_v2_b0"))

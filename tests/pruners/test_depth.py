@@ -4,8 +4,9 @@ from random import Random
 
 import pytest
 import torch
+from torch import nn
 
-from prunesweep.models import BlockCut, Cut, cut
+from prunesweep.models import Arch, BlockCut, Cut, UserError, cut
 from prunesweep.pruners import drop_order, kl_divergence, score_depth
 from tests.generate import random_arch, random_images, random_model
 
@@ -31,56 +32,64 @@ def test_small_kl_keeps_its_digits() -> None:
     assert kl_divergence(source, source + 7).item() == pytest.approx(0, abs=1e-25)
 
 
-def deep_arch(seed: int):
-    return next(a for a in (random_arch(Random(s)) for s in range(seed, 99)) if a.depth >= 4)
+def deep_arch(seed: int, family: str = "vit") -> Arch:
+    """A record with at least two blocks to drop, heads of one width in every block."""
+    archs = (random_arch(Random(s), family, ragged=False) for s in range(seed, 999))
+    return next(a for a in archs if a.depth - len(a.stages) >= 2 and all(b.qk == b.v for b in a.blocks))
 
 
-def test_first_to_go_is_the_block_whose_loss_changes_least() -> None:
-    arch = deep_arch(0)
-    model = random_model(arch, 0)
-    x = random_images(arch, 0, batch=8)
-    scores = score_depth(model, [x[:5], x[5:]])
-    with torch.no_grad():
-        z = model(x)
-        one_gone = []
-        for b in range(arch.depth):
-            choices = tuple(BlockCut(keep=i != b) for i in range(arch.depth))
-            one_gone.append(kl_divergence(z, cut(model, Cut(blocks=choices))(x)).sum().item())
-    order = drop_order(scores)
-    assert order[0] == min(range(arch.depth), key=lambda b: one_gone[b])
-    assert scores.vectors["depth"][order[0]].item() == pytest.approx(min(one_gone), rel=1e-9)
+def labelled(*images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(x, torch.zeros(len(x))) for x in images]
 
 
-def test_order_is_greedy_and_leaves_one_block() -> None:
-    arch = deep_arch(3)
-    model = random_model(arch, 3)
-    x = random_images(arch, 3, batch=6)
+def without(model: nn.Module, arch: Arch, gone: set[int]) -> nn.Module:
+    return cut(model, Cut(blocks=tuple(BlockCut(keep=i not in gone) for i in range(arch.depth))))
+
+
+def stages_of(arch: Arch) -> list[int]:
+    return [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
+
+
+@pytest.mark.parametrize("family", ["vit", "pvt_v2"])
+@pytest.mark.parametrize("seed", [0, 3])
+@torch.no_grad()
+def test_order_is_greedy_and_every_stage_keeps_a_block(family: str, seed: int) -> None:
+    """Against cut models: at every point the block goes whose loss changes the output least."""
+    arch = deep_arch(seed, family)
+    model = random_model(arch, seed)
+    x = random_images(arch, seed, batch=8)
     done: list[tuple[int, int]] = []
-    scores = score_depth(model, [x], progress=lambda *step: done.append(step))
-    order = drop_order(scores)
-    assert len(set(order)) == arch.depth - 1
-    assert torch.isinf(scores.vectors["depth"]).sum() == 1
-    total = arch.depth * (arch.depth + 1) // 2 - 1
-    assert done == [(i, total) for i in range(1, total + 1)]
-    with torch.no_grad():
-        z = model(x)
-        for k in range(1, len(order)):
-            left = [b for b in range(arch.depth) if b not in order[:k]]
-            kl = {
-                b: kl_divergence(
-                    z, cut(model, Cut(blocks=tuple(BlockCut(keep=i in left and i != b) for i in range(arch.depth))))(x)
-                )
-                .sum()
-                .item()
-                for b in left
-            }
-            assert order[k] == min(left, key=lambda b: kl[b])
+    scores = score_depth(model, labelled(x[:5], x[5:]), progress=lambda *step: done.append(step))
+    order, depth, stage = drop_order(scores), scores.vectors["depth"], stages_of(arch)
+    rounds = arch.depth - len(arch.stages)
+    assert len(set(order)) == len(order) == rounds
+    assert done == [(i, rounds) for i in range(1, rounds + 1)]
+    kept = [i for i in range(arch.depth) if i not in order]
+    assert sorted(stage[i] for i in kept) == list(range(len(arch.stages)))
+    assert torch.isinf(depth[kept]).all()
+    z, last = model(x), 0.0
+    for k, block in enumerate(order):
+        left = [b for b in range(arch.depth) if b not in order[:k]]
+        able = [b for b in left if sum(stage[i] == stage[b] for i in left) > 1]
+        kl = {b: kl_divergence(z, without(model, arch, {*order[:k], b})(x)).sum().item() for b in able}
+        assert block == min(able, key=lambda b: kl[b])
+        last = max(kl[block], last)
+        assert depth[block].item() == pytest.approx(last, rel=1e-7)
+    assert depth[list(order)].diff().gt(0).all()
 
 
 def test_the_model_is_left_as_it_was() -> None:
     arch = deep_arch(1)
     model = random_model(arch, 1).train()
-    blocks = list(model.blocks)
-    score_depth(model, [random_images(arch, 1)])
+    blocks, before = list(model.blocks), {name: t.clone() for name, t in model.state_dict().items()}
+    score_depth(model, labelled(random_images(arch, 1)))
     assert model.training
+    assert all(p.requires_grad for p in model.parameters())
     assert all(a is b for a, b in zip(model.blocks, blocks, strict=True))
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_family_that_cannot_be_scored_is_named() -> None:
+    arch = random_arch(Random(0), "swin")
+    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, pvt_v2, lm"):
+        score_depth(random_model(arch, 0), labelled(random_images(arch, 0)))

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from prunesweep.models import Arch, UserError, arch_of, cost, cut, cut_arch
-from prunesweep.pruners import PRUNERS, Scores, vector_sizes
+from prunesweep.pruners import Scores, WidthMethod, get_method, vector_sizes
 from prunesweep.pruners.baselines import score_magnitude, score_random
 from prunesweep.pruners.coupled import KINDS, coupled_sums
 from prunesweep.pruners.isomorphic import Ratios, decide, isomorphic_cut, normalised
@@ -120,4 +120,4 @@ def test_a_dead_unit_scores_nothing() -> None:
 
 
 def test_isomorphic_and_taylor_share_their_scores() -> None:
-    assert PRUNERS["isomorphic"].score is PRUNERS["taylor"].score
+    assert get_method("isomorphic", WidthMethod).score is get_method("taylor", WidthMethod).score

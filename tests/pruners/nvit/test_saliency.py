@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from prunesweep.models import Arch, UserError, arch_of, cut
-from prunesweep.pruners import PRUNERS, vector_sizes
+from prunesweep.pruners import nvit, vector_sizes
 from prunesweep.pruners.nvit.saliency import KINDS, raw_saliency
 from tests.generate import random_arch, random_cut, random_images, random_model
 
@@ -24,7 +24,7 @@ def test_every_unit_of_any_shape_is_scored(seed: int) -> None:
     arch = random_arch(Random(seed), ragged=False, extras=False)
     model = random_model(arch, seed)
     model.train()
-    scores = PRUNERS["nvit"].score(model, [labelled(arch, 1), labelled(arch, 2)])
+    scores = nvit.score(model, [labelled(arch, 1), labelled(arch, 2)])
     assert {name: len(v) for name, v in scores.vectors.items()} == vector_sizes(arch, KINDS)
     assert all(v.dtype == torch.float64 and (v >= 0).all() for v in scores.vectors.values())
     assert scores.provenance["images"] == 10
@@ -58,7 +58,7 @@ def test_a_unit_that_does_nothing_scores_nothing() -> None:
     model = random_model(arch, 3)
     with torch.no_grad():
         model.blocks[0].mlp.fc2.weight[:, 1] = 0
-    scores = PRUNERS["nvit"].score(model, [labelled(arch, 1)])
+    scores = nvit.score(model, [labelled(arch, 1)])
     vector = scores.vectors["blocks.0.mlp"]
     assert vector[1] == 0
     assert (vector > 0).sum() == len(vector) - 1
@@ -71,7 +71,7 @@ def test_ragged_heads_are_refused_by_name() -> None:
         if any(isinstance(b.v, tuple) for b in a.stages[0].blocks)
     )
     with pytest.raises(UserError, match="is ragged"):
-        PRUNERS["nvit"].score(random_model(arch, 0), [labelled(arch, 0)])
+        nvit.score(random_model(arch, 0), [labelled(arch, 0)])
 
 
 def test_a_cut_model_can_be_scored() -> None:
@@ -79,4 +79,4 @@ def test_a_cut_model_can_be_scored() -> None:
     arch = random_arch(random, ragged=False, missing=False, extras=False)
     small = cut(random_model(arch, 8), random_cut(random, arch))
     if all(isinstance(b.v, int) for b in arch_of(small).stages[0].blocks):
-        assert PRUNERS["nvit"].score(small, [labelled(arch, 0)]).vectors
+        assert nvit.score(small, [labelled(arch, 0)]).vectors

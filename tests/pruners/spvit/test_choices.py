@@ -7,11 +7,10 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, UserError, cut_arch
 from prunesweep.models.published.archs import deit
-from prunesweep.pruners import Scores
-from prunesweep.pruners.spvit.choices import best_units, conv_prefix, fit_units, score_mlp_units, spvit_cut
+from prunesweep.pruners.spvit.choices import fit_units, spvit_cut
 from prunesweep.pruners.spvit.cost import gate_costs
 from prunesweep.pruners.spvit.gates import CHOICES
-from tests.generate import random_arch, random_model
+from tests.generate import random_arch
 
 TINY = deit("tiny")
 
@@ -29,15 +28,6 @@ def test_choices_become_mixers() -> None:
     assert published.blocks[0].norm_residual
 
 
-def test_a_prefix_of_convolutions() -> None:
-    assert conv_prefix(5, 3, 1) == ("conv1x1", "conv1x1", "conv3x3", "msa", "msa")
-    assert conv_prefix(2, 0) == ("msa", "msa")
-    assert conv_prefix(2, 2, 2) == ("conv3x3", "conv3x3")
-    for given, message in (((5, 6), r"convs = 6: must lie in 0..5"), ((5, 2, 3), r"conv3x3 = 3: must lie in 0..2")):
-        with pytest.raises(UserError, match=message):
-            conv_prefix(*given)
-
-
 def test_impossible_choices_are_named() -> None:
     msa = ["msa"] * 12
     conv = cut_arch(TINY, spvit_cut(TINY, ["conv1x1", *msa[1:]]))
@@ -52,24 +42,6 @@ def test_impossible_choices_are_named() -> None:
     ):
         with pytest.raises(UserError, match=message):
             spvit_cut(arch, **given)
-
-
-def test_units_are_scored_by_both_of_their_weights() -> None:
-    arch = random_arch(Random(2), missing=False, extras=False)
-    model = random_model(arch, 0)
-    scores = score_mlp_units(model)
-    assert set(scores.vectors) == {f"blocks.{i}.mlp" for i in range(arch.depth)}
-    mlp, unit = model.blocks[0].mlp, 3
-    want = sum(w**2 for w in mlp.fc1.weight[unit].tolist()) * sum(w**2 for w in mlp.fc2.weight[:, unit].tolist())
-    assert scores.vectors["blocks.0.mlp"][unit].item() == pytest.approx(want**0.5)
-
-
-def test_the_best_units_ascend() -> None:
-    vector = torch.tensor([0.1, 3.0, 2.0, 3.0], dtype=torch.float64)
-    scores = Scores({"blocks.0.mlp": vector, "blocks.2.mlp": vector})
-    assert best_units(scores, [3, 0, 1]) == ((1, 2, 3), None, (1,))
-    with pytest.raises(UserError, match=r"widths\[2\] = 5: must lie in 1..4"):
-        best_units(scores, [1, 0, 5])
 
 
 def sparse_vit() -> Arch:

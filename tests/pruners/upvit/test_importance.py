@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
-from prunesweep.pruners import Scores, kind_of, kl_divergence, score_depth, upvit, vector_sizes
+from prunesweep.pruners import Scores, kind_of, kl_divergence, upvit, vector_sizes
 from prunesweep.pruners.upvit.fisher import draw_labels
 from prunesweep.pruners.upvit.forward import Forward
 from tests.generate import random_arch, random_images, random_model
@@ -159,25 +159,6 @@ def test_block_scores(family: str, seed: int) -> None:
         changed = silenced(model, mlp=i, mixer=i + 1 if stage_of[i + 1] == stage_of[i] else None)
         want.append(float(kl_divergence(z, changed(x)).sum()))
     torch.testing.assert_close(entries, torch.tensor(want, dtype=torch.float64), rtol=1e-7, atol=1e-13)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_progressive_block_scores_are_those_of_score_depth(seed: int) -> None:
-    model = coupled("vit", seed)
-    batches, calls = batches_of(model, 3, 2), []
-    found = upvit.score_blocks_progressively(model, batches, progress=lambda *step: calls.append(step))
-    want = score_depth(model, [x for x, _ in batches]).vectors["depth"]
-    torch.testing.assert_close(found.vectors["depth"], want, rtol=1e-7, atol=1e-12)
-    rounds = arch_of(model).depth - 1
-    assert calls == [(i, rounds) for i in range(1, rounds + 1)]
-
-
-def test_every_stage_keeps_a_block() -> None:
-    models = (coupled("pvt_v2", seed) for seed in range(99))
-    model = next(m for m in models if [len(stage.blocks) for stage in arch_of(m).stages] == [2, 1, 2])
-    scores = upvit.score_blocks_progressively(model, batches_of(model, 3))
-    order = scores.vectors["depth"]
-    assert [int(torch.isinf(part).sum()) for part in torch.split(order, [2, 1, 2])] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("family", IMAGES)

@@ -11,7 +11,17 @@ from torch import nn
 
 from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut
 from prunesweep.models.families.lm import lm_arch
-from prunesweep.pruners import PARAMS, Scores, Target, kl_divergence, pruner, select, upvit, vector_sizes
+from prunesweep.pruners import (
+    PARAMS,
+    Scores,
+    Target,
+    WidthMethod,
+    get_method,
+    kl_divergence,
+    select,
+    upvit,
+    vector_sizes,
+)
 from prunesweep.pruners.upvit.lm import TextForward, text_kl
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
@@ -212,10 +222,12 @@ def test_a_budget_of_parameters_reaches_into_the_vocabulary() -> None:
     """Most parameters of a small model are its words', so tails become narrower where that costs least."""
     model = random_model(lm_arch(words=4000, cutoffs=(100, 1000), width=64, depth=1, heads=2, mlp=32, length=8), 0)
     arch = arch_of(model)
-    scores = pruner("magnitude").score(model)
+    scores = get_method("magnitude", WidthMethod).score(model)
     low = {**scores.vectors, "bands.1.tail": 1e-6 * scores.vectors["bands.1.tail"]}
     groups = {"embed": 4, "heads": 1, "qk": 4, "v": 4, "dim": 4, "mlp": 8, "sr": 1, "tail": 2}
-    decision = pruner("upvit").decide(arch, Scores(low), 0.8 * cost(arch).params, measure=PARAMS, groups=groups)
+    decision = get_method("upvit", WidthMethod).decide(
+        arch, Scores(low), 0.8 * cost(arch).params, measure=PARAMS, groups=groups
+    )
     small = arch_of(cut(model, decision))
     assert cost(small).params <= 0.8 * cost(arch).params
     assert small.text.tails[0] == 2

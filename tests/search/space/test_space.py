@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import pytest
 import torch
 
 from prunesweep.models import Arch, UserError, cost
-from prunesweep.pruners import GROUP_SIZES, Scores, vector_sizes
+from prunesweep.pruners import GROUP_SIZES, Scores, WidthMethod, drop_order, get_method, score_depth, vector_sizes
 from prunesweep.pruners.nvit.saliency import KINDS
 from prunesweep.search.config import SpaceTable
 from prunesweep.search.space.space import Space
+from tests.generate import random_arch, random_images, random_model
 from tests.search.helpers import ARCH, make_space
 
 GROUPS = {**GROUP_SIZES, "embed": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
@@ -148,3 +150,23 @@ def test_deit_base_is_solved_in_well_under_a_second() -> None:
     ones = Scores({name: torch.rand(size, dtype=torch.float64) for name, size in vector_sizes(arch, KINDS).items()})
     found = Space(SpaceTable(), arch, {"nvit": ones}).decode({"budget": 0.39})
     assert 0.37 < found.cost.macs / cost(arch).macs <= 0.39
+
+
+def test_blocks_of_a_pyramid_are_dropped_and_every_stage_keeps_one() -> None:
+    """From scores that are measured, as a search of a PVTv2 has them."""
+    archs = (random_arch(Random(seed), "pvt_v2", ragged=False) for seed in range(999))
+    arch = next(a for a in archs if a.depth >= len(a.stages) + 2 and all(b.qk == b.v for b in a.blocks))
+    most = arch.depth - len(arch.stages)
+    model = random_model(arch, 0, torch.float32)
+    batches = [(random_images(arch, 0, batch=4, dtype=torch.float32), torch.zeros(4, dtype=torch.long))]
+    scores = {"magnitude": get_method("magnitude", WidthMethod).score(model), "depth_kl": score_depth(model, batches)}
+    table = SpaceTable(budget=(0.05, 1.0), skip=(0, most), groups=dict.fromkeys(GROUP_SIZES, 1))
+    Space.check(table, arch, "magnitude")
+    space = Space(table, arch, scores)
+    assert space.summarise(32, 0).feasible > 0.5
+    for skip in range(most + 1):
+        found = space.decode({"budget": 1.0, "skip": skip}).arch
+        assert found.depth == arch.depth - skip
+        assert {b.src for b in found.blocks} == set(range(arch.depth)) - set(drop_order(scores["depth_kl"])[:skip])
+    with pytest.raises(UserError, match=f"the source has {arch.depth} blocks, so it must not exceed {most}"):
+        Space.check(table.model_copy(update={"skip": (0, most + 1)}), arch, "magnitude")
