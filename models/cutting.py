@@ -244,7 +244,7 @@ def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> d
     """Reduce every tensor along the axes of spaces that the cut shortens; number blocks anew within their stage."""
     family, reductions = family_of(arch), space_reductions(arch, decision)
     choices = iter(decision.blocks)
-    left = {}  # (stage, block) -> the block's new number in its stage
+    left: dict[tuple[int, int], int] = {}  # (stage, block) -> the block's new number in its stage
     for s, stage in enumerate(arch.stages):
         alive = [b for b in range(len(stage.blocks)) if next(choices).keep]
         left |= {(s, b): new for new, b in enumerate(alive)}

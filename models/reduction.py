@@ -59,7 +59,7 @@ def reduce_tensor(
     for axis, spaces in enumerate(axes):
         if not any(space in reductions for space in spaces):
             continue
-        parts = reduced.split([sizes[space] for space in spaces], dim=axis)
+        parts = torch.split(reduced, [sizes[space] for space in spaces], dim=axis)
         small = [
             reductions[space].apply(part, axis) if space in reductions else part
             for space, part in zip(spaces, parts, strict=True)

@@ -28,7 +28,8 @@ def family_of(arch: Arch | str) -> Family:
         UserError: there is no such family; the message lists those that there are.
     """
     name = arch.family if isinstance(arch, Arch) else arch
-    check_one_of("family", name, FAMILIES)
+    if name not in FAMILIES:
+        check_one_of("family", name, FAMILIES)
     return FAMILIES[name]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -278,20 +278,15 @@ class Family(ABC):
 
     def writers(self, arch: Arch, space: str) -> tuple[str, ...]:
         """Names of the tensors whose output lies in a space, biases included."""
-        return tuple(self._with_role(arch, space, "writes", "shares"))
+        return _names(self, arch, space, "writes", "shares")
 
     def readers(self, arch: Arch, space: str) -> tuple[str, ...]:
         """Names of the tensors whose input lies in a space; queries and keys are read by each other only."""
-        return tuple(self._with_role(arch, space, "reads", "shares"))
+        return _names(self, arch, space, "reads", "shares")
 
     def scalers(self, arch: Arch, space: str) -> tuple[str, ...]:
         """Names of the tensors with one number per channel of a space, such as the gains of norms."""
-        return tuple(self._with_role(arch, space, "scales"))
-
-    def _with_role(self, arch: Arch, space: str, *roles: str) -> Iterator[str]:
-        for tensor in tensor_shapes(self, arch):
-            if any(use.role in roles and space in self.parts(use.axis) for use in self.uses(arch, tensor)):
-                yield tensor
+        return _names(self, arch, space, "scales")
 
     # --- latency ---
 
@@ -306,3 +301,19 @@ def tensor_shapes(family: Family, arch: Arch) -> Mapping[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = family.build(arch)
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+@lru_cache(maxsize=16)
+def _users(family: Family, arch: Arch) -> Mapping[tuple[str, str], tuple[str, ...]]:
+    """Names of the tensors that have a space in a role, in the order of the state dict."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for tensor in tensor_shapes(family, arch):
+        for use in family.uses(arch, tensor):
+            for space in family.parts(use.axis):
+                found.setdefault((space, use.role), {})[tensor] = None
+    return {key: tuple(names) for key, names in found.items()}
+
+
+def _names(family: Family, arch: Arch, space: str, *roles: str) -> tuple[str, ...]:
+    users = _users(family, arch)
+    return tuple(dict.fromkeys(name for role in roles for name in users.get((space, role), ())))

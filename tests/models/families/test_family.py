@@ -38,7 +38,7 @@ def test_capabilities(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_axes_and_places(name: str) -> None:
-    for seed in range(20):
+    for seed in range(10):
         contract(name).check_axes(seed)
         contract(name).check_places(seed)
 
@@ -68,7 +68,7 @@ def test_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_projections(name: str) -> None:
-    assert sum(contract(name).check_projections(seed) for seed in range(8)) > 8
+    assert sum(contract(name).check_projections(seed) for seed in range(4)) > 8
 
 
 def test_a_toy_family_from_outside(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_a_family_lacks_is_refused_with_its_name() -> None:
     blocks = (planned, *stage.blocks[1:])
     with pytest.raises(UserError, match="family 'toy' needs the whole grid"):
         dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=blocks),)).validate()
-    with pytest.raises(UserError, match="family = 'toy': needs pool = 'avg'"):
+    with pytest.raises(UserError, match="family = 'toy': needs class_token = False"):
         dataclasses.replace(arch, class_token=True, pool="token").validate()
 
 
