@@ -129,7 +129,7 @@ def fill(run: Run, study: Study, space: Space, search: SearchTable, count: int) 
     rng, shapes = np.random.default_rng(0), space.summarise(SHAPES, 0).points
     points = [{**shapes[i % len(shapes)], "lr": float(rng.uniform(3e-5, 5e-4))} for i in range(count)]
     known = [space.decode(point) for point in shapes]
-    rungs = [int(count // search.eta**rung) for rung in range(len(search.rungs))]
+    rungs = [int(count // search.reduction_factor**rung) for rung in range(len(search.rungs))]
     values = []
     for rung, promoted in zip(range(len(rungs)), [*rungs[1:], 0], strict=True):
         for number in range(rungs[rung]):

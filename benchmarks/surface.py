@@ -121,7 +121,7 @@ class Surface:
 
     def arch(self, choice: Choice) -> Arch:
         """The record of a choice; its tokens are merged in equal runs."""
-        stage, states = self.source.stages[0], self._states(_rows(choice))[0]
+        stage, states = self.source.stages[0], self.states(_rows(choice))[0]
         pairs = zip(self._ladder(choice.level)[1], states, strict=True)
         blocks = tuple(self._block(block, state) for block, state in pairs if state != ABSENT)
         narrow = dataclasses.replace(stage, width=self._ladder(choice.level)[0], blocks=blocks)
@@ -131,7 +131,7 @@ class Surface:
         """(n,) exact MACs of choices, (n, 6) in the order of ``Choice``'s fields."""
         outside, inside = self._costs
         blocks = np.arange(self.source.depth)
-        return np.asarray(outside[rows[:, 0]] + inside[blocks, rows[:, :1], self._states(rows)].sum(1))
+        return np.asarray(outside[rows[:, 0]] + inside[blocks, rows[:, :1], self.states(rows)].sum(1))
 
     def top1(self, rows: Ints, epochs: float, lr: float | None = None) -> Floats:
         """(n,) accuracy without noise after ``epochs`` of one uninterrupted schedule; at the best rate where None."""
@@ -212,7 +212,7 @@ class Surface:
         groups = [default_groups(tokens, k, prefix).tolist() for k in kept]
         return tuple(TokenPlan(k, tuple(g), (1.0,) * tokens) for k, g in zip(kept, groups, strict=True))
 
-    def _states(self, rows: Ints) -> Ints:
+    def states(self, rows: Ints) -> Ints:
         """(n, L) what every block is."""
         _, skip, conv, conv3, keep, start = (column[:, None] for column in rows.T)
         block = np.arange(self.source.depth)
@@ -258,7 +258,7 @@ class Surface:
     def _response(self, rows: Ints) -> tuple[Floats, Floats, Floats]:
         """Accuracy after endless training, and the slow and the fast part of the gap before it; all (n,)."""
         level, skip, conv, conv3, keep, _ = rows.T
-        states, blocks = self._states(rows), np.arange(self.source.depth)
+        states, blocks = self.states(rows), np.arange(self.source.depth)
         is_conv = ((states == CONV1) | (states == CONV3)).astype(int)
         outside, inside = self._width_losses
         widths = outside[level] + (inside[blocks, rows[:, :1], is_conv] * (states != ABSENT)).sum(1)

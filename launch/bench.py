@@ -1,4 +1,4 @@
-"""``prunesweep bench``: measured latency and throughput of models side by side."""
+"""``prunesweep bench``: measure the latency and throughput of models side by side."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def bench(
 
 
 def open_model(name: str) -> nn.Module:
-    """A saved model, or a timm model with random weights. Raises UserError where it is neither."""
+    """Load a saved model, or build a timm model with random weights. Raises UserError where it is neither."""
     import timm
 
     from prunesweep.models import Arch, load
@@ -86,7 +86,7 @@ def open_model(name: str) -> nn.Module:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Positive whole numbers with commas between them."""
+    """Parse positive whole numbers with commas between them."""
     from prunesweep.models import UserError
 
     parts = text.split(",")
@@ -97,7 +97,7 @@ def numbers(option: str, text: str) -> list[int]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Bars with an ETA: a callable that takes what is being done and gives a callable (done, total)."""
+    """Show progress bars with an ETA: the callable takes a label and returns a callable (done, total)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
@@ -119,7 +119,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[str], Callable[[int, in
 
 
 def _header(setting: Any) -> dict[str, Any]:
-    """The conditions that all batch sizes share."""
+    """Return the measuring conditions that all batch sizes share."""
     import torch
 
     from prunesweep.models.latency.timing import device_name
@@ -133,7 +133,7 @@ def _header(setting: Any) -> dict[str, Any]:
 def _results(
     names: Sequence[str], loaded: Sequence[nn.Module], timings: Sequence[Sequence[Timing]]
 ) -> list[dict[str, Any]]:
-    """Per model its cost, and per batch size its timing; the first model is the source."""
+    """Return each model's cost, and its timing per batch size; the first model is the source."""
     from prunesweep.models import arch_of, cost
 
     costs = [cost(arch_of(model)) for model in loaded]
@@ -158,7 +158,7 @@ def _results(
 
 
 def _table(found: Mapping[str, Any]) -> Table:
-    """One row per model, one line in it per batch size."""
+    """Build the table: one row per model, one line in it per batch size."""
     from rich.table import Table
     from rich.text import Text
 

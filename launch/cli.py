@@ -87,7 +87,7 @@ def resume(
     address: AddressOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Go on with a search that was stopped or killed."""
+    """Continue a search that was stopped or killed."""
     if address is not None and address.startswith(("http://", "https://")):
         resubmit(str(run), address, trials=trials, overrides=overrides or [])
         return
@@ -99,7 +99,7 @@ def resume(
 
 
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
-    """Run a search and say how it ended."""
+    """Run a search, report how it ended, and exit with the matching code."""
     from prunesweep.search import Run, SearchFailed
 
     def say(text: str) -> None:
@@ -131,7 +131,7 @@ def status(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """How far a search is."""
+    """Show how far a search is."""
     from prunesweep.search import Run
     from prunesweep.training import Quality
 
@@ -155,7 +155,7 @@ def front(
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")] = False,
 ) -> None:
-    """The Pareto front of a run; each model is a folder that loads in one line."""
+    """Show the Pareto front of a run; each model is a folder that loads in one line."""
     from prunesweep.search import Run
     from prunesweep.search.execution.promote import promoted
     from prunesweep.search.report.display import front_table, promoted_table
@@ -248,7 +248,7 @@ app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: user errors are one clear message, everything else is a defect and keeps its traceback."""
+    """Run the command line: print a user's error as one message; anything else is a defect and keeps its traceback."""
     # torch takes seconds to load, and makes other errors of a KeyboardInterrupt; later ones are caught where they come
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from prunesweep.models import UserError

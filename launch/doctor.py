@@ -1,4 +1,4 @@
-"""``prunesweep doctor``: whether this machine, and a cluster, have what a search needs; and what to do where not."""
+"""``prunesweep doctor``: check that this machine and a cluster have what a search needs, and say how to fix it."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def doctor(
 
 
 def check_here() -> Iterator[Finding]:
-    """This machine: versions, Ray's extras, the token's file, GPUs, and room for runs."""
-    from prunesweep.launch.cluster.probe import versions
+    """Check this machine: versions, Ray's extras, the token's file, GPUs, and disk space for runs."""
+    from prunesweep.launch.cluster.inspect_node import versions
 
     found = versions()
     missing = [name for name, number in found.items() if number is None]
@@ -126,15 +126,15 @@ def _room(folder: Path) -> Finding:
 
 
 def check_cluster(address: str, table: Any, storage: str | None, data: str | None) -> Iterator[Finding]:
-    """A cluster: that it answers and takes the token, and every node of it."""
-    from prunesweep.launch.cluster.probe import probe, versions
+    """Check that a cluster answers and accepts the token, then check each of its nodes."""
+    from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
     from prunesweep.models import UserError
 
     try:
         if address.startswith(("http://", "https://")):
-            found = yield from _probe_by_job(address, table, storage, data)
+            found = yield from _inspect_by_job(address, table, storage, data)
         else:
-            found = probe(address, storage, data)
+            found = inspect_nodes(address, storage, data)
     except (UserError, ConnectionError) as error:
         yield Finding("cluster", "wrong", str(error), "")
         return
@@ -145,7 +145,7 @@ def check_cluster(address: str, table: Any, storage: str | None, data: str | Non
     yield from check_nodes(nodes, versions(), storage, data)
 
 
-def _probe_by_job(address: str, table: Any, storage: str | None, data: str | None) -> Any:
+def _inspect_by_job(address: str, table: Any, storage: str | None, data: str | None) -> Any:
     from prunesweep.launch.cluster.client import Cluster, last_json
     from prunesweep.launch.cluster.package import environment, staged
     from prunesweep.models import UserError
@@ -153,7 +153,7 @@ def _probe_by_job(address: str, table: Any, storage: str | None, data: str | Non
     cluster = Cluster(address)
     with_token = "with a token" if cluster.head.headers else "without a token"
     yield Finding("cluster", "ok", f"{cluster.head.url} answers {with_token}: Ray {cluster.head.ray}")
-    arguments = ["prunesweep.launch.cluster.probe"]
+    arguments = ["prunesweep.launch.cluster.inspect_node"]
     arguments += [part for name, path in (("--storage", storage), ("--data", data)) if path for part in (name, path)]
     with staged(exclude=table.exclude) as code:
         status, output = cluster.call("doctor", arguments, code, environment(table, pip=False), timeout=600)
@@ -166,7 +166,7 @@ def _probe_by_job(address: str, table: Any, storage: str | None, data: str | Non
 def check_nodes(
     nodes: list[dict[str, Any]], here: dict[str, str | None], storage: str | None, data: str | None
 ) -> Iterator[Finding]:
-    """What ``prunesweep.launch.cluster.probe`` found on every node, judged."""
+    """Judge what ``prunesweep.launch.cluster.inspect_node`` reported of every node."""
     for node in nodes:
         if "error" in node:
             yield Finding(

@@ -1,4 +1,4 @@
-"""``prunesweep export`` and ``prunesweep push``: a saved model leaves the house."""
+"""``prunesweep export`` and ``prunesweep push``: write a saved model for other runtimes, or upload it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def finetune(
     loader_workers: Annotated[int, typer.Option(min=0, help="processes per worker that load images")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
-    """Train a saved model; the same command goes on with a run that was stopped."""
+    """Train a saved model; the same command continues a run that was stopped."""
     from rich.console import Console
 
     from prunesweep.models import UserError, cost, load_provenance, read_arch
@@ -107,7 +107,7 @@ def finetune(
 def reports(
     display: Any, progress: Callable[[str, float, str], None], batch_size: int, *, what: str = "finetuning"
 ) -> dict[str, Any]:
-    """Callables for ``fit``: a bar with loss, speed and accuracy; where nothing can be redrawn, a line per epoch."""
+    """Show training progress: a bar with loss, speed and accuracy, or one line per epoch without a terminal."""
     from prunesweep.search.finetune import StepRate
     from prunesweep.search.report.display import clock
 

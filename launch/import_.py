@@ -1,4 +1,4 @@
-"""``prunesweep import``: a checkpoint that another project wrote becomes a saved model."""
+"""``prunesweep import``: convert another project's checkpoint to a saved model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def import_model(
     trust: Annotated[bool, typer.Option("--trust", help="run the code that the file names")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights (model_ema)")] = False,
 ) -> None:
-    """Turn a checkpoint of another project into a saved model."""
+    """Convert a checkpoint of another project to a saved model."""
     import hashlib
 
     from rich.console import Console
@@ -66,7 +66,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _table(arch: Arch) -> Table:
-    """The blocks of an imported model."""
+    """Build the table of an imported model's blocks."""
     from rich.table import Table
 
     rows, columns = arch.img_size

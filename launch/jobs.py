@@ -1,4 +1,4 @@
-"""``prunesweep jobs``, ``logs``, ``stop`` and ``fetch``: searches that run on a cluster, from anywhere."""
+"""``prunesweep jobs``, ``logs``, ``stop`` and ``fetch``: follow and control searches on a cluster from anywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jobs(
     address: AddressOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
-    """Searches that a cluster has, attempt by attempt."""
+    """List the searches on a cluster, attempt by attempt."""
     from rich.console import Console
     from rich.table import Table
 
@@ -58,7 +58,7 @@ def _clock(seconds: float) -> str:
 
 
 def logs(run: NameArgument, address: AddressOption = None, follow: FollowOption = False) -> None:
-    """What the last attempt of a search has printed."""
+    """Show what the last attempt of a search has printed."""
     cluster = _cluster(address)
     job = cluster.latest(run).job
     if follow:
@@ -68,7 +68,7 @@ def logs(run: NameArgument, address: AddressOption = None, follow: FollowOption 
 
 
 def stop(run: NameArgument, address: AddressOption = None) -> None:
-    """End a search; running trials save their state first, and 'prunesweep resume' goes on."""
+    """Stop a search; running trials save their state first, and 'prunesweep resume' continues it."""
     cluster = _cluster(address)
     last = cluster.latest(run)
     if last.over or not cluster.stop(last.job):
@@ -79,7 +79,7 @@ def stop(run: NameArgument, address: AddressOption = None) -> None:
 
 
 def remote_status(run: str, address: str) -> dict[str, Any]:
-    """What ``prunesweep status`` says of a run on a cluster, and ``job`` and ``state`` of its last attempt.
+    """Return what ``prunesweep status`` prints for a run on a cluster, and ``job`` and ``state`` of its last attempt.
 
     Raises:
         UserError: the head does not know the run, or its folder is not there yet.
@@ -100,7 +100,7 @@ def remote_status(run: str, address: str) -> dict[str, Any]:
 
 
 def _call(cluster: Any, last: Any, what: str, arguments: list[str]) -> tuple[int | None, str]:
-    """A short job in the environment of a search."""
+    """Run a short job in the environment of a search."""
     import tomllib
 
     from prunesweep.launch.cluster.package import environment, staged
@@ -127,7 +127,7 @@ def fetch(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="largest archive, in MiB")] = 256,
 ) -> None:
-    """Bring a run's front, report, results and chosen models here, running or finished."""
+    """Download a run's front, report, results and chosen models, running or finished."""
     from prunesweep.launch.cluster.client import last_json
     from prunesweep.models import UserError
     from prunesweep.models.io.files import publish_folder
@@ -157,7 +157,7 @@ def fetch(
 
 
 def unpack(output: str) -> bytes:
-    """The archive in what ``prunesweep.launch.cluster.pack`` printed. Raises UserError where it is torn or altered."""
+    """Decode the archive that ``prunesweep.launch.cluster.pack`` printed; UserError where it is torn or altered."""
     from prunesweep.launch.cluster.pack import BEGIN, END
     from prunesweep.models import UserError
 

@@ -1,4 +1,4 @@
-"""``prunesweep latency``: a table that predicts the latency of every compressed form of a model."""
+"""``prunesweep latency``: measure a table that predicts the latency of every compressed form of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``prunesweep manifest``: files that start a search on a cluster by its own means."""
+"""``prunesweep manifest``: write the file with which Kubernetes, SLURM or ``ray up`` starts a search."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def manifest(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. cluster.nodes=4")
     ] = None,
 ) -> None:
-    """Write what starts, and restarts, a search on Kubernetes, under SLURM or on machines of your own."""
+    """Write the file that starts, and restarts, a search on Kubernetes, under SLURM or on machines of your own."""
     from prunesweep.launch.cluster.kuberay import kuberay
     from prunesweep.launch.cluster.package import on_cluster
     from prunesweep.launch.cluster.ray_launcher import ray_launcher

@@ -1,4 +1,4 @@
-"""``prunesweep published``: what papers print about their models beside what those models cost exactly."""
+"""``prunesweep published``: compare the figures that papers print with the exact costs of their models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ own formula. x: dense model over this one. %: share of the dense model. top-1: a
 def published(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts, with everything")] = False,
 ) -> None:
-    """The published architectures: exact costs beside the papers' figures.
+    """Show the published architectures: exact costs beside the papers' figures.
 
     timm.create_model(NAME) builds every one whose costs are given.
     """
@@ -59,7 +59,7 @@ def published(
 
 
 def _entry(row: Published) -> dict[str, Any]:
-    """One row for scripts. ``printed`` keeps the paper's digits; exact and by_paper are in the same unit."""
+    """Return one row for scripts. ``printed`` keeps the paper's digits; exact and by_paper are in the same unit."""
     from prunesweep.models import cost
     from prunesweep.models.published.comparison import compare
 
@@ -88,7 +88,7 @@ def _entry(row: Published) -> dict[str, Any]:
 
 
 def _table(rows: list[Published], marks: dict[str, int]) -> Table:
-    """One line per printed figure; ``marks`` gets the number of every note, in the order in which they are met."""
+    """Return one line per printed figure; add to ``marks`` the number of each new note, in order."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``prunesweep submit``: a search as a job of a Ray cluster. Nothing but Python here, and HTTP to the head."""
+"""``prunesweep submit``: start a search as a job of a Ray cluster, over HTTP to its head."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def submit(
     again: Annotated[bool, typer.Option("--resume", help="go on with the run's folder where it is there")] = False,
     follow: FollowOption = False,
 ) -> None:
-    """Start a search on a cluster and return; it does not need this machine any more."""
+    """Start a search on a cluster and return; it does not need this machine afterwards."""
     from prunesweep.launch.cluster.client import Cluster
     from prunesweep.models import UserError
     from prunesweep.search.config import load_config
@@ -78,7 +78,7 @@ def _folder(config: SearchConfig, out: Path | None) -> str:
 
 
 def _next(cluster: Cluster, run: str) -> int:
-    """The next attempt's number. Raises UserError where one is still running."""
+    """Return the next attempt's number. Raises UserError where one is still running."""
     from prunesweep.models import UserError
 
     attempts = cluster.attempts(run)
@@ -102,7 +102,7 @@ def _start(
     trials: int | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Ship code and configuration and start the driver there; the job's name."""
+    """Upload code and configuration, start the driver on the cluster, and return the job's name."""
     from prunesweep.launch.cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
     from prunesweep.search.config import ClusterTable
 
@@ -125,7 +125,7 @@ def _start(
 def resubmit(
     run: str, address: str, *, trials: int | None = None, overrides: Sequence[str] = (), follow: bool = False
 ) -> None:
-    """``prunesweep resume RUN --address http://...``: the next attempt of a search that this head knows.
+    """Start the next attempt of a search that this head knows: ``prunesweep resume RUN --address http://...``.
 
     Raises:
         UserError: the head does not know it, or it is still running.
@@ -144,7 +144,7 @@ def resubmit(
 
 
 def _watch(cluster: Cluster, run: str, job: str, *, follow: bool) -> None:
-    """Say what was started, and show what it prints where that is wanted; ends the program as the search ended."""
+    """Print what was started; with ``--follow`` show its output and exit with the search's own code."""
     url = cluster.head.url
     print(f"run {run}, job {job} on {url}")
     if not follow:

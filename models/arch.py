@@ -27,6 +27,7 @@ from .errors import UserError, nearest
 __all__ = ["Arch", "Block", "Stage", "Text"]
 
 FORMAT = "prunesweep/arch/1"
+LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +259,9 @@ def _read(cls: type, data: Any, where: str) -> Any:
 
 
 def _value(value: Any, annotation: str, where: str) -> Any:
+    for number in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(number, (int, float)) and not -LARGEST <= number <= LARGEST:  # NaN is neither
+            raise UserError(f"{where} = {value!r}: numbers must be finite and at most {LARGEST:,}")
     for option in annotation.split(" | "):
         if option == "None":
             if value is None:

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from prunesweep.models.layers.token_merging import TokenPlan
 
 from .arch import Arch, Block, Text
 from .builder import arch_of, build_with
-from .errors import UserError
+from .errors import UserError, nearest
 from .families import family_of
 from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
@@ -89,11 +90,15 @@ class Cut:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cut:
-        """Read ``to_dict``'s form. Raises UserError for another format."""
+        """Read ``to_dict``'s form. Raises UserError for another format, an unknown key or a value of another type."""
+        _check_keys(data, ("format", "embed", "blocks", "tails"), "cut")
         if data.get("format") != FORMAT:
             raise UserError(f"cut.format = {data.get('format')!r}: this version reads {FORMAT!r}")
-        blocks = tuple(_read_block(block) for block in data["blocks"])
-        return cls(embed=_tuples(data["embed"]), blocks=blocks, tails=_tuples(data.get("tails")))
+        if not isinstance(data.get("blocks"), (list, tuple)):
+            raise UserError(f"cut.blocks = {data.get('blocks')!r}: must be a list")
+        blocks = tuple(_read_block(block, f"cut.blocks[{i}]") for i, block in enumerate(data["blocks"]))
+        embed, tails = (_read_lists(data.get(name), f"cut.{name}", gaps=True) for name in ("embed", "tails"))
+        return cls(embed=embed, blocks=blocks, tails=tails)
 
 
 def _block_dict(block: BlockCut) -> dict[str, Any]:
@@ -104,14 +109,49 @@ def _block_dict(block: BlockCut) -> dict[str, Any]:
     return found
 
 
-def _read_block(data: Mapping[str, Any]) -> BlockCut:
-    read = {name: _tuples(value) for name, value in data.items() if name != "tokens"}
-    plan = data.get("tokens")
-    return BlockCut(**read, tokens=None if plan is None else TokenPlan.from_dict(plan))
+def _read_block(data: Any, where: str) -> BlockCut:
+    _check_keys(data, [field.name for field in dataclasses.fields(BlockCut)], where)
+    keep, mixer, plan = data.get("keep", True), data.get("mixer"), data.get("tokens")
+    if not isinstance(keep, bool):
+        raise UserError(f"{where}.keep = {keep!r}: must be true or false")
+    if not isinstance(mixer, (str, NoneType)):
+        raise UserError(f"{where}.mixer = {mixer!r}: must be text")
+    return BlockCut(
+        keep=keep,
+        qk=_read_lists(data.get("qk"), f"{where}.qk"),
+        v=_read_lists(data.get("v"), f"{where}.v"),
+        mlp=_read_indices(data.get("mlp"), f"{where}.mlp"),
+        sr=_read_indices(data.get("sr"), f"{where}.sr"),
+        mixer=mixer,
+        tokens=None if plan is None else TokenPlan.from_dict(plan),
+    )
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def _check_keys(data: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: must be a JSON object, got {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            raise UserError(
+                f"{where} has an unknown key {key!r}; known: {', '.join(known)}. {nearest(key, known)}".strip()
+            )
+
+
+def _read_lists(value: Any, where: str, *, gaps: bool = False) -> Any:
+    """A list of lists of indices, or None; with ``gaps`` a list's place may hold None, too."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or (None in value and not gaps):
+        raise UserError(f"{where} = {value!r}: must be a list of lists of whole numbers")
+    return tuple(_read_indices(part, f"{where}[{i}]") for i, part in enumerate(value))
+
+
+def _read_indices(value: Any, where: str) -> Indices | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or any(type(index) is not int for index in value):
+        raise UserError(f"{where} = {value!r}: must be a list of whole numbers")
+    return tuple(value)
 
 
 def cut_arch(arch: Arch, decision: Cut) -> Arch:

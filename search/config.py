@@ -7,18 +7,20 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
+from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe
 
-__all__ = ["SearchConfig", "load_config", "parse_config"]
+__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config"]
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -76,61 +78,37 @@ class ScoresTable(Table):
         return name
 
 
-RANGES = ("budget", "skip", "conv", "conv3", "keep_rate", "merge_start", "mlp_weight", "lr", "distill_weight")
-
-
 class SpaceTable(Table):
-    """Every variable is a range [low, high]; low = high fixes it."""
+    """What is searched. Its keys are those below and those of the axes (``search.space.axes``): see ``follow_axes``.
+
+    Every axis is a range [low, high]; low = high fixes it.
+    """
 
     encoding: Literal["compact", "full"] = "compact"  # ordinal variables, or a bit and a mixer for every block
-    methods: tuple[str, ...] = ()  # width methods to choose from; scores.method alone by default
-    budget: tuple[float, float] = (0.25, 0.9)  # MACs of the result over MACs of the source
-    skip: tuple[int, int] = (0, 0)  # blocks dropped, least important first
-    conv: tuple[int, int] = (0, 0)  # blocks whose attention becomes a convolution, from the first on
-    conv3: tuple[int, int] = (0, 0)  # of these, 3x3 ones, the last ones
-    keep_rate: tuple[float, float] = (1.0, 1.0)  # share of patches kept inside merging blocks
-    merge_start: tuple[int, int] = (0, 0)  # first block that merges tokens
-    mlp_weight: tuple[float, float] = (1.0, 1.0)  # factor on the saliency of MLP units: what is spared
-    lr: tuple[float, float] = (5e-4, 5e-4)  # of finetuning, searched on a logarithmic scale
-    distill_weight: tuple[float, float] = (1.0, 1.0)  # factor on the weights of finetune.distill
-    skip_order: Literal["measured", "learned"] = "measured"  # by leaving blocks out, or by the gates of a UVC run
-    prune_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of patches that pass a merging block by
     groups: dict[str, Natural] = dict(GROUP_SIZES)  # units removed at a time; 0 leaves a kind whole
     params: tuple[float, float] | None = None  # window; what lies outside is never built
     latency_ms: tuple[float, float] | None = None  # window of the prediction
     latency_table: str | None = None  # file of `prunesweep latency`
 
-    @field_validator("methods")
-    @classmethod
-    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        known = method_names(WidthMethod)
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{name!r} is no method; known: {', '.join(known)}. {nearest(name, known)}".strip())
-        if len(set(names)) < len(names):
-            raise ValueError("names a method twice")
-        return names
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The keys of the axes."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name in (*RANGES, "params", "latency_ms"):
+        ranges = [name for name in AXES if name in type(self).model_fields]
+        for name in (*ranges, "params", "latency_ms"):
             low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name} = [{low}, {high}]: low must not exceed high")
-        for name in ("budget", "keep_rate"):
+        for name in ranges:
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} = [{low}, {high}]: must lie in (0, 1]")
-        for name in ("skip", "conv", "conv3", "merge_start", "distill_weight"):
-            if getattr(self, name)[0] < 0:
-                raise ValueError(f"{name} = {list(getattr(self, name))}: must be at least 0")
-        for name in ("lr", "mlp_weight"):
-            if getattr(self, name)[0] <= 0:
-                raise ValueError(f"{name} = {list(getattr(self, name))}: must be above 0")
-        if self.conv3[0] > self.conv[1]:
-            raise ValueError(f"conv3 = {list(self.conv3)}: these are among the {self.conv[1]} of conv")
-        if self.encoding == "full" and (self.skip != (0, 0) or self.conv != (0, 0)):
-            raise ValueError("skip, conv: belong to encoding 'compact'; 'full' decides for every block")
+            limits = AXES[name].limits
+            if limits is not None and not limits.allow(low, high):
+                raise ValueError(f"{name} = [{low}, {high}]: {limits.text}")
+        for axis in AXES.values():
+            axis.check(self)
         if self.latency_ms is not None and self.latency_table is None:
             raise ValueError("latency_ms: needs latency_table, the file of `prunesweep latency`")
         if unknown := sorted(set(self.groups) - set(GROUP_SIZES)):
@@ -141,6 +119,26 @@ class SpaceTable(Table):
     def group_sizes(self) -> dict[str, int]:
         """``groups`` with the defaults of the kinds that are not named."""
         return {**GROUP_SIZES, **self.groups}
+
+
+_OWN_FIELDS = dict(SpaceTable.model_fields)
+
+
+def follow_axes() -> None:
+    """Give ``SpaceTable`` the keys of the axes that are in ``AXES`` now, and none of others.
+
+    Pydantic validates from a schema that is made with the class, so those of ``SpaceTable`` and of the configuration
+    around it are made anew.
+    """
+    axes = {
+        key: FieldInfo.from_annotated_attribute(annotation, default)
+        for axis in AXES.values()
+        for key, (annotation, default) in axis.fields().items()
+    }
+    SpaceTable.__pydantic_fields__.clear()
+    SpaceTable.__pydantic_fields__.update({"encoding": _OWN_FIELDS["encoding"], **axes, **_OWN_FIELDS})
+    for model in (SpaceTable, SearchConfig):
+        model.model_rebuild(force=True)
 
 
 class GatesTable(Table):
@@ -162,16 +160,16 @@ class GatesTable(Table):
 class SearchTable(Table):
     """What is optimised, by which sampler, and how much is spent: ``trials`` candidates, the best of them further.
 
-    ``rungs`` are epochs of finetuning. Every candidate starts on the first rung; one of ``eta`` goes on to the next,
-    from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images`` images of the
-    training split. Without rungs there is one, of ``finetune.epochs``.
+    ``rungs`` are epochs of finetuning. Every candidate starts on the first rung; one in ``reduction_factor`` goes on to
+    the next, from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images``
+    images of the training split. Without rungs there is one, of ``finetune.epochs``.
     """
 
     trials: Count = 24
     objectives: tuple[str, ...] = TWO
     sampler: Literal["auto", "excess", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
     rungs: tuple[Natural, ...] = ()
-    eta: Annotated[float, Field(gt=1)] = 3.0
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
     screen_images: Count = 1024
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     start_from: str | None = None  # another run, whose front's points are begun with
@@ -257,7 +255,7 @@ class SearchConfig(Table):
     source: SourceTable
     scores: ScoresTable = ScoresTable()
     gates: GatesTable = GatesTable()
-    space: SpaceTable = SpaceTable()
+    space: SpaceTable = Field(default_factory=lambda: SpaceTable())  # not one of before an axis was added
     search: SearchTable = SearchTable()
     finetune: Recipe = Recipe()
     resources: ResourcesTable = ResourcesTable()
@@ -268,6 +266,12 @@ class SearchConfig(Table):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+follow_axes()
+
+
+RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
     """Read a TOML file and apply ``key.path=value`` overrides.
 
@@ -275,18 +279,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
         UserError: the file is missing or not TOML, or a key or value is not allowed; the message names the key, what
             was given, what is allowed and the nearest known key.
     """
-    path = Path(path)
+    data = _read(Path(path))
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, str(path))
+
+
+def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    """``load_config`` for the ``search.toml`` of a run, which may be of an earlier version with other names of keys."""
+    path = Path(folder) / "search.toml"
+    data = _read(path)
+    for old, new in RENAMED.items():
+        table, _, key = old.partition(".")
+        if key in data.get(table, {}):
+            data[table][new.rpartition(".")[2]] = data[table].pop(key)
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}") from error
-    for override in overrides:
-        _apply(data, override)
-    return parse_config(data, str(path))
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -326,6 +346,8 @@ def parse_config(data: Mapping[str, Any], where: str) -> SearchConfig:
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
+    if key in RENAMED:
+        return f"{key}: is called {RENAMED[key]} now"
     if problem["type"] == "extra_forbidden":
         table, word = ".".join(location[:-1]), location[-1]
         places = [name.rpartition(".") for name in _known(SearchConfig)]

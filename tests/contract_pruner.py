@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from random import Random
 
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, arch_of, cost, cut
+from prunesweep.models import Arch, Cut, arch_of, cost, cut
 from prunesweep.pruners import MACS, Scores, WidthMethod, vector_sizes
 from tests.generate import random_arch, random_images, random_model
+from tests.oracle import hooks_of
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 1}
 
@@ -28,6 +31,27 @@ def labelled(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> list[
     return [(random_images(arch, seed + i, batch=4, dtype=dtype), torch.arange(4) % arch.num_classes) for i in range(2)]
 
 
+def kept_units(arch: Arch, decision: Cut) -> dict[str, set[int]]:
+    """The units that a decision keeps, by what they are: residual channels, blocks, and each block's own channels."""
+
+    def all_of(size: int, kept: Sequence[int] | None) -> set[int]:
+        return set(range(size) if kept is None else kept)
+
+    found = {"blocks": {i for i, choice in enumerate(decision.blocks) if choice.keep}}
+    for s, stage in enumerate(arch.stages):
+        found[f"stages.{s}.embed"] = all_of(stage.width, decision.embed and decision.embed[s])
+    if arch.text is not None:
+        for b, width in enumerate(arch.text.tails):
+            found[f"bands.{b + 1}.tail"] = all_of(width, decision.tails and decision.tails[b])
+    for i, (block, choice) in enumerate(zip(arch.blocks, decision.blocks, strict=True)):
+        sizes = {"qk": block.heads * block.qk, "v": block.total_v, "mlp": block.mlp, "sr": block.sr}
+        for kind, size in sizes.items():
+            kept = getattr(choice, kind)
+            flat = itertools.chain(*kept) if kept is not None and kind in ("qk", "v") else kept
+            found[f"blocks.{i}.{kind}"] = all_of(size, flat) if choice.keep else set()
+    return found
+
+
 class PrunerContract:
     """Checks of one pruner on one family."""
 
@@ -39,6 +63,11 @@ class PrunerContract:
 
     def score(self, model: nn.Module | None = None) -> Scores:
         return self.pruner.score(self.model if model is None else model, self.batches)
+
+    def decide(self, arch: Arch, scores: Scores, budget: float) -> Cut:
+        """The method's decision; small models need groups smaller than the usual ones, where a rule has groups."""
+        settings = {"groups": GROUPS} if self.pruner.along_path else {}
+        return self.pruner.decide(arch, scores, budget, measure=MACS, **settings)
 
     def check_every_unit_is_scored(self) -> None:
         scores = self.score()
@@ -61,7 +90,7 @@ class PrunerContract:
         assert self.model.training
         assert all(p.grad is None for p in self.model.parameters())
         assert all(torch.equal(before[name], t) for name, t in self.model.state_dict().items())
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        assert hooks_of(self.model) == []
 
     def check_progress_counts_to_the_end(self) -> None:
         calls: list[tuple[int, int]] = []
@@ -72,19 +101,20 @@ class PrunerContract:
 
     def check_budgets_are_met_and_nested(self) -> None:
         scores, total = self.score(), cost(self.arch).macs
-        settings = {"groups": GROUPS} if self.pruner.along_path else {}
-        last = total
+        wider: dict[str, set[int]] | None = None
         for share in (0.9, 0.7, 0.5):
-            decision = self.pruner.decide(self.arch, scores, share * total, measure=MACS, **settings)
+            decision = self.decide(self.arch, scores, share * total)
             small = cut(self.model, decision)
             assert cost(arch_of(small)).macs <= share * total
             assert torch.isfinite(small(self.batches[0][0])).all()
-            assert cost(arch_of(small)).macs <= last
-            last = cost(arch_of(small)).macs
+            kept = kept_units(self.arch, decision)
+            if wider is not None:
+                grown = {name: sorted(units - wider[name]) for name, units in kept.items() if units - wider[name]}
+                assert grown == {}, f"{share:g} of the MACs keeps units that a larger budget leaves out"
+            wider = kept
 
     def check_a_cut_model_can_be_scored_and_cut_again(self) -> None:
-        settings = {"groups": GROUPS} if self.pruner.along_path else {}
         total = cost(self.arch).macs
-        small = cut(self.model, self.pruner.decide(self.arch, self.score(), 0.8 * total, measure=MACS, **settings))
-        again = self.pruner.decide(arch_of(small), self.score(small), 0.6 * total, measure=MACS, **settings)
+        small = cut(self.model, self.decide(self.arch, self.score(), 0.8 * total))
+        again = self.decide(arch_of(small), self.score(small), 0.6 * total)
         assert cost(arch_of(cut(small, again))).macs <= 0.6 * total

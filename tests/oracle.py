@@ -36,6 +36,16 @@ def _masked_norm(keep: torch.Tensor):
     return hook
 
 
+def hooks_of(model: nn.Module) -> list[str]:
+    """Every hook that is registered on a module of ``model``, as ``MODULE: KIND``; an untouched model has none."""
+    return [
+        f"{name or 'model'}: {kind}"
+        for name, module in model.named_modules()
+        for kind, hooks in vars(module).items()
+        if kind.endswith("_hooks") and hooks
+    ]
+
+
 @contextlib.contextmanager
 def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
     """``model`` computing the masked function of ``decision``; as it was afterwards."""

@@ -1,1 +1,1 @@
-"""What the commands for clusters are made of: the job API, what is shipped, what runs there, and manifests."""
+"""Parts of the commands for clusters: the job API, the shipped package, the modules run there, and manifests."""

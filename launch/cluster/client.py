@@ -1,4 +1,4 @@
-"""A cluster as a laptop sees it: Ray's job API, and nothing else.
+"""A client of a cluster's job API, the only way in which a laptop talks to a cluster.
 
 A search is a job for every attempt, ``NAME-a1``, ``NAME-a2``, ...; its metadata say which run it is, where the run's
 folder lies on the cluster, and by which configuration, so that any machine can go on with it.
@@ -77,7 +77,7 @@ class Cluster:
             ) from error
 
     def attempts(self, run: str | None = None) -> list[Attempt]:
-        """Searches that this head remembers, or those of one run, in the order in which they were submitted."""
+        """Return the searches that this head remembers, or those of one run, in order of submission."""
         found = []
         for job in self._client.list_jobs():
             facts = job.metadata or {}
@@ -100,7 +100,7 @@ class Cluster:
         return sorted(found, key=lambda a: (a.started or 0, a.run, a.number))
 
     def latest(self, run: str) -> Attempt:
-        """The last attempt of a run. Raises UserError for a run that this head does not know."""
+        """Return the last attempt of a run. Raises UserError for a run that this head does not know."""
         attempts = self.attempts(run)
         if not attempts:
             known = sorted({a.run for a in self.attempts()})
@@ -126,23 +126,23 @@ class Cluster:
             raise UserError(f"{self.head.url} does not take the job {job}: {error}") from error
 
     def stop(self, job: str) -> bool:
-        """Ask a job to end; False where it has ended already."""
+        """Ask a job to end; return False where it has ended already."""
         return bool(self._client.stop_job(job))
 
     def status(self, job: str) -> str:
         return str(self._client.get_job_status(job).value)
 
     def exit_code(self, job: str) -> int | None:
-        """Of the job's process; None where it was killed or never started."""
+        """Return the exit code of the job's process; None where it was killed or never started."""
         code = self._client.get_job_info(job).driver_exit_code
         return None if code is None else int(code)
 
     def logs(self, job: str) -> str:
-        """What a job has printed so far, without what Ray adds."""
+        """Return what a job has printed so far, without the lines that Ray adds."""
         return BANNER.sub("", self._client.get_job_logs(job))
 
     def follow(self, job: str, write: Callable[[str], None]) -> str:
-        """``write`` what a job prints, from its start, until it ends; its status then. Lost connections are renewed."""
+        """Pass a job's output to ``write`` until it ends, renewing lost connections; return its final status."""
         shown = 0
         while True:
             with contextlib.suppress(OSError, RuntimeError, _aiohttp_errors()):
@@ -157,7 +157,7 @@ class Cluster:
             time.sleep(PATIENCE)
 
     def _tail(self, job: str, shown: int) -> Iterator[str]:
-        """What a job prints, but for the first ``shown`` characters."""
+        """Yield what a job prints after the first ``shown`` characters."""
         loop = asyncio.new_event_loop()
         stream = self._client.tail_job_logs(job).__aiter__()
         try:
@@ -175,7 +175,7 @@ class Cluster:
     def call(
         self, what: str, arguments: Sequence[str], staged: Path, environment: Mapping[str, Any], *, timeout: float
     ) -> tuple[int | None, str]:
-        """Run ``python -m ARGUMENTS`` as a short job and forget it; its exit code and what it printed.
+        """Run ``python -m ARGUMENTS`` as a short job, delete it, and return its exit code and output.
 
         Raises:
             UserError: it has not ended after ``timeout`` seconds.
@@ -209,7 +209,7 @@ def _aiohttp_errors() -> type[Exception]:
 
 
 def last_json(output: str) -> Any:
-    """The last line of ``output`` that is JSON, or None."""
+    """Return the value of the last line of ``output`` that is JSON, or None."""
     for line in reversed(output.splitlines()):
         with contextlib.suppress(ValueError):
             return json.loads(line)

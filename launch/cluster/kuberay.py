@@ -1,4 +1,4 @@
-"""A search as a KubeRay RayJob: head, workers, storage, and a driver that resumes wherever it is started again.
+"""Write a search as a KubeRay RayJob: head, workers, storage, and a driver that resumes when it is restarted.
 
 Fields are those of KubeRay 1.5 and newer (``ray.io/v1``, ``authOptions``). A lost driver or head costs a retry: KubeRay
 builds a new cluster (``backoffLimit``), and its driver goes on with the run's folder on the claim.
@@ -26,7 +26,7 @@ SHARED_MEMORY = "8Gi"  # loaders hand batches over in it; Kubernetes gives 64 Mi
 
 
 def kuberay(config: SearchConfig) -> str:
-    """YAML of a ConfigMap and a RayJob, for ``kubectl apply -f``.
+    """Return the YAML of a ConfigMap and a RayJob, for ``kubectl apply -f``.
 
     Raises:
         UserError: ``[cluster]`` names no image, storage or claim.
@@ -66,7 +66,7 @@ def kuberay(config: SearchConfig) -> str:
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Texts of several lines as they are read."""
+    """Represent text of several lines as a YAML literal block."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> Any:

@@ -1,4 +1,4 @@
-"""What is shipped to a cluster: the code of this package, a configuration, and how they are run there."""
+"""Package what is shipped to a cluster: this package's code, a configuration, and the command that runs them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ENV = {
 
 
 def on_cluster(config: SearchConfig) -> SearchConfig:
-    """The configuration as the nodes see it: their path of the data; what is shipped lies in the job's own folder."""
+    """Return the configuration with the nodes' paths: their data, and shipped files in the job's own folder."""
     changes: dict[str, Any] = {}
     cluster = config.cluster or ClusterTable()
     kind, _, path = config.data.name.partition(":")
@@ -55,20 +55,20 @@ def on_cluster(config: SearchConfig) -> SearchConfig:
 
 
 def local_source(config: SearchConfig) -> Path | None:
-    """The folder of the source model where it lies on this machine."""
+    """Return the folder of the source model where it lies on this machine, or None."""
     kind, _, path = config.source.model.partition(":")
     return Path(path) if kind == "local-dir" and Path(path).is_dir() else None
 
 
 def local_table(config: SearchConfig) -> Path | None:
-    """The latency table where it lies on this machine."""
+    """Return the path of the latency table where it lies on this machine, or None."""
     path = config.space.latency_table
     return Path(path) if path is not None and Path(path).is_file() else None
 
 
 @contextlib.contextmanager
 def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder with the packages' files, and with ``config``, a local source model and a local latency table.
+    """Copy the package, ``config``, a local source model and a local latency table to a temporary folder.
 
     Raises:
         UserError: it is larger than a cluster takes; the message names what is large.
@@ -104,7 +104,7 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a folder, the largest first."""
+    """Return the size in bytes of every file in a folder, the largest first."""
     found = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -122,13 +122,13 @@ def _check_size(folder: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """What pip installs on the nodes: this package's dependencies; Ray and torch are the cluster's own."""
+    """Return what pip installs on the nodes: this package's dependencies without Ray and torch, the cluster's own."""
     found = [text for text in distribution("prunesweep").requires or [] if "extra ==" not in text]
     return [text for text in found if re.split(r"[^A-Za-z0-9_.-]", text, maxsplit=1)[0] not in CLUSTERS_OWN]
 
 
 def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
-    """Ray's runtime environment of a job, but for its working directory."""
+    """Return Ray's runtime environment of a job, without its working directory."""
     found: dict[str, Any] = {"env_vars": {**ENV, **cluster.env}}
     if pip:
         found["pip"] = requirements()
@@ -136,7 +136,7 @@ def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
 
 
 def driver(config: str, folder: str, *, again: bool, trials: int | None = None, overrides: Sequence[str] = ()) -> str:
-    """The command of a search's driver, in words that need no shell.
+    """Return the command line of a search's driver, quoted for a shell.
 
     Args:
         config, folder: of the search and its run, on the cluster.
@@ -147,4 +147,4 @@ def driver(config: str, folder: str, *, again: bool, trials: int | None = None, 
         return shlex.join(["python", "-m", "prunesweep", "search", config, "--out", folder, "--address", "auto"])
     more = [] if trials is None else ["--trials", str(trials)]
     more += [part for text in overrides for part in ("--set", text)]
-    return shlex.join(["python", "-m", "prunesweep.launch.cluster.drive", config, folder, *more])
+    return shlex.join(["python", "-m", "prunesweep.launch.cluster.entrypoint", config, folder, *more])

@@ -1,4 +1,4 @@
-"""A cluster for ``ray up``: machines that are there, reached by SSH, with ``submit`` to start searches on it."""
+"""Write a cluster file for ``ray up``: existing machines, reached by SSH; ``submit`` starts searches on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ray_launcher"]
 
 
 def ray_launcher(config: SearchConfig) -> str:
-    """YAML for ``ray up``.
+    """Return the YAML for ``ray up``.
 
     Raises:
         UserError: ``[cluster]`` names no hosts.

@@ -1,4 +1,4 @@
-"""A search as a batch script of SLURM: Ray on the nodes of one allocation, and a driver that resumes.
+"""Write a search as a batch script of SLURM: Ray on the nodes of one allocation, and a driver that resumes.
 
 Before the time limit, and when a node is lost, the job is queued again (``--requeue``) and its driver goes on with the
 run's folder. Ray's token is made anew for every allocation, in a file that only its owner reads.
@@ -57,9 +57,9 @@ for node in "${{nodes[@]:1}}"; do
     steps+=($!)
 done
 
-python -m prunesweep.launch.cluster.wait --address "$head:$port" --nodes "${{#nodes[@]}}"
+python -m prunesweep.launch.cluster.wait_for_nodes --address "$head:$port" --nodes "${{#nodes[@]}}"
 
-python -m prunesweep.launch.cluster.drive "$config" "$run" --address "$head:$port" &
+python -m prunesweep.launch.cluster.entrypoint "$config" "$run" --address "$head:$port" &
 search=$!
 again=no
 # before the time limit: ask the driver to end, and end it {grace} seconds later
@@ -83,7 +83,7 @@ exit "$code"
 
 
 def slurm(config: SearchConfig) -> str:
-    """A script for ``sbatch``.
+    """Return the script for ``sbatch``.
 
     Raises:
         UserError: ``[cluster]`` names no storage.

@@ -46,7 +46,13 @@ class TokenPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TokenPlan:
-        """Read ``dataclasses.asdict``'s form, from JSON too. Raises UserError for an unknown or missing key."""
+        """Read ``dataclasses.asdict``'s form, from JSON too.
+
+        Raises:
+            UserError: an unknown or missing key, or a value of another type.
+        """
+        if not isinstance(data, Mapping):
+            raise UserError(f"token plan: must be a JSON object, got {type(data).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
@@ -56,6 +62,9 @@ class TokenPlan:
         for key in known[:3]:
             if key not in data:
                 raise UserError(f"token plan: lacks {key!r}")
+        for key, kinds in (("assign", (int,)), ("weight", (int, float))):
+            if not isinstance(data[key], (list, tuple)) or any(type(entry) not in kinds for entry in data[key]):
+                raise UserError(f"token plan: {key} = {data[key]!r}: must be a list of numbers")
         return cls(**{**data, "assign": tuple(data["assign"]), "weight": tuple(data["weight"])})
 
     def check(self, tokens: int, prefix: int, where: str = "token plan") -> None:

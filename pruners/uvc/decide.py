@@ -151,7 +151,7 @@ class Decider:
     def _walk(self, widths: list[Widths], runs: Sequence[bool], budget: float, *, up: bool) -> None:
         """One unit after the other, as long as there is one and the total is above the budget, or below with ``up``."""
         total = self.macs(widths, runs)
-        moves = {b: list(self._moves(b, widths[b], up)) for b, on in enumerate(runs) if on}
+        moves = {b: list(self.moves(b, widths[b], up)) for b, on in enumerate(runs) if on}
         while up or total > budget:
             best: tuple[float, int, Widths, int] | None = None
             for block, own in moves.items():
@@ -163,9 +163,9 @@ class Decider:
                 return
             _, block, widths[block], macs = best
             total += macs
-            moves[block] = list(self._moves(block, widths[block], up))
+            moves[block] = list(self.moves(block, widths[block], up))
 
-    def _moves(self, block: int, own: Widths, up: bool) -> Iterator[tuple[float, Widths, int]]:
+    def moves(self, block: int, own: Widths, up: bool) -> Iterator[tuple[float, Widths, int]]:
         """(norm per MAC, the block afterwards, MACs gained) of every unit that may come or go."""
         norm, macs = self._norm(block, own), self._macs(block, own)
         for changed in self._neighbours(block, own, 1 if up else -1):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prunesweep.models import UserError
+from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space
@@ -44,6 +44,7 @@ class Coordinator:
         self.run, self.search, self.slots = run, search, slots
         self.space, self._study, self._seed = space, study, seed
         self._live: dict[str, Unit] = {}
+        self._decisions: dict[int, Cut] = {}  # of candidates that are to be handed out for the first time
         self._stopping = self._exhausted = False
         self.results, self.failures = run.results(), run.failures()
         self._ladder = self._make_ladder()
@@ -75,7 +76,7 @@ class Coordinator:
         whole = self.space.source_value(cost)
         ladder = Promotions(
             max(len(self.search.rungs), 1),
-            self.search.eta,
+            self.search.reduction_factor,
             directions(objectives),
             bands=[edge * whole for edge in edges],
             banded=objectives.index(cost),
@@ -111,6 +112,7 @@ class Coordinator:
 
     def _unit(self, number: int, point: Mapping[str, Any], candidate: Candidate) -> Unit:
         full = self.space.complete(point)
+        self._decisions[number] = candidate.decision
         return Unit(number, full, candidate.arch.hash, candidate.key, self._seed_of(0, number))
 
     def _seed_of(self, rung: int, number: int) -> int:
@@ -134,7 +136,7 @@ class Coordinator:
         """Units that there will be, should all proposals be found and none fail."""
         total = level = self.requested
         for _ in self.search.rungs[1:]:
-            level = int(level // self.search.eta)
+            level = int(level // self.search.reduction_factor)
             total += level
         return max(total, self.settled)
 
@@ -172,6 +174,8 @@ class Coordinator:
             return None
         folder = self.run.trial(unit.id)
         folder.mkdir(parents=True, exist_ok=True)
+        if (decision := self._decisions.pop(unit.number, None)) is not None:
+            self.run.write_cut(unit.number, decision)
         write_text(folder / "spec.json", json.dumps(asdict(unit), indent=1))
         self._live[unit.id] = unit
         return unit

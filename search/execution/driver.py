@@ -23,7 +23,7 @@ from tensorboardX import SummaryWriter
 from prunesweep.models import Arch, LatencyTable, UserError, cost, read_arch
 from prunesweep.models.io.files import disk_full, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
-from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.config import SearchConfig, load_config, load_run_config
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
@@ -138,8 +138,8 @@ def resume_search(
         SearchFailed: too many trials failed.
     """
     run = Run.existing(path)
-    made = load_config(run / "search.toml")
-    config = load_config(run / "search.toml", [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
+    made = load_run_config(run.path)
+    config = load_run_config(run.path, [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
     _check_same_search(run, made, config)
     if run.latency_table.exists():
         config = _with_table(config, run.latency_table)  # wherever the run was moved to

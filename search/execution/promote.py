@@ -14,7 +14,7 @@ from typing import Any
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
-from prunesweep.search.config import load_config
+from prunesweep.search.config import load_run_config
 from prunesweep.search.finetune import Finetuning, Place, finetune
 from prunesweep.search.store.run import Run, read_json, unit_id
 from prunesweep.training import Epoch, Recipe
@@ -101,7 +101,7 @@ def promote(
     """
     unit = unit_id(point["trial"], point["rung"])
     folder = run / "promoted" / unit
-    config = load_config(run / "search.toml")
+    config = load_run_config(run.path)
     job = Finetuning(
         model=run / point["model"],
         data=config.data.name,

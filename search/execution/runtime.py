@@ -149,23 +149,23 @@ class RayConnection:
             ray.shutdown()
             raise
         host, _, port = context.address_info["gcs_address"].rpartition(":")
-        doors = [(host, int(port))]
+        endpoints = [(host, int(port))]
         if self._address is None:
-            doors.append((nodes[0]["NodeManagerAddress"], int(nodes[0]["NodeManagerPort"])))
-        threading.Thread(target=self._watch, args=(doors,), daemon=True).start()
+            endpoints.append((nodes[0]["NodeManagerAddress"], int(nodes[0]["NodeManagerPort"])))
+        threading.Thread(target=self._watch, args=(endpoints,), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stop.set()
         ray.shutdown()
 
-    def _watch(self, doors: list[tuple[str, int]]) -> None:
+    def _watch(self, endpoints: list[tuple[str, int]]) -> None:
         """Ray itself notices the loss of its head only after a minute, and then ends this process with exit code 0."""
         closed = 0
         while closed < 2:
             if self._stop.wait(1.0):
                 return
-            closed = 0 if all(_open(door) for door in doors) else closed + 1
+            closed = 0 if all(_open(endpoint) for endpoint in endpoints) else closed + 1
         if not self._stop.is_set():
             self.on_death()
 
@@ -220,9 +220,9 @@ def _own_token() -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _open(door: tuple[str, int]) -> bool:
+def _open(endpoint: tuple[str, int]) -> bool:
     try:
-        socket.create_connection(door, timeout=5).close()
+        socket.create_connection(endpoint, timeout=5).close()
     except TimeoutError:
         return True  # busy, not dead
     except OSError:

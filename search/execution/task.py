@@ -20,12 +20,13 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from torch import nn
 
-from prunesweep.models import arch_of, cut, load, load_provenance, save
+from prunesweep.models import LatencyTable, arch_of, cost, cut, cut_arch, load, load_provenance, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.recalibrate import recalibrate
-from prunesweep.search.config import SearchConfig, load_config
-from prunesweep.search.space.space import Candidate, Space, read_scores
+from prunesweep.search.config import SearchConfig, load_run_config
+from prunesweep.search.space.axes import AXES
+from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
 from prunesweep.search.store.run import Result, Run, Unit, read_json, unit_id
 from prunesweep.training import EVAL_BATCH, Data, Epoch, Quality, Recipe, evaluate, fit, open_data
 
@@ -37,20 +38,53 @@ class Workplace:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.config: SearchConfig = load_config(run / "search.toml")
+        self.config: SearchConfig = load_run_config(run.path)
         source = load(run / "source")
         cfg: Any = source.pretrained_cfg
         self.data: Data = open_data(self.config.data.name, cfg, loader_workers=self.config.data.loader_workers)
         self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
+        self.arch = arch_of(source)
         self.facts = run.facts()
-        scores = read_scores(run / "scores", self.facts["scores"])
-        self.space = Space(self.config.space, arch_of(source), scores)
 
     @classmethod
     @lru_cache(maxsize=1)
     def of(cls, path: Path) -> Workplace:
         """The workplace of a run's folder; the last one is kept, for the next unit in this process."""
         return cls(Run(path))
+
+    @cached_property
+    def space(self) -> Space:
+        """For points that no decision is kept of."""
+        return Space(self.config.space, self.arch, read_scores(self.run / "scores", self.facts["scores"]))
+
+    @cached_property
+    def latency(self) -> LatencyTable | None:
+        """Of the space, where it has one."""
+        table = self.config.space.latency_table
+        return None if table is None else LatencyTable.load(Path(table))
+
+    def candidate(self, unit: Unit) -> Candidate:
+        """The candidate of a unit, from the decision that the driver made.
+
+        In a run from before decisions were kept, the point is decoded again.
+
+        Raises:
+            RuntimeError: it is not the candidate that the driver handed out.
+        """
+        decision = self.run.read_cut(unit.number)
+        if decision is None:
+            found, how = self.space.decode(unit.point), "the point decodes to"
+        else:
+            arch = cut_arch(self.arch, decision)
+            latency = None if self.latency is None else self.latency.predict(arch)
+            found = Candidate(decision, arch, cost(arch), latency, candidate_key(decision, unit.point))
+            how = "cut.json is"
+        if (found.key, found.arch.hash) != (unit.key, unit.arch_hash):
+            raise RuntimeError(
+                f"{how} {found.key} of architecture {found.arch.hash}, the driver decoded {unit.key} of architecture "
+                f"{unit.arch_hash}"
+            )
+        return found
 
     def images(self) -> Iterator[Any]:
         """``screen``, loaded only once somebody looks."""
@@ -73,16 +107,11 @@ class Workplace:
         """The finetuning of a unit: complete in itself, with its own schedule."""
         epochs = self.epochs(unit.rung)
         recipe = self.config.finetune
-        terms = [
-            term.model_copy(update={"weight": term.weight * unit.point["distill_weight"]}) for term in recipe.distill
-        ]
-        changes = {
-            "lr": unit.point["lr"],
-            "epochs": epochs,
-            "warmup_epochs": min(recipe.warmup_epochs, max(epochs - 1, 0)),
-            "distill": tuple(terms),
-        }
-        return recipe.model_copy(update=changes)
+        for axis in AXES.values():
+            if axis.trains:
+                recipe = axis.recipe(recipe, unit.point[axis.name])
+        warmup = min(recipe.warmup_epochs, max(epochs - 1, 0))
+        return recipe.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
 def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
@@ -107,9 +136,7 @@ def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
 def _work(workplace: Workplace, unit: Unit) -> Result | None:
     run, start = workplace.run, time.monotonic()
     folder = run.trial(unit.id)
-    candidate = workplace.space.decode(unit.point)
-    if candidate.key != unit.key:
-        raise RuntimeError(f"the point decodes to {candidate.key}, the driver decoded {unit.key}")
+    candidate = workplace.candidate(unit)
     write_text(folder / "arch.json", candidate.arch.to_json())
     screens = workplace.epochs(unit.rung) == 0
     found = _screen(workplace, unit, candidate) if screens else _train(workplace, unit, candidate, folder)

@@ -107,7 +107,7 @@ class Display:
         search, count = config.search, config.search.trials
         parts, epochs = [], 0
         for rung, own in enumerate(search.rungs or (config.finetune.epochs,)):
-            count = search.trials if rung == 0 else int(count // search.eta)
+            count = search.trials if rung == 0 else int(count // search.reduction_factor)
             epochs += count * own
             parts.append(f"{count} x {own} epochs")
         resources = config.resources

@@ -1,8 +1,9 @@
 """The search space: how a point becomes an architecture, and what can be said before any training.
 
-A point names the blocks that are dropped, the convolutions that take the place of attention and the tokens that blocks
-work on; then width is cut, by the scores of the source, until the budget is met from below. So the budget absorbs
-whatever the other variables cost or save. Decoding is a pure function of the point and the cached scores.
+A point has a value for every axis (``axes``). The axes say which blocks are dropped, which convolutions take the place
+of attention and which tokens blocks work on; then widths are cut, by the scores of the source, until the budget is met
+from below. So the budget absorbs what the other axes cost or save. Decoding is a pure function of the point and the
+cached scores.
 """
 
 from __future__ import annotations
@@ -15,26 +16,16 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-import torch
 from optuna.distributions import BaseDistribution
 
 from prunesweep.models import Arch, Cost, Cut, LatencyTable, UserError, cost, cut_arch
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
-from prunesweep.pruners import (
-    Scores,
-    WidthMethod,
-    WidthPath,
-    drop_order,
-    get_method,
-    kind_of,
-    pmvit,
-    vector_sizes,
-    width_path,
-)
+from prunesweep.pruners import Scores, WidthPath, kind_of, pmvit, width_path
 from prunesweep.search.config import SpaceTable
 
-from .variables import Params, Variable, variables
+from .axes import AXES, DEPTH, LEARNED, TOKENS, Draft, ScoredSource, active_axes, variables
+from .variables import Params, Variable
 
 __all__ = [
     "DEPTH",
@@ -45,12 +36,10 @@ __all__ = [
     "Space",
     "Spread",
     "Summary",
+    "candidate_key",
     "read_scores",
     "score_names",
 ]
-
-DEPTH, LEARNED, TOKENS = "depth_kl", "uvc_gates", "pmvit"  # scores that are no width method's
-TRAINING = ("lr", "distill_weight")  # variables that change the training, not the architecture
 
 
 @dataclass(frozen=True)
@@ -94,24 +83,15 @@ class Summary:
     points: tuple[Params, ...]  # the feasible sample
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """All of a point but its budget: points that share it share one path of widths."""
-
-    method: str
-    dropped: frozenset[int]
-    mixers: tuple[tuple[int, str], ...]
-    keep_rate: float
-    merge_start: int
-    mlp_weight: float
-
-
 def score_names(table: SpaceTable, method: str) -> tuple[str, ...]:
-    """The scores that a space needs: width methods', and those of blocks and tokens where they are searched."""
-    methods = table.methods or (method,)
-    order = LEARNED if table.skip_order == "learned" else DEPTH
-    depth = (order,) if table.skip[1] else ()
-    return (*methods, *depth, *((TOKENS,) if table.keep_rate[0] < 1 else ()))
+    """Names of the scores that a space needs, the default width method's first. ``method`` is used if none is named."""
+    return tuple(dict.fromkeys(name for axis in AXES.values() for name in axis.needs(table, method)))
+
+
+def candidate_key(decision: Cut, point: Params) -> str:
+    """Digest of a decision and of the values of ``point`` that change its training."""
+    training = {axis.name: point[axis.name] for axis in AXES.values() if axis.trains}
+    return digest({"cut": decision.to_dict(), **training})
 
 
 class Space:
@@ -127,18 +107,11 @@ class Space:
     """
 
     def __init__(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores]) -> None:
-        for name in ("skip", "conv", "merge_start"):
-            last = arch.depth - {"skip": len(arch.stages), "conv": 0, "merge_start": 1}[name]
-            if getattr(table, name)[1] > last:
-                raise UserError(
-                    f"space.{name} = {list(getattr(table, name))}: the source has {arch.depth} blocks, so it must not "
-                    f"exceed {last}"
-                )
+        for axis in AXES.values():
+            axis.fit(table, arch)
         self.table, self.arch, self.scores, self.source_cost = table, arch, scores, cost(arch)
-        methods = tuple(name for name in scores if name not in (DEPTH, LEARNED, TOKENS))
-        self.variables = variables(table, methods, arch.depth)
-        depth = scores.get(DEPTH) or scores.get(LEARNED)
-        self._order = () if depth is None else drop_order(depth)
+        self._axes, self._source = active_axes(table), ScoredSource(arch, scores)
+        self.variables = variables(table, self._source)
         self._latency: Callable[[Arch], float] | None = None
         if table.latency_table is not None:
             self._latency = LatencyTable.load(Path(table.latency_table)).predict
@@ -150,25 +123,12 @@ class Space:
     @classmethod
     def blank(cls, table: SpaceTable, arch: Arch, method: str) -> Space:
         """A space whose scores are all equal: for what costs alone can tell. Raises UserError as ``Space`` does."""
-        names = score_names(table, method)
-        blank: dict[str, Scores] = {}
-        for name in names:
-            if name in (DEPTH, LEARNED):
-                blank[name] = _blank_depth(arch)
-            elif name == TOKENS:
-                blank[name] = _blank_tokens(arch)
-            else:
-                width_method = get_method(name, WidthMethod)
-                width_method.check(arch)
-                if not width_method.along_path:
-                    raise UserError(f"method {name!r}: decides by ratios, not along one path of budgets; use 'taylor'")
-                sizes = vector_sizes(arch, width_method.kinds)
-                blank[name] = Scores({vector: torch.ones(size) for vector, size in sizes.items()})
+        blank = {name: axis.blank(name, arch) for axis in AXES.values() for name in axis.needs(table, method)}
         return cls(table, arch, blank)
 
     @classmethod
     def check(cls, table: SpaceTable, arch: Arch, method: str) -> Space:
-        """``blank``; raises UserError where no point can meet its budget too: only the floors count, not the scores."""
+        """``blank``; also raises UserError where no point can meet its budget. That depends on no scores."""
         space = cls.blank(table, arch, method)
         narrowest = space.reachable[0]
         if narrowest > table.budget[1]:
@@ -203,7 +163,7 @@ class Space:
             UserError: its budget is below the narrowest architecture, it leaves no block, or a window excludes it.
         """
         full = self.complete(point)
-        path = self._path(self._shape(full))
+        path = self._path(self._draft(full))
         decision = path.cut(path.step_for(float(full["budget"]) * self.source_cost.macs))
         arch = cut_arch(self.arch, decision)
         found = cost(arch)
@@ -212,33 +172,15 @@ class Space:
             window = getattr(self.table, name)
             if window is not None and not window[0] <= value <= window[1]:
                 raise UserError(f"{name} = {value:g}: outside the window {list(window)}")
-        training = {name: full[name] for name in TRAINING}
-        key = digest({"cut": decision.to_dict(), **training})
-        return Candidate(decision, arch, found, predicted, key)
+        return Candidate(decision, arch, found, predicted, candidate_key(decision, full))
 
-    def _shape(self, full: Params) -> _Shape:
-        dropped = self._dropped(full)
-        kept = [i for i in range(self.arch.depth) if i not in dropped]
-        if not kept:
+    def _draft(self, full: Params) -> Draft:
+        draft = Draft()
+        for axis in self._axes:
+            draft = axis.apply(draft, full, self._source)
+        if not draft.kept(self.arch.depth):
             raise UserError("all blocks are dropped: at least one must be kept")
-        if self.table.encoding == "full":
-            mixers = {i: str(full[f"mixer.{i}"]) for i in kept if full[f"mixer.{i}"] != "attn"}
-        else:
-            convs, last = kept[: int(full["conv"])], min(int(full["conv3"]), int(full["conv"]))
-            mixers = {i: "conv3x3" if n >= len(convs) - last else "conv1x1" for n, i in enumerate(convs)}
-        return _Shape(
-            method=str(full["method"]),
-            dropped=dropped,
-            mixers=tuple(mixers.items()),
-            keep_rate=float(full["keep_rate"]),
-            merge_start=int(full["merge_start"]),
-            mlp_weight=float(full["mlp_weight"]),
-        )
-
-    def _dropped(self, full: Params) -> frozenset[int]:
-        if self.table.encoding == "full":
-            return frozenset(i for i in range(self.arch.depth) if full[f"skip.{i}"])
-        return frozenset(self._order[: int(full["skip"])])
+        return draft
 
     def _make_plans(self, keep_rate: float, merge_start: int, without: frozenset[int]) -> Mapping[int, TokenPlan]:
         """Token plans of the blocks from ``merge_start`` on, but for those ``without`` attention."""
@@ -254,20 +196,20 @@ class Space:
         )
         return {i: choice.tokens for i, choice in enumerate(planned.blocks) if choice.tokens is not None}
 
-    def _make_path(self, shape: _Shape) -> WidthPath:
-        mixers = dict(shape.mixers)
-        scores = self.scores[shape.method]
+    def _make_path(self, draft: Draft) -> WidthPath:
+        mixers, weights = dict(draft.mixers), dict(draft.weights)
+        scores = self.scores[draft.method]
         weighted = {
-            name: vector * shape.mlp_weight if kind_of(name) == "mlp" else vector
+            name: vector * weights[kind_of(name)] if kind_of(name) in weights else vector
             for name, vector in scores.vectors.items()
         }
         return width_path(
             self.arch,
             dataclasses.replace(scores, vectors=weighted),
-            dropped=sorted(shape.dropped),
+            dropped=sorted(draft.dropped),
             groups=self.table.group_sizes,
             mixers=mixers,
-            tokens=self._plans(shape.keep_rate, shape.merge_start, shape.dropped | set(mixers)),
+            tokens=self._plans(draft.keep_rate, draft.merge_start, draft.dropped | set(mixers)),
             least=self.table.budget[0] * self.source_cost.macs,
         )
 
@@ -286,15 +228,15 @@ class Space:
         Looked for at the corners of the space, where all variables but the budget have their lowest or highest value.
         """
         macs, high = self.source_cost.macs, self.table.budget[1] * self.source_cost.macs
-        paths = [self._path(self._shape(point)) for point in self._corners()]
+        paths = [self._path(self._draft(point)) for point in self._corners()]
         widest = max(p.costs[p.step_for(high)] if p.costs[-1] <= high else 0 for p in paths)
         return min(p.costs[-1] for p in paths) / macs, widest / macs
 
     def _corners(self) -> list[Params]:
-        """Blocks, convolutions and tokens at their fewest and their most; all else at its first value."""
+        """Axes that change the cost at their lowest and their highest value, all others at their first one."""
         ends: dict[str, list[float | int | str]] = {}
         for v in self.variables:
-            corner = v.name in ("skip", "conv", "keep_rate") and not v.fixed
+            corner = not v.fixed and v.name in AXES and AXES[v.name].changes_cost
             ends[v.name] = [_whole(v, v.low), _whole(v, v.high)] if corner else [v.first]
         return [dict(zip(ends, values, strict=True)) for values in product(*ends.values())]
 
@@ -326,18 +268,6 @@ class Space:
 
 def _whole(variable: Variable, value: float) -> float | int:
     return int(value) if variable.whole else value
-
-
-def _blank_depth(arch: Arch) -> Scores:
-    """Blocks in their order; the last one of every stage is never dropped."""
-    depth = torch.arange(arch.depth, dtype=torch.float64)
-    depth[torch.tensor([len(stage.blocks) for stage in arch.stages]).cumsum(0) - 1] = torch.inf
-    return Scores({"depth": depth})
-
-
-def _blank_tokens(arch: Arch) -> Scores:
-    patches = arch.tokens - arch.prefix_tokens
-    return Scores({f"blocks.{i}.tokens": torch.arange(1.0, patches + 1) for i in range(arch.depth)})
 
 
 def read_scores(folder: Path, files: Mapping[str, str]) -> dict[str, Scores]:

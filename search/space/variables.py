@@ -1,7 +1,7 @@
-"""The variables of a search space: what each of them is, its range, and Optuna's form of it.
+"""A variable of a search space as samplers see it: its name, its range or choices, and Optuna's form of it.
 
-Encoding ``compact`` has a handful of ordinal variables, whatever the depth of the source. ``full`` has a bit and a
-mixer of its own for every block.
+Which variables there are follows from the axes (``search.space.axes``). Encoding ``compact`` has a handful of ordinal
+variables, whatever the depth of the source; ``full`` has a bit and a mixer of its own for every block.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
-
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from typing import TYPE_CHECKING, Any
 
 from prunesweep.models import UserError
-from prunesweep.search.config import SpaceTable
 
-__all__ = ["MIXERS", "Params", "Variable", "variables"]
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+__all__ = ["Params", "Variable"]
 
 Params = Mapping[str, float | int | str]
-MIXERS = ("attn", "conv1x1", "conv3x3", "none")  # of a block, in the full encoding
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A range of numbers, or some ``choices``. One with a single value is no variable to a sampler."""
+    """A range of numbers, or some ``choices``. Samplers do not see one that has a single value."""
 
     name: str
     meaning: str
@@ -37,6 +36,7 @@ class Variable:
 
     @property
     def fixed(self) -> bool:
+        """Whether there is only one value."""
         return len(self.choices) == 1 if self.choices else self.low == self.high
 
     @property
@@ -46,6 +46,10 @@ class Variable:
 
     @property
     def distribution(self) -> BaseDistribution:
+        """Optuna's form."""
+        # here and not above: a configuration is read without Optuna
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
         if self.choices:
             return CategoricalDistribution(self.choices)
         if self.whole:
@@ -71,31 +75,3 @@ class Variable:
             raise UserError(f"{self.name} = {value!r}: must be a {'whole ' * self.whole}number")
         elif not self.low <= value <= self.high:
             raise UserError(f"{self.name} = {value!r}: must lie in [{self.low:g}, {self.high:g}]")
-
-
-def variables(table: SpaceTable, methods: tuple[str, ...], depth: int) -> tuple[Variable, ...]:
-    """Every variable of a table, fixed ones too, for a source of ``depth`` blocks."""
-
-    def numbers(name: str, meaning: str, **options: Any) -> Variable:
-        low, high = getattr(table, name)
-        return Variable(name, meaning, low, high, **options)
-
-    common = [
-        numbers("budget", "MACs of the result / MACs of the source"),
-        Variable("method", "how widths are scored", choices=methods),
-        numbers("keep_rate", "share of patches kept inside merging blocks; 1 plans no tokens"),
-        numbers("merge_start", "first block that merges tokens", whole=True),
-        numbers("mlp_weight", "factor on the saliency of MLP units (log scale)", log=True),
-        numbers("lr", "finetuning learning rate (log scale)", log=True),
-        numbers("distill_weight", "factor on the weights of distillation"),
-    ]
-    if table.encoding == "full":
-        blocks = [Variable(f"skip.{i}", f"block {i} is dropped", 0, 1, whole=True) for i in range(depth)]
-        blocks += [Variable(f"mixer.{i}", f"mixer of block {i}", choices=MIXERS) for i in range(depth)]
-        return (*common, *blocks)
-    return (
-        *common,
-        numbers("skip", "blocks dropped, least important first", whole=True),
-        numbers("conv", "blocks whose attention becomes a convolution, from the first on", whole=True),
-        numbers("conv3", "of these, 3x3 ones, the last ones", whole=True),
-    )

@@ -5,10 +5,10 @@
     source/          the source model          scores/    cached scores
     teacher_logits/, latency_table.json        where the search uses them
     study.journal    Optuna's journal          front.json, report.html, tb/
-    trials/r0-0007/  spec.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
+    trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
 
 The files are the truth: a unit of work is finished exactly when its ``result.json`` is there. ``r0-0007`` is trial 7
-on rung 0; a trial that was promoted has a folder on every rung that it reached.
+on rung 0; a trial that was promoted has a folder on every rung that it reached, and its ``cut.json`` on rung 0 only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import UserError
+from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 
 from .front import TWO, hypervolume, pareto_front
@@ -155,6 +155,16 @@ class Run:
             data = {"state": "finished", "result": asdict(result)}
         write_text(self.trial(unit_id) / "result.json", json.dumps(data, indent=1))
         return data
+
+    def write_cut(self, number: int, decision: Cut) -> None:
+        """Keep what a candidate keeps of the source, as its point was decoded: for all of its units."""
+        # no indent: it has an index for every unit that is kept
+        write_text(self.trial(unit_id(number)) / "cut.json", json.dumps(decision.to_dict(), separators=(",", ":")))
+
+    def read_cut(self, number: int) -> Cut | None:
+        """What ``write_cut`` wrote; None in runs of before it was written. Raises UserError for a damaged file."""
+        path = self.trial(unit_id(number)) / "cut.json"
+        return Cut.from_dict(read_json(path)) if path.is_file() else None
 
     def status(self) -> dict[str, Any]:
         """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""

@@ -69,7 +69,7 @@ class Case:
             self.arch,
             score(self.model, self.batches),
             ratios,
-            round_to=settings["round_to"],
+            round_to=settings["round_to"] or 1,  # null: widths are not rounded
             isomorphic=settings["isomorphic"],
             **options,
         )

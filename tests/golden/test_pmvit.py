@@ -240,6 +240,8 @@ def test_distillation_and_its_gradients(case: Case, variant: str, dtype: torch.d
 @DTYPES
 def test_the_original_checkpoint(case: Case, dtype: torch.dtype) -> None:
     path = case.path.with_name(f"{case.path.name}_refckpt.pth")
+    if not path.exists():
+        pytest.skip("no checkpoint of the original is kept with this case")
     model = import_checkpoint(path, "pmvit", dtype=dtype, heads=case.config["heads"], img_size=case.config["img"])
     arch = arch_of(model)
     kept = [block.tokens or arch.tokens for block in arch.blocks]

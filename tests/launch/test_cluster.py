@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from prunesweep.launch.cluster import drive, package
+from prunesweep.launch.cluster import entrypoint, package
 from prunesweep.launch.cluster.auth import find_token, greet
 from prunesweep.launch.jobs import unpack
 from prunesweep.models import UserError
@@ -41,7 +41,7 @@ def test_code_and_configuration_are_shipped_and_run_alone(tiny: Callable[..., Se
         assert {
             "prunesweep/__init__.py",
             "prunesweep/models/arch.py",
-            "prunesweep/launch/cluster/probe.py",
+            "prunesweep/launch/cluster/inspect_node.py",
             "prunesweep/search/report/report.html",
             "prunesweep/training/recipes/quick.toml",
         } <= names
@@ -50,7 +50,7 @@ def test_code_and_configuration_are_shipped_and_run_alone(tiny: Callable[..., Se
         shipped = load_config(folder / "search.toml")
         assert shipped.data.name == "imagefolder:/mnt/imagenet"
         code = (
-            "import prunesweep.models.io.files, prunesweep.models.io.provenance, prunesweep.launch.cluster.drive;"
+            "import prunesweep.models.io.files, prunesweep.models.io.provenance, prunesweep.launch.cluster.entrypoint;"
             "from importlib.metadata import distribution as d;"
             "print(prunesweep.models.__file__, d('prunesweep').locate_file('').absolute());"
             "print(prunesweep.models.io.provenance.versions()['prunesweep'])"
@@ -123,21 +123,21 @@ def test_secrets_are_not_taken(tiny: Callable[..., SearchConfig], name: str) -> 
 
 def test_a_driver_begins_once_and_then_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "a run"
-    assert drive.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == [
+    assert entrypoint.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == [
         *("search", "c.toml", "--out", str(run), "--address", "auto"),
         *("--set", "resources.cpus=2", "--set", "search.trials=9"),
     ]
     run.mkdir()
     (run / "search.toml").touch()  # not yet whole
-    assert drive.command("c.toml", str(run), "auto", None, [])[0] == "search"
+    assert entrypoint.command("c.toml", str(run), "auto", None, [])[0] == "search"
     (run / "run.json").touch()
     wanted = ["resume", str(run), "--address", "auto", "--trials", "9", "--set", "resources.cpus=2"]
-    assert drive.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == wanted
+    assert entrypoint.command("c.toml", str(run), "auto", 9, ["resources.cpus=2"]) == wanted
     words = shlex.split(package.driver("c.toml", str(run), again=True, trials=9, overrides=["a.b='x y'"]))
     assert words == [
         "python",
         "-m",
-        "prunesweep.launch.cluster.drive",
+        "prunesweep.launch.cluster.entrypoint",
         "c.toml",
         str(run),
         "--trials",
@@ -148,7 +148,7 @@ def test_a_driver_begins_once_and_then_goes_on(tmp_path: Path) -> None:
     assert "prunesweep search" in package.driver("c.toml", str(run), again=False)
 
 
-class Door(http.server.BaseHTTPRequestHandler):
+class Endpoint(http.server.BaseHTTPRequestHandler):
     """Answers as Ray's dashboard does; ``server.token`` opens it."""
 
     def do_GET(self) -> None:
@@ -167,8 +167,8 @@ class Door(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def door() -> Iterator[http.server.HTTPServer]:
-    server = http.server.HTTPServer(("127.0.0.1", 0), Door)
+def endpoint() -> Iterator[http.server.HTTPServer]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Endpoint)
     server.token, server.body, server.seen = None, json.dumps({"ray_version": "2.60.0"}).encode(), []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -180,24 +180,24 @@ def url_of(server: http.server.HTTPServer) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def test_a_token_is_sent_only_where_it_is_wanted(door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_token_is_sent_only_where_it_is_wanted(endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hidden")
-    head = greet(url_of(door) + "/")
-    assert (head.ray, head.headers, door.seen) == ("2.60.0", {}, [None])
-    door.token = "hidden"
-    head = greet(url_of(door))
+    head = greet(url_of(endpoint) + "/")
+    assert (head.ray, head.headers, endpoint.seen) == ("2.60.0", {}, [None])
+    endpoint.token = "hidden"
+    head = greet(url_of(endpoint))
     assert head.headers == {"Authorization": "Bearer hidden"}
     assert "hidden" not in repr(head)
-    door.token = "other"
+    endpoint.token = "other"
     with pytest.raises(UserError, match="refuses the token of RAY_AUTH_TOKEN") as error:
-        greet(url_of(door))
+        greet(url_of(endpoint))
     assert "hidden" not in str(error.value)
 
 
-def test_tokens_are_found_where_ray_finds_them(door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    door.token = "t"
+def test_tokens_are_found_where_ray_finds_them(endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    endpoint.token = "t"
     with pytest.raises(UserError, match="wants a token: set RAY_AUTH_TOKEN_PATH"):
-        greet(url_of(door))
+        greet(url_of(endpoint))
     default = tmp_path / "home" / ".ray" / "auth_token"
     default.parent.mkdir(parents=True)
     default.write_text("in home\n")
@@ -210,20 +210,20 @@ def test_tokens_are_found_where_ray_finds_them(door, monkeypatch: pytest.MonkeyP
     assert find_token() == ("in a file", str(named))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
     assert find_token() == ("t", "RAY_AUTH_TOKEN")
-    assert greet(url_of(door)).ray == "2.60.0"
+    assert greet(url_of(endpoint)).ray == "2.60.0"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(UserError, match="RAY_AUTH_MODE=disabled is set here"):
-        greet(url_of(door))
+        greet(url_of(endpoint))
 
 
-def test_what_is_no_head_is_said_to_be_none(door) -> None:
-    door.body = b"<html>"
+def test_what_is_no_head_is_said_to_be_none(endpoint) -> None:
+    endpoint.body = b"<html>"
     with pytest.raises(UserError, match="not as Ray's dashboard does"):
-        greet(url_of(door))
-    door.shutdown()
-    door.server_close()
+        greet(url_of(endpoint))
+    endpoint.shutdown()
+    endpoint.server_close()
     with pytest.raises(UserError, match=r"nothing answers at http://127\.0\.0\.1"):
-        greet(url_of(door))
+        greet(url_of(endpoint))
     with pytest.raises(UserError, match="must be the http address"):
         greet("10.0.0.1:6379")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from prunesweep.launch.cluster.probe import Node, look, versions
+from prunesweep.launch.cluster.inspect_node import Node, inspect_node, versions
 from prunesweep.launch.doctor import Finding, check_nodes
 from tests.launch.head import AUTH
 from tests.launch.test_cli import call
@@ -76,15 +77,15 @@ def test_another_ray_than_the_cluster_s_is_a_warning() -> None:
 
 
 def test_a_node_reports_what_it_sees(tmp_path: Path) -> None:
-    found = look(str(tmp_path))
+    found = inspect_node(str(tmp_path))
     assert found["data_problem"] == f"{tmp_path}: is empty"
     (tmp_path / "file").touch()
-    assert look(str(tmp_path))["data_problem"] is None
-    assert look("/not/there")["data_problem"] == "/not/there: No such file or directory"
-    assert look(None)["data_problem"] is None
+    assert inspect_node(str(tmp_path))["data_problem"] is None
+    assert inspect_node("/not/there")["data_problem"] == "/not/there: No such file or directory"
+    assert inspect_node(None)["data_problem"] is None
     assert found["versions"] == versions()
     assert found["versions"]["ray"]
-    assert found["gpus"] >= 0
+    assert found["gpus"] == torch.cuda.device_count()
 
 
 def test_storage_that_is_not_shared_is_seen(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_kuberay_has_nodes_gpus_storage_and_restarts(config: Callable[..., Searc
     assert job["metadata"] == settings["metadata"] == {"name": "my-run-1", "namespace": "default"}
     spec = job["spec"]
     assert (
-        spec["entrypoint"] == "python -m prunesweep.launch.cluster.drive /etc/prunesweep/search.toml /mnt/runs/My_run.1"
+        spec["entrypoint"]
+        == "python -m prunesweep.launch.cluster.entrypoint /etc/prunesweep/search.toml /mnt/runs/My_run.1"
     )
     assert spec["backoffLimit"] == 5
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {**ENV, "NCCL_DEBUG": "IN FO"}}
@@ -109,7 +110,7 @@ def executable(path: Path, text: str) -> None:
 class Allocation:
     """SLURM's programs, as far as a script calls them: every step runs here, and everything is written down."""
 
-    def __init__(self, folder: Path, *, drive: str) -> None:
+    def __init__(self, folder: Path, *, driver: str) -> None:
         self.folder, bin_ = folder, folder / "bin"
         bin_.mkdir()
         self.log = folder / "log"
@@ -119,8 +120,8 @@ class Allocation:
         executable(bin_ / "ray", f"{say}\ntrap 'exit 0' TERM\nwhile :; do sleep 0.1; done")
         executable(bin_ / "getent", "echo '127.0.1.1 STREAM n1'; echo '10.1.1.1 STREAM n1'")
         where = 'echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c < "$RAY_AUTH_TOKEN_PATH")"'
-        begin = f"{say}\n[[ $2 == *wait ]] && exit 0\n{where} >> {self.log}\necho $$ > {folder}/driver\n"
-        executable(bin_ / "python", begin + drive)
+        begin = f"{say}\n[[ $2 == *wait_for_nodes ]] && exit 0\n{where} >> {self.log}\necho $$ > {folder}/driver\n"
+        executable(bin_ / "python", begin + driver)
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
@@ -148,15 +149,15 @@ def test_a_batch_script_starts_ray_and_the_driver(config: Callable[..., SearchCo
     wanted = {"nodes": "3", "cpus-per-task": "16", "gpus-per-node": "4", "mem": "64G", "partition": "gpu"}
     assert wanted.items() <= directives.items()
     assert "#SBATCH --requeue" in script
-    allocation = Allocation(tmp_path, drive=f'echo "$NCCL_DEBUG $ACTIVE" >> {tmp_path}/log')
+    allocation = Allocation(tmp_path, driver=f'echo "$NCCL_DEBUG $ACTIVE" >> {tmp_path}/log')
     assert allocation.start(script).wait(timeout=60) == 0
     lines, run = allocation.lines(), tmp_path / "runs" / "My_run.1"
     starts = [line for line in lines if line.startswith("ray start")]
     assert len(starts) == 3
     assert sum("--head" in line and "--node-ip-address=10.1.1.1 --port=20077" in line for line in starts) == 1
     assert sum("--address=10.1.1.1:20077 --num-cpus=16 --num-gpus=4" in line for line in starts) == 2
-    assert "python -m prunesweep.launch.cluster.wait --address 10.1.1.1:20077 --nodes 3" in lines
-    assert f"python -m prunesweep.launch.cluster.drive {run}.search.toml {run} --address 10.1.1.1:20077" in lines
+    assert "python -m prunesweep.launch.cluster.wait_for_nodes --address 10.1.1.1:20077 --nodes 3" in lines
+    assert f"python -m prunesweep.launch.cluster.entrypoint {run}.search.toml {run} --address 10.1.1.1:20077" in lines
     assert lines[-2:] == ["token 600 64", "IN FO yes"]
     assert parse_config(tomllib.loads(Path(f"{run}.search.toml").read_text()), "there").name == "My_run.1"
     assert [path.name for path in run.parent.iterdir()] == ["My_run.1.search.toml"]  # and no token
@@ -166,7 +167,7 @@ WAITS = "trap 'exit 130' TERM; while :; do sleep 0.1; done"
 
 
 @pytest.mark.parametrize(
-    ("drive", "signal", "restarts", "code", "again"),
+    ("driver", "signal", "restarts", "code", "again"),
     [
         ("exit 1", None, 0, 1, False),  # failed, as it would again
         ("exit 2", None, 0, 2, False),
@@ -180,13 +181,13 @@ WAITS = "trap 'exit 130' TERM; while :; do sleep 0.1; done"
 def test_a_batch_script_queues_itself_again_where_that_helps(
     config: Callable[..., SearchConfig],
     tmp_path: Path,
-    drive: str,
+    driver: str,
     signal: str | None,
     restarts: int,
     code: int,
     again: bool,
 ) -> None:
-    allocation = Allocation(tmp_path, drive=drive)
+    allocation = Allocation(tmp_path, driver=driver)
     process = allocation.start(slurm(config(storage=str(tmp_path / "runs"))), SLURM_RESTART_COUNT=str(restarts))
     if signal is not None:
         while not (tmp_path / "driver").exists() or not (tmp_path / "driver").read_text():

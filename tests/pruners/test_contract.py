@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from prunesweep.models import Arch, UserError
-from prunesweep.pruners import METHODS, WidthMethod, get_method
-from tests.contract_pruner import PrunerContract
+from prunesweep.models import Arch, Cut, UserError
+from prunesweep.pruners import METHODS, Measure, Scores, WidthMethod, get_method
+from tests.contract_pruner import GROUPS, PrunerContract
 
 PAIRS = [(n, family) for n, m in METHODS.items() if isinstance(m, WidthMethod) for family in m.families]
 
@@ -33,6 +35,26 @@ def test_budgets_are_met_and_nested(contract: PrunerContract) -> None:
 
 def test_a_cut_model_can_be_scored_and_cut_again(contract: PrunerContract) -> None:
     contract.check_a_cut_model_can_be_scored_and_cut_again()
+
+
+def test_the_contract_sees_cuts_that_are_not_nested() -> None:
+    """Each budget is met, and by another half of the residual channels."""
+    calls: list[float] = []
+    usual = get_method("magnitude", WidthMethod)
+
+    def decide(arch: Arch, scores: Scores, budget: float, *, measure: Measure) -> Cut:
+        calls.append(budget)
+        decision = usual.decide(arch, scores, budget, measure=measure, groups=GROUPS)
+        width = arch.stages[0].width
+        assert decision.embed is not None
+        kept = len(decision.embed[0] or range(width))
+        first = len(calls) % 2
+        return dataclasses.replace(decision, embed=(tuple(range(kept) if first else range(width - kept, width)),))
+
+    contract = PrunerContract(dataclasses.replace(usual, decide=decide), "vit")
+    with pytest.raises(AssertionError, match="keeps units that a larger budget leaves out"):
+        contract.check_budgets_are_met_and_nested()
+    assert len(calls) == 2
 
 
 def test_unknown_methods_and_families_are_named() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunesweep.models import UserError
-from prunesweep.search.config import load_config, parse_config
+from prunesweep.search.config import load_config, load_run_config, parse_config
 from tests.conftest import TINY
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
@@ -51,6 +51,7 @@ def test_overrides(tmp_path: Path, tiny) -> None:
             "start, start_from, start_published. did you mean 'trials'?",
         ),
         ({"trials": 9}, "did you mean 'search.trials'?"),
+        ({"search": {"eta": 3}}, "search.eta: is called search.reduction_factor now"),
         ({"search": {"trials": "many"}}, "search.trials = 'many': input should be a valid integer"),
         ({"search": {"trials": 0}}, "search.trials = 0: input should be greater than or equal to 1"),
         ({"space": {"budget": [0.9, 0.3]}}, "space: budget = [0.9, 0.3]: low must not exceed high"),
@@ -77,6 +78,17 @@ def test_errors_name_the_key_and_what_is_allowed(changes: dict, message: str) ->
         parse_config(data, "file.toml")
     assert message in str(error.value)
     assert str(error.value).startswith("file.toml:")
+
+
+def test_a_run_of_an_earlier_version_is_read_with_its_keys(tmp_path: Path, tiny) -> None:
+    config = tiny(search={"reduction_factor": 2.0})
+    text = config.to_toml().replace("reduction_factor", "eta")
+    assert "eta = 2.0" in text
+    (tmp_path / "search.toml").write_text(text)
+    assert load_run_config(tmp_path) == config
+    assert load_run_config(tmp_path, ["search.trials=9"]).search.trials == 9
+    with pytest.raises(UserError, match="is called search.reduction_factor now"):
+        load_run_config(tmp_path, ["search.eta=3"])
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ JOINT = {
         "lr": [5e-4, 3e-3],
         "groups": {"embed": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 8},
     },
-    "search": {"trials": 9, "rungs": [0, 1, 1], "eta": 3, "screen_images": 256},
+    "search": {"trials": 9, "rungs": [0, 1, 1], "reduction_factor": 3, "screen_images": 256},
     "resources": {"cpus": 2},
 }
 

@@ -163,7 +163,7 @@ def test_a_warm_restart_is_worth_less_than_one_schedule() -> None:
 
 
 def test_states_of_blocks() -> None:
-    states = surface(0)._states(rows(Choice(0, skip=1, conv=2, conv3=1, keep=3, start=4)))[0]
+    states = surface(0).states(rows(Choice(0, skip=1, conv=2, conv3=1, keep=3, start=4)))[0]
     dropped = surface(0).drop_order[0]
     want = [1, 2, ATTN, ATTN, *[ATTN + 3] * 8]
     want[dropped] = 0

@@ -10,7 +10,6 @@ import timm
 import torch
 from safetensors import safe_open
 
-from prunesweep import models
 from prunesweep.models import UserError, arch_of, cut, load, load_provenance, read_arch, save
 from prunesweep.models.io.files import publish_folder, write_text
 from tests.generate import random_arch, random_cut, random_images, random_model
@@ -168,7 +167,3 @@ def test_publishing_is_all_or_nothing(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "y")
     assert (tmp_path / "file").read_text() == "y"
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_public_names_exist() -> None:
-    assert all(hasattr(models, name) for name in models.__all__)

@@ -128,6 +128,7 @@ def test_saliency_is_the_mean_of_squares_over_optimizer_steps_averaged_over_prun
     hook = NViTPruning([least(arch)], groups=GROUPS, interval=2, momentum=0.75, divide={"mlp": 3.0}, eta=0.0)
     hook.wrap(model)
     means, x = [], random_images(arch, 0, batch=16)
+    divisors = nvit.divisors(arch) | {"mlp": 3.0}
     y = torch.arange(len(x)) % arch.num_classes
     for part in (0, 8):
         model.zero_grad()
@@ -143,7 +144,7 @@ def test_saliency_is_the_mean_of_squares_over_optimizer_steps_averaged_over_prun
     for batch in (x[:8], x[8:]):
         model.zero_grad()
         F.cross_entropy(model(batch), y[:8]).backward()
-        means.append({n: (r / hook._divisors[kind_of(n)]) ** 2 for n, r in nvit.raw_saliency(model, arch).items()})
+        means.append({n: (r / divisors[kind_of(n)]) ** 2 for n, r in nvit.raw_saliency(model, arch).items()})
         hook.after_backward()
         hook.after_step()
     for name, vector in hook.scores.items():

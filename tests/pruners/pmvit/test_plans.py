@@ -27,7 +27,6 @@ from prunesweep.models import (
 from prunesweep.models.io.export import export
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import Measure, Scores, pmvit
-from prunesweep.pruners.pmvit import plans
 from tests.generate import random_arch, random_cut, random_images, random_model
 from tests.models.test_counting import counted_macs
 from tests.models.test_fuse import planned
@@ -265,9 +264,9 @@ def test_budgets_are_met_tightly(seed: int, settings: dict[str, Any]) -> None:
     most = patches - int(patches * 0.1)
     ladder = []
     for n in range(1, most + 1):
-        rule = plans._rule(keep_rate=0.5, **settings)
-        blocks = plans._merging(arch, rule)
-        ladder.append(cost(cut_arch(arch, plans._plan(arch, scores, rule, blocks, [n] * len(blocks)))).macs)
+        rates = {"keep_rate": min((n + 1e-9) / patches, 1.0), "prune_rate": (patches - most + 1e-9) / patches}
+        found = pmvit.plan(arch, scores, **rates, **settings)
+        ladder.append(cost(cut_arch(arch, found)).macs)
     assert ladder == sorted(ladder)
     for limit in {ladder[0], (ladder[0] + ladder[-1]) // 2, ladder[-1] - 1, ladder[-1] + 1} - {ladder[0] - 1}:
         found = cost(cut_arch(arch, pmvit.plan_for_budget(arch, scores, limit, **settings))).macs

@@ -17,6 +17,7 @@ from prunesweep.pruners import Scores
 from prunesweep.pruners.pmvit.scores import IMPORTANCES, scorable, score
 from tests.generate import random_arch, random_images, random_model
 from tests.models.test_fuse import planned
+from tests.oracle import hooks_of
 
 
 def source(seed: int) -> Arch:
@@ -92,7 +93,7 @@ def test_scoring_is_a_pure_function_and_saved(importance: str, tmp_path: Path) -
     assert model.training
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks for m in model.modules())
+    assert hooks_of(model) == []
     assert calls == ([(1, 2), (2, 2)] if importance in ("grad_attn", "cls_attn") else [])
     facts = {"importance": importance, "arch": arch.hash, "batches": 2, "images": 8, "skipped": 0, "seed": 3}
     assert first.provenance == {"method": "pmvit", **facts}

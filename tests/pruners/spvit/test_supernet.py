@@ -75,6 +75,7 @@ def test_training_with_all_gates_open_is_the_dense_model(family: str) -> None:
     model.train()
     net.set_uniforms([torch.full_like(theta, 0.99) for theta in net.thetas])
     torch.testing.assert_close(model(x), dense, rtol=0, atol=1e-12)
+    assert net.mixers
     counts = [norm.num_batches_tracked for gates in net.mixers for norm in (gates.bn_1x1, gates.bn_3x3)]
     assert counts == [1] * len(counts)  # both follow, chosen or not
     model(x).square().sum().backward()

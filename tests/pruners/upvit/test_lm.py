@@ -230,8 +230,7 @@ def test_a_budget_of_parameters_reaches_into_the_vocabulary() -> None:
     )
     small = arch_of(cut(model, decision))
     assert cost(small).params <= 0.8 * cost(arch).params
-    assert small.text.tails[0] == 2
-    assert small.text.tails[1] > 2 or small.stages[0].width < 64
+    assert (small.text.tails, small.stages[0].width) == ((2, 4), 64)  # of (16, 4) and 64: the cheapest band suffices
 
 
 def test_wrong_input_is_named() -> None:

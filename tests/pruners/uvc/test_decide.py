@@ -44,7 +44,7 @@ def test_any_decision_comes_within_one_unit_of_any_budget(r_mode: str, seed: int
         assert alive == runs
         assert cost(small).macs == decider.macs(widths, runs) <= budget
         for block, own in enumerate(widths):  # nothing that fits is left out
-            assert all(cost(small).macs + macs > budget for _, _, macs in decider._moves(block, own, True))
+            assert all(cost(small).macs + macs > budget for _, _, macs in decider.moves(block, own, True))
             assert own.mlp % 4 == 0 or own.mlp == 30
         if r_mode != "ragged":
             assert all(isinstance(block.v, int) for block in small.blocks)

@@ -21,7 +21,7 @@ from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
 from prunesweep.training import Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
-from tests.oracle import masked
+from tests.oracle import hooks_of, masked
 from tests.pruners.nvit.test_schedule import vit
 
 ARCH = vit(depth=3, width=16, heads=2, head=8, mlp=32)
@@ -85,7 +85,7 @@ def test_evaluation_during_the_run_is_the_cut_model(settings: dict[str, Any]) ->
     assert list(model.state_dict()) == list(before.state_dict())
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert all(p.requires_grad for p in model.parameters())
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert hooks_of(model) == []
 
 
 def test_warm_up_is_half_of_every_block_and_decides_nothing() -> None:

@@ -24,7 +24,7 @@ from prunesweep.search.execution.prepare import open_search
 from prunesweep.search.execution.source import open_space
 from prunesweep.search.execution.task import run_unit
 from prunesweep.search.store.run import Run
-from prunesweep.training import teacher_cache
+from prunesweep.training.task import DistillationTask
 from tests.search.execution.test_task import begin, nothing
 
 
@@ -88,7 +88,7 @@ def test_a_teacher_is_asked_once_before_the_first_unit(
     open_search(config, tmp_path / "cache", lambda what, share, _: shares.append(share) if "teacher" in what else None)
     assert len(shares) == 6  # 1,347 images in batches of 256
     assert (sorted(shares), shares[-1]) == (shares, 1.0)
-    monkeypatch.setattr(teacher_cache, "_logits", Mock(side_effect=AssertionError("asked again")))
+    monkeypatch.setattr(DistillationTask, "answers", Mock(side_effect=AssertionError("asked again")))
 
     run, coordinator = begin(config, tmp_path / "cache", tmp_path / "run")
     (kept,) = (tmp_path / "cache" / "teacher_logits").rglob("*.safetensors")
@@ -103,7 +103,7 @@ def test_a_teacher_is_asked_once_before_the_first_unit(
 def test_no_teacher_is_asked_where_nothing_is_trained(
     tiny: Callable[..., SearchConfig], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "_logits", Mock(side_effect=AssertionError("asked")))
+    monkeypatch.setattr(DistillationTask, "answers", Mock(side_effect=AssertionError("asked")))
     config = tiny(finetune={"epochs": 0, "fixed_view": True, "distill": [{"cache_teacher": True}]})
     assert open_search(config, runs / "cache", nothing).teacher_logits == ()
 

@@ -12,13 +12,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from prunesweep.models import UserError, arch_of, load, load_provenance, save
+from prunesweep.models import Cut, UserError, arch_of, load, load_provenance, save
 from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_unit
+from prunesweep.search.space.space import Space
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
@@ -92,6 +93,35 @@ def test_a_stopped_unit_goes_on_to_the_same_result(started: tuple[Run, Coordinat
     assert {**again, **clocks} == {**found, **clocks}
     uninterrupted = load(run.trial(unit.id) / "model").state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in uninterrupted.items())
+
+
+def test_a_decision_is_made_once_and_checked(started: tuple[Run, Coordinator], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's cut travels with the unit; no worker decodes the point again, but in runs that have no cut."""
+    run, coordinator = started
+    unit, other, third = (coordinator.next() for _ in range(3))
+    assert unit is not None
+    assert other is not None
+    assert third is not None
+    decode = Space.decode
+    decoded: list[Any] = []
+    monkeypatch.setattr(Space, "decode", lambda space, point: decoded.append(point) or decode(space, point))
+    found = run_unit(run.path, unit)["result"]
+    assert decoded == []
+    assert found["arch_hash"] == unit.arch_hash
+    kept = run.trial(third.id) / "cut.json"
+    assert (
+        Cut.from_dict(json.loads(kept.read_text())).to_dict()
+        == coordinator.space.decode(third.point).decision.to_dict()
+    )
+    decoded.clear()
+
+    kept.write_text((run.trial(unit.id) / "cut.json").read_text())  # another candidate's
+    assert third.key != unit.key
+    assert "the driver decoded" in run_unit(run.path, third)["error"]
+    assert decoded == []
+    (run.trial(other.id) / "cut.json").unlink()  # as in a run of an earlier version
+    assert run_unit(run.path, other)["result"]["arch_hash"] == other.arch_hash
+    assert decoded == [other.point]
 
 
 def test_the_source_is_trained_once_and_scores_are_kept(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:

@@ -16,8 +16,18 @@ from prunesweep.search.store.study import Study
 SPACE = {"budget": FloatDistribution(0.2, 0.9), "skip": IntDistribution(0, 3)}
 
 
+def opened(journal: Path) -> optuna.Study:
+    """The study as another process reads it: by Optuna alone."""
+    return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
+
+
 def trials(journal: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="r0", storage=JournalStorage(JournalFileBackend(str(journal)))).trials
+    return opened(journal).trials
+
+
+def die_while_asking(journal: Path) -> None:
+    """Leave a trial that was begun and has no point, as a driver does that dies before it has fixed one."""
+    opened(journal).ask()
 
 
 def run(study: Study, count: int) -> list[dict[str, float]]:
@@ -47,7 +57,7 @@ def test_running_trials_are_found_again(tmp_path: Path) -> None:
     study = Study(tmp_path / "j", SPACE, seed=0)
     run(study, 2)
     number, point = study.ask()
-    study._study.ask()  # the driver died before it fixed the point
+    die_while_asking(tmp_path / "j")
     assert Study(tmp_path / "j", SPACE, seed=0).running() == {number: point, number + 1: None}
 
 

@@ -1,6 +1,6 @@
-"""``-m prunesweep.launch.cluster.drive CONFIG RUN``: go on with a run where it exists, begin it where not.
+"""``-m prunesweep.launch.cluster.entrypoint CONFIG RUN``: resume a run where it exists, start it where not.
 
-What manifests and later attempts start, because they cannot know how far the one before them came.
+Manifests and later attempts start a search by this module, because they cannot know how far earlier attempts came.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["command"]
 
 
 def command(config: str, run: str, address: str, trials: int | None, overrides: list[str]) -> list[str]:
-    """Arguments of ``prunesweep``."""
+    """Return the arguments of ``prunesweep``: ``resume`` where ``run`` exists, ``search`` otherwise."""
     settings = [part for text in overrides for part in ("--set", text)]
     if Path(run, "run.json").is_file():
         more = [] if trials is None else ["--trials", str(trials)]

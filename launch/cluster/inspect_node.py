@@ -1,4 +1,4 @@
-"""``-m prunesweep.launch.cluster.probe``: print what every node of a cluster sees as JSON, for ``doctor``."""
+"""``-m prunesweep.launch.cluster.inspect_node``: print what every node of a cluster sees as JSON, for ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "look", "probe", "versions"]
+__all__ = ["PACKAGES", "inspect_node", "inspect_nodes", "versions"]
 
 PACKAGES = ("ray", "torch", "timm", "optuna", "pydantic", "safetensors")
 ROUNDS = 5  # of asking for the time; the quickest answer counts
@@ -24,7 +24,7 @@ PATIENCE = 120.0  # seconds for a process to start on a node
 
 
 def versions() -> dict[str, str | None]:
-    """Python's and the packages' versions in this process's environment; None for what is not installed."""
+    """Return the versions of Python and of the packages here; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,8 +34,8 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def look(data: str | None) -> dict[str, Any]:
-    """What this machine is: host, versions, GPUs that torch sees, and what keeps it from reading ``data``."""
+def inspect_node(data: str | None) -> dict[str, Any]:
+    """Describe this machine: host, versions, GPUs that torch sees, and why it cannot read ``data``, if so."""
     gpus: int | None = None
     with contextlib.suppress(ImportError):
         import torch
@@ -57,16 +57,16 @@ def _unreadable(data: str | None) -> str | None:
 
 
 class Node:
-    """One process on a node; the files are those of the folder that all nodes should share."""
+    """A process on a node that reads and writes files in the folder that all nodes should share."""
 
     def time(self) -> float:
         return time.time()
 
-    def look(self, data: str | None) -> dict[str, Any]:
-        return look(data)
+    def inspect(self, data: str | None) -> dict[str, Any]:
+        return inspect_node(data)
 
     def write(self, path: str, text: str) -> str | None:
-        """What keeps this node from writing, or None."""
+        """Write a file; return the reason where this node cannot, else None."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text)
@@ -75,7 +75,7 @@ class Node:
         return None
 
     def read(self, paths: dict[str, str]) -> list[str]:
-        """Those files, by what they should say, that this node does not find as they were written."""
+        """Return the paths whose contents on this node differ from what was written; ``paths`` maps text to path."""
         return [path for text, path in paths.items() if _text(path) != text]
 
     def erase(self, path: str) -> None:
@@ -84,7 +84,7 @@ class Node:
             Path(path).parent.rmdir()
 
     def file_clock(self, path: str) -> float | None:
-        """How far the storage's clock is ahead of this node's, in seconds."""
+        """Return how many seconds the storage's clock is ahead of this node's; None where the file is not writable."""
         try:
             Path(path).touch()
             return Path(path).stat().st_mtime - time.time()
@@ -99,12 +99,12 @@ def _text(path: str) -> str | None:
         return None
 
 
-def probe(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
-    """Ask a process on every living node.
+def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
+    """Inspect every living node of a cluster from a process on it.
 
-    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what ``look``
-    says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or ``error``, where no
-    process could be started on it.
+    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what
+    ``inspect_node`` says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or
+    ``error``, where no process could be started on it.
     """
     import ray
 
@@ -119,7 +119,7 @@ def probe(address: str, storage: str | None, data: str | None) -> dict[str, Any]
         for node in nodes
     }
     found = {node["NodeID"]: {"address": node["NodeManagerAddress"], **_offer(node["Resources"])} for node in nodes}
-    looks = {key: actor.look.remote(data) for key, actor in actors.items()}  # all nodes at the same time
+    looks = {key: actor.inspect.remote(data) for key, actor in actors.items()}  # all nodes at the same time
     for key, actor in actors.items():
         try:
             found[key] |= ray.get(looks[key], timeout=PATIENCE)
@@ -151,7 +151,7 @@ def _skew(ray: Any, actor: Any) -> float:
 def _check_storage(
     ray: Any, actors: dict[str, Any], found: dict[str, dict[str, Any]], storage: str
 ) -> Iterator[tuple[str, str | None]]:
-    """Every node writes a file and then reads all files that the others wrote; what went wrong, by node."""
+    """Let every node write a file and read those of the others; yield each node and its problem, or None."""
     folder = Path(storage) / f".probe-{uuid.uuid4().hex[:8]}"
     paths = {key: str(folder / key) for key in actors}
     wrote = _all(ray, {key: actor.write.remote(paths[key], key) for key, actor in actors.items()})
@@ -180,7 +180,7 @@ def main() -> int:
     parser.add_argument("--storage")
     parser.add_argument("--data")
     arguments = parser.parse_args()
-    print(json.dumps(probe(arguments.address, arguments.storage, arguments.data)))
+    print(json.dumps(inspect_nodes(arguments.address, arguments.storage, arguments.data)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``-m prunesweep.launch.cluster.wait``: wait for all nodes; exit with 1 where they are not there in time."""
+"""``-m prunesweep.launch.cluster.wait_for_nodes``: wait for all nodes; exit with 1 after the time limit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import contextlib
 import sys
 import time
 
-__all__ = ["wait"]
+__all__ = ["wait_for_nodes"]
 
 POLL = 2.0  # seconds
 
 
-def wait(address: str, nodes: int, timeout: float) -> int:
-    """The nodes that are there once there are ``nodes``, or after ``timeout`` seconds."""
+def wait_for_nodes(address: str, nodes: int, timeout: float) -> int:
+    """Wait for ``nodes`` living nodes, at most ``timeout`` seconds; return how many there are."""
     import ray
 
     deadline, alive = time.monotonic() + timeout, 0
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--timeout", type=float, default=600.0)
     arguments = parser.parse_args()
-    alive = wait(arguments.address, arguments.nodes, arguments.timeout)
+    alive = wait_for_nodes(arguments.address, arguments.nodes, arguments.timeout)
     print(f"{alive} of {arguments.nodes} nodes are there", flush=True)
     return 0 if alive >= arguments.nodes else 1
 
