@@ -19,12 +19,14 @@ from .builder import arch_of, blocks_of, build, num_params
 from .counting import Cost, cost
 from .cutting import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
+from .views import BlockView, block_views
 
 __all__ = [
     "PUBLISHED",
     "Arch",
     "Block",
     "BlockCut",
+    "BlockView",
     "Cost",
     "Cut",
     "LatencyTable",
@@ -33,6 +35,7 @@ __all__ = [
     "Text",
     "UserError",
     "arch_of",
+    "block_views",
     "blocks_of",
     "build",
     "build_table",

@@ -16,16 +16,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import nn
 
+from prunesweep.models.families.views import AttentionView
 from prunesweep.models.layers.mixers import attend
 
-from .arch import Arch, Block
+from .arch import Arch
 from .builder import arch_of
 from .counting import block_cost, outside_cost
 from .errors import UserError
 from .families import family_of
+from .views import block_views
 
 __all__ = ["Matching", "Schedule", "ToMe", "apply_tome", "match", "tome_macs", "tome_schedule"]
 
@@ -128,11 +129,13 @@ class ToMe(nn.Module):
         x = self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(x)))
         size = x.new_ones(x.shape[0], x.shape[1], 1)
         merged = False
-        for record, block, r in zip(self.record.blocks, self.model.blocks, self.r, strict=True):
+        for view, r in zip(block_views(self.model, self.record), self.r, strict=True):
+            block: Any = view.module
+            record, attention = view.record, view.attention
             metric = matching = None
-            if record.mixer == "attn":
+            if attention is not None:
                 bias = size.log().transpose(1, 2)[:, None] if merged and self.proportional else None
-                y, metric = _attention(block.attn, record, block.norm1(x), bias)
+                y, metric = _attend(attention, attention.norm(x), bias)
                 x = x + block.drop_path1(block.ls1(y))
                 matching = match(metric, r, self.record.prefix_tokens)
             elif record.norm_residual:
@@ -145,16 +148,13 @@ class ToMe(nn.Module):
             yield Step(x, size, metric, matching)
 
 
-def _attention(
-    attn: Any, record: Block, x: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(attention: AttentionView, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with ``bias`` (B, 1, 1, n) on its logits, (B, n, D), and the mean of the heads' keys (B, n, E)."""
-    width = record.heads * record.qk
-    q, k, v = attn.qkv(x).split([width, width, record.total_v], dim=-1)
-    q, k = (rearrange(t, "b n (h e) -> b h n e", h=record.heads) for t in (q, k))
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    record = attention.record
+    q, k, v = attention.queries_keys_values(x)
+    q, k = attention.q_norm(attention.by_head(q)), attention.k_norm(attention.by_head(k))
     y = attend(q, k, v, record.v_widths, record.scale, attn_mask=bias)
-    return attn.proj(y), k.mean(1)
+    return attention.out.layer(y), k.mean(1)
 
 
 def apply_tome(model: nn.Module, r: Schedule, *, proportional: bool = True) -> ToMe:

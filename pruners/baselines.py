@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from prunesweep.models import arch_of
+from prunesweep.models.families import FamiliesWith
 
 from .coupled import KINDS, coupled_sums
 from .scores import Scores, vector_sizes
 
 __all__ = ["FAMILIES", "KINDS", "score_magnitude", "score_random"]
 
-FAMILIES = ("vit", "swin", "pvt_v2", "lm")
+FAMILIES = FamiliesWith("width")
 
 
 def score_magnitude(

@@ -5,12 +5,12 @@ Which weights those are is what ``models.cut`` knows: a unit's group is every te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from prunesweep.models import Arch, UserError
-from prunesweep.models.cutting import tensor_axes
+from prunesweep.models.families import family_of
 
 from .scores import vector_sizes
 
@@ -30,28 +30,27 @@ def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, tor
         UserError: a block's heads have unequal or different query/key and value widths.
     """
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in vector_sizes(arch, KINDS).items()}
+    family = family_of(arch)
+    sizes = family.spaces(arch)
     for name, tensor in terms.items():
-        for axis, units in enumerate(tensor_axes(arch, name)):
-            if units:
-                total = tensor.transpose(0, axis).flatten(1).sum(1) if tensor.dim() > 1 else tensor
-                for vector, part in _parts(arch, units, total.double().cpu()):
-                    if vector in sums:
-                        sums[vector] += part
+        for axis, units in enumerate(family.axes(arch, name)):
+            spaces = family.parts(units)
+            if not spaces:
+                continue
+            total = tensor.transpose(0, axis).flatten(1).sum(1) if tensor.dim() > 1 else tensor
+            parts = torch.split(total.double().cpu(), [sizes[space] for space in spaces])
+            vectors = [_vector(space) for space in spaces]
+            for vector in dict.fromkeys(vectors):  # an axis may count a vector's units several times over
+                if vector in sums:
+                    own = [part for part, where in zip(parts, vectors, strict=True) if where == vector]
+                    sums[vector] += torch.stack(own).sum(0)
     return sums
 
 
-def _parts(arch: Arch, units: str, total: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The vectors that one axis of a tensor adds to, and what it adds."""
-    place, _, axis = units.rpartition(".")
-    if axis == "merged":
-        yield f"{place}.embed", total.view(4, -1).sum(0)
-    elif axis in ("q", "kv", "qkv"):
-        yield f"{place}.attn", total.view(len(axis), -1).sum(0)
-    elif axis == "v":
-        if arch.blocks[int(place.split(".")[1])].mixer == "attn":
-            yield f"{place}.attn", total
-    else:
-        yield units, total
+def _vector(space: str) -> str:
+    """The vector whose units a space's channels are: those of queries, keys and values are pruned together."""
+    place, _, own = space.rpartition(".")
+    return f"{place}.attn" if own in ("q", "k", "v") else space
 
 
 def heads_and_dims(arch: Arch, index: int, attn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

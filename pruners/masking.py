@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models import Arch
-from prunesweep.models.cutting import tensor_axes
+from prunesweep.models.families import family_of
 
-__all__ = ["KeptLayerNorm", "Masking", "axis_masks"]
+__all__ = ["KeptLayerNorm", "Masking", "space_masks"]
 
 
 class KeptLayerNorm(nn.LayerNorm):
@@ -54,20 +54,25 @@ class Masking:
 
     def set(self, keep: Mapping[str, torch.Tensor]) -> None:
         """From now on only the units in ``keep`` (bool, by vector) are there; all others are zeroed."""
-        device = next(self._model.parameters()).device
-        masks = {axis: mask.to(device) for axis, mask in axis_masks(self._arch, keep).items() if not mask.all()}
+        device, family = next(self._model.parameters()).device, family_of(self._arch)
+        kept = space_masks(self._arch, keep)
+        narrowed = {space for space, mask in kept.items() if not mask.all()}
+        masks = {space: mask.to(device) for space, mask in kept.items()}
+
+        def of_axis(units: str) -> torch.Tensor | None:
+            """The mask of an axis; None where nothing of it is gone."""
+            spaces = family.parts(units)
+            return None if narrowed.isdisjoint(spaces) else torch.cat([masks[space] for space in spaces])
+
         self._pruned = []
         for name, parameter in self._model.named_parameters():
-            gone = [
-                ~masks[units].view(-1, *[1] * (parameter.dim() - 1 - axis))
-                for axis, units in enumerate(tensor_axes(self._arch, name))
-                if units in masks
-            ]
+            found = enumerate(map(of_axis, family.axes(self._arch, name)))
+            gone = [~mask.view(-1, *[1] * (parameter.dim() - 1 - axis)) for axis, mask in found if mask is not None]
             if gone:
                 self._pruned.append((parameter, gone))
         for name, (_, norm) in self._norms.items():
-            (units,) = tensor_axes(self._arch, f"{name}.weight")
-            norm.kept = torch.nonzero(masks[units])[:, 0] if units in masks else None
+            (mask,) = map(of_axis, family.axes(self._arch, f"{name}.weight"))
+            norm.kept = None if mask is None else torch.nonzero(mask)[:, 0]
         self.zero_weights()
 
     @torch.no_grad()
@@ -102,8 +107,8 @@ class Masking:
             self._model.set_submodule(name, pair[which])
 
 
-def axis_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Bool masks of the axes that ``models.cut.tensor_axes`` names, from masks of units aligned over heads.
+def space_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bool masks of a family's spaces (``Family.spaces``), from masks of units aligned over heads.
 
     Args:
         arch: a ViT or Swin whose heads have equal widths.
@@ -111,8 +116,7 @@ def axis_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.
     """
     masks: dict[str, torch.Tensor] = {}
     for s in range(len(arch.stages)):
-        embed = keep[f"stages.{s}.embed"]
-        masks |= {f"stages.{s}.embed": embed, f"stages.{s}.merged": embed.repeat(4)}
+        masks[f"stages.{s}.embed"] = keep[f"stages.{s}.embed"]
     for i in range(arch.depth):
         own = {kind: keep[name] for kind in ("heads", "qk", "v", "mlp") if (name := f"blocks.{i}.{kind}") in keep}
         if "mlp" in own:
@@ -120,6 +124,6 @@ def axis_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.
         if "heads" in own:
             heads = own["heads"][:, None]
             q, v = (heads & own["qk"]).flatten(), (heads & own["v"]).flatten()
-            axes = {"q": q, "qkv": torch.cat([q, q, v]), "v": v, "heads": own["heads"], "qk_norm": own["qk"]}
-            masks |= {f"blocks.{i}.{axis}": mask for axis, mask in axes.items()}
+            spaces = {"q": q, "k": q, "v": v, "heads": own["heads"], "qk_norm": own["qk"]}
+            masks |= {f"blocks.{i}.{space}": mask for space, mask in spaces.items()}
     return masks

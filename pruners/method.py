@@ -12,7 +12,7 @@ A method is an instance of one of four classes, by when it decides:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -104,7 +104,7 @@ class Method:
         name: what users call it.
         description: one line, without a full stop.
         paper: the publication, or what else it is.
-        families: model families that it can serve.
+        families: names of the model families that it can serve, best told as ``FamiliesWith`` the capabilities needed.
         settings: gives the pydantic model of its settings; a function, so that listing methods loads no pydantic.
         recipe: the named recipe that trains while the method decides.
         finetune: the named recipe of training afterwards.
@@ -116,7 +116,7 @@ class Method:
     name: str
     description: str
     paper: str
-    families: tuple[str, ...]
+    families: Collection[str]
     settings: Callable[[], type[BaseModel]] = field(default=_no_settings)
     recipe: str | None = None
     finetune: str | None = None

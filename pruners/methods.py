@@ -15,6 +15,7 @@ from torch import nn
 
 from prunesweep.models import Arch, Cut, UserError, cost
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
 from prunesweep.pruners import baselines, isomorphic, nvit, taylor, upvit
 
 from .hook import Hook
@@ -264,7 +265,7 @@ for _method in (
         name="uvc",
         description="widths and skipped blocks under one budget, by primal-dual training",
         paper="UVC, ICLR 2022, openreview 9jsZiUgkCZP",
-        families=("vit",),
+        families=FamiliesWith("images", "width", "depth", "global_attention"),
         settings=_uvc_settings,
         recipe="uvc_stage1",
         finetune="uvc_stage2",
@@ -275,7 +276,7 @@ for _method in (
         name="spvit",
         description="attention becomes convolutions, and MLP units go, by gates that are trained",
         paper="SPViT, arXiv 2111.11802",
-        families=("vit", "swin"),
+        families=FamiliesWith("images", "mixers"),
         settings=_spvit_settings,
         recipe="spvit_search",
         finetune="spvit",
@@ -304,7 +305,7 @@ for _method in (
         name="pmvit",
         description="a fixed plan per block of which patches merge and which pass by (Prune-and-Merge)",
         paper="Prune and Merge, IEEE TMM 2025, arXiv 2503.23455",
-        families=("vit",),
+        families=FamiliesWith("images", "tokens"),
         kinds=("tokens",),
         score=_score_tokens,
         plan=_plan,
@@ -320,7 +321,7 @@ for _method in (
         name="tome",
         description="merges similar tokens as it runs; a comparison, evaluated and not saved",
         paper="ToMe, ICLR 2023, arXiv 2210.09461",
-        families=("vit",),
+        families=FamiliesWith("global_attention"),
         settings=_tome_settings,
         apply=_tome,
         saved=False,

@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunesweep.models import arch_of
+from prunesweep.models import BlockView, UserError, arch_of
+from prunesweep.models.families import FamiliesWith
 
 from .coupled import KINDS, coupled_sums
 from .scores import Scores
 
 __all__ = ["FAMILIES", "KINDS", "attention_pairs", "score", "summed_gradients", "taylor_terms"]
 
-FAMILIES = ("vit", "swin", "pvt_v2")
+FAMILIES = FamiliesWith("images", "width")
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[int, int], None]
 
@@ -73,10 +74,20 @@ def taylor_terms(model: nn.Module, gradients: dict[str, torch.Tensor]) -> dict[s
     return {name: (w * gradients[name]).abs() for name, w in weights.items() if name in gradients}
 
 
-def attention_pairs(terms: dict[str, torch.Tensor], block: int) -> torch.Tensor:
-    """A ViT block's terms by (attention channel, residual channel), (H·E, D): what both lose when either goes.
+def attention_pairs(terms: dict[str, torch.Tensor], block: BlockView) -> torch.Tensor:
+    """A block's terms by (attention channel, residual channel), (H·E, D): what both lose when either goes.
 
     Isomorphic Pruning's own class ranks head channels by these, over the residual channels that stay.
+
+    Args:
+        terms: of the model's weights by name, see ``taylor_terms``.
+        block: one of ``models.block_views``, whose attention reads keys and values from the residual stream.
+
+    Raises:
+        UserError: the block has no attention, or keys and values from a reduced map.
     """
-    qkv, proj = terms[f"blocks.{block}.attn.qkv.weight"], terms[f"blocks.{block}.attn.proj.weight"]
-    return qkv.view(3, -1, qkv.shape[1]).sum(0) + proj.T
+    attention = block.attention
+    if attention is None or attention.reduction is not None:
+        raise UserError(f"{block.name} has no attention whose queries, keys and values all read the residual stream")
+    rows = {layer.name: terms[f"{block.name}.{layer.weight_name}"] for layer in attention.inputs}
+    return torch.stack(attention.split(rows)).sum(0) + terms[f"{block.name}.{attention.out.weight_name}"].T

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+
 from prunesweep.models.arch import Arch
 
 from .base import CAPABILITIES, Family
@@ -14,7 +16,7 @@ from .pvt_v2 import PVT_V2
 from .swin import SWIN
 from .vit import VIT
 
-__all__ = ["CAPABILITIES", "FAMILIES", "Family", "families_with", "family_of", "register"]
+__all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, SWIN, PVT_V2, LM)}
 
@@ -40,6 +42,37 @@ def names_with(*capabilities: str) -> str:
 def families_with(*capabilities: str) -> tuple[str, ...]:
     """Names of the families that have all of ``capabilities`` (names of ``CAPABILITIES``), in the table's order."""
     return tuple(name for name, family in FAMILIES.items() if family.supports(*capabilities))
+
+
+class FamiliesWith(Collection[str]):
+    """Names of the families that a method can serve, told by what it needs of them.
+
+    They are looked up at every use, so that families added later are among them.
+
+    Args:
+        capabilities: names of ``CAPABILITIES``, all of which a family must have.
+        without: those of which it must have none, for what a method cannot take into account.
+
+    Raises:
+        KeyError: there is no such capability.
+    """
+
+    def __init__(self, *capabilities: str, without: Sequence[str] = ()) -> None:
+        self.capabilities, self.without = capabilities, tuple(without)
+        families_with(*capabilities, *without)
+
+    def _names(self) -> tuple[str, ...]:
+        ruled_out = {name for own in self.without for name in families_with(own)}
+        return tuple(name for name in families_with(*self.capabilities) if name not in ruled_out)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
 
 
 def register(family: Family) -> None:

@@ -23,6 +23,7 @@ from prunesweep.models.layers.conv_mixing import ConvSharing
 from .block_costs import Cost, Counts, convolution_cost, global_attention_cost, mlp_cost
 from .checks import check_fixed
 from .spaces import AxisUse, Table
+from .views import AttentionView, MlpView, attention_view, consecutive, mlp_view
 
 __all__ = ["CAPABILITIES", "Family", "Place", "tensor_shapes"]
 
@@ -112,6 +113,21 @@ class Family(ABC):
         """The blocks of all stages, in the order of ``Arch.blocks``."""
         stages: Any = getattr(model, self.stages_name) if self.stages_name else [model]
         return [block for stage in stages for block in stage.blocks]
+
+    def attention_view(self, block: Any, record: Block) -> AttentionView | None:
+        """View a block's attention; None where its record has another mixer or none.
+
+        By default ``block.attn``, with queries, keys and values from one projection ``qkv``.
+        """
+        if record.mixer != "attn":
+            return None
+        width = record.heads * record.qk
+        q, k, v = consecutive("attn.qkv", block.attn.qkv, width, width, record.total_v)
+        return attention_view(block, record, (q, k, v))
+
+    def mlp_view(self, block: Any, record: Block) -> MlpView | None:
+        """View a block's MLP, by default ``block.mlp``; None where its record has none."""
+        return mlp_view(block) if record.mlp else None
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...] | None:
         """Names of the layers that depend on the number of classes, as timm's ``pretrained_cfg`` wants them."""

@@ -22,6 +22,7 @@ from .block_costs import Cost, Counts, global_attention_cost, mlp_cost, projecti
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
 from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel
+from .views import AttentionView, MlpView, ReductionView, attention_view, consecutive, mlp_view
 from .vit import ACTIVATIONS
 
 __all__ = ["PVT_V2", "HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
@@ -188,6 +189,19 @@ class PVTv2Family(Family):
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
         """A timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
         return build_pvt_v2(arch, drop_path=drop_path)
+
+    def attention_view(self, block: Any, record: Block) -> AttentionView | None:
+        """Queries have a projection of their own; keys and values are read from the reduced map, if there is one."""
+        if record.mixer != "attn":
+            return None
+        attn, width = block.attn, record.heads * record.qk
+        (q,), (k, v) = consecutive("attn.q", attn.q, width), consecutive("attn.kv", attn.kv, width, record.total_v)
+        reduction = ReductionView(attn.sr, attn.norm) if record.sr else None
+        return attention_view(block, record, (q, k, v), reduction)
+
+    def mlp_view(self, block: Any, record: Block) -> MlpView | None:
+        """Hidden units pass a depthwise convolution before the activation."""
+        return mlp_view(block, block.mlp.dwconv) if record.mlp else None
 
     def grids(self, arch: Arch) -> list[tuple[int, ...]]:
         """The first patch embedding, a 7x7 convolution of stride 4 and padding 3, rounds up too."""

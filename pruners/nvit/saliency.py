@@ -11,20 +11,22 @@ the loss does not change when Q is scaled up and K down. The gradient is the los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunesweep.models import Arch, arch_of, blocks_of
+from prunesweep.models import Arch, arch_of, block_views
+from prunesweep.models.families import FamiliesWith
+from prunesweep.models.families.views import LinearView
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 __all__ = ["FAMILIES", "KINDS", "raw_saliency", "score"]
 
 KINDS = ("embed", "heads", "qk", "v", "mlp")
-FAMILIES = ("vit", "swin")
+FAMILIES = FamiliesWith("images", "width", "fused_qkv")  # no unit stands for a reduced map's channels
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -84,25 +86,39 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
     """
     raw: dict[str, Any] = {}
     embed = [_embedding(model, s) for s in range(len(arch.stages))]
-    stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
-    for i, (module, block) in enumerate(zip(blocks_of(model), arch.blocks, strict=True)):
-        part, s = _terms(module), stage_of[i]
-        if block.mixer == "attn":
-            rows = part["attn.qkv.weight"].sum(1) + part.get("attn.qkv.bias", 0)
-            width = block.heads * block.qk
-            q, k, v = torch.split(rows, [width, width, block.total_v])
-            q, k, v = (r.view(block.heads, -1) for r in (q, k, v))  # heads x channels
+    for block in block_views(model, arch):
+        i, s = block.index, block.stage
+        if block.attention is not None:
+            rows, inputs = _sums(block.attention.inputs)
+            q, k, v = (part.view(block.record.heads, -1) for part in block.attention.split(rows))  # heads x channels
             raw[f"blocks.{i}.heads"] = q.sum(1) + k.sum(1) + v.sum(1)
             raw[f"blocks.{i}.qk"], raw[f"blocks.{i}.v"] = q.sum(0), v.sum(0)
-            embed[s] = embed[s] + part["attn.qkv.weight"].sum(0) + _rows_and_bias(part, "attn.proj")
-        elif block.conv_kernel:
+            embed[s] = embed[s] + inputs + _rows_and_bias(block.attention.out)
+        elif block.record.conv_kernel:
+            part = _terms(block.module)
             inputs = part["attn.bconv.0.weight"].sum((0, 2, 3))
             embed[s] = embed[s] + inputs + _flat(part["attn.bconv.3.weight"]) + part["attn.bconv.3.bias"]
-        if block.mlp:
-            raw[f"blocks.{i}.mlp"] = _rows_and_bias(part, "mlp.fc1")
-            embed[s] = embed[s] + part["mlp.fc1.weight"].sum(0) + _rows_and_bias(part, "mlp.fc2")
+        if block.mlp is not None:
+            rows, inputs = _sums(block.mlp.inputs)
+            raw[f"blocks.{i}.mlp"] = torch.stack(list(rows.values())).sum(0)
+            embed[s] = embed[s] + inputs + _rows_and_bias(block.mlp.out)
     raw |= {f"stages.{s}.embed": vector for s, vector in enumerate(embed)}
     return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in raw.items()}
+
+
+def _term(parameter: torch.Tensor) -> torch.Tensor:
+    """w * dL/dw of every entry; zeros where there is no gradient."""
+    return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).detach()
+
+
+def _sums(layers: Sequence[LinearView]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Sums of w * dL/dw over the rows of every layer, by its name, and over the columns of all of them, (D,).
+
+    The layers are whole and read the same D channels. A row's sum has its bias in it.
+    """
+    terms = [_term(view.layer.weight) for view in layers]
+    rows = {view.name: _with_bias(view, term.sum(1)) for view, term in zip(layers, terms, strict=True)}
+    return rows, torch.stack([term.sum(0) for term in terms]).sum(0)
 
 
 def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -122,5 +138,10 @@ def _flat(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1).sum(1)
 
 
-def _rows_and_bias(part: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
-    return part[f"{layer}.weight"].sum(1) + part[f"{layer}.bias"]
+def _rows_and_bias(view: LinearView) -> torch.Tensor:
+    """Sums over the rows of a whole layer, with their biases."""
+    return _with_bias(view, _term(view.layer.weight).sum(1))
+
+
+def _with_bias(view: LinearView, rows: torch.Tensor) -> torch.Tensor:
+    return rows if view.layer.bias is None else rows + _term(view.layer.bias)

@@ -26,7 +26,7 @@ from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners.budget import MACS, Measure
 from prunesweep.pruners.scores import Scores, kind_of
 
-from .scores import FAMILIES, KINDS, score
+from .scores import FAMILIES, KINDS, score, served
 
 __all__ = ["FAMILIES", "KINDS", "PlanSettings", "importance", "plan", "plan_for_budget", "score", "select"]
 
@@ -194,7 +194,7 @@ def _rule(**settings: Any) -> PlanSettings:
 def _merging(arch: Arch, rule: PlanSettings) -> tuple[int, ...]:
     """The blocks that get a plan. Raises UserError where there are none, or one does not exist."""
     if arch.family not in FAMILIES:
-        raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of family 'vit'")
+        raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of {served()}")
     wanted = range(arch.depth) if rule.merge_list is None else sorted(rule.merge_list)
     if len(set(wanted)) != len(wanted) or any(not 0 <= i < arch.depth for i in wanted):
         raise UserError(f"merge_list = {list(wanted)}: must be different blocks of 0..{arch.depth - 1}")

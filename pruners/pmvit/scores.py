@@ -24,17 +24,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from prunesweep.models import Arch, UserError, arch_of
+from prunesweep.models import Arch, UserError, arch_of, block_views
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
+from prunesweep.models.families.views import AttentionView
 from prunesweep.pruners.scores import Scores
 
-__all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "scorable", "score"]
+__all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "scorable", "score", "served"]
 
-FAMILIES = ("vit",)
+FAMILIES = FamiliesWith("images", "tokens")
 KINDS = ("tokens",)  # vectors are blocks.I.tokens, one entry per patch in raster order
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[int, int], None]
+Outputs = dict[nn.Module, torch.Tensor]
 
 
 def scorable(arch: Arch) -> tuple[int, ...]:
@@ -92,7 +95,7 @@ def _check(arch: Arch, importance: str) -> None:
         hint = nearest(importance, IMPORTANCES)
         raise UserError(f"importance = {importance!r}: must be one of {', '.join(IMPORTANCES)}. {hint}".strip())
     if arch.family not in FAMILIES:
-        raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of family 'vit'")
+        raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of {served()}")
     planned = [i for i, block in enumerate(arch.blocks) if block.tokens is not None]
     if planned:
         raise UserError(f"blocks {planned} have a token plan already: score the model that has none, and plan anew")
@@ -100,6 +103,11 @@ def _check(arch: Arch, importance: str) -> None:
         raise UserError(f"{arch.source} has no block with attention: there is nothing to score")
     if importance == "cls_attn" and not arch.class_token:
         raise UserError("importance = 'cls_attn': the model has no class token; use 'grad_attn'")
+
+
+def served() -> str:
+    """Whom Prune-and-Merge serves, in words."""
+    return f"family {' or '.join(map(repr, FAMILIES))}"
 
 
 def _sum_over_batches(
@@ -111,10 +119,11 @@ def _sum_over_batches(
     skipped = 0
     model.eval()
     try:
-        with _outputs_of_qkv(model, blocks) as qkv:
+        views = [view.attention for view in block_views(model, arch) if view.index in blocks and view.attention]
+        with _outputs_of(views) as outputs:
             for done, (x, y) in enumerate(batches, 1):
-                qkv.clear()
-                found = measure(model, arch, blocks, qkv, x.to(device), y.to(device)).abs().cpu()
+                outputs.clear()
+                found = measure(model, arch, views, outputs, x.to(device), y.to(device)).abs().cpu()
                 if torch.isfinite(found).all():
                     total += found
                 else:
@@ -129,15 +138,16 @@ def _sum_over_batches(
 
 
 @contextlib.contextmanager
-def _outputs_of_qkv(model: Any, blocks: Sequence[int]) -> Iterator[list[torch.Tensor]]:
-    """A list to which a forward pass appends query, key and value (B, N, 2·H·E + V) of every one of ``blocks``."""
-    outputs: list[torch.Tensor] = []
+def _outputs_of(views: Sequence[AttentionView]) -> Iterator[Outputs]:
+    """What the layers of queries, keys and values gave in the last forward pass, (B, N, rows) by layer."""
+    outputs: Outputs = {}
 
-    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        outputs.append(output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_())
-        return outputs[-1]
+    def keep(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        kept = output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+        outputs[layer] = kept
+        return kept
 
-    handles = [model.blocks[i].attn.qkv.register_forward_hook(keep) for i in blocks]
+    handles = [part.layer.register_forward_hook(keep) for view in views for part in view.inputs]
     try:
         yield outputs
     finally:
@@ -146,38 +156,35 @@ def _outputs_of_qkv(model: Any, blocks: Sequence[int]) -> Iterator[list[torch.Te
 
 
 def _grad_attn(
-    model: nn.Module, arch: Arch, blocks: Sequence[int], qkv: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor
+    model: nn.Module, arch: Arch, views: Sequence[AttentionView], outputs: Outputs, x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
     """(L, P): mean over images, heads and queries of dL/dA * A, L the mean loss; a factor on V cancels."""
     with torch.enable_grad():
         loss = F.cross_entropy(model(x), y, reduction="sum")
-    gradients = torch.autograd.grad(loss, qkv)
+    values = [outputs[view.v.layer] for view in views]
+    gradients = torch.autograd.grad(loss, values)
     rows = []
-    for i, output, gradient in zip(blocks, qkv, gradients, strict=True):
-        v = slice(2 * arch.blocks[i].heads * arch.blocks[i].qk, None)
+    for view, output, gradient in zip(views, values, gradients, strict=True):
+        v = view.v.rows
         by_token = (output.detach()[..., v] * gradient[..., v]).sum((0, 2), dtype=torch.float64)
-        rows.append(by_token[arch.prefix_tokens :] / (arch.blocks[i].heads * arch.tokens))
+        rows.append(by_token[arch.prefix_tokens :] / (view.record.heads * arch.tokens))
     images, total = _over_workers(len(x), torch.stack(rows))
     return total / images**2
 
 
 @torch.no_grad()
 def _cls_attn(
-    model: Any, arch: Arch, blocks: Sequence[int], qkv: list[torch.Tensor], x: torch.Tensor, _: torch.Tensor
+    model: nn.Module, arch: Arch, views: Sequence[AttentionView], outputs: Outputs, x: torch.Tensor, _: torch.Tensor
 ) -> torch.Tensor:
     """(L, P): attention of the class token, mean over images and heads."""
     model(x)
     rows = []
-    for i, output in zip(blocks, qkv, strict=True):
-        block, attn = arch.blocks[i], model.blocks[i].attn
-        if block.token_scale:
-            output = output * attn.token_scale
-        width = block.heads * block.qk
-        q, k = (
-            t.reshape(*t.shape[:2], block.heads, block.qk)
-            for t in (output[:, :1, :width], output[..., width : 2 * width])
-        )
-        logits = torch.einsum("bqhe,bnhe->bhn", attn.q_norm(q), attn.k_norm(k)) * block.scale
+    for view in views:
+        block, scale = view.record, view.token_scale
+        q, k = (outputs[part.layer] if scale is None else outputs[part.layer] * scale for part in (view.q, view.k))
+        q, k = q[:, :1, view.q.rows], k[..., view.k.rows]
+        q, k = (t.reshape(*t.shape[:2], block.heads, block.qk) for t in (q, k))
+        logits = torch.einsum("bqhe,bnhe->bhn", view.q_norm(q), view.k_norm(k)) * block.scale
         attention = logits.softmax(-1).sum(0, dtype=torch.float64).mean(0)
         rows.append(attention[arch.prefix_tokens :])
     images, total = _over_workers(len(x), torch.stack(rows))

@@ -13,13 +13,14 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
 
 from .cost import GateCosts
 from .gates import CHOICES
 
 __all__ = ["FAMILIES", "SKIP_FORMS", "fit_units", "spvit_cut"]
 
-FAMILIES = ("vit", "swin")
+FAMILIES = FamiliesWith("images", "mixers")
 SKIP_FORMS = {"identity": "none", "ln_residual": "norm"}
 
 Units = Sequence[Sequence[int] | None]

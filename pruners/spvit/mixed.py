@@ -15,9 +15,9 @@ from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from prunesweep.models import Cut, UserError, arch_of, blocks_of, cut, cut_arch
-from prunesweep.models.arch import Block
+from prunesweep.models import Cut, UserError, arch_of, block_views, blocks_of, cut, cut_arch
 from prunesweep.models.families import family_of
+from prunesweep.models.families.views import AttentionView
 from prunesweep.models.layers.conv_mixing import ConvSharing, MixedConv, mix_conv
 from prunesweep.models.layers.mixers import ConvMixer
 from prunesweep.pruners.hook import Hook
@@ -44,21 +44,21 @@ class MixedConvMixer(nn.Module):
 
     Args:
         frozen: the mixer to stand in for; not registered here, so that no weight is there twice.
-        attn: timm's attention, or ours, with heads of equal value widths; its weights are copied.
-        block: the record of ``attn``.
+        attention: a block's, with heads of equal value widths; its weights are copied.
         columns, alpha: as in ``models.conv_mixing``.
     """
 
-    def __init__(self, frozen: ConvMixer, attn: Any, block: Block, columns: torch.Tensor, alpha: float) -> None:
+    def __init__(self, frozen: ConvMixer, attention: AttentionView, columns: torch.Tensor, alpha: float) -> None:
         super().__init__()
-        weight, bias = attn.qkv.weight.detach()[-block.total_v :], attn.qkv.bias
+        block, out = attention.record, attention.out.layer
+        weight, bias = attention.v.weight.detach(), attention.v.bias
         self.grid, self.prefix_tokens, self.alpha = frozen.grid, frozen.prefix_tokens, alpha
         self.head_probs = nn.Parameter(weight.new_ones(block.heads, 9))
         self.v = nn.Linear(weight.shape[1], block.total_v, device="meta")
         self.proj = nn.Linear(block.total_v, weight.shape[1], device="meta")
-        v_bias = weight.new_zeros(block.total_v) if bias is None else bias.detach()[-block.total_v :]
+        v_bias = weight.new_zeros(block.total_v) if bias is None else bias.detach()
         self.v.weight, self.v.bias = nn.Parameter(weight.clone()), nn.Parameter(v_bias.clone())
-        self.proj.weight, self.proj.bias = (nn.Parameter(p.detach().clone()) for p in attn.proj.parameters())
+        self.proj.weight, self.proj.bias = (nn.Parameter(p.detach().clone()) for p in out.parameters())
         self.bn = frozen.bconv[1]
         self.columns: torch.Tensor
         self.register_buffer("columns", columns.to(weight.device), persistent=False)
@@ -116,16 +116,16 @@ class SPViTMixed(Hook):
         sharing = family_of(arch).conv_sharing or ConvSharing(alpha=1.0)
         alpha = sharing.alpha if self.settings.alpha is None else self.settings.alpha
         device = next(model.parameters()).device
-        rows = zip(choices, blocks_of(model), blocks_of(narrow), arch_of(narrow).blocks, strict=True)
-        for i, (choice, block, source, record) in enumerate(rows):
-            if not (choice.mixer or "").startswith("conv"):
+        for choice, block, source in zip(choices, blocks_of(model), block_views(narrow), strict=True):
+            if source.attention is None or not (choice.mixer or "").startswith("conv"):
                 continue
-            if not isinstance(record.v, int):
-                raise UserError(f"blocks[{i}].v = {list(record.v)}: heads must have equal widths to be mixed")
+            if not isinstance(source.record.v, int):
+                widths = list(source.record.v)
+                raise UserError(f"blocks[{source.index}].v = {widths}: heads must have equal widths to be mixed")
             here: Any = block
             frozen: ConvMixer = here.attn
             columns = sharing.columns(frozen.bconv[0].kernel_size[0])  # type: ignore[arg-type,index]
-            here.attn = MixedConvMixer(frozen, source.attn, record, columns, alpha).to(device)
+            here.attn = MixedConvMixer(frozen, source.attention, columns, alpha).to(device)
             here.attn.train(model.training)
             self._swapped.append((here, frozen, here.attn))
 

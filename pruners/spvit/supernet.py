@@ -27,10 +27,11 @@ from einops import rearrange
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
-from prunesweep.models import Arch, UserError, blocks_of
+from prunesweep.models import Arch, BlockView, UserError, block_views
 from prunesweep.models.arch import Block, Stage
 from prunesweep.models.families import family_of
 from prunesweep.models.families.swin import shift
+from prunesweep.models.families.views import AttentionView
 from prunesweep.models.layers.conv_mixing import ConvSharing, MixedConv, mix_conv
 
 from .cost import has_mixer_gates
@@ -70,23 +71,22 @@ class MixerGates(nn.Module):
             return torch.zeros_like(h)
         return attend() if choice == "msa" else convolve(3 if choice == "conv3x3" else 1)
 
-    def convolve(self, x: torch.Tensor, kernel: int, attn: Any) -> torch.Tensor:
-        """B·D·rows·columns to the same, with weights mixed from those of ``attn``."""
-        rows, bias = attn.qkv.weight[-self.total_v :], attn.qkv.bias
-        bias = rows.new_zeros(self.total_v) if bias is None else bias[-self.total_v :]
+    def convolve(self, x: torch.Tensor, kernel: int, attention: AttentionView) -> torch.Tensor:
+        """B·D·rows·columns to the same, with weights mixed from those of ``attention``."""
+        rows, bias, out = attention.v.weight, attention.v.bias, attention.out.layer
+        bias = rows.new_zeros(self.total_v) if bias is None else bias
         columns = self.get_buffer(f"columns_{kernel}")
-        conv = mix_conv(
-            self.head_probs, rows, bias, attn.proj.weight, attn.proj.bias, columns=columns, alpha=self.alpha
-        )
+        conv = mix_conv(self.head_probs, rows, bias, out.weight, out.bias, columns=columns, alpha=self.alpha)
         return run_bottleneck(x, conv, self.bn_3x3 if kernel == 3 else self.bn_1x1)
 
 
 class SearchAttention(nn.Module):
     """Takes the place of a ViT's attention. Prefix tokens have no place on the grid and pass a convolution by."""
 
-    def __init__(self, attn: nn.Module, gates: MixerGates, grid: tuple[int, int], prefix_tokens: int) -> None:
+    def __init__(self, attention: AttentionView, gates: MixerGates, grid: tuple[int, int], prefix_tokens: int) -> None:
         super().__init__()
-        self.attn, self.gates, self.grid, self.prefix_tokens = attn, gates, grid, prefix_tokens
+        self.attn, self.attention = attention.module, attention
+        self.gates, self.grid, self.prefix_tokens = gates, grid, prefix_tokens
 
     def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
         """(B, N, D) to the same; ``options`` are the attention's."""
@@ -95,16 +95,24 @@ class SearchAttention(nn.Module):
     def _convolve(self, x: torch.Tensor, kernel: int) -> torch.Tensor:
         prefix, patches = x.tensor_split([self.prefix_tokens], dim=1)
         x_map = rearrange(patches, "b (h w) d -> b d h w", h=self.grid[0])
-        patches = rearrange(self.gates.convolve(x_map, kernel, self.attn), "b d h w -> b (h w) d")
+        patches = rearrange(self.gates.convolve(x_map, kernel, self.attention), "b d h w -> b (h w) d")
         return torch.cat([prefix.to(patches.dtype), patches], dim=1)
 
 
 class SearchSwinBlock(nn.Module):
     """Takes the place of a Swin block, because attention sees windows and a convolution the map."""
 
-    def __init__(self, block: Any, gates: MixerGates, window: tuple[int, int] | None, shift: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        block: Any,
+        attention: AttentionView,
+        gates: MixerGates,
+        window: tuple[int, int] | None,
+        shift: tuple[int, int],
+    ) -> None:
         super().__init__()
-        self.block, self.gates, self.window, self.shift = block, gates, window, shift
+        self.block, self.attention = block, attention
+        self.gates, self.window, self.shift = gates, window, shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, rows, columns, D) to the same."""
@@ -124,7 +132,7 @@ class SearchSwinBlock(nn.Module):
         return torch.roll(window_reverse(windows, self.window, rows, columns), shifts=self.shift, dims=(1, 2))
 
     def _on_map(self, h: torch.Tensor, kernel: int) -> torch.Tensor:
-        y = self.gates.convolve(rearrange(h, "b h w d -> b d h w"), kernel, self.block.attn)
+        y = self.gates.convolve(rearrange(h, "b h w d -> b d h w"), kernel, self.attention)
         return rearrange(y, "b d h w -> b h w d")
 
 
@@ -166,21 +174,20 @@ class Supernet:
         self.mixers: list[MixerGates | None] = []
         self.units: list[UnitGates | None] = []
         like = next(model.parameters())
-        modules: list[Any] = blocks_of(model)
-        self._places = [(s, b) for s, stage in enumerate(arch.stages) for b in range(len(stage.blocks))]
+        self._views = block_views(model, arch)
         if conv_scope == "window":
             self._check_windows()
-        for index, (block, record) in enumerate(zip(modules, arch.blocks, strict=True)):
+        for block in self._views:
             gates = units = None
-            if record.mlp:
-                units = UnitGates(block.mlp.act, record.mlp, theta=theta).to(like)
-                block.mlp.act = units
-            if has_mixer_gates(record):
+            if block.mlp is not None:
+                units = UnitGates(block.mlp.act, block.record.mlp, theta=theta).to(like)
+                block.module.set_submodule(block.mlp.act_name, units)
+            if has_mixer_gates(block.record):
                 sharing = family_of(arch).conv_sharing
                 assert sharing is not None  # has_mixer_gates
                 own = sharing.alpha if alpha is None else alpha
-                gates = MixerGates(sharing, record, theta=theta, alpha=own).to(like)
-                self._put_in(index, block, gates)
+                gates = MixerGates(sharing, block.record, theta=theta, alpha=own).to(like)
+                self._put_in(block, gates)
             self.mixers.append(gates)
             self.units.append(units)
         model.train(model.training)  # what is new is in the model's mode too
@@ -193,18 +200,15 @@ class Supernet:
                     f"{list(stage.grid)}; use conv_scope = 'map'"
                 )
 
-    def _put_in(self, index: int, block: Any, gates: MixerGates) -> None:
-        s, b = self._places[index]
-        stage, record = self.arch.stages[s], self.arch.blocks[index]
-        if self.arch.family == "vit":
-            block.attn = SearchAttention(block.attn, gates, stage.grid, self.arch.prefix_tokens)
+    def _put_in(self, block: BlockView, gates: MixerGates) -> None:
+        stage, attention = self.arch.stages[block.stage], block.attention
+        assert attention is not None, "only attention has gates"
+        if stage.window is None:
+            search = SearchAttention(attention, gates, stage.grid, self.arch.prefix_tokens)
+            block.module.set_submodule(attention.name, search)
         else:
-            window = stage.window if self.conv_scope == "window" else None
-            self._swin_blocks(s)[b] = SearchSwinBlock(block, gates, window, _shift_of(stage, record))
-
-    def _swin_blocks(self, stage: int) -> Any:
-        layers: Any = self.model.get_submodule("layers")
-        return layers[stage].blocks
+            window, moved = stage.window if self.conv_scope == "window" else None, _shift_of(stage, block.record)
+            self.model.set_submodule(block.name, SearchSwinBlock(block.module, attention, gates, window, moved))
 
     @property
     def thetas(self) -> list[nn.Parameter]:
@@ -236,15 +240,12 @@ class Supernet:
 
     def remove(self) -> None:
         """Take the gates out; the weights stay as they are."""
-        for index, (gates, units) in enumerate(zip(self.mixers, self.units, strict=True)):
-            block: Any = blocks_of(self.model)[index]
-            if isinstance(block, SearchSwinBlock):
-                s, b = self._places[index]
-                block = self._swin_blocks(s)[b] = block.block
-            elif gates is not None:
-                block.attn = block.attn.attn
-            if units is not None:
-                block.mlp.act = units.act
+        for block, units in zip(self._views, self.units, strict=True):
+            self.model.set_submodule(block.name, block.module)
+            if block.attention is not None:
+                block.module.set_submodule(block.attention.name, block.attention.module)
+            if block.mlp is not None and units is not None:
+                block.module.set_submodule(block.mlp.act_name, units.act)
 
 
 def _shift_of(stage: Stage, block: Block) -> tuple[int, int]:

@@ -127,7 +127,9 @@ class Exact:
     def _mlp(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace = self.forward, self.trace[i]
         hidden = forward.hidden(i, trace.mixed).movedim(-1, 0)[..., None]  # (M, B, N, 1)
-        columns = forward.layer_scaled(i, "ls2", forward.blocks[i].mlp.fc2.weight.T)[:, None, None]  # (M, 1, 1, D)
+        mlp = forward.mlps[i]
+        assert mlp is not None, "only blocks with an MLP have such a vector"
+        columns = forward.layer_scaled(i, "ls2", mlp.out.weight.T)[:, None, None]  # (M, 1, 1, D)
         for units in self._chunks(len(hidden)):
             z = torch.addcmul(trace.done, hidden[units], columns[units], value=-1)
             yield self._resume(i, z.flatten(0, 1))
@@ -141,9 +143,10 @@ class Exact:
 
     def _attn(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace, block = self.forward, self.trace[i], self.forward.arch.blocks[i]
+        weight = self.forward.attention_of(i).out.weight
         q, k, v = forward.qkv(i, forward.norm1(i, trace.entered), UNGATED)
         for head in torch.arange(block.total_v, device=q.device).view(block.heads, -1):
-            columns = forward.blocks[i].attn.proj.weight[:, head].T  # (E, D)
+            columns = weight[:, head].T  # (E, D)
             own = q[..., head], k[..., head], v[..., head]
             whole = self._head_logits(i, *own[:2]).softmax(-1) @ own[2]
             for units in self._chunks(block.qk):
@@ -155,10 +158,10 @@ class Exact:
 
     def _head_logits(self, i: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Attention logits (B, N, P) of one head's queries and keys."""
-        block, attn = self.forward.arch.blocks[i], self.forward.blocks[i].attn
+        attention = self.forward.attention_of(i)
         if self.forward.arch.qk_norm:
-            q, k = attn.q_norm(q), attn.k_norm(k)
-        logits = block.scale * q @ k.mT
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        logits = attention.record.scale * q @ k.mT
         if not self.forward.causal:
             return logits
         ahead = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
@@ -168,11 +171,12 @@ class Exact:
         self, i: int, q: torch.Tensor, k: torch.Tensor, units: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
         """(units, B, N, P): the logits lose one channel's product; with q/k norm they are another head's."""
-        block, attn = self.forward.arch.blocks[i], self.forward.blocks[i].attn
+        attention = self.forward.attention_of(i)
+        scale = attention.record.scale
         if not self.forward.arch.qk_norm:
             q_u, k_u = (t[..., units].movedim(-1, 0) for t in (q, k))
-            return torch.addcmul(self._head_logits(i, q, k), q_u[..., None], k_u[..., None, :], value=-block.scale)
-        return block.scale * normed(attn.q_norm, q, gate) @ normed_over(attn.k_norm, k, gate).mT
+            return torch.addcmul(self._head_logits(i, q, k), q_u[..., None], k_u[..., None, :], value=-scale)
+        return scale * normed(attention.q_norm, q, gate) @ normed_over(attention.k_norm, k, gate).mT
 
 
 _LOGITS: Mapping[str, Callable[[Exact, int], Iterator[torch.Tensor]]] = {

@@ -23,11 +23,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from prunesweep.models import Arch, arch_of, blocks_of
+from prunesweep.models import Arch, arch_of, block_views
+from prunesweep.models.families import family_of
+from prunesweep.models.families.views import AttentionView
 from prunesweep.models.layers.mixers import attend
 
 __all__ = ["UNGATED", "Forward", "Gates", "normed", "normed_over"]
@@ -66,12 +67,15 @@ class Forward:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.arch: Arch = arch_of(model)
-        self.blocks: list[Any] = blocks_of(model)
-        self.stage_of = [s for s, stage in enumerate(self.arch.stages) for _ in stage.blocks]
+        views = block_views(model, self.arch)
+        self.blocks: list[Any] = [block.module for block in views]
+        self.attention, self.mlps = [block.attention for block in views], [block.mlp for block in views]
+        self.stage_of = [block.stage for block in views]
         last = self.arch.blocks[-1]
         whole = self.arch.pool != "token" or bool(last.conv_kernel) or last.tokens is not None
         self.rows = None if whole else 1 + int(self.arch.dist_token)
-        self.causal = self.arch.family == "lm"
+        self.causal = self.arch.text is not None
+        self._pyramid = not family_of(self.arch).single_stage  # every stage embeds patches, and ends with a norm
 
     def __call__(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Logits (B, K) of images B·C·H·W."""
@@ -93,7 +97,7 @@ class Forward:
     def stem(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """What stage ``s`` begins with, before any norm: (B, N, D), of images or of the last stage's tokens."""
         model = self.model
-        if self.arch.family == "vit":
+        if not self._pyramid:
             return model.patch_drop(model._pos_embed(model.patch_embed(x)))
         if s:
             x = normed(model.stages[s - 1].norm, x, gates.get(f"stages.{s - 1}.embed"))
@@ -103,7 +107,7 @@ class Forward:
     def begin(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """The first block's input in stage ``s``, of what ``stem`` returned."""
         gate = gates.get(f"stages.{s}.embed")
-        return normed_over(self.model.norm_pre if self.arch.family == "vit" else self._embedding(s).norm, x, gate)
+        return normed_over(self._embedding(s).norm if self._pyramid else self.model.norm_pre, x, gate)
 
     def _embedding(self, s: int) -> Any:
         return self.model.stages[s].downsample if s else self.model.patch_embed
@@ -111,7 +115,7 @@ class Forward:
     def logits(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """(B, K), of the last block's output; a distilled model's are the mean of its heads."""
         model, gate = self.model, gates.get(f"stages.{len(self.arch.stages) - 1}.embed")
-        if self.arch.family == "pvt_v2":
+        if self._pyramid:
             return model.head(normed(model.stages[-1].norm, x, gate).mean(1))
         x = normed(model.norm, x, gate)
         if self.arch.head_norm == "tokens":
@@ -147,10 +151,10 @@ class Forward:
         if block.mixer == "none" and not block.norm_residual:
             return z[:, :rows]
         y = self.norm1(i, z, gates)
-        if block.mixer == "attn":
+        if attention := self.attention[i]:
             q, k, v = self.qkv(i, y, gates)
             q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
-            y = module.attn.proj(attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal))
+            y = attention.out.layer(attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal))
         elif block.conv_kernel:
             y = module.attn(y)
         else:
@@ -170,50 +174,41 @@ class Forward:
 
         Before any q/k norm, and queries without their gate.
         """
-        block, attn, rows = self.arch.blocks[i], self.blocks[i].attn, self._rows(i)
-        width = block.heads * block.qk
-        if self.arch.family != "pvt_v2":
-            split = [width, width + block.total_v]
-            weights = torch.split(attn.qkv.weight, split)
-            biases = (None, None) if attn.qkv.bias is None else torch.split(attn.qkv.bias, split)
-            q, kv = F.linear(y[:, :rows], weights[0], biases[0]), F.linear(y, weights[1], biases[1])
-            if block.token_scale:
-                q, kv = q * attn.token_scale[:rows], kv * attn.token_scale
-        else:
-            q, kv = attn.q(y), attn.kv(self._reduced(i, y, gates) if block.sr else y)
-        k, v = torch.split(kv, [width, block.total_v], dim=-1)
+        attention = self.attention_of(i)
+        q = attention.queries(y[:, : self._rows(i)])
+        if reduction := attention.reduction:  # to (B, P, R)
+            rows = self.arch.stages[self.stage_of[i]].grid[0]
+            y = normed(reduction.norm, reduction.convolve(y, rows), gates.get(f"blocks.{i}.sr"))
+        k, v = attention.keys_values(y)
         gate = gates.get(f"blocks.{i}.attn")
         return q, k, v if gate is None else v * gate
 
-    def _reduced(self, i: int, y: torch.Tensor, gates: Gates) -> torch.Tensor:
-        """PVTv2's spatially reduced map, (B, P, R)."""
-        attn, rows = self.blocks[i].attn, self.arch.stages[self.stage_of[i]].grid[0]
-        reduced = rearrange(attn.sr(rearrange(y, "b (h w) d -> b d h w", h=rows)), "b r h w -> b (h w) r")
-        return normed(attn.norm, reduced, gates.get(f"blocks.{i}.sr"))
+    def attention_of(self, i: int) -> AttentionView:
+        """The view of block ``i``'s attention, which it has."""
+        attention = self.attention[i]
+        assert attention is not None, "the caller has looked at the block's mixer"
+        return attention
 
     def scaled_heads(self, i: int, q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor | None) -> tuple[Any, Any]:
         """Queries and keys as (B, H, N, E), normalised where the model does so, queries gated."""
-        block, attn = self.arch.blocks[i], self.blocks[i].attn
-        q, k = (rearrange(t, "b n (h e) -> b h n e", h=block.heads) for t in (q, k))
-        by_head = None if gate is None else rearrange(gate, "b n (h e) -> b h n e", h=block.heads)
+        attention = self.attention_of(i)
+        q, k = attention.by_head(q), attention.by_head(k)
+        by_head = None if gate is None else attention.by_head(gate)
         if not self.arch.qk_norm:
             return q if by_head is None else q * by_head, k
         if by_head is None:
-            return attn.q_norm(q), attn.k_norm(k)
-        return normed(attn.q_norm, q, by_head), normed_over(attn.k_norm, k, by_head)
+            return attention.q_norm(q), attention.k_norm(k)
+        return normed(attention.q_norm, q, by_head), normed_over(attention.k_norm, k, by_head)
 
     def hidden(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """The MLP's hidden units behind the activation, (B, N, M)."""
-        s, module = self.stage_of[i], self.blocks[i]
-        y = module.mlp.fc1(normed(module.norm2, z, gates.get(f"stages.{s}.embed")))
-        if self.arch.family == "pvt_v2":
-            y = module.mlp.dwconv(rearrange(y, "b (h w) m -> b m h w", h=self.arch.stages[s].grid[0]))
-            y = rearrange(y, "b m h w -> b (h w) m")
-        y, gate = module.mlp.act(y), gates.get(f"blocks.{i}.mlp")
+        s, mlp = self.stage_of[i], self.mlps[i]
+        assert mlp is not None, "the caller has looked whether the block has an MLP"
+        y = mlp.hidden(normed(mlp.norm, z, gates.get(f"stages.{s}.embed")), self.arch.stages[s].grid[0])
+        gate = gates.get(f"blocks.{i}.mlp")
         return y if gate is None else y * gate
 
     def mlp(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """``z`` and what the MLP adds to it."""
-        if not self.arch.blocks[i].mlp:
-            return z
-        return z + self.layer_scaled(i, "ls2", self.blocks[i].mlp.fc2(self.hidden(i, z, gates)))
+        mlp = self.mlps[i]
+        return z if mlp is None else z + self.layer_scaled(i, "ls2", mlp.out.layer(self.hidden(i, z, gates)))

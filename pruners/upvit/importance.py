@@ -32,6 +32,7 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, weights_digest
 from prunesweep.models.errors import nearest
+from prunesweep.models.families import FamiliesWith
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 from .exact import Exact
@@ -42,7 +43,7 @@ from .lm import TextExact, TextForward, text_fisher_sums
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
-FAMILIES = ("vit", "pvt_v2", "lm")
+FAMILIES = FamiliesWith("width", without=("windows",))  # ``forward`` has no windows
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -92,13 +93,13 @@ def score(
             different query/key and value widths.
     """
     arch = _checked(model, batches)
-    importance = importance or ("fisher" if arch.family == "lm" else "hybrid")
+    importance = importance or ("fisher" if arch.text is not None else "hybrid")
     if importance not in IMPORTANCES:
         hint = nearest(importance, IMPORTANCES)
         raise UserError(f"importance = {importance!r}: must be one of {', '.join(IMPORTANCES)}. {hint}".strip())
     if labels_per_image != "all" and (not isinstance(labels_per_image, int) or labels_per_image < 1):
         raise UserError(f"labels_per_image = {labels_per_image!r}: must be a whole number of at least 1, or 'all'")
-    if labels_per_image == "all" and arch.family == "lm":
+    if labels_per_image == "all" and arch.text is not None:
         raise UserError("labels_per_image = 'all': there are too many words; give the number to draw per word, e.g. 4")
     parts, sizes = _parts(arch), _chosen(vector_sizes(arch, KINDS), vectors)
     exact = [name for name in sizes if kind_of(name) in IMPORTANCES[importance]]
@@ -218,7 +219,7 @@ def _check_mergeable(first: Mapping[str, Any], other: Mapping[str, Any]) -> None
 
 
 def _parts(arch: Arch) -> _Parts:
-    return _TEXTS if arch.family == "lm" else _IMAGES
+    return _IMAGES if arch.text is None else _TEXTS
 
 
 def _checked(model: nn.Module, batches: Batches) -> Arch:
@@ -229,7 +230,7 @@ def _checked(model: nn.Module, batches: Batches) -> Arch:
         raise ValueError("no batches to score on")
     want = (arch.in_chans, *arch.img_size)
     for x, _ in batches:
-        if arch.family == "lm":
+        if arch.text is not None:
             if x.dim() != 2 or x.is_floating_point() or not 0 <= int(x.min()) <= int(x.max()) < arch.num_classes:
                 shape = f"{x.dtype} of shape {tuple(x.shape)}"
                 raise UserError(f"{shape}: {arch.source} takes texts B·T of word numbers below {arch.num_classes}")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunesweep.models.families.views import AttentionView, MlpView
+
 from .primal_dual import TAU
 
 __all__ = ["CONTROL", "GatedBlock"]
@@ -27,12 +29,20 @@ class GatedBlock(nn.Module):
     the keep weight is ``level``. ``runs``, ``v_keep`` and ``mlp_keep`` are the decision as evaluation sees it.
     """
 
-    def __init__(self, block: nn.Module, control: torch.Tensor, kind: str, *, frozen_as: bool | None) -> None:
-        """``frozen_as``: the block runs, or does not, whatever its gate says."""
+    def __init__(
+        self,
+        block: nn.Module,
+        attention: AttentionView,
+        mlp: MlpView,
+        control: torch.Tensor,
+        kind: str,
+        *,
+        frozen_as: bool | None,
+    ) -> None:
+        """``attention`` and ``mlp`` are the block's; ``frozen_as``: it runs, or does not, whatever its gate says."""
         super().__init__()
         self.block, self.kind, self.frozen_as = block, kind, frozen_as
-        proj: nn.Linear = block.get_submodule("attn.proj")  # type: ignore[assignment]
-        fc2: nn.Linear = block.get_submodule("mlp.fc2")  # type: ignore[assignment]
+        proj, fc2 = attention.out.layer, mlp.out.layer
         like = proj.weight
         self.gate = nn.Parameter(like.new_tensor([-1.0, 1.0]), requires_grad=frozen_as is None)
         self.control: torch.Tensor

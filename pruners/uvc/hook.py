@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from prunesweep.models import Arch, UserError, arch_of, cost, cut
+from prunesweep.models import Arch, UserError, arch_of, block_views, cost, cut
+from prunesweep.models.families import FamiliesWith
 from prunesweep.pruners.hook import Collapsed, Hook
 from prunesweep.pruners.snapshot import Snapshot
 
@@ -33,7 +34,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = ("vit",)
+FAMILIES = FamiliesWith("images", "width", "depth", "global_attention")
 
 
 class UVC(Hook):
@@ -77,10 +78,14 @@ class UVC(Hook):
         like = next(model.parameters())
         self._control = like.new_zeros(len(stock), len(CONTROL)).detach()
         frozen = [None] * len(stock) if runs is None else runs
-        self._gated = [
-            GatedBlock(block, row, self.settings.gates, frozen_as=own)
-            for block, row, own in zip(stock, self._control, frozen, strict=True)
-        ]
+        self._gated, self._projections = [], []
+        for view, row, own in zip(block_views(model, self.arch), self._control, frozen, strict=True):
+            assert view.attention is not None, "see _check_served"
+            assert view.mlp is not None
+            self._projections.append((view.attention.out.layer, view.mlp.out.layer))
+            self._gated.append(
+                GatedBlock(view.module, view.attention, view.mlp, row, self.settings.gates, frozen_as=own)
+            )
         self._stock = stock
         model.blocks = nn.Sequential(*self._gated)
         self._record(self._norms())
@@ -161,11 +166,9 @@ class UVC(Hook):
         columns = len(proj) * block.total_v
         return Norms(flat[:columns].view(-1, block.heads, block.qk), flat[columns:].view(-1, block.mlp))
 
-    def _weights(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Weights of all attention projections and of all second MLP layers."""
-        blocks = [gated.block for gated in self._gated]
-        proj, fc2 = ([b.get_parameter(f"{name}.weight") for b in blocks] for name in ("attn.proj", "mlp.fc2"))
-        return proj, fc2
+        return [proj.weight for proj, _ in self._projections], [fc2.weight for _, fc2 in self._projections]
 
     def _shrink(self, norms: Norms) -> Norms:
         columns, units = self.machine.shrink(norms, self.machine.eta)

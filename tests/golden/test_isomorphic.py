@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from prunesweep.models import Arch, Block, Cut, Stage, arch_of, build, cost, cut, cut_arch, num_params
+from prunesweep.models import Arch, Block, Cut, Stage, arch_of, block_views, build, cost, cut, cut_arch, num_params
 from prunesweep.pruners import kind_of
 from prunesweep.pruners.isomorphic import Ratios, isomorphic_cut, normalised
 from prunesweep.pruners.taylor import attention_pairs, score, summed_gradients, taylor_terms
@@ -146,7 +146,7 @@ def test_kept_units(path: Path, dtype: torch.dtype) -> None:
 def test_kept_units_of_the_papers_class(path: Path, dtype: torch.dtype) -> None:
     case = Case(path, dtype)
     terms = taylor_terms(case.model, summed_gradients(case.model, case.batches))
-    pairs = [attention_pairs(terms, i) for i in range(case.arch.depth)]
+    pairs = [attention_pairs(terms, block) for block in block_views(case.model)]
     assert runs(case, paper=True)
     for run in runs(case, paper=True):
         check_sets(case, run, case.decide(case.data["runs"][run]["settings"], pairs=pairs))

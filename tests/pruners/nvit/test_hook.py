@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
 from prunesweep.pruners import MACS, PARAMS, kind_of, nvit, vector_sizes
-from prunesweep.pruners.masking import KeptLayerNorm, axis_masks
+from prunesweep.pruners.masking import KeptLayerNorm, space_masks
 from prunesweep.pruners.nvit.hook import NViTPruning
 from prunesweep.pruners.nvit.schedule import Grouping, narrow, total_cost
 from prunesweep.pruners.snapshot import Snapshot
@@ -93,11 +93,11 @@ def test_what_is_pruned_stays_zero_and_gets_no_gradient() -> None:
     parameters = dict(model.named_parameters())
     hook = NViTPruning(ladder(arch, 0.2), groups=GROUPS, interval=3, layer_norm="full")
     hook.wrap(model)
-    pruned = {name: torch.zeros_like(mask) for name, mask in axis_masks(arch, hook.keep).items()}
+    pruned = {name: torch.zeros_like(mask) for name, mask in space_masks(arch, hook.keep).items()}
     for _ in train(model, hook, lr=0.1):
         embed = pruned["stages.0.embed"]  # before this step
         assert (model.patch_embed.proj.weight.grad[embed] == 0).all()
-        pruned = {axis: ~mask for axis, mask in axis_masks(arch, hook.keep).items()}
+        pruned = {axis: ~mask for axis, mask in space_masks(arch, hook.keep).items()}
         embed = pruned["stages.0.embed"]
         assert (model.patch_embed.proj.weight[embed] == 0).all()
         assert (model.pos_embed[..., embed] == 0).all()
@@ -110,9 +110,10 @@ def test_what_is_pruned_stays_zero_and_gets_no_gradient() -> None:
                 assert (block.mlp.fc1.bias[mlp] == 0).all()
                 assert (block.mlp.fc2.weight[:, mlp] == 0).all()
             if arch.blocks[i].mixer == "attn":
-                assert (block.attn.qkv.weight[pruned[f"blocks.{i}.qkv"]] == 0).all()
+                qkv = torch.cat([pruned[f"blocks.{i}.{part}"] for part in "qkv"])
+                assert (block.attn.qkv.weight[qkv] == 0).all()
                 assert (block.attn.proj.weight[:, pruned[f"blocks.{i}.v"]] == 0).all()
-    assert {name.rpartition(".")[2] for name, gone in pruned.items() if gone.any()} >= {"embed", "mlp", "qkv", "v"}
+    assert {name.rpartition(".")[2] for name, gone in pruned.items() if gone.any()} >= {"embed", "mlp", "q", "k", "v"}
     assert list(model.state_dict()) == names
     hook.finish()
     assert dict(model.named_modules()) == before
