@@ -30,7 +30,10 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_dead_drivers_lease_is_taken_over(tmp_path: Path) -> None:
-    code = "import os, sys; from prunesweep.search.store.run import Lease, Path; Lease(Path(sys.argv[1])).__enter__(); os._exit(9)"
+    code = (
+        "import os, sys; from prunesweep.search.store.run import Lease, Path; "
+        "Lease(Path(sys.argv[1])).__enter__(); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert (tmp_path / "lease.json").exists()
     assert Lease.holder(tmp_path) is None
