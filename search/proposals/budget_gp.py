@@ -152,7 +152,8 @@ class BudgetGPSampler(BaseSampler):
     def _qualities(self, values: Floats, directions: Sequence[StudyDirection], number: int) -> Floats:
         """Return (n,) qualities of (n, m) values: larger is better, -inf where one is not a finite number."""
         index = 0 if len(directions) == 1 else self._quality
-        bad = ~np.isfinite(values if index is None else values[:, [index]]).all(axis=1)
+        finite: NDArray[np.bool_] = np.isfinite(values if index is None else values[:, [index]])
+        bad: NDArray[np.bool_] = np.logical_not(finite.all(axis=1))
         signs = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions])
         usable = np.where(bad[:, None], 1.0, values)
         if index is None:

@@ -36,10 +36,10 @@ def values(point: Any, objectives: Sequence[str]) -> list[float]:
 
 
 def comparable(given: Sequence[float], objectives: Sequence[str]) -> tuple[float, ...]:
-    """Return values with those that are no numbers as infinitely bad: a comparison with NaN says nothing."""
+    """Return values with those that are no finite numbers as infinitely bad: a comparison with NaN says nothing."""
     worst = {"maximize": -math.inf, "minimize": math.inf}
     return tuple(
-        worst[direction] if math.isnan(value) else value
+        value if math.isfinite(value) else worst[direction]
         for value, direction in zip(given, directions(objectives), strict=True)
     )
 

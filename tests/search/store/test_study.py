@@ -13,6 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from prunesweep.models import UserError
+from prunesweep.search.config import SearchTable
 from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Result
 from prunesweep.search.store.study import PROPOSALS, RESULTS, Study, make_sampler
@@ -195,3 +196,5 @@ def test_a_sampler_that_is_none_is_named(tmp_path: Path) -> None:
         Study(tmp_path / "a", SPACE, 0, sampler="excess")
     with pytest.raises(UserError, match="sampler 'cma' is none; known: auto, budget_gp, tpe"):
         make_sampler("cma", SPACE, 10, 0)
+    with pytest.raises(ValueError, match="'excess' is now called 'budget_gp'; change it in the file"):
+        SearchTable.model_validate({"sampler": "excess"})
