@@ -5,8 +5,9 @@ best subspace; then every layer that reads or writes is refitted by ridge regres
 """
 
 from .compress import compress
+from .front import Point, instant
 from .normal_equations import NormalEquations
 from .source import SourceStatistics
 from .widths import BlockWidths, Widths, compressed_arch
 
-__all__ = ["BlockWidths", "NormalEquations", "SourceStatistics", "Widths", "compress", "compressed_arch"]
+__all__ = ["BlockWidths", "NormalEquations", "SourceStatistics", "Point", "Widths", "compress", "compressed_arch", "instant"]

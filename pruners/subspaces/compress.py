@@ -34,7 +34,7 @@ from .normal_equations import NormalEquations
 from .source import SourceBlock, SourceStatistics, attend_with, images_of, open_source, stem
 from .widths import BlockWidths, Widths, compressed_arch
 
-__all__ = ["compress"]
+__all__ = ["Work", "compress"]
 
 SHRINKAGE = 1e-3  # 1e-3 to 1e-5 are equal within noise, 1e-2 is 10 to 25 % worse
 HEAD_SHRINKAGE = 1e-2  # one row an image, not one a token
@@ -76,7 +76,7 @@ def compress(
     mode = model.training
     model.eval()
     try:
-        work = _Work(model, arch, blocks, small, found, refit, shrinkage)
+        work = Work(model, arch, blocks, small, found, refit=refit, shrinkage=shrinkage)
         work.start(images)
         kept = [i for i, own in enumerate(widths.blocks) if own.keep]
         for j, i in enumerate(kept):
@@ -93,8 +93,16 @@ def compress(
     return result.eval()
 
 
-class _Work:
-    """The small model's weights as far as they are computed, and both streams of every batch."""
+class Work:
+    """The small model's weights as far as they are computed, and both streams of every batch.
+
+    Args:
+        model, arch, blocks: the source.
+        small: the record that is aimed at.
+        statistics: of the source.
+        refit, shrinkage: as for ``compress``.
+        fitted: fits read the first so many batches; both streams of all others are carried along. All by default.
+    """
 
     def __init__(
         self,
@@ -103,11 +111,13 @@ class _Work:
         blocks: list[SourceBlock],
         small: Arch,
         statistics: SourceStatistics,
-        refit: bool,
-        shrinkage: float,
+        *,
+        refit: bool = True,
+        shrinkage: float = SHRINKAGE,
+        fitted: int | None = None,
     ) -> None:
         self.model, self.arch, self.blocks, self.small = model, arch, blocks, small
-        self.statistics, self.refit, self.shrinkage = statistics, refit, shrinkage
+        self.statistics, self.refit, self.shrinkage, self.fitted = statistics, refit, shrinkage, fitted
         self.parameter = next(model.parameters())
         width, full = small.stages[0].width, arch.stages[0].width
         basis = statistics.directions[1].to(self.parameter.device)
@@ -146,14 +156,15 @@ class _Work:
             self.after.append(x)
         if record.mixer == "attn":
             target = self.m if record.mlp else self.after
-            self._attention(f"blocks.{j}.", source, record, self.statistics, i, target)
+            self.attention(f"blocks.{j}.", source, record, i, target)
         if record.mlp:
-            self._mlp(f"blocks.{j}.", source, record, i)
+            self.mlp(f"blocks.{j}.", source, record, i)
         self.x = self.after
 
-    def _attention(
-        self, name: str, source: SourceBlock, record: Block, found: SourceStatistics, i: int, target: list[torch.Tensor]
+    def attention(
+        self, name: str, source: SourceBlock, record: Block, i: int, target: list[torch.Tensor]
     ) -> None:
+        """Compute the attention of block ``i`` of the source, which leaves ``target`` in the stream."""
         attn, old = source.module.attn, source.record
         weight, bias = self._reader(attn.qkv, source.module.norm1)
         if self.refit:
@@ -221,7 +232,7 @@ class _Work:
             return []
         qkv = _linear(weight, bias, self.parameter)
         sums = NormalEquations(old.total_v, 1, self.T.device)
-        for z in self.z:
+        for z in self.z[: self.fitted]:
             out = attend_with(qkv(self._normed(z)), old.heads, old.qk, old.v_widths, old.scale, norms)
             sums.add(out, out[..., :1])
         ends = torch.tensor(old.v_widths).cumsum(0).tolist()
@@ -229,7 +240,8 @@ class _Work:
             sums.covariance[end - width : end, end - width : end] for end, width in zip(ends, old.v_widths, strict=True)
         ]
 
-    def _mlp(self, name: str, source: SourceBlock, record: Block, i: int) -> None:
+    def mlp(self, name: str, source: SourceBlock, record: Block, i: int) -> None:
+        """Compute the MLP of block ``i`` of the source."""
         mlp = source.module.mlp
         out = self.T.T @ (source.gain("ls2").double()[:, None] * mlp.fc2.weight.double())
         units = torch.arange(len(mlp.fc1.weight), device=self.T.device)
@@ -262,7 +274,7 @@ class _Work:
                 weight, bias = self._reader(head, getattr(model, norm))
             if self.refit:
                 sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
-                for x, z in zip(self.x, self.z, strict=True):
+                for x, z in zip(self.x[: self.fitted], self.z[: self.fitted], strict=True):
                     wanted = self._pooled(x, token, getattr(model, norm) if norm else nn.Identity())
                     sums.add(self._pooled(z, token, self._normed if norm else nn.Identity()), head(wanted))
                 weight, bias = sums.solve(weight, HEAD_SHRINKAGE)
@@ -294,7 +306,7 @@ class _Work:
         self, weight: torch.Tensor, target: Callable[[int], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
-        for n, z in enumerate(self.z):
+        for n, z in enumerate(self.z[: self.fitted]):
             sums.add(self._normed(z), target(n))
         return sums.solve(weight, self.shrinkage)
 
@@ -308,7 +320,7 @@ class _Work:
         """Fit a writer to what is missing between the small model's stream and the source's, and let it write."""
         if self.refit:
             sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
-            for n, z in enumerate(self.z):
+            for n, z in enumerate(self.z[: self.fitted]):
                 sums.add(features(n), self._map(target[n]) - z)
             weight, bias = sums.solve(weight, self.shrinkage)
         layer = _linear(weight, bias, self.parameter)
