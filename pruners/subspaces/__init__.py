@@ -10,4 +10,13 @@ from .normal_equations import NormalEquations
 from .source import SourceStatistics
 from .widths import BlockWidths, Widths, compressed_arch
 
-__all__ = ["BlockWidths", "NormalEquations", "SourceStatistics", "Point", "Widths", "compress", "compressed_arch", "instant"]
+__all__ = [
+    "BlockWidths",
+    "NormalEquations",
+    "Point",
+    "SourceStatistics",
+    "Widths",
+    "compress",
+    "compressed_arch",
+    "instant",
+]

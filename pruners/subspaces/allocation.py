@@ -12,15 +12,13 @@ still fit. Costs are exact (``models.cost``) and add up over spaces once the res
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from prunesweep.models import Arch, UserError, cost
+from prunesweep.models import Arch, cost
 from prunesweep.pruners.depth import kl_divergence
 
 from .compress import Work
@@ -79,7 +77,7 @@ def measure_losses(
         after = [block.after_mlp(m) for m in middle]
         for _, space, width in (own for own in tries if own[0] == i):
             choice = found.setdefault((i, space), {getattr(block.record, space): 0.0})
-            own = BlockWidths(**{space: width})
+            own = BlockWidths(**{space: width})  # type: ignore[arg-type]
             widths = Widths(blocks=tuple(own if n == i else BlockWidths() for n in range(arch.depth)))
             work = Work(model, arch, blocks, compressed_arch(arch, widths), statistics, fitted=len(fit))
             work.x, work.m, work.after, work.z = streams, middle, after, list(streams)
@@ -134,15 +132,13 @@ def allocate(
     """
     full = _objective_of(arch, embed, {}, objective)
     saved = {
-        choice: {
-            width: full - _objective_of(arch, embed, {choice: width}, objective) for width in own
-        }
+        choice: {width: full - _objective_of(arch, embed, {choice: width}, objective) for width in own}
         for choice, own in losses.losses.items()
     }
 
     def chosen(price: float) -> dict[Choice, int]:
         return {
-            choice: min(own, key=lambda width: (own[width] - price * saved[choice][width], -width))  # noqa: B023
+            choice: min(own, key=lambda width: (own[width] - price * saved[choice][width], -width))
             for choice, own in losses.losses.items()
         }
 
@@ -181,9 +177,7 @@ def _step_up(
         found[choice] = wider
 
 
-def _fill(
-    arch: Arch, embed: int, found: dict[Choice, int], limit: int, objective: Objective, align: int
-) -> Widths:
+def _fill(arch: Arch, embed: int, found: dict[Choice, int], limit: int, objective: Objective, align: int) -> Widths:
     """Give what is left to MLP units, then to ranks, in the finest steps, evenly over blocks."""
     for space in ("mlp", "v", "qk"):
         moved = True

@@ -161,9 +161,7 @@ class Work:
             self.mlp(f"blocks.{j}.", source, record, i)
         self.x = self.after
 
-    def attention(
-        self, name: str, source: SourceBlock, record: Block, i: int, target: list[torch.Tensor]
-    ) -> None:
+    def attention(self, name: str, source: SourceBlock, record: Block, i: int, target: list[torch.Tensor]) -> None:
         """Compute the attention of block ``i`` of the source, which leaves ``target`` in the stream."""
         attn, old = source.module.attn, source.record
         weight, bias = self._reader(attn.qkv, source.module.norm1)
@@ -222,7 +220,7 @@ class Work:
             kept.append(own)
             begin += full
         maps = [*(q for q, _ in pairs), *(k for _, k in pairs), *values]
-        return torch.block_diag(*maps), torch.cat(kept, 1)
+        return torch.block_diag(*maps), torch.cat(kept, 1)  # type: ignore[no-untyped-call]
 
     def _output_covariance(
         self, record: Block, old: Block, norms: tuple[nn.Module, nn.Module], weight: torch.Tensor, bias: torch.Tensor

@@ -24,12 +24,14 @@ class NormalEquations:
     """
 
     def __init__(self, features: int, targets: int, device: torch.device | str = "cpu") -> None:
-        kind = {"dtype": torch.float64, "device": device}
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
         self.rows = 0
-        self._aa = torch.zeros(features, features, **kind)  # type: ignore[arg-type]
-        self._ay = torch.zeros(features, targets, **kind)  # type: ignore[arg-type]
-        self._a = torch.zeros(features, **kind)  # type: ignore[arg-type]
-        self._y = torch.zeros(targets, **kind)  # type: ignore[arg-type]
+        self._aa = zeros(features, features)
+        self._ay = zeros(features, targets)
+        self._a = zeros(features)
+        self._y = zeros(targets)
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         """Take rows into the sums.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, blocks_of
@@ -71,8 +72,8 @@ def attend_with(
         scale: factor on the logits.
         norms: of queries and keys.
     """
-    q, k, values = qkv.split([heads * qk, heads * qk, sum(v)], dim=-1)
-    q, k = (t.unflatten(-1, (heads, qk)).transpose(1, 2) for t in (q, k))
+    q, k, values = torch.split(qkv, [heads * qk, heads * qk, sum(v)], dim=-1)
+    q, k = (rearrange(t, "b n (h e) -> b h n e", h=heads) for t in (q, k))
     return attend(norms[0](q), norms[1](k), values, v, scale)
 
 
@@ -207,7 +208,7 @@ def _directions(x: torch.Tensor) -> torch.Tensor:
 
 def _moments(qkv: torch.Tensor, heads: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over tokens of q q' and of k k' with keys centred per image, (H, E, E) each."""
-    q, k, _ = qkv.split([heads * width, heads * width, qkv.shape[-1] - 2 * heads * width], dim=-1)
-    q, k = (t.double().unflatten(-1, (heads, width)) for t in (q, k))
+    q, k, _ = torch.split(qkv, [heads * width, heads * width, qkv.shape[-1] - 2 * heads * width], dim=-1)
+    q, k = (rearrange(t.double(), "b n (h e) -> b n h e", h=heads) for t in (q, k))
     k = k - k.mean(1, keepdim=True)
     return torch.einsum("bnhe,bnhf->hef", q, q), torch.einsum("bnhe,bnhf->hef", k, k)
