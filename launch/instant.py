@@ -125,7 +125,7 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
-    for name in ("MACs (M)", "of source", "params (M)", "top-1 %", "KL", "agreement %", "model"):
+    for name in ("MACs M", "share", "params M", "top-1 %", "KL", "agreement %", "model"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -135,7 +135,7 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
             f"{row['top1']:.2f}",
             f"{row['kl']:.4f}",
             f"{row['agreement']:.2f}",
-            "the source" if row["model"] is None else row["model"],
+            "source" if row["model"] is None else row["model"],
         )
     console.print(table)
     for budget in missed:

@@ -7,6 +7,7 @@ best subspace; then every layer that reads or writes is refitted by ridge regres
 from .compress import compress
 from .front import Point, instant
 from .normal_equations import NormalEquations
+from .recovery import recover
 from .source import SourceStatistics
 from .widths import BlockWidths, Widths, compressed_arch
 
@@ -19,4 +20,5 @@ __all__ = [
     "compress",
     "compressed_arch",
     "instant",
+    "recover",
 ]

@@ -59,18 +59,23 @@ class NormalEquations:
         mean = self._a / self.rows
         return self._aa / self.rows - torch.outer(mean, mean)
 
-    def solve(self, start: torch.Tensor, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(
+        self, start: torch.Tensor, shrinkage: float, *, centred: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The linear map from features to targets that is nearest to ``start`` where the rows do not say otherwise.
 
         Args:
             start: W_0, (G, F).
             shrinkage: lambda, in units of the features' mean variance.
+            centred: with a bias; without one, moments take the place of covariances and the bias is zero.
 
         Returns:
             W (G, F) and b (G), in float64.
         """
         mean_a, mean_y = self._a / self.rows, self._y / self.rows
-        covariance, start = self.covariance, start.to(self._aa)
+        if not centred:
+            mean_a, mean_y = torch.zeros_like(mean_a), torch.zeros_like(mean_y)
+        covariance, start = self._aa / self.rows - torch.outer(mean_a, mean_a), start.to(self._aa)
         residual = self._ay / self.rows - torch.outer(mean_a, mean_y) - covariance @ start.T
         ridge = covariance.clone()
         ridge.diagonal().add_((shrinkage * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny))

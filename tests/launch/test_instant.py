@@ -58,7 +58,7 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     options = ("--data", "digits", "--images", "64", "--budgets", "0.5,0.0001", "--out", tmp_path / "front")
     code, text, _ = call(capsys, "instant", source, *options)
     assert code == 0
-    assert "the source" in text
+    assert " source " in text
     assert "budget 0.0001: the smallest widths cost more" in text
     assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json"]
 
