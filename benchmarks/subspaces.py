@@ -21,7 +21,7 @@ from prunesweep.models import arch_of, cost, cut
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence, taylor, width_path
-from prunesweep.pruners.subspaces import SourceStatistics, Widths, compress, compressed_arch, instant
+from prunesweep.pruners.subspaces import SourceStatistics, Widths, compress, compressed_arch, equal_shares, instant
 from prunesweep.search.config import load_config
 from prunesweep.search.execution.prepare import open_search
 from prunesweep.search.report.display import Display
@@ -46,23 +46,11 @@ def source_of(seed: int, cache: Path) -> nn.Module:
 def uniform(model: nn.Module, budget: float) -> Widths:
     """Equal shares of stream, heads and units, the largest within a budget."""
     arch = arch_of(model)
-    block, full = arch.blocks[0], arch.stages[0].width
-    assert isinstance(block.v, int)
-    best, least = None, 0
-    for step in range(1, 257):
-        share = step / 256
-        sizes = {
-            "embed": max(2, round(full * share)),
-            "qk": max(1, round(block.qk * share)),
-            "v": max(1, round(block.v * share)),
-            "mlp": max(1, round(block.mlp * share)),
-        }
-        widths = Widths.uniform(arch, **sizes)
-        spent = cost(compressed_arch(arch, widths)).macs
-        if least < spent <= budget * cost(arch).macs:
-            best, least = widths, spent
-    assert best is not None
-    return best
+    for step in range(256, 0, -1):
+        widths = equal_shares(arch, step / 256)
+        if cost(compressed_arch(arch, widths)).macs <= budget * cost(arch).macs:
+            return widths
+    raise ValueError(f"no widths cost as little as {budget}")
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from .front import Point, instant
 from .normal_equations import NormalEquations
 from .recovery import recover
 from .source import SourceStatistics
-from .widths import BlockWidths, Widths, compressed_arch
+from .widths import BlockWidths, Widths, compressed_arch, equal_shares
 
 __all__ = [
     "BlockWidths",
@@ -19,6 +19,7 @@ __all__ = [
     "Widths",
     "compress",
     "compressed_arch",
+    "equal_shares",
     "instant",
     "recover",
 ]

@@ -15,7 +15,7 @@ from prunesweep.pruners.depth import kl_divergence
 from .allocation import allocate, measure_losses
 from .compress import compress
 from .source import SourceStatistics, images_of
-from .widths import Widths
+from .widths import Widths, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
 
@@ -144,19 +144,32 @@ class _Front:
                     break
                 else:
                     at = best
-            point = tried.get(at)
+            point, even = tried.get(at), self._even(budget)
             if point is not None:
-                found.append(point)
                 begin = at
+            # sums of one-block losses rank well but are noisy: equal shares are the baseline to beat
+            candidates = [one for one in (point, even) if one is not None]
+            if candidates:
+                found.append(min(candidates, key=lambda one: one.kl))
             self.progress("computing models", number + 1, len(budgets))
         return found
 
     def _point(self, budget: float, embed: int) -> Point | None:
+        limit = int(budget * self.objective(self.arch))
+        widths = allocate(self.arch, embed, self.losses, limit, objective=self.objective, align=self.align)
+        return None if widths is None else self._computed(budget, widths)
+
+    def _even(self, budget: float) -> Point | None:
+        """The largest model of equal shares of all widths within a budget."""
+        limit = budget * self.objective(self.arch)
+        for step in range(256, 0, -1):
+            widths = equal_shares(self.arch, step / 256, self.align)
+            if self.objective(compressed_arch(self.arch, widths)) <= limit:
+                return self._computed(budget, widths)
+        return None
+
+    def _computed(self, budget: float, widths: Widths) -> Point:
         whole = self.objective(self.arch)
-        options = {"objective": self.objective, "align": self.align}
-        widths = allocate(self.arch, embed, self.losses, int(budget * whole), **options)  # type: ignore[arg-type]
-        if widths is None:
-            return None
         small = compress(self.model, widths, self.fit, statistics=self.statistics)
         got = self._logits(small)
         return Point(

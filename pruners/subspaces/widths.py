@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prunesweep.models import Arch, UserError
 from prunesweep.models.arch import Block
 
-__all__ = ["BlockWidths", "Widths", "compressed_arch"]
+__all__ = ["BlockWidths", "Widths", "compressed_arch", "equal_shares"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,31 @@ class Widths:
         return cls(
             embed=embed, blocks=tuple(BlockWidths(keep=i not in gone, qk=qk, v=v, mlp=mlp) for i in range(arch.depth))
         )
+
+
+def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
+    """The same share of every width of a source.
+
+    Args:
+        arch: the source's record.
+        share: of the residual width, of ranks and of hidden units, above 0 and at most 1.
+        align: widths below the full one are multiples of it.
+    """
+
+    def part(full: int, least: int = 1) -> int:
+        return min(full, max(least, align, round(full * share / align) * align))
+
+    (stage,) = arch.stages
+    blocks = tuple(
+        BlockWidths(
+            qk=part(block.qk) if block.mixer == "attn" and not arch.qk_norm else None,
+            v=tuple(part(v) for v in block.v_widths) if block.mixer == "attn" else None,
+            mlp=part(block.mlp) if block.mlp else None,
+        )
+        for block in stage.blocks
+    )
+    fixed = arch.pre_norm or arch.head_norm == "none"
+    return Widths(embed=None if fixed else part(stage.width, 2), blocks=blocks)
 
 
 def compressed_arch(arch: Arch, widths: Widths) -> Arch:
