@@ -22,6 +22,7 @@ from .doctor import doctor
 from .export import export_model, push_model
 from .finetune import finetune
 from .import_ import import_model
+from .instant import instant
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
@@ -233,6 +234,7 @@ app.command("export")(export_model)
 app.command("push")(push_model)
 app.command("import")(import_model)
 app.command(cls=MethodCommand)(prune)
+app.command()(instant)
 app.command()(finetune)
 app.command()(promote)
 app.command(cls=ScoringCommand)(score)

@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunesweep.models import Arch, load, save
+    from prunesweep.pruners.subspaces import instant
     from prunesweep.search import resume_search, run_search
 
 _HOME = {
     "Arch": "prunesweep.models",
+    "instant": "prunesweep.pruners.subspaces",
     "load": "prunesweep.models",
     "resume_search": "prunesweep.search",
     "run_search": "prunesweep.search",
     "save": "prunesweep.models",
 }
 
-__all__ = ["Arch", "load", "resume_search", "run_search", "save"]
+__all__ = ["Arch", "instant", "load", "resume_search", "run_search", "save"]
 
 
 def __getattr__(name: str) -> Any:

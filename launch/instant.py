@@ -1,0 +1,150 @@
+"""``prunesweep instant``: a front of smaller models, computed without labels and without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["instant"]
+
+BATCH = 64  # images per calibration batch
+
+
+def instant(
+    source: Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)],
+    data: Annotated[str, typer.Option(help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder of the front, which must not exist yet", show_default=False)],
+    budgets: Annotated[
+        str, typer.Option(help="shares of the source's cost, separated by commas")
+    ] = "0.9,0.7,0.5,0.3,0.15",
+    objective: Annotated[str, typer.Option(help="what the budgets are counted in: macs or params")] = "macs",
+    align: Annotated[int, typer.Option(min=1, help="widths are multiples of it; 8 suits GPUs")] = 1,
+    images: Annotated[
+        int, typer.Option(min=2, help="calibration images, from the training split, without labels")
+    ] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="of the choice of calibration images")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
+) -> None:
+    """Compute a front of smaller models of a ViT from a few hundred unlabelled images; nothing is trained."""
+    from rich.console import Console
+
+    from prunesweep.models import UserError, arch_of, cost, save, weights_digest
+    from prunesweep.models.io.files import publish_folder, write_text
+    from prunesweep.models.io.provenance import versions
+    from prunesweep.pruners.subspaces import instant as compute
+    from prunesweep.search.report.display import Display
+    from prunesweep.training import open_data
+    from prunesweep.training.jobs.one_shot import open_source
+
+    shares = _shares(budgets)
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; give a new folder")
+    model = open_source(source)
+    dataset = open_data(data, model.pretrained_cfg)
+    whole = cost(arch_of(model))
+    batches = dataset.calibration(images, min(BATCH, max(1, images // 4)), seed)
+    console = Console()
+    with Display(console).progress() as report:
+
+        def progress(what: str, done: int, total: int) -> None:
+            report(what, done / total, f"{done} of {total}")
+
+        points = compute(model, batches, shares, objective=objective, align=align, progress=progress)
+        rows = [_measured(None, model, model, dataset, whole, report, "evaluating")]
+        rows += [_measured(p, p.model, model, dataset, whole, report, f"evaluating {p.budget:g}") for p in points]
+    with publish_folder(out.absolute()) as folder:
+        for point, row in zip(points, rows[1:], strict=True):
+            row["model"] = f"{point.budget:g}"
+            provenance = {
+                "method": "subspaces",
+                "source": {"name": source, "weights": weights_digest(model)},
+                "data": dataset.info.fingerprint,
+                "images": images,
+                "seed": seed,
+                "versions": versions(),
+                **{name: row[name] for name in ("budget", "kl", "agreement", "top1")},
+            }
+            save(point.model, folder / row["model"], provenance)
+        facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
+        write_text(folder / "front.json", json.dumps({**facts, "points": rows}, indent=1))
+    if as_json:
+        print(json.dumps({**facts, "points": rows}))
+        return
+    _show(console, rows, out, [share for share in shares if share not in {p.budget for p in points}])
+
+
+def _shares(text: str) -> list[float]:
+    from prunesweep.models import UserError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--budgets {text}: must be numbers separated by commas, for example 0.5,0.3") from None
+
+
+def _measured(point: Any, model: Any, source: Any, data: Any, whole: Any, report: Any, what: str) -> dict[str, Any]:
+    """One row of the front: quality on the validation split, which nothing was chosen by."""
+    import torch
+
+    from prunesweep.models import arch_of, cost
+    from prunesweep.pruners import kl_divergence
+    from prunesweep.training import EVAL_BATCH
+
+    right = same = seen = 0
+    divergence = 0.0
+    loader = data.val_loader(EVAL_BATCH)
+    with torch.no_grad():
+        for images, labels in loader:
+            wanted, got = source(images), model(images)
+            right += int((got.argmax(-1) == labels).sum())
+            same += int((got.argmax(-1) == wanted.argmax(-1)).sum())
+            divergence += float(kl_divergence(wanted, got).sum())
+            seen += len(labels)
+            report(what, min(1.0, seen / max(1, len(loader) * EVAL_BATCH)), "")
+    report(what, 1.0, f"{100 * right / seen:.2f} % top-1")
+    spent = cost(arch_of(model))
+    return {
+        "budget": 1.0 if point is None else point.budget,
+        "macs": spent.macs,
+        "params": spent.params,
+        "macs_share": spent.macs / whole.macs,
+        "top1": 100 * right / seen,
+        "kl": divergence / seen,
+        "agreement": 100 * same / seen,
+        "images": seen,
+        "model": None,
+    }
+
+
+def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Sequence[float]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for name in ("MACs M", "share", "params M", "top-1 %", "KL", "agreement %", "model"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row['macs'] / 1e6:.2f}",
+            f"{row['macs_share']:.3f}",
+            f"{row['params'] / 1e6:.3f}",
+            f"{row['top1']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['agreement']:.2f}",
+            "source" if row["model"] is None else row["model"],
+        )
+    console.print(table)
+    for budget in missed:
+        console.print(f"budget {budget:g}: the smallest widths cost more; nothing was computed", highlight=False)
+    first = rows[-1]["model"] or "MODEL"
+    console.print(
+        f"top-1, KL and agreement with the source on {rows[0]['images']:,} validation images; models in {out}\n"
+        f"load one: import prunesweep, timm; timm.create_model('local-dir:{out / first}', pretrained=True)",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )

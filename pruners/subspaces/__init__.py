@@ -1,0 +1,25 @@
+"""Subspaces: small models computed in closed form from a source and unlabelled images.
+
+Where a width carries no nonlinearity (residual stream, queries and keys, values) the small model is projected onto the
+best subspace; then every layer that reads or writes is refitted by ridge regression, block after block.
+"""
+
+from .compress import compress
+from .front import Point, instant
+from .normal_equations import NormalEquations
+from .recovery import recover
+from .source import SourceStatistics
+from .widths import BlockWidths, Widths, compressed_arch, equal_shares
+
+__all__ = [
+    "BlockWidths",
+    "NormalEquations",
+    "Point",
+    "SourceStatistics",
+    "Widths",
+    "compress",
+    "compressed_arch",
+    "equal_shares",
+    "instant",
+    "recover",
+]

@@ -1,0 +1,188 @@
+"""A front of computed models: for every budget the residual width and the shares of all blocks with the least KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunesweep.models import Arch, UserError, arch_of, cost
+from prunesweep.pruners.divergence import kl_divergence
+
+from .allocation import allocate, measure_losses
+from .compress import compress
+from .source import SourceStatistics, images_of
+from .widths import Widths, compressed_arch, equal_shares
+
+__all__ = ["OBJECTIVES", "Point", "instant"]
+
+OBJECTIVES: dict[str, Callable[[Arch], int]] = {
+    "macs": lambda arch: cost(arch).macs,
+    "params": lambda arch: cost(arch).params,
+}
+BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
+STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
+HELD_OUT = 0.25  # of the images: chosen by, not fitted to
+TOLERANCE = 0.005  # of a budget
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One computed model.
+
+    Args:
+        budget: share of the source's cost that was asked for.
+        share: share of it that the model has.
+        kl, agreement: to the source on images that no fit has seen: mean KL divergence, and per cent of equal answers.
+        images: how many these were.
+    """
+
+    budget: float
+    share: float
+    model: nn.Module
+    widths: Widths
+    kl: float
+    agreement: float
+    images: int
+
+
+def instant(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    objective: str = "macs",
+    align: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Point]:
+    """Compute a front of smaller models from unlabelled images, without training.
+
+    A quarter of the images is held out: shares of blocks and the residual width are chosen by the KL divergence to the
+    source on them.
+
+    Args:
+        model: a ViT from timm or of ours.
+        batches: images (B, C, rows, columns), or pairs of images and labels: a loader or a list; at least 256 images.
+        budgets: shares of the source's cost, each above 0 and at most 1.
+        objective: ``macs`` or ``params``.
+        align: widths are multiples of it; 8 suits GPUs.
+        progress: told what goes on, how much of it is done, and of how much.
+
+    Returns:
+        One point per budget that can be met, the largest first.
+
+    Raises:
+        UserError: a budget or the objective is none, too few images, or the source cannot be projected.
+    """
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise UserError(f"budget {budget}: must be a share of the source's {objective}, above 0 and at most 1")
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r}: must be one of {', '.join(OBJECTIVES)}")
+    images = images_of(batches)
+    held = max(1, round(len(images) * HELD_OUT))
+    fit, held_out = images[:-held], images[-held:]
+    if not fit:
+        raise UserError("all images came in one batch: give at least two, some are held out")
+    mode = model.training
+    model.eval()
+    try:
+        return _Front(model, fit, held_out, objective, align, progress or (lambda *_: None)).points(budgets)
+    finally:
+        model.train(mode)
+
+
+class _Front:
+    """What all budgets share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fit: list[torch.Tensor],
+        held_out: list[torch.Tensor],
+        objective: str,
+        align: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.model, self.fit, self.held_out, self.align, self.progress = model, fit, held_out, align, progress
+        self.arch, self.objective = arch_of(model), OBJECTIVES[objective]
+        self.statistics = SourceStatistics.collect(
+            model, fit, progress=lambda done, total: progress("reading the source", done, total)
+        )
+        self.wanted = self._logits(model)
+        self.losses = measure_losses(
+            model,
+            fit,
+            held_out,
+            self.statistics,
+            align=align,
+            progress=lambda done, total: progress("narrowing block by block", done, total),
+        )
+        full = self.arch.stages[0].width
+        rounded = {round(full * share / align) * align for share in STREAM}
+        self.streams = sorted({full, *(width for width in rounded if 2 <= width < full)}, reverse=True)
+
+    def points(self, budgets: Sequence[float]) -> list[Point]:
+        found: list[Point] = []
+        begin = 0
+        for number, budget in enumerate(sorted(budgets, reverse=True)):
+            tried: dict[int, Point | None] = {}
+            at = begin
+            while True:  # downhill over residual widths, from where the budget before ended
+                for near in (at, at - 1, at + 1):
+                    if 0 <= near < len(self.streams) and near not in tried:
+                        tried[near] = self._point(budget, self.streams[near])
+                best = min((n for n in tried if tried[n]), key=lambda n: tried[n].kl, default=None)  # type: ignore[union-attr]
+                if best is None:  # too wide for this budget
+                    if at + 1 >= len(self.streams):
+                        break
+                    at += 1
+                elif best == at:
+                    break
+                else:
+                    at = best
+            point, even = tried.get(at), self._even(budget)
+            if point is not None:
+                begin = at
+            # sums of one-block losses rank well but are noisy: equal shares are the baseline to beat
+            candidates = [one for one in (point, even) if one is not None]
+            if candidates:
+                found.append(min(candidates, key=lambda one: one.kl))
+            self.progress("computing models", number + 1, len(budgets))
+        return found
+
+    def _point(self, budget: float, embed: int) -> Point | None:
+        limit = int(budget * self.objective(self.arch))
+        widths = allocate(self.arch, embed, self.losses, limit, objective=self.objective, align=self.align)
+        return None if widths is None else self._computed(budget, widths)
+
+    def _even(self, budget: float) -> Point | None:
+        """The largest model of equal shares of all widths within a budget."""
+        limit = budget * self.objective(self.arch)
+        for step in range(256, 0, -1):
+            widths = equal_shares(self.arch, step / 256, self.align)
+            if self.objective(compressed_arch(self.arch, widths)) <= limit:
+                return self._computed(budget, widths)
+        return None
+
+    def _computed(self, budget: float, widths: Widths) -> Point:
+        whole = self.objective(self.arch)
+        small = compress(self.model, widths, self.fit, statistics=self.statistics)
+        got = self._logits(small)
+        return Point(
+            budget=budget,
+            share=self.objective(arch_of(small)) / whole,
+            model=small,
+            widths=widths,
+            kl=kl_divergence(self.wanted, got).mean().item(),
+            agreement=100 * (self.wanted.argmax(-1) == got.argmax(-1)).double().mean().item(),
+            images=len(got),
+        )
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module) -> torch.Tensor:
+        parameter = next(model.parameters())
+        return torch.cat([model(images.to(parameter)) for images in self.held_out])

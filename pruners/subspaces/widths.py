@@ -1,0 +1,147 @@
+"""How wide the small model is, and which record follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prunesweep.models import Arch, UserError
+from prunesweep.models.arch import Block
+
+__all__ = ["BlockWidths", "Widths", "compressed_arch", "equal_shares"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockWidths:
+    """Ranks and units of one block; ``None`` keeps what the source has.
+
+    Args:
+        keep: ``False`` drops the block.
+        attention, mlp_half: ``False`` drops this half of the block alone.
+        qk: query/key rank of every head.
+        v: value rank of every head, or one per head.
+        mlp: hidden units.
+    """
+
+    keep: bool = True
+    attention: bool = True
+    mlp_half: bool = True
+    qk: int | None = None
+    v: int | tuple[int, ...] | None = None
+    mlp: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Residual width of the stream, and the widths of every block of the source in order."""
+
+    embed: int | None = None
+    blocks: tuple[BlockWidths, ...]
+
+    @classmethod
+    def uniform(
+        cls,
+        arch: Arch,
+        *,
+        embed: int | None = None,
+        qk: int | None = None,
+        v: int | None = None,
+        mlp: int | None = None,
+        drop: Iterable[int] = (),
+    ) -> Widths:
+        """The same ranks and units in every block.
+
+        Args:
+            arch: the source's record.
+            embed, qk, v, mlp: as in ``Widths`` and ``BlockWidths``.
+            drop: indices of the blocks that go.
+        """
+        gone = set(drop)
+        return cls(
+            embed=embed, blocks=tuple(BlockWidths(keep=i not in gone, qk=qk, v=v, mlp=mlp) for i in range(arch.depth))
+        )
+
+
+def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
+    """The same share of every width of a source.
+
+    Args:
+        arch: the source's record.
+        share: of the residual width, of ranks and of hidden units, above 0 and at most 1.
+        align: widths below the full one are multiples of it.
+    """
+
+    def part(full: int, least: int = 1) -> int:
+        return min(full, max(least, align, round(full * share / align) * align))
+
+    (stage,) = arch.stages
+    blocks = tuple(
+        BlockWidths(
+            qk=part(block.qk) if block.mixer == "attn" and not arch.qk_norm else None,
+            v=tuple(part(v) for v in block.v_widths) if block.mixer == "attn" else None,
+            mlp=part(block.mlp) if block.mlp else None,
+        )
+        for block in stage.blocks
+    )
+    fixed = arch.pre_norm or arch.head_norm == "none"
+    return Widths(embed=None if fixed else part(stage.width, 2), blocks=blocks)
+
+
+def compressed_arch(arch: Arch, widths: Widths) -> Arch:
+    """The record of the small model: that of a chosen cut of the same widths, so its cost is the same too.
+
+    Args:
+        arch: the source's record.
+        widths: of the small model.
+
+    Raises:
+        UserError: a width is larger than the source's or below 1, or this space of the source cannot be projected.
+    """
+    (stage,) = arch.stages
+    if len(widths.blocks) != arch.depth:
+        raise UserError(f"widths.blocks has {len(widths.blocks)} entries, {arch.source} has {arch.depth} blocks")
+    embed = stage.width if widths.embed is None else widths.embed
+    _check("widths.embed", embed, stage.width, least=2)
+    if embed < stage.width:
+        for met, reason in ((arch.pre_norm, "a norm in front of its blocks"), (arch.head_norm == "none", "no norm")):
+            if met:
+                raise UserError(
+                    f"widths.embed = {embed}: {arch.source} has {reason}, so its stream cannot be projected"
+                )
+    blocks = tuple(
+        _narrow(arch, block, own, f"widths.blocks[{i}]")
+        for i, (block, own) in enumerate(zip(stage.blocks, widths.blocks, strict=True))
+        if own.keep
+    )
+    small = dataclasses.replace(arch, stages=(dataclasses.replace(stage, width=embed, blocks=blocks),))
+    small.validate()
+    return small
+
+
+def _narrow(arch: Arch, block: Block, own: BlockWidths, where: str) -> Block:
+    changes: dict[str, object] = {}
+    if block.mixer == "attn" and own.attention:
+        qk = block.qk if own.qk is None else own.qk
+        _check(f"{where}.qk", qk, block.qk)
+        if arch.qk_norm and qk < block.qk:
+            raise UserError(f"{where}.qk = {qk}: {arch.source} normalises queries and keys, which cannot be projected")
+        changes["qk"] = qk
+        v = own.v if isinstance(own.v, tuple) else (own.v,) * block.heads
+        if len(v) != block.heads:
+            raise UserError(f"{where}.v has {len(v)} entries for {block.heads} heads")
+        kept = tuple(full if rank is None else rank for rank, full in zip(v, block.v_widths, strict=True))
+        for rank, full in zip(kept, block.v_widths, strict=True):
+            _check(f"{where}.v", rank, full)
+        changes["v"] = kept[0] if len(set(kept)) == 1 else kept
+    elif not own.attention:
+        changes |= {"mixer": "none", "heads": 0, "qk": 0, "v": 0, "scale": 0.0}
+    mlp = (block.mlp if own.mlp is None else own.mlp) if own.mlp_half else 0
+    if block.mlp and own.mlp_half:
+        _check(f"{where}.mlp", mlp, block.mlp)
+    return dataclasses.replace(block, mlp=mlp, **changes)  # type: ignore[arg-type]
+
+
+def _check(where: str, width: int, full: int, least: int = 1) -> None:
+    if not least <= width <= full:
+        raise UserError(f"{where} = {width}: must lie in {least}..{full}")
