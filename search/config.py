@@ -17,7 +17,7 @@ from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, PRUNERS
 from prunesweep.pruners.trained import trained_pruner
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
-from prunesweep.training import Recipe
+from prunesweep.training import Recipe, absolute_name
 
 __all__ = ["SearchConfig", "load_config", "parse_config"]
 
@@ -32,7 +32,7 @@ class Table(BaseModel):
 def _absolute(name: str) -> str:
     """``kind:PATH`` with an absolute path: a run is read again in other processes and from other folders."""
     kind, _, path = name.partition(":")
-    return f"{kind}:{Path(path).expanduser().absolute()}" if kind in ("imagefolder", "local-dir") and path else name
+    return f"{kind}:{Path(path).expanduser().absolute()}" if kind == "local-dir" and path else absolute_name(name)
 
 
 PathName = Annotated[str, AfterValidator(_absolute)]

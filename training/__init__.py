@@ -1,12 +1,11 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
-from .data import Data, DataInfo, images_only, open_data
+from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
 from .evaluation import EVAL_BATCH, Quality, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
-from .text import check_words, open_text
 from .trainer import DoesNotFit, batches_of
 from .world import World
 
@@ -21,6 +20,7 @@ __all__ = [
     "Quality",
     "Recipe",
     "World",
+    "absolute_name",
     "batches_of",
     "cache_logits",
     "check_words",

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunesweep.models.families.lm import LanguageModel
 
-from .text import IGNORED
+from .data.text import IGNORED
 from .world import World
 
 __all__ = ["EVAL_BATCH", "Quality", "evaluate"]
