@@ -163,6 +163,8 @@ class Readable(Dataset[Batch]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration
         for step in range(len(self)):
             at = (index + step) % len(self)
             if at in self.reasons:
