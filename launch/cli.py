@@ -199,7 +199,7 @@ def evaluate(
 ) -> None:
     """Measure a saved model's accuracy, or perplexity."""
     from prunesweep.models import arch_of, cost, load
-    from prunesweep.training import EVAL_BATCH, Quality, check_words, open_data, open_text
+    from prunesweep.training import EVAL_BATCH, Quality, chance_warning, check_words, open_data, open_text
     from prunesweep.training import evaluate as measure
 
     loaded: Any = load(model)
@@ -209,12 +209,16 @@ def evaluate(
     else:
         opened = open_data(data, loaded.pretrained_cfg)
     check_words(arch, opened)
+    if not as_json:
+        Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
     found, spent = Quality.of(measure(loaded, batches)), cost(arch)
     if as_json:
         print(json.dumps({**found.facts, "macs": spent.macs, "params": spent.params}))
     else:
         Console().print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
+    if warning := chance_warning(loaded, opened, found):
+        Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

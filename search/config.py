@@ -18,6 +18,7 @@ from prunesweep.pruners import GROUP_SIZES, PRUNERS
 from prunesweep.pruners.trained import trained_pruner
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe, absolute_name
+from prunesweep.training.data import ClassOrder
 
 __all__ = ["SearchConfig", "load_config", "parse_config"]
 
@@ -41,6 +42,19 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 class DataTable(Table):
     name: PathName  # digits | imagefolder:PATH
     loader_workers: Natural = 0
+    class_order: ClassOrder = "natural"  # of class folders: timm's, or torchvision's "codepoint"
+    classes: list[str] | str | None = None  # names by label, or a file with one per line
+    unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
+
+    @field_validator("classes")
+    @classmethod
+    def _absolute_file(cls, given: list[str] | str | None) -> list[str] | str | None:
+        return str(Path(given).expanduser().absolute()) if isinstance(given, str) else given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``open_data``."""
+        return self.model_dump(exclude={"name"})
 
 
 class SourceTable(Table):

@@ -2,7 +2,7 @@
 
 from .checkpoint import load_state, save_state
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
-from .evaluation import EVAL_BATCH, Quality, evaluate
+from .evaluation import EVAL_BATCH, Quality, chance_warning, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
@@ -23,6 +23,7 @@ __all__ = [
     "absolute_name",
     "batches_of",
     "cache_logits",
+    "chance_warning",
     "check_words",
     "evaluate",
     "fit",

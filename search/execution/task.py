@@ -40,7 +40,7 @@ class Workplace:
         self.config: SearchConfig = load_config(run / "search.toml")
         source = load(run / "source")
         cfg: Any = source.pretrained_cfg
-        self.data: Data = open_data(self.config.data.name, cfg, loader_workers=self.config.data.loader_workers)
+        self.data: Data = open_data(self.config.data.name, cfg, **self.config.data.options)
         self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
         self.facts = run.facts()
         scores = read_scores(run / "scores", self.facts["scores"])

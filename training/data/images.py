@@ -23,7 +23,7 @@ from prunesweep.training.recipe import Recipe
 
 from .base import Batch, Data, DataInfo, OpenOptions
 
-__all__ = ["IMAGE_ENDINGS", "READ_ERRORS", "ImageFiles", "Readable", "evaluation_transform", "is_hidden", "read_image"]
+__all__ = ["IMAGE_ENDINGS", "READ_ERRORS", "ImageFiles", "Readable", "is_hidden", "read_image", "read_names"]
 
 # what PIL raises for damaged files
 READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
@@ -53,11 +53,6 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
-
-
-def evaluation_transform(config: dict[str, Any]) -> Any:
-    """timm's transform for evaluation, of what ``resolve_data_config`` says."""
-    return create_transform(**config)
 
 
 class ImageFiles(Data):
@@ -126,7 +121,7 @@ class ImageFiles(Data):
 
     def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
         if augment is None:
-            return self._readable(split, evaluation_transform(self._config))
+            return self._readable(split, create_transform(**self._config))
         config = {k: self._config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")}
         transform = create_transform(
             **config,
