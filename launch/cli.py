@@ -201,7 +201,7 @@ def evaluate(
 ) -> None:
     """Measure a saved model's accuracy, or perplexity."""
     from prunesweep.models import arch_of, cost, load
-    from prunesweep.training import EVAL_BATCH, EvalMetrics, check_fits, open_data, open_text
+    from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, check_fits, open_data, open_text
     from prunesweep.training import evaluate as measure
 
     loaded: Any = load(model)
@@ -211,12 +211,16 @@ def evaluate(
     else:
         opened = open_data(data, loaded.pretrained_cfg)
     check_fits(arch, opened, all_classes=False)
+    if not as_json:
+        Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
     found, spent = EvalMetrics.of(measure(loaded, batches)), cost(arch)
     if as_json:
         print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params}))
     else:
         Console().print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
+    if warning := chance_warning(loaded, opened, found):
+        Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

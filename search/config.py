@@ -18,7 +18,8 @@ from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
-from prunesweep.training import Recipe
+from prunesweep.training import Recipe, absolute_name
+from prunesweep.training.data import ClassOrder
 
 __all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config"]
 
@@ -33,7 +34,7 @@ class Table(BaseModel):
 def _absolute(name: str) -> str:
     """``kind:PATH`` with an absolute path: a run is read again in other processes and from other folders."""
     kind, _, path = name.partition(":")
-    return f"{kind}:{Path(path).expanduser().absolute()}" if kind in ("imagefolder", "local-dir") and path else name
+    return f"{kind}:{Path(path).expanduser().absolute()}" if kind == "local-dir" and path else absolute_name(name)
 
 
 PathName = Annotated[str, AfterValidator(_absolute)]
@@ -42,6 +43,19 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 class DataTable(Table):
     name: PathName  # digits | imagefolder:PATH
     loader_workers: Natural = 0
+    class_order: ClassOrder = "natural"  # of class folders: timm's, or torchvision's "codepoint"
+    classes: list[str] | str | None = None  # names by label, or a file with one per line
+    unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
+
+    @field_validator("classes")
+    @classmethod
+    def _absolute_file(cls, given: list[str] | str | None) -> list[str] | str | None:
+        return str(Path(given).expanduser().absolute()) if isinstance(given, str) else given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``open_data``."""
+        return self.model_dump(exclude={"name"})
 
 
 class SourceTable(Table):

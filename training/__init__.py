@@ -2,12 +2,11 @@
 
 from .checkpoint import load_state, save_state
 from .compatibility import check_fits
-from .data import Data, DataInfo, images_only, open_data
-from .evaluation import EVAL_BATCH, EvalMetrics, evaluate
+from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
+from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate
 from .loop import Diverged, Epoch, fit, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
-from .text import check_words, open_text
 from .trainer import DoesNotFit, batches_of
 from .world import World
 
@@ -22,8 +21,10 @@ __all__ = [
     "EvalMetrics",
     "Recipe",
     "World",
+    "absolute_name",
     "batches_of",
     "cache_logits",
+    "chance_warning",
     "check_fits",
     "check_words",
     "evaluate",

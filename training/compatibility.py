@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prunesweep.models import Arch, UserError
 
-from .data import Data
-from .text import check_words
+from .data import Data, check_words
 
 __all__ = ["check_fits"]
 

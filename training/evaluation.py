@@ -12,10 +12,11 @@ from torch import nn
 
 from prunesweep.models.families.lm import LanguageModel
 
-from .text import IGNORED
+from .data import Data
+from .data.text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "EvalMetrics", "evaluate"]
+__all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate"]
 
 EVAL_BATCH = 256
 LOGITS_AT_A_TIME = 2**26  # of a language model
@@ -64,6 +65,32 @@ class EvalMetrics(NamedTuple):
 
     def __str__(self) -> str:
         return f"top-1 {self.top1:.2f} %" if self.ppl is None else f"ppl {self.ppl:.2f}"
+
+
+def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | None:
+    """What is likely wrong where a model of images answers no better than by chance; None where it does.
+
+    Args:
+        model: the model that was evaluated, whose ``pretrained_cfg`` may have ``label_names``.
+        data: the data it was evaluated on.
+        found: the result.
+    """
+    info = data.info
+    chance = 100 / info.num_classes
+    if isinstance(model, LanguageModel) or found.top1 > chance:
+        return None
+    said = f"top-1 of {found.top1:.2f} % is no better than chance ({chance:.2f} % for {info.num_classes} classes)"
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if info.classes and names and set(names) != set(info.classes):
+        return (
+            f"{said}: the model's classes are named otherwise ({names[0]}, ..) than the data's ({info.classes[0]}, ..)"
+        )
+    if info.classes and not names:
+        return (
+            f"{said}: the model may have been trained with its classes in another order than {info.classes[0]} .. "
+            f"{info.classes[-1]}; it has no names of its own. data.class_order = 'codepoint' is torchvision's order"
+        )
+    return f"{said}: it may be untrained, or trained on other data or with other preprocessing"
 
 
 def _answers(

@@ -22,10 +22,9 @@ from prunesweep.models import arch_of
 from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .checkpoint import save_state
-from .data import Data
+from .data import Data, check_words
 from .evaluation import EVAL_BATCH, evaluate
 from .recipe import Recipe
-from .text import check_words
 from .trainer import Diverged, Trainer
 from .world import World
 

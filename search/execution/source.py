@@ -130,19 +130,20 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
 
 def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
     """Create the source, not trained yet, and open the data with the preprocessing that the source expects."""
-    source, workers = config.source, config.data.loader_workers
+    source, options = config.source, config.data.options
     local = source.model.startswith("local-dir:")
     _check_name(source.model)
     if local or not source.train:
         model = _timm_model(source, dict(source.args), {})
         arch = arch_of(model)
         preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
-        return model, open_data(config.data.name, preprocessing, loader_workers=workers)
+        data = open_data(config.data.name, preprocessing, **options)
+        return _with_class_names(model, data), data
     cfg = timm.get_pretrained_cfg(source.model)
     preprocessing = cfg.to_dict() if cfg is not None else {}
     if "img_size" in source.args:
         preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))
-    data = open_data(config.data.name, preprocessing, loader_workers=workers)
+    data = open_data(config.data.name, preprocessing, **options)
     channels, *size = data.info.input_size
     words = {"vocabulary": data.info.vocabulary} if data.info.vocabulary else {}
     args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **words, **source.args}
@@ -152,7 +153,15 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         model = _timm_model(source, args, overlay)
         if source.pos_embed_std is not None:
             trunc_normal_(model.pos_embed, std=source.pos_embed_std)
-    return model, data
+    return _with_class_names(model, data), data
+
+
+def _with_class_names(model: Any, data: Data) -> Any:
+    """The model, which keeps the names of its classes, so that any later data are matched with them by name."""
+    names = data.info.classes
+    if names and len(names) == model.num_classes:
+        model.pretrained_cfg["label_names"] = list(names)
+    return model
 
 
 def _check_name(name: str) -> None:

@@ -41,7 +41,7 @@ class WorkerContext:
         self.config: SearchConfig = load_run_config(run.path)
         source = load(run / "source")
         cfg: Any = source.pretrained_cfg
-        self.data: Data = open_data(self.config.data.name, cfg, loader_workers=self.config.data.loader_workers)
+        self.data: Data = open_data(self.config.data.name, cfg, **self.config.data.options)
         self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
         self.arch = arch_of(source)
         self.facts = run.facts()

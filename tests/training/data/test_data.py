@@ -137,12 +137,12 @@ def test_images_that_cannot_be_read(image_folder: Path) -> None:
         match="an image cannot be read and is replaced by its neighbour: cannot identify image file .*1.jpg",
     ):
         assert len([x for x, _ in data]) == 5
-    for path in broken:
-        path.write_bytes(b"no image")
+    for k in range(12):
+        (broken[0].parent / f"broken{k}.jpg").write_bytes(b"no image")
     data = open_data(f"imagefolder:{image_folder}", PREPROCESSING).split("val", augment=None)
-    with pytest.raises(UserError, match="more than 10 images cannot be read: image 0"), warnings.catch_warnings():
+    with pytest.raises(UserError, match="more than 10 images cannot be read: image "), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data[0]
+        list(data)
 
 
 def test_calibration_per_class() -> None:

@@ -12,7 +12,6 @@ falling frequency in the training text, ties in alphabetical order, filled up to
 from __future__ import annotations
 
 import hashlib
-import os
 import pydoc_data.topics
 import re
 from collections import Counter
@@ -20,22 +19,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.io.files import publish_folder
+from prunesweep.training.recipe import Recipe
+from prunesweep.training.world import World
 
-from .batches import own_share
-from .data import Batch, Data, DataInfo
-from .recipe import Recipe
-from .world import World
+from .base import Batch, Data, DataInfo, OpenOptions
+from .index import cache_home
+from .registry import register
 
-__all__ = ["IGNORED", "Corpus", "TextData", "check_words", "encode", "make_vocabulary", "open_text"]
+__all__ = ["IGNORED", "Corpus", "PyDocs", "TextData", "WikiText", "check_words", "encode", "make_vocabulary"]
 
 IGNORED = -100  # the target of a word that is context only
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -129,11 +129,7 @@ class TextData(Data):
 
     def val_loader(self, batch_size: int, world: World | None = None, *, split: str = "val") -> DataLoader[Batch]:
         """Every word of a split once, in order; batches are smaller than asked for where pieces are long."""
-        data = self.split(split, augment=None)
-        if world is not None:
-            data = Subset(data, own_share(len(data), world))  # type: ignore[arg-type]
-        pieces = max(1, min(batch_size, WORDS_AT_A_TIME // self.length))
-        return DataLoader(data, pieces, num_workers=self.loader_workers)
+        return self._val_loader(split, max(1, min(batch_size, WORDS_AT_A_TIME // self.length)), world)
 
 
 def make_vocabulary(lines: Iterable[list[str]], least: int = 1) -> tuple[str, ...]:
@@ -199,8 +195,7 @@ def _wikitext(path: Path) -> Corpus:
     facts = [FORMAT, *(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files.values())]
     if dictionary.is_file():
         facts.append(hashlib.sha256(dictionary.read_bytes()).hexdigest())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "texts"
-    folder = home / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    folder = cache_home("texts") / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     if not folder.exists():
         words = _read_dictionary(dictionary) if dictionary.is_file() else make_vocabulary(_read(files["train"]))
         with publish_folder(folder) as scratch:
@@ -229,28 +224,33 @@ def check_words(arch: Arch, data: Data) -> None:
         )
 
 
-def open_text(
-    name: str, preprocessing: Mapping[str, Any], *, context: int = 0, length: int | None = None, loader_workers: int = 0
-) -> TextData:
-    """Open a text by name.
+def _length(options: OpenOptions, default: int) -> int:
+    """Words of a piece: as asked for, or the model's where it is one of language."""
+    size = tuple(options.preprocessing.get("input_size") or ())
+    return options.length or (size[2] if size[1:2] == (1,) else default)
 
-    Args:
-        name: ``pydocs`` or ``wikitext:PATH``.
-        preprocessing: a model's ``pretrained_cfg``: pieces are as long as the model's texts, where it is one of
-            language; otherwise 64 words of ``pydocs``, and 512 of other texts (fairseq's ``tokens_per_sample``).
-        context: words of every piece of validation that are seen but not predicted.
-        length: of the pieces, instead of the model's; sinusoids reach as far as they are asked to.
-        loader_workers: processes that make pieces; 0 does it in this one.
 
-    Raises:
-        UserError: the name is no text's, a file is missing or no text, ``dict.txt`` is no dictionary, or ``context``
-            leaves nothing to predict.
-    """
-    kind, _, path = name.partition(":")
-    if name != "pydocs" and not (kind == "wikitext" and path):
-        raise UserError(f"{name!r} is no text: length, context and the test split are for 'pydocs' and 'wikitext:PATH'")
-    corpus = _pydocs() if kind == "pydocs" else _wikitext(Path(path).expanduser().absolute())
-    if length is None:
-        size = tuple(preprocessing.get("input_size") or ())
-        length = size[2] if size[1:2] == (1,) else {"pydocs": 64}.get(kind, 512)
-    return TextData(name, corpus, length, context=context, loader_workers=loader_workers)
+@register
+class PyDocs(TextData):
+    """The language reference that CPython ships, in pieces of 64 words."""
+
+    kind = "pydocs"
+
+    @classmethod
+    def open(cls, argument: str, options: OpenOptions) -> Self:
+        length = _length(options, 64)
+        return cls("pydocs", _pydocs(), length, context=options.context, loader_workers=options.loader_workers)
+
+
+@register
+class WikiText(TextData):
+    """A folder of token files as WikiText-103 is published, in pieces of 512 words (fairseq's tokens_per_sample)."""
+
+    kind = "wikitext"
+    argument = "PATH"
+
+    @classmethod
+    def open(cls, argument: str, options: OpenOptions) -> Self:
+        corpus, length = _wikitext(Path(argument)), _length(options, 512)
+        name = f"wikitext:{argument}"
+        return cls(name, corpus, length, context=options.context, loader_workers=options.loader_workers)

@@ -27,8 +27,8 @@ from prunesweep.training import (
     open_data,
     open_text,
 )
+from prunesweep.training.data.text import IGNORED, Corpus, TextData, Windows, encode, make_vocabulary
 from prunesweep.training.task import make_task
-from prunesweep.training.text import IGNORED, Corpus, TextData, Windows, encode, make_vocabulary
 
 WORDS = ("<s>", "<pad>", "</s>", "<unk>")
 

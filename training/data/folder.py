@@ -1,0 +1,320 @@
+"""``imagefolder:PATH``: ``PATH/train`` and ``PATH/val`` with one folder of images per class."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from timm.utils.misc import natural_key
+from torch.utils.data import Dataset
+
+from prunesweep.models import UserError
+
+from .base import OpenOptions
+from .images import IMAGE_ENDINGS, READ_ERRORS, ImageFiles, is_hidden, read_image, read_names
+from .index import (
+    DIGEST,
+    Stamp,
+    chosen_to_hash,
+    digest_of,
+    join_names,
+    load_index,
+    save_index,
+    settled,
+    split_names,
+    stamp_of,
+)
+from .registry import register
+
+__all__ = ["ImageFolder", "class_names"]
+
+CHECK_ALL = 50_000  # files up to which every one is looked at before an index is used again
+CHECKED = 4096  # files of a larger split that are looked at, beside all folders
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The images of a split, in timm's order.
+
+    ``files`` are paths ``CLASS/NAME``, ``stamps`` and ``digests`` have a row for each, ``hashed`` says of which the
+    bytes were read. ``folders`` are the split's and its classes', with their stamps.
+    """
+
+    classes: tuple[str, ...]
+    files: list[str]
+    stamps: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint8]
+    hashed: npt.NDArray[np.bool_]
+    folders: Mapping[str, Stamp]
+    unused: Mapping[str, int]
+    made_ns: int
+
+
+def _scan(name: str, root: Path, made_ns: int, known: Mapping[str, tuple[Stamp, bytes]]) -> _Listing:
+    """List a split's images and hash what is to be hashed; files with a known stamp are not read again."""
+    classes, files, stamps, unused = [], list[str](), dict[str, Stamp](), Counter[str]()
+    folders = {"": stamp_of(root)}
+    for entry in os.scandir(root):
+        if is_hidden(entry.name):
+            unused["hidden or made by a system"] += 1
+        elif not entry.is_dir():
+            unused["beside the class folders"] += 1
+        else:
+            classes.append(entry.name)
+            folders[entry.name] = stamp_of(entry.path)
+            for file in os.scandir(entry.path):
+                path = f"{entry.name}/{file.name}"
+                if is_hidden(file.name):
+                    unused["hidden or made by a system"] += 1
+                elif file.is_dir():
+                    _refuse_nested(name, root, Path(file.path))
+                elif os.path.splitext(file.name)[1].lower() not in IMAGE_ENDINGS:
+                    unused[f"of kind {os.path.splitext(file.name)[1] or 'without an ending'}"] += 1
+                else:
+                    try:
+                        stamps[path] = stamp_of(file.path)
+                        files.append(path)
+                    except OSError:
+                        unused["links to nothing"] += 1
+    files.sort()  # names that differ in case only have one order everywhere
+    files.sort(key=natural_key)
+    digests = np.zeros((len(files), DIGEST), dtype=np.uint8)
+    hashed = np.zeros(len(files), dtype=bool)
+    for i in chosen_to_hash([stamps[file][3] for file in files]):
+        file = files[i]
+        stamp, digest = known.get(file, (None, b""))
+        if stamp == stamps[file]:
+            digests[i] = np.frombuffer(digest, dtype=np.uint8)
+        else:
+            digests[i] = digest_of(_bytes(root / file))
+        hashed[i] = True
+    table = np.array([stamps[file] for file in files], dtype=np.int64).reshape(-1, 4)
+    return _Listing(tuple(sorted(classes)), files, table, digests, hashed, folders, dict(unused), made_ns)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # such a file counts as unreadable once it is wanted
+        return f"cannot be read: {error.errno}".encode()
+
+
+def _refuse_nested(name: str, root: Path, folder: Path) -> None:
+    for _, below, names in os.walk(folder, followlinks=True):
+        below[:] = [n for n in below if not is_hidden(n)]
+        if any(os.path.splitext(n)[1].lower() in IMAGE_ENDINGS and not is_hidden(n) for n in names):
+            raise UserError(
+                f"data {name!r}: {folder} has images below a class folder; it must look like {root}/CLASS/IMAGE, "
+                "without folders in between"
+            )
+
+
+def _pack(split: str, listing: _Listing) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    facts = {
+        "classes": listing.classes,
+        "folders": listing.folders,
+        "unused": listing.unused,
+        "made_ns": listing.made_ns,
+    }
+    arrays = {
+        "files": join_names(listing.files),
+        "stamps": listing.stamps,
+        "digests": listing.digests,
+        "hashed": listing.hashed,
+    }
+    return {split: facts}, {f"{split}.{key}": value for key, value in arrays.items()}
+
+
+def _unpack(split: str, kept: tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None) -> _Listing | None:
+    if kept is None:
+        return None
+    try:
+        facts, arrays = kept[0][split], kept[1]
+        folders = {name: (int(a), int(b), int(c), int(d)) for name, (a, b, c, d) in facts["folders"].items()}
+        listing = _Listing(
+            tuple(facts["classes"]),
+            split_names(arrays[f"{split}.files"]),
+            *(arrays[f"{split}.{key}"] for key in ("stamps", "digests", "hashed")),
+            folders=folders,
+            unused=facts["unused"],
+            made_ns=int(facts["made_ns"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+    shapes = listing.stamps.shape, listing.digests.shape, listing.hashed.shape
+    n = len(listing.files)
+    return listing if shapes == ((n, 4), (n, DIGEST), (n,)) else None
+
+
+def _still_true(root: Path, listing: _Listing) -> bool:
+    """Whether folders and files (of a large split, all folders and a choice of files) are as they were."""
+    n = len(listing.files)
+    some: Iterable[int] = range(n)
+    if n > CHECK_ALL:
+        some = np.unique(np.linspace(0, n - 1, CHECKED).astype(int)).tolist()
+    try:
+        for name, stamp in listing.folders.items():
+            if stamp_of(root / name) != stamp or not settled(stamp, listing.made_ns):
+                return False
+        for i in some:
+            stamp = listing.stamps[i].tolist()
+            if list(stamp_of(root / listing.files[i])) != stamp or not settled(stamp, listing.made_ns):
+                return False
+    except OSError:
+        return False
+    return True
+
+
+def _listings(name: str, path: Path) -> dict[str, _Listing]:
+    """Both splits' images, from the kept index where it still holds, else listed anew and kept."""
+    kept = load_index("imagefolder", path)
+    found, new = dict[str, _Listing](), False
+    for split in ("train", "val"):
+        old = _unpack(split, kept)
+        if old is not None and _still_true(path / split, old):
+            found[split] = old
+            continue
+        known = {}
+        if old is not None:
+            for i in np.flatnonzero(old.hashed).tolist():
+                a, b, c, d = old.stamps[i].tolist()
+                if settled((a, b, c, d), old.made_ns):
+                    known[old.files[i]] = ((a, b, c, d), old.digests[i].tobytes())
+        found[split], new = _scan(name, path / split, time.time_ns(), known), True
+    if new:
+        packed = [_pack(split, listing) for split, listing in found.items()]
+        facts = {k: v for facts, _ in packed for k, v in facts.items()}
+        save_index("imagefolder", path, facts, {k: v for _, arrays in packed for k, v in arrays.items()})
+    return found
+
+
+def class_names(name: str, folders: Sequence[str], options: OpenOptions) -> tuple[str, ...]:
+    """Class names by label.
+
+    ``options.classes`` come first; then the model's own ``label_names``, where they are the same names; then the
+    order that is asked for: timm's (case-insensitive, numbers by value) or code points, torchvision's.
+
+    Raises:
+        UserError: ``options.classes`` are not the names of the class folders.
+    """
+    if options.classes is not None:
+        given = read_names(options.classes)
+        differ = sorted(set(given) ^ set(folders))
+        if differ:
+            raise UserError(f"data.classes: not the class folders of data {name!r}: {', '.join(differ[:5])}")
+        return given
+    own = options.preprocessing.get("label_names")
+    own = tuple(map(str, own)) if isinstance(own, list | tuple) else ()
+    if len(own) == len(folders) and set(own) == set(folders):
+        return own
+    # sorted by code point first, so that names which differ in case only have one order everywhere
+    return tuple(sorted(sorted(folders), key=natural_key) if options.class_order == "natural" else sorted(folders))
+
+
+def _check_classes(name: str, path: Path, found: Mapping[str, _Listing]) -> list[str]:
+    """Notes on classes; UserError where splits differ, or a class cannot be trained on."""
+    train, val = found["train"], found["val"]
+    if train.classes != val.classes:
+        differ = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"data {name!r}: train and val have different classes: {', '.join(differ[:5])}")
+    if not train.classes:
+        raise UserError(f"data {name!r}: {path / 'train'} has no folder per class in it")
+    notes = []
+    for split, listing in found.items():
+        images: dict[str, list[str]] = {c: [] for c in listing.classes}
+        for file in listing.files:
+            images[file.split("/", 1)[0]].append(file)
+        empty = [c for c in listing.classes if not images[c]]
+        if split == "train":
+            dead = [c for c in listing.classes if not any(_opens(path / split / file) for file in images[c])]
+            if dead:
+                which = ", ".join(map(repr, dead[:5])) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+                raise UserError(f"data {name!r}: no image that can be read in {path / split} for class {which}")
+        elif not listing.files:
+            raise UserError(f"data {name!r}: no images in {path / split}")
+        elif empty:
+            notes.append(f"no images in {path / split} for class {', '.join(map(repr, empty[:5]))}")
+        if listing.unused:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(listing.unused.items()))
+            notes.append(f"not used in {path / split}: {reasons}")
+        if not listing.hashed.all():
+            n = int(listing.hashed.sum())
+            notes.append(
+                f"fingerprint of {split}: names, labels and sizes of {len(listing.files):,} files, bytes of {n:,}"
+            )
+    return notes
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with Image.open(file):
+            return True
+    except READ_ERRORS:
+        return False
+
+
+def _facts(found: Mapping[str, _Listing], names: Sequence[str]) -> Iterator[str | bytes]:
+    """What the fingerprint is of: classes in order; names, sizes and bytes of the images in order."""
+    yield "\0".join(names)
+    for split, listing in found.items():
+        yield f"\0{split}\0"
+        yield join_names(listing.files).tobytes()
+        yield listing.stamps[:, 3].astype("<i8").tobytes()
+        yield listing.hashed.tobytes() + listing.digests.tobytes()
+
+
+@register
+class ImageFolder(ImageFiles):
+    """``PATH/train`` and ``PATH/val`` with one folder per class; both splits have the classes of ``train``."""
+
+    kind = "imagefolder"
+    argument = "PATH"
+
+    @classmethod
+    def open(cls, argument: str, options: OpenOptions) -> Self:
+        return cls(Path(argument), options)
+
+    def __init__(self, path: Path, options: OpenOptions) -> None:
+        name = f"imagefolder:{path}"
+        for split in ("train", "val"):
+            if not (path / split).is_dir():
+                raise UserError(f"data {name!r}: no folder {path / split} with one folder per class in it")
+        self._path, self._found = path, _listings(name, path)
+        notes = _check_classes(name, path, self._found)
+        names = class_names(name, self._found["train"].classes, options)
+        self._labels = {c: i for i, c in enumerate(names)}
+        super().__init__(name, options, _facts(self._found, names), len(names), classes=names, notes=tuple(notes))
+
+    def labels(self, split: str) -> list[int]:
+        """Labels of a split's images, without reading them."""
+        return [self._labels[file.split("/", 1)[0]] for file in self._found[split].files]
+
+    def _open(self, split: str) -> Dataset[Any]:
+        root, files = self._path / split, self._found[split].files
+        return _Images(root, files, self.labels(split), self.info.input_size[0])
+
+    def train_labels(self) -> torch.Tensor:
+        return torch.tensor(self.labels("train"))
+
+
+class _Images(Dataset[Any]):
+    """Images of a folder by index; timm's own data set would skip damaged ones in silence."""
+
+    def __init__(self, root: Path, files: list[str], labels: list[int], channels: int) -> None:
+        self.root, self.files, self.labels, self.channels = str(root), files, labels, channels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with open(f"{self.root}/{self.files[index]}", "rb") as file:
+            return read_image(file, self.channels), self.labels[index]

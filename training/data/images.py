@@ -1,0 +1,206 @@
+"""Image files of any size behind timm's transforms: reading, damaged files, preprocessing, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import warnings
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch.utils.data import Dataset
+
+from prunesweep.models import UserError
+from prunesweep.training.recipe import Recipe
+
+from .base import Batch, Data, DataInfo, OpenOptions
+
+__all__ = ["IMAGE_ENDINGS", "READ_ERRORS", "ImageFiles", "Readable", "is_hidden", "read_image", "read_names"]
+
+# what PIL raises for damaged files
+READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+READ_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
+SYSTEM = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "#recycle", "$recycle.bin"}
+# formats that PIL only names, or opens by means of another program
+NOT_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+
+
+def _endings() -> frozenset[str]:
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in NOT_IMAGES)
+
+
+IMAGE_ENDINGS = _endings()  # with their dot, in small letters
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or made by a system, and so no data."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def read_image(file: Any, channels: int = 3) -> Image.Image:
+    """Read an image file as grey (one channel) or RGB; 16-bit grey is scaled to 8 bits."""
+    image: Image.Image = Image.open(file)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+class ImageFiles(Data):
+    """Labelled image files behind timm's transforms; ``_open(split)`` gives (PIL image, label) pairs by index."""
+
+    def __init__(
+        self,
+        name: str,
+        options: OpenOptions,
+        facts: Iterable[str | bytes],
+        num_classes: int,
+        *,
+        classes: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Take what is known of the files.
+
+        Args:
+            name: of the data set.
+            options: how it is opened.
+            facts: all that says which images with which labels there are in which order; goes into the fingerprint.
+            num_classes: number of classes.
+            classes: their names by label, where they have names.
+            notes: what a user should know.
+        """
+        super().__init__(loader_workers=options.loader_workers)
+        self._config = dict(resolve_data_config(pretrained_cfg=dict(options.preprocessing)))
+        self._unreadable = options.unreadable
+        self._splits: dict[str, Dataset[Any]] = {}
+        self._damaged: dict[str, torch.Tensor] = {}
+        config = self._config
+        content = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())  # tuples become lists
+        for fact in facts:
+            content.update(fact.encode(errors="surrogateescape") if isinstance(fact, str) else fact)
+        self.info = DataInfo(
+            name=name,
+            num_classes=num_classes,
+            input_size=tuple(config["input_size"]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            fingerprint=content.hexdigest()[:16],
+            classes=classes,
+            notes=notes,
+        )
+
+    @abstractmethod
+    def _open(self, split: str) -> Dataset[Any]:
+        """The images of a split, not yet transformed."""
+
+    def _images(self, split: str) -> Dataset[Any]:
+        """A split, opened once."""
+        if split not in self._splits:
+            self._splits[split] = self._open(split)
+        return self._splits[split]
+
+    @property
+    def train_images(self) -> int:
+        return len(self._images("train"))  # type: ignore[arg-type]
+
+    def describe(self) -> list[str]:
+        config = self._config
+        size = "x".join(map(str, config["input_size"][1:]))
+        numbers = ", ".join(f"{k} {tuple(round(v, 4) for v in config[k])}" for k in ("mean", "std"))
+        crop = f"{config['crop_mode']} crop of {config['crop_pct']:g}"
+        return [*super().describe(), f"preprocessing: {config['interpolation']}, {crop}, to {size}; {numbers}"]
+
+    def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
+        if augment is None:
+            return self._readable(split, create_transform(**self._config))
+        config = {k: self._config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+        transform = create_transform(
+            **config,
+            is_training=True,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+        )
+        return self._readable(split, transform)
+
+    def _readable(self, split: str, transform: Any) -> Readable:
+        images: Any = self._images(split)
+        if split not in self._damaged:  # one list for all views of a split, and all processes that load it
+            self._damaged[split] = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        return Readable(images, transform, share=self._unreadable, damaged=self._damaged[split])
+
+
+class Readable(Dataset[Batch]):
+    """Transformed images; one that cannot be read is replaced by its neighbour.
+
+    Distinct files are counted, in all processes together and over all epochs; more than ``share`` of them, and more
+    than ``ALWAYS``, are an error.
+    """
+
+    ALWAYS = 10
+
+    def __init__(self, data: Any, transform: Any, *, share: float, damaged: torch.Tensor) -> None:
+        self.data, self.transform, self.damaged = data, transform, damaged
+        self.limit = max(self.ALWAYS, int(share * len(data)))
+        self.reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            if at in self.reasons:
+                continue
+            try:
+                image, label = self.data[at]
+            except READ_ERRORS as error:
+                self._count(at, error)
+                continue
+            return self.transform(image), label
+        raise UserError(f"none of {len(self)} images can be read: {self._listed()}")
+
+    def _count(self, index: int, error: BaseException) -> None:
+        known = bool(self.damaged[index])
+        self.reasons[index] = f"image {index}: {error}"
+        self.damaged[index] = True
+        if int(self.damaged.sum()) > self.limit:
+            raise UserError(f"more than {self.limit} images cannot be read: {self._listed()}") from error
+        if not known:
+            warnings.warn(f"an image cannot be read and is replaced by its neighbour: {error}", stacklevel=3)
+
+    def _listed(self, most: int = 12) -> str:
+        listed = list(self.reasons.values())
+        return "; ".join(listed[:most]) + (f"; and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def read_names(given: Any) -> tuple[str, ...]:
+    """Class names by label: a list, or a file with one name per line.
+
+    Raises:
+        UserError: the file cannot be read, there are no names, or one is there twice.
+    """
+    if isinstance(given, str | Path):
+        file = Path(given).expanduser()
+        try:
+            names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.classes = {str(given)!r}: cannot be read: {error}") from error
+    else:
+        names = tuple(map(str, given))
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice or not names:
+        raise UserError(f"data.classes: {f'{twice[0]!r} is there twice' if twice else 'no names'}")
+    return names

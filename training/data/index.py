@@ -1,0 +1,110 @@
+"""Indices of files, made once per data set and kept in the user's cache; hashes of what files hold.
+
+An index is used again only while everything it was made from still has the stamp (inode, change times, size) it had
+then. What was changed within two seconds before the index was made is looked at again: a file system's clock may be
+too coarse to show a second change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prunesweep.models.io.files import publish_file
+
+__all__ = [
+    "HASH_ALL",
+    "SAMPLED",
+    "Stamp",
+    "cache_home",
+    "chosen_to_hash",
+    "digest_of",
+    "join_names",
+    "load_index",
+    "save_index",
+    "settled",
+    "split_names",
+    "stamp_of",
+]
+
+FORMAT = 1
+HASH_ALL = 256 * 2**20  # bytes of a split up to which all of them are hashed
+SAMPLED = 1024  # files of a larger split whose bytes are hashed
+SETTLED_NS = 2 * 10**9
+DIGEST = 16  # bytes
+
+Stamp = tuple[int, int, int, int]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def cache_home(what: str) -> Path:
+    """The user's cache folder for one kind of things."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / what
+
+
+def stamp_of(path: str | Path) -> Stamp:
+    """Inode, time of the last change of content and of the inode (ns), and size (bytes); links are followed."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def settled(stamp: Sequence[int], made_ns: int) -> bool:
+    """Whether a stamp is old enough, at the time ``made_ns``, that a later change would have shown in it."""
+    return max(stamp[1], stamp[2]) < made_ns - SETTLED_NS
+
+
+def chosen_to_hash(sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Indices of the files whose bytes count: all where they are small together, else a fixed choice, spread evenly."""
+    if sum(sizes) <= HASH_ALL:
+        return np.arange(len(sizes))
+    return np.unique(np.linspace(0, len(sizes) - 1, min(SAMPLED, len(sizes))).astype(np.int64))
+
+
+def digest_of(content: bytes) -> npt.NDArray[np.uint8]:
+    """16 bytes that stand for ``content``."""
+    return np.frombuffer(hashlib.blake2b(content, digest_size=DIGEST).digest(), dtype=np.uint8)
+
+
+def join_names(names: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """File names as one array of bytes; no file name has a NUL."""
+    return np.frombuffer(os.fsencode("\0".join(names)), dtype=np.uint8)
+
+
+def split_names(joined: npt.NDArray[np.uint8]) -> list[str]:
+    """What ``join_names`` joined."""
+    return os.fsdecode(joined.tobytes()).split("\0") if len(joined) else []
+
+
+def _place(kind: str, path: Path) -> Path:
+    key = hashlib.sha256(os.fsencode(f"{FORMAT} {kind} {path}")).hexdigest()[:32]
+    return cache_home("data") / f"{key}.npz"
+
+
+def load_index(kind: str, path: Path) -> tuple[dict[str, Any], Arrays] | None:
+    """The facts and arrays that were kept for a path; None where there are none, or damaged ones."""
+    try:
+        with np.load(_place(kind, path), allow_pickle=False) as kept:
+            arrays = {name: kept[name] for name in kept.files}
+        facts = json.loads(arrays.pop("facts").tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return (facts, arrays) if isinstance(facts, dict) and facts.get("path") == str(path) else None
+
+
+def save_index(kind: str, path: Path, facts: Mapping[str, Any], arrays: Arrays) -> None:
+    """Keep the facts and arrays of a path; nothing is kept where the cache cannot be written."""
+    place = _place(kind, path)
+    written = np.frombuffer(json.dumps({**facts, "path": str(path)}).encode(), dtype=np.uint8)
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with publish_file(place) as scratch, scratch.open("wb") as file:
+            np.savez(file, allow_pickle=False, facts=written, **arrays)

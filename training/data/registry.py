@@ -1,0 +1,127 @@
+"""The kinds of data sets, and how one is opened by its name, ``KIND`` or ``KIND:PATH``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prunesweep.models import UserError
+
+from .base import ClassOrder, Data, OpenOptions
+
+if TYPE_CHECKING:
+    from .text import TextData
+
+__all__ = ["KINDS", "absolute_name", "open_data", "open_text", "register"]
+
+KINDS: dict[str, type[Data]] = {}
+Kind = TypeVar("Kind", bound=type[Data])
+
+
+def register(kind: Kind) -> Kind:
+    """Make a kind of data sets known by its ``kind``; a class decorator.
+
+    Raises:
+        ValueError: another kind has that name.
+    """
+    if KINDS.get(kind.kind, kind) is not kind:
+        raise ValueError(f"data kind {kind.kind!r} is registered already")
+    KINDS[kind.kind] = kind
+    return kind
+
+
+def absolute_name(name: str) -> str:
+    """A data set's name with an absolute path, so that other processes and folders mean the same data by it."""
+    kind, _, path = name.partition(":")
+    if kind in KINDS and KINDS[kind].argument == "PATH" and path:
+        try:
+            return f"{kind}:{Path(path).expanduser().absolute()}"
+        except RuntimeError as error:  # ~user of whom there is none
+            raise UserError(f"data.name = {name!r}: {error}") from error
+    return name
+
+
+def _find(name: str) -> tuple[type[Data], str] | None:
+    """The kind that a name names, and what stands behind the colon."""
+    kind, colon, argument = absolute_name(name).partition(":")
+    found = KINDS.get(kind)
+    if found is None or bool(found.argument) != bool(argument) or (colon and not argument):
+        return None
+    return found, argument
+
+
+def _forms(*, texts: bool) -> str:
+    from .text import TextData
+
+    kinds = [kind for kind in KINDS.values() if issubclass(kind, TextData) is texts]
+    kinds.sort(key=lambda kind: ("", "PATH", "NAME").index(kind.argument))
+    return ", ".join(f"'{k.kind}:{k.argument}'" if k.argument else f"'{k.kind}'" for k in kinds)
+
+
+def _listed(forms: str, word: str) -> str:
+    return f" {word} ".join(forms.rsplit(", ", 1))
+
+
+def open_data(
+    name: str,
+    preprocessing: Mapping[str, Any] | None = None,
+    *,
+    loader_workers: int = 0,
+    class_order: ClassOrder = "natural",
+    classes: Sequence[str] | str | Path | None = None,
+    unreadable: float = 0.001,
+) -> Data:
+    """Open a data set by name.
+
+    Args:
+        name: ``digits``, ``imagefolder:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or ``wikitext:PATH``.
+        preprocessing: a timm model's ``pretrained_cfg``, which says how images are prepared; ``digits`` has its own.
+        loader_workers: processes that load and augment images; 0 does it in this one.
+        class_order: of class folders, where neither ``classes`` nor the model's ``label_names`` give one:
+            ``natural`` (timm's) or ``codepoint`` (torchvision's).
+        classes: class names by label, or a file with one per line.
+        unreadable: share of a split's images that may be unreadable (10 images always may).
+
+    Raises:
+        UserError: the name is unknown, or the data are not there or not as they must be.
+    """
+    found = _find(name)
+    if found is None:
+        known = f"{_listed(_forms(texts=False), 'or')}; of texts, {_listed(_forms(texts=True), 'or')}"
+        raise UserError(f"data.name = {name!r}: must be {known}")
+    options = OpenOptions(
+        preprocessing=preprocessing or {},
+        loader_workers=loader_workers,
+        class_order=class_order,
+        classes=classes,
+        unreadable=unreadable,
+    )
+    return found[0].open(found[1], options)
+
+
+def open_text(
+    name: str, preprocessing: Mapping[str, Any], *, context: int = 0, length: int | None = None, loader_workers: int = 0
+) -> TextData:
+    """Open a text by name.
+
+    Args:
+        name: ``pydocs`` or ``wikitext:PATH``.
+        preprocessing: a model's ``pretrained_cfg``: pieces are as long as the model's texts, where it is one of
+            language; otherwise 64 words of ``pydocs``, and 512 of other texts (fairseq's ``tokens_per_sample``).
+        context: words of every piece of validation that are seen but not predicted.
+        length: of the pieces, instead of the model's; sinusoids reach as far as they are asked to.
+        loader_workers: processes that make pieces; 0 does it in this one.
+
+    Raises:
+        UserError: the name is no text's, a file is missing or no text, ``dict.txt`` is no dictionary, or ``context``
+            leaves nothing to predict.
+    """
+    from .text import TextData
+
+    found = _find(name)
+    if found is None or not issubclass(found[0], TextData):
+        forms = _listed(_forms(texts=True), "and")
+        raise UserError(f"{name!r} is no text: length, context and the test split are for {forms}")
+    options = OpenOptions(preprocessing=preprocessing, loader_workers=loader_workers, length=length, context=context)
+    return found[0].open(found[1], options)

@@ -1,0 +1,184 @@
+"""``wds:PATH``: webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar`` with KEY.jpg and KEY.cls."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from prunesweep.models import UserError
+
+from .base import OpenOptions
+from .images import IMAGE_ENDINGS, ImageFiles, is_hidden, read_image, read_names
+from .index import chosen_to_hash, digest_of, join_names, load_index, save_index, settled, split_names, stamp_of
+from .registry import register
+
+__all__ = ["Shards"]
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The images of a split: keys, and (shard, position, bytes, label) of each; digests of those in ``hashed``."""
+
+    shards: list[str]
+    keys: list[str]
+    table: npt.NDArray[np.int64]
+    hashed: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint8]
+
+
+def _read_shard(name: str, shard: Path) -> Iterator[tuple[str, int, int, int]]:
+    """(key, position, bytes, label) of every image of a shard, by its headers."""
+    parts: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, ending = member.name.rpartition(".")
+                if not member.isfile() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                    continue
+                if f".{ending.lower()}" in IMAGE_ENDINGS:
+                    parts.setdefault(key, {})["image"] = (member.offset_data, member.size)
+                elif ending == "cls":
+                    text = tar.extractfile(member)
+                    parts.setdefault(key, {})["label"] = _label(name, shard, member.name, text.read() if text else b"")
+    except tarfile.TarError as error:
+        raise UserError(f"data {name!r}: {shard.name} is no tar file, or damaged: {error}") from error
+    for key, part in parts.items():
+        if len(part) != 2:
+            has = ", ".join(part)
+            raise UserError(f"data {name!r}: {key} in {shard.name} has {has} only; it needs an image and .cls")
+        yield (key, *part["image"], part["label"])
+
+
+def _label(name: str, shard: Path, member: str, text: bytes) -> int:
+    try:
+        label = int(text)
+    except ValueError:
+        label = -1
+    if label < 0:
+        raise UserError(f"data {name!r}: {member} in {shard.name} is {text[:40]!r}, not a class number from 0 on")
+    return label
+
+
+def _scan(name: str, path: Path, shards: list[str], split: str) -> _Members:
+    keys, rows = [], []
+    for number, shard in enumerate(shards):
+        for key, position, size, label in _read_shard(name, path / shard):
+            keys.append(key)
+            rows.append((number, position, size, label))
+    if not rows:
+        raise UserError(f"data {name!r}: no shard {path}/{split}*.tar with images in it")
+    table = np.array(rows, dtype=np.int64)
+    hashed = chosen_to_hash(table[:, 2].tolist())
+    digests = [digest_of(_bytes(path / shards[row[0]], int(row[1]), int(row[2]))) for row in table[hashed]]
+    return _Members(shards, keys, table, hashed, np.stack(digests))
+
+
+def _bytes(shard: Path, position: int, size: int) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(position)
+        return file.read(size)
+
+
+def _members(name: str, path: Path) -> dict[str, _Members]:
+    """Both splits' images, from the kept index where all shards are as they were, else read anew and kept."""
+    shards = {
+        split: [file.name for file in sorted(path.glob(f"{split}*.tar")) if not is_hidden(file.name)]
+        for split in ("train", "val")
+    }
+    stamps = {shard: list(stamp_of(path / shard)) for names in shards.values() for shard in names}
+    kept, made_ns = load_index("wds", path), time.time_ns()
+    if kept is not None and kept[0].get("stamps") == stamps:
+        facts, arrays = kept
+        if all(settled(stamp, facts["made_ns"]) for stamp in stamps.values()):
+            try:
+                return {split: _unpack(split, names, arrays) for split, names in shards.items()}
+            except KeyError:
+                pass  # a kept index of another kind
+    found = {split: _scan(name, path, names, split) for split, names in shards.items()}
+    columns = {
+        f"{split}.{column}": values
+        for split, members in found.items()
+        for column, values in {
+            "keys": join_names(members.keys),
+            "table": members.table,
+            "hashed": members.hashed,
+            "digests": members.digests,
+        }.items()
+    }
+    save_index("wds", path, {"stamps": stamps, "made_ns": made_ns}, columns)
+    return found
+
+
+def _unpack(split: str, shards: list[str], arrays: Mapping[str, npt.NDArray[Any]]) -> _Members:
+    rest = (arrays[f"{split}.{column}"] for column in ("table", "hashed", "digests"))
+    return _Members(shards, split_names(arrays[f"{split}.keys"]), *rest)
+
+
+def _facts(found: Mapping[str, _Members]) -> Iterator[str | bytes]:
+    """What the fingerprint is of: shards, and the images' keys, places, sizes, labels and bytes in order."""
+    for split, members in found.items():
+        yield f"{split}\0" + "\0".join(members.shards) + "\0"
+        yield join_names(members.keys).tobytes()
+        yield members.table.astype("<i8").tobytes()
+        yield members.hashed.astype("<i8").tobytes() + members.digests.tobytes()
+
+
+@register
+class Shards(ImageFiles):
+    """Webdataset shards with KEY.jpg (or another image) and KEY.cls, the label as text.
+
+    Members are found once by reading the tar headers, then read by position: every image once per epoch, in any order,
+    for any number of workers, which streaming shards cannot give.
+    """
+
+    kind = "wds"
+    argument = "PATH"
+
+    @classmethod
+    def open(cls, argument: str, options: OpenOptions) -> Self:
+        return cls(Path(argument), options)
+
+    def __init__(self, path: Path, options: OpenOptions) -> None:
+        name = f"wds:{path}"
+        self._path, self._found = path, _members(name, path)
+        num_classes = 1 + max(int(members.table[:, 3].max()) for members in self._found.values())
+        names = () if options.classes is None else read_names(options.classes)
+        if names and len(names) < num_classes:
+            raise UserError(f"data.classes: {len(names)} names, data {name!r} have labels up to {num_classes - 1}")
+        notes = []
+        for split, members in self._found.items():
+            if len(members.hashed) < len(members.keys):
+                listed = f"names, labels and sizes of {len(members.keys):,} images, bytes of {len(members.hashed):,}"
+                notes.append(f"fingerprint of {split}: {listed}")
+        facts = ["\0".join(names), *_facts(self._found)] if names else _facts(self._found)
+        super().__init__(name, options, facts, len(names) or num_classes, classes=names, notes=tuple(notes))
+
+    def _open(self, split: str) -> Dataset[Any]:
+        return _Images(self._path, self._found[split], self.info.input_size[0])
+
+    def train_labels(self) -> torch.Tensor:
+        return torch.from_numpy(self._found["train"].table[:, 3].copy())
+
+
+class _Images(Dataset[Any]):
+    """Images of shards by index."""
+
+    def __init__(self, path: Path, members: _Members, channels: int) -> None:
+        self.path, self.shards, self.table, self.channels = path, members.shards, members.table, channels
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        shard, position, size, label = self.table[index].tolist()
+        return read_image(io.BytesIO(_bytes(self.path / self.shards[shard], position, size)), self.channels), label
