@@ -1,4 +1,4 @@
-"""Which images a worker sees at every update: a function of seed and epoch, whatever the number of workers."""
+"""Choose the images that a worker sees at every update, from seed and epoch alone, for any number of workers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ class EpochBatches(Sampler[list[int]]):
     """Index lists of this worker's part of every batch of an epoch, in ``accumulate`` pieces each.
 
     The images of batch i are the same for any number of workers, so that two workers compute what one would. With
-    ``repeats``, an epoch of the same length has fewer images, each in several places next to each other, which then
-    go to different workers ("repeated augmentation"). The last images that fill no batch are left out.
+    ``repeats``, an epoch of the same length has fewer images, each in several places next to each other, which then go
+    to different workers ("repeated augmentation", Hoffer et al. 2020, arXiv 1901.09335). The last images, which fill no
+    batch, are left out.
 
-    ``start`` an epoch before iterating over it.
+    Call ``start`` before iterating over an epoch.
+
+    Args:
+        images: number of training images.
+        batch_size: images per update, over all workers and pieces.
+        world: this worker among all workers.
+        accumulate: pieces per batch and worker.
+        repeats: places that an image has in an epoch.
     """
 
     def __init__(self, images: int, batch_size: int, world: World, *, accumulate: int = 1, repeats: int = 1) -> None:
@@ -30,11 +38,11 @@ class EpochBatches(Sampler[list[int]]):
 
     @property
     def updates(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return self.images // self.batch_size
 
     def start(self, seed: int) -> None:
-        """Let the next iteration draw its order from ``seed``."""
+        """Seed the order of the next iteration."""
         self.generator.manual_seed(seed)
 
     def __len__(self) -> int:
@@ -50,12 +58,22 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def own_share(images: int, world: World) -> list[int]:
-    """Every ``size``-th image from ``rank`` on: over all workers each image once, without padding."""
+    """Return the indices of this worker's images; all workers together have each image once, without padding.
+
+    Args:
+        images: number of images.
+        world: this worker among all workers.
+    """
     return list(range(world.rank, images, world.size))
 
 
 class WithRows(Dataset[Any]):
-    """Images, labels, and the rows that tables have for each image by its index, by the tables' names."""
+    """Add the rows of tables to a data set: an item is (image, label, rows by the tables' names).
+
+    Args:
+        data: map-style data set of (image, label).
+        known: tables by name, each with a row per image index.
+    """
 
     def __init__(self, data: Dataset[Any], known: Mapping[str, Any]) -> None:
         self.data, self.known = data, known

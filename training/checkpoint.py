@@ -1,4 +1,4 @@
-"""Training state in one safetensors file: tensors, and numbers, strings, lists and dicts around them. No pickle."""
+"""Save training state as one safetensors file of tensors, numbers, strings, lists and dicts, without pickle."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ FORMAT = "prunesweep/state/1"
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write a tree of dicts, lists, tensors, numbers, strings and None; the file is whole or absent.
+    """Write a tree of dicts, lists, tensors, numbers, strings and None to a file, which is whole or absent.
 
-    Tuples come back as lists. Raises TypeError for anything else.
+    Args:
+        path: the file.
+        state: the tree. Tuples come back as lists.
+
+    Raises:
+        TypeError: the tree has anything else in it.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, tensors)
@@ -29,7 +34,7 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any | None:
-    """What ``save_state`` wrote, on the CPU; None where there is no file or it cannot be read."""
+    """Read what ``save_state`` wrote, to the CPU; return None if the file is missing or cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -41,7 +46,10 @@ def load_state(path: Path) -> Any | None:
 
 
 def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON form of ``node``, its tensors moved to ``tensors``. Dicts become lists of pairs: keys may be integers."""
+    """Return the JSON form of ``node`` and move its tensors to ``tensors``.
+
+    Dicts become lists of pairs, because their keys may be integers.
+    """
     if isinstance(node, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = node.detach().cpu().contiguous().clone()

@@ -1,4 +1,4 @@
-"""Whether a model and data go together."""
+"""Check that a model and a data set fit together."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ REMEDY = "take data of its classes, or give the model a new head"
 def check_fits(
     arch: Arch, data: Data, *, name: str | None = None, remedy: str = REMEDY, all_classes: bool = True
 ) -> None:
-    """Raise UserError where a model's words, classes, or images are not those of the data.
+    """Check that a model's words, classes and image size are those of the data.
 
-    A language model reads texts of any length, so only its words matter.
+    Only the words of a language model are checked: it reads texts of any length.
 
     Args:
-        arch: of the model.
-        data: opened.
-        name: what messages call the model; the name of its source by default.
-        remedy: what can be done about other classes.
-        all_classes: the numbers of classes are the same; where nothing is trained, the model may know more.
+        arch: architecture of the model.
+        data: the opened data set.
+        name: the model's name in messages; ``arch.source`` by default.
+        remedy: advice that the message gives when the classes differ.
+        all_classes: require equal numbers of classes. Without it the model may have more, which is enough where nothing
+            is trained.
+
+    Raises:
+        UserError: the model and the data do not fit.
     """
     check_words(arch, data)
     if arch.text is not None:

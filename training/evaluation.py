@@ -1,4 +1,4 @@
-"""Exact accuracy and perplexity, whatever the number of workers."""
+"""Compute exact accuracy and perplexity with any number of workers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,21 @@ LOGITS_AT_A_TIME = 2**26  # of a language model
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], world: World | None = None
 ) -> dict[str, float]:
-    """``top1`` and ``top5`` in percent and mean cross-entropy ``loss`` over all images; the model's mode is kept.
+    """Measure accuracy and loss over all images; leave the model's mode as it was.
 
-    Of a language model every word that is to be predicted counts, and there is ``ppl``, its perplexity: exp(loss).
+    A language model is measured over all words that it has to predict, images being words.
 
-    With a ``world``, ``batches`` are this worker's share, and all workers get the result over all shares.
+    Args:
+        model: a classifier or a ``LanguageModel``, on its device.
+        batches: (images, labels) or (words, next words) per batch; with a ``world``, only this worker's share.
+        world: the workers that evaluate together; every one of them gets the result over all shares.
+
+    Returns:
+        ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
+        perplexity exp(loss).
+
+    Raises:
+        ValueError: there are no images.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -49,18 +59,18 @@ def evaluate(
 
 
 class EvalMetrics(NamedTuple):
-    """What is kept of an evaluation: ``top1`` in percent and, of a language model, ``ppl``, the perplexity."""
+    """The figures of an evaluation that are kept: ``top1`` in percent and a language model's perplexity ``ppl``."""
 
     top1: float
     ppl: float | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
-        """Read ``evaluate``'s result, or a saved model's provenance."""
+        """Read the figures from ``evaluate``'s result, or from a saved model's provenance."""
         return cls(float(found["top1"]), found.get("ppl"))
 
     def as_dict(self) -> dict[str, float]:
-        """Return ``top1`` and, where there is one, ``ppl``."""
+        """Return ``top1`` and, for a language model, ``ppl``."""
         return {"top1": self.top1} if self.ppl is None else {"top1": self.top1, "ppl": self.ppl}
 
     def __str__(self) -> str:
@@ -68,12 +78,15 @@ class EvalMetrics(NamedTuple):
 
 
 def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | None:
-    """What is likely wrong where a model of images answers no better than by chance; None where it does.
+    """Explain why an image model may be no more accurate than chance.
 
     Args:
-        model: the model that was evaluated, whose ``pretrained_cfg`` may have ``label_names``.
-        data: the data it was evaluated on.
-        found: the result.
+        model: the evaluated model; its ``pretrained_cfg`` may have ``label_names``.
+        data: the data set that it was evaluated on.
+        found: result of the evaluation.
+
+    Returns:
+        The likely cause in words; None for a language model, and for a model that is better than chance.
     """
     info = data.info
     chance = 100 / info.num_classes
@@ -96,7 +109,7 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
 def _answers(
     model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits (B, K) and labels (B,); of a language model, some words at a time."""
+    """Yield logits (B, K) and labels (B,); for a language model, of some words at a time."""
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         if not isinstance(model, LanguageModel):

@@ -1,8 +1,8 @@
 """The one training loop: in one process, and as every worker of a process group (Ray Train's or torchrun's).
 
-Everything random in an epoch follows from (seed, epoch, rank), so a run that was cut off and resumed from its last
-epoch is the run that was not; batches follow from (seed, epoch) alone, so more workers see the same images. timm brings
-the task (loss), averaging of weights, the optimizer and the schedule.
+Everything random in an epoch follows from (seed, epoch, rank), so a run that was interrupted and resumed from its last
+epoch gives what an uninterrupted one gives. Batches follow from (seed, epoch) alone, so any number of workers sees the
+same images. timm provides the task (loss), the averaging of weights, the optimizer and the schedule.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = ["Diverged", "Epoch", "fit", "seeded"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch gave: mean training ``loss``, validation accuracy in percent, ``images_per_s`` of training.
+    """Figures of one epoch: mean training ``loss``, validation accuracies in percent, ``images_per_s`` of training.
 
-    Of a language model, images are pieces of text, accuracy is that of the next word, and ``ppl`` its perplexity.
+    For a language model, images are pieces of text, accuracy is that of the next word, and ``ppl`` is the perplexity.
     """
 
     epoch: int  # from 1
@@ -51,7 +51,7 @@ class Epoch:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global generators start from ``seed`` inside, and go on as before afterwards."""
+    """Seed Python's, numpy's and torch's global generators for a ``with`` block, and restore them afterwards."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(seed)
@@ -79,31 +79,34 @@ def fit(
     on_note: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> bool:
-    """Train ``model`` in place; True when all is done, False when ``should_stop`` ended it after an epoch.
+    """Train ``model`` in place.
 
     In a process group, every worker calls this with the same model, data and recipe.
 
     Args:
         model: a classifier with timm's ``pretrained_cfg``; ends in eval mode.
-        data: what to train and evaluate on.
+        data: data set to train and evaluate on.
         recipe: epochs, optimizer, augmentation and losses.
-        teacher: what the recipe's distillation terms call the source; moved to the model's device.
-        hook: a method that prunes while the model trains; new, or as it was for the run that ``state`` is of. May end
-            the training early. Its ``finish`` is the caller's to call.
+        teacher: the model that the recipe's distillation terms call the source; moved to the model's device.
+        hook: a method that prunes while the model trains: a new one, or one like that of the run that ``state`` is
+            from. It may end the training early. The caller calls its ``finish``.
         seed: together with the epoch's number fixes order, augmentation and stochastic depth.
-        state: file that keeps the state after every epoch and from which an unfinished run goes on; the first worker
+        state: file that keeps the state after every epoch, from which an unfinished run is resumed; the first worker
             writes it, all of them read it.
-        teacher_cache: folder, the same one for all workers, that keeps what ``Distill.cache_teacher`` asks for; without
-            it that is kept in memory, for this run.
+        teacher_cache: folder, the same one for all workers, that keeps the logits that ``Distill.cache_teacher`` asks
+            for; without it they are kept in memory, for this run.
         on_step: called with (updates done, updates in all, loss of this worker).
         on_epoch: called after every epoch's evaluation, on every worker, with the same numbers.
-        on_note: told what a person should know, such as that a batch did not fit into the device's memory and goes
+        on_note: called with a line for people, such as that a batch did not fit into the device's memory and goes
             through the model in smaller parts from now on.
-        should_stop: asked after every epoch; one worker's yes is enough.
+        should_stop: called after every epoch; training ends if it returns True on any worker.
+
+    Returns:
+        True if all epochs are done, False if ``should_stop`` ended training.
 
     Raises:
-        UserError: the data are not the model's, the batch does not fit the data or the workers, a teacher is missing,
-            not even one image fits into memory, or ``state`` is that of a run with another kind of hook.
+        UserError: the data do not fit the model, the batch does not fit the data or the workers, a teacher is missing,
+            not even one image fits into memory, or ``state`` is from a run with another kind of hook.
         Diverged: the loss is not finite; ``state`` has the last epoch before.
     """
     hook = Hook() if hook is None else hook
@@ -134,5 +137,5 @@ def fit(
 
 
 def _mix(seed: int, epoch: int, rank: int) -> int:
-    """A seed per epoch and worker; neighbouring ones share none."""
+    """Return a seed for an epoch and a worker; neighbouring seeds, epochs and workers share none."""
     return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

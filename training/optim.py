@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a recipe, from timm."""
+"""Make the optimizer and the schedule of a recipe with timm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ __all__ = ["make_optimizer", "make_scheduler"]
 
 
 def make_optimizer(model: nn.Module, hook: TrainingHook[Any], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the model's parameters, and the hook's, whose groups have settings of their own.
+    """Make the recipe's optimizer over the parameters of the model and of the hook.
+
+    Args:
+        model: the model that is trained.
+        hook: the pruning method; its parameter groups keep their own settings.
+        recipe: gives the optimizer, learning rate, weight decay and layer decay.
 
     Raises:
         UserError: timm has no such optimizer.
@@ -45,9 +50,17 @@ def make_optimizer(model: nn.Module, hook: TrainingHook[Any], recipe: Recipe) ->
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Any:
-    """Linear warm-up, then cosine decay or a constant rate, per update; ``updates`` is those of an epoch.
+    """Make a schedule per update: linear warm-up, then cosine decay or a constant rate.
 
-    Constant is a decay by 1, so that groups with rates of their own keep them.
+    A constant rate is a decay by the factor 1, so that groups with rates of their own keep them.
+
+    Args:
+        optimizer: the optimizer whose rates are scheduled.
+        recipe: gives schedule, epochs and warm-up.
+        updates: number of updates in an epoch.
+
+    Returns:
+        timm's scheduler.
     """
     start = recipe.peak_lr / 100 if recipe.warmup_lr is None else recipe.warmup_lr
     scheduler, _ = create_scheduler_v2(

@@ -1,4 +1,4 @@
-"""How a model is trained; every field of a recipe can be set in the configuration.
+"""Recipes: how a model is trained. Every field of a recipe can be set in the configuration.
 
 ``load_recipe`` knows the recipes of the published methods by name (``training/recipes/*.toml``).
 """
@@ -106,20 +106,24 @@ class Recipe(_Table):
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up."""
+        """Learning rate after warm-up, for the recipe's batch size."""
         return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
 
 
 def recipe_names() -> list[str]:
-    """The named recipes."""
+    """Return the names of the recipes that come with the package."""
     return sorted(f.name.removesuffix(".toml") for f in RECIPES.iterdir() if f.name.endswith(".toml"))
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A named recipe, or one in a TOML file (a name that ends in ``.toml``), with some fields replaced.
+    """Load a named recipe, or one in a TOML file, with some fields replaced.
+
+    Args:
+        name: name of a recipe that comes with the package, or the path of a file that ends in ``.toml``.
+        overrides: fields to replace, by name.
 
     Raises:
-        UserError: no such recipe, an unknown field, or a value that is not allowed.
+        UserError: there is no such recipe, a field is unknown, or a value is not allowed.
     """
     if name.endswith(".toml"):
         path = Path(name)

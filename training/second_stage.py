@@ -1,4 +1,4 @@
-"""Finetuning in the way of the method that decided: its hook, made from the folders of saved models."""
+"""Finetune a pruned model in the way of the method that pruned it: make the method's hook from saved models."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DECISION = "decision"  # where a model's provenance keeps the cut that made it
 
 @dataclass(frozen=True)
 class SecondStageJob:
-    """A method with a second stage, by name, with that stage's settings; JSON-ready.
+    """A method that has a second stage, by name, with that stage's settings; JSON-ready.
 
     Args:
         method: its name in ``pruners.METHODS``.
-        settings: of the stage, by name; the defaults where they are left out.
+        settings: settings of the stage, by name; those left out have their defaults.
     """
 
     method: str
@@ -61,7 +61,15 @@ class SecondStageJob:
         return stage.make(settings, source, Cut.from_dict(facts[DECISION]))
 
     def check(self, model: str | Path, dense: str | Path | None) -> None:
-        """Raise UserError where ``hook`` would, or where the hook cannot serve the model."""
+        """Check that the hook can be made and serves the model.
+
+        Args:
+            model: folder of the model to finetune.
+            dense: folder of the model that it was cut from.
+
+        Raises:
+            UserError: as for ``hook``, or the hook cannot serve the model.
+        """
         self.hook(model, dense).wrap(load(model))
 
     def _stage(self) -> SecondStage:

@@ -1,4 +1,4 @@
-"""Handlers of signals for a while."""
+"""Handle signals, or put them off, for the time of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ __all__ = ["deferred", "handling"]
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], Any], *numbers: signal.Signals) -> Iterator[None]:
-    """``handler`` for these signals in the block; nothing outside the main thread, whose signals they are."""
+    """Install a handler for some signals for the time of a ``with`` block.
+
+    Does nothing outside the main thread, which is the only one that receives signals.
+
+    Args:
+        handler: called with the signal's number and the frame, as for ``signal.signal``.
+        numbers: the signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -27,9 +34,12 @@ def handling(handler: Callable[[int, Any], Any], *numbers: signal.Signals) -> It
 
 @contextlib.contextmanager
 def deferred(number: signal.Signals) -> Iterator[None]:
-    """A signal that comes in the block is delivered at its end, the second one at once.
+    """Deliver a signal that comes in a ``with`` block at the block's end; a second one at once.
 
-    For code that starts processes: an exception out of a handler is lost where it meets a hook of ``os.fork``.
+    For code that starts processes: an exception from a handler is lost if it meets a hook of ``os.fork``.
+
+    Args:
+        number: the signal.
     """
     before, came = signal.getsignal(number), False
 

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy and any number of distillation terms, as a timm training task.
+"""The training loss as a timm training task: cross-entropy and any number of distillation terms.
 
 timm's own distillation tasks have one teacher and one term each; NViT's recipe needs two of both.
 """
@@ -26,10 +26,19 @@ __all__ = ["DistillationTask", "LanguageTask", "make_task"]
 
 
 def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
-    """The task of ``recipe``; ``teacher`` is what its terms call the source.
+    """Make the training task of a recipe.
+
+    Args:
+        model: the student.
+        recipe: gives the loss, its terms of distillation and their teachers.
+        teacher: the model that terms call the source; None if there is none.
+
+    Returns:
+        A ``LanguageTask`` for a language model; otherwise a ``DistillationTask`` if the recipe has terms, or timm's
+            task.
 
     Raises:
-        UserError: a term needs a teacher or a head that is not there, or the teacher has other classes.
+        UserError: a term needs a teacher or a head that is missing, or the teacher has other classes.
     """
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     criterion = {"smoothing": recipe.label_smoothing, "soft_targets": mixes}
@@ -66,7 +75,7 @@ def _teacher(name: str, source: nn.Module | None, student: Any) -> nn.Module:
 
 
 def _check_of_text(recipe: Recipe, terms: list[Distill]) -> None:
-    """Raise UserError where a recipe says what has no meaning for words."""
+    """Raise UserError where a recipe has settings that mean nothing for a language model."""
     for name in ("mixup", "cutmix", "label_smoothing"):
         if getattr(recipe, name):
             raise UserError(
@@ -81,10 +90,10 @@ def _check_of_text(recipe: Recipe, terms: list[Distill]) -> None:
 
 
 class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
-    """``loss_weight`` times cross-entropy of the next words, plus terms of distillation; all are means over words.
+    """A language model's loss: ``loss_weight`` times cross-entropy, plus distillation; means over words.
 
-    Without terms the adaptive softmax computes only what the next words need; a term is on the whole distribution, and
-    needs memory for it: pieces times words times vocabulary.
+    Without terms, the adaptive softmax computes only what the next words need. A term needs the whole distribution, and
+    memory for it: pieces x words x vocabulary.
     """
 
     def __init__(
@@ -96,7 +105,7 @@ class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
         self.places = {name: str(i) for i, name in enumerate(teachers)}
 
     def train(self, mode: bool = True) -> LanguageTask:
-        """Teachers stay in evaluation mode."""
+        """Set the student's mode; teachers stay in evaluation mode."""
         super().train(mode)
         self.teachers.eval()
         return self
@@ -106,7 +115,14 @@ class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
         input: torch.Tensor,  # noqa: A002 (timm's name)
         target: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """``loss``, its parts by timm's names, and ``output``: log-probabilities, without terms of next words alone."""
+        """Return ``loss``, its parts by timm's names, and ``output``, the log-probabilities.
+
+        Without terms, ``output`` has the log-probabilities of the next words alone.
+
+        Args:
+            input: words (B, T), int64.
+            target: next words (B, T), int64; ``IGNORED`` where there is nothing to predict.
+        """
         if not self.terms:
             output = self.trainable_module(input, target)
             loss = -self.loss_weight * output.mean()
@@ -128,10 +144,10 @@ class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
 
 
 class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
-    """``loss_weight`` times cross-entropy of the output, plus every term of distillation; teachers get no gradient.
+    """``loss_weight`` times cross-entropy of the output, plus terms of distillation; teachers get no gradient.
 
-    A model with a distillation head gives the mean of its heads, as in evaluation, and that head's logits to the terms
-    ``on`` it (NViT's code; DeiT's own takes the class head alone for cross-entropy).
+    A model with a distillation head outputs the mean of its heads, as in evaluation, and that head's logits go to the
+    terms with ``on = "token"`` (NViT's code; DeiT's own takes the class head alone for cross-entropy).
     """
 
     def __init__(
@@ -161,7 +177,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
             self.register_buffer(f"student_{name}", values, persistent=False)
 
     def train(self, mode: bool = True) -> DistillationTask:
-        """Teachers stay in evaluation mode; the student's two heads are told apart while it trains."""
+        """Set the student's mode, in which its two heads are kept apart; teachers stay in evaluation mode."""
         super().train(mode)
         self.teachers.eval()
         student: Any = timm.utils.unwrap_model(self.trainable_module)
@@ -175,9 +191,12 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
         target: torch.Tensor,
         known: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
-        """``loss``, ``output`` (the student's logits), and what the loss is made of, by timm's names.
+        """Return ``loss``, ``output`` (the student's logits B·K), and the parts of the loss by timm's names.
 
-        ``known`` has the logits B·K of the teachers whose terms have ``cache_teacher``, by name.
+        Args:
+            input: images B·C·H·W, normalised for the student.
+            target: labels B, or probabilities B·K.
+            known: logits B·K of the teachers whose terms have ``cache_teacher``, by name.
         """
         found = self.trainable_module(input)
         token = found[1] if isinstance(found, tuple) else None
@@ -194,17 +213,17 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
     def teacher(self, name: str) -> Any:
-        """timm's wrapper around a teacher."""
+        """Return timm's wrapper around a teacher."""
         return self.teachers[self.names.index(name)]
 
     @torch.no_grad()
     def answers(self, name: str, x: torch.Tensor, *, features: bool = False) -> torch.Tensor:
-        """A teacher's logits B·K, or pooled features B·D, for images that are normalised for the student."""
+        """Return a teacher's logits B·K, or pooled features B·D, for images that are normalised for the student."""
         teacher = self.teacher(name)
         return teacher(teacher.normalize_input(x, self.student_mean, self.student_std), return_features=features)
 
     def release_cached_teachers(self) -> None:
-        """Forget teachers of whom nothing but their logits is asked."""
+        """Drop the teachers whose cached logits are all that the terms use."""
         cached = {term.teacher for term in self.terms if term.cache_teacher}
         needed = {term.teacher for term in self.terms if term.kind == "feature" or term.teacher not in cached}
         self.teachers = nn.ModuleList(self.teacher(name) for name in self.names if name in needed)

@@ -1,11 +1,11 @@
-"""A teacher's logits on every training image, computed once: what ``Distill.cache_teacher`` asks for.
+"""Compute a teacher's logits on every training image once, for terms of distillation with ``cache_teacher``.
 
-Only right where an image looks the same in every epoch, which ``Recipe`` sees to (``fixed_view``, no mixing). On disk,
-logits lie in shards of ``SHARD`` images under a name that the teacher's weights, the data and the input settings give;
-they appear whole or not at all, and later runs read them from there, page by page.
+This is right only if an image looks the same in every epoch; ``Recipe`` checks that (``fixed_view``, no mixing). On
+disk the logits lie in shards of ``SHARD`` images, in a folder named by the hash of the teacher's weights, the data and
+the input settings. A shard is written whole or not at all; later runs read it page by page.
 
-Source of the warning that goes with it: a teacher that sees other views than the student, or always the same one, is a
-worse teacher (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, figure 3).
+Source of the warning against it: a teacher that sees other views than the student, or always the same one, is a worse
+teacher (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, figure 3).
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ BATCH = 256  # images of all workers at a time
 
 
 class TeacherLogits:
-    """``logits[i]``: the teacher's answer (K) to training image i; ``folder`` has them, where they are kept."""
+    """A teacher's logits by training image: item i is its answer (K,) to image i.
+
+    Args:
+        shards: logits of ``SHARD`` images each, (SHARD, K); the last one may be shorter.
+        folder: where the shards are kept on disk, if they are.
+    """
 
     def __init__(self, shards: list[torch.Tensor], folder: Path | None = None) -> None:
         self.shards, self.folder = shards, folder
@@ -49,18 +54,20 @@ class TeacherLogits:
 def cache_logits(
     source: nn.Module, data: Data, recipe: Recipe, folder: Path, on_images: Callable[[int, int], None]
 ) -> tuple[Path, ...]:
-    """Make the logits that a recipe asks for before anything is trained by it, or find them in ``folder``.
+    """Compute the logits that a recipe asks for, before any training by it, or find them in ``folder``.
 
     Args:
         source: the model that students are cut from, on its device.
-        data, recipe: of the trainings to come, which find the logits where ``folder`` is their ``teacher_cache``.
-        on_images: told how many images are answered, of how many.
+        data: data set of the trainings to come.
+        recipe: recipe of the trainings to come.
+        folder: where the logits are kept; the trainings find them with this folder as their ``teacher_cache``.
+        on_images: called with (images answered, images in all).
 
     Returns:
-        A folder in ``folder`` for each teacher; none where the recipe has no ``cache_teacher``.
+        A folder in ``folder`` for each teacher; none if the recipe has no ``cache_teacher``.
 
     Raises:
-        UserError: a teacher cannot be had, or does not go with the model.
+        UserError: a teacher cannot be loaded, or does not fit the model.
     """
     terms = tuple(term for term in recipe.distill if term.cache_teacher and term.weight)
     if not terms:
@@ -80,9 +87,21 @@ def cache_teachers(
     on_note: Callable[[str], None] | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TeacherLogits]:
-    """Logits of the teachers whose terms have ``cache_teacher``, by name; all workers compute them together.
+    """Compute the logits of all teachers whose terms have ``cache_teacher``, with all workers together.
 
-    The task lets go of teachers that it needs no more. ``on_images`` is told how many are answered, of how many.
+    The task drops the teachers that it no longer needs.
+
+    Args:
+        task: the training task; only a ``DistillationTask`` has teachers.
+        data: the data set; its training images are answered as for evaluation.
+        recipe: the recipe, for its ``amp``.
+        world: the workers.
+        folder: where the logits are kept; None keeps them in memory.
+        on_note: called with a line of text before logits are computed.
+        on_images: called with (images answered, images in all).
+
+    Returns:
+        The logits by the teacher's name.
 
     Raises:
         UserError: another worker cannot read what the first one wrote to ``folder``.
@@ -105,7 +124,7 @@ def cache_teachers(
 
 
 def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
-    """16 hex digits of all that the logits follow from."""
+    """Return 16 hex digits that hash everything the logits depend on."""
     teacher: Any = task.teacher(name).model
     try:
         form = arch_of(teacher).hash  # weights alone do not tell the number of heads
@@ -126,7 +145,10 @@ def _shard(
     start: int,
     on_images: Callable[[int, int], None],
 ) -> torch.Tensor:
-    """Logits of the images from ``start`` on, found or made; the first worker decides which, and writes them."""
+    """Return the logits of the shard from image ``start`` on, read or computed.
+
+    The first worker decides which, and writes what was computed.
+    """
     file = None if place is None else place / f"{start // SHARD:05}.safetensors"
     known = torch.tensor(float(world.first and file is not None and file.exists()), device=task.device)
     if world.all_reduce(known).item() == 0:
@@ -156,7 +178,7 @@ def _logits(
     images: range,
     on_images: Callable[[int, int], None],
 ) -> torch.Tensor:
-    """Every worker answers its share of every batch, and all get the whole."""
+    """Compute logits (images, K): every worker answers its share of every batch, and all get the whole."""
     split, low = data.split("train", augment=None), torch.float16 if recipe.amp == "fp16" else torch.bfloat16
     batches = [list(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     own = [batch[world.rank :: world.size] or batch[:1] for batch in batches]  # nobody has an empty batch

@@ -1,4 +1,4 @@
-"""What one worker of the training loop does from the first update to the last."""
+"""One worker's part of the training loop: epochs, updates, gradients, and the state that is saved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANUAL_SYNC_STEPS = 2  # updates before DDP takes over: the second one is the fi
 
 
 class Diverged(UserError):
-    """The loss is no number any more."""
+    """The loss is not finite any more."""
 
 
 class DoesNotFit(UserError):
@@ -46,11 +46,12 @@ class DoesNotFit(UserError):
 class Trainer:
     """A model with its task, optimizer and schedule; the arguments are those of ``training.fit``.
 
-    Several workers do their first ``MANUAL_SYNC_STEPS`` updates without DistributedDataParallel, and all of them where
-    there is a hook: gradients are averaged once they are there. Workers can then agree on how many images fit into
-    memory, which is too late in the middle of DDP's reductions; DDP learns whether parameters go unused; and a hook may
-    have parameters in its loss alone, or lead the forward pass around parts of the model. BatchNorm normalises by a
-    worker's own images (those of one forward pass), as in timm; its running statistics are averaged after every epoch.
+    Several workers do their first ``MANUAL_SYNC_STEPS`` updates without DistributedDataParallel, and all of them if
+    there is a hook: gradients are then averaged after the backward pass. This has three reasons. Workers can agree on
+    how many images fit into memory, which is too late in the middle of DDP's reductions. DDP learns whether parameters
+    go unused. A hook may have parameters in its loss alone, or lead the forward pass around parts of the model.
+    BatchNorm normalises by a worker's own images (those of one forward pass), as in timm; its running statistics are
+    averaged after every epoch.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Trainer:
         self.mixup = _mixup(recipe, data.info.num_classes)
 
     def train_epoch(self, epoch: int) -> tuple[float, float]:
-        """Mean loss, and images per second, over all workers."""
+        """Train for one epoch; return the mean loss, and images per second, over all workers."""
         self.task.train()
         self.hook.start_epoch()
         parts, updates = self.recipe.accumulate, self.batches.updates
@@ -124,9 +125,9 @@ class Trainer:
     def _add_gradients(
         self, share: list[Any], loss: torch.Tensor, randomness: _Randomness, *, last: bool
     ) -> torch.Tensor:
-        """Add the gradients of the newest piece of a batch's share; the loss of the share so far.
+        """Add the gradients of the newest piece of a batch's share; return the loss of the share so far.
 
-        Where a piece does not fit into memory, all pieces of the share are done again in smaller parts.
+        If a piece does not fit into memory, all pieces of the share are done again in smaller parts.
         """
         todo = share[-1:]
         while True:
@@ -148,7 +149,7 @@ class Trainer:
             todo, loss = share, torch.zeros_like(loss)
 
     def _halve(self) -> None:
-        """Let fewer images go through the model at a time, and forget the gradients of this batch."""
+        """Halve the number of images per forward pass, and drop the gradients of this batch."""
         found, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
         if found == 1:
             raise DoesNotFit(
@@ -165,7 +166,7 @@ class Trainer:
             )
 
     def _backward(self, piece: Any, *, sync: bool) -> torch.Tensor:
-        """Add a piece's gradients; its part of the loss. ``sync``: DDP averages what is there after this piece."""
+        """Add a piece's gradients; return its part of the loss. DDP averages after this piece if ``sync``."""
         x, y, *known = piece
         form = torch.channels_last if self.recipe.channels_last else torch.preserve_format
         mixes = self.mixup is not None  # in place, and the images may be needed once more
@@ -201,7 +202,7 @@ class Trainer:
         self.task.update_ema(step=update)
 
     def _average_gradients(self) -> None:
-        """What DDP does, after the backward pass; DDP takes over once enough updates have passed."""
+        """Average gradients over workers after the backward pass, until DDP takes over."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         own = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
         used = [p for p, workers in zip(trained, self.world.all_reduce(own).tolist(), strict=True) if workers]
@@ -219,7 +220,7 @@ class Trainer:
             )
 
     def _watch(self, loss: torch.Tensor, update: int) -> None:
-        """Report the loss, and stop where it is no number."""
+        """Report the loss, and raise Diverged if it is not finite."""
         if self.device.type == "cuda" and update % CHECK_EVERY:
             return
         value = loss.item()
@@ -236,28 +237,38 @@ class Trainer:
         )
 
     def kept_model(self) -> nn.Module:
-        """What is evaluated and kept: the average where there is one."""
+        """Return the model that is evaluated and kept: the averaged one if the recipe has ``ema``."""
         average = self.task.get_trainable_module(ema=True)
         return self.model if average is None else average.module
 
     def _models(self) -> list[nn.Module]:
-        """The model, and its average where there is one."""
+        """Return the model and, if there is one, its average."""
         return [self.model] if self.recipe.ema is None else [self.model, self.kept_model()]
 
     def keep_average(self) -> None:
-        """Put the averaged weights into the model."""
+        """Copy the averaged weights into the model."""
         if self.recipe.ema is not None:
             self.model.load_state_dict(self.kept_model().state_dict(), strict=True)
 
     def state(self, epoch: int) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return everything that a resumed run needs, after ``epoch`` epochs."""
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.recipe.ema is not None:
             parts["average"] = self.kept_model().state_dict()
         return {"epoch": epoch, **parts, "scaler": self.scaler.state_dict(), "hook": self.hook.state_dict()}
 
     def resume(self, path: Path | None) -> int:
-        """Start from the last whole epoch, on all workers from the same weights; the number of epochs done."""
+        """Load the state of the last whole epoch, and give all workers the same weights.
+
+        Args:
+            path: file of the state; None, or a file that is not there, starts from the beginning.
+
+        Returns:
+            The number of epochs done.
+
+        Raises:
+            UserError: the state is from a run with another method of pruning or another recipe.
+        """
         found = load_state(path) if path is not None else None
         if found is not None:
             self._load(found, path)
@@ -280,7 +291,7 @@ class Trainer:
 
 
 class _Randomness:
-    """The generators that mixup and stochastic depth draw from, as they were when this was made."""
+    """A snapshot of the generators that mixup and stochastic depth draw from."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.legacy, self.cpu = device, np.random.get_state(), torch.get_rng_state()
@@ -294,7 +305,16 @@ class _Randomness:
 
 
 def batches_of(data: Data, recipe: Recipe, world: World) -> EpochBatches:
-    """A worker's share of every batch. Raises UserError where a batch fits neither the data nor the workers."""
+    """Return the sampler of this worker's share of every batch.
+
+    Args:
+        data: the data set.
+        recipe: gives batch size, accumulation and repeats.
+        world: the workers.
+
+    Raises:
+        UserError: the batch size does not fit the data or the workers.
+    """
     images, parts = data.train_images, world.size * recipe.accumulate
     if recipe.batch_size > images:
         raise UserError(f"recipe: batch_size = {recipe.batch_size}, but {data.info.name} has {images} training images")
@@ -322,7 +342,7 @@ def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
 
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:
-    """Stochastic depth that rises linearly from 0 at the first block to ``rate`` at the last one."""
+    """Set stochastic depth that rises linearly from 0 at the first block to ``rate`` at the last one."""
     blocks = blocks_of(model)
     for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for name in ("drop_path1", "drop_path2"):

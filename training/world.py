@@ -1,4 +1,4 @@
-"""Which of how many workers this process is; one worker where nothing was started."""
+"""The workers of a training run: how many there are, which one this process is, and what they exchange."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = ["World"]
 
 @dataclass(frozen=True)
 class World:
-    """``rank`` of ``size`` workers of one training run, each with a share of every batch."""
+    """Worker number ``rank`` of ``size`` workers of one training run; by default the only one."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls) -> World:
-        """The initialised process group (Ray Train's or torchrun's), or one worker."""
+        """Return this worker of the initialised process group (Ray Train's or torchrun's), or a single worker."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def first(self) -> bool:
-        """Whether this worker writes what is written once."""
+        """True for the worker that writes what is written once."""
         return self.rank == 0
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
