@@ -1,4 +1,4 @@
-"""What every data set offers: a training loader, an exact evaluation loader, calibration batches."""
+"""The interface of every data set: a training loader, an exact evaluation loader, calibration batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ClassOrder = Literal["natural", "codepoint"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """Facts of a data set. ``fingerprint`` changes whenever an image, a label, a split or the preprocessing does."""
+    """Facts about a data set. ``fingerprint`` changes with any image, label, split or setting of preprocessing."""
 
     name: str
     num_classes: int
@@ -41,15 +41,17 @@ class DataInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenOptions:
-    """How a data set is to be opened; every kind reads what concerns it.
+    """Options for opening a data set; every kind uses those that concern it.
 
     Attributes:
         preprocessing: a timm model's ``pretrained_cfg``; its ``label_names`` put the classes in the model's order.
-        loader_workers: processes that load and augment images; 0 does it in this one.
-        class_order: of class folders: timm's ("natural": case-insensitive, 2 before 10) or torchvision's ("codepoint").
-        classes: class names by label, or a file with one per line; goes before every other order.
+        loader_workers: processes that load and augment images; 0 does it in this process.
+        class_order: order of class folders: timm's ("natural": case-insensitive, 2 before 10) or torchvision's
+            ("codepoint").
+        classes: class names by label, or a file with one name per line; overrides every other order.
         unreadable: share of a split's images that may be unreadable; 10 images always may.
-        length, context: of pieces of text.
+        length: words in a piece of text; None takes the model's or the kind's default.
+        context: words of a piece of text that are seen but not predicted, in validation.
     """
 
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class OpenOptions:
 class Data(ABC):
     """A training and a validation split of normalised images C·H·W with integer labels (texts: ``data.text``).
 
-    A kind of data set is a subclass with ``kind``, ``argument`` and ``open``, made known by ``register``.
+    A kind of data set is a subclass with ``kind``, ``argument`` and ``open``, added to the table by ``register``.
     """
 
     kind: ClassVar[str]  # what stands before the colon of a data set's name
@@ -76,12 +78,25 @@ class Data(ABC):
 
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:
-        """Open the data set that ``KIND:argument`` names; of ``argument = "PATH"``, the path is absolute."""
+        """Open the data set named ``KIND:argument``.
+
+        Args:
+            argument: what follows the colon; an absolute path if the class's ``argument`` is "PATH".
+            options: how to open it.
+
+        Raises:
+            UserError: the data are not there, or not as they must be.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
-        """The ``train`` or ``val`` split, map-style, augmented as a recipe says or as for evaluation."""
+        """Return a split as a map-style data set.
+
+        Args:
+            split: ``train`` or ``val``.
+            augment: recipe whose augmentation is applied; None prepares images as for evaluation.
+        """
 
     @property
     @abstractmethod
@@ -90,10 +105,10 @@ class Data(ABC):
 
     @abstractmethod
     def train_labels(self) -> torch.Tensor:
-        """Labels of all training images, without reading the images."""
+        """Return the labels (N,) int64 of all training images, without reading the images."""
 
     def describe(self) -> list[str]:
-        """Lines for a user: images and classes, how images are prepared, and what to know of the files."""
+        """Return lines for people: numbers of images and classes, the preprocessing, and notes on the files."""
         info = self.info
         val = len(self.split("val", augment=None))  # type: ignore[arg-type]
         named = f" ({info.classes[0]} .. {info.classes[-1]})" if info.classes else ""
@@ -103,10 +118,15 @@ class Data(ABC):
     def train_loader(
         self, batches: EpochBatches, recipe: Recipe, known: Mapping[str, Any] = MappingProxyType({})
     ) -> DataLoader[Any]:
-        """Training images, augmented as ``recipe`` says, in the order of ``batches``; (images, labels) per batch.
+        """Return a loader of training images, whose worker processes persist over epochs.
 
-        With ``known``, tables that have a row for every training image by index, batches have their rows as a third
-        item, by the tables' names. Its workers persist over epochs.
+        Args:
+            batches: the indices of every batch, in order.
+            recipe: gives the augmentation.
+            known: tables by name, each with a row per training image.
+
+        Returns:
+            A loader of (images, labels) per batch; with ``known``, the tables' rows by name are a third item.
         """
         data: Dataset[Any] = self.split("train", augment=None if recipe.fixed_view else recipe)
         if known:
@@ -114,11 +134,16 @@ class Data(ABC):
         return self._loader(data, batches)
 
     def val_loader(self, batch_size: int, world: World | None = None) -> DataLoader[Batch]:
-        """Every validation image once, in a fixed order; with a ``world``, this worker's share of them."""
+        """Return a loader of every validation image once, in a fixed order; with a ``world``, of this worker's share.
+
+        Args:
+            batch_size: images per batch of this worker.
+            world: the workers that share the images.
+        """
         return self._val_loader("val", batch_size, world)
 
     def _val_loader(self, split: str, batch_size: int, world: World | None) -> DataLoader[Batch]:
-        """One loader per split, batch size and share, so that its workers persist from one evaluation to the next."""
+        """Return the one loader of a split, batch size and share; its workers persist from evaluation to evaluation."""
         kept: dict[tuple[Any, ...], DataLoader[Any]] = self.__dict__.setdefault("_val_loaders", {})
         key = (split, batch_size, None if world is None else (world.rank, world.size))
         if key not in kept:
@@ -133,9 +158,13 @@ class Data(ABC):
         return PersistentLoader.make(data, batches, workers=self.loader_workers, pin_memory=torch.cuda.is_available())
 
     def calibration(self, images: int, batch_size: int, seed: int, *, per_class: bool = False) -> list[Batch]:
-        """``images`` training images (or all, where there are fewer) without augmentation, drawn by ``seed``.
+        """Draw training images without augmentation.
 
-        With ``per_class``, that many of every class, in class order (UP-ViT's proxy set).
+        Args:
+            images: number of images; all of them if there are fewer.
+            batch_size: images per batch.
+            seed: seed of the draw.
+            per_class: draw ``images`` of every class, in class order (UP-ViT's proxy set).
         """
         order = torch.randperm(self.train_images, generator=torch.Generator().manual_seed(seed))
         if per_class:
@@ -148,7 +177,7 @@ class Data(ABC):
 
 
 class Transformed(Dataset[Batch]):
-    """A data set's images through a transform."""
+    """Apply a transform to the images of a data set."""
 
     def __init__(self, data: Dataset[Batch], transform: Any) -> None:
         self.data, self.transform = data, transform
@@ -162,5 +191,5 @@ class Transformed(Dataset[Batch]):
 
 
 def images_only(batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """The images of labelled batches."""
+    """Return the images of labelled batches."""
     return [x for x, _ in batches]

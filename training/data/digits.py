@@ -20,7 +20,7 @@ __all__ = ["Digits"]
 
 @register
 class Digits(Data):
-    """scikit-learn's digits; a stratified quarter, fixed for ever, is held out as ``val``."""
+    """scikit-learn's digits; a fixed stratified quarter is held out as ``val``."""
 
     kind = "digits"
     SPLIT_SEED = 0

@@ -45,8 +45,8 @@ CHECKED = 4096  # files of a larger split that are looked at, beside all folders
 class _Listing:
     """The images of a split, in timm's order.
 
-    ``files`` are paths ``CLASS/NAME``, ``stamps`` and ``digests`` have a row for each, ``hashed`` says of which the
-    bytes were read. ``folders`` are the split's and its classes', with their stamps.
+    ``files`` are paths ``CLASS/NAME``. ``stamps`` and ``digests`` have a row for each file; ``hashed`` is true for
+    files whose bytes were read. ``folders`` are the stamps of the split's folder and of its class folders.
     """
 
     classes: tuple[str, ...]
@@ -60,7 +60,7 @@ class _Listing:
 
 
 def _scan(name: str, root: Path, made_ns: int, known: Mapping[str, tuple[Stamp, bytes]]) -> _Listing:
-    """List a split's images and hash what is to be hashed; files with a known stamp are not read again."""
+    """List a split's images and hash those of ``chosen_to_hash``; a file with a known stamp is not read again."""
     classes, files, stamps, unused = [], list[str](), dict[str, Stamp](), Counter[str]()
     folders = {"": stamp_of(root)}
     for entry in os.scandir(root):
@@ -156,7 +156,7 @@ def _unpack(split: str, kept: tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]
 
 
 def _still_true(root: Path, listing: _Listing) -> bool:
-    """Whether folders and files (of a large split, all folders and a choice of files) are as they were."""
+    """Check that folders and files are unchanged; of a large split, all folders and a choice of files."""
     n = len(listing.files)
     some: Iterable[int] = range(n)
     if n > CHECK_ALL:
@@ -175,7 +175,7 @@ def _still_true(root: Path, listing: _Listing) -> bool:
 
 
 def _listings(name: str, path: Path) -> dict[str, _Listing]:
-    """Both splits' images, from the kept index where it still holds, else listed anew and kept."""
+    """Return the images of both splits, from the kept index if it still holds, otherwise from a new scan."""
     kept = load_index("imagefolder", path)
     found, new = dict[str, _Listing](), False
     for split in ("train", "val"):
@@ -198,10 +198,15 @@ def _listings(name: str, path: Path) -> dict[str, _Listing]:
 
 
 def class_names(name: str, folders: Sequence[str], options: OpenOptions) -> tuple[str, ...]:
-    """Class names by label.
+    """Return class names by label.
 
-    ``options.classes`` come first; then the model's own ``label_names``, where they are the same names; then the
-    order that is asked for: timm's (case-insensitive, numbers by value) or code points, torchvision's.
+    The order is that of ``options.classes``; otherwise of the model's ``label_names``, if they are the same names;
+    otherwise ``options.class_order``: timm's (case-insensitive, numbers by value) or by code point, torchvision's.
+
+    Args:
+        name: name of the data set, for messages.
+        folders: names of the class folders.
+        options: how the data set is opened.
 
     Raises:
         UserError: ``options.classes`` are not the names of the class folders.
@@ -221,7 +226,7 @@ def class_names(name: str, folders: Sequence[str], options: OpenOptions) -> tupl
 
 
 def _check_classes(name: str, path: Path, found: Mapping[str, _Listing]) -> list[str]:
-    """Notes on classes; UserError where splits differ, or a class cannot be trained on."""
+    """Return notes on classes. Raises UserError if the splits differ, or a class cannot be trained on."""
     train, val = found["train"], found["val"]
     if train.classes != val.classes:
         differ = sorted(set(train.classes) ^ set(val.classes))
@@ -263,7 +268,7 @@ def _opens(file: Path) -> bool:
 
 
 def _facts(found: Mapping[str, _Listing], names: Sequence[str]) -> Iterator[str | bytes]:
-    """What the fingerprint is of: classes in order; names, sizes and bytes of the images in order."""
+    """Yield what the fingerprint hashes: the classes in order, then names, sizes and bytes of the images in order."""
     yield "\0".join(names)
     for split, listing in found.items():
         yield f"\0{split}\0"
@@ -274,7 +279,7 @@ def _facts(found: Mapping[str, _Listing], names: Sequence[str]) -> Iterator[str 
 
 @register
 class ImageFolder(ImageFiles):
-    """``PATH/train`` and ``PATH/val`` with one folder per class; both splits have the classes of ``train``."""
+    """``PATH/train`` and ``PATH/val`` with one folder of images per class; ``val`` has the classes of ``train``."""
 
     kind = "imagefolder"
     argument = "PATH"
@@ -295,7 +300,7 @@ class ImageFolder(ImageFiles):
         super().__init__(name, options, _facts(self._found, names), len(names), classes=names, notes=tuple(notes))
 
     def labels(self, split: str) -> list[int]:
-        """Labels of a split's images, without reading them."""
+        """Return the labels of a split's images, without reading the images."""
         return [self._labels[file.split("/", 1)[0]] for file in self._found[split].files]
 
     def _open(self, split: str) -> Dataset[Any]:
@@ -307,7 +312,7 @@ class ImageFolder(ImageFiles):
 
 
 class _Images(Dataset[Any]):
-    """Images of a folder by index; timm's own data set would skip damaged ones in silence."""
+    """Images of a folder by index. It replaces timm's own data set, which would skip damaged images in silence."""
 
     def __init__(self, root: Path, files: list[str], labels: list[int], channels: int) -> None:
         self.root, self.files, self.labels, self.channels = str(root), files, labels, channels

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's ``datasets``."""
+"""Read data sets of Hugging Face's ``datasets``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files of any size behind timm's transforms: reading, damaged files, preprocessing, fingerprint."""
+"""Image files of any size behind timm's transforms: read them, replace damaged ones, preprocess, fingerprint."""
 
 from __future__ import annotations
 
@@ -43,12 +43,17 @@ IMAGE_ENDINGS = _endings()  # with their dot, in small letters
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or made by a system, and so no data."""
+    """Return True if a file or folder of this name is hidden or made by a system, and so is not data."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
 def read_image(file: Any, channels: int = 3) -> Image.Image:
-    """Read an image file as grey (one channel) or RGB; 16-bit grey is scaled to 8 bits."""
+    """Read an image file as grey or RGB; 16-bit grey is scaled to 8 bits.
+
+    Args:
+        file: path or open file.
+        channels: 1 for grey, otherwise RGB.
+    """
     image: Image.Image = Image.open(file)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
@@ -56,7 +61,7 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
 
 
 class ImageFiles(Data):
-    """Labelled image files behind timm's transforms; ``_open(split)`` gives (PIL image, label) pairs by index."""
+    """Labelled image files behind timm's transforms; ``_open(split)`` returns (PIL image, label) pairs by index."""
 
     def __init__(
         self,
@@ -68,15 +73,15 @@ class ImageFiles(Data):
         classes: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
-        """Take what is known of the files.
+        """Keep the facts about the files, and make the fingerprint.
 
         Args:
-            name: of the data set.
+            name: name of the data set.
             options: how it is opened.
-            facts: all that says which images with which labels there are in which order; goes into the fingerprint.
+            facts: everything that determines images, labels and their order; it is hashed into the fingerprint.
             num_classes: number of classes.
-            classes: their names by label, where they have names.
-            notes: what a user should know.
+            classes: class names by label, if they have names.
+            notes: lines for people.
         """
         super().__init__(loader_workers=options.loader_workers)
         self._config = dict(resolve_data_config(pretrained_cfg=dict(options.preprocessing)))
@@ -100,10 +105,10 @@ class ImageFiles(Data):
 
     @abstractmethod
     def _open(self, split: str) -> Dataset[Any]:
-        """The images of a split, not yet transformed."""
+        """Return the images of a split, not yet transformed."""
 
     def _images(self, split: str) -> Dataset[Any]:
-        """A split, opened once."""
+        """Return a split's images; open it the first time."""
         if split not in self._splits:
             self._splits[split] = self._open(split)
         return self._splits[split]
@@ -141,10 +146,10 @@ class ImageFiles(Data):
 
 
 class Readable(Dataset[Batch]):
-    """Transformed images; one that cannot be read is replaced by its neighbour.
+    """Transformed images; an image that cannot be read is replaced by its neighbour.
 
-    Distinct files are counted, in all processes together and over all epochs; more than ``share`` of them, and more
-    than ``ALWAYS``, are an error.
+    Distinct damaged files are counted over all processes and epochs. If they are more than ``share`` of the images, and
+    more than ``ALWAYS``, an error is raised.
     """
 
     ALWAYS = 10
@@ -187,7 +192,10 @@ class Readable(Dataset[Batch]):
 
 
 def read_names(given: Any) -> tuple[str, ...]:
-    """Class names by label: a list, or a file with one name per line.
+    """Read class names by label.
+
+    Args:
+        given: a list of names, or a file with one name per line.
 
     Raises:
         UserError: the file cannot be read, there are no names, or one is there twice.

@@ -1,8 +1,8 @@
-"""Indices of files, made once per data set and kept in the user's cache; hashes of what files hold.
+"""Keep indices of files in the user's cache, one per data set, and hash the files' contents.
 
 An index is used again only while everything it was made from still has the stamp (inode, change times, size) it had
-then. What was changed within two seconds before the index was made is looked at again: a file system's clock may be
-too coarse to show a second change.
+then. A file that was changed within two seconds before the index was made is looked at again: a file system's clock
+may be too coarse to show a second change.
 """
 
 from __future__ import annotations
@@ -47,40 +47,49 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def cache_home(what: str) -> Path:
-    """The user's cache folder for one kind of things."""
+    """Return the user's cache folder for the kind of things named ``what``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / what
 
 
 def stamp_of(path: str | Path) -> Stamp:
-    """Inode, time of the last change of content and of the inode (ns), and size (bytes); links are followed."""
+    """Return inode, time of the last change of content and of the inode (ns), and size (bytes); links are followed."""
     found = os.stat(path)
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def settled(stamp: Sequence[int], made_ns: int) -> bool:
-    """Whether a stamp is old enough, at the time ``made_ns``, that a later change would have shown in it."""
+    """Return True if a file was unchanged for so long that any later change shows in its stamp.
+
+    Args:
+        stamp: the file's stamp, as from ``stamp_of``.
+        made_ns: time at which the stamp was taken, in ns.
+    """
     return max(stamp[1], stamp[2]) < made_ns - SETTLED_NS
 
 
 def chosen_to_hash(sizes: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Indices of the files whose bytes count: all where they are small together, else a fixed choice, spread evenly."""
+    """Return the indices of the files to hash: all if they are small together, otherwise a fixed, evenly spread choice.
+
+    Args:
+        sizes: size of every file in bytes.
+    """
     if sum(sizes) <= HASH_ALL:
         return np.arange(len(sizes))
     return np.unique(np.linspace(0, len(sizes) - 1, min(SAMPLED, len(sizes))).astype(np.int64))
 
 
 def digest_of(content: bytes) -> npt.NDArray[np.uint8]:
-    """16 bytes that stand for ``content``."""
+    """Return a hash of ``content``, ``DIGEST`` bytes as (16,) uint8."""
     return np.frombuffer(hashlib.blake2b(content, digest_size=DIGEST).digest(), dtype=np.uint8)
 
 
 def join_names(names: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """File names as one array of bytes; no file name has a NUL."""
+    """Join file names to one array of bytes, separated by NUL, which no file name has."""
     return np.frombuffer(os.fsencode("\0".join(names)), dtype=np.uint8)
 
 
 def split_names(joined: npt.NDArray[np.uint8]) -> list[str]:
-    """What ``join_names`` joined."""
+    """Split what ``join_names`` joined."""
     return os.fsdecode(joined.tobytes()).split("\0") if len(joined) else []
 
 
@@ -90,7 +99,12 @@ def _place(kind: str, path: Path) -> Path:
 
 
 def load_index(kind: str, path: Path) -> tuple[dict[str, Any], Arrays] | None:
-    """The facts and arrays that were kept for a path; None where there are none, or damaged ones."""
+    """Return the facts and arrays that were kept for a path; None if there are none, or they are damaged.
+
+    Args:
+        kind: kind of the data set.
+        path: the data set's folder.
+    """
     try:
         with np.load(_place(kind, path), allow_pickle=False) as kept:
             arrays = {name: kept[name] for name in kept.files}
@@ -101,7 +115,14 @@ def load_index(kind: str, path: Path) -> tuple[dict[str, Any], Arrays] | None:
 
 
 def save_index(kind: str, path: Path, facts: Mapping[str, Any], arrays: Arrays) -> None:
-    """Keep the facts and arrays of a path; nothing is kept where the cache cannot be written."""
+    """Keep the facts and arrays of a path; do nothing if the cache cannot be written.
+
+    Args:
+        kind: kind of the data set.
+        path: the data set's folder.
+        facts: JSON-ready facts by name.
+        arrays: arrays by name.
+    """
     place = _place(kind, path)
     written = np.frombuffer(json.dumps({**facts, "path": str(path)}).encode(), dtype=np.uint8)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A loader whose worker processes persist over epochs, with the random numbers of workers that are started anew."""
+"""A loader whose worker processes persist over epochs and draw the random numbers that new workers would draw."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ __all__ = ["PersistentLoader"]
 class PersistentLoader(DataLoader[Any]):
     """A loader with ``persistent_workers`` that seeds its workers anew for every epoch.
 
-    Torch seeds workers once, when they start: with persistent ones, an epoch after a resume would be augmented
-    otherwise than the same epoch without an interruption. Here every epoch draws a seed from the default generator,
-    as torch does for fresh workers, and sends it to the workers with the indices.
+    Torch seeds workers once, when they start. With persistent workers, an epoch after a resume would then be augmented
+    differently from the same epoch of an uninterrupted run. Here every epoch draws a seed from the default generator,
+    as torch does for new workers, and sends it to the workers with the indices.
     """
 
     _batches: _WithSeed
 
     @classmethod
     def make(cls, data: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
-        """A loader of ``batches`` (lists of indices): a persistent one, or a plain one where there are no workers."""
+        """Make a loader of ``batches``: a persistent one, or a plain one without worker processes.
+
+        Args:
+            data: map-style data set.
+            batches: iterable of lists of indices, with a length.
+            workers: number of worker processes; 0 loads in this process.
+            pin_memory: as for torch's ``DataLoader``.
+        """
         if workers == 0:
             return DataLoader(data, batch_sampler=batches, pin_memory=pin_memory)
         seeded = _WithSeed(batches)
@@ -47,7 +54,7 @@ class PersistentLoader(DataLoader[Any]):
 
 
 class _WithSeed:
-    """Batches of (seed of the epoch, index)."""
+    """Batches of (seed of the epoch, index) pairs."""
 
     def __init__(self, batches: Any) -> None:
         self.batches, self.seed = batches, 0

@@ -1,4 +1,4 @@
-"""The kinds of data sets, and how one is opened by its name, ``KIND`` or ``KIND:PATH``."""
+"""The table of kinds of data sets, and opening one by its name, ``KIND`` or ``KIND:PATH``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Kind = TypeVar("Kind", bound=type[Data])
 
 
 def register(kind: Kind) -> Kind:
-    """Make a kind of data sets known by its ``kind``; a class decorator.
+    """Add a kind of data sets to the table under its ``kind``; a class decorator.
 
     Raises:
         ValueError: another kind has that name.
@@ -32,7 +32,7 @@ def register(kind: Kind) -> Kind:
 
 
 def absolute_name(name: str) -> str:
-    """A data set's name with an absolute path, so that other processes and folders mean the same data by it."""
+    """Return a data set's name with an absolute path, so that it names the same data in any process and folder."""
     kind, _, path = name.partition(":")
     if kind in KINDS and KINDS[kind].argument == "PATH" and path:
         try:
@@ -43,7 +43,7 @@ def absolute_name(name: str) -> str:
 
 
 def _find(name: str) -> tuple[type[Data], str] | None:
-    """The kind that a name names, and what stands behind the colon."""
+    """Return the kind of a named data set, and what follows the colon; None if the kind is unknown."""
     kind, colon, argument = absolute_name(name).partition(":")
     found = KINDS.get(kind)
     if found is None or bool(found.argument) != bool(argument) or (colon and not argument):
@@ -76,11 +76,11 @@ def open_data(
 
     Args:
         name: ``digits``, ``imagefolder:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or ``wikitext:PATH``.
-        preprocessing: a timm model's ``pretrained_cfg``, which says how images are prepared; ``digits`` has its own.
-        loader_workers: processes that load and augment images; 0 does it in this one.
-        class_order: of class folders, where neither ``classes`` nor the model's ``label_names`` give one:
-            ``natural`` (timm's) or ``codepoint`` (torchvision's).
-        classes: class names by label, or a file with one per line.
+        preprocessing: a timm model's ``pretrained_cfg``, which gives the preprocessing; ``digits`` has its own.
+        loader_workers: processes that load and augment images; 0 does it in this process.
+        class_order: order of class folders if neither ``classes`` nor the model's ``label_names`` give one: ``natural``
+            (timm's) or ``codepoint`` (torchvision's).
+        classes: class names by label, or a file with one name per line.
         unreadable: share of a split's images that may be unreadable (10 images always may).
 
     Raises:
@@ -107,15 +107,15 @@ def open_text(
 
     Args:
         name: ``pydocs`` or ``wikitext:PATH``.
-        preprocessing: a model's ``pretrained_cfg``: pieces are as long as the model's texts, where it is one of
-            language; otherwise 64 words of ``pydocs``, and 512 of other texts (fairseq's ``tokens_per_sample``).
+        preprocessing: a model's ``pretrained_cfg``. If it is a language model's, pieces are as long as its texts;
+            otherwise 64 words of ``pydocs``, and 512 of other texts (fairseq's ``tokens_per_sample``).
         context: words of every piece of validation that are seen but not predicted.
-        length: of the pieces, instead of the model's; sinusoids reach as far as they are asked to.
-        loader_workers: processes that make pieces; 0 does it in this one.
+        length: words in a piece, instead of the model's; sinusoidal position embeddings have any length.
+        loader_workers: processes that make pieces; 0 does it in this process.
 
     Raises:
-        UserError: the name is no text's, a file is missing or no text, ``dict.txt`` is no dictionary, or ``context``
-            leaves nothing to predict.
+        UserError: the name is not a text's, a file is missing or not a text, ``dict.txt`` is not a dictionary, or
+            ``context`` leaves nothing to predict.
     """
     from .text import TextData
 

@@ -1,4 +1,4 @@
-"""``wds:PATH``: webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar`` with KEY.jpg and KEY.cls."""
+"""Read webdataset shards, ``wds:PATH``: ``PATH/train*.tar`` and ``PATH/val*.tar`` with KEY.jpg and KEY.cls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Shards"]
 
 @dataclass(frozen=True)
 class _Members:
-    """The images of a split: keys, and (shard, position, bytes, label) of each; digests of those in ``hashed``."""
+    """The images of a split: keys; (shard, position, bytes, label) of each; digests of those in ``hashed``."""
 
     shards: list[str]
     keys: list[str]
@@ -37,7 +37,7 @@ class _Members:
 
 
 def _read_shard(name: str, shard: Path) -> Iterator[tuple[str, int, int, int]]:
-    """(key, position, bytes, label) of every image of a shard, by its headers."""
+    """Yield (key, position, bytes, label) of every image of a shard, found in its headers."""
     parts: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(shard) as tar:
@@ -90,7 +90,7 @@ def _bytes(shard: Path, position: int, size: int) -> bytes:
 
 
 def _members(name: str, path: Path) -> dict[str, _Members]:
-    """Both splits' images, from the kept index where all shards are as they were, else read anew and kept."""
+    """Return the images of both splits, from the kept index if all shards are unchanged, otherwise read anew."""
     shards = {
         split: [file.name for file in sorted(path.glob(f"{split}*.tar")) if not is_hidden(file.name)]
         for split in ("train", "val")
@@ -125,7 +125,7 @@ def _unpack(split: str, shards: list[str], arrays: Mapping[str, npt.NDArray[Any]
 
 
 def _facts(found: Mapping[str, _Members]) -> Iterator[str | bytes]:
-    """What the fingerprint is of: shards, and the images' keys, places, sizes, labels and bytes in order."""
+    """Yield what the fingerprint hashes: shards, and the images' keys, places, sizes, labels and bytes in order."""
     for split, members in found.items():
         yield f"{split}\0" + "\0".join(members.shards) + "\0"
         yield join_names(members.keys).tobytes()
@@ -137,8 +137,8 @@ def _facts(found: Mapping[str, _Members]) -> Iterator[str | bytes]:
 class Shards(ImageFiles):
     """Webdataset shards with KEY.jpg (or another image) and KEY.cls, the label as text.
 
-    Members are found once by reading the tar headers, then read by position: every image once per epoch, in any order,
-    for any number of workers, which streaming shards cannot give.
+    Members are found once by reading the tar headers, then read by position. So every image comes once per epoch, in
+    any order, for any number of workers, which is impossible with streamed shards.
     """
 
     kind = "wds"

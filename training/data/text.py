@@ -1,12 +1,13 @@
-"""Texts for language models: words by number, in windows.
+"""Texts for language models, as numbered words in windows.
 
 ``pydocs`` is the language reference that CPython ships (``pydoc_data.topics``, some 90,000 words of English), the
 embedded text. ``wikitext:PATH`` has ``PATH/wiki.{train,valid,test}.tokens``, words between blanks as WikiText-103 is
 published (arXiv 1609.07843).
 
-Word numbers are those of ``fairseq-preprocess``, so that its models find their words: four special ones, then words by
-falling frequency in the training text, ties in alphabetical order, filled up to a multiple of 8; or those of a
-``dict.txt`` of fairseq's beside the files. Every line ends with ``</s>``. Encoded texts are kept in the user's cache.
+Words are numbered as by ``fairseq-preprocess``, so that its models find their words: four special ones, then words by
+falling frequency in the training text, ties in alphabetical order, filled up to a multiple of 8. If a ``dict.txt`` of
+fairseq lies beside the files, its numbers are used. Every line ends with ``</s>``. Encoded texts are kept in the
+user's cache.
 """
 
 from __future__ import annotations
@@ -50,22 +51,28 @@ Numbers = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A vocabulary, ``words`` by number, and encoded texts by split (``train``, ``val``, ``test``)."""
+    """A vocabulary (``words`` by number) and encoded texts by split (``train``, ``val``, ``test``)."""
 
     words: tuple[str, ...]
     texts: Mapping[str, Numbers]
 
     @property
     def vocabulary(self) -> str:
-        """16 hex digits of the list of words."""
+        """16 hex digits that hash the list of words."""
         return hashlib.sha256("\n".join(self.words).encode()).hexdigest()[:16]
 
 
 class Windows(Dataset[Batch]):
-    """Pieces of a text, (words T, next words T), int64; together they predict every word once.
+    """Pieces of a text, (words (T,), next words (T,)), int64; together they predict every word once.
 
-    A piece predicts ``length - context`` words that no other one predicts and sees up to ``context`` words in front of
-    them, whose targets are ``IGNORED``, as are places behind the text's end. The first word follows a ``</s>``.
+    A piece predicts ``length - context`` words that no other piece predicts. It sees up to ``context`` words in front
+    of them, whose targets are ``IGNORED``, as are places behind the text's end. ``</s>`` stands before the first word.
+
+    Args:
+        text: (N,) word numbers.
+        length: T.
+        context: words of a piece that are only seen.
+        whole: leave out the last piece if the text does not fill it.
     """
 
     def __init__(self, text: Numbers, length: int, context: int, *, whole: bool = False) -> None:
@@ -89,10 +96,20 @@ class Windows(Dataset[Batch]):
 
 
 class TextData(Data):
-    """A training and a validation text; a test text too, as ``split("test")``.
+    """A training, a validation and a test text; the last one is ``split("test")``.
 
-    What is one image elsewhere is a piece of ``length`` words here. Validation has as much ``context`` as is asked
-    for: more is slower and gives lower perplexities, so a perplexity goes with its length and context.
+    A piece of ``length`` words is what an image is in other data. Validation has ``context`` words of context: more is
+    slower and gives lower perplexities, so a perplexity is comparable only at equal length and context.
+
+    Args:
+        name: name of the data set.
+        corpus: vocabulary and texts.
+        length: words in a piece.
+        context: words of a piece of validation that are seen but not predicted.
+        loader_workers: processes that make pieces; 0 does it in this process.
+
+    Raises:
+        UserError: ``context`` leaves nothing to predict, or the training text is shorter than a piece.
     """
 
     def __init__(self, name: str, corpus: Corpus, length: int, *, context: int = 0, loader_workers: int = 0) -> None:
@@ -128,12 +145,23 @@ class TextData(Data):
         raise UserError(f"data {self.info.name!r}: a text has no classes, so nothing can be drawn per class")
 
     def val_loader(self, batch_size: int, world: World | None = None, *, split: str = "val") -> DataLoader[Batch]:
-        """Every word of a split once, in order; batches are smaller than asked for where pieces are long."""
+        """Return a loader of every word of a split once, in order; long pieces come in smaller batches.
+
+        Args:
+            batch_size: pieces in a batch, at most.
+            world: the workers that share the pieces.
+            split: ``val`` or ``test``.
+        """
         return self._val_loader(split, max(1, min(batch_size, WORDS_AT_A_TIME // self.length)), world)
 
 
 def make_vocabulary(lines: Iterable[list[str]], least: int = 1) -> tuple[str, ...]:
-    """The words that occur ``least`` times or more, in fairseq's order."""
+    """Return the words of a text in fairseq's order, filled up to a multiple of 8.
+
+    Args:
+        lines: the words of every line.
+        least: how often a word has to occur.
+    """
     counts = Counter(word for line in lines for word in line)
     found = sorted(word for word, n in counts.items() if n >= least and word not in SPECIAL)
     return _filled((*SPECIAL, *sorted(found, key=lambda word: -counts[word])))
@@ -144,7 +172,12 @@ def _filled(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def encode(lines: Iterable[list[str]], words: tuple[str, ...]) -> Numbers:
-    """The numbers of all words and of every line's end, one after another."""
+    """Return the numbers (N,) int32 of all words, with the number of ``</s>`` at the end of every line.
+
+    Args:
+        lines: the words of every line.
+        words: the vocabulary; other words become ``<unk>``.
+    """
     number = {word: i for i, word in enumerate(words)}
     found = (n for line in lines for n in (*(number.get(word, UNKNOWN) for word in line), END))
     return np.fromiter(found, np.int32)
@@ -152,9 +185,10 @@ def encode(lines: Iterable[list[str]], words: tuple[str, ...]) -> Numbers:
 
 @lru_cache(maxsize=1)
 def _pydocs() -> Corpus:
-    """Paragraphs of all topics, each once; of every ten runs of twenty, the last two are held out.
+    """Return all topics as paragraphs, each once; of every ten runs of twenty paragraphs, the last two are held out.
 
-    Topics repeat each other, so that without this the training text would hold much of the others.
+    Paragraphs are taken once because topics repeat each other: the training text would otherwise hold much of the
+    others.
     """
     topics = pydoc_data.topics.topics
     paragraphs = (" ".join(p.split()) for name in sorted(topics) for p in re.split(r"\n\s*\n", topics[name]))
@@ -174,7 +208,7 @@ def _read(file: Path) -> Iterator[list[str]]:
 
 
 def _read_dictionary(file: Path) -> tuple[str, ...]:
-    """fairseq's ``dict.txt``: a word and its count per line."""
+    """Read fairseq's ``dict.txt``: a word and its count per line."""
     words = []
     for number, line in enumerate(_read(file), start=1):
         if len(line) != 2 or not line[1].isdigit():
@@ -207,7 +241,15 @@ def _wikitext(path: Path) -> Corpus:
 
 
 def check_words(arch: Arch, data: Data) -> None:
-    """Raise UserError where a language model and data do not mean the same words by the same numbers."""
+    """Check that a language model and the data number the same words alike.
+
+    Args:
+        arch: architecture of the model.
+        data: the opened data set.
+
+    Raises:
+        UserError: one is of texts and the other of images, or their vocabularies differ.
+    """
     info, known = data.info, "" if arch.text is None else arch.text.vocabulary
     if (arch.text is None) != (not info.vocabulary):
         kinds = ("images", "texts") if arch.text is None else ("texts", "images")
@@ -225,7 +267,7 @@ def check_words(arch: Arch, data: Data) -> None:
 
 
 def _length(options: OpenOptions, default: int) -> int:
-    """Words of a piece: as asked for, or the model's where it is one of language."""
+    """Return the words of a piece: ``options.length``, or a language model's length, or the default."""
     size = tuple(options.preprocessing.get("input_size") or ())
     return options.length or (size[2] if size[1:2] == (1,) else default)
 

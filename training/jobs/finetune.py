@@ -1,4 +1,4 @@
-"""Finetuning one saved model, wherever it runs."""
+"""Finetune one saved model, in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -26,10 +26,19 @@ __all__ = ["Finetuning", "finetune"]
 
 @dataclass(frozen=True)
 class Finetuning:
-    """One job: folders of saved models, data by name, and a recipe.
+    """A finetuning: folders of saved models, data by name, and a recipe.
 
-    ``work`` is a folder beside the result, named by the job's content: training state, ``metrics.jsonl`` and
-    TensorBoard logs. The same job goes on from what is there.
+    The same job is resumed from its ``work`` folder.
+
+    Args:
+        model: folder of the model to train.
+        data: name of the data set, as for ``open_data``.
+        recipe: the recipe.
+        out: folder of the result.
+        teacher: folder of the model that distillation calls the source, if any.
+        seed: seed of the training.
+        loader_workers: processes per worker that load images.
+        second_stage: the pruning method whose own way of finetuning is used, if any.
     """
 
     model: Path
@@ -43,7 +52,7 @@ class Finetuning:
 
     @cached_property
     def name(self) -> str:
-        """The result's name and the hash of everything that it depends on."""
+        """The result's name and a hash of everything that it depends on."""
         settings: dict[str, Any] = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
         if self.second_stage is not None:
             settings["second_stage"] = asdict(self.second_stage)
@@ -55,15 +64,20 @@ class Finetuning:
 
     @property
     def work(self) -> Path:
+        """Folder of training state, ``metrics.jsonl`` and TensorBoard logs, beside the result and named by ``name``."""
         return self.out.parent / f".{self.name}"
 
     @property
     def teacher_cache(self) -> Path:
-        """Beside the result too, but for all jobs there: teachers' logits, named by what they follow from."""
+        """Folder of teachers' logits beside the result, shared by all jobs whose results lie there."""
         return self.out.parent / ".teacher_logits"
 
     def check(self) -> Data:
-        """Open the data; UserError where they, the model and the teacher do not go together."""
+        """Open the data and check that data, model and teacher fit together.
+
+        Raises:
+            UserError: they do not, or the second stage cannot serve the model.
+        """
         model: Any = load(self.model)
         data = open_data(self.data, model.pretrained_cfg, loader_workers=self.loader_workers)
         for what, path in (("model", self.model), ("teacher", self.teacher)):
@@ -78,7 +92,7 @@ class Finetuning:
 
     @property
     def described(self) -> TrainingJob:
-        """The job as its workers get it."""
+        """The job in the JSON-ready form that its workers get."""
         return TrainingJob(
             model=str(self.model),
             data=self.data,
@@ -91,7 +105,7 @@ class Finetuning:
         )
 
     def provenance(self, data: Data) -> dict[str, Any]:
-        """For the result's ``config.json``."""
+        """Return the metadata for the result's ``config.json``."""
         return {
             "method": "finetune",
             "source": str(self.model),
@@ -112,12 +126,19 @@ def finetune(
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> None:
-    """Train and publish the result. The callables are as for ``fit``.
+    """Train a job and publish the result.
 
     Without Ray, this process may be one of torchrun's.
 
+    Args:
+        job: the finetuning.
+        placement: where it runs, and on how many workers.
+        on_step: called with (updates done, updates in all, loss of this worker).
+        on_epoch: called after every epoch's evaluation.
+        on_note: called with a line for people.
+
     Raises:
-        UserError: the parts do not go together, training failed or diverged, or the machine cannot hold the workers.
+        UserError: the parts do not fit together, training failed or diverged, or the machine cannot hold the workers.
     """
     data = job.check()
     with MetricsLog.beside(job.work) as log:

@@ -1,4 +1,4 @@
-"""Metrics of a training: ``metrics.jsonl``, TensorBoard, and the speed that is shown meanwhile."""
+"""Record the metrics of a training in ``metrics.jsonl`` and for TensorBoard, and measure its speed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SCALARS = ("loss", "top1", "top5", "lr", "images_per_s")
 
 
 class MetricsLog:
-    """Appends to a file of JSON lines and to TensorBoard's events; a context manager, which closes them.
+    """Append to a file of JSON lines and to TensorBoard's event files; a context manager that closes them.
 
-    Nothing is created before the first line. A line is written at once, so that a killed process loses none.
+    No file is created before the first line. Each line is written at once, so that a killed process loses none.
 
     Args:
-        lines: the file, ``metrics.jsonl``.
+        lines: the file of JSON lines, ``metrics.jsonl``.
         board: folder of TensorBoard's files.
-        events: a line also has its time and the name of what happened (``event``); by default every line is an epoch.
+        events: add to every line its time and the name of what happened (``event``). Without it, lines are epochs.
     """
 
     def __init__(self, lines: Path, board: Path, *, events: bool = False) -> None:
@@ -36,7 +36,7 @@ class MetricsLog:
 
     @classmethod
     def beside(cls, work: Path) -> MetricsLog:
-        """Return the log of a job whose folder is ``work``: a line per epoch."""
+        """Return the log of a job whose folder is ``work``, with a line per epoch."""
         return cls(work / "metrics.jsonl", work / "tb")
 
     def __enter__(self) -> MetricsLog:
@@ -47,14 +47,19 @@ class MetricsLog:
             self._writer.close()
 
     def event(self, name: str, **values: Any) -> None:
-        """Write a line: what happened, with JSON-ready values."""
+        """Write a line about an event.
+
+        Args:
+            name: the event's name.
+            values: its JSON-ready values.
+        """
         known = {"time": time.time(), "event": name} if self._events else {}
         self._lines.parent.mkdir(parents=True, exist_ok=True)
         with self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**known, **values}) + "\n")
 
     def epoch(self, epoch: Epoch) -> None:
-        """Write an epoch, its numbers also as TensorBoard's scalars."""
+        """Write the figures of an epoch as a line, and its numbers as TensorBoard's scalars."""
         self.event("epoch", **asdict(epoch))
         if self._writer is None:
             self._writer = SummaryWriter(str(self._board))
@@ -66,14 +71,23 @@ class MetricsLog:
 
 
 class StepRate:
-    """How fast training goes: updates of the last ``window`` seconds, without what lies between epochs."""
+    """Measure the speed of training over its latest updates, without the time between epochs.
+
+    Args:
+        batch_size: images per update.
+        window: seconds of updates that count.
+    """
 
     def __init__(self, batch_size: int, window: float = 30.0) -> None:
         self.batch_size, self.window = batch_size, window
         self._seen: deque[tuple[float, int]] = deque()
 
     def step(self, done: int) -> tuple[float, float] | None:
-        """Return images and updates per second; None until two calls have come since the last epoch's end."""
+        """Record that ``done`` updates are done.
+
+        Returns:
+            Images per second and updates per second; None before the second call of an epoch.
+        """
         now = time.monotonic()
         self._seen.append((now, done))
         while now - self._seen[0][0] > self.window and len(self._seen) > 2:
@@ -85,5 +99,5 @@ class StepRate:
         return rate * self.batch_size, rate
 
     def pause(self) -> None:
-        """Forget the updates so far: an epoch has ended, and what follows is not training."""
+        """Forget the updates so far, at the end of an epoch."""
         self._seen.clear()

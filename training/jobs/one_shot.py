@@ -1,4 +1,4 @@
-"""One method, once: score the source, decide for a budget, cut, measure, save."""
+"""Prune a model by one method without training: score the source, decide for a budget, cut, measure, save."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ SMALLEST = 1e-6  # keep rate that is valid beside any other setting
 
 @dataclass(frozen=True)
 class Budget:
-    """``value`` is a share of the source's cost where it is at most 1, otherwise an absolute cost in ``measure``."""
+    """A limit on cost: a share of the source's if ``value`` is at most 1, otherwise an absolute cost in ``measure``."""
 
     value: float
     measure: Measure = MACS
 
     def limit(self, arch: Arch) -> float:
-        """The cost that the result must not exceed. Raises UserError for a value that is not positive."""
+        """Return the cost that the result must not exceed, in units of ``measure``.
+
+        Raises:
+            UserError: the value is not positive.
+        """
         if not self.value > 0:
             raise UserError(f"budget = {self.value}: give a share of the source in (0, 1], or a number of MACs, ...")
         return self.value * self.measure(arch) if self.value <= 1 else self.value
@@ -41,7 +45,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A cut model with its exact cost, and accuracy in percent before and after, without any training."""
+    """A cut model with its exact cost, and its accuracy in percent before and after, without any training."""
 
     model: nn.Module
     source_cost: Cost
@@ -54,7 +58,11 @@ class Pruned:
 
 
 def open_source(name: str) -> Any:
-    """The model in a saved folder, or a timm name with its pretrained weights. Raises UserError where there is none."""
+    """Load the model in a saved folder, or build a timm model with its pretrained weights.
+
+    Raises:
+        UserError: ``name`` is neither, the architecture is not supported, or the weights cannot be loaded.
+    """
     if Path(name).exists():
         return load(name)
     if not timm.is_model(name.split(".")[0]):
@@ -81,20 +89,20 @@ def prune_once(
     cache: Path,
     progress: Progress,
 ) -> Pruned:
-    """Cut ``model`` by a method that scores widths to a budget.
+    """Cut ``model`` to a budget by a method that scores widths.
 
     Args:
-        model: the source, ours or one that ``Arch.from_timm`` accepts.
-        data_name: as for ``training.open_data``; for calibration images and accuracy.
-        method: the width method.
+        model: the source, one of ours or one that ``Arch.from_timm`` accepts.
+        data_name: name of the data set for calibration images and accuracy, as for ``training.open_data``.
+        method: name of the width method.
         budget: what the result may cost.
-        drop: blocks that go first, least important ones as ``pruners.score_depth`` has them.
-        groups: units per group of some kinds; the others keep ``GROUP_SIZES``.
-        floors: share of every vector of some kinds that stays.
+        drop: number of blocks to drop first, by the least importance that ``pruners.score_depth`` measures.
+        groups: units per group by kind; kinds left out have their ``GROUP_SIZES``.
+        floors: share of every vector that has to stay, by kind.
         options: settings of the method, by name.
         calibration: the images to score on.
         cache: folder of scores.
-        progress: told what goes on.
+        progress: called with (what is being done, share done, note).
 
     Raises:
         UserError: the method cannot serve the model, a setting does not fit, or the budget cannot be met.
@@ -144,14 +152,19 @@ def plan_once(
     """Plan the tokens of ``model`` for a keep rate or for a budget.
 
     Args:
-        model, data_name, calibration, cache, progress: as for ``prune_once``.
-        method: the token method.
-        keep_rate: share of patches that are centres; else
-        budget: what the result may cost.
+        model: as for ``prune_once``.
+        data_name: as for ``prune_once``.
+        method: name of the token method.
+        keep_rate: share of patches that are centres, in (0, 1].
+        budget: what the result may cost; give either this or ``keep_rate``.
         settings: other settings of the method, by name.
+        calibration: as for ``prune_once``.
+        cache: as for ``prune_once``.
+        progress: as for ``prune_once``.
 
     Raises:
-        UserError: not exactly one of ``keep_rate`` and ``budget``, a setting that does not fit, another family.
+        UserError: not exactly one of ``keep_rate`` and ``budget`` is given, a setting does not fit, or the method
+            cannot serve the model.
     """
     if (keep_rate is None) == (budget is None):
         raise UserError("give either a keep rate or a budget: each of them decides how many tokens stay")
@@ -182,7 +195,7 @@ def plan_once(
 
 
 def _cut(model: nn.Module, decision: Cut, data: Data, metadata: Mapping[str, Any], progress: Progress) -> Pruned:
-    """Cut and measure."""
+    """Cut the model and measure it before and after."""
     arch, small = arch_of(model), cut(model, decision)
     metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
     before = _evaluate(model, data, progress, "evaluating the source")
@@ -202,7 +215,7 @@ def _cut(model: nn.Module, decision: Cut, data: Data, metadata: Mapping[str, Any
 def _path_settings(
     method: WidthMethod, drop: int, groups: Mapping[str, int] | None, floors: Mapping[str, float] | None
 ) -> dict[str, Any]:
-    """What a path of widths takes besides the budget."""
+    """Return the settings, besides the budget, of a method's path of widths."""
     if method.along_path:
         return {"groups": {**GROUP_SIZES, **(groups or {})}, "floors": floors}
     if drop or groups or floors:
@@ -211,7 +224,7 @@ def _path_settings(
 
 
 def to_device(model: nn.Module) -> nn.Module:
-    """``model`` itself, on a GPU where there is one."""
+    """Move ``model`` to a GPU if there is one, and return it."""
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -223,5 +236,5 @@ def _evaluate(model: nn.Module, data: Data, progress: Progress, what: str) -> Ev
 
 
 def save_pruned(pruned: Pruned, out: Path) -> Path:
-    """Write the cut model with where it comes from."""
+    """Save the cut model with its provenance in the folder ``out``, and return the folder."""
     return save(pruned.model.cpu(), out, {**pruned.provenance, **EvalMetrics(pruned.top1, pruned.ppl).as_dict()})

@@ -1,4 +1,4 @@
-"""A method that decides while it trains (a ``TrainedMethod``), from a source to models that are cut."""
+"""Train with a method that decides meanwhile (a ``TrainedMethod``), and cut the source as it decided."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Made", "PruneJob", "prune_while_training"]
 
 @dataclass(frozen=True)
 class PruneJob:
-    """A method by name with its settings, JSON-ready, and the images that new BatchNorms are estimated on."""
+    """A method by name with its settings, and the images that new BatchNorms are estimated on; JSON-ready."""
 
     method: str
     settings: Mapping[str, Any]
@@ -36,9 +36,9 @@ class PruneJob:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A model for ``budget``, a share of the source's MACs, with its validation accuracy in percent.
+    """A model cut to ``budget``, a share of the source's MACs, with its validation accuracy in percent.
 
-    ``metadata`` is for its provenance; of a method whose second stage needs it, the decision is part of it.
+    ``metadata`` goes into its provenance. It includes the decision if the method's second stage needs it.
     """
 
     budget: float
@@ -49,16 +49,19 @@ class Made:
 
 
 def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob, **options: Any) -> list[Made] | None:
-    """Train a copy of ``source`` while a method decides, then cut; None where ``should_stop`` ended it before.
+    """Train a copy of ``source`` while a method decides, then cut it.
 
     In a process group, every worker calls this with the same source, data, recipe and job, and gets the same models.
 
     Args:
         source: a model on its device; also the teacher of the recipe's distillation.
-        data: what to train and evaluate on.
+        data: data set to train and evaluate on.
         recipe: the training during which the method decides.
-        job: the method.
+        job: the method and its settings.
         options: further arguments of ``fit``.
+
+    Returns:
+        A model for each budget; None if ``should_stop`` ended training.
 
     Raises:
         UserError: a setting does not fit, the budget cannot be met, or the search collapsed or diverged.

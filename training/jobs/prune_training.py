@@ -1,4 +1,4 @@
-"""A method that decides while it trains, once: from a source to cut, and finetuned, models."""
+"""Prune a model by a method that decides while it trains, from the source to saved models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["SavedModel", "TrainedPruning"]
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model that was saved: for which budget, its exact cost, and top-1 in percent without finetuning."""
+    """A saved model: its budget, its exact cost, and its top-1 in percent without finetuning."""
 
     budget: float
     folder: Path
@@ -45,19 +45,19 @@ class SavedModel:
 class TrainedPruning:
     """One run of a method that decides while it trains.
 
-    ``work`` is a folder beside ``out``, named by the run's content: training state and logs. The same run goes on from
-    what is there.
+    The same run is resumed from its ``work`` folder.
 
     Args:
-        model: the source, ours or one that ``Arch.from_timm`` accepts; also the teacher. It is not changed.
-        data_name: as for ``training.open_data``.
-        method: its name in ``pruners.METHODS``.
+        model: the source, one of ours or one that ``Arch.from_timm`` accepts; also the teacher. It is not changed.
+        data_name: name of the data set, as for ``training.open_data``.
+        method: the method's name in ``pruners.METHODS``.
         budgets: shares of the source's MACs.
         recipe: the training during which the method decides.
-        out: folder of the result; of several, each in a folder of its own inside, named by its budget.
-        options: the method's settings, but for the budgets.
+        out: folder of the result. Several budgets give several results, each in a folder inside, named by its budget.
+        options: the method's settings, except for the budgets.
         calibration: images that BatchNorms of new convolutions are estimated on.
-        seed: of training.
+        seed: seed of the training.
+        loader_workers: processes per worker that load images.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ class TrainedPruning:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """What the run depends on, JSON-ready."""
+        """Everything that the run depends on, JSON-ready."""
         return {
             "method": self.method,
             "source": {"name": arch_of(self.model).source, "weights": weights_digest(self.model)},
@@ -86,6 +86,7 @@ class TrainedPruning:
 
     @property
     def work(self) -> Path:
+        """Folder of training state and logs, beside ``out`` and named by the hash of ``metadata``."""
         return self.out.parent / f".{self.out.name}-{digest(self.metadata)}"
 
     def run(
@@ -96,7 +97,16 @@ class TrainedPruning:
         on_epoch: Callable[[Epoch], None] | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> list[SavedModel]:
-        """Train, decide, cut and save. The callables are as for ``fit``.
+        """Train, decide, cut and save.
+
+        Args:
+            placement: where training runs, and on how many workers.
+            on_step: called with (updates done, updates in all, loss of this worker).
+            on_epoch: called after every epoch's evaluation.
+            on_note: called with a line for people.
+
+        Returns:
+            The saved models, the one with the largest budget first.
 
         Raises:
             UserError: a setting does not fit, the budget cannot be met, the search collapsed, or training failed.
@@ -137,7 +147,7 @@ class TrainedPruning:
         )
 
     def saved_models(self) -> list[SavedModel]:
-        """What this run has saved, the largest budget first; of several budgets not all need have been reached."""
+        """Return the models saved so far, the largest budget first; a budget that was not reached has none."""
         folders = [self._folder(budget) for budget in sorted(set(self.budgets), reverse=True)]
         found = [(folder, load_provenance(folder)) for folder in folders if (folder / "config.json").is_file()]
         return [SavedModel(f["budget"], folder, cost(read_arch(folder)), f["top1"]) for folder, f in found]
@@ -146,7 +156,7 @@ class TrainedPruning:
         return self.out / f"{budget:.4g}" if len(set(self.budgets)) > 1 else self.out
 
     def _open(self) -> Data:
-        """The data. Raises UserError where the settings, the source or the data do not go together."""
+        """Open the data. Raises UserError if the settings, the source or the data do not fit together."""
         method, arch = get_method(self.method, TrainedMethod), arch_of(self.model)
         settings = method.for_budgets(self.budgets, self.options)
         method.hook(settings, arch).wrap(copy.deepcopy(self.model))

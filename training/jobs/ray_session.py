@@ -1,4 +1,4 @@
-"""Starting a Ray of our own on this machine, or joining a running cluster, so that nothing is left behind."""
+"""Start a Ray on this machine or join a running cluster, so that no process of Ray is left behind."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
 
 
 def start(**options: Any) -> Any:
-    """Call ``ray.init`` so that no Ctrl-C is lost meanwhile and none leaves a Ray behind.
+    """Call ``ray.init`` so that no Ctrl-C is lost meanwhile, and none leaves processes of Ray behind.
 
     Args:
-        options: of ``ray.init``.
+        options: arguments of ``ray.init``.
 
     Returns:
         Ray's context.
@@ -45,10 +45,17 @@ def start(**options: Any) -> Any:
 
 
 def join(address: str, options: Mapping[str, Any]) -> Any:
-    """Connect to the cluster at ``address``; ``options`` are further ones of ``ray.init``.
+    """Connect to a running cluster.
+
+    Args:
+        address: the cluster's address.
+        options: further arguments of ``ray.init``.
+
+    Returns:
+        Ray's context.
 
     Raises:
-        UserError: nothing answers there.
+        UserError: no cluster answers at ``address``.
     """
     try:
         return start(address=address, **options)
@@ -61,11 +68,12 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     """Join a cluster, or start a Ray of our own, for the time of a ``with`` block.
 
     Args:
-        address: of the cluster; None for a Ray of our own, or the one that this process has joined already.
-        cpus, gpus: what the workers need in all; a Ray of our own offers so many CPUs and one more.
+        address: the cluster's address; None for a Ray of our own, or the one that this process has joined already.
+        cpus: CPUs that all workers need together; a Ray of our own offers one more.
+        gpus: GPUs that all workers need together.
 
     Raises:
-        UserError: nothing answers at ``address``, or it does not have what is asked for.
+        UserError: nothing answers at ``address``, or the cluster does not have the CPUs and GPUs.
     """
     if address is None and ray.is_initialized():
         yield
@@ -89,8 +97,8 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
 
 
 def own_token() -> None:
-    """Set a token that only this process and its Ray know; where there is one, Ray of its own accord asks for it.
+    """Set a token that only this process and its own Ray know; Ray then requires it from every client.
 
-    Not for clusters: they have theirs, or none, and then a driver must have none either.
+    Not for clusters: a cluster has its own token, or none, and then its drivers must have none either.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

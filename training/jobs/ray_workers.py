@@ -1,7 +1,7 @@
-"""Training on Ray Train: the one training loop as every worker of a process group, on one node or many.
+"""Train on Ray Train: every worker of a process group, on one node or many, runs the one training loop.
 
-A run is named by what it does; the same job under the same storage goes on from its last checkpoint, whether a worker,
-a node or the driver was lost, and with as many workers as there are between ``min_workers`` and ``workers`` of the
+A run is named by what it does. The same job under the same storage is resumed from its last checkpoint, whether a
+worker, a node or the driver was lost, and with any number of workers between ``min_workers`` and ``workers`` of the
 placement. Every update sees the same images whatever their number. Ray has to be initialised.
 """
 
@@ -75,17 +75,17 @@ def train_on_ray(
 
     Args:
         job: what is trained.
-        placement: the workers and what each of them has; Ray is there already.
+        placement: number of workers and the resources of each; Ray has to be initialised.
         out: folder of the trained model, on the machine that calls this.
         storage: absolute path or URI that all nodes can write to (local for one node, NFS, s3://...).
-        name: of the run under ``storage``; a run of this name that is there is gone on with.
+        name: the run's name under ``storage``; an existing run of this name is resumed.
         provenance: metadata for the model's ``config.json``.
-        max_failures: attempts after the first one; each goes on from the last checkpoint.
-        reports: told in this process: of steps about once a second, of every epoch, and of the processes that train
-            whenever they were started.
+        max_failures: attempts after the first one; each resumes from the last checkpoint.
+        reports: called in this process: about once a second with the steps, after every epoch, and whenever the
+            processes that train were started.
 
     Returns:
-        False where the job's stop file ended training.
+        False if the job's stop file ended training.
 
     Raises:
         TrainingFailed: the loss diverged, memory is too small, or the attempts are used up.
@@ -124,7 +124,7 @@ def train_on_ray(
 
 
 def _drop_orphans(result: ray.train.Result) -> None:
-    """Delete what was being written when a worker or the driver died: Ray neither uses nor deletes it."""
+    """Delete what was being written when a worker or the driver died; Ray neither uses nor deletes it."""
     kept = {Path(registered.path).name for registered, _ in result.best_checkpoints}
     for found in result.filesystem.get_file_info(FileSelector(result.path)):
         checkpoint = found.type == FileType.Directory and found.base_name.startswith("checkpoint_")
@@ -133,7 +133,7 @@ def _drop_orphans(result: ray.train.Result) -> None:
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """Train as one of the workers; the first one uploads checkpoints, and the models with the last of them."""
+    """Train as one of the workers; the first one uploads checkpoints, and with the last of them the models."""
     job, log = TrainingJob(**config["job"]), config["log"]
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
@@ -174,7 +174,7 @@ def _restore(state: Path) -> None:
 
 
 def _report(metrics: dict[str, Any], state: Path, models: TrainedModels) -> None:
-    """Report to Ray, on all workers; the first one adds a checkpoint: the state, and what was made."""
+    """Report to Ray on all workers; the first one adds a checkpoint of the state and the models."""
     checkpoint = None
     if ray.train.get_context().get_world_rank() == 0:
         folder = tempfile.mkdtemp()  # Ray deletes it once it is uploaded
@@ -187,7 +187,7 @@ def _report(metrics: dict[str, Any], state: Path, models: TrainedModels) -> None
 
 
 def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., None]:
-    """``call``, but not again before ``seconds`` have passed."""
+    """Return a function that passes calls on to ``call``, at most one in ``seconds``."""
     due = 0.0
 
     def maybe(*arguments: Any) -> None:
@@ -201,7 +201,7 @@ def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., Non
 
 @ray.remote(num_cpus=0)
 class _Log:
-    """Collects what the workers report, for whoever watches."""
+    """Collect what the workers report, for the process that started them."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []  # what may not get lost, in order
@@ -234,7 +234,7 @@ class _Log:
 
 @contextlib.contextmanager
 def _listening(reports: Reports) -> Iterator[Any]:
-    """Start an actor, on this node, that workers talk to; ``reports`` hear of it in this process, from a thread."""
+    """Start an actor on this node that workers report to; pass its reports on in this process, from a thread."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     log = _Log.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ended, heard = threading.Event(), 0

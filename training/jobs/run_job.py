@@ -1,4 +1,4 @@
-"""Running a training job: in this process, as a worker that torchrun started, or on Ray Train."""
+"""Run a training job: in this process, as a worker that torchrun started, or on Ray Train."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_job(
     name: str | None = None,
     reports: Reports = Reports(),  # noqa: B008 (frozen)
 ) -> bool:
-    """Train a job and publish the result, here or on Ray Train; a job that was cut off goes on.
+    """Train a job and publish the result, here or on Ray Train; an interrupted job is resumed.
 
     A method with several budgets publishes several models, in folders of ``out`` named by their budgets.
 
@@ -50,17 +50,17 @@ def run_job(
         job: what is trained. On Ray its folders are paths that every node can read.
         out: folder of the result.
         work: folder of the training's state, until training is done.
-        data: what the job is trained on, opened.
+        data: the opened data set of the job.
         placement: where it is trained.
-        log: writes every epoch.
-        provenance: for the result's ``config.json``.
-        loaded: the job's models where they are in memory already; only used without Ray.
-        name: of the run under Ray's storage, where it is found again; by default that of ``work`` without a leading
-            dot.
-        reports: told of the course, in this process.
+        log: records every epoch.
+        provenance: metadata for the result's ``config.json``.
+        loaded: the job's models, if they are in memory already; only used without Ray.
+        name: the run's name under Ray's storage, by which it is found again; by default that of ``work`` without a
+            leading dot.
+        reports: functions called with the progress, in this process.
 
     Returns:
-        False where the job's stop file ended training.
+        False if the job's stop file ended training.
 
     Raises:
         UserError: a batch cannot be shared among the workers, training failed or diverged, or Ray cannot hold the
@@ -129,7 +129,7 @@ def _run_on_ray(
     name: str,
     reports: Reports,
 ) -> bool:
-    """Train on Ray Train's workers; its checkpoints in ``work`` go once the result is there."""
+    """Train on Ray Train's workers; delete its checkpoints in ``work`` once the result is published."""
     from .ray_session import connected
     from .ray_workers import TrainingFailed, train_on_ray
 

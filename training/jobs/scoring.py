@@ -1,4 +1,4 @@
-"""Scores from a cache: computed once for the same weights, method, data and settings, whoever asks."""
+"""Cache scores: compute them once for the same weights, method, data and settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Progress = Callable[[str, float, str], None]  # what is being done, the share of
 
 @dataclass(frozen=True)
 class Calibration:
-    """The images that scores are made on: how many, in batches of which size, drawn with which seed.
+    """The images that scores are computed on: their number, the batch size, and the seed that draws them.
 
     The batch size matters: saliency is a mean of squared batch sums.
     """
@@ -47,17 +47,17 @@ def cached_scores(
     weights: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The file of a method's scores of ``model``, made now where the cache does not have it.
+    """Return the file of a method's scores of ``model``; compute them if the cache does not have it.
 
     Args:
         model: the scored model, on its device.
-        method: a name in ``pruners.METHODS`` of one that scores, or ``depth_kl`` for the importance of whole blocks.
-        data: where the calibration images come from (its training split).
-        calibration: which of them.
-        cache: folder; the file is named by the hash of everything that it depends on.
-        progress: told what goes on.
-        weights: ``weights_digest(model)``, where it is known already.
-        options: settings of the method's scoring that are not the default ones.
+        method: name in ``pruners.METHODS`` of a method that scores, or ``depth_kl`` for the importance of whole blocks.
+        data: data set; the calibration images are from its training split.
+        calibration: the choice of images.
+        cache: folder of scores; a file is named by the hash of everything that it depends on.
+        progress: called with (what is being done, share done, note).
+        weights: ``weights_digest(model)``, if it is known already.
+        options: settings of the method's scoring; those left out have their defaults.
 
     Raises:
         UserError: the method is unknown, or cannot serve the model.
@@ -100,14 +100,19 @@ def cached_gates(
     *,
     weights: str | None = None,
 ) -> Path:
-    """The file of block scores from the gates of one UVC run, made now where the cache does not have it.
+    """Return the file of block scores from the gates of one UVC run; train them if the cache does not have it.
 
-    Blocks are ordered by keep logit minus skip logit, as learned; a run that was cut off goes on.
+    A block's score is its keep logit minus its skip logit, as learned. An interrupted run is resumed.
 
     Args:
         model: the source, on its device; also the teacher.
-        data, recipe, settings, seed: of the run; ``settings`` are those of ``pruners.uvc.UVCSettings``.
-        cache, progress, weights: as for ``cached_scores``.
+        data: data set of the run.
+        recipe: recipe of the run.
+        settings: settings of the run, those of ``pruners.uvc.UVCSettings``.
+        seed: seed of the run.
+        cache: as for ``cached_scores``.
+        progress: as for ``cached_scores``.
+        weights: as for ``cached_scores``.
 
     Raises:
         UserError: UVC cannot serve the model, a setting does not fit, or training failed.

@@ -1,4 +1,4 @@
-"""One training as data, and what every process that takes part in it does: train, measure, and hand back models."""
+"""Describe one training as data, and carry it out as one of its processes: train, measure, return models."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ TrainedModels = dict[str, tuple[nn.Module, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained, JSON-ready: folders that every worker can read, and what ``fit`` needs.
+    """One training, JSON-ready: folders that every worker can read, and the arguments of ``fit``.
 
     Args:
         model: folder of a saved model.
-        data: as for ``open_data``.
+        data: name of the data set, as for ``open_data``.
         recipe: a ``Recipe`` as JSON.
         teacher: folder of the model that distillation calls the source, if any.
-        teacher_cache, seed: as for ``fit``.
+        teacher_cache: as for ``fit``.
+        seed: as for ``fit``.
         loader_workers: processes per worker that load images.
-        stop_file: training ends after an epoch once this file is there.
-        prune: a ``PruneJob``, if a method decides meanwhile; what is published then is cut.
-        second_stage: a ``SecondStageJob``, if training is finetuning in a method's own way.
+        stop_file: path; training ends after an epoch once this file exists.
+        prune: a ``PruneJob`` as JSON, for a method that decides while training; the published models are then cut.
+        second_stage: a ``SecondStageJob`` as JSON, for finetuning in a pruning method's own way.
     """
 
     model: str
@@ -59,7 +60,7 @@ class TrainingJob:
 
 @dataclass(frozen=True, eq=False)
 class LoadedJob:
-    """The models of a job, on their device, and its data."""
+    """The models of a job on their device, and its opened data."""
 
     model: nn.Module
     teacher: nn.Module | None
@@ -68,7 +69,7 @@ class LoadedJob:
 
 @dataclass(frozen=True)
 class Reports:
-    """Who is told of a training's course; the callables are as for ``fit``."""
+    """Functions that are called with the progress of a training; their arguments are as for ``fit``."""
 
     on_step: Callable[[int, int, float], None] | None = None
     on_epoch: Callable[[Epoch], None] | None = None
@@ -76,7 +77,13 @@ class Reports:
 
 
 def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = None) -> LoadedJob:
-    """Load a job's models to ``device`` and open its data, unless they are open already."""
+    """Load a job's models and open its data.
+
+    Args:
+        job: the job.
+        device: where the models go.
+        data: the job's data, if it is open already.
+    """
     model: Any = load(job.model).to(device)
     teacher = None if job.teacher is None else load(job.teacher).to(device)
     data = data or open_data(job.data, model.pretrained_cfg, loader_workers=job.loader_workers)
@@ -84,20 +91,21 @@ def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = N
 
 
 def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: Reports) -> TrainedModels | None:
-    """Train a job to its end, as one process of it.
+    """Carry out a job as one of its processes.
 
     In a process group every worker calls this with the same job, and gets the same models.
 
     Args:
-        job, loaded: what is trained; ``loaded.model`` is trained in place, unless a method prunes it.
+        job: what is trained.
+        loaded: the job's models and data; ``loaded.model`` is trained in place, unless a method prunes it.
         state: file of the training's state, see ``fit``.
-        reports: told of the course, in this process.
+        reports: functions called with the progress, in this process.
 
     Returns:
-        The models by their folder below the result's, with their figures; None where the stop file ended training.
+        The models by their folder below the result's, with their figures; None if the stop file ended training.
 
     Raises:
-        UserError: as ``fit`` and ``prune_while_training``.
+        UserError: as for ``fit`` and ``prune_while_training``.
     """
     latest: EvalMetrics | None = None
 
