@@ -73,7 +73,11 @@ def bench(
 
 
 def open_model(name: str) -> nn.Module:
-    """Load a saved model, or build a timm model with random weights. Raises UserError where it is neither."""
+    """Load a saved model, or build a timm model with random weights.
+
+    Raises:
+        UserError: ``name`` is neither, or the architecture is not supported.
+    """
     import timm
 
     from prunesweep.models import Arch, load
@@ -86,7 +90,15 @@ def open_model(name: str) -> nn.Module:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Parse positive whole numbers with commas between them."""
+    """Parse positive whole numbers with commas between them; a number given twice counts once.
+
+    Args:
+        option: name of the option, for messages.
+        text: the option's value.
+
+    Raises:
+        UserError: the text is anything else.
+    """
     from prunesweep.models import UserError
 
     parts = text.split(",")
@@ -97,7 +109,11 @@ def numbers(option: str, text: str) -> list[int]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Show progress bars with an ETA: the callable takes a label and returns a callable (done, total)."""
+    """Show progress bars with an ETA for the time of a ``with`` block.
+
+    Yields:
+        A function that takes a bar's label and returns a function (done, total) that moves the bar.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (

@@ -29,7 +29,7 @@ SAME = ("python", "ray", "torch", "timm", "optuna")  # versions that must not di
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; ``fix`` says what to do where it is not ok."""
+    """One line of the table; ``fix`` is what to do if the state is not ok."""
 
     what: str
     state: State
@@ -126,7 +126,14 @@ def _room(folder: Path) -> Finding:
 
 
 def check_cluster(address: str, table: Any, storage: str | None, data: str | None) -> Iterator[Finding]:
-    """Check that a cluster answers and accepts the token, then check each of its nodes."""
+    """Check that a cluster answers and accepts the token, then check each of its nodes.
+
+    Args:
+        address: address of the cluster; with ``http://`` its nodes are inspected by a job, otherwise from this process.
+        table: the configuration's ``[cluster]``.
+        storage: folder that all nodes should share; None if it is not known.
+        data: folder of the data set on every node; None if it is not known.
+    """
     from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
     from prunesweep.models import UserError
 
@@ -166,7 +173,14 @@ def _inspect_by_job(address: str, table: Any, storage: str | None, data: str | N
 def check_nodes(
     nodes: list[dict[str, Any]], here: dict[str, str | None], storage: str | None, data: str | None
 ) -> Iterator[Finding]:
-    """Judge what ``prunesweep.launch.cluster.inspect_node`` reported of every node."""
+    """Judge what ``prunesweep.launch.cluster.inspect_node`` reported of every node.
+
+    Args:
+        nodes: the reports, one per node.
+        here: versions of packages on this machine, by name.
+        storage: folder that all nodes should share; None if it is not known.
+        data: folder of the data set on every node; None if it is not known.
+    """
     for node in nodes:
         if "error" in node:
             yield Finding(

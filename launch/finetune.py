@@ -108,7 +108,19 @@ def finetune(
 def reports(
     display: Any, progress: Callable[[str, float, str], None], batch_size: int, *, what: str = "finetuning"
 ) -> dict[str, Any]:
-    """Show training progress: a bar with loss, speed and accuracy, or one line per epoch without a terminal."""
+    """Return callables for ``fit`` that show progress: a bar with loss, speed and accuracy, or one line per epoch.
+
+    The lines are for output that is not a terminal.
+
+    Args:
+        display: the ``Display`` to draw on.
+        progress: called with (what is being done, share done, note).
+        batch_size: images per update, for the speed.
+        what: label of the bar.
+
+    Returns:
+        ``on_step``, ``on_epoch`` and ``on_note``, by name.
+    """
     from prunesweep.search.report.display import clock
     from prunesweep.training.jobs.metrics_log import StepRate
 

@@ -87,7 +87,7 @@ def _shares(text: str) -> list[float]:
 
 
 def _measured(point: Any, model: Any, source: Any, data: Any, whole: Any, report: Any, what: str) -> dict[str, Any]:
-    """One row of the front: quality on the validation split, which nothing was chosen by."""
+    """Measure one point of the front on the validation split, by which nothing was chosen, and return its row."""
     import torch
 
     from prunesweep.models import arch_of, cost

@@ -79,7 +79,11 @@ def stop(run: NameArgument, address: AddressOption = None) -> None:
 
 
 def remote_status(run: str, address: str) -> dict[str, Any]:
-    """Return what ``prunesweep status`` prints for a run on a cluster, and ``job`` and ``state`` of its last attempt.
+    """Return what ``prunesweep status`` prints for a run on a cluster, with ``job`` and ``state`` of its last attempt.
+
+    Args:
+        run: name of the run.
+        address: address of the cluster's head.
 
     Raises:
         UserError: the head does not know the run, or its folder is not there yet.
@@ -157,7 +161,11 @@ def fetch(
 
 
 def unpack(output: str) -> bytes:
-    """Decode the archive that ``prunesweep.launch.cluster.pack`` printed; UserError where it is torn or altered."""
+    """Decode the archive that ``prunesweep.launch.cluster.pack`` printed.
+
+    Raises:
+        UserError: the output is torn or altered.
+    """
     from prunesweep.launch.cluster.pack import BEGIN, END
     from prunesweep.models import UserError
 

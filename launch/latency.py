@@ -96,7 +96,7 @@ def latency(
 
 
 def _read_nvit(file: Path, arch: Arch, setting: Setting) -> LatencyTable:
-    """A table from NViT's file. Raises UserError where there is none, or it is of another form."""
+    """Read a table from NViT's file. Raises UserError if there is no file, or it has another form."""
     import json
 
     from prunesweep.models import UserError

@@ -1,4 +1,4 @@
-"""Commands whose help lists the pruning methods, read from their table when the help is shown."""
+"""Command classes whose help lists the pruning methods, read from their table when the help is shown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ __all__ = ["MethodCommand", "ScoringCommand"]
 
 
 class MethodCommand(TyperCommand):
-    """A command with an option ``--method``: its help lists what there is, by when a method decides.
+    """A command with an option ``--method`` whose help lists the methods, by when a method decides.
 
-    Not where the option is declared: the table loads torch, which takes seconds, and other commands need none.
+    The list is not made where the option is declared: the table loads torch, which takes seconds, and other commands do
+    not need it.
     """
 
     scored_only = False
@@ -33,6 +34,6 @@ class MethodCommand(TyperCommand):
 
 
 class ScoringCommand(MethodCommand):
-    """Lists the methods that score."""
+    """A command with an option ``--method`` whose help lists the methods that score."""
 
     scored_only = True

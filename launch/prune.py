@@ -1,4 +1,4 @@
-"""``prunesweep prune`` and ``prunesweep score``: one method, once."""
+"""``prunesweep prune`` and ``prunesweep score``: apply one method to a model."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def score(
 
 
 def _cost(text: str) -> float:
-    """A number, with K, M or G behind it for thousands, millions, thousand millions."""
+    """Parse a number that may end in K, M or G, for 10^3, 10^6 and 10^9."""
     from prunesweep.models import UserError
 
     factors = {"K": 1e3, "M": 1e6, "G": 1e9}
@@ -186,7 +186,7 @@ def _cost(text: str) -> float:
 
 
 def _pairs(option: str, given: list[str] | None, kind: Any) -> dict[str, Any]:
-    """KIND=VALUE options as a dict."""
+    """Parse options of the form KIND=VALUE to a dict."""
     from prunesweep.models import UserError
     from prunesweep.pruners import GROUP_SIZES
 

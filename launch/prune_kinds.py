@@ -1,4 +1,4 @@
-"""What ``prunesweep prune`` does for each kind of method, from the source to the line that says what came out."""
+"""Run ``prunesweep prune`` for each class of methods, from the source to the line that reports the result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STAGE = "second_stage"  # prefix of --set for settings of a method's own finetun
 
 @dataclass(frozen=True)
 class Request:
-    """The command's options, read."""
+    """The parsed options of the command."""
 
     source: str
     method: Method
@@ -69,7 +69,14 @@ class Request:
     console: Console
 
     def budget(self, model: Any) -> Budget:
-        """The only budget, in its measure."""
+        """Return the only budget, in its measure.
+
+        Args:
+            model: the source; a latency table is read for its architecture.
+
+        Raises:
+            UserError: there are several budgets.
+        """
         if len(self.budgets) > 1:
             raise UserError(f"--budget: method {self.method.name!r} serves one in a run, got {len(self.budgets)}")
         measures: dict[str, Measure] = {"macs": MACS, "params": PARAMS}
@@ -79,11 +86,16 @@ class Request:
 
     @property
     def folder(self) -> Path:
+        """Absolute path of the result."""
         assert self.out is not None
         return self.out.absolute()
 
     def options(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Settings of the method, fields of the recipe, and of the finetuning's."""
+        """Return the settings of the method, the fields of ``recipe`` and those of ``finetune`` that ``--set`` gives.
+
+        Raises:
+            UserError: ``recipe`` or ``finetune`` is set to a value instead of fields.
+        """
         found = read_overrides(self.settings)
         found.pop(STAGE, None)
         tables = [found.pop(name, {}) for name in ("recipe", "finetune")]
@@ -94,14 +106,14 @@ class Request:
 
     @property
     def stage(self) -> SecondStageJob | None:
-        """The method's own way of finetuning, where it was asked for."""
+        """The method's own way of finetuning if ``--second-stage`` is given, otherwise None."""
         table = read_overrides(self.settings).get(STAGE, {})
         if not isinstance(table, dict) or (table and not self.second_stage):
             raise UserError(f"--set {STAGE}...: these settings go with --second-stage, as {STAGE}.NAME=VALUE")
         return SecondStageJob(self.method.name, table) if self.second_stage else None
 
     def check_stage(self) -> None:
-        """Raise UserError for settings of the second stage that are not allowed, or where nothing is finetuned."""
+        """Raise UserError if a setting of the second stage is not allowed, or nothing is finetuned."""
         stage = self.stage
         if stage is None:
             return
@@ -111,7 +123,7 @@ class Request:
 
 
 def prune_widths(request: Request) -> None:
-    """Score, decide, cut; finetune where a recipe is given."""
+    """Score, decide and cut; finetune if a recipe is given."""
     model = open_source(request.source)
     options, _, _ = request.options()
     with Display(request.console).progress() as progress:
@@ -132,7 +144,7 @@ def prune_widths(request: Request) -> None:
 
 
 def prune_tokens(request: Request) -> None:
-    """Score patches, plan, and apply the plan; finetune where a recipe is given."""
+    """Score patches, plan tokens and apply the plan; finetune if a recipe is given."""
     model = open_source(request.source)
     options, _, _ = request.options()
     with Display(request.console).progress() as progress:
@@ -162,7 +174,7 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
 
 
 def prune_trained(request: Request) -> None:
-    """Train while the method decides, cut, finetune."""
+    """Train while the method decides, cut, and finetune."""
     from prunesweep.training.jobs.prune_training import TrainedPruning
 
     method, model = request.method, open_source(request.source)
@@ -201,7 +213,7 @@ def prune_trained(request: Request) -> None:
 
 
 def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> EvalMetrics:
-    """Train ``start`` with the source as teacher; the result's quality."""
+    """Train ``start`` with the source as teacher; return the result's quality."""
     teacher = request.folder.with_name(f".{request.folder.name}-source")
     if not teacher.exists():
         save(source.cpu(), teacher)
@@ -224,7 +236,7 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
 def _report(
     request: Request, source: Cost, before: EvalMetrics, rows: Sequence[tuple[Path, Cost, EvalMetrics, EvalMetrics]]
 ) -> None:
-    """What came out: folder, cost, quality at first and at last; ``before`` is the source's."""
+    """Report every result: folder, cost, quality before and after finetuning; ``before`` is the source's quality."""
     if request.as_json:
         facts = [
             {**_named("source_", before), **found.as_dict(), **_named("untrained_", first)}
@@ -249,7 +261,7 @@ def _named(prefix: str, found: EvalMetrics) -> dict[str, float]:
 
 
 def apply_once(request: Request) -> None:
-    """Change the source at once, measure it before and after, and save it where a record describes it."""
+    """Change the source at once and measure it before and after; save it if an architecture record can describe it."""
     method = request.method
     assert isinstance(method, AppliedMethod)
     if "r" in method.option_names and request.r is None:
@@ -288,14 +300,22 @@ def _report_unsaved(request: Request, source: Cost, before: EvalMetrics, after: 
 
 @dataclass(frozen=True)
 class Runner:
-    """How the command works for methods of one class, and which of its options mean something to them."""
+    """How the command runs methods of one class, and which of its options apply to them."""
 
     run: Callable[[Request], None]
     options: frozenset[str]
     needs_budget: bool = False
 
     def check(self, method: Method, given: Mapping[str, bool]) -> None:
-        """Raise UserError where ``given`` has an option that means nothing here, or lacks the budget."""
+        """Check the given options.
+
+        Args:
+            method: the method.
+            given: by the option's name, whether it was given.
+
+        Raises:
+            UserError: an option does not apply to the method, or its budget is missing.
+        """
         allowed = {*self.options}
         allowed |= {"--set"} if method.option_names and self.run is not apply_once else set()
         allowed |= {"--r"} if "r" in method.option_names else set()
@@ -308,7 +328,7 @@ class Runner:
             raise UserError(f"--budget: method {method.name!r} needs one, for example 0.5")
 
     def saves(self, method: Method) -> bool:
-        """Whether there is a result to save."""
+        """Return True if the method has a result that is saved."""
         return not isinstance(method, AppliedMethod) or method.saved
 
 
@@ -323,18 +343,27 @@ RUNNERS: Mapping[type[Method], Runner] = {
 
 
 def runner_of(method: Method) -> Runner:
-    """The runner of a method's class."""
+    """Return the runner of a method's class."""
     return next(runner for kind, runner in RUNNERS.items() if isinstance(method, kind))
 
 
 def find_method(name: str) -> Method:
-    """The method of this name. Raises UserError for one that there is not."""
+    """Return the method of this name.
+
+    Raises:
+        UserError: there is no such method.
+    """
     if name not in METHODS:
         raise UserError(f"--method {name}: must be one of {', '.join(METHODS)}. {nearest(name, METHODS)}".strip())
     return METHODS[name]
 
 
 def means(settings: Sequence[str], runner: Runner) -> bool:
-    """Whether ``settings`` has one of the method's, not of the training that follows."""
+    """Return True if ``--set`` has a setting of the method itself, not of the training that follows.
+
+    Args:
+        settings: the values of ``--set``, ``NAME=VALUE``.
+        runner: the method's runner.
+    """
     later = ("finetune.", f"{STAGE}.") if runner.run is not apply_once else ()
     return any(not setting.strip().startswith(later) for setting in settings)

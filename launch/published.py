@@ -59,7 +59,10 @@ def published(
 
 
 def _entry(row: Published) -> dict[str, Any]:
-    """Return one row for scripts. ``printed`` keeps the paper's digits; exact and by_paper are in the same unit."""
+    """Return one row in the form for scripts.
+
+    ``printed`` keeps the paper's digits; ``exact`` and ``by_paper`` are in the same unit.
+    """
     from prunesweep.models import cost
     from prunesweep.models.published.comparison import compare
 

@@ -1,4 +1,4 @@
-"""``prunesweep show``: what a saved model is, and which tokens its blocks work on."""
+"""``prunesweep show``: describe a saved model, and draw which tokens its blocks work on."""
 
 from __future__ import annotations
 

@@ -127,8 +127,15 @@ def resubmit(
 ) -> None:
     """Start the next attempt of a search that this head knows: ``prunesweep resume RUN --address http://...``.
 
+    Args:
+        run: name of the run.
+        address: address of the cluster's head.
+        trials: new number of trials, if it changes.
+        overrides: settings to change, ``NAME=VALUE``.
+        follow: show the job's output until it ends, and exit with its code.
+
     Raises:
-        UserError: the head does not know it, or it is still running.
+        UserError: the head does not know the run, or an attempt is still running.
     """
     import tomllib
 
@@ -157,7 +164,16 @@ def _watch(cluster: Cluster, run: str, job: str, *, follow: bool) -> None:
 
 
 def follow_job(cluster: Cluster, run: str, job: str) -> None:
-    """Show what a job prints until it ends; exit with its code where that is not 0."""
+    """Show what a job prints until it ends; exit with its code unless that is 0.
+
+    Args:
+        cluster: the cluster's job API.
+        run: name of the run, for messages.
+        job: name of the job.
+
+    Raises:
+        typer.Exit: the job did not succeed, or Ctrl-C was pressed (code 130); the job itself goes on.
+    """
 
     def write(text: str) -> None:
         print(text, end="", flush=True)

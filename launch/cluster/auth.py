@@ -1,4 +1,4 @@
-"""Find the token of a Ray cluster, and find out whether the cluster asks for one.
+"""Find the token of a Ray cluster, and ask the cluster whether it requires one.
 
 Ray's own order is kept: ``RAY_AUTH_TOKEN``, the file ``RAY_AUTH_TOKEN_PATH``, ``~/.ray/auth_token``. A token is sent
 only to a cluster that asks for one, in a header; it is never written anywhere.
@@ -30,7 +30,7 @@ class Head:
 
 
 def find_token() -> tuple[str, str] | None:
-    """Return a token and where it was found, or None.
+    """Return a token and the place where it was found, or None.
 
     Raises:
         UserError: ``RAY_AUTH_TOKEN_PATH`` names a file that cannot be read.
@@ -50,7 +50,7 @@ def find_token() -> tuple[str, str] | None:
 
 
 def greet(address: str) -> Head:
-    """Ask the dashboard of a head for its version of Ray, with a token where it requires one.
+    """Ask the dashboard of a head for its version of Ray, with a token if it requires one.
 
     Raises:
         UserError: nothing or something else answers, or the token is missing or wrong.

@@ -1,7 +1,7 @@
 """A client of a cluster's job API, the only way in which a laptop talks to a cluster.
 
-A search is a job for every attempt, ``NAME-a1``, ``NAME-a2``, ...; its metadata say which run it is, where the run's
-folder lies on the cluster, and by which configuration, so that any machine can go on with it.
+Every attempt of a search is a job, ``NAME-a1``, ``NAME-a2``, ... Its metadata have the run's name, the run's folder on
+the cluster and the configuration, so that any machine can continue the search.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Attempt:
 
     @property
     def over(self) -> bool:
+        """True once the job has ended."""
         return self.status in ENDED
 
 
@@ -77,7 +78,11 @@ class Cluster:
             ) from error
 
     def attempts(self, run: str | None = None) -> list[Attempt]:
-        """Return the searches that this head remembers, or those of one run, in order of submission."""
+        """Return the searches that this head remembers, in order of submission.
+
+        Args:
+            run: only the attempts of this run.
+        """
         found = []
         for job in self._client.list_jobs():
             facts = job.metadata or {}
@@ -100,7 +105,11 @@ class Cluster:
         return sorted(found, key=lambda a: (a.started or 0, a.run, a.number))
 
     def latest(self, run: str) -> Attempt:
-        """Return the last attempt of a run. Raises UserError for a run that this head does not know."""
+        """Return the last attempt of a run.
+
+        Raises:
+            UserError: this head does not know the run.
+        """
         attempts = self.attempts(run)
         if not attempts:
             known = sorted({a.run for a in self.attempts()})
@@ -114,7 +123,18 @@ class Cluster:
     def submit(
         self, job: str, entrypoint: str, staged: Path, environment: Mapping[str, Any], metadata: Mapping[str, str]
     ) -> None:
-        """Start a job in a copy of the folder ``staged``. Raises UserError where the cluster does not take it."""
+        """Start a job in a copy of a folder.
+
+        Args:
+            job: name of the job.
+            entrypoint: its command line.
+            staged: the folder to copy.
+            environment: Ray's runtime environment, without its working directory.
+            metadata: strings by name that the head keeps with the job.
+
+        Raises:
+            UserError: the cluster rejects the job.
+        """
         try:
             self._client.submit_job(
                 entrypoint=entrypoint,
@@ -126,14 +146,15 @@ class Cluster:
             raise UserError(f"{self.head.url} does not take the job {job}: {error}") from error
 
     def stop(self, job: str) -> bool:
-        """Ask a job to end; return False where it has ended already."""
+        """Ask a job to end; return False if it has ended already."""
         return bool(self._client.stop_job(job))
 
     def status(self, job: str) -> str:
+        """Return the status of a job, in Ray's words."""
         return str(self._client.get_job_status(job).value)
 
     def exit_code(self, job: str) -> int | None:
-        """Return the exit code of the job's process; None where it was killed or never started."""
+        """Return the exit code of the job's process; None if it was killed or never started."""
         code = self._client.get_job_info(job).driver_exit_code
         return None if code is None else int(code)
 
@@ -142,7 +163,12 @@ class Cluster:
         return BANNER.sub("", self._client.get_job_logs(job))
 
     def follow(self, job: str, write: Callable[[str], None]) -> str:
-        """Pass a job's output to ``write`` until it ends, renewing lost connections; return its final status."""
+        """Pass on a job's output until it ends, renewing lost connections; return its final status.
+
+        Args:
+            job: name of the job.
+            write: called with each new piece of output.
+        """
         shown = 0
         while True:
             with contextlib.suppress(OSError, RuntimeError, _aiohttp_errors()):
@@ -177,8 +203,15 @@ class Cluster:
     ) -> tuple[int | None, str]:
         """Run ``python -m ARGUMENTS`` as a short job, delete it, and return its exit code and output.
 
+        Args:
+            what: first part of the job's name.
+            arguments: the module and its arguments.
+            staged: folder in a copy of which it runs.
+            environment: Ray's runtime environment, without its working directory.
+            timeout: seconds to wait for its end.
+
         Raises:
-            UserError: it has not ended after ``timeout`` seconds.
+            UserError: the job could not run, or has not ended after ``timeout`` seconds.
         """
         job = f"{what}-{secrets.token_hex(4)}"
         self.submit(job, f"python -m {shlex.join(arguments)}", staged, environment, {"prunesweep": what})

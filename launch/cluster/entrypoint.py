@@ -12,7 +12,15 @@ __all__ = ["command"]
 
 
 def command(config: str, run: str, address: str, trials: int | None, overrides: list[str]) -> list[str]:
-    """Return the arguments of ``prunesweep``: ``resume`` where ``run`` exists, ``search`` otherwise."""
+    """Return the arguments of ``prunesweep``: ``resume`` if the run exists, otherwise ``search``.
+
+    Args:
+        config: file of the configuration.
+        run: folder of the run.
+        address: address of the Ray cluster.
+        trials: new number of trials, if it changes.
+        overrides: settings to change, ``NAME=VALUE``.
+    """
     settings = [part for text in overrides for part in ("--set", text)]
     if Path(run, "run.json").is_file():
         more = [] if trials is None else ["--trials", str(trials)]

@@ -35,7 +35,7 @@ def versions() -> dict[str, str | None]:
 
 
 def inspect_node(data: str | None) -> dict[str, Any]:
-    """Describe this machine: host, versions, GPUs that torch sees, and why it cannot read ``data``, if so."""
+    """Describe this machine: host, versions, the GPUs that torch sees, and why it cannot read ``data``, if so."""
     gpus: int | None = None
     with contextlib.suppress(ImportError):
         import torch
@@ -57,7 +57,7 @@ def _unreadable(data: str | None) -> str | None:
 
 
 class Node:
-    """A process on a node that reads and writes files in the folder that all nodes should share."""
+    """An actor on a node that reads and writes files in the folder that all nodes should share."""
 
     def time(self) -> float:
         return time.time()
@@ -66,7 +66,7 @@ class Node:
         return inspect_node(data)
 
     def write(self, path: str, text: str) -> str | None:
-        """Write a file; return the reason where this node cannot, else None."""
+        """Write a file; return the reason if this node cannot, otherwise None."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text)
@@ -84,7 +84,7 @@ class Node:
             Path(path).parent.rmdir()
 
     def file_clock(self, path: str) -> float | None:
-        """Return how many seconds the storage's clock is ahead of this node's; None where the file is not writable."""
+        """Return the seconds that the storage's clock is ahead of this node's; None if the file cannot be written."""
         try:
             Path(path).touch()
             return Path(path).stat().st_mtime - time.time()
@@ -102,9 +102,16 @@ def _text(path: str) -> str | None:
 def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[str, Any]:
     """Inspect every living node of a cluster from a process on it.
 
-    Returns ``ray`` (version) and ``nodes``: for each its address, its CPUs and GPUs as Ray has them, what
-    ``inspect_node`` says, ``skew`` (seconds that its clock is ahead of the driver's), and ``storage_problem``; or
-    ``error``, where no process could be started on it.
+    Args:
+        address: address of the cluster.
+        storage: folder that all nodes should share; None leaves it unchecked.
+        data: folder of the data set on every node; None leaves it unchecked.
+
+    Returns:
+        ``ray``, the version, and ``nodes``. A node has its address, its CPUs and GPUs as Ray counts them, the result of
+        ``inspect_node``, ``skew`` (seconds that its clock is ahead of the driver's) and ``storage_problem``; or
+            ``error``
+        if no process could be started on it.
     """
     import ray
 

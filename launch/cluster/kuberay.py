@@ -1,7 +1,7 @@
 """Write a search as a KubeRay RayJob: head, workers, storage, and a driver that resumes when it is restarted.
 
 Fields are those of KubeRay 1.5 and newer (``ray.io/v1``, ``authOptions``). A lost driver or head costs a retry: KubeRay
-builds a new cluster (``backoffLimit``), and its driver goes on with the run's folder on the claim.
+builds a new cluster (``backoffLimit``), and its driver continues from the run's folder on the claim.
 """
 
 from __future__ import annotations

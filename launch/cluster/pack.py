@@ -27,7 +27,12 @@ LINE = 49_152  # bytes of a line; a multiple of 3
 
 
 def chosen(run: Path, top: int | None) -> Iterator[Path]:
-    """Yield the files to send: results, and the models of the ``top`` most accurate front members, or of all."""
+    """Yield the files to send: results, and models of the front.
+
+    Args:
+        run: folder of the run.
+        top: number of models, the most accurate ones; None sends all.
+    """
     yield from (run / name for name in ALWAYS)
     for name in OF_TRIALS:
         yield from sorted(run.glob(f"trials/*/{name}"))
@@ -40,7 +45,17 @@ def chosen(run: Path, top: int | None) -> Iterator[Path]:
 
 
 def write_archive(run: Path, top: int | None, file: IO[bytes], limit: int) -> None:
-    """Write the archive to ``file``. Raises OverflowError where it exceeds ``limit`` bytes."""
+    """Write the archive to a file.
+
+    Args:
+        run: folder of the run.
+        top: as for ``chosen``.
+        file: the file.
+        limit: bytes that the archive may have.
+
+    Raises:
+        OverflowError: the archive exceeds ``limit``.
+    """
     with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
         for path in chosen(run, top):
             with contextlib.suppress(FileNotFoundError):  # a running search drops models that leave the front

@@ -1,4 +1,4 @@
-"""Package what is shipped to a cluster: this package's code, a configuration, and the command that runs them."""
+"""Package what is sent to a cluster: this package's code, a configuration, and the command that runs them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ENV = {
 
 
 def on_cluster(config: SearchConfig) -> SearchConfig:
-    """Return the configuration with the nodes' paths: their data, and shipped files in the job's own folder."""
+    """Return the configuration with the paths of the nodes: their data, and shipped files in the job's own folder."""
     changes: dict[str, Any] = {}
     cluster = config.cluster or ClusterTable()
     kind, _, path = config.data.name.partition(":")
@@ -55,23 +55,29 @@ def on_cluster(config: SearchConfig) -> SearchConfig:
 
 
 def local_source(config: SearchConfig) -> Path | None:
-    """Return the folder of the source model where it lies on this machine, or None."""
+    """Return the folder of the source model if it lies on this machine, otherwise None."""
     kind, _, path = config.source.model.partition(":")
     return Path(path) if kind == "local-dir" and Path(path).is_dir() else None
 
 
 def local_table(config: SearchConfig) -> Path | None:
-    """Return the path of the latency table where it lies on this machine, or None."""
+    """Return the path of the latency table if it lies on this machine, otherwise None."""
     path = config.space.latency_table
     return Path(path) if path is not None and Path(path).is_file() else None
 
 
 @contextlib.contextmanager
 def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> Iterator[Path]:
-    """Copy the package, ``config``, a local source model and a local latency table to a temporary folder.
+    """Copy everything that is sent to a temporary folder, which exists for the time of a ``with`` block.
+
+    This is the package, ``config``, a local source model and a local latency table.
+
+    Args:
+        config: configuration of the search; None sends the package alone.
+        exclude: patterns of paths or file names that are left out.
 
     Raises:
-        UserError: it is larger than a cluster takes; the message names what is large.
+        UserError: it is larger than a cluster accepts; the message names the largest files.
     """
     root = Path(prunesweep.__file__).parent
     with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
@@ -122,13 +128,18 @@ def _check_size(folder: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """Return what pip installs on the nodes: this package's dependencies without Ray and torch, the cluster's own."""
+    """Return what pip installs on the nodes: this package's dependencies without those that the cluster provides."""
     found = [text for text in distribution("prunesweep").requires or [] if "extra ==" not in text]
     return [text for text in found if re.split(r"[^A-Za-z0-9_.-]", text, maxsplit=1)[0] not in CLUSTERS_OWN]
 
 
 def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
-    """Return Ray's runtime environment of a job, without its working directory."""
+    """Return Ray's runtime environment of a job, without its working directory.
+
+    Args:
+        cluster: the configuration's ``[cluster]``.
+        pip: install the requirements on the nodes.
+    """
     found: dict[str, Any] = {"env_vars": {**ENV, **cluster.env}}
     if pip:
         found["pip"] = requirements()
@@ -139,9 +150,11 @@ def driver(config: str, folder: str, *, again: bool, trials: int | None = None, 
     """Return the command line of a search's driver, quoted for a shell.
 
     Args:
-        config, folder: of the search and its run, on the cluster.
-        again: go on with the run where it exists; otherwise an existing one is an error.
-        trials, overrides: as ``prunesweep resume`` takes them; only with ``again``.
+        config: file of the configuration, on the cluster.
+        folder: folder of the run, on the cluster.
+        again: continue the run if it exists; without it, an existing run is an error.
+        trials: as for ``prunesweep resume``; only used with ``again``.
+        overrides: as for ``prunesweep resume``; only used with ``again``.
     """
     if not again:
         return shlex.join(["python", "-m", "prunesweep", "search", config, "--out", folder, "--address", "auto"])

@@ -1,7 +1,7 @@
 """Write a search as a batch script of SLURM: Ray on the nodes of one allocation, and a driver that resumes.
 
-Before the time limit, and when a node is lost, the job is queued again (``--requeue``) and its driver goes on with the
-run's folder. Ray's token is made anew for every allocation, in a file that only its owner reads.
+Before the time limit, and when a node is lost, the job is queued again (``--requeue``) and its driver continues from
+the run's folder. Ray's token is made anew for every allocation, in a file that only its owner reads.
 """
 
 from __future__ import annotations

@@ -13,7 +13,16 @@ POLL = 2.0  # seconds
 
 
 def wait_for_nodes(address: str, nodes: int, timeout: float) -> int:
-    """Wait for ``nodes`` living nodes, at most ``timeout`` seconds; return how many there are."""
+    """Wait until a cluster has enough living nodes.
+
+    Args:
+        address: address of the cluster.
+        nodes: number of nodes to wait for.
+        timeout: seconds to wait at most.
+
+    Returns:
+        The number of living nodes.
+    """
     import ray
 
     deadline, alive = time.monotonic() + timeout, 0
