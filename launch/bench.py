@@ -85,7 +85,7 @@ def open_model(name: str) -> nn.Module:
     folder = Path(name.removeprefix("local-dir:"))
     if folder.exists() or ("/" in name and not name.startswith("hf-hub:")):
         return load(folder)
-    Arch.from_timm(name)  # explains what is unknown or cannot be represented
+    Arch.from_timm(name)  # its errors say what is unknown or cannot be represented
     return timm.create_model(name)
 
 

@@ -255,7 +255,7 @@ app.command()(doctor)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: print a user's error as one message; anything else is a defect and keeps its traceback."""
-    # torch takes seconds to load, and makes other errors of a KeyboardInterrupt; later ones are caught where they come
+    # torch takes seconds to load, and turns a KeyboardInterrupt into other errors; later ones are caught elsewhere
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from prunesweep.models import UserError
     from prunesweep.models.io.files import disk_full

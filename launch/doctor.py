@@ -22,9 +22,9 @@ EXTRAS = {
     "train": ("pyarrow", "fsspec"),
     "tune": ("pandas", "tensorboardX"),
 }
-SKEW = 5.0  # seconds; a run's lease is another driver's after 60
+SKEW = 5.0  # seconds; another driver may take a run's lease after 60
 FREE_GIB = 5
-SAME = ("python", "ray", "torch", "timm", "optuna")  # versions that must not differ between nodes
+SAME = ("python", "ray", "torch", "timm", "optuna")  # packages whose versions must not differ between nodes
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def reports(
     from prunesweep.training.jobs.metrics_log import StepRate
 
     rate, note, eta = StepRate(batch_size), "", ""
-    begun: tuple[float, int] | None = None  # when, and after how many updates
+    begun: tuple[float, int] | None = None  # time and number of updates at the first step
 
     def on_step(done: int, total: int, loss: float) -> None:
         nonlocal begun, eta

@@ -19,7 +19,7 @@ __all__ = ["fetch", "jobs", "logs", "remote_status", "stop"]
 
 NameArgument = Annotated[str, typer.Argument(help="the run's name, for example digits", show_default=False)]
 MIB = 2**20
-PATIENCE = 600.0  # seconds for a short job, an environment that is installed for it included
+PATIENCE = 600.0  # seconds for a short job, with the installation of its environment
 
 
 def _cluster(address: str | None) -> Any:

@@ -49,7 +49,7 @@ def published(
     marks: dict[str, int] = {}
     table, console = _table(rows, marks), Console()
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    if console.width < width:  # rich would leave parts of numbers out; the terminal may wrap the lines instead
+    if console.width < width:  # rich would cut off numbers; the terminal wraps lines instead
         console = Console(width=width)
     footnotes = Table.grid(padding=(0, 1))
     for note, mark in marks.items():

@@ -19,7 +19,7 @@ from .world import World
 __all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate"]
 
 EVAL_BATCH = 256
-LOGITS_AT_A_TIME = 2**26  # of a language model
+LOGITS_AT_A_TIME = 2**26  # words x vocabulary of a language model
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def evaluate(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right among five, loss, images
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # sums of: right, right among five, loss, images
     for logits, y in _answers(model, batches, device):
         best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")

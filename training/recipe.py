@@ -51,15 +51,15 @@ class Recipe(_Table):
     """Optimizer, schedule, augmentation and losses of one training run."""
 
     epochs: Annotated[int, Field(ge=0)] = 1
-    batch_size: Annotated[int, Field(ge=2)] = 64  # of one update, over all workers and accumulated parts
+    batch_size: Annotated[int, Field(ge=2)] = 64  # images per update, over all workers and parts
     accumulate: Annotated[int, Field(ge=1)] = 1  # parts in which a worker does its share of a batch
-    optimizer: str = "adamw"  # any of timm's
+    optimizer: str = "adamw"  # name of a timm optimizer
     lr: Positive = 5e-4
     lr_batch: Annotated[int, Field(ge=1)] | None = None  # lr is for this batch size, and proportional to the real one
     min_lr: NotNegative = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"  # per update
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    warmup_lr: NotNegative | None = None  # where warm-up starts; a hundredth of lr by default
+    warmup_lr: NotNegative | None = None  # rate at the start of warm-up; a hundredth of lr by default
     weight_decay: NotNegative = 0.05
     decay_all: bool = False  # decay biases, norms, tokens and position embeddings too
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # factor of lr from block to block, downwards
@@ -69,7 +69,7 @@ class Recipe(_Table):
     mixup: NotNegative = 0.0  # alpha of the Beta distribution; 0 is off
     cutmix: NotNegative = 0.0
     mix_prob: Share = 1.0
-    switch_prob: Share = 0.5  # of cutmix where both are on
+    switch_prob: Share = 0.5  # probability of cutmix, not mixup, if both are on
     auto_augment: str | None = None  # a timm policy such as rand-m9-mstd0.5-inc1; for image files
     color_jitter: NotNegative = 0.4
     random_erasing: Share = 0.0
@@ -79,7 +79,7 @@ class Recipe(_Table):
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = False
     compile: bool = False
-    loss_weight: NotNegative = 1.0  # of cross-entropy
+    loss_weight: NotNegative = 1.0  # weight of cross-entropy
     distill: tuple[Distill, ...] = ()
 
     @model_validator(mode="after")

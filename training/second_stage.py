@@ -14,7 +14,7 @@ from prunesweep.pruners.method import SecondStage, validated
 
 __all__ = ["DECISION", "SecondStageJob"]
 
-DECISION = "decision"  # where a model's provenance keeps the cut that made it
+DECISION = "decision"  # key of the cut that made a model in its provenance
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _teacher(name: str, source: nn.Module | None, student: Any) -> nn.Module:
             raise UserError(f"recipe: distill.teacher = {name!r}: neither 'source' nor a timm model")
         try:
             found = timm.create_model(name, pretrained=True)
-        except Exception as error:  # timm raises whatever its parts raise, a failed download above all
+        except Exception as error:  # timm passes on all errors of its parts, mostly of downloads
             raise UserError(f"recipe: the weights of distill.teacher = {name!r} cannot be had: {error}") from error
     if found.num_classes != student.num_classes:
         raise UserError(

@@ -31,7 +31,7 @@ from .world import World
 
 __all__ = ["Diverged", "DoesNotFit", "Trainer", "batches_of"]
 
-CHECK_EVERY = 20  # updates between two looks at the loss on a GPU, where looking waits for it
+CHECK_EVERY = 20  # updates between two reads of the loss on a GPU, because reading waits for it
 MANUAL_SYNC_STEPS = 2  # updates before DDP takes over: the second one is the first with the optimizer's state in memory
 
 

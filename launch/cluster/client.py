@@ -27,7 +27,7 @@ from .auth import Head, greet
 __all__ = ["Attempt", "Cluster", "last_json"]
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-POLL, PATIENCE = 0.5, 5.0  # seconds between looks at a short job; before a broken connection is tried again
+POLL, PATIENCE = 0.5, 5.0  # seconds between two checks of a short job; before connecting again
 BANNER = re.compile(r"^(\S+ \S+\tINFO job_manager\.py:\d+ -- .*|Running entrypoint for job .*)\n", re.M)
 
 

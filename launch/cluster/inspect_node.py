@@ -19,7 +19,7 @@ from typing import Any
 __all__ = ["PACKAGES", "inspect_node", "inspect_nodes", "versions"]
 
 PACKAGES = ("ray", "torch", "timm", "optuna", "pydantic", "safetensors")
-ROUNDS = 5  # of asking for the time; the quickest answer counts
+ROUNDS = 5  # requests for the time; the quickest answer counts
 PATIENCE = 120.0  # seconds for a process to start on a node
 
 
@@ -80,7 +80,7 @@ class Node:
 
     def erase(self, path: str) -> None:
         Path(path).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others' files are in it
+        with contextlib.suppress(OSError):  # the folder still has other nodes' files
             Path(path).parent.rmdir()
 
     def file_clock(self, path: str) -> float | None:
@@ -131,7 +131,7 @@ def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[s
         try:
             found[key] |= ray.get(looks[key], timeout=PATIENCE)
             found[key]["skew"] = _skew(ray, actor)
-        except Exception as error:  # whatever it is, the node is what is wrong
+        except Exception as error:  # any error means that something is wrong with the node
             found[key]["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     healthy = {key: actor for key, actor in actors.items() if "error" not in found[key]}
     if storage is not None:

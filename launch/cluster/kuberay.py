@@ -20,7 +20,7 @@ from .package import CONFIG, ENV, driver
 __all__ = ["kuberay"]
 
 PLACE = "/etc/prunesweep"  # where the configuration is mounted
-NAME_LIMIT = 47  # KubeRay's, of a RayJob
+NAME_LIMIT = 47  # KubeRay's limit on the name of a RayJob, in characters
 HEAD = {"cpus": 4, "memory_gib": 16}  # driver, Optuna, Ray's own servers; no trial runs there
 SHARED_MEMORY = "8Gi"  # loaders hand batches over in it; Kubernetes gives 64 MiB otherwise
 

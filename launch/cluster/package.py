@@ -20,12 +20,12 @@ from prunesweep.search.config import ClusterTable, SearchConfig
 __all__ = ["CONFIG", "ENV", "driver", "environment", "on_cluster", "requirements", "staged"]
 
 PACKAGES = ("models", "pruners", "training", "search", "launch")  # links in the checkout, folders when installed
-LIMIT = 100 * 2**20  # bytes: what the dashboard of a head takes (DASHBOARD_CLIENT_MAX_SIZE)
-LARGEST = 5  # files that are named where the limit is exceeded
+LIMIT = 100 * 2**20  # bytes that the dashboard of a head accepts (DASHBOARD_CLIENT_MAX_SIZE)
+LARGEST = 5  # number of files to name if the limit is exceeded
 CONFIG, SOURCE, TABLE = "search.toml", "source", "latency_table.json"
 CLUSTERS_OWN = ("ray", "torch", "torchvision")  # Ray must be the head's, torch must fit the nodes' drivers
 
-# what Tune and Train read in every process of a job; see training/jobs/ray_workers.py for the first three
+# Tune and Train read these in every process of a job; see training/jobs/ray_workers.py for the first three
 ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

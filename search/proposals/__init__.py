@@ -1,4 +1,4 @@
-"""Where to look next: an Optuna sampler that knows what candidates cost."""
+"""Propose the points to evaluate next: an Optuna sampler for searches that know the cost of a candidate beforehand."""
 
 from .budget_gp import BudgetGPSampler
 

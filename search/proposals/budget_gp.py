@@ -1,10 +1,10 @@
-"""An Optuna sampler for searches that know what a candidate costs before it is trained.
+"""An Optuna sampler for searches that know the cost of a candidate before it is trained.
 
 A sampler for two objectives has to learn both. Costs need no learning: here a budget is fixed first, evenly over the
 window, and one objective is left, the quality at that budget on the highest rung. A Gaussian process learns it from the
-results of all rungs at once (``gaussian_process``); proposed is the point with the highest upper confidence bound among
-random ones and mutations of the best known at about that budget (``benchmarks/search_quality.py`` compares this with
-other ways).
+results of all rungs at once (``gaussian_process``). The proposal is the point with the highest upper confidence bound,
+mean + standard deviation, among random points and mutations of the best known ones at about that budget.
+``benchmarks/search_quality.py`` compares this with other samplers.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 RUNG, CANDIDATE = "rung", "candidate"  # user attributes of a trial
-EXPLORE = 8  # one of so many proposals is random
-CROWD = 64  # proposals whose candidates may be running
+EXPLORE = 8  # every so many proposals, one is random
+CROWD = 64  # number of proposals whose candidates may be running
 GOLDEN = (5**0.5 - 1) / 2  # steps that cover an interval evenly, however many there are
-MOST, LEARN = 200, 100  # results that a proposal learns from, and those that its hyperparameters are learned from
-REFIT = 8  # hyperparameters are learned anew once there are one in so many more candidates
-ROUNDS, WIDE, LOCAL, BEST = 5, 200, 100, 10  # of the local search: first and later points, and those mutated
-SUM_WEIGHT = 0.05  # of the sum beside the largest term, in Knowles' augmented Chebyshev function
+MOST, LEARN = 200, 100  # number of results for a proposal, and for its hyperparameters
+REFIT = 8  # hyperparameters are learned anew once there is 1 / REFIT more candidates
+ROUNDS, WIDE, LOCAL, BEST = 5, 200, 100, 10  # of the local search: rounds, first and later points, points to mutate
+SUM_WEIGHT = 0.05  # weight of the sum in Knowles' augmented Chebyshev function
 
 
 def log_error(top1: Floats) -> Floats:
-    """Return accuracies in percent as negated logarithms of the error, of at least 0.1 percent."""
+    """Return -log(max(100 - top1, 0.1)) of accuracies in percent, an (n,) array: the negated log error."""
     return np.asarray(-np.log(np.maximum(100 - top1, 0.1)))
 
 
 def log_perplexity(ppl: Floats) -> Floats:
-    """Return perplexities as their negated logarithms."""
+    """Return -log(ppl) of perplexities, an (n,) array."""
     return np.asarray(-np.log(ppl))
 
 
@@ -57,27 +57,27 @@ class BudgetGPSampler(BaseSampler):
     """Sample a budget evenly, and the other variables by a Gaussian process over the results of all rungs.
 
     It serves any study. Its random numbers follow from ``seed`` and the trial's number alone, so that a study that is
-    opened again goes on as if it had never been closed.
+    opened again continues as if it had never been closed.
 
-    Which trials it learns from: finished ones with values of the study that it is asked for, or of ``results``. A trial
-    may say by the user attribute ``rung`` (0 by default) on what fidelity it was evaluated, and by ``candidate`` (its
-    own number by default) of which candidate it is an evaluation: one candidate may have a trial on every rung. A trial
-    that has a ``rung`` counts in any finished state: pruned, it still has values; failed, it gave no number.
-    Values that are no finite numbers count as worse than all others. Running trials of the study are pending: their
-    points are not proposed again, nor are those that are known.
+    It learns from the finished trials with values of the study that asks, or of ``results``. Two user attributes of a
+    trial describe the evaluation: ``rung`` (0 by default) is its fidelity, and ``candidate`` (the trial's number by
+    default) is the candidate that it evaluates. One candidate may have a trial on every rung. A trial that has a
+    ``rung`` counts in any finished state: a pruned one still has values, a failed one has none. Values that are not
+    finite count as worse than all others. Running trials of the study are pending: their points are not proposed again,
+    nor are those of finished ones.
 
     Args:
         search_space: the variables; by default those that all finished trials of the study have in common, so that a
             first trial is sampled variable by variable.
-        seed: of the random numbers; any by default.
+        seed: seed of the random numbers; a random one by default.
         budget: the variable that decides what a candidate costs. It takes values evenly over its range whatever the
             results are. By default there is none, and all variables are sampled alike.
         quality: index of the one objective that has to be learned; the others are costs, which follow from the budget.
-            By default all have to be: where there are several, every trial optimises a random weighting of them
-            (ParEGO, Knowles 2006, equation 2).
-        scale: what makes the quality additive, larger being better, of an (n,) array; by default the quality itself,
-            negated where it is minimised.
-        results: another study, whose trials are learned from in place of those of the study that proposes.
+            By default all are learned: if there are several, every trial optimises a random weighting of them (ParEGO,
+            Knowles 2006, equation 2).
+        scale: function that maps the (n,) qualities to a scale on which they are additive and larger is better; by
+            default the quality itself, negated if it is minimised.
+        results: another study, whose trials are learned from instead of those of the study that asks.
     """
 
     def __init__(
@@ -97,11 +97,16 @@ class BudgetGPSampler(BaseSampler):
         self._warned = False
 
     def reseed_rng(self) -> None:
-        """Draw another seed; for Optuna, which calls this where several processes share a sampler."""
+        """Draw another seed; Optuna calls this if several processes share a sampler."""
         self._seed = _any_seed()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the variables that are sampled together."""
+        """Return the variables that are sampled together.
+
+        Args:
+            study: the study that asks.
+            trial: the new trial.
+        """
         if self._search_space is not None:
             return dict(self._search_space)
         return {name: d for name, d in self._intersection.calculate(study).items() if not d.single()}
@@ -109,7 +114,13 @@ class BudgetGPSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return a point for the trial."""
+        """Return a point for the trial, by the variables of ``search_space``.
+
+        Args:
+            study: the study that asks.
+            trial: the new trial; its number seeds the random numbers.
+            search_space: the variables that are sampled together.
+        """
         if not search_space:
             return {}
         encoder = SearchSpaceEncoder(search_space)
@@ -127,13 +138,20 @@ class BudgetGPSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Return a random value of one variable, for variables that are not sampled together."""
+        """Return a random value of one variable that is not sampled together with the others.
+
+        Args:
+            study: the study that asks.
+            trial: the new trial.
+            param_name: the variable.
+            param_distribution: its range.
+        """
         rng = np.random.default_rng([self._seed, trial.number, zlib.crc32(param_name.encode())])
         encoder = SearchSpaceEncoder({param_name: param_distribution})
         return encoder.point(encoder.random(rng, 1)[0])[param_name]
 
     def _evaluations(self, study: Study, encoder: SearchSpaceEncoder, number: int) -> Evaluations:
-        """Return what the trials say of points of the space."""
+        """Return the trials' evaluations of points of the space."""
         source = study if self._results is None else self._results
         trials = [t for t in source.get_trials(deepcopy=False) if _counts(t) and set(encoder.names) <= t.params.keys()]
         rows = encoder.rows([t.params for t in trials])
@@ -171,7 +189,7 @@ def _any_seed() -> int:
 
 
 def _counts(trial: FrozenTrial) -> bool:
-    """Return whether a trial is an evaluation."""
+    """Return True if a trial is an evaluation."""
     return trial.state == TrialState.COMPLETE or (trial.state.is_finished() and RUNG in trial.user_attrs)
 
 
@@ -196,14 +214,14 @@ def propose(
     budget: str | None = "budget",
     pending: Floats | None = None,
 ) -> dict[str, Any]:
-    """Return a point for the proposal of this number; the same for the same arguments.
+    """Return the point of a proposal; equal arguments give equal points.
 
     Args:
         encoder: the variables.
-        evaluations: all that is known, of any rung.
+        evaluations: all evaluations, of any rung.
         number: how many proposals there were before.
-        seed: of the search.
-        budget: the variable that decides the cost. Where it is not among the variables, the quality alone counts.
+        seed: seed of the search.
+        budget: the variable that decides the cost. If it is not among the variables, the quality alone counts.
         pending: (p, V) rows of candidates that are being evaluated.
     """
     rng = np.random.default_rng([seed, number])
@@ -211,7 +229,7 @@ def propose(
     known = standardised(evaluations)
     candidates = len(np.unique(evaluations.candidates))
     started = candidates >= 2 * len(encoder.names)
-    crowded = number > 4 * candidates + CROWD  # most proposals were no new candidates: chance finds one sooner
+    crowded = number > 4 * candidates + CROWD  # most proposals were no new candidates: random points find one sooner
     free = np.array([v for v in range(len(encoder.names)) if v not in fixed], dtype=np.int64)
     if crowded or not started or not len(known) or not len(free) or number % EXPLORE == EXPLORE - 1:
         return encoder.point(_at(encoder.random(rng, 1), fixed)[0])
@@ -239,7 +257,7 @@ def _untaken(rows: Floats, taken: Floats) -> Iterator[Floats]:
 
 
 def _learned(encoder: SearchSpaceEncoder, evaluations: Evaluations, rungs: int) -> Tensor | None:
-    """Return hyperparameters, which take time: learned anew only once there is an eighth more to learn them from."""
+    """Return hyperparameters; learning takes time, so they are learned anew only once there is an eighth more data."""
     trials = np.unique(evaluations.candidates)
     settled = trials[: len(trials) - len(trials) % max(len(trials) // REFIT, 1)]
     known = standardised(evaluations.take(np.isin(evaluations.candidates, settled)))
@@ -255,7 +273,7 @@ def _learned(encoder: SearchSpaceEncoder, evaluations: Evaluations, rungs: int) 
 def _learn(
     groups: tuple[int, ...], rungs: int, inputs: bytes, of_rungs: bytes, candidates: bytes, values: bytes
 ) -> Tensor:
-    """``learn``, remembered by the content of its arrays."""
+    """Call ``learn``; cache its result by the content of the arrays."""
     known = Observations(
         inputs=np.frombuffer(inputs).reshape(-1, len(groups)).copy(),
         groups=groups,
@@ -271,7 +289,7 @@ def _observed(encoder: SearchSpaceEncoder, known: Evaluations) -> Observations:
 
 
 def _at(rows: Floats, fixed: Mapping[int, float]) -> Floats:
-    """Return rows with some columns replaced, in place."""
+    """Set some columns of rows to fixed values in place, and return the rows."""
     for v, value in fixed.items():
         rows[:, v] = value
     return rows
@@ -283,7 +301,7 @@ def _distance(rows: Floats, fixed: Mapping[int, float]) -> Floats:
 
 
 def _best_near(known: Evaluations, fixed: Mapping[int, float]) -> Floats:
-    """Return rows of the best of those evaluations of the two highest rungs that are nearest to the budget."""
+    """Return the rows of the best evaluations near the budget, on each of the two highest rungs."""
     found = []
     for rung in sorted(set(known.rungs.tolist()), reverse=True)[:2]:
         own = known.take(np.flatnonzero(known.rungs == rung))

@@ -1,4 +1,4 @@
-"""Points of a search space as rows of a unit cube, for models that know numbers only."""
+"""Encode points of a search space as rows of a unit cube, for models of numbers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ __all__ = ["SearchSpaceEncoder"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MUTATED = 1.7  # free variables that a mutation changes on average, besides one that it always changes
-TRACE = 0.05  # of a mutation's step
+MUTATED = 1.7  # mean number of free variables that a mutation changes, besides one that it always changes
+TRACE = 0.05  # share of a mutation's step
 
 
 class SearchSpaceEncoder:
     """Encode the V variables of a search space as a unit cube: a point is a row with one column per variable.
 
-    A column runs from 0 to 1 over the range, on its logarithm where the variable is drawn so. Numbers with a step lie
-    on a grid. A categorical variable's column holds the index of the choice.
+    A column runs from 0 to 1 over the variable's range, on a logarithmic scale if the variable is drawn so. Numbers
+    with a step lie on a grid. A categorical variable's column holds the index of the choice.
+
+    Args:
+        distributions: the variables by name.
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
@@ -33,7 +36,7 @@ class SearchSpaceEncoder:
         self.groups = [v for v, choices in enumerate(self.choices) for _ in range(max(choices, 1))]  # of the features
 
     def rows(self, points: Sequence[Mapping[str, Any]]) -> Floats:
-        """Return (n, V) rows of points. A column is below 0 or above 1 where a value is not in the range."""
+        """Return (n, V) rows of points. A column is below 0 or above 1 if its value is outside the range."""
         found = np.zeros((len(points), len(self.names)))
         for v, (name, d) in enumerate(zip(self.names, self._each, strict=True)):
             given = [point[name] for point in points]
@@ -46,7 +49,7 @@ class SearchSpaceEncoder:
         return found
 
     def inside(self, rows: Floats) -> NDArray[np.bool_]:
-        """Return (n,) whether rows lie in the space."""
+        """Return (n,) True for rows that lie in the space."""
         return np.asarray(((rows > -1e-9) & (rows < np.maximum(self.choices, 1) + 1e-9)).all(axis=1))
 
     def point(self, row: Floats) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class SearchSpaceEncoder:
         return found
 
     def features(self, rows: Floats) -> Floats:
-        """Return (n, D) features for a kernel: one per number, one per choice; two choices lie 1 apart."""
+        """Return (n, D) features for a kernel: one per number, and one per choice, so that two choices lie 1 apart."""
         columns = [
             (rows[:, [v]] == np.arange(choices)) * 0.5**0.5 if choices else rows[:, [v]]
             for v, choices in enumerate(self.choices)
@@ -74,7 +77,12 @@ class SearchSpaceEncoder:
         return np.hstack(columns)
 
     def random(self, rng: np.random.Generator, count: int) -> Floats:
-        """Return (count, V) rows, every value as likely as any other."""
+        """Draw (count, V) rows uniformly.
+
+        Args:
+            rng: the random numbers.
+            count: number of rows.
+        """
         found = rng.random((count, len(self.names)))
         for v, (choices, steps) in enumerate(zip(self.choices, self._steps, strict=True)):
             if choices:
@@ -84,9 +92,15 @@ class SearchSpaceEncoder:
         return found
 
     def mutated(self, rng: np.random.Generator, rows: Floats, free: Ints) -> Floats:
-        """Return rows, each with one or a few of the ``free`` variables changed: numbers a little, choices at will.
+        """Return rows with one or a few of the ``free`` variables changed: numbers a little, choices at random.
 
-        The other numbers, if they have no step, move by a trace: what differs in the budget alone may be one candidate.
+        Numbers without a step that are not chosen move by a trace, because points that differ in the budget alone may
+        be one candidate.
+
+        Args:
+            rng: the random numbers.
+            rows: (n, V).
+            free: indices of the variables that may change.
         """
         count = len(rows)
         hit = rng.random(rows.shape) < MUTATED / len(free)
@@ -106,7 +120,7 @@ class SearchSpaceEncoder:
 
 
 def _steps(distribution: BaseDistribution) -> int:
-    """Return the number of steps from low to high; 0 for choices, and where the values form no even grid."""
+    """Return the number of steps from low to high; 0 for choices, and if the values form no even grid."""
     if isinstance(distribution, IntDistribution) and not distribution.log:
         return (distribution.high - distribution.low) // distribution.step
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
@@ -115,11 +129,11 @@ def _steps(distribution: BaseDistribution) -> int:
 
 
 def _reflected(column: Floats) -> Floats:
-    """Return a column mirrored back into the unit interval: cut off, many values would be equal."""
+    """Return a column mirrored back into the unit interval; clipping would make many values equal."""
     return 1 - abs(1 - abs(column) % 2)
 
 
 def _range(distribution: BaseDistribution) -> tuple[float, float, bool]:
-    """Return low, high and whether they are logarithms, of a range of numbers."""
+    """Return low and high of a range of numbers, and whether they are logarithms."""
     low, high, log = distribution.low, distribution.high, distribution.log  # type: ignore[attr-defined]
     return (math.log(low), math.log(high), True) if log else (float(low), float(high), False)

@@ -1,4 +1,4 @@
-"""What is known of the candidates of a search, as arrays, and on a scale that a model can learn."""
+"""Evaluations of the candidates of a search as arrays, and on a scale that a model can learn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["FEW", "Evaluations", "standardised", "thinned"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-FEW = 5  # a rung with fewer results is not learned from: their spread says nothing yet
-OUTLIER = 4.0  # spreads of a rung; how much worse than that a ruined candidate is does not matter
+FEW = 5  # rungs with fewer results are left out: their spread is not known yet
+OUTLIER = 4.0  # spreads of a rung; results of ruined candidates are clipped here
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Evaluations:
 
     Args:
         rows: (n, V) encoded points.
-        rungs: (n,) where they were evaluated.
-        candidates: (n,) whose evaluations they are.
-        values: (n,) qualities, larger is better; one that is not a finite number is worse than all others.
+        rungs: (n,) rungs of the evaluations.
+        candidates: (n,) numbers of the candidates.
+        values: (n,) qualities, larger is better; one that is not finite is worse than all others.
     """
 
     rows: Floats
@@ -34,22 +34,32 @@ class Evaluations:
 
     @classmethod
     def ordered(cls, rows: Floats, rungs: Ints, candidates: Ints, values: Floats) -> Evaluations:
-        """Return evaluations in order, in whatever order they came in."""
+        """Sort evaluations that come in any order.
+
+        Args:
+            rows: (n, V) encoded points.
+            rungs: (n,) rungs of the evaluations.
+            candidates: (n,) numbers of the candidates.
+            values: (n,) qualities.
+        """
         return cls(rows, rungs, candidates, values).take(np.lexsort((candidates, rungs)))
 
     def __len__(self) -> int:
         return len(self.values)
 
     def take(self, places: Ints | NDArray[np.bool_]) -> Evaluations:
-        """Return those at some places."""
+        """Return the evaluations at some places, (p,) indices or an (n,) mask."""
         return Evaluations(self.rows[places], self.rungs[places], self.candidates[places], self.values[places])
 
 
 def standardised(known: Evaluations) -> Evaluations:
-    """Return evaluations measured by the median and the spread of their rung.
+    """Return evaluations in spreads from the median of their rung, clipped to ``OUTLIER``.
 
-    Rungs with few evaluations are left out. A rung's spread is at least that of the rung below: its candidates were
-    chosen. An evaluation without a finite number counts like the worst outlier; a rung without any number is all 0.
+        z = (value - median) / spread        spread = half the distance between the 16th and the 84th percentile
+
+    Rungs with few evaluations are left out. A rung's spread is at least that of the rung below, because its candidates
+    were selected. An evaluation that is not finite counts like the worst outlier; a rung without any finite value is
+    all 0.
     """
     kept: list[Ints] = []
     values: list[Floats] = []
@@ -75,12 +85,15 @@ def standardised(known: Evaluations) -> Evaluations:
 
 
 def thinned(rungs: Ints, most: int, order: Floats) -> Ints:
-    """Return places of at most ``most`` evaluations: of every rung a fair share, and what the rungs above do not use.
+    """Choose evaluations to keep: a fair share of every rung, plus what the rungs above leave unused.
 
     Args:
-        rungs: (n,) of the evaluations.
+        rungs: (n,) rungs of the evaluations.
         most: how many to keep.
-        order: (n,) those with the smallest are kept.
+        order: (n,) ranks; those with the smallest are kept.
+
+    Returns:
+        Indices of at most ``most`` evaluations.
     """
     found: list[int] = []
     present = sorted(set(rungs.tolist()), reverse=True)

@@ -53,10 +53,10 @@ class Observations:
 
     Args:
         inputs: (n, D) features in the unit cube.
-        groups: (D,) the variable of each feature, 0..V-1; several where a variable is one-hot.
-        rungs: (n,) of the results.
-        candidates: (n,) whose results they are.
-        values: (n,) of the results, of mean about 0 and scale about 1 on every rung.
+        groups: (D,) the variable of each feature, 0..V-1; several features if a variable is one-hot.
+        rungs: (n,) rungs of the results.
+        candidates: (n,) numbers of the candidates.
+        values: (n,) results, of mean about 0 and scale about 1 on every rung.
     """
 
     inputs: Floats
@@ -86,7 +86,7 @@ class GaussianProcess:
 
     Args:
         known: the results.
-        log_hyperparameters: what ``learn`` returned, for as many rungs; learned from ``known`` by default, which is
+        log_hyperparameters: result of ``learn`` for as many rungs; by default they are learned from ``known``, which is
             slow.
     """
 
@@ -105,7 +105,18 @@ class GaussianProcess:
         self._prior_variance = self._kernels.variance(self._hyperparameters)
 
     def predict(self, inputs: Floats, rung: int) -> tuple[Floats, Floats]:
-        """Return mean and standard deviation, without noise, on ``rung``: (m,) each, for (m, D) inputs."""
+        """Return the predicted mean and standard deviation without noise, (m,) each.
+
+        With the covariance K of the results y, and that k of an input with them,
+
+            mean = k^T K^-1 y        variance = k(x, x) - k^T K^-1 k
+
+        Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, equations 2.25 and 2.26.
+
+        Args:
+            inputs: (m, D) features in the unit cube.
+            rung: the rung to predict on.
+        """
         cross = self._kernels.cross(self._hyperparameters, torch.as_tensor(inputs, dtype=torch.float64), rung)
         solved = torch.linalg.solve_triangular(self._cholesky, cross.T, upper=False)
         variance = (self._prior_variance - (solved**2).sum(0)).clamp(min=1e-12)
@@ -113,11 +124,17 @@ class GaussianProcess:
 
 
 def learn(known: Observations, rungs: int) -> Tensor:
-    """Return the logarithms of hyperparameters learned from some results.
+    """Return the logarithms of the hyperparameters that maximise marginal likelihood times prior.
+
+    The logarithm of the marginal likelihood of n values y with covariance K is, without its constant,
+
+        log p(y) = -y^T K^-1 y / 2 - log |K| / 2
+
+    Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, equation 5.8.
 
     Args:
         known: the results.
-        rungs: of the process that is to have them; at least one more than the highest in ``known``.
+        rungs: number of rungs of the process; at least one more than the highest rung in ``known``.
     """
     kernels = _Kernels(known)
     y = torch.as_tensor(known.values, dtype=torch.float64)
@@ -125,7 +142,7 @@ def learn(known: Observations, rungs: int) -> Tensor:
 
 
 class _Prior:
-    """Mean and deviation of every hyperparameter's logarithm, as one vector in the order of ``Hyperparameters``."""
+    """Mean and deviation of every hyperparameter's logarithm, as vectors in the order of ``Hyperparameters``."""
 
     def __init__(self, variables: int, rungs: int) -> None:
         each = {  # number of them, median, deviation of the logarithm
@@ -194,7 +211,7 @@ class _Kernels:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Return the Cholesky factor, with as much added to the diagonal as it takes."""
+    """Return the Cholesky factor of the covariance, with as much added to its diagonal as is necessary."""
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
     for more in (0.0, 1e-3, 1e-2, 1e-1):
         factor, failed = torch.linalg.cholesky_ex(covariance + more * identity)
@@ -204,7 +221,7 @@ def _factor(covariance: Tensor) -> Tensor:
 
 
 def _maximised(kernels: _Kernels, prior: _Prior, y: Tensor) -> Tensor:
-    """Return the logarithms of the most likely hyperparameters; the prior's mean where the search for them fails."""
+    """Return the logarithms of the most likely hyperparameters; the prior's mean if the search for them fails."""
     theta = prior.mean.clone().requires_grad_()
     search = torch.optim.LBFGS([theta], max_iter=STEPS, history_size=STEPS, line_search_fn="strong_wolfe")
 

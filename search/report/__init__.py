@@ -1,1 +1,1 @@
-"""What a search shows: the terminal, the report page, pictures of token plans."""
+"""The output of a search for people: the terminal, the report page, pictures of token plans."""

@@ -1,4 +1,4 @@
-"""What a search shows while it runs, for people: progress bars, the space, a live table, the front."""
+"""Show a search in the terminal while it runs: progress bars, the space, a live table, the front."""
 
 from __future__ import annotations
 
@@ -29,18 +29,23 @@ BANDS = 5
 
 
 class Display:
-    """Draws on ``console``; on one that is no terminal it prints a line per event instead of redrawing."""
+    """Draw on ``console``; if it is not a terminal, print a line per event instead of redrawing."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live: Live | None = None
 
     def note(self, text: str) -> None:
+        """Print a line of plain text."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Any]:
-        """A callable (what, share done, note) that draws one bar per ``what``."""
+        """Show progress bars for the time of a ``with`` block.
+
+        Yields:
+            A function (what is being done, share done in [0, 1], note) that draws one bar for each ``what``.
+        """
         columns = (
             TextColumn("{task.description:22}"),
             BarColumn(30),
@@ -68,7 +73,14 @@ class Display:
         self._live = None
 
     def space(self, space: Space, summary: Summary, quality: EvalMetrics | None, zero_shot: Range | None) -> None:
-        """The source, every variable with its range, the objectives over a sample, and what can be reached."""
+        """Show the source, every variable with its range, the objectives over a sample, and what can be reached.
+
+        Args:
+            space: the search space.
+            summary: the objectives over a sample of the space.
+            quality: accuracy or perplexity of the source, if it is known.
+            zero_shot: range of accuracies before any finetuning, if it is known.
+        """
         source = space.source_cost
         self.note(
             f"source: {space.arch.source}  {'' if quality is None else f'{quality}  '}"
@@ -103,7 +115,12 @@ class Display:
         )
 
     def plan(self, config: SearchConfig, units: int | None) -> None:
-        """How much would be trained: units and epochs per rung, and how many units run side by side."""
+        """Show how much would be trained: units and epochs per rung, and how many units run side by side.
+
+        Args:
+            config: configuration of the search.
+            units: number of units that run side by side, if it is known.
+        """
         search, count = config.search, config.search.trials
         parts, epochs = [], 0
         for rung, own in enumerate(search.rungs or (config.finetune.epochs,)):
@@ -118,7 +135,16 @@ class Display:
 
     @contextlib.contextmanager
     def live(self, coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float]) -> Iterator[Any]:
-        """A callable that is told of every change; the table also moves by itself, for the clock's sake."""
+        """Show the live table for the time of a ``with`` block; it also redraws itself, so that its clock moves.
+
+        Args:
+            coordinator: the search.
+            source: the source's costs by name, ``macs`` among them.
+            window: smallest and largest budget, as shares of the source's MACs.
+
+        Yields:
+            A function to call after every change.
+        """
         started, before = time.monotonic(), coordinator.settled
         seen, failed = len(coordinator.results), set(coordinator.failures)
 
@@ -144,7 +170,13 @@ class Display:
         self._live = None
 
     def overhead(self, coordinator: Coordinator, before: int, elapsed: float) -> None:
-        """What this session's results cost besides training; ``before`` is how many there were already."""
+        """Show how much time this session's results took besides training.
+
+        Args:
+            coordinator: the search.
+            before: number of results when this session began.
+            elapsed: seconds since then.
+        """
         found = coordinator.results[before:]
         if not found:
             return
@@ -158,18 +190,27 @@ class Display:
         )
 
     def close(self) -> None:
-        """Give the terminal back; for ends that run no further code."""
+        """Restore the terminal, for a process that ends without running further code."""
         if self._live is not None:
             self._live.stop()
 
     def front(self, front: Sequence[dict[str, Any]], source_macs: int) -> None:
+        """Print the table of the Pareto front; its arguments are those of ``front_table``."""
         self.console.print(front_table(front, source_macs))
 
 
 def live_table(
     coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float], elapsed: float, before: int
 ) -> RenderableType:
-    """Trials, front, hypervolume, time left, and the best top-1 in every band of the budget window."""
+    """Build a table of trials, front, hypervolume, time left, and the best top-1 in every band of the budget window.
+
+    Args:
+        coordinator: the search.
+        source: the source's costs by name, ``macs`` among them.
+        window: smallest and largest budget, as shares of the source's MACs.
+        elapsed: seconds since this session began.
+        before: number of units that had ended by then.
+    """
     failed, settled = len(coordinator.failures), coordinator.settled
     results = [r for r in coordinator.results if r.has_model]
     eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
@@ -193,7 +234,7 @@ def live_table(
 
 
 def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
-    """Equal bands of the window; the first one reaches down to 0, since dropped blocks can undershoot."""
+    """Split the window into equal bands; the first one begins at 0, because dropped blocks can undershoot."""
     low, high = window
     edges = [low + (high - low) * i / BANDS for i in range(BANDS + 1)]
     edges[0] = 0.0
@@ -201,7 +242,7 @@ def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
 
 
 def clock(seconds: float | None) -> str:
-    """mm:ss, or h:mm:ss from an hour on."""
+    """Format seconds as mm:ss, or as h:mm:ss from an hour on."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(int(seconds), 60)
@@ -210,7 +251,7 @@ def clock(seconds: float | None) -> str:
 
 
 def _rungs(coordinator: Coordinator) -> str:
-    """Finished units of every rung, and the candidates that were asked for."""
+    """Return the number of finished units on every rung, and of the candidates that were asked for."""
     counts = Counter(result.rung for result in coordinator.results)
     above = "".join(f" > {counts[rung]}" for rung in range(1, len(coordinator.search.rungs)))
     return f"{counts[0]}/{coordinator.requested}{above}"
@@ -229,7 +270,13 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
 
 
 def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> Table:
-    """Front members after their full finetuning, beside what the search had found."""
+    """Build a table of finetuned front members, with the quality that they had in the search.
+
+    Args:
+        found: the contents of their ``promoted.json``.
+        source_macs: MACs of the source.
+        run: folder of the run.
+    """
     table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
     texts = any(p["ppl"] is not None for p in found)
     quality = ("ppl", "searched_ppl") if texts else ("top1", "searched_top1")
@@ -252,7 +299,12 @@ def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path)
 
 
 def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
-    """The Pareto set, one row per model."""
+    """Build a table of the Pareto front, one row per model.
+
+    Args:
+        front: the contents of ``front.json``.
+        source_macs: MACs of the source.
+    """
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
     texts, timed = (any(name in point for point in front) for name in ("ppl", "latency_ms"))
     costs = ("MACs (M)", "/ source", "params (M)", *(["latency (ms), predicted"] if timed else []))

@@ -1,4 +1,4 @@
-"""The run as one self-contained, interactive page."""
+"""Write a run as one self-contained, interactive page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["write_report"]
 
 
 def write_report(run: Run) -> Path:
-    """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the one that is chosen."""
+    """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the selected one."""
     facts, front = run.facts(), {(point["trial"], point["rung"]) for point in run.front()}
     further = {entry["unit"]: entry for entry in promoted(run)}
     source = read_arch(run / "source")
@@ -64,7 +64,7 @@ def write_report(run: Run) -> Path:
 
 
 def _picture(arch: Arch, source: Arch) -> dict[str, Any]:
-    """Kept channels of every block of the source, in numbers and as shares; None for a block that was dropped."""
+    """Return the kept channels of every block of the source, as numbers and shares; None for a dropped block."""
     kept = {block.src: block for block in arch.blocks}
     blocks: list[dict[str, Any] | None] = []
     for whole in source.blocks:

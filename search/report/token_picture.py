@@ -1,4 +1,4 @@
-"""A picture of a token plan: which patches of an image every block keeps, merges and lets pass."""
+"""Draw a token plan: which patches of an image every block keeps, merges and lets pass."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2  # steps of hue: neighbouring groups look differ
 
 
 def patch_groups(model: nn.Module) -> dict[int, torch.Tensor]:
-    """For every planned block, the merged token of every patch, (rows, columns) int64; -1 where it passes by.
+    """Return, by planned block, the merged token of every patch, (rows, columns) int64; -1 where a patch passes by.
 
-    Where all entries of M were trained, a patch counts for the merged token in which it weighs most.
+    If all entries of M were trained, a patch belongs to the merged token in which it weighs most.
     """
     arch, groups = arch_of(model), {}
     pairs: Any = zip(blocks_of(model), arch.blocks, strict=True)
@@ -38,12 +38,12 @@ def patch_groups(model: nn.Module) -> dict[int, torch.Tensor]:
 def draw_tokens(model: nn.Module, image: Image.Image, out: Path) -> None:
     """Write a PNG with one tile per planned block, in order, at most four in a row.
 
-    A patch that is alone looks as it is, patches merged into one have a colour and an outline in common, and one that
+    A patch that is alone keeps its look. Patches that are merged into one share a colour and an outline. A patch that
     passes the block by is dark.
 
     Args:
         model: a ViT with token plans.
-        image: any image; it is resized to the model's without keeping its proportions.
+        image: any image; it is resized to the model's size without keeping its proportions.
         out: the file.
 
     Raises:
@@ -68,7 +68,7 @@ def draw_tokens(model: nn.Module, image: Image.Image, out: Path) -> None:
 
 
 def _tile(photo: Image.Image, groups: list[list[int]], side: int) -> Image.Image:
-    """The image with one block's groups."""
+    """Return the image with one block's groups drawn on it."""
     sizes: dict[int, int] = {}
     for group in (group for row in groups for group in row):
         sizes[group] = sizes.get(group, 0) + 1

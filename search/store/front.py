@@ -1,4 +1,4 @@
-"""The Pareto front of a search's results, for the objectives that it was asked for, and its hypervolume."""
+"""Compute the Pareto front of a search's results, for the objectives of the search, and its hypervolume."""
 
 from __future__ import annotations
 
@@ -22,21 +22,32 @@ OBJECTIVES: dict[str, Direction] = {
     "latency_ms": "minimize",
 }
 QUALITIES = ("top1", "ppl")
-TWO = ("top1", "macs")  # what a search optimises unless it is told otherwise
+TWO = ("top1", "macs")  # default objectives
 P = TypeVar("P")
 
 
 def directions(objectives: Sequence[str]) -> list[Direction]:
+    """Return the direction of every objective."""
     return [OBJECTIVES[name] for name in objectives]
 
 
 def values(point: Any, objectives: Sequence[str]) -> list[float]:
-    """The objectives of anything that has them as attributes."""
+    """Return the objectives of a point.
+
+    Args:
+        point: anything that has the objectives as attributes.
+        objectives: names in ``OBJECTIVES``.
+    """
     return [float(getattr(point, name)) for name in objectives]
 
 
 def comparable(given: Sequence[float], objectives: Sequence[str]) -> tuple[float, ...]:
-    """Return values with those that are no finite numbers as infinitely bad: a comparison with NaN says nothing."""
+    """Return values in which those that are not finite are infinitely bad, because NaN cannot be compared.
+
+    Args:
+        given: one value per objective.
+        objectives: names in ``OBJECTIVES``.
+    """
     worst = {"maximize": -math.inf, "minimize": math.inf}
     return tuple(
         value if math.isfinite(value) else worst[direction]
@@ -45,10 +56,17 @@ def comparable(given: Sequence[float], objectives: Sequence[str]) -> tuple[float
 
 
 def pareto_front(points: Iterable[P], objectives: Sequence[str] = TWO) -> list[P]:
-    """The points that no other point beats: none is at least as good in every objective and better in one.
+    """Return the points that no other point dominates.
 
-    Ascending in the first objective that is a cost. Of points with equal objectives the first one given stays. A point
-    that has an objective which is not a finite number is left out.
+    A point dominates another one if it is at least as good in every objective and better in one. Of points with equal
+    objectives the first one given stays. A point with an objective that is not finite is left out.
+
+    Args:
+        points: anything that has the objectives as attributes.
+        objectives: names in ``OBJECTIVES``, one of them a cost.
+
+    Returns:
+        The points, ascending in the first objective that is a cost.
     """
     found: dict[tuple[float, ...], P] = {}
     for point in points:
@@ -65,11 +83,16 @@ def pareto_front(points: Iterable[P], objectives: Sequence[str] = TWO) -> list[P
 
 
 def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: Sequence[str] = TWO) -> float:
-    """Share of the unit cube that the points dominate, in [0, 1].
+    """Return the share of the unit cube that the points dominate, in [0, 1].
 
-    The cube's axes are top-1 / 100 and the saved share of the source's MACs, parameters or latency; its worst corner is
+    The cube's axes are top-1 / 100 and the saved share of the source's MACs, parameters or latency. Its worst corner is
     a model that costs what the source costs and gives no correct answer. Points outside the cube add nothing. The axis
-    of a perplexity is the source's over it, at most 1.
+    of a perplexity is the source's perplexity divided by it, at most 1.
+
+    Args:
+        points: anything that has the objectives as attributes.
+        source: the source's costs, and its perplexity, by objective.
+        objectives: names in ``OBJECTIVES``.
     """
     if not points:
         return 0.0
@@ -80,7 +103,7 @@ def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: 
 
 
 def _loss(name: str, found: pareto.Floats, source: Mapping[str, float]) -> pareto.Floats:
-    """A column of values as shares of the cube's axis, so that less is better."""
+    """Return a column of values as shares of the cube's axis, where less is better."""
     if name == "top1":
         return -found / 100
     return -np.minimum(source["ppl"] / found, 1) if name == "ppl" else found / float(source[name])

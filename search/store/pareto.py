@@ -1,6 +1,6 @@
-"""Pareto ranks, spread and hypervolume for any number of objectives.
+"""Pareto ranks, crowding distance and hypervolume for any number of objectives.
 
-Everything here minimises: ``losses`` are (n, m), one row per point and one column per objective; ``as_losses`` turns
+All functions minimise: ``losses`` are (n, m), one row per point and one column per objective; ``as_losses`` turns
 values of mixed directions into them.
 
 Sources: non-dominated sorting and crowding distance, Deb et al. 2002 (NSGA-II), section III; hypervolume by slicing,
@@ -22,13 +22,21 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 def as_losses(values: ArrayLike, directions: Sequence[Direction]) -> Floats:
-    """``values`` (n, m) with the objectives that are maximised negated; no rows make (0, m)."""
+    """Return values with the objectives that are maximised negated, (n, m).
+
+    Args:
+        values: (n, m); no rows make (0, m).
+        directions: (m,) directions of the objectives.
+    """
     signs = np.array([-1.0 if direction == "maximize" else 1.0 for direction in directions])
     return np.asarray(values, dtype=np.float64).reshape(-1, len(signs)) * signs
 
 
 def non_dominated(losses: Floats) -> NDArray[np.bool_]:
-    """(n,) whether no other point is at most as large in every objective and smaller in one; equal points all stay."""
+    """Return (n,) True for the points that no other point dominates.
+
+    Point a dominates point b if a_k <= b_k for every objective k and a_k < b_k for one; equal points all stay.
+    """
     distinct, place = np.unique(losses, axis=0, return_inverse=True)
     # rows ascend lexicographically: nothing is dominated by a row after it
     if losses.shape[1] == 2:
@@ -45,7 +53,10 @@ def non_dominated(losses: Floats) -> NDArray[np.bool_]:
 
 
 def fronts(losses: Floats) -> Iterator[NDArray[np.intp]]:
-    """Indices of the points of rank 0, 1, ...: each front is what nothing dominates once those before it are gone."""
+    """Yield the indices of the points of rank 0, 1, ...
+
+    A front is the points that no other point dominates, once the fronts before it are removed.
+    """
     left = np.arange(len(losses))
     while len(left):
         best = non_dominated(losses[left])
@@ -54,9 +65,12 @@ def fronts(losses: Floats) -> Iterator[NDArray[np.intp]]:
 
 
 def crowding_distance(losses: Floats) -> Floats:
-    """(n,) sum over the objectives of the gap between a point's two neighbours, over the points' range.
+    """Return the (n,) crowding distances of the points of a front.
 
-    Infinite for the first and the last point of an objective. An objective in which all are equal counts nothing.
+        d_i = sum_k (f_k(i + 1) - f_k(i - 1)) / (max f_k - min f_k)
+
+    where i - 1 and i + 1 are the neighbours of point i in objective k, whose losses are f_k. The first and the last
+    point of an objective have an infinite distance. An objective in which all points are equal adds nothing.
     """
     distance = np.zeros(len(losses))
     for column in losses.T:
@@ -69,9 +83,14 @@ def crowding_distance(losses: Floats) -> Floats:
 
 
 def hypervolume(losses: Floats, reference: ArrayLike) -> float:
-    """Volume that the points dominate below ``reference`` (m,); exact, points not below it add nothing.
+    """Return the exact volume that the points dominate below a reference point.
 
-    n log n for two objectives; each further one multiplies that by up to n.
+    Points that are not below the reference add nothing. Two objectives take n log n steps; each further one multiplies
+    that by up to n.
+
+    Args:
+        losses: (n, m).
+        reference: (m,) worst corner of the volume.
     """
     corner = np.asarray(reference, dtype=np.float64)
     inside = losses[(losses < corner).all(axis=1)]

@@ -1,15 +1,15 @@
-"""Optuna's studies of a search, on disk. One driver writes; units never open them.
+"""Keep Optuna's studies of a search on disk. One driver writes them; units never open them.
 
-The journal has two studies. ``proposals`` has a trial for every point that the sampler proposed; its number is the
-candidate's, it is running while the candidate's first unit is, and its values are those of the first rung, which is
-what Optuna's own samplers learn from. ``results`` has a finished trial for every result on every rung, with what it
-gave as user attributes: it is what to look at in optuna-dashboard, where its best trials are the front of the search,
-and what our own sampler learns from.
+The journal has two studies. ``proposals`` has a trial for every point that the sampler proposed. Its number is the
+candidate's, it is running while the candidate's first unit is, and its values are those of the first rung, from which
+Optuna's own samplers learn. ``results`` has a finished trial for every result on every rung, with the result's figures
+as user attributes. It is the study to look at in optuna-dashboard, where its best trials are the front of the search,
+and our own sampler learns from it.
 
-Two, because a trial cannot be changed once it is told. Were a candidate's trial left running until it can go no
-further, samplers would learn nothing before the search ends, as promotions are due at any time; were results of higher
-rungs added to the proposals, their numbers would no longer be the candidates'. ``results`` follows from the units'
-files: what is missing there, in a journal of an older version too, is added when a search goes on.
+There are two studies because a finished trial cannot be changed. If a candidate's trial stayed running until its last
+rung, samplers would learn nothing before the search ends, as promotions are due at any time. If results of higher
+rungs were added to the proposals, the numbers of proposals would no longer be the candidates'. ``results`` follows
+from the units' files: what is missing there, in a journal of an older version too, is added when a search is resumed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from .run import Result
 __all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
 
 PROPOSALS, RESULTS = "proposals", "results"
-OLDER = "r0"  # what proposals were called before
+OLDER = "r0"  # former name of the study of proposals
 SAMPLERS = ("auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
-MANY = 1500  # trials from which a proposal of TPE takes longer than it is worth
+MANY = 1500  # more trials than this make proposals of TPE too slow
 SCALES = {"top1": log_error, "ppl": log_perplexity}
 NOTES = {
     PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a "
@@ -55,10 +55,15 @@ NOTES = {
 
 
 def resolve(name: str, distributions: Mapping[str, BaseDistribution], trials: int) -> str:
-    """Return the sampler that ``auto`` stands for.
+    """Return the name of the sampler that ``auto`` stands for.
 
-    ``budget_gp`` (``search.proposals``) where the budget varies; without that, TPE, or for more than ``MANY`` trials
-    NSGA-II, as every proposal of TPE takes longer than the one before.
+    This is ``budget_gp`` (``search.proposals``) if the budget varies; otherwise TPE, or NSGA-II for more than ``MANY``
+    trials, because every proposal of TPE takes longer than the one before.
+
+    Args:
+        name: one of ``SAMPLERS``; any but ``auto`` is returned as it is.
+        distributions: the variables.
+        trials: how many proposals are planned.
     """
     if name != "auto":
         return name
@@ -68,10 +73,16 @@ def resolve(name: str, distributions: Mapping[str, BaseDistribution], trials: in
 
 
 def make_sampler(name: str, distributions: Mapping[str, BaseDistribution], trials: int, seed: int) -> BaseSampler:
-    """Return Optuna's sampler of this name. ``qmc`` draws categorical variables independently.
+    """Make one of Optuna's samplers. ``qmc`` draws categorical variables independently.
+
+    Args:
+        name: one of ``SAMPLERS``, except ``auto`` and ``budget_gp``.
+        distributions: the variables.
+        trials: how many proposals are planned; gives the genetic samplers' population size.
+        seed: seed of the proposals.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such sampler.
     """
     if name == "excess":
         raise UserError("sampler 'excess' is now called 'budget_gp'")
@@ -102,12 +113,15 @@ class Study:
     Args:
         journal: Optuna's journal file; a torn last line is cut off.
         distributions: the variables.
-        seed: of the proposals; for Optuna's samplers together with the number of trials that are there already.
+        seed: seed of the proposals; Optuna's samplers combine it with the number of existing trials.
         objectives: names, in the order of ``tell``'s values.
         sampler: one of ``SAMPLERS``.
         trials: how many proposals are planned.
         start: points to propose first, by variables; those that were proposed already are left out.
-        name: of the run, which the studies carry; that of the journal's folder by default.
+        name: name of the run, shown with the studies; that of the journal's folder by default.
+
+    Raises:
+        UserError: there is no such sampler.
     """
 
     def __init__(
@@ -151,34 +165,39 @@ class Study:
         )
 
     def ask(self) -> tuple[int, dict[str, float | int | str]]:
-        """Return number and point of a new trial."""
+        """Start a trial; return its number and its point."""
         trial = self._study.ask(self._distributions)
         return trial.number, dict(trial.params)
 
     def tell(self, number: int, values: Sequence[float]) -> None:
-        """Finish a trial; does nothing where it is finished already. It has failed where a value is not finite."""
+        """Finish a trial; do nothing if it is finished already.
+
+        Args:
+            number: the trial.
+            values: its objectives; the trial has failed if one of them is not finite.
+        """
         if all(map(math.isfinite, values)):
             self._study.tell(number, list(values), skip_if_finished=True)
         else:
             self.fail(number)
 
     def fail(self, number: int) -> None:
-        """Finish a trial without values."""
+        """Finish a trial as failed, without values."""
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def prune(self, number: int) -> None:
-        """Take back a proposal that is no candidate."""
+        """Withdraw a proposal that is not a new candidate."""
         self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def record(self, results: Iterable[Result]) -> None:
-        """Add finished units' results, of any rung, to ``results``; those that are there already are left out."""
+        """Add the results of finished units, on any rung, to ``results``; skip those that are there already."""
         for result in results:
             if result.id not in self._known:
                 self._results.add_trial(self._trial_of(result))
                 self._known.add(result.id)
 
     def _trial_of(self, result: Result) -> FrozenTrial:
-        """Return a finished trial that has all that is known of a result."""
+        """Return a finished trial with everything that is known about a result."""
         found = values(result, self._objectives)
         state = TrialState.COMPLETE if result.has_model else TrialState.PRUNED
         state = state if all(map(math.isfinite, found)) else TrialState.FAIL
@@ -194,13 +213,13 @@ class Study:
         return trial
 
     def count(self, *states: TrialState) -> int:
-        """Return how many proposals are in any of these states."""
+        """Return the number of proposals that are in any of these states."""
         return len(self._study.get_trials(deepcopy=False, states=states))
 
     def running(self) -> dict[int, dict[str, float | int | str] | None]:
-        """Return trials that were asked for and not told, with their points.
+        """Return the points of the trials that were asked for and not told, by their number.
 
-        The point is None where the driver died while asking.
+        A point is None if the driver died while asking for it.
         """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         complete = set(self._distributions)
@@ -208,7 +227,7 @@ class Study:
 
 
 def _attributes(result: Result) -> dict[str, Any]:
-    """Return the user attributes of a result's trial; a figure that is no finite number is None."""
+    """Return the user attributes of a result's trial; a figure that is not finite is None."""
     figures = {
         "top1": result.top1,
         **({} if result.ppl is None else {"ppl": result.ppl}),
@@ -230,7 +249,7 @@ def _attributes(result: Result) -> dict[str, Any]:
 
 
 def _open(storage: BaseStorage, stored: str, kind: str, objectives: Sequence[str], run: str) -> optuna.Study:
-    """Return a study of the journal, which is made where it is not there, with what dashboards show of it."""
+    """Open a study of the journal, or create it, with the notes that dashboards show."""
     if stored in {study.study_name for study in storage.get_all_studies()}:
         study = optuna.load_study(study_name=stored, storage=storage)
     else:
@@ -248,7 +267,7 @@ def _open(storage: BaseStorage, stored: str, kind: str, objectives: Sequence[str
 
 
 def _repair(journal: Path) -> None:
-    """Cut a torn last line, which would make every later read fail, and break the dead driver's lock."""
+    """Cut off a torn last line, which would make every later read fail, and break the dead driver's lock."""
     if not journal.exists():
         return
     data = journal.read_bytes()

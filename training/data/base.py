@@ -34,9 +34,9 @@ class DataInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
-    vocabulary: str = ""  # of a text: a digest of its words, by which models know theirs
+    vocabulary: str = ""  # of a text: a digest of its words, which models record
     classes: tuple[str, ...] = ()  # names by label, where the data have names
-    notes: tuple[str, ...] = ()  # what a user should know: empty classes, files that are not used, sampled bytes
+    notes: tuple[str, ...] = ()  # lines for people: empty classes, files that are not used, sampled bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class Data(ABC):
     A kind of data set is a subclass with ``kind``, ``argument`` and ``open``, added to the table by ``register``.
     """
 
-    kind: ClassVar[str]  # what stands before the colon of a data set's name
-    argument: ClassVar[Literal["", "PATH", "NAME"]] = ""  # what stands behind it
+    kind: ClassVar[str]  # part of a data set's name before the colon
+    argument: ClassVar[Literal["", "PATH", "NAME"]] = ""  # what follows the colon
     info: DataInfo
 
     def __init__(self, *, loader_workers: int = 0) -> None:

@@ -37,8 +37,8 @@ from .registry import register
 
 __all__ = ["ImageFolder", "class_names"]
 
-CHECK_ALL = 50_000  # files up to which every one is looked at before an index is used again
-CHECKED = 4096  # files of a larger split that are looked at, beside all folders
+CHECK_ALL = 50_000  # splits of up to so many files are checked whole before an index is used again
+CHECKED = 4096  # files of a larger split that are checked, besides all folders
 
 
 @dataclass(frozen=True)

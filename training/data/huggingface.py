@@ -35,7 +35,7 @@ class HuggingFace(ImageFiles):
             splits = {split: self._open(split) for split in ("train", "val")}
         except ImportError as error:
             raise UserError(f"data 'hfds:{name}' needs the datasets package: pip install datasets") from error
-        except Exception as error:  # whatever datasets raises where there is no such data set, or no network
+        except Exception as error:  # datasets raises many kinds of errors for an unknown data set or a missing network
             raise UserError(f"data 'hfds:{name}' cannot be opened: {error}") from error
         reader: Any = splits["train"].reader  # type: ignore[attr-defined]
         label = reader.dataset.features[reader.label_key]

@@ -29,7 +29,7 @@ __all__ = ["IMAGE_ENDINGS", "READ_ERRORS", "ImageFiles", "Readable", "is_hidden"
 READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 READ_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
 SYSTEM = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "#recycle", "$recycle.bin"}
-# formats that PIL only names, or opens by means of another program
+# formats that PIL knows but cannot read, or reads with the help of another program
 NOT_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 
 
@@ -39,7 +39,7 @@ def _endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in NOT_IMAGES)
 
 
-IMAGE_ENDINGS = _endings()  # with their dot, in small letters
+IMAGE_ENDINGS = _endings()  # with the dot, in lower case
 
 
 def is_hidden(name: str) -> bool:

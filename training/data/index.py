@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 FORMAT = 1
-HASH_ALL = 256 * 2**20  # bytes of a split up to which all of them are hashed
-SAMPLED = 1024  # files of a larger split whose bytes are hashed
+HASH_ALL = 256 * 2**20  # splits of up to so many bytes are hashed whole
+SAMPLED = 1024  # files that are hashed of a larger split
 SETTLED_NS = 2 * 10**9
 DIGEST = 16  # bytes
 

@@ -103,7 +103,7 @@ def _members(name: str, path: Path) -> dict[str, _Members]:
             try:
                 return {split: _unpack(split, names, arrays) for split, names in shards.items()}
             except KeyError:
-                pass  # a kept index of another kind
+                pass  # the kept index has another form
     found = {split: _scan(name, path, names, split) for split, names in shards.items()}
     columns = {
         f"{split}.{column}": values

@@ -41,10 +41,10 @@ __all__ = ["IGNORED", "Corpus", "PyDocs", "TextData", "WikiText", "check_words",
 IGNORED = -100  # the target of a word that is context only
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 END, UNKNOWN = SPECIAL.index("</s>"), SPECIAL.index("<unk>")
-MULTIPLE = 8  # of the size of a vocabulary
+MULTIPLE = 8  # a vocabulary's size is a multiple of this
 SPLITS = {"train": "train", "val": "valid", "test": "test"}
-WORDS_AT_A_TIME = 2**15  # of one batch of evaluation
-FORMAT = "1"  # of cached texts
+WORDS_AT_A_TIME = 2**15  # in a batch of evaluation, at most
+FORMAT = "1"  # version of cached texts
 
 Numbers = npt.NDArray[np.int32]
 

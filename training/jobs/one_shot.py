@@ -22,7 +22,7 @@ from .scoring import Calibration, Progress, cached_scores
 
 __all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
 
-SMALLEST = 1e-6  # keep rate that is valid beside any other setting
+SMALLEST = 1e-6  # a keep rate that is valid with any other setting
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def open_source(name: str) -> Any:
     Arch.from_timm(name)
     try:
         return timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # timm raises whatever its parts raise, a failed download above all
+    except Exception as error:  # timm passes on all errors of its parts, mostly of downloads
         raise UserError(f"the weights of {name!r} cannot be had: {error}") from error
 
 

@@ -51,7 +51,7 @@ from .training_job import STATE, Reports, TrainedModels, TrainingJob, load_job, 
 
 __all__ = ["TrainingFailed", "train_on_ray"]
 
-MODEL = "model"  # folder of a checkpoint that has the trained models
+MODEL = "model"  # folder of the trained models in a checkpoint
 
 
 class TrainingFailed(Exception):
@@ -111,7 +111,7 @@ def train_on_ray(
         )
         try:
             result = trainer.fit()
-        except Exception as error:  # Ray wraps whatever a worker raised
+        except Exception as error:  # Ray wraps the error of a worker
             raise TrainingFailed(str(error)) from error
     if "failed" in result.return_value:
         raise TrainingFailed(result.return_value["failed"])
@@ -204,7 +204,7 @@ class _Log:
     """Collect what the workers report, for the process that started them."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, Any]] = []  # what may not get lost, in order
+        self.events: list[tuple[str, Any]] = []  # reports that must not get lost, in order
         self.latest: tuple[int, int, float] | None = None
         self.ready: dict[int, str] = {}
         self.size = 0

@@ -26,7 +26,7 @@ from .training_job import STATE, LoadedJob, Reports, TrainingJob, load_job, trai
 
 __all__ = ["run_job"]
 
-RAY = "ray"  # folder of checkpoints in that of the work
+RAY = "ray"  # folder of checkpoints in the work folder
 
 
 def run_job(

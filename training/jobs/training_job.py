@@ -23,9 +23,9 @@ from .prune_loop import PruneJob, prune_while_training
 
 __all__ = ["STATE", "LoadedJob", "Reports", "TrainedModels", "TrainingJob", "load_job", "train_models"]
 
-STATE = "state.safetensors"  # of a training that is not done
+STATE = "state.safetensors"  # file name of the state of a training that is not done
 
-# by folder below the result's ("" is the result itself): a model, and what its ``config.json`` says of it besides
+# by folder below the result's ("" is the result itself): a model, and further entries of its ``config.json``
 TrainedModels = dict[str, tuple[nn.Module, dict[str, Any]]]
 
 
