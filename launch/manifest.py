@@ -12,6 +12,8 @@ __all__ = ["manifest"]
 
 
 class Kind(StrEnum):
+    """The kinds of files that can be written."""
+
     kuberay = "kuberay"
     slurm = "slurm"
     ray_cluster = "ray-cluster"

@@ -33,9 +33,14 @@ class _Table(BaseModel):
 class Distill(_Table):
     """One term of distillation, added to the loss with ``weight``.
 
-    ``soft`` is temperature^2 * KL(teacher || student) of logits over the temperature, mean over images; ``hard`` is
-    cross-entropy to the teacher's decision; ``feature`` is the mean squared error of the pooled features before the
-    classifier. ``on = "token"`` takes the student's distillation head instead of its output. ``cache_teacher``
+    With student's and teacher's logits z and z', pooled features f and f' before the classifier, and temperature T, the
+    term is, as a mean over images,
+
+        soft       T^2 KL(softmax(z' / T) || softmax(z / T))    Hinton et al. 2015, arXiv 1503.02531
+        hard       cross-entropy of z to the class argmax z'    Touvron et al. 2021 (DeiT), arXiv 2012.12877
+        feature    mean of (f - f')^2
+
+    ``on = "token"`` takes the logits of the student's distillation head instead of its output. ``cache_teacher``
     computes the teacher's logits on the training images once; that needs images that look the same in every epoch.
     """
 

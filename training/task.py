@@ -94,6 +94,12 @@ class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
 
     Without terms, the adaptive softmax computes only what the next words need. A term needs the whole distribution, and
     memory for it: pieces x words x vocabulary.
+
+    Args:
+        model: the student.
+        terms: terms of distillation with a weight above 0.
+        teachers: language models by the names that terms use.
+        loss_weight: weight of cross-entropy.
     """
 
     def __init__(
@@ -144,10 +150,22 @@ class LanguageTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
 
 
 class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is untyped
-    """``loss_weight`` times cross-entropy of the output, plus terms of distillation; teachers get no gradient.
+    """An image model's loss: ``loss_weight`` times cross-entropy of the output, plus terms of distillation.
 
-    A model with a distillation head outputs the mean of its heads, as in evaluation, and that head's logits go to the
-    terms with ``on = "token"`` (NViT's code; DeiT's own takes the class head alone for cross-entropy).
+    Teachers get no gradient. A model with a distillation head outputs the mean of its heads, as in evaluation, and that
+    head's logits go to the terms with ``on = "token"`` (NViT's code; DeiT's own takes the class head alone for
+    cross-entropy).
+
+    Args:
+        model: the student.
+        terms: terms of distillation with a weight above 0.
+        teachers: models by the names that terms use.
+        loss_weight: weight of cross-entropy.
+        criterion: arguments of timm's cross-entropy: label smoothing, soft targets.
+
+    Raises:
+        UserError: a term is on a distillation head that the model does not have, or on features of a model with two
+            heads.
     """
 
     def __init__(
@@ -218,7 +236,13 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
 
     @torch.no_grad()
     def answers(self, name: str, x: torch.Tensor, *, features: bool = False) -> torch.Tensor:
-        """Return a teacher's logits B·K, or pooled features B·D, for images that are normalised for the student."""
+        """Return a teacher's logits B·K, or pooled features B·D.
+
+        Args:
+            name: the teacher's name in the terms.
+            x: images B·C·H·W, normalised for the student.
+            features: return features instead of logits.
+        """
         teacher = self.teacher(name)
         return teacher(teacher.normalize_input(x, self.student_mean, self.student_std), return_features=features)
 

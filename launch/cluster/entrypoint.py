@@ -30,6 +30,7 @@ def command(config: str, run: str, address: str, trials: int | None, overrides: 
 
 
 def main() -> None:
+    """Run the command that the command line's configuration and run need."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
     parser.add_argument("run")

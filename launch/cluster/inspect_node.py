@@ -60,13 +60,20 @@ class Node:
     """An actor on a node that reads and writes files in the folder that all nodes should share."""
 
     def time(self) -> float:
+        """Return this node's time, in seconds since 1970."""
         return time.time()
 
     def inspect(self, data: str | None) -> dict[str, Any]:
+        """Describe this node; see ``inspect_node``."""
         return inspect_node(data)
 
     def write(self, path: str, text: str) -> str | None:
-        """Write a file; return the reason if this node cannot, otherwise None."""
+        """Write a file and the folders above it; return the reason if this node cannot, otherwise None.
+
+        Args:
+            path: the file.
+            text: its content.
+        """
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text)
@@ -79,6 +86,7 @@ class Node:
         return [path for text, path in paths.items() if _text(path) != text]
 
     def erase(self, path: str) -> None:
+        """Delete a file, and its folder if that is empty."""
         Path(path).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the folder still has other nodes' files
             Path(path).parent.rmdir()
@@ -182,6 +190,7 @@ def _all(ray: Any, answers: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Inspect all nodes as the command line says, and print what was found as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", default="auto")
     parser.add_argument("--storage")

@@ -67,6 +67,7 @@ def write_archive(run: Path, top: int | None, file: IO[bytes], limit: int) -> No
 
 
 def main() -> int:
+    """Print the run that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--top", type=int, default=None)

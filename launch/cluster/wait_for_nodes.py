@@ -38,6 +38,7 @@ def wait_for_nodes(address: str, nodes: int, timeout: float) -> int:
 
 
 def main() -> int:
+    """Wait as the command line says; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--nodes", type=int, required=True)

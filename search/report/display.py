@@ -195,7 +195,12 @@ class Display:
             self._live.stop()
 
     def front(self, front: Sequence[dict[str, Any]], source_macs: int) -> None:
-        """Print the table of the Pareto front; its arguments are those of ``front_table``."""
+        """Print the table of the Pareto front.
+
+        Args:
+            front: as for ``front_table``.
+            source_macs: as for ``front_table``.
+        """
         self.console.print(front_table(front, source_macs))
 
 

@@ -177,7 +177,12 @@ class Data(ABC):
 
 
 class Transformed(Dataset[Batch]):
-    """Apply a transform to the images of a data set."""
+    """Apply a transform to the images of a data set.
+
+    Args:
+        data: map-style data set of (image, label).
+        transform: function of an image.
+    """
 
     def __init__(self, data: Dataset[Batch], transform: Any) -> None:
         self.data, self.transform = data, transform

@@ -279,7 +279,15 @@ def _facts(found: Mapping[str, _Listing], names: Sequence[str]) -> Iterator[str 
 
 @register
 class ImageFolder(ImageFiles):
-    """``PATH/train`` and ``PATH/val`` with one folder of images per class; ``val`` has the classes of ``train``."""
+    """``PATH/train`` and ``PATH/val`` with one folder of images per class; ``val`` has the classes of ``train``.
+
+    Args:
+        path: the folder with both splits, absolute.
+        options: how it is opened.
+
+    Raises:
+        UserError: a folder is missing, the splits' classes differ, or a class cannot be trained on.
+    """
 
     kind = "imagefolder"
     argument = "PATH"

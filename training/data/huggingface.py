@@ -20,7 +20,15 @@ __all__ = ["HuggingFace"]
 
 @register
 class HuggingFace(ImageFiles):
-    """A data set of Hugging Face's ``datasets`` with columns ``image`` and ``label``, through timm's reader."""
+    """A data set of Hugging Face's ``datasets`` with columns ``image`` and ``label``, through timm's reader.
+
+    Args:
+        name: name of the data set on the Hub.
+        options: how it is opened.
+
+    Raises:
+        UserError: the package ``datasets`` is missing, or the data set cannot be opened.
+    """
 
     kind = "hfds"
     argument = "NAME"

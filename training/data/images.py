@@ -148,8 +148,14 @@ class ImageFiles(Data):
 class Readable(Dataset[Batch]):
     """Transformed images; an image that cannot be read is replaced by its neighbour.
 
-    Distinct damaged files are counted over all processes and epochs. If they are more than ``share`` of the images, and
-    more than ``ALWAYS``, an error is raised.
+    Distinct damaged images are counted over all processes and epochs. If they are more than ``share`` of the images,
+    and more than ``ALWAYS``, an error is raised.
+
+    Args:
+        data: map-style data set of (PIL image, label).
+        transform: function of an image.
+        share: share of the images that may be unreadable.
+        damaged: (N,) bool in shared memory, true for the images that could not be read.
     """
 
     ALWAYS = 10

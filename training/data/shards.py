@@ -139,6 +139,13 @@ class Shards(ImageFiles):
 
     Members are found once by reading the tar headers, then read by position. So every image comes once per epoch, in
     any order, for any number of workers, which is impossible with streamed shards.
+
+    Args:
+        path: folder of the shards, absolute.
+        options: how it is opened.
+
+    Raises:
+        UserError: shards are missing or damaged, or there are fewer class names than labels.
     """
 
     kind = "wds"
