@@ -45,7 +45,7 @@ class Epoch:
     top5: float
     lr: float
     images_per_s: float
-    facts: Mapping[str, float | str] = field(default_factory=dict)  # of the method that prunes meanwhile, if any
+    facts: Mapping[str, float | str] = field(default_factory=dict)  # figures of a method that prunes meanwhile
     ppl: float | None = None
 
 

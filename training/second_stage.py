@@ -1,4 +1,4 @@
-"""Finetune a pruned model in the way of the method that pruned it: make the method's hook from saved models."""
+"""The second stage of a pruning method: make its hook for finetuning from saved models."""
 
 from __future__ import annotations
 

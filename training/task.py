@@ -195,7 +195,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
             self.register_buffer(f"student_{name}", values, persistent=False)
 
     def train(self, mode: bool = True) -> DistillationTask:
-        """Set the student's mode, in which its two heads are kept apart; teachers stay in evaluation mode."""
+        """Set the student's mode; its two heads are kept apart while it trains. Teachers stay in evaluation mode."""
         super().train(mode)
         self.teachers.eval()
         student: Any = timm.utils.unwrap_model(self.trainable_module)

@@ -39,6 +39,6 @@ class World:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Overwrite ``tensor`` on every worker with the first one's, in place."""
         if self.size > 1:
-            values = tensor.contiguous()  # of any memory format before
+            values = tensor.contiguous()  # the tensor may have any memory format
             dist.broadcast(values, src=0)
             tensor.copy_(values)

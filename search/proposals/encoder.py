@@ -33,7 +33,7 @@ class SearchSpaceEncoder:
         self.names, self._each = list(distributions), list(distributions.values())
         self.choices = [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in self._each]
         self._steps = [_steps(d) for d in self._each]
-        self.groups = [v for v, choices in enumerate(self.choices) for _ in range(max(choices, 1))]  # of the features
+        self.groups = [v for v, choices in enumerate(self.choices) for _ in range(max(choices, 1))]  # one per feature
 
     def rows(self, points: Sequence[Mapping[str, Any]]) -> Floats:
         """Return (n, V) rows of points. A column is below 0 or above 1 if its value is outside the range."""

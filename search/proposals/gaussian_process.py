@@ -43,7 +43,7 @@ __all__ = ["GaussianProcess", "Hyperparameters", "Observations", "learn"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-STEPS = 12  # of L-BFGS; more change the predictions by less than the results' noise does
+STEPS = 12  # of L-BFGS; further steps change predictions by less than the results' noise
 JITTER = 1e-4
 
 

@@ -53,7 +53,7 @@ def draw_tokens(model: nn.Module, image: Image.Image, out: Path) -> None:
     if not groups:
         raise UserError(f"{arch.source} has no token plan: there is nothing to draw")
     rows, columns = arch.stages[0].grid
-    side = math.ceil(TILE / max(rows, columns))  # of a patch
+    side = math.ceil(TILE / max(rows, columns))  # pixels of a patch
     photo = image.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
     across = min(4, len(groups))
     width, height = photo.width + GAP, photo.height + LABEL + GAP

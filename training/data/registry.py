@@ -37,7 +37,7 @@ def absolute_name(name: str) -> str:
     if kind in KINDS and KINDS[kind].argument == "PATH" and path:
         try:
             return f"{kind}:{Path(path).expanduser().absolute()}"
-        except RuntimeError as error:  # ~user of whom there is none
+        except RuntimeError as error:  # ~user with an unknown user
             raise UserError(f"data.name = {name!r}: {error}") from error
     return name
 

@@ -170,7 +170,7 @@ def plan_once(
         raise UserError("give either a keep rate or a budget: each of them decides how many tokens stay")
     entry, arch, options = get_method(method, TokenMethod), arch_of(model), dict(settings or {})
     entry.check(arch)
-    entry.configure(options, keep_rate=SMALLEST if keep_rate is None else keep_rate)  # a budget goes with any others
+    entry.configure(options, keep_rate=SMALLEST if keep_rate is None else keep_rate)  # a budget is valid with any
     scoring, deciding = entry.split(options)
     limit = None if budget is None else budget.limit(arch)
     data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
