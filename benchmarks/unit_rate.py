@@ -70,7 +70,7 @@ def rate(path: Path, sampler: str, units: int, cpus: int) -> dict[str, Any]:
     )
     coordinator, seen = Coordinator(run, study, space, search, max_concurrent=1, seed=0), list[tuple[float, int]]()
     with RayConnection(resources, address=None, verbose=False, on_death=lambda: os._exit(1)) as connection:
-        coordinator.max_concurrent = connection.slots
+        coordinator.max_concurrent = connection.max_concurrent
         begun = time.monotonic()
         changed = [lambda: seen.append((time.monotonic(), len(coordinator.results)))]
         execute(coordinator, resources, changed, work=nothing)

@@ -364,7 +364,7 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
 def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -> None:
     """Every third one diverges: none of them is promoted, on the front, or told as a value."""
     run = make_run(tmp_path / "r", 18, **LADDER)
-    coordinator = start(run, 18, slots=2, **LADDER)
+    coordinator = start(run, 18, max_concurrent=2, **LADDER)
     bad = set()
     while (unit := coordinator.next()) is not None:
         result = work(run, unit)
@@ -372,7 +372,7 @@ def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -
             bad.add(unit.number)
             run.write_result(unit.id, result=replace(result, top1=(math.nan, math.inf)[unit.number % 2]))
         coordinator.complete(unit.id)
-        again = start(run, 18, slots=2, **LADDER)
+        again = start(run, 18, max_concurrent=2, **LADDER)
         assert again.front == coordinator.front
     assert coordinator.finished
     results = run.results()
