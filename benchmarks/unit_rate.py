@@ -24,7 +24,7 @@ from prunesweep.models.io.provenance import versions
 from prunesweep.search.config import ResourcesTable, SearchTable
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.runtime import RayConnection, execute
-from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import Study
 
 from .driver_scale import make_run, make_space
@@ -34,7 +34,7 @@ RESULT = Path(__file__).parent / "results" / "unit_rate.json"
 WARM = 10  # results
 
 
-def nothing(path: Path, unit: Unit) -> dict[str, Any]:
+def nothing(path: Path, unit: Task) -> dict[str, Any]:
     """A unit's result without its work."""
     budget = unit.point["budget"]
     return Run(path).write_result(
