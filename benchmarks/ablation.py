@@ -60,7 +60,7 @@ def one_search(space: str, seed: int, trials: int, folder: Path) -> dict[str, An
     found = run_search(config, folder / config.name)
     assert found is not None
     run = Run(found.path)
-    results, source = run.results(), run.facts()["source"]
+    results, source = run.results(), run.metadata()["source"]
     return {
         "space": space,
         "seed": seed,

@@ -39,7 +39,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import _board
 from prunesweep.search.report.display import Display
 from prunesweep.search.space.space import Candidate, Space
-from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import Study
 
 from .upvit_exact import processor
@@ -68,7 +68,7 @@ def make_run(path: Path, arch: Arch, search: SearchTable) -> Run:
     return Run(path)
 
 
-def made_up(unit: Unit, candidate: Candidate, search: SearchTable) -> Result:
+def made_up(unit: Task, candidate: Candidate, search: SearchTable) -> Result:
     noise = float(np.random.default_rng(unit.seed).random())
     return Result(
         trial=unit.number,
@@ -85,7 +85,7 @@ def made_up(unit: Unit, candidate: Candidate, search: SearchTable) -> Result:
     )
 
 
-def work(run: Run, space: Space, unit: Unit, search: SearchTable) -> None:
+def work(run: Run, space: Space, unit: Task, search: SearchTable) -> None:
     """What a unit does and leaves behind, but for the training."""
     candidate, folder = space.decode(unit.point), run.trial(unit.id)
     write_text(folder / "arch.json", candidate.arch.to_json())
@@ -133,7 +133,7 @@ def fill(run: Run, study: Study, space: Space, search: SearchTable, count: int) 
     values = []
     for rung, promoted in zip(range(len(rungs)), [*rungs[1:], 0], strict=True):
         for number in range(rungs[rung]):
-            unit = Unit(number, points[number], "", f"made up {number}", number, rung)
+            unit = Task(number, points[number], "", f"made up {number}", number, rung)
             result = made_up(unit, known[number % len(known)], search)
             folder = run.trial(unit.id)
             folder.mkdir()
@@ -156,7 +156,7 @@ def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]
     # a small source: what grows with the number of trials does not depend on it, and decoding is timed by itself
     arch = arch_of(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=4))
     search = SearchTable(trials=count + args.results, rungs=args.rungs, sampler=args.sampler)
-    space, clock, running = make_space(arch), Clock(), deque[Unit]()
+    space, clock, running = make_space(arch), Clock(), deque[Task]()
     run = make_run(path / str(count), arch, search)
 
     def open_study() -> Study:
@@ -167,7 +167,7 @@ def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]
     coordinator: Coordinator = clock.time(
         "open", lambda: Coordinator(run, open_study(), space, search, max_concurrent=args.slots, seed=0)
     )
-    before, source = coordinator.settled, run.facts()["source"]
+    before, source = coordinator.settled, run.metadata()["source"]
     display = Display(Console(file=io.StringIO(), width=120))
     with display.live(coordinator, source, space.table.budget) as drawn, _board(run, coordinator, source) as logged:
         while not coordinator.done and coordinator.settled - before < args.results:

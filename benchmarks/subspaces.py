@@ -23,7 +23,7 @@ from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence, taylor, width_path
 from prunesweep.pruners.subspaces import SourceStatistics, Widths, compress, compressed_arch, equal_shares, instant
 from prunesweep.search.config import load_config
-from prunesweep.search.execution.prepare import open_search
+from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.report.display import Display
 from prunesweep.training import open_data
 
@@ -40,7 +40,7 @@ def source_of(seed: int, cache: Path) -> nn.Module:
     from prunesweep.models import load
 
     with Display(Console()).progress() as report:
-        return load(open_search(load_config(CONFIG, [f"seed={seed}"]), cache, report).folder)
+        return load(prepare_search(load_config(CONFIG, [f"seed={seed}"]), cache, report).folder)
 
 
 def uniform(model: nn.Module, budget: float) -> Widths:

@@ -24,7 +24,7 @@ from prunesweep.models.io.provenance import versions
 from prunesweep.search.config import ResourcesTable, SearchTable
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.runtime import RayConnection, execute
-from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import Study
 
 from .driver_scale import make_run, make_space
@@ -34,7 +34,7 @@ RESULT = Path(__file__).parent / "results" / "unit_rate.json"
 WARM = 10  # results
 
 
-def nothing(path: Path, unit: Unit) -> dict[str, Any]:
+def nothing(path: Path, unit: Task) -> dict[str, Any]:
     """A unit's result without its work."""
     budget = unit.point["budget"]
     return Run(path).write_result(
@@ -70,7 +70,7 @@ def rate(path: Path, sampler: str, units: int, cpus: int) -> dict[str, Any]:
     )
     coordinator, seen = Coordinator(run, study, space, search, max_concurrent=1, seed=0), list[tuple[float, int]]()
     with RayConnection(resources, address=None, verbose=False, on_death=lambda: os._exit(1)) as connection:
-        coordinator.max_concurrent = connection.slots
+        coordinator.max_concurrent = connection.max_concurrent
         begun = time.monotonic()
         changed = [lambda: seen.append((time.monotonic(), len(coordinator.results)))]
         execute(coordinator, resources, changed, work=nothing)

@@ -160,14 +160,14 @@ def front(
     from prunesweep.search import Run
     from prunesweep.search.execution.promote import promoted
     from prunesweep.search.report.display import front_table, promoted_table
-    from prunesweep.search.store.run import unit_id
+    from prunesweep.search.store.run import task_id
 
     found = Run.existing(run)
     points = [{**p, "model": str(run / p["model"])} for p in found.front()]
     further = {p["unit"]: p for p in promoted(found)}
     if as_json or as_csv:
         for point in points:
-            again = further.get(unit_id(point["trial"], point["rung"]))
+            again = further.get(task_id(point["trial"], point["rung"]))
             point["promoted_top1"] = again and again["top1"]
             point["promoted_model"] = again and str(run / again["model"])
     if as_json:
@@ -177,7 +177,7 @@ def front(
         writer.writeheader()
         writer.writerows(points)
     else:
-        console, source = Console(), found.facts()["source"]
+        console, source = Console(), found.metadata()["source"]
         console.print(front_table(points, source["macs"]))
         if further:
             console.print(promoted_table(list(further.values()), source["macs"], run))

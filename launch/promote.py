@@ -69,4 +69,4 @@ def promote(
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, setting=setting, placement=placement, **say)
     write_report(found)
-    console.print(promoted_table(promoted(found), found.facts()["source"]["macs"], run))
+    console.print(promoted_table(promoted(found), found.metadata()["source"]["macs"], run))

@@ -24,7 +24,7 @@ from prunesweep.models.families.vit import HeteroBlock, VisionTransformerFamily
 from prunesweep.pruners import METHODS, Scores, WidthMethod, baselines, vector_sizes
 from prunesweep.pruners import register as register_method
 from prunesweep.search.config import SearchConfig
-from prunesweep.search.execution.task import run_unit
+from prunesweep.search.execution.task import run_task
 from prunesweep.search.space import axes
 from tests.generate import random_cut, random_images
 from tests.models.test_counting import counted
@@ -158,18 +158,18 @@ def test_two_candidates_of_a_search_with_a_family_a_method_and_an_axis_from_outs
     run, coordinator = begin(config, tmp_path / "cache", tmp_path / "run")
     while (unit := coordinator.next()) is not None:
         assert 0.1 <= unit.point["head_weight"] <= 10
-        assert run_unit(run.path, unit)["state"] == "finished"
+        assert run_task(run.path, unit)["state"] == "finished"
         coordinator.complete(unit.id)
     assert coordinator.done
     assert len(run.results()) == 2
     for result in run.results():
         arch = Arch.from_json((run.trial(result.id) / "arch.json").read_text())
         assert (arch.family, arch.hash) == ("mirror", result.arch_hash)
-        assert cost(arch).macs == result.macs < run.facts()["source"]["macs"]
+        assert cost(arch).macs == result.macs < run.metadata()["source"]["macs"]
     front = json.loads((run / "front.json").read_text())
     assert front
     assert all(isinstance(load(run / point["model"]), MirrorViT) for point in front)
-    assert run.facts()["scores"].keys() == {"by-place"}
+    assert run.metadata()["scores"].keys() == {"by-place"}
 
 
 def test_what_was_added_can_be_taken_away(tiny: Callable[..., SearchConfig]) -> None:

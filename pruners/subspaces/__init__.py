@@ -4,7 +4,7 @@ Where a width carries no nonlinearity (residual stream, queries and keys, values
 best subspace; then every layer that reads or writes is refitted by ridge regression, block after block.
 """
 
-from .compress import compress
+from .compression import compress
 from .front import Point, instant
 from .normal_equations import NormalEquations
 from .recovery import recover

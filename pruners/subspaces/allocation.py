@@ -21,7 +21,7 @@ import torch
 from prunesweep.models import Arch, cost
 from prunesweep.pruners.divergence import kl_divergence
 
-from .compress import Work
+from .compression import Work
 from .source import SourceStatistics, open_source, stem
 from .widths import BlockWidths, Widths, compressed_arch
 

@@ -13,7 +13,7 @@ from prunesweep.models import Arch, UserError, arch_of, cost
 from prunesweep.pruners.divergence import kl_divergence
 
 from .allocation import allocate, measure_losses
-from .compress import compress
+from .compression import compress
 from .source import SourceStatistics, images_of
 from .widths import Widths, compressed_arch, equal_shares
 

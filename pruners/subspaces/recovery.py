@@ -2,7 +2,7 @@
 
 A method has chosen which channels, heads, units, blocks, mixers and tokens stay. Block after block, every layer that
 reads or writes the stream is refitted by ridge regression, shrunk towards what the cut left: features are the small
-model's own, targets the source's. Notation as in ``pruners.subspaces.compress``, with T the selection of the channels
+model's own, targets the source's. Notation as in ``pruners.subspaces.compression``, with T the selection of the channels
 that stay; M merges the tokens of a planned block.
 
     qkv   N(M z)                  q, k, v of the source at M x_i, for the channels that stay
@@ -24,7 +24,7 @@ from torch import nn
 from prunesweep.models import BlockCut, Cut, arch_of, cut
 from prunesweep.models.recalibrate import recalibrate
 
-from .compress import HEAD_SHRINKAGE, SHRINKAGE
+from .compression import HEAD_SHRINKAGE, SHRINKAGE
 from .normal_equations import NormalEquations
 from .source import SourceBlock, images_of, open_source, stem
 

@@ -22,7 +22,7 @@ from prunesweep.models.io.files import write_text
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space
 from prunesweep.search.store.front import QUALITIES, comparable, directions, values
-from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import Study
 
 from .rungs import MultiObjectiveASHA
@@ -45,7 +45,7 @@ class Coordinator:
     ) -> None:
         self.run, self.search, self.max_concurrent = run, search, max_concurrent
         self.space, self._study, self._seed = space, study, seed
-        self._live: dict[str, Unit] = {}
+        self._live: dict[str, Task] = {}
         self._decisions: dict[int, Cut] = {}  # of candidates that are to be handed out for the first time
         self._stopping = self._exhausted = False
         self.results, self.failures = run.results(), run.failures()
@@ -91,7 +91,7 @@ class Coordinator:
                 asha.promoted(rung, number)
         return asha
 
-    def _adopt(self) -> Iterator[Unit]:
+    def _adopt(self) -> Iterator[Task]:
         """Settle what a dead driver left: tell what was done but not told; the units that were begun but not done."""
         for number, point in self._study.running().items():
             candidate = self._decode(point) if point is not None else None
@@ -113,10 +113,10 @@ class Coordinator:
         except UserError:
             return None
 
-    def _unit(self, number: int, point: Mapping[str, Any], candidate: Candidate) -> Unit:
+    def _unit(self, number: int, point: Mapping[str, Any], candidate: Candidate) -> Task:
         full = self.space.complete(point)
         self._decisions[number] = candidate.decision
-        return Unit(number, full, candidate.arch.hash, candidate.key, self._seed_of(0, number))
+        return Task(number, full, candidate.arch.hash, candidate.key, self._seed_of(0, number))
 
     def _seed_of(self, rung: int, number: int) -> int:
         return int(np.random.SeedSequence([self._seed, rung, number]).generate_state(1)[0])
@@ -156,7 +156,7 @@ class Coordinator:
     def _proposing(self) -> bool:
         return self._begun < self.requested and not self._exhausted
 
-    def next(self) -> Unit | None:
+    def next(self) -> Task | None:
         """The next unit to run, or None where there is none now."""
         if self._stopping or len(self._live) >= self.max_concurrent:
             return None
@@ -171,7 +171,7 @@ class Coordinator:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def _hand_out(self) -> Unit | None:
+    def _hand_out(self) -> Task | None:
         unit = self._waiting.popleft() if self._waiting else self._promotion() or self._proposal()
         if unit is None:
             return None
@@ -183,16 +183,16 @@ class Coordinator:
         self._live[unit.id] = unit
         return unit
 
-    def _promotion(self) -> Unit | None:
+    def _promotion(self) -> Task | None:
         found = self._rungs.next()
         if found is None:
             return None
         rung, number = found
         self._rungs.promoted(rung, number)
         below = self._at[number, rung - 1]
-        return Unit(number, below.point, below.arch_hash, below.key, self._seed_of(rung, number), rung)
+        return Task(number, below.point, below.arch_hash, below.key, self._seed_of(rung, number), rung)
 
-    def _proposal(self) -> Unit | None:
+    def _proposal(self) -> Task | None:
         """A new candidate, or None where enough are found, or no more can be.
 
         Raises:
@@ -229,22 +229,22 @@ class Coordinator:
         else:
             self._study.tell(number, values(first, self.search.objectives))
 
-    def complete(self, unit_id: str, *, error: str | None = None) -> None:
+    def complete(self, task_id: str, *, error: str | None = None) -> None:
         """A unit ended: with the result in its folder; stopped, without one; or by ``error``, its process lost.
 
         Raises:
             SearchFailed: more than a quarter of the requested units, and more than two, have failed.
         """
         with self._clocked():
-            self._complete(unit_id, error)
+            self._complete(task_id, error)
 
-    def _complete(self, unit_id: str, error: str | None) -> None:
-        unit = self._live.pop(unit_id)
-        found = self.run.read_result(unit_id)
+    def _complete(self, task_id: str, error: str | None) -> None:
+        unit = self._live.pop(task_id)
+        found = self.run.read_result(task_id)
         if found is None and error is None:
             self._waiting.append(unit)
             return
-        found = found or self.run.write_result(unit_id, error=error)
+        found = found or self.run.write_result(task_id, error=error)
         self._tell(unit, found)
         if found["state"] == "finished":
             result = Result(**found["result"])
@@ -256,7 +256,7 @@ class Coordinator:
             self._models |= {result.id} if result.has_model else set()
             self.front = self._update_front([result])
             return
-        self.failures[unit_id] = found["error"]
+        self.failures[task_id] = found["error"]
         if len(self.failures) > max(2, self.requested // 4):
             raise SearchFailed(
                 f"{len(self.failures)} of {self.expected} trials failed; the last one with:\n{found['error']}"
@@ -275,7 +275,7 @@ class Coordinator:
         top = len(self.search.rungs) - 1
         return {r.id for r in self.results if r.rung < top and (r.trial, r.rung + 1) not in self._at}
 
-    def _tell(self, unit: Unit, found: Mapping[str, Any]) -> None:
+    def _tell(self, unit: Task, found: Mapping[str, Any]) -> None:
         if unit.rung:
             return  # the study knows of rung 0
         if found["state"] == "finished":
@@ -290,7 +290,7 @@ class Coordinator:
             self.run.stop_file.touch()
 
 
-def _place(unit_id: str) -> tuple[int, int]:
+def _place(task_id: str) -> tuple[int, int]:
     """Rung and number of a unit, from its name."""
-    rung, number = unit_id.removeprefix("r").split("-")
+    rung, number = task_id.removeprefix("r").split("-")
     return int(rung), int(number)

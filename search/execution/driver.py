@@ -145,7 +145,7 @@ def resume_search(
         config = _with_table(config, run.latency_table)  # wherever the run was moved to
     if address is None:
         max_concurrent(config.resources)
-    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.facts()["scores"]))
+    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.metadata()["scores"]))
     display = Display(console or Console(quiet=True))
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
     return _search(run, config, space, display, ray)
@@ -317,7 +317,7 @@ def _search(
             name=config.name,
         )
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
-        source = run.facts()["source"]
+        source = run.metadata()["source"]
         try:
             if not coordinator.done:
                 with (

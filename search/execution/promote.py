@@ -15,7 +15,7 @@ from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.search.config import load_run_config
-from prunesweep.search.store.run import Run, read_json, unit_id
+from prunesweep.search.store.run import Run, read_json, task_id
 from prunesweep.training import Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.placement import Placement
@@ -55,7 +55,7 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
     Raises:
         UserError: the front is empty, a cost is unknown, or nothing is within a limit.
     """
-    front, source = run.front(), run.facts()["source"]
+    front, source = run.front(), run.metadata()["source"]
     if not front:
         raise UserError(f"{run.path}: the front is empty; search first")
     if top is None and not at:
@@ -72,7 +72,7 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
             least = min(p[name] for p in front)
             raise UserError(f"--at {name}={limit:g}: no model costs that little; the smallest has {least:,.6g}")
         chosen.append(within[0])
-    seen: dict[str, dict[str, Any]] = {unit_id(p["trial"], p["rung"]): p for p in chosen}
+    seen: dict[str, dict[str, Any]] = {task_id(p["trial"], p["rung"]): p for p in chosen}
     return list(seen.values())
 
 
@@ -100,7 +100,7 @@ def promote(
     Raises:
         UserError: training failed.
     """
-    unit = unit_id(point["trial"], point["rung"])
+    unit = task_id(point["trial"], point["rung"])
     folder = run / "promoted" / unit
     config = load_run_config(run.path)
     job = Finetuning(

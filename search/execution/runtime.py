@@ -22,7 +22,7 @@ from typing import Any
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
-from prunesweep.search.store.run import Unit
+from prunesweep.search.store.run import Task
 from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, join, own_token, start
 
 from .coordinator import Coordinator, SearchFailed
@@ -38,7 +38,7 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
-from .task import run_unit  # noqa: E402
+from .task import run_task  # noqa: E402
 
 __all__ = ["RayConnection", "execute", "max_concurrent"]
 
@@ -174,7 +174,7 @@ def _open(endpoint: tuple[str, int]) -> bool:
     return True
 
 
-class _UnitActor(tune.Trainable):  # type: ignore[misc]
+class _TaskActor(tune.Trainable):  # type: ignore[misc]
     """Runs one unit per step. Tune reuses the actor, so the next unit needs no new process."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ class _UnitActor(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        found = self._job["work"](Path(self._job["run"]), Unit(**self._job["unit"]))
+        found = self._job["work"](Path(self._job["run"]), Task(**self._job["unit"]))
         return {"state": found["state"], "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -257,7 +257,7 @@ def execute(
     on_change: Sequence[Callable[[], None]] = (),
     *,
     count: Callable[[], int] | None = None,
-    work: Callable[[Path, Unit], Mapping[str, Any]] = run_unit,
+    work: Callable[[Path, Task], Mapping[str, Any]] = run_task,
 ) -> None:
     """Run units until the coordinator is done. Needs a ``RayConnection``.
 
@@ -278,7 +278,7 @@ def execute(
     own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
     if resources.workers_per_trial > 1:  # its workers bring their own; the unit itself only waits for them, on the head
         own = {"cpu": 0, "node:__internal_head__": 0.001}
-    trainable = tune.with_resources(_UnitActor, own)
+    trainable = tune.with_resources(_TaskActor, own)
     with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
         tune.Tuner(
             trainable,

@@ -23,14 +23,14 @@ from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
-from prunesweep.search.store.run import Result, Run, Unit, read_json, unit_id
+from prunesweep.search.store.run import Result, Run, Task, read_json, task_id
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, Recipe, evaluate, open_data
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.run_job import run_job
 from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
 
-__all__ = ["run_unit"]
+__all__ = ["run_task"]
 
 
 class WorkerContext:
@@ -44,7 +44,7 @@ class WorkerContext:
         self.data: Data = open_data(self.config.data.name, cfg, **self.config.data.options)
         self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
         self.arch = arch_of(source)
-        self.facts = run.facts()
+        self.facts = run.metadata()
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -63,7 +63,7 @@ class WorkerContext:
         table = self.config.space.latency_table
         return None if table is None else LatencyTable.load(Path(table))
 
-    def candidate(self, unit: Unit) -> Candidate:
+    def candidate(self, unit: Task) -> Candidate:
         """Return the candidate of a unit, from the decision that the driver made and kept.
 
         In a run from before decisions were kept, the point is decoded again.
@@ -103,7 +103,7 @@ class WorkerContext:
         """Epochs of finetuning on a rung."""
         return self.config.search.rungs[rung] if self.config.search.rungs else self.config.finetune.epochs
 
-    def recipe(self, unit: Unit) -> Recipe:
+    def recipe(self, unit: Task) -> Recipe:
         """Return the recipe of a unit: the epochs of its rung as one whole schedule, changed by its training axes."""
         epochs = self.epochs(unit.rung)
         recipe = self.config.finetune
@@ -114,7 +114,7 @@ class WorkerContext:
         return recipe.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
-def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
+def run_task(path: Path, unit: Task) -> dict[str, Any]:
     """Do a unit of the run at ``path``, or what is left of it.
 
     Returns:
@@ -134,7 +134,7 @@ def run_unit(path: Path, unit: Unit) -> dict[str, Any]:
         return run.write_result(unit.id, error=traceback.format_exc())
 
 
-def _work(context: WorkerContext, unit: Unit) -> Result | None:
+def _work(context: WorkerContext, unit: Task) -> Result | None:
     run, start = context.run, time.monotonic()
     folder = run.trial(unit.id)
     candidate = context.candidate(unit)
@@ -163,7 +163,7 @@ def _work(context: WorkerContext, unit: Unit) -> Result | None:
     )
 
 
-def _screen(context: WorkerContext, unit: Unit, candidate: Candidate) -> tuple[EvalMetrics, EvalMetrics, float]:
+def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[EvalMetrics, EvalMetrics, float]:
     found = EvalMetrics.of(evaluate(_cut(context, candidate), context.screen))
     with _log(context.run, unit) as log:
         log.event("end", **found.as_dict())
@@ -171,7 +171,7 @@ def _screen(context: WorkerContext, unit: Unit, candidate: Candidate) -> tuple[E
 
 
 def _train(
-    context: WorkerContext, unit: Unit, candidate: Candidate, folder: Path
+    context: WorkerContext, unit: Task, candidate: Candidate, folder: Path
 ) -> tuple[EvalMetrics, EvalMetrics, float] | None:
     """EvalMetrics before and after finetuning and its seconds, or None where it was asked to stop."""
     model = _start(context, unit, candidate)
@@ -196,20 +196,20 @@ def _cut(context: WorkerContext, candidate: Candidate) -> nn.Module:
     return model
 
 
-def _start(context: WorkerContext, unit: Unit, candidate: Candidate) -> nn.Module:
+def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Module:
     """Return the model that a unit starts from: the cut source, or the model of the rung below.
 
     If that model was deleted because it was off the front when an earlier search ended, it is trained again.
     """
     if unit.rung == 0 or context.epochs(unit.rung - 1) == 0:
         return _cut(context, candidate)
-    below = context.run.trial(unit_id(unit.number, unit.rung - 1))
+    below = context.run.trial(task_id(unit.number, unit.rung - 1))
     if not (below / "model").exists():
-        _train(context, Unit(**read_json(below / "spec.json")), candidate, below)
+        _train(context, Task(**read_json(below / "spec.json")), candidate, below)
     return load(below / "model").to(next(context.source.parameters()).device)
 
 
-def _finetune(context: WorkerContext, model: nn.Module, unit: Unit, folder: Path, log: MetricsLog) -> bool:
+def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path, log: MetricsLog) -> bool:
     """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
     run, resources = context.run, context.config.resources
     start, checkpoints = folder / "start", folder / "train"
@@ -249,7 +249,7 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Unit, folder: Path
     return finished
 
 
-def _provenance(context: WorkerContext, unit: Unit) -> dict[str, Any]:
+def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     return {
         "method": unit.point["method"],
@@ -263,6 +263,6 @@ def _provenance(context: WorkerContext, unit: Unit) -> dict[str, Any]:
     }
 
 
-def _log(run: Run, unit: Unit) -> MetricsLog:
+def _log(run: Run, unit: Task) -> MetricsLog:
     """Lines of a unit's ``metrics.jsonl`` are events, and epochs are also TensorBoard's."""
     return MetricsLog(run.trial(unit.id) / "metrics.jsonl", run / "tb" / unit.id, events=True)

@@ -19,7 +19,7 @@ __all__ = ["write_report"]
 
 def write_report(run: Run) -> Path:
     """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the selected one."""
-    facts, front = run.facts(), {(point["trial"], point["rung"]) for point in run.front()}
+    facts, front = run.metadata(), {(point["trial"], point["rung"]) for point in run.front()}
     further = {entry["unit"]: entry for entry in promoted(run)}
     source = read_arch(run / "source")
     trials = [

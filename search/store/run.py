@@ -32,16 +32,16 @@ from prunesweep.models.io.files import write_text
 
 from .front import TWO, hypervolume, pareto_front
 
-__all__ = ["Result", "Run", "RunLock", "Unit", "read_json", "unit_id"]
+__all__ = ["Result", "Run", "RunLock", "Task", "read_json", "task_id"]
 
 
-def unit_id(number: int, rung: int = 0) -> str:
+def task_id(number: int, rung: int = 0) -> str:
     """Name of a unit's folder."""
     return f"r{rung}-{number:04d}"
 
 
 @dataclass(frozen=True)
-class Unit:
+class Task:
     """One piece of work: (rung, candidate). It ends by itself and can be started again at any time."""
 
     number: int  # the Optuna trial
@@ -53,7 +53,7 @@ class Unit:
 
     @property
     def id(self) -> str:
-        return unit_id(self.number, self.rung)
+        return task_id(self.number, self.rung)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Result:
 
     @property
     def id(self) -> str:
-        return unit_id(self.trial, self.rung)
+        return task_id(self.trial, self.rung)
 
 
 class Run:
@@ -118,15 +118,15 @@ class Run:
         """Made before the first trial where the recipe asks for them: one computation, however many units wait."""
         return self.path / "teacher_logits"
 
-    def trial(self, unit_id: str) -> Path:
-        return self.path / "trials" / unit_id
+    def trial(self, task_id: str) -> Path:
+        return self.path / "trials" / task_id
 
     @property
     def stop_file(self) -> Path:
         """Units look for it after every epoch; where it is, they save their state and end."""
         return self.path / ".stop"
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """``run.json``."""
         return read_json(self / "run.json")
 
@@ -144,31 +144,31 @@ class Run:
         found = {path.parent.name: read_json(path) for path in self._trial_files("result.json")}
         return {unit: r["error"] for unit, r in found.items() if r["state"] == "failed"}
 
-    def read_result(self, unit_id: str) -> dict[str, Any] | None:
-        path = self.trial(unit_id) / "result.json"
+    def read_result(self, task_id: str) -> dict[str, Any] | None:
+        path = self.trial(task_id) / "result.json"
         return read_json(path) if path.is_file() else None
 
-    def write_result(self, unit_id: str, *, result: Result | None = None, error: str | None = None) -> dict[str, Any]:
+    def write_result(self, task_id: str, *, result: Result | None = None, error: str | None = None) -> dict[str, Any]:
         """Finish a unit, for good: with a result, or with the error that it failed by."""
         data: dict[str, Any] = {"state": "failed", "error": error}
         if result is not None:
             data = {"state": "finished", "result": asdict(result)}
-        write_text(self.trial(unit_id) / "result.json", json.dumps(data, indent=1))
+        write_text(self.trial(task_id) / "result.json", json.dumps(data, indent=1))
         return data
 
     def write_cut(self, number: int, decision: Cut) -> None:
         """Keep what a candidate keeps of the source, as its point was decoded: for all of its units."""
         # no indent: it has an index for every unit that is kept
-        write_text(self.trial(unit_id(number)) / "cut.json", json.dumps(decision.to_dict(), separators=(",", ":")))
+        write_text(self.trial(task_id(number)) / "cut.json", json.dumps(decision.to_dict(), separators=(",", ":")))
 
     def read_cut(self, number: int) -> Cut | None:
         """What ``write_cut`` wrote; None in runs of before it was written. Raises UserError for a damaged file."""
-        path = self.trial(unit_id(number)) / "cut.json"
+        path = self.trial(task_id(number)) / "cut.json"
         return Cut.from_dict(read_json(path)) if path.is_file() else None
 
     def status(self) -> dict[str, Any]:
         """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
-        facts = self.facts()
+        facts = self.metadata()
         table = self.search_table()
         results, failures = self.results(), self.failures()
         rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table.get("rungs", [])), 1))]
@@ -196,11 +196,11 @@ class Run:
     def objectives(self) -> tuple[str, ...]:
         return tuple(self.search_table().get("objectives", TWO))
 
-    def unfinished(self) -> Iterator[Unit]:
+    def unfinished(self) -> Iterator[Task]:
         """Units above rung 0 that were handed out and have no result."""
         for path in self._trial_files("spec.json"):
             if not path.parent.name.startswith("r0-") and not (path.parent / "result.json").is_file():
-                yield Unit(**read_json(path))
+                yield Task(**read_json(path))
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
         """The Pareto set of those ``results`` (all by default) that have a model; its path is relative by default."""
@@ -241,7 +241,7 @@ class Run:
         """
         front = self.front(results)
         write_text(self / "front.json", json.dumps(front, indent=1))
-        members = {unit_id(point["trial"], point["rung"]) for point in front}
+        members = {task_id(point["trial"], point["rung"]) for point in front}
         for unit in told - members - set(wanted):  # a dominated point never comes back
             shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
             told.remove(unit)

@@ -99,7 +99,7 @@ def test_costs_of_every_trial_are_exact(finished: tuple[Run, SearchResult, str])
             model(torch.randn(1, 1, 8, 8))
         assert result.macs == counter.get_total_flops() / 2
         assert result.params == num_params(model)
-        assert result.macs <= result.point["budget"] * run.facts()["source"]["macs"]
+        assert result.macs <= result.point["budget"] * run.metadata()["source"]["macs"]
 
 
 def test_the_folder_holds_everything(finished: tuple[Run, SearchResult, str]) -> None:

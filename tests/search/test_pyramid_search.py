@@ -12,7 +12,7 @@ from PIL import Image
 from prunesweep.models import UserError, arch_of, save
 from prunesweep.pruners import drop_order
 from prunesweep.search.config import parse_config
-from prunesweep.search.execution.prepare import open_search
+from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.execution.source import open_space
 
 SHAPE = {"embed_dims": (8, 8, 8, 8), "depths": (3, 1, 2, 1), "num_heads": (1, 1, 2, 2), "num_classes": 2}
@@ -46,7 +46,7 @@ def test_blocks_of_a_pyramid_are_scored_and_dropped(images: Path, tmp_path: Path
         "space": {"budget": [0.3, 1.0], "skip": [0, 3], "groups": dict.fromkeys(("embed", "dim", "mlp", "sr"), 2)},
         "search": {"screen_images": 8},
     }
-    begun = open_search(parse_config(table, "test"), tmp_path / "cache", lambda *_: None)
+    begun = prepare_search(parse_config(table, "test"), tmp_path / "cache", lambda *_: None)
     space = open_space(parse_config(table, "test").space, begun)
     order = drop_order(space.scores["depth_kl"])
     stage_of = [0, 0, 0, 1, 2, 2, 3]
@@ -57,4 +57,4 @@ def test_blocks_of_a_pyramid_are_scored_and_dropped(images: Path, tmp_path: Path
     assert begun.summary.feasible > 0.5
     table["space"] = {"skip": [0, 4]}
     with pytest.raises(UserError, match="the source has 7 blocks, so it must not exceed 3"):
-        open_search(parse_config(table, "test"), tmp_path / "cache", lambda *_: None)
+        prepare_search(parse_config(table, "test"), tmp_path / "cache", lambda *_: None)

@@ -15,7 +15,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.rungs import MultiObjectiveASHA
 from prunesweep.search.execution.source import prepare
-from prunesweep.search.execution.task import run_unit
+from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.front import hypervolume, pareto_front
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
@@ -52,7 +52,7 @@ def test_a_unit_gives_a_perplexity(runs: Path, tmp_path: Path) -> None:
     coordinator = Coordinator(run, study, prepared.space, settings.search, max_concurrent=1, seed=0)
     unit = coordinator.next()
     assert unit is not None
-    found = run_unit(run.path, unit)
+    found = run_task(run.path, unit)
     assert found["state"] == "finished", found
     result, model = found["result"], load(run.trial(unit.id) / "model")
     assert evaluate(model, open_data("pydocs", model.pretrained_cfg).val_loader(EVAL_BATCH))["ppl"] == result["ppl"]

@@ -54,7 +54,8 @@ def test_soft_and_hard_terms(batch) -> None:
 
 
 def test_the_distillation_head_gets_its_term(batch) -> None:
-    student, teacher = model(0, "deit_tiny_distilled_patch16_224"), model(1)
+    # both take images normalised alike, so the teacher sees x itself
+    student, teacher = model(0, "deit_tiny_distilled_patch16_224"), model(1, "deit_tiny_patch16_224")
     x, y = batch
     task = make_task(student, Recipe(distill=({"kind": "hard", "on": "token", "weight": 0.5},)), teacher).double()
     task.train()

@@ -125,7 +125,7 @@ def _pack(split: str, listing: _Listing) -> tuple[dict[str, Any], dict[str, npt.
         "unused": listing.unused,
         "made_ns": listing.made_ns,
     }
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "files": join_names(listing.files),
         "stamps": listing.stamps,
         "digests": listing.digests,
@@ -143,7 +143,9 @@ def _unpack(split: str, kept: tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]
         listing = _Listing(
             tuple(facts["classes"]),
             split_names(arrays[f"{split}.files"]),
-            *(arrays[f"{split}.{key}"] for key in ("stamps", "digests", "hashed")),
+            stamps=arrays[f"{split}.stamps"],
+            digests=arrays[f"{split}.digests"],
+            hashed=arrays[f"{split}.hashed"],
             folders=folders,
             unused=facts["unused"],
             made_ns=int(facts["made_ns"]),

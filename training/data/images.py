@@ -26,8 +26,10 @@ from .base import Batch, Data, DataInfo, OpenOptions
 __all__ = ["IMAGE_ENDINGS", "READ_ERRORS", "ImageFiles", "Readable", "is_hidden", "read_image", "read_names"]
 
 # what PIL raises for damaged files
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
-READ_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
+READ_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 SYSTEM = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "#recycle", "$recycle.bin"}
 # formats that PIL knows but cannot read, or reads with the help of another program
 NOT_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -141,7 +143,7 @@ class ImageFiles(Data):
     def _readable(self, split: str, transform: Any) -> Readable:
         images: Any = self._images(split)
         if split not in self._damaged:  # one list for all views of a split, and all processes that load it
-            self._damaged[split] = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+            self._damaged[split] = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         return Readable(images, transform, share=self._unreadable, damaged=self._damaged[split])
 
 

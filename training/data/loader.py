@@ -85,5 +85,5 @@ class _Seeding(Dataset[Any]):
             self._seed = seed
             random.seed(seed + worker.id)
             torch.manual_seed(seed + worker.id)
-            np.random.seed(_generate_state(seed, worker.id))
+            np.random.seed(_generate_state(seed, worker.id))  # type: ignore[no-untyped-call]
         return self.data[index]

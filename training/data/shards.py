@@ -105,16 +105,12 @@ def _members(name: str, path: Path) -> dict[str, _Members]:
             except KeyError:
                 pass  # the kept index has another form
     found = {split: _scan(name, path, names, split) for split, names in shards.items()}
-    columns = {
-        f"{split}.{column}": values
-        for split, members in found.items()
-        for column, values in {
-            "keys": join_names(members.keys),
-            "table": members.table,
-            "hashed": members.hashed,
-            "digests": members.digests,
-        }.items()
-    }
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for split, members in found.items():
+        columns[f"{split}.keys"] = join_names(members.keys)
+        columns[f"{split}.table"] = members.table
+        columns[f"{split}.hashed"] = members.hashed
+        columns[f"{split}.digests"] = members.digests
     save_index("wds", path, {"stamps": stamps, "made_ns": made_ns}, columns)
     return found
 

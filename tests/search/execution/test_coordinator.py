@@ -16,7 +16,7 @@ from prunesweep.pruners import GROUP_SIZES
 from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
 from prunesweep.search.store.front import pareto_front
-from prunesweep.search.store.run import Result, Run, Unit
+from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import RESULTS, Study
 from tests.search.helpers import make_run, make_space
 from tests.search.store.test_study import die_while_asking, load, trials
@@ -33,7 +33,7 @@ def start(
     )
 
 
-def work(run: Run, unit: Unit) -> Result:
+def work(run: Run, unit: Task) -> Result:
     """What an actor would do: a made-up accuracy, a model's folder, a result."""
     candidate = SPACE.decode(unit.point)
     assert candidate.arch.hash == unit.arch_hash
@@ -58,7 +58,7 @@ def work(run: Run, unit: Unit) -> Result:
 def test_it_runs_as_many_as_asked_for_and_no_more_at_once_than_fit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     coordinator = start(run)
-    live: list[Unit] = []
+    live: list[Task] = []
     while not coordinator.done:
         while (unit := coordinator.next()) is not None:
             assert json.loads((run.trial(unit.id) / "spec.json").read_text())["point"] == unit.point
@@ -80,7 +80,7 @@ def test_dying_at_any_moment_loses_nothing_and_repeats_nothing(seed: int, tmp_pa
     deaths = 0
     while True:
         coordinator = start(run)
-        live: list[Unit] = []
+        live: list[Task] = []
         while not coordinator.done and not (deaths < 6 and random.random() < 0.12):
             unit = coordinator.next() if random.random() < 0.6 else None
             if unit is not None:
@@ -246,7 +246,7 @@ LADDER: dict[str, Any] = {"rungs": (0, 1, 2), "reduction_factor": 3}
 def climb(coordinator: Coordinator, run: Run, random: Random, chance: float = 0.0) -> Counter[str]:
     """Work in any order until all is done, or with some chance die at any moment."""
     done: Counter[str] = Counter()
-    live: list[Unit] = []
+    live: list[Task] = []
     while not coordinator.done:
         if random.random() < chance:
             return done
@@ -364,7 +364,7 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
 def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -> None:
     """Every third one diverges: none of them is promoted, on the front, or told as a value."""
     run = make_run(tmp_path / "r", 18, **LADDER)
-    coordinator = start(run, 18, slots=2, **LADDER)
+    coordinator = start(run, 18, max_concurrent=2, **LADDER)
     bad = set()
     while (unit := coordinator.next()) is not None:
         result = work(run, unit)
@@ -372,7 +372,7 @@ def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -
             bad.add(unit.number)
             run.write_result(unit.id, result=replace(result, top1=(math.nan, math.inf)[unit.number % 2]))
         coordinator.complete(unit.id)
-        again = start(run, 18, slots=2, **LADDER)
+        again = start(run, 18, max_concurrent=2, **LADDER)
         assert again.front == coordinator.front
     assert coordinator.finished
     results = run.results()

@@ -15,7 +15,7 @@ from prunesweep.models import UserError
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
-from prunesweep.search.execution.task import run_unit
+from prunesweep.search.execution.task import run_task
 from tests.search.execution.test_task import begin
 
 MIB = 2**20
@@ -61,10 +61,10 @@ def test_a_unit_goes_on_once_there_is_room(tiny: Callable[..., SearchConfig], ru
     unit = coordinator.next()
     assert unit is not None
     with filled(small_disk):
-        assert run_unit(run.path, unit) == {"state": "disk full"}
+        assert run_task(run.path, unit) == {"state": "disk full"}
         assert run.read_result(unit.id) is None
         assert not list(run.trial(unit.id).glob(".*"))
-    assert run_unit(run.path, unit)["state"] == "finished"
+    assert run_task(run.path, unit)["state"] == "finished"
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from prunesweep.search.execution import prepare as opening
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.execution.source import open_space
-from prunesweep.search.execution.task import run_unit
+from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
 from prunesweep.training.task import DistillationTask
 from tests.search.execution.test_task import begin, nothing
@@ -59,9 +59,9 @@ def test_what_a_worker_sends_back_is_small_and_enough(
     assert space.summarise(len(begun.summary.points), config.seed) == begun.summary
     run = Run(tmp_path / "run")
     create_run(run, config, begun)
-    assert run.facts()["source"]["top1"] == begun.top1
-    assert run.facts()["source"]["macs"] == space.source_cost.macs
-    assert set(run.facts()["scores"]) == set(begun.score_files)
+    assert run.metadata()["source"]["top1"] == begun.top1
+    assert run.metadata()["source"]["macs"] == space.source_cost.macs
+    assert set(run.metadata()["scores"]) == set(begun.score_files)
     load(run / "source")
 
 
@@ -99,7 +99,7 @@ def test_a_teacher_is_asked_once_before_the_first_unit(
     assert own.read_bytes() == kept.read_bytes()
     unit = coordinator.next()
     assert unit is not None
-    assert run_unit(run.path, unit)["state"] == "finished"
+    assert run_task(run.path, unit)["state"] == "finished"
 
 
 def test_no_teacher_is_asked_where_nothing_is_trained(
@@ -128,7 +128,7 @@ def test_a_run_needs_nothing_outside_its_folder(
     other, coordinator = begin(tiny(), runs / "cache", tmp_path / "other")
     unit = coordinator.next()
     assert unit is not None
-    run_unit(other.path, unit)
+    run_task(other.path, unit)
     begun = prepare_search(tiny(), runs / "cache", nothing)
     macs_table(begun.arch, ms_per_gmac=1000.0).save(tmp_path / "table.json")
     shutil.copytree(runs / "cache", tmp_path / "cache")

@@ -16,7 +16,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.promote import choose
 from prunesweep.search.execution.source import prepare
-from prunesweep.search.execution.task import run_unit
+from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
@@ -34,13 +34,13 @@ def run(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> Run:
     study = Study(run / "study.journal", prepared.space.distributions, 0)
     coordinator = Coordinator(run, study, prepared.space, config.search, max_concurrent=1, seed=0)
     while (unit := coordinator.next()) is not None:
-        assert run_unit(run.path, unit)["state"] == "finished"
+        assert run_task(run.path, unit)["state"] == "finished"
         coordinator.complete(unit.id)
     return run
 
 
 def test_the_best_within_a_limit_is_promoted(run: Run) -> None:
-    front, source = run.front(), run.facts()["source"]
+    front, source = run.front(), run.metadata()["source"]
     limit = (front[0]["macs"] + 1) / source["macs"]
     assert [p["trial"] for p in choose(run, at=[("macs", limit)])] == [front[0]["trial"]]
     assert choose(run, top=1)[0]["top1"] == max(p["top1"] for p in front)

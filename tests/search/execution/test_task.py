@@ -18,7 +18,7 @@ from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.source import prepare
-from prunesweep.search.execution.task import run_unit
+from prunesweep.search.execution.task import run_task
 from prunesweep.search.space.space import Space
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
@@ -42,15 +42,15 @@ def started(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> tu
     return begin(tiny(finetune={"epochs": 3}), runs / "cache", tmp_path / "run")
 
 
-def events(run: Run, unit_id: str) -> list[str]:
-    return [json.loads(line)["event"] for line in (run.trial(unit_id) / "metrics.jsonl").open()]
+def events(run: Run, task_id: str) -> list[str]:
+    return [json.loads(line)["event"] for line in (run.trial(task_id) / "metrics.jsonl").open()]
 
 
 def test_a_unit_gives_a_model_and_its_measurements(started: tuple[Run, Coordinator]) -> None:
     run, coordinator = started
     unit = coordinator.next()
     assert unit is not None
-    found = run_unit(run.path, unit)
+    found = run_task(run.path, unit)
     assert found["state"] == "finished"
     result = found["result"]
     model = load(run.trial(unit.id) / "model")
@@ -58,7 +58,7 @@ def test_a_unit_gives_a_model_and_its_measurements(started: tuple[Run, Coordinat
     assert arch_of(model).hash == unit.arch_hash == result["arch_hash"]
     provenance = load_provenance(run.trial(unit.id) / "model")
     assert provenance["point"] == unit.point
-    assert provenance["source"]["weights"] == run.facts()["source"]["weights"]
+    assert provenance["source"]["weights"] == run.metadata()["source"]["weights"]
     assert provenance["versions"]["torch"] == torch.__version__.split("+")[0]
     assert events(run, unit.id) == ["start", "epoch", "epoch", "epoch", "end"]
     coordinator.complete(unit.id)
@@ -69,7 +69,7 @@ def test_a_finished_unit_is_not_done_again(started: tuple[Run, Coordinator]) -> 
     run, coordinator = started
     unit = coordinator.next()
     assert unit is not None
-    assert run_unit(run.path, unit) == run_unit(run.path, unit)
+    assert run_task(run.path, unit) == run_task(run.path, unit)
     assert events(run, unit.id).count("start") == 1
 
 
@@ -78,17 +78,17 @@ def test_a_stopped_unit_goes_on_to_the_same_result(started: tuple[Run, Coordinat
     unit = coordinator.next()
     assert unit is not None
     run.stop_file.touch()
-    assert run_unit(run.path, unit) == {"state": "stopped"}
+    assert run_task(run.path, unit) == {"state": "stopped"}
     assert (run.trial(unit.id) / "state.safetensors").exists()
     assert run.read_result(unit.id) is None
     run.stop_file.unlink()
-    found = run_unit(run.path, unit)["result"]
+    found = run_task(run.path, unit)["result"]
     assert events(run, unit.id) == ["start", "epoch", "stopped", "start", "epoch", "epoch", "end"]
     weights = load(run.trial(unit.id) / "model").state_dict()
 
     for file in ("result.json", "metrics.jsonl"):
         (run.trial(unit.id) / file).unlink()
-    again = run_unit(run.path, unit)["result"]
+    again = run_task(run.path, unit)["result"]
     clocks = {"seconds": 0, "training_seconds": 0}
     assert {**again, **clocks} == {**found, **clocks}
     uninterrupted = load(run.trial(unit.id) / "model").state_dict()
@@ -105,7 +105,7 @@ def test_a_decision_is_made_once_and_checked(started: tuple[Run, Coordinator], m
     decode = Space.decode
     decoded: list[Any] = []
     monkeypatch.setattr(Space, "decode", lambda space, point: decoded.append(point) or decode(space, point))
-    found = run_unit(run.path, unit)["result"]
+    found = run_task(run.path, unit)["result"]
     assert decoded == []
     assert found["arch_hash"] == unit.arch_hash
     kept = run.trial(third.id) / "cut.json"
@@ -117,10 +117,10 @@ def test_a_decision_is_made_once_and_checked(started: tuple[Run, Coordinator], m
 
     kept.write_text((run.trial(unit.id) / "cut.json").read_text())  # another candidate's
     assert third.key != unit.key
-    assert "the driver decoded" in run_unit(run.path, third)["error"]
+    assert "the driver decoded" in run_task(run.path, third)["error"]
     assert decoded == []
     (run.trial(other.id) / "cut.json").unlink()  # as in a run of an earlier version
-    assert run_unit(run.path, other)["result"]["arch_hash"] == other.arch_hash
+    assert run_task(run.path, other)["result"]["arch_hash"] == other.arch_hash
     assert decoded == [other.point]
 
 
@@ -227,9 +227,9 @@ def test_images_from_a_folder_go_all_the_way(
     unit = coordinator.next()
     assert unit is not None
     monkeypatch.chdir("/")
-    found = run_unit(run.path, unit)
+    found = run_task(run.path, unit)
     assert found["state"] == "finished", found
-    assert found["result"]["macs"] <= unit.point["budget"] * run.facts()["source"]["macs"]
+    assert found["result"]["macs"] <= unit.point["budget"] * run.metadata()["source"]["macs"]
 
 
 def test_a_pretrained_source_can_be_trained_on_the_users_classes(image_folder: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run: search.toml is missing"):
         Run.existing(tmp_path)
     run = make_run(tmp_path / "r")
-    assert Run.existing(run.path).facts()["source"]["top1"] == 90.0
+    assert Run.existing(run.path).metadata()["source"]["top1"] == 90.0
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json is damaged"):
-        run.facts()
+        run.metadata()
