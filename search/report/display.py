@@ -115,11 +115,11 @@ class Display:
         )
 
     def plan(self, config: SearchConfig, units: int | None) -> None:
-        """Show how much would be trained: units and epochs per rung, and how many units run side by side.
+        """Show how much would be trained: tasks and epochs per rung, and how many tasks run side by side.
 
         Args:
             config: configuration of the search.
-            units: number of units that run side by side, if it is known.
+            units: number of tasks that run side by side, if it is known.
         """
         search, count = config.search, config.search.trials
         parts, epochs = [], 0
@@ -214,7 +214,7 @@ def live_table(
         source: the source's costs by name, ``macs`` among them.
         window: smallest and largest budget, as shares of the source's MACs.
         elapsed: seconds since this session began.
-        before: number of units that had ended by then.
+        before: number of tasks that had ended by then.
     """
     failed, settled = len(coordinator.failures), coordinator.settled
     results = [r for r in coordinator.results if r.has_model]
@@ -256,7 +256,7 @@ def clock(seconds: float | None) -> str:
 
 
 def _rungs(coordinator: Coordinator) -> str:
-    """Return the number of finished units on every rung, and of the candidates that were asked for."""
+    """Return the number of finished tasks on every rung, and of the candidates that were asked for."""
     counts = Counter(result.rung for result in coordinator.results)
     above = "".join(f" > {counts[rung]}" for rung in range(1, len(coordinator.search.rungs)))
     return f"{counts[0]}/{coordinator.requested}{above}"

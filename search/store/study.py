@@ -1,7 +1,7 @@
-"""Keep Optuna's studies of a search on disk. One driver writes them; units never open them.
+"""Keep Optuna's studies of a search on disk. One driver writes them; tasks never open them.
 
 The journal has two studies. ``proposals`` has a trial for every point that the sampler proposed. Its number is the
-candidate's, it is running while the candidate's first unit is, and its values are those of the first rung, from which
+candidate's, it is running while the candidate's first task is, and its values are those of the first rung, from which
 Optuna's own samplers learn. ``results`` has a finished trial for every result on every rung, with the result's figures
 as user attributes. It is the study to look at in optuna-dashboard, where its best trials are the front of the search,
 and our own sampler learns from it.
@@ -9,7 +9,7 @@ and our own sampler learns from it.
 There are two studies because a finished trial cannot be changed. If a candidate's trial stayed running until its last
 rung, samplers would learn nothing before the search ends, as promotions are due at any time. If results of higher
 rungs were added to the proposals, the numbers of proposals would no longer be the candidates'. ``results`` follows
-from the units' files: what is missing there, in a journal of an older version too, is added when a search is resumed.
+from the tasks' files: what is missing there, in a journal of an older version too, is added when a search is resumed.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Study:
         self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def record(self, results: Iterable[Result]) -> None:
-        """Add the results of finished units, on any rung, to ``results``; skip those that are there already."""
+        """Add the results of finished tasks, on any rung, to ``results``; skip those that are there already."""
         for result in results:
             if result.id not in self._known:
                 self._results.add_trial(self._trial_of(result))
