@@ -23,7 +23,7 @@ from prunesweep.pruners.divergence import kl_divergence
 
 from .compression import Work
 from .source import SourceStatistics, open_source, stem
-from .widths import BlockWidths, Widths, compressed_arch
+from .widths import BlockWidths, Widths, can_project, compressed_arch
 
 __all__ = ["BlockLosses", "allocate", "measure_losses"]
 
@@ -71,7 +71,7 @@ def measure_losses(
     streams = [stem(model, images.to(parameter)) for images in (*fit, *held_out)]
     logits = [_logits(model, blocks, 0, stream) for stream in streams[len(fit) :]]
     found: dict[Choice, dict[int, float]] = {}
-    tries = [(i, space, width) for i, block in enumerate(arch.blocks) for space, width in _tries(block, align)]
+    tries = [(i, space, width) for i in range(arch.depth) for space, width in _tries(arch, i, align)]
     for i, block in enumerate(blocks):
         middle = [block.after_attention(x) for x in streams]
         after = [block.after_mlp(m) for m in middle]
@@ -96,8 +96,12 @@ def measure_losses(
     return BlockLosses(found)
 
 
-def _tries(block: Any, align: int) -> list[tuple[str, int]]:
+def _tries(arch: Arch, i: int, align: int) -> list[tuple[str, int]]:
+    """Spaces of a block that can be narrowed evenly over heads, with the widths to try."""
+    block = arch.blocks[i]
     spaces = [space for space in SPACES if getattr(block, space) and isinstance(getattr(block, space), int)]
+    if not can_project(arch, f"blocks.{i}.q"):
+        spaces = [space for space in spaces if space != "qk"]
     return [(space, width) for space in spaces for width in levels(getattr(block, space), align)[1:]]
 
 

@@ -15,7 +15,7 @@ from prunesweep.pruners.divergence import kl_divergence
 from .allocation import allocate, measure_losses
 from .compression import compress
 from .source import SourceStatistics, images_of
-from .widths import Widths, compressed_arch, equal_shares
+from .widths import Widths, can_project, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
 
@@ -123,7 +123,8 @@ class _Front:
         )
         full = self.arch.stages[0].width
         rounded = {round(full * share / align) * align for share in STREAM}
-        self.streams = sorted({full, *(width for width in rounded if 2 <= width < full)}, reverse=True)
+        narrower = {width for width in rounded if 2 <= width < full and can_project(self.arch, "stages.0.embed")}
+        self.streams = sorted({full, *narrower}, reverse=True)
 
     def points(self, budgets: Sequence[float]) -> list[Point]:
         found: list[Point] = []

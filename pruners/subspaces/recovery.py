@@ -2,7 +2,7 @@
 
 A method has chosen which channels, heads, units, blocks, mixers and tokens stay. Block after block, every layer that
 reads or writes the stream is refitted by ridge regression, shrunk towards what the cut left: features are the small
-model's own, targets the source's. Notation as in ``pruners.subspaces.compression``, with T the selection of the channels
+model's own, targets the source's. Notation as in ``pruners.subspaces.compression``, with T the choice of the channels
 that stay; M merges the tokens of a planned block.
 
     qkv   N(M z)                  q, k, v of the source at M x_i, for the channels that stay

@@ -12,9 +12,12 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, blocks_of
 from prunesweep.models.arch import Block
+from prunesweep.models.families import family_of, names_with
 from prunesweep.models.layers.mixers import attend
 
 __all__ = ["SourceBlock", "SourceStatistics", "images_of", "open_source", "stem"]
+
+NEEDS = ("images", "fused_qkv", "global_attention")  # of a family
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ def open_source(model: nn.Module) -> tuple[Arch, list[SourceBlock]]:
         UserError: another family, or a block with a convolution, a token plan or token factors.
     """
     arch = arch_of(model)
-    if arch.family != "vit":
-        raise UserError(f"{arch.source} is of family {arch.family!r}: subspaces are computed for family 'vit'")
+    if not family_of(arch).supports(*NEEDS):
+        raise UserError(f"{arch.source} is of family {arch.family!r}: subspaces are computed for {names_with(*NEEDS)}")
     for i, block in enumerate(arch.blocks):
         if block.conv_kernel or block.tokens is not None or block.token_scale or block.norm_residual:
             raise UserError(f"{arch.source}: blocks[{i}] has a convolution, a token plan or token factors")

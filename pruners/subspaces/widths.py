@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.arch import Block
+from prunesweep.models.families import family_of
 
 __all__ = ["BlockWidths", "Widths", "compressed_arch", "equal_shares"]
 
@@ -63,6 +64,11 @@ class Widths:
         )
 
 
+def can_project(arch: Arch, space: str) -> bool:
+    """Whether a space of a source may be mapped onto a subspace, as its family says."""
+    return "project" in family_of(arch).reductions(arch, space)
+
+
 def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
     """The same share of every width of a source.
 
@@ -78,14 +84,14 @@ def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
     (stage,) = arch.stages
     blocks = tuple(
         BlockWidths(
-            qk=part(block.qk) if block.mixer == "attn" and not arch.qk_norm else None,
+            qk=part(block.qk) if block.mixer == "attn" and can_project(arch, f"blocks.{i}.q") else None,
             v=tuple(part(v) for v in block.v_widths) if block.mixer == "attn" else None,
             mlp=part(block.mlp) if block.mlp else None,
         )
-        for block in stage.blocks
+        for i, block in enumerate(stage.blocks)
     )
-    fixed = arch.pre_norm or arch.head_norm == "none"
-    return Widths(embed=None if fixed else part(stage.width, 2), blocks=blocks)
+    embed = part(stage.width, 2) if can_project(arch, "stages.0.embed") else None
+    return Widths(embed=embed, blocks=blocks)
 
 
 def compressed_arch(arch: Arch, widths: Widths) -> Arch:
@@ -103,28 +109,20 @@ def compressed_arch(arch: Arch, widths: Widths) -> Arch:
         raise UserError(f"widths.blocks has {len(widths.blocks)} entries, {arch.source} has {arch.depth} blocks")
     embed = stage.width if widths.embed is None else widths.embed
     _check("widths.embed", embed, stage.width, least=2)
-    if embed < stage.width:
-        for met, reason in ((arch.pre_norm, "a norm in front of its blocks"), (arch.head_norm == "none", "no norm")):
-            if met:
-                raise UserError(
-                    f"widths.embed = {embed}: {arch.source} has {reason}, so its stream cannot be projected"
-                )
-    blocks = tuple(
-        _narrow(arch, block, own, f"widths.blocks[{i}]")
-        for i, (block, own) in enumerate(zip(stage.blocks, widths.blocks, strict=True))
-        if own.keep
-    )
+    if embed < stage.width and not can_project(arch, "stages.0.embed"):
+        raise UserError(f"widths.embed = {embed}: a norm of {arch.source} writes its stream, which cannot be projected")
+    blocks = tuple(_narrow(arch, i, own, f"widths.blocks[{i}]") for i, own in enumerate(widths.blocks) if own.keep)
     small = dataclasses.replace(arch, stages=(dataclasses.replace(stage, width=embed, blocks=blocks),))
     small.validate()
     return small
 
 
-def _narrow(arch: Arch, block: Block, own: BlockWidths, where: str) -> Block:
-    changes: dict[str, object] = {}
+def _narrow(arch: Arch, i: int, own: BlockWidths, where: str) -> Block:
+    block, changes = arch.blocks[i], dict[str, object]()
     if block.mixer == "attn" and own.attention:
         qk = block.qk if own.qk is None else own.qk
         _check(f"{where}.qk", qk, block.qk)
-        if arch.qk_norm and qk < block.qk:
+        if qk < block.qk and not can_project(arch, f"blocks.{i}.q"):
             raise UserError(f"{where}.qk = {qk}: {arch.source} normalises queries and keys, which cannot be projected")
         changes["qk"] = qk
         v = own.v if isinstance(own.v, tuple) else (own.v,) * block.heads

@@ -80,6 +80,17 @@ def test_bad_options_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("facts", [{"qk_norm": True}, {"pre_norm": True}, {"layer_scale": True, "qkv_bias": False}])
+def test_spaces_that_cannot_be_projected_stay_whole(facts: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    model = build(vit(**facts)).eval()
+    (point,) = prunesweep.instant(model, list(torch.randn(48, 3, 12, 12).split(12)), budgets=(0.6,))
+    small, arch = arch_of(point.model), arch_of(model)
+    assert point.share <= 0.6
+    assert not facts.get("pre_norm") or small.stages[0].width == arch.stages[0].width
+    assert not facts.get("qk_norm") or {block.qk for block in small.blocks} == {arch.blocks[0].qk}
+
+
 def test_a_model_and_a_list_of_tensors_in_python() -> None:
     torch.manual_seed(0)
     model = build(vit()).eval()

@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "q/k norm": {"qk_norm": True},
     "no bias": {"qkv_bias": False},
     "norm in front": {"pre_norm": True},
+    "no last norm": {"pool": "avg", "head_norm": "none"},
 }
 
 
@@ -230,7 +231,7 @@ def test_spaces_that_cannot_be_projected_are_refused() -> None:
     normed = made(vit(qk_norm=True))
     with pytest.raises(UserError, match="normalises queries and keys"):
         compress(normed, Widths.uniform(arch_of(normed), qk=3), images())
-    with pytest.raises(UserError, match="a norm in front of its blocks"):
+    with pytest.raises(UserError, match="a norm of toy writes its stream"):
         front = made(vit(pre_norm=True))
         compress(front, Widths.uniform(arch_of(front), embed=12), images())
     broken = made(vit())
