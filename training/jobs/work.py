@@ -20,12 +20,18 @@ __all__ = ["FACTS", "FORMAT", "Work", "model_facts"]
 
 FORMAT = "prunesweep/work/1"  # to be counted up when unfinished work of older versions must not go on
 FACTS = "job.json"  # of a folder: what the work in it depends on
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 LOGS = frozenset({"metrics.jsonl", "tb"})  # stay when the work is done
 
 
-def model_facts(model: nn.Module) -> dict[str, str]:
-    """Digests of a model's weights and of its record: equal weights do not tell the number of heads."""
-    return {"weights": weights_digest(model), "arch": arch_of(model).hash}
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Digests of a model's weights and of its record, and its preprocessing, JSON-ready.
+
+    Equal weights do not tell the number of heads; and teacher and student may want images normalised unlike.
+    """
+    known = getattr(model, "pretrained_cfg", {})
+    wanted = {key: known[key] for key in PREPROCESSING if known.get(key) is not None}
+    return {"weights": weights_digest(model), "arch": arch_of(model).hash, "preprocessing": wanted}
 
 
 @dataclass(frozen=True)
