@@ -113,7 +113,7 @@ class Request:
         """
         _, recipe, finetune = self.options()
         after = self.finetune or self.method.finetune or "none"
-        deciding = isinstance(self.method, TrainedMethod)
+        deciding = self.recipe or self.method.recipe if isinstance(self.method, TrainedMethod) else None
         facts = {
             "command": "prune",
             "method": self.method.name,
@@ -127,7 +127,7 @@ class Request:
             "groups": dict(self.groups),
             "floors": dict(self.floors),
             "settings": list(self.settings),
-            "recipe": _recipe(self.recipe or self.method.recipe, recipe) if deciding else None,
+            "recipe": None if deciding is None else _recipe(deciding, recipe),
             "finetune": None if after == "none" else _recipe(after, finetune),
             "second_stage": self.second_stage,
             "calibration": asdict(self.calibration),
