@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from prunesweep.models import Cost, LatencyTable, UserError, arch_of, cost, load_provenance, save, weights_digest
 from prunesweep.models.errors import nearest
+from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import (
     MACS,
@@ -32,6 +34,7 @@ from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.scoring import Calibration
+from prunesweep.training.jobs.work import Work, model_facts
 from prunesweep.training.second_stage import SecondStageJob
 
 from .finetune import reports
@@ -39,6 +42,7 @@ from .finetune import reports
 __all__ = ["Request", "Runner", "find_method", "means", "runner_of"]
 
 STAGE = "second_stage"  # prefix of --set for settings of a method's own finetuning
+DECIDED = "decided.json"  # in the command's folder of work, once all models are there that the method has decided on
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,37 @@ class Request:
             raise UserError(f"--set {STAGE}...: these settings go with --second-stage, as {STAGE}.NAME=VALUE")
         return SecondStageJob(self.method.name, table) if self.second_stage else None
 
+    def work(self, model: Any, fingerprint: str) -> Work:
+        """The hidden folder of what the command has not finished, found by all that its result depends on.
+
+        Args:
+            model: the source, opened.
+            fingerprint: of the data.
+        """
+        _, recipe, finetune = self.options()
+        after = self.finetune or self.method.finetune or "none"
+        deciding = self.recipe or self.method.recipe if isinstance(self.method, TrainedMethod) else None
+        facts = {
+            "command": "prune",
+            "method": self.method.name,
+            "source": {"name": arch_of(model).source, **model_facts(model)},
+            "data": {"name": self.data, "fingerprint": fingerprint},
+            "budgets": list(self.budgets),
+            "keep_rate": self.keep_rate,
+            "measure": self.measure,
+            "table": self.table and hashlib.sha256(self.table.read_bytes()).hexdigest(),
+            "drop": self.drop,
+            "groups": dict(self.groups),
+            "floors": dict(self.floors),
+            "settings": list(self.settings),
+            "recipe": None if deciding is None else _recipe(deciding, recipe),
+            "finetune": None if after == "none" else _recipe(after, finetune),
+            "second_stage": self.second_stage,
+            "calibration": asdict(self.calibration),
+            "seed": self.seed,
+        }
+        return Work.beside(self.folder, facts)
+
     def check_stage(self) -> None:
         """Raise UserError if a setting of the second stage is not allowed, or nothing is finetuned."""
         stage = self.stage
@@ -120,6 +155,10 @@ class Request:
         stage.configure()
         if (self.finetune or self.method.finetune or "none") == "none":
             raise UserError(f"--second-stage: is finetuning; give a recipe, for example --finetune {self.method.name}")
+
+
+def _recipe(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return load_recipe(name, fields).model_dump(mode="json")
 
 
 def prune_widths(request: Request) -> None:
@@ -163,13 +202,16 @@ def prune_tokens(request: Request) -> None:
 
 
 def _finish(request: Request, model: Any, pruned: Pruned) -> None:
-    wanted = request.finetune not in (None, "none")
-    untrained = request.folder.with_name(f".{request.folder.name}-untrained") if wanted else request.folder
-    save_pruned(pruned, untrained)
     source, first = EvalMetrics(pruned.source_top1, pruned.source_ppl), EvalMetrics(pruned.top1, pruned.ppl)
     last = first
-    if wanted:
-        last = _finetune(request, model, untrained, request.folder, str(request.finetune))
+    if request.finetune in (None, "none"):
+        save_pruned(pruned, request.folder)
+    else:
+        work = request.work(model, pruned.provenance["data"])
+        work.claim()
+        untrained = save_pruned(pruned, work.folder / "untrained")
+        last = _finetune(request, model, untrained, request.folder, work.folder, str(request.finetune))
+        work.release()
     _report(request, pruned.source_cost, source, [(request.folder, pruned.cost, first, last)])
 
 
@@ -184,7 +226,9 @@ def prune_trained(request: Request) -> None:
     options, recipe, _ = request.options()
     chosen = load_recipe(request.recipe or method.recipe, recipe)
     after = request.finetune or method.finetune
-    decided = request.folder if after == "none" else request.folder.with_name(f".{request.folder.name}-decided")
+    data = open_data(request.data, model.pretrained_cfg)
+    work = request.work(model, data.info.fingerprint)
+    decided = request.folder if after == "none" else work.folder / "decided"
     run = TrainedPruning(
         model,
         request.data,
@@ -195,29 +239,35 @@ def prune_trained(request: Request) -> None:
         options=options,
         calibration=request.calibration,
         seed=request.seed,
+        work_folder=work.folder / "deciding",
     )
+    run.check()
+    work.claim()
     display = Display(request.console)
-    found = run.saved_models()
-    if not found:
+    if (work.folder / DECIDED).exists() and after != "none":
+        found = run.saved_models()
+    else:
         with display.progress() as progress:
             say = reports(display, progress, chosen.batch_size, what=f"{method.name}: deciding")
             found = run.run(request.placement, **say)
+        write_text(work.folder / DECIDED, "{}")  # a folder of several models may be there in part only
     rows = []
     for one in found:
         folder, last = request.folder / one.folder.relative_to(decided), EvalMetrics(one.top1)
         if after != "none":
-            last = _finetune(request, model, one.folder, folder, after)
+            last = _finetune(request, model, one.folder, folder, work.folder, after)
         rows.append((folder, one.cost, EvalMetrics(one.top1), last))
-    data = open_data(request.data, model.pretrained_cfg)
+    work.release()
     _report(request, whole, EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
 
 
-def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str) -> EvalMetrics:
-    """Train ``start`` with the source as teacher; return the result's quality."""
-    teacher = request.folder.with_name(f".{request.folder.name}-source")
+def _finetune(request: Request, source: Any, start: Path, out: Path, work: Path, recipe: str) -> EvalMetrics:
+    """Train ``start`` with the source as teacher; return the result's quality. ``work`` is the command's folder."""
+    teacher = work / "source"
     if not teacher.exists():
         save(source.cpu(), teacher)
     _, _, fields = request.options()
+    part = "" if out == request.folder else f"-{out.name}"
     job = Finetuning(
         start,
         request.data,
@@ -226,6 +276,8 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, recipe: str
         teacher=teacher,
         seed=request.seed,
         second_stage=request.stage,
+        work_folder=work / f"finetuning{part}",
+        teacher_logits=work / "teacher_logits",
     )
     display = Display(request.console)
     with display.progress() as progress:

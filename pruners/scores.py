@@ -15,6 +15,7 @@ stages), or ``depth`` (one entry per block). Larger is more important. The kinds
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ __all__ = ["DEPTH", "FORMAT", "KINDS", "LEARNED", "TOKENS", "Scores", "kind_of",
 KINDS = ("embed", "heads", "qk", "v", "attn", "mlp", "sr", "tail")
 DEPTH, LEARNED, TOKENS = "depth_kl", "uvc_gates", "pmvit"  # scores of blocks and of tokens: no width method's
 FORMAT = "prunesweep/scores/2"  # to be counted up when a method's scores change, so that no cache is believed
+CONTENT = "sha256"  # of the vectors, in a file's metadata; absent from files that older versions wrote
 
 
 def kind_of(name: str) -> str:
@@ -89,7 +91,8 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write one safetensors file; the caller names a scratch path and publishes it."""
         tensors = {name: v.detach().cpu().double().contiguous() for name, v in self.vectors.items()}
-        save_file(tensors, path, metadata={"format": FORMAT, "provenance": json.dumps(dict(self.provenance))})
+        facts = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance)), CONTENT: _content(tensors)}
+        save_file(tensors, path, metadata=facts)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -103,4 +106,15 @@ class Scores:
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
             raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; delete it to score again")
+        if CONTENT in metadata and metadata[CONTENT] != _content(vectors):
+            raise UserError(f"{path} is damaged: its numbers are not those that were written; delete it to score again")
         return cls(vectors, json.loads(metadata["provenance"]))
+
+
+def _content(vectors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and numbers."""
+    content = hashlib.sha256()
+    for name, vector in sorted(vectors.items()):
+        content.update(f"{name} {tuple(vector.shape)} {vector.dtype}".encode())
+        content.update(vector.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.task import TrainingTask
 from torch import nn
@@ -135,6 +136,15 @@ def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
+def _belongs(file: Path) -> bool:
+    """Whether a shard can be read and carries the key that its folder is named by."""
+    try:
+        with safe_open(file, "pt") as shard:
+            return (shard.metadata() or {}).get("key") == file.parent.name
+    except (SafetensorError, OSError):
+        return False
+
+
 def _shard(
     task: DistillationTask,
     name: str,
@@ -150,7 +160,7 @@ def _shard(
     The first worker decides which, and writes what was computed.
     """
     file = None if place is None else place / f"{start // SHARD:05}.safetensors"
-    known = torch.tensor(float(world.first and file is not None and file.exists()), device=task.device)
+    known = torch.tensor(float(world.first and file is not None and _belongs(file)), device=task.device)
     if world.all_reduce(known).item() == 0:
         images = range(start, min(start + SHARD, data.train_images))
         logits = _logits(task, name, data, recipe, world, images, on_images)
@@ -159,7 +169,7 @@ def _shard(
         if world.first:
             file.parent.mkdir(parents=True, exist_ok=True)
             with publish_file(file) as scratch:
-                save_file({"logits": logits}, scratch)
+                save_file({"logits": logits}, scratch, metadata={"key": file.parent.name})
         world.all_reduce(known)  # nobody reads before it is written
     assert file is not None
     missing = world.all_reduce(torch.tensor(float(not file.exists()), device=task.device)).item()

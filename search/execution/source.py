@@ -93,9 +93,10 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
     arch = arch_of(model)
     _check_fit(arch, data, config)
     Space.check(config.space, arch, config.scores.method)
-    folder = cache / "sources" / _source_key(config, model, data)
-    if not folder.exists():
-        _make(config, model.to(device), data, folder, progress)
+    key = _source_key(config, model, data)
+    folder = cache / "sources" / _source_name(config, key)
+    if not _is_kept(folder, key):
+        _make(config, model.to(device), data, folder, key, progress)
     source = load(folder)
     weights = weights_digest(source)
     source.to(device)
@@ -195,14 +196,23 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
 
 
 def _source_key(config: SearchConfig, model: nn.Module, data: Data) -> str:
-    """Name the source's folder: by how it is trained if it is trained here, otherwise by its weights."""
-    made = {"train": config.source.model_dump(mode="json"), "seed": config.seed}
-    facts = made if config.source.train else {"weights": weights_digest(model)}
+    """Digest of all that the source follows from: the model as created, the data, and how it is trained, if it is."""
+    made = {"train": config.source.model_dump(mode="json"), "seed": config.seed} if config.source.train else {}
+    of_model = {"weights": weights_digest(model), "arch": arch_of(model).hash}
+    return digest({**made, **of_model, "data": data.info.fingerprint})
+
+
+def _source_name(config: SearchConfig, key: str) -> str:
     name = "".join(c if c.isalnum() else "_" for c in config.source.model.removeprefix("local-dir:"))[-40:]
-    return f"{name}-{digest({**facts, 'data': data.info.fingerprint})}"
+    return f"{name}-{key}"
 
 
-def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, progress: Progress) -> None:
+def _is_kept(folder: Path, key: str) -> bool:
+    """Whether the source is there already, and says that it is the one of this key."""
+    return (folder / "config.json").is_file() and load_provenance(folder).get("key") == key
+
+
+def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key: str, progress: Progress) -> None:
     """Train the source where the configuration says so, measure it, and save it."""
     recipe, note = config.source.train, ""
     if recipe is not None:
@@ -221,6 +231,6 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, prog
     found = EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH)))
     progress("evaluating the source", 1.0, str(found))
     facts = {"data": data.info.fingerprint, "seed": config.seed, **found.as_dict(), "versions": versions()}
-    save(model, folder, {"method": "source", "source": config.source.model, **facts})
+    save(model, folder, {"method": "source", "source": config.source.model, "key": key, **facts})
     if recipe is not None:
         state.unlink(missing_ok=True)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -9,8 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from prunesweep.launch import prune_kinds
 from prunesweep.launch.cli import app
 from prunesweep.models import UserError, arch_of, cost, load, load_provenance, save
+from prunesweep.training.jobs.prune_training import TrainedPruning
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 3, "num_heads": 4}
 runner = CliRunner()
@@ -119,12 +123,67 @@ def test_methods_that_decide_while_they_train(
     whole = cost(arch_of(load(source))).macs
     assert facts["macs"] == cost(arch_of(small)).macs <= 0.6 * whole
     assert facts["model"] == str(out)
-    decided = load_provenance(tmp_path / ".small-decided")
-    assert (decided["method"], decided["budget"]) == (method, 0.6)
     assert load_provenance(out)["top1"] == facts["top1"]
+    assert {path.name for path in left_files(tmp_path)} <= {"metrics.jsonl"}  # but for logs, nothing is left
     if method == "uvc":
         assert [block.src for block in arch_of(small).blocks] == [0, 2]
         assert facts["macs"] > 0.57 * whole
+
+
+def left_files(folder: Path) -> list[Path]:
+    """Files of hidden folders beside a result, without TensorBoard's."""
+    files = [path for hidden in folder.glob(".*") for path in hidden.rglob("*") if path.is_file()]
+    return [path for path in files if path.parent.name != "tb"]
+
+
+def test_nothing_of_another_command_is_used(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    uvc = ("--budget", "0.6", *QUICK, *AFTER, "--set", "warmup_epochs=0", "--set", "ramp_steps=8", "--set", "skip=101")
+    first = by_method(source, "uvc", *uvc, "--out", str(out))
+    assert first.exit_code == 0, (first.output, first.exception)
+    out.rename(tmp_path / "moved")
+    spvit = ("--budget", "0.6", *QUICK, *AFTER, "--set", "theta_lr=0.1", "--set", "weight=8")
+    second = by_method(source, "spvit", *spvit, "--set", "recipe.epochs=3", "--out", str(out))
+    assert second.exit_code == 0, (second.output, second.exception)
+    assert (arch_of(load(tmp_path / "moved")).depth, arch_of(load(out)).depth) == (2, 3)
+
+
+def test_what_a_stopped_command_left_is_used_by_the_very_same_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped when it has decided; other settings decide anew, and so does the same command on changed work."""
+    out = tmp_path / "small"
+    decided: list[float] = []
+    train = TrainedPruning.run
+
+    def run(self: TrainedPruning, *arguments: Any, **options: Any) -> Any:
+        decided.extend(self.budgets)
+        return train(self, *arguments, **options)
+
+    monkeypatch.setattr(TrainedPruning, "run", run)
+
+    def command(budget: str, *options: str, stop: bool = True) -> None:
+        given = ("--budget", budget, *QUICK, *AFTER, "--set", "warmup_epochs=0", "--set", "ramp_steps=8", *options)
+        with monkeypatch.context() as patch:
+            if stop:
+                patch.setattr(prune_kinds, "finetune", Mock(side_effect=KeyboardInterrupt))
+            result = by_method(source, "uvc", *given, "--out", str(out))
+        assert (result.exit_code == 0) == (not stop), (result.output, result.exception)
+
+    command("0.6")
+    assert decided == [0.6]
+    command("0.6")
+    assert decided == [0.6]
+    command("0.7")
+    command("0.6", "--images", "32")
+    assert decided == [0.6, 0.7, 0.6]
+    for file in tmp_path.glob(".small-*/job.json"):
+        file.write_text("{}")
+    command("0.6")
+    assert decided == [0.6, 0.7, 0.6, 0.6]
+    command("0.6", stop=False)
+    assert decided == [0.6, 0.7, 0.6, 0.6]
+    assert cost(arch_of(load(out))).macs <= 0.6 * cost(arch_of(load(source))).macs
 
 
 def test_several_budgets_out_of_one_run(source: Path, tmp_path: Path) -> None:

@@ -34,8 +34,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decided(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of SPViT's decision ``.small-decided`` and of its finetuned model ``small``."""
+    """The folder of SPViT's decision ``decided`` and of its finetuned model ``small``."""
     folder = tmp_path_factory.mktemp("spvit")
+    out = prune(source, folder / "decided", "spvit", *SPVIT, *GATES, "--finetune", "none")
+    assert out.exit_code == 0, (out.output, out.exception)
     out = prune(source, folder / "small", "spvit", *SPVIT, *GATES, *LONG, "--set", "second_stage.alpha=0.05")
     assert out.exit_code == 0, (out.output, out.exception)
     return folder
@@ -62,16 +64,16 @@ def same(a: Path, b: Path) -> bool:
 def test_spvits_convolutions_are_finetuned_mixed_and_frozen_then(source: Path, decided: Path, tmp_path: Path) -> None:
     small = load(decided / "small")
     assert any(isinstance(module, ConvMixer) for module in small.modules())
-    assert arch_of(small) == arch_of(load(decided / ".small-decided"))
+    assert arch_of(small) == arch_of(load(decided / "decided"))
     facts = load_provenance(decided / "small")
     assert facts["second_stage"] == {"method": "spvit", "settings": {"alpha": 0.05}}
-    Cut.from_dict(load_provenance(decided / ".small-decided")["decision"])
+    Cut.from_dict(load_provenance(decided / "decided")["decision"])
     for name, options in {
         "same": ("--second-stage", "spvit", "--set", "second_stage.alpha=0.05"),
         "default": ("--second-stage", "spvit"),
         "plain": (),
     }.items():
-        out = finetune(decided / ".small-decided", tmp_path / name, "--teacher", str(source), *options)
+        out = finetune(decided / "decided", tmp_path / name, "--teacher", str(source), *options)
         assert out.exit_code == 0, (out.output, out.exception)
     assert same(tmp_path / "same", decided / "small")
     assert not same(tmp_path / "default", decided / "small")
@@ -103,14 +105,16 @@ def spvit_models(source: Path, decision: Cut):
 
 def test_a_planned_model_trains_its_matrices_alone(source: Path, tmp_path: Path) -> None:
     alone = ("--set", "second_stage.train_weights=false", "--set", "second_stage.train_matrices=recover")
+    plain = prune(source, tmp_path / "untrained", "pmvit", "--keep-rate", "0.5")
+    assert plain.exit_code == 0, (plain.output, plain.exception)
     out = prune(source, tmp_path / "small", "pmvit", "--keep-rate", "0.5", *LONG, *alone, "--json")
     assert out.exit_code == 0, (out.output, out.exception)
-    before, after = weights(tmp_path / ".small-untrained"), weights(tmp_path / "small")
+    before, after = weights(tmp_path / "untrained"), weights(tmp_path / "small")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(name.endswith("token_merge.recover") for name in changed)
     again = finetune(
-        tmp_path / ".small-untrained", tmp_path / "both", "--teacher", str(source), "--second-stage", "pmvit", "--json"
+        tmp_path / "untrained", tmp_path / "both", "--teacher", str(source), "--second-stage", "pmvit", "--json"
     )
     assert again.exit_code == 0, (again.output, again.exception)
     assert json.loads(again.stdout)["macs"] == json.loads(out.stdout)["macs"]
@@ -143,7 +147,7 @@ def test_what_does_not_fit_is_said_before_training(
 
 
 def test_what_does_not_fit_a_model_is_said(source: Path, decided: Path, tmp_path: Path) -> None:
-    model, stage = decided / ".small-decided", ("--second-stage", "spvit")
+    model, stage = decided / "decided", ("--second-stage", "spvit")
     torch.manual_seed(1)
     other = save(timm.create_model("vit_tiny_patch16_224", **SHAPE), tmp_path / "other")
     for folder, options, message in (

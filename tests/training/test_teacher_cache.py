@@ -84,6 +84,18 @@ def test_shards_that_are_missing_are_made(tmp_path: Path, monkeypatch: pytest.Mo
     assert found == wanted
 
 
+def test_a_shard_of_another_teacher_is_made_again(tmp_path: Path) -> None:
+    wanted, _ = train(Counted(1), recipe(True, epochs=1), tmp_path)
+    (own,) = tmp_path.rglob("*.safetensors")
+    train(Counted(2), recipe(True, epochs=1), tmp_path)
+    (other,) = (file for file in tmp_path.rglob("*.safetensors") if file != own)
+    own.write_bytes(other.read_bytes())
+    counted = Counted(1)
+    found, _ = train(counted, recipe(True, epochs=1), tmp_path)
+    assert counted.images == 1347
+    assert found == wanted
+
+
 def test_another_teacher_data_or_precision_is_another_file(tmp_path: Path) -> None:
     short = {"epochs": 1}
     for count, (teacher, fields) in enumerate(

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import load, read_arch, weights_digest
+from prunesweep.models import load, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
 from ..compatibility import check_fits
@@ -20,6 +20,7 @@ from .metrics_log import MetricsLog
 from .placement import Placement
 from .run_job import run_job
 from .training_job import Reports, TrainingJob
+from .work import FORMAT, Work, model_facts
 
 __all__ = ["Finetuning", "finetune"]
 
@@ -28,7 +29,7 @@ __all__ = ["Finetuning", "finetune"]
 class Finetuning:
     """A finetuning: folders of saved models, data by name, and a recipe.
 
-    The same job is resumed from its ``work`` folder.
+    The very same job is resumed from its ``work`` folder; only the logs there stay when it is done.
 
     Args:
         model: folder of the model to train.
@@ -39,6 +40,8 @@ class Finetuning:
         seed: seed of the training.
         loader_workers: processes per worker that load images.
         second_stage: the pruning method whose own way of finetuning is used, if any.
+        work_folder: folder to use as ``work``, for a job that is part of another one.
+        teacher_logits: folder to use as ``teacher_cache``, for a job that is part of another one.
     """
 
     model: Path
@@ -49,28 +52,46 @@ class Finetuning:
     seed: int = 0
     loader_workers: int = 0
     second_stage: SecondStageJob | None = None
+    work_folder: Path | None = None
+    teacher_logits: Path | None = None
 
     @cached_property
+    def opened(self) -> Data:
+        """The data as the model expects them."""
+        model: Any = load(self.model)
+        return open_data(self.data, model.pretrained_cfg, loader_workers=self.loader_workers)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Everything that the result depends on, JSON-ready."""
+        return {
+            "model": model_facts(load(self.model)),
+            "teacher": self.teacher and model_facts(load(self.teacher)),
+            "data": {"name": self.data, "fingerprint": self.opened.info.fingerprint},
+            "recipe": self.recipe.model_dump(mode="json"),
+            "seed": self.seed,
+            "second_stage": None if self.second_stage is None else asdict(self.second_stage),
+        }
+
+    @property
     def name(self) -> str:
         """The result's name and a hash of everything that it depends on."""
-        settings: dict[str, Any] = {"data": self.data, "recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
-        if self.second_stage is not None:
-            settings["second_stage"] = asdict(self.second_stage)
-        models = {
-            "model": weights_digest(load(self.model)),
-            "teacher": self.teacher and weights_digest(load(self.teacher)),
-        }
-        return f"{self.out.name}-{digest({**settings, **models})}"
+        return f"{self.out.name}-{digest({'format': FORMAT, **self.facts})}"
+
+    @property
+    def unfinished(self) -> Work:
+        """The work folder, with everything that it depends on."""
+        return Work.beside(self.out, self.facts) if self.work_folder is None else Work(self.work_folder, self.facts)
 
     @property
     def work(self) -> Path:
         """Folder of training state, ``metrics.jsonl`` and TensorBoard logs, beside the result and named by ``name``."""
-        return self.out.parent / f".{self.name}"
+        return self.unfinished.folder
 
     @property
     def teacher_cache(self) -> Path:
         """Folder of teachers' logits beside the result, shared by all jobs whose results lie there."""
-        return self.out.parent / ".teacher_logits"
+        return self.teacher_logits or self.out.parent / ".teacher_logits"
 
     def check(self) -> Data:
         """Open the data and check that data, model and teacher fit together.
@@ -78,8 +99,7 @@ class Finetuning:
         Raises:
             UserError: they do not, or the second stage cannot serve the model.
         """
-        model: Any = load(self.model)
-        data = open_data(self.data, model.pretrained_cfg, loader_workers=self.loader_workers)
+        data = self.opened
         for what, path in (("model", self.model), ("teacher", self.teacher)):
             if path is None:
                 continue
@@ -141,6 +161,7 @@ def finetune(
         UserError: the parts do not fit together, training failed or diverged, or the machine cannot hold the workers.
     """
     data = job.check()
+    job.unfinished.claim()
     with MetricsLog.beside(job.work) as log:
         run_job(
             job.described,
@@ -150,5 +171,7 @@ def finetune(
             placement=placement,
             log=log,
             provenance=job.provenance(data),
+            name=job.name,
             reports=Reports(on_step, on_epoch, on_note),
         )
+    job.unfinished.release()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,6 +26,7 @@ from .prune_loop import PruneJob
 from .run_job import run_job
 from .scoring import Calibration
 from .training_job import LoadedJob, Reports, TrainingJob
+from .work import FORMAT, Work, model_facts
 
 __all__ = ["SavedModel", "TrainedPruning"]
 
@@ -45,7 +45,7 @@ class SavedModel:
 class TrainedPruning:
     """One run of a method that decides while it trains.
 
-    The same run is resumed from its ``work`` folder.
+    The very same run is resumed from its ``work`` folder; only the logs there stay when it is done.
 
     Args:
         model: the source, one of ours or one that ``Arch.from_timm`` accepts; also the teacher. It is not changed.
@@ -58,6 +58,7 @@ class TrainedPruning:
         calibration: images that BatchNorms of new convolutions are estimated on.
         seed: seed of the training.
         loader_workers: processes per worker that load images.
+        work_folder: folder to use as ``work``, for a run that is part of another job.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class TrainedPruning:
     calibration: Calibration = Calibration()  # noqa: RUF009 (frozen)
     seed: int = 0
     loader_workers: int = 0
+    work_folder: Path | None = None
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -84,10 +86,30 @@ class TrainedPruning:
             "seed": self.seed,
         }
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Everything that the result depends on, JSON-ready."""
+        return {
+            **self.metadata,
+            "source": {"name": arch_of(self.model).source, **model_facts(self.model)},
+            "data": {"name": self.data_name, "fingerprint": self.opened.info.fingerprint},
+            "calibration": asdict(self.calibration),
+        }
+
+    @cached_property
+    def opened(self) -> Data:
+        """The data as the source expects them."""
+        return open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
+
+    @property
+    def unfinished(self) -> Work:
+        """The folder of the work, with what it depends on."""
+        return Work.beside(self.out, self.facts) if self.work_folder is None else Work(self.work_folder, self.facts)
+
     @property
     def work(self) -> Path:
         """Folder of training state and logs, beside ``out`` and named by the hash of ``metadata``."""
-        return self.out.parent / f".{self.out.name}-{digest(self.metadata)}"
+        return self.unfinished.folder
 
     def run(
         self,
@@ -111,7 +133,8 @@ class TrainedPruning:
         Raises:
             UserError: a setting does not fit, the budget cannot be met, the search collapsed, or training failed.
         """
-        data = self._open()
+        data = self.check()
+        self.unfinished.claim()
         loaded = LoadedJob(to_device(self.model), None, data) if placement.here else None
         if loaded is None and not self._source.exists():
             save(self.model.cpu(), self._source)
@@ -125,9 +148,10 @@ class TrainedPruning:
                 log=log,
                 provenance={**self.metadata, "data": data.info.fingerprint, "versions": versions()},
                 loaded=loaded,
+                name=f"{self.out.name}-{digest({'format': FORMAT, **self.facts})}",
                 reports=Reports(on_step, on_epoch, on_note),
             )
-        shutil.rmtree(self._source, ignore_errors=True)
+        self.unfinished.release()
         return self.saved_models()
 
     @property
@@ -140,7 +164,7 @@ class TrainedPruning:
             model=str(self._source),
             data=self.data_name,
             recipe=self.recipe.model_dump(mode="json"),
-            teacher_cache=None if placement.here else str(self.out.parent / ".teacher_logits"),
+            teacher_cache=None if placement.here else str(self.work / "teacher_logits"),
             seed=self.seed,
             loader_workers=self.loader_workers,
             prune=asdict(self._job),
@@ -155,14 +179,13 @@ class TrainedPruning:
     def _folder(self, budget: float) -> Path:
         return self.out / f"{budget:.4g}" if len(set(self.budgets)) > 1 else self.out
 
-    def _open(self) -> Data:
+    def check(self) -> Data:
         """Open the data. Raises UserError if the settings, the source or the data do not fit together."""
         method, arch = get_method(self.method, TrainedMethod), arch_of(self.model)
         settings = method.for_budgets(self.budgets, self.options)
         method.hook(settings, arch).wrap(copy.deepcopy(self.model))
-        data = open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
-        check_fits(arch, data)
-        return data
+        check_fits(arch, self.opened)
+        return self.opened
 
     @property
     def _job(self) -> PruneJob:

@@ -1,8 +1,9 @@
-"""Cache scores: compute them once for the same weights, method, data and settings."""
+"""Cache scores: compute them once for the same model (weights and record), method, data and settings."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import arch_of, weights_digest
+from prunesweep.models import UserError, arch_of, weights_digest
 from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
@@ -54,7 +55,8 @@ def cached_scores(
         method: name in ``pruners.METHODS`` of a method that scores, or ``depth_kl`` for the importance of whole blocks.
         data: data set; the calibration images are from its training split.
         calibration: the choice of images.
-        cache: folder of scores; a file is named by the hash of everything that it depends on.
+        cache: folder of scores; a file is named by the hash of everything that it depends on, which it
+            also carries inside; it is made again if that differs, or if it is damaged.
         progress: called with (what is being done, share done, note).
         weights: ``weights_digest(model)``, if it is known already.
         options: settings of the method's scoring; those left out have their defaults.
@@ -67,11 +69,11 @@ def cached_scores(
         entry.check(arch_of(model))
     weights = weights or weights_digest(model)
     settings = asdict(calibration)
-    metadata = {"method": method, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **settings}
+    metadata: dict[str, Any] = {**_facts(model, method, data, weights), **settings}
     if options:
         metadata["settings"] = dict(options)
     path = cache / f"{method}-{digest(metadata)}.safetensors"
-    if not path.exists():
+    if not _holds(path, metadata):
         what = "measuring blocks" if entry is None else entry.progress
         batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
 
@@ -119,9 +121,9 @@ def cached_gates(
     """
     weights = weights or weights_digest(model)
     run = {"recipe": recipe.model_dump(mode="json"), "settings": dict(settings), "seed": seed}
-    metadata = {"method": LEARNED, "weights": weights, "data": data.info.fingerprint, "format": FORMAT, **run}
+    metadata = {**_facts(model, LEARNED, data, weights), **run}
     path = cache / f"{LEARNED}-{digest(metadata)}.safetensors"
-    if path.exists():
+    if _holds(path, metadata):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     hook, trained, state = UVC(UVCSettings.model_validate(settings)), copy.deepcopy(model), path.with_suffix(".state")
@@ -135,3 +137,20 @@ def cached_gates(
         Scores({"depth": margin.double().cpu()}, metadata).save(scratch)
     state.unlink(missing_ok=True)
     return path
+
+
+def _facts(model: nn.Module, method: str, data: Data, weights: str) -> dict[str, Any]:
+    """What all scores depend on; models of equal weights may have other heads, pooling or an epsilon of their own."""
+    of_model = {"weights": weights, "arch": arch_of(model).hash}
+    return {"method": method, **of_model, "data": data.info.fingerprint, "format": FORMAT}
+
+
+def _holds(path: Path, metadata: Mapping[str, Any]) -> bool:
+    """Whether a file is there, is sound, and says that it was made of just this."""
+    if not path.exists():
+        return False
+    try:
+        found = Scores.load(path).provenance
+    except UserError:
+        return False
+    return all(found.get(key) == value for key, value in json.loads(json.dumps(metadata)).items())

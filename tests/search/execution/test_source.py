@@ -1,0 +1,53 @@
+"""The kept source of a search: found by all that it follows from, and believed only where it says so itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from prunesweep.models import load, load_provenance, save
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.source import prepare
+from tests.search.execution.test_task import nothing
+
+SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 2}
+
+
+def model(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **{**SHAPE, "num_heads": 2, **changes})
+
+
+def config_of(tiny: Callable[..., SearchConfig], folder: Path) -> SearchConfig:
+    config = tiny()
+    source = config.source.model_copy(update={"model": f"local-dir:{folder}", "train": None, "args": {}})
+    return config.model_copy(update={"source": source.model_copy(update={"pos_embed_std": None})})
+
+
+def test_a_mended_record_is_not_ignored(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    """The weights stay as they are; the folder, too, has the name that it had."""
+    config, cache = config_of(tiny, tmp_path / "model"), tmp_path / "cache"
+    kept = []
+    for heads in (2, 4, 2):
+        save(model(num_heads=heads), tmp_path / "model")
+        kept.append(prepare(config, cache, nothing))
+    assert [one.arch.blocks[0].heads for one in kept] == [2, 4, 2]
+    assert kept[0].folder == kept[2].folder != kept[1].folder
+    assert kept[0].score_files == kept[2].score_files
+    assert not set(kept[0].score_files.values()) & set(kept[1].score_files.values())
+
+
+def test_a_source_of_another_key_is_made_again(tiny: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    config, cache = config_of(tiny, save(model(), tmp_path / "model")), tmp_path / "cache"
+    kept = prepare(config, cache, nothing)
+    with torch.no_grad():
+        other = load(kept.folder)
+        other.head.bias[0] += 1.0
+    save(other, kept.folder, {"method": "source", "top1": 100.0, "key": "of another"})
+    again = prepare(config, cache, nothing)
+    assert (again.folder, again.weights, again.top1) == (kept.folder, kept.weights, kept.top1)
+    assert again.folder.name.endswith(load_provenance(again.folder)["key"])

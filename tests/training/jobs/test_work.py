@@ -1,0 +1,112 @@
+"""Folders of unfinished work: one for everything that the work depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from prunesweep.models import save
+from prunesweep.training.jobs.finetune import Finetuning
+from prunesweep.training.jobs.prune_training import TrainedPruning
+from prunesweep.training.jobs.scoring import Calibration
+from prunesweep.training.jobs.work import FACTS, Work
+from prunesweep.training.recipe import Recipe
+from prunesweep.training.second_stage import SecondStageJob
+
+SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1}
+
+
+def make(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **{**SHAPE, "num_heads": 2, **changes})
+    model.pretrained_cfg |= {"mean": (0.3053,), "std": (0.376,)}
+    return model
+
+
+def variants() -> dict[str, Any]:
+    """The same model, and models that differ in one respect each."""
+    weight, preprocessing = make(), make()
+    with torch.no_grad():
+        weight.head.bias[0] += 1e-3
+    preprocessing.pretrained_cfg |= {"mean": (0.5,)}
+    return {"weight": weight, "record": make(num_heads=4), "preprocessing": preprocessing}
+
+
+def test_everything_that_finetuning_depends_on_is_in_the_key(tmp_path: Path) -> None:
+    """One input is changed at a time."""
+    save(make(), tmp_path / "model")
+    job = Finetuning(tmp_path / "model", "digits", Recipe(), tmp_path / "out", teacher=tmp_path / "model")
+    jobs = [
+        job,
+        dataclasses.replace(job, teacher=None),
+        dataclasses.replace(job, recipe=Recipe(lr=1e-4)),
+        dataclasses.replace(job, seed=1),
+        dataclasses.replace(job, second_stage=SecondStageJob("pmvit")),
+    ]
+    for name, model in variants().items():
+        jobs.append(dataclasses.replace(job, model=save(model, tmp_path / name)))
+        jobs.append(dataclasses.replace(job, teacher=tmp_path / name))
+    assert len({one.work for one in jobs}) == len(jobs)
+    save(make(), tmp_path / "copy")
+    assert dataclasses.replace(job, model=tmp_path / "copy").work == job.work
+
+
+def test_changed_data_of_the_same_name_are_in_the_key(image_folder: Path, tmp_path: Path) -> None:
+    shape = {"img_size": 32, "patch_size": 8, "num_heads": 2, "num_classes": 2, "embed_dim": 16, "depth": 1}
+    folder = save(timm.create_model("vit_tiny_patch16_224", **shape), tmp_path / "model")
+    job = Finetuning(folder, f"imagefolder:{image_folder}", Recipe(), tmp_path / "out")
+    before = job.work
+    assert dataclasses.replace(job).work == before
+    (image_folder / "train" / "red" / "0.jpg").rename(image_folder / "train" / "blue" / "new.jpg")
+    assert dataclasses.replace(job).work != before
+
+
+def test_everything_that_a_deciding_run_depends_on_is_in_the_key(tmp_path: Path) -> None:
+    run = TrainedPruning(make(), "digits", "uvc", [0.6], Recipe(), tmp_path / "out")
+    changes: list[dict[str, Any]] = [
+        {"method": "spvit"},
+        {"budgets": [0.5]},
+        {"recipe": Recipe(epochs=3)},
+        {"options": {"skip": "1"}},
+        {"calibration": Calibration(images=32)},
+        {"seed": 1},
+        *({"model": model} for model in variants().values()),
+    ]
+    runs = [run, *(dataclasses.replace(run, **change) for change in changes)]
+    assert len({one.work for one in runs}) == len(runs)
+    assert dataclasses.replace(run, model=make()).work == run.work
+
+
+@pytest.mark.parametrize("inside", [None, "{}", '{"format": "prunesweep/work/0"}'])
+def test_a_folder_that_does_not_say_what_it_is_of_is_made_anew(tmp_path: Path, inside: str | None) -> None:
+    work = Work.beside(tmp_path / "out", {"seed": 0})
+    work.claim()
+    (work.folder / "state.safetensors").write_text("half done")
+    work.claim()
+    assert (work.folder / "state.safetensors").exists()
+    if inside is None:
+        (work.folder / FACTS).unlink()
+    else:
+        (work.folder / FACTS).write_text(inside)
+    work.claim()
+    assert [path.name for path in work.folder.iterdir()] == [FACTS]
+
+
+def test_logs_alone_stay(tmp_path: Path) -> None:
+    work = Work.beside(tmp_path / "out", {"seed": 0})
+    work.claim()
+    for file in ("metrics.jsonl", "tb/events", "source/model.safetensors", "deciding/metrics.jsonl", "deciding/state"):
+        (work.folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (work.folder / file).touch()
+    work.release()
+    left = {str(path.relative_to(work.folder)) for path in work.folder.rglob("*") if path.is_file()}
+    assert left == {"metrics.jsonl", "tb/events", "deciding/metrics.jsonl"}
+    bare = Work.beside(tmp_path / "bare", {})
+    bare.claim()
+    bare.release()
+    assert not bare.folder.exists()

@@ -1,0 +1,87 @@
+"""Folders of unfinished work: found by a digest of all that the work depends on, and by nothing less."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunesweep.models import arch_of, weights_digest
+from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import digest
+
+__all__ = ["FACTS", "FORMAT", "Work", "model_facts"]
+
+FORMAT = "prunesweep/work/1"  # to be counted up when unfinished work of older versions must not go on
+FACTS = "job.json"  # of a folder: what the work in it depends on
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+LOGS = frozenset({"metrics.jsonl", "tb"})  # stay when the work is done
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Digests of a model's weights and of its record, and its preprocessing, JSON-ready.
+
+    Equal weights do not tell the number of heads; and teacher and student may want images normalised unlike.
+    """
+    known = getattr(model, "pretrained_cfg", {})
+    wanted = {key: known[key] for key in PREPROCESSING if known.get(key) is not None}
+    return {"weights": weights_digest(model), "arch": arch_of(model).hash, "preprocessing": wanted}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder of unfinished work, and all that the work depends on.
+
+    Args:
+        folder: where the work lies.
+        facts: JSON-ready; written into the folder and compared before anything in it is used.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def beside(cls, out: Path, facts: Mapping[str, Any]) -> Work:
+        """Return the hidden folder beside a result ``out`` that is named by the digest of ``facts``."""
+        return cls(out.parent / f".{out.name}-{digest({'format': FORMAT, **facts})}", facts)
+
+    def claim(self) -> None:
+        """Keep what a stopped run of the very same work left in the folder; otherwise make the folder anew."""
+        if not _first():
+            return
+        text = json.dumps({"format": FORMAT, **self.facts}, sort_keys=True, indent=1)
+        file = self.folder / FACTS
+        if file.is_file() and file.read_bytes() == text.encode():
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_text(file, text)
+
+    def release(self) -> None:
+        """Remove everything but the logs: the work is done, nothing goes on from it."""
+        if _first():
+            _strip(self.folder)
+
+
+def _first() -> bool:
+    """Whether this process is the only one of its job, or the first of those that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def _strip(folder: Path) -> None:
+    """Remove the files below ``folder`` that are no logs, and the folders that are empty then."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.name in LOGS:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            _strip(path)
+        else:
+            path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
