@@ -44,9 +44,9 @@ FREE = ("source", "num_classes", "stages", "norm_eps")  # fields of a record tha
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Milliseconds at the crossings of ``axes`` (name to rising whole numbers), linear in each axis in between.
+    """Milliseconds at the crossings of ``axes``, linear in each axis in between.
 
-    ``values`` has one dimension per axis, in the order of ``axes``.
+    ``axes`` gives the points of every axis, by name: rising whole numbers.
     """
 
     axes: Mapping[str, tuple[int, ...]]
@@ -114,7 +114,7 @@ class _Placed:
         return sum(grid(self.where, self.at) for grid in self.grids)
 
     def gain(self, **less: float) -> float:
-        """What other coordinates would save; 0 where they lie outside a grid."""
+        """Compute what other coordinates would save; 0 where they lie outside a grid."""
         narrower = dataclasses.replace(self, at={**self.at, **less})
         return self.ms() - narrower.ms() if all(grid.covers(narrower.at) for grid in self.grids) else 0.0
 
@@ -144,7 +144,7 @@ class LatencyTable:
     check: Mapping[str, Any] | None = None  # prediction error on random records (``models.latency_build``)
 
     def predict(self, arch: Arch) -> float:
-        """Milliseconds per batch: the sum over the blocks of ``arch``, and the rest.
+        """Predict milliseconds per batch: the sum over the blocks of ``arch``, and the overhead outside them.
 
         Ragged value heads count with their mean width, though heads of unequal width run group after group. NViT's
         frozen token factors count nothing.
@@ -157,19 +157,19 @@ class LatencyTable:
         return self.overhead("arch", _widths(arch)) + sum(block.ms() for block in self._place(arch))
 
     def outside(self, arch: Arch) -> float:
-        """Milliseconds per batch outside the blocks of ``arch``. Raises UserError out of the table's range."""
+        """Predict milliseconds per batch outside the blocks of ``arch``. Raises UserError out of the table's range."""
         return self.overhead("arch", _widths(arch))
 
     def block(self, arch: Arch, stage: Stage, block: Block) -> float:
-        """Milliseconds per batch of one block in ``stage``, which is told by its grid.
+        """Predict milliseconds per batch of one block in ``stage``, which is found by its grid.
 
-        Raises UserError out of the table's range, or for something that it was built without.
+        Raises UserError out of the table's range, or for something that the table was built without.
         """
         s = next(s for s, own in enumerate(self.source.stages) if own.grid == stage.grid)
         return self._place_block(s, arch, stage, block, f"blocks[{block.src}]").ms()
 
     def unit_gains(self, arch: Arch) -> dict[str, float]:
-        """Milliseconds per batch that one unit less of every prunable vector saves, at the widths of ``arch``.
+        """Predict the milliseconds per batch that one unit less of every prunable vector saves, at ``arch``'s widths.
 
         NViT's one-unit backward differences, with the names of scores: ``stages.0.embed``; of every block, such as
         ``blocks.3.qk``: heads, qk, v (of all heads at once), attn (one channel of one head's query, key and value),

@@ -32,12 +32,7 @@ FORMS = ("sparse", "dense")
 
 @dataclass(frozen=True, slots=True)
 class TokenPlan:
-    """Which token of one block goes to which merged token, and with what weight.
-
-    ``kept`` is c, prefix tokens included; ``assign`` (N) holds the merged token of every token, -1 where it passes the
-    block by; ``weight`` (N) its entry of M, 0 where it passes. Prefix tokens are alone: token j in merged token j. A
-    merged token may have no members; it is then zero. ``form`` is that of the module: ``sparse`` or ``dense``.
-    """
+    """A decision for one block: which token goes to which merged token, and with what weight."""
 
     kept: int
     assign: tuple[int, ...]
@@ -105,7 +100,16 @@ class TokenPlan:
 
 
 def default_groups(tokens: int, kept: int, prefix: int) -> torch.Tensor:
-    """(N,) merged token of every token: prefix tokens alone, patches in ``kept - prefix`` equal runs, row by row."""
+    """Assign every token to a merged token: prefix tokens alone, patches in equal runs, row by row.
+
+    Args:
+        tokens: N, prefix tokens included.
+        kept: number of merged tokens, prefix tokens included.
+        prefix: number of prefix tokens.
+
+    Returns:
+        Merged token of every token, (N,) int64.
+    """
     patches = torch.arange(tokens - prefix) * (kept - prefix) // (tokens - prefix)
     return torch.cat([torch.arange(prefix), prefix + patches])
 
@@ -151,9 +155,18 @@ class SparseMerge(nn.Module):
 
 
 def add_rows(x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """(B, rows, D): token j of x (B, N, D), times ``weight`` (N), added to row ``row`` (N) int64.
+    """Add weighted tokens into rows: token j of ``x``, times ``weight[j]``, is added to row ``row[j]``.
 
-    The same bits every time on a CPU; on a GPU where ``torch.use_deterministic_algorithms`` asks for it.
+    The result has the same bits every time on a CPU; on a GPU, where ``torch.use_deterministic_algorithms`` asks for it.
+
+    Args:
+        x: tokens (B, N, D).
+        row: row of every token, (N,) int64.
+        weight: factor of every token, (N,).
+        rows: number of rows.
+
+    Returns:
+        (B, rows, D).
     """
     B, N, D = x.shape
     if not _in_bags(x):
@@ -201,5 +214,12 @@ class DenseMerge(nn.Module):
 
 
 def make_merge(form: str, tokens: int, kept: int, prefix: int) -> SparseMerge | DenseMerge:
-    """The module for ``Block.merge``."""
+    """Make the module that merges and restores the tokens of a block.
+
+    Args:
+        form: ``Block.merge``, ``sparse`` or ``dense``.
+        tokens: N, prefix tokens included.
+        kept: number of merged tokens, prefix tokens included.
+        prefix: number of prefix tokens.
+    """
     return SparseMerge(tokens, kept, prefix) if form == "sparse" else DenseMerge(tokens, kept, prefix)

@@ -1,7 +1,7 @@
 """How five papers count their own models.
 
-``models.cost`` counts what is computed and stored. Papers leave parts out, or count parts that are not there; these
-formulas exist to reproduce the figures that they print (``models.published``), and for nothing else.
+``models.cost`` counts everything that is computed and stored. Papers leave parts out, or count parts that are not
+there; these formulas serve only to reproduce the figures that they print (``models.published``).
 
 N tokens, D residual width, H heads, E query/key width and V value width of a head, M MLP width, K classes.
 """
@@ -20,18 +20,18 @@ __all__ = ["NVIT", "PMVIT", "SPVIT", "UVC", "Counting", "exact_macs", "exact_par
 
 
 def exact_macs(arch: Arch) -> int:
-    """What ``models.cost`` counts."""
+    """Count MACs per image as ``models.cost`` does."""
     return cost(arch).macs
 
 
 def exact_params(arch: Arch) -> int:
-    """What ``models.cost`` counts."""
+    """Count parameters as ``models.cost`` does."""
     return cost(arch).params
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counting:
-    """A paper's MACs per image and parameters of a record; ``note`` says how they differ from the exact ones."""
+    """A paper's way to count MACs per image and parameters; ``note`` says how it differs from the exact one."""
 
     note: str
     macs: Callable[[Arch], int] = exact_macs
@@ -39,7 +39,7 @@ class Counting:
 
 
 def tables_twice(arch: Arch) -> int:
-    """UP-ViT's parameters of a language model: tables of words that input and softmax share count twice."""
+    """Count a language model's parameters as UP-ViT does: word tables shared by input and softmax count twice."""
     widths = () if arch.text is None else (arch.stages[0].width, *arch.text.tails)
     shared = arch.text is not None and arch.text.tied != "none"
     return cost(arch).params + shared * sum(len(band) * d for band, d in zip(arch.bands, widths, strict=True))
