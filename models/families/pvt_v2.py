@@ -1,4 +1,4 @@
-"""PVTv2 with a shape of its own in every block: timm's skeleton, stage norms and MLP, and attention of any widths."""
+"""PVTv2 whose blocks may all differ: timm's skeleton, stage norms and MLP, and attention of any widths."""
 
 from __future__ import annotations
 
@@ -92,7 +92,12 @@ class HeteroPvtBlock(nn.Module):
 
 
 def build_pvt_v2(arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
-    """A timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
+    """Build a timm PyramidVisionTransformerV2 with the blocks of ``arch``.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     norm_layer = partial(LayerNorm, eps=arch.norm_eps)
     model = PyramidVisionTransformerV2(
         in_chans=arch.in_chans,

@@ -1,4 +1,4 @@
-"""Swin transformers with a shape of their own in every block and a width of their own in every stage.
+"""Swin transformers whose blocks may all differ, with a width per stage that is independent of the others.
 
 A stock timm ``SwinTransformer`` gives the skeleton (patch embedding, stages, forward passes); its uniform blocks are
 replaced. timm's own block holds every record that it can express; ``HeteroSwinBlock`` holds the others and keeps
@@ -96,13 +96,18 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
 
 
 def shift(stage: Stage, block: Block) -> tuple[int, int]:
-    """Rows and columns by which a block's windows are shifted."""
+    """Return the rows and columns by which a block's windows are shifted."""
     rows, columns = stage.window or (0, 0)
     return (rows // 2, columns // 2) if block.shifted else (0, 0)
 
 
 def build_swin(arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
-    """A timm SwinTransformer with the blocks and widths of ``arch``."""
+    """Build a timm SwinTransformer with the blocks and widths of ``arch``.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     norm_layer = partial(nn.LayerNorm, eps=arch.norm_eps)
     widths = [stage.width for stage in arch.stages]
     model = SwinTransformer(

@@ -1,8 +1,9 @@
-"""Vision transformers with a shape of their own in every block, from stock timm parts.
+"""Vision transformers whose blocks may all differ, from stock timm parts.
 
-``VisionTransformer`` takes ``block_fn`` and passes it the block's index: that is all the freedom a heterogeneous record
-needs, so the model is a stock timm class with stock parameter names, and a full record has timm's own state dict.
-timm's ``Attention`` holds a block whose query, key and value widths agree; ``HeteroAttention`` holds every other one.
+``VisionTransformer`` takes ``block_fn`` and passes it the block's index, which is all the freedom that a heterogeneous
+record needs. So the model is a stock timm class with stock parameter names, and a full record has timm's own state
+dict. timm's ``Attention`` holds a block whose query, key and value widths agree; ``HeteroAttention`` holds every other
+one.
 """
 
 from __future__ import annotations
@@ -101,7 +102,12 @@ def _mixer(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
 
 
 def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
-    """A timm VisionTransformer (VisionTransformerDistilled with a distillation token) with the blocks of ``arch``."""
+    """Build a timm VisionTransformer (with a distillation token, VisionTransformerDistilled) with ``arch``'s blocks.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     (stage,) = arch.stages
 
     def block_fn(*, depth: int, drop_path: float, act_layer: Any, norm_layer: Any, **_: Any) -> HeteroBlock:
@@ -240,7 +246,7 @@ class VisionTransformerFamily(Family):
 
 
 def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, bool, bool, str]]:
-    """The record of one block, and the features that all blocks of a model must share."""
+    """Read the record of one block, and the features that all blocks of a model must share."""
     where = f"block {index}"
     require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
     attn, mlp = block.attn, block.mlp

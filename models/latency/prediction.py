@@ -43,7 +43,7 @@ class PredictionError:
 
     @property
     def bias(self) -> float:
-        """Median of predicted / measured, less 1: the error that all models share, as on a machine that became slower."""
+        """Median of predicted / measured, less 1: the error common to all models, as when the machine got slower."""
         return float(np.median(np.divide(self.predicted, self.measured)) - 1)
 
     @property

@@ -157,7 +157,7 @@ class SparseMerge(nn.Module):
 def add_rows(x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
     """Add weighted tokens into rows: token j of ``x``, times ``weight[j]``, is added to row ``row[j]``.
 
-    The result has the same bits every time on a CPU; on a GPU, where ``torch.use_deterministic_algorithms`` asks for it.
+    On a CPU the result has the same bits every time; on a GPU if ``torch.use_deterministic_algorithms`` asks for it.
 
     Args:
         x: tokens (B, N, D).

@@ -57,7 +57,7 @@ def mae() -> Arch:
 
 
 def swin(size: str) -> Arch:
-    """Return the record of Swin ``tiny``, ``small`` or ``base``, windows of 7, at 224 (arXiv 2103.14030, section 3.3)."""
+    """Return the record of Swin ``tiny``, ``small`` or ``base`` at 224, windows 7 (arXiv 2103.14030, section 3.3)."""
     width, third = {"tiny": (96, 6), "small": (96, 18), "base": (128, 18)}[size]
     stages, src = [], 0
     for s, depth in enumerate((2, 2, third, 2)):
