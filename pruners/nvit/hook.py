@@ -123,11 +123,7 @@ class NViTPruning(Hook):
         return len(self.snapshots) == len(self.budgets)
 
     def wrap(self, model: nn.Module) -> None:
-        """Start from ``model`` whole.
-
-        Raises:
-            UserError: of another family, with ragged heads, within the first budget already, or never within the last.
-        """
+        """Take the model, with all of its units."""
         self.model, self.arch = model, arch_of(model)
         if self.arch.family not in FAMILIES:
             able = ", ".join(FAMILIES)
@@ -176,7 +172,10 @@ class NViTPruning(Hook):
                 self.snapshots.append(self._snapshot(budget, cost))
 
     def finish(self) -> tuple[Snapshot, ...]:
-        """The snapshots, largest budget first. The model keeps its full size, and its zeros, with stock LayerNorms."""
+        """Return the snapshots, largest budget first.
+
+        The model keeps its full size, and its zeros, with stock LayerNorms.
+        """
         self._masking.remove()
         return tuple(self.snapshots)
 
@@ -227,7 +226,7 @@ class NViTPruning(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of another ladder of budgets."""
+        """Resume a run. Raises UserError where the state is of another ladder of budgets."""
         if list(state["budgets"]) != list(self.budgets):
             raise UserError(
                 f"budgets = {list(self.budgets)}: the run to go on with has {list(state['budgets'])}; use these, or "

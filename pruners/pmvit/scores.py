@@ -41,7 +41,7 @@ Outputs = dict[nn.Module, torch.Tensor]
 
 
 def scorable(arch: Arch) -> tuple[int, ...]:
-    """Blocks whose tokens can be scored: those with attention, over all tokens."""
+    """List the blocks whose tokens can be scored: those with attention, over all tokens."""
     return tuple(i for i, block in enumerate(arch.blocks) if block.mixer == "attn" and block.tokens is None)
 
 
@@ -53,7 +53,7 @@ def score(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Scores:
-    """Raw scores of every patch for every block with attention: vectors ``blocks.I.tokens``, (P,) each.
+    """Compute raw scores of every patch for every block with attention: vectors ``blocks.I.tokens``, (P,) each.
 
     Scores sum over batches after an absolute value was taken: compare plans by scores of equally many batches of equal
     size. In a process group, every worker brings its share of every batch, and all get the same scores.
@@ -106,7 +106,7 @@ def _check(arch: Arch, importance: str) -> None:
 
 
 def served() -> str:
-    """Whom Prune-and-Merge serves, in words."""
+    """Say in words which families Prune-and-Merge can serve."""
     return f"family {' or '.join(map(repr, FAMILIES))}"
 
 
