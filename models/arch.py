@@ -142,6 +142,7 @@ class Arch:
 
     @property
     def depth(self) -> int:
+        """Number of blocks of all stages."""
         return sum(len(stage.blocks) for stage in self.stages)
 
     @property
@@ -169,6 +170,7 @@ class Arch:
         return {"format": FORMAT, **_dump(self)}
 
     def to_json(self) -> str:
+        """Write ``to_dict``'s form as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
@@ -190,6 +192,7 @@ class Arch:
 
     @classmethod
     def from_json(cls, text: str) -> Arch:
+        """Read ``to_json``'s form; raises as ``from_dict`` does."""
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:

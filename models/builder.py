@@ -17,7 +17,7 @@ from .families import FAMILIES, family_of
 
 __all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
 
-ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
+ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.io.store registers it)
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:

@@ -77,6 +77,7 @@ class Dense(nn.Module):
         self.matrix = nn.Buffer(matrix)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Compute A z, from (B, c, D)."""
         return self.matrix @ z
 
 
@@ -90,6 +91,7 @@ class Sparse(nn.Module):
         self.row, self.source, self.weight = nn.Buffer(row), nn.Buffer(source), nn.Buffer(matrix[row, source])
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Compute A z, from (B, c, D)."""
         return add_rows(z.index_select(1, self.source), self.row, self.weight, self.rows)
 
 

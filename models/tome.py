@@ -126,7 +126,7 @@ class ToMe(nn.Module):
         self.record, self.r, self.proportional = arch, list(r), proportional
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of images (B, C, rows, columns). Average pooling weighs every token by its size."""
+        """Compute logits (B, K) of images (B, C, rows, columns). Average pooling weighs every token by its size."""
         x, size = self.forward_features(x)
         if self.record.pool == "avg":
             prefix, patches = x.tensor_split([self.record.prefix_tokens], dim=1)
@@ -135,7 +135,7 @@ class ToMe(nn.Module):
         return self.model.forward_head(x)
 
     def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, n, D) after the last norm, and their sizes (B, n, 1)."""
+        """Compute tokens (B, n, D) after the last norm, and their sizes (B, n, 1)."""
         *_, last = self.steps(x)
         return self.model.norm(last.x), last.size
 
@@ -164,7 +164,10 @@ class ToMe(nn.Module):
 
 
 def _attend(attention: AttentionView, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with ``bias`` (B, 1, 1, n) on its logits, (B, n, D), and the mean of the heads' keys (B, n, E)."""
+    """Compute attention with ``bias`` (B, 1, 1, n) on its logits.
+
+    Returns the output (B, n, D) and the mean of the heads' keys (B, n, E).
+    """
     record = attention.record
     q, k, v = attention.queries_keys_values(x)
     q, k = attention.q_norm(attention.by_head(q)), attention.k_norm(attention.by_head(k))

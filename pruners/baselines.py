@@ -1,4 +1,4 @@
-"""Controls that any real method has to beat: weight magnitude, and chance."""
+"""Baselines that any real method has to beat: weight magnitude, and chance."""
 
 from __future__ import annotations
 

@@ -79,22 +79,27 @@ class Hook:
 
     @property
     def done(self) -> bool:
+        """Never: training ends by its recipe."""
         return False
 
     @property
     def facts(self) -> Mapping[str, float | str]:
+        """No facts."""
         return {}
 
     def wrap(self, model: nn.Module) -> None:
+        """Leave the model as it is."""
         pass
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return no groups."""
         return []
 
     def start_epoch(self) -> None:
         pass
 
     def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the task's own loss."""
         return terms["loss"]
 
     def after_backward(self) -> None:
@@ -110,4 +115,5 @@ class Hook:
         pass
 
     def finish(self) -> Any:
+        """Return no decision."""
         return None

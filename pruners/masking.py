@@ -77,12 +77,14 @@ class Masking:
 
     @torch.no_grad()
     def zero_weights(self) -> None:
+        """Zero the weights of all pruned entries."""
         for parameter, masks in self._pruned:
             for gone in masks:
                 parameter.masked_fill_(gone, 0)
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
+        """Zero the gradients of all pruned entries."""
         for parameter, masks in self._pruned:
             if parameter.grad is not None:
                 for gone in masks:
@@ -108,7 +110,15 @@ class Masking:
 
 
 def space_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make bool masks of a family's spaces (``Family.spaces``) from masks of units aligned over heads."""
+    """Make bool masks of a family's spaces from masks of units aligned over heads.
+
+    Args:
+        arch: the model's record.
+        keep: bool masks by vector (``stages.S.embed``, ``blocks.I.heads``, ...), True for a unit that stays.
+
+    Returns:
+        Masks by space (``Family.spaces``); a space without scored units is left out.
+    """
     masks: dict[str, torch.Tensor] = {}
     for s in range(len(arch.stages)):
         masks[f"stages.{s}.embed"] = keep[f"stages.{s}.embed"]

@@ -95,7 +95,18 @@ def taylor_terms(model: nn.Module, gradients: dict[str, torch.Tensor]) -> dict[s
 
 
 def attention_pairs(terms: dict[str, torch.Tensor], block: BlockView) -> torch.Tensor:
-    """Arrange a block's terms by (attention channel, residual channel), (H·E, D): what is lost when either goes."""
+    """Arrange a block's terms by (attention channel, residual channel): what is lost when either goes.
+
+    Args:
+        terms: as ``taylor_terms`` returns them.
+        block: the view of the block.
+
+    Returns:
+        (H·E, D).
+
+    Raises:
+        UserError: the block's queries, keys and values do not all read the residual stream.
+    """
     attention = block.attention
     if attention is None or attention.reduction is not None:
         raise UserError(f"{block.name} has no attention whose queries, keys and values all read the residual stream")

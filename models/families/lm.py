@@ -51,6 +51,7 @@ class Words(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(d, stage.width, bias=False) for d in widths)
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """Look up vectors (B, T, D) of word numbers (B, T)."""
         parts = [
             projection(table((words - band.start).clamp(0, len(band) - 1)))
             for band, table, projection in zip(self.bands, self.tables, self.projections, strict=True)
@@ -262,7 +263,7 @@ class LanguageModelFamily(Family):
         check_at_least("text.first_position", text.first_position, 0)
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Count tables and projections of all bands, and clusters; what softmax and input share counts once."""
+        """Count tables and projections of all bands, and clusters; parameters that the softmax shares count once."""
         (stage,), text = arch.stages, arch.text
         assert text is not None
         width, tails = stage.width, sum(text.tails)
@@ -294,13 +295,16 @@ class LanguageModelFamily(Family):
         return (shares(residual), shares(channels)) if shared_here else (writes(residual), reads(channels))
 
     def spaces(self, arch: Arch) -> dict[str, int]:
-        """The channels of words of the bands from the second on, too."""
+        """Return the size of every space, with the word channels of the bands from the second on."""
         assert arch.text is not None
         tails = {f"bands.{band}.tail": width for band, width in enumerate(arch.text.tails, start=1)}
         return super().spaces(arch) | tails
 
     def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """The residual stream is chosen only: its positions are columns of the source's sinusoids."""
+        """Name the ways to reduce a space.
+
+        Residual channels can only be chosen, because their positions are columns of the source's sinusoids.
+        """
         return ("choose",) if space.endswith(".embed") else super().reductions(arch, space)
 
 

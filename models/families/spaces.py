@@ -1,4 +1,4 @@
-"""Spaces: what the axes of a tensor count, and what a tensor does there.
+"""Spaces: the channels that the axes of a tensor count, and the tensor's role there.
 
 A *space* is a set of channels or units that several tensors share, such as the residual channels of a stage. An axis
 counts one space, or several side by side: the rows of a joint query, key and value projection count ``q``, ``k`` and
@@ -48,18 +48,22 @@ WHOLE = AxisUse("", "")
 
 
 def writes(axis: str) -> AxisUse:
+    """Describe an axis that counts channels of a space which the tensor's output lies in."""
     return AxisUse(axis, "writes")
 
 
 def reads(axis: str) -> AxisUse:
+    """Describe an axis that counts channels of a space which the tensor's input lies in."""
     return AxisUse(axis, "reads")
 
 
 def scales(axis: str) -> AxisUse:
+    """Describe an axis with one number per channel of a space, such as a norm's gain."""
     return AxisUse(axis, "scales")
 
 
 def shares(axis: str) -> AxisUse:
+    """Describe an axis of a table that writes a space in one place and reads it in another."""
     return AxisUse(axis, "shares")
 
 

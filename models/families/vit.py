@@ -77,6 +77,7 @@ class HeteroBlock(nn.Module):
             self.ls2, self.drop_path2 = scale(), drop()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Run the block on tokens, (B, N, D) to the same."""
         z = x if self.token_merge is None else self.token_merge.merge(x)
         if self.mixer == "attn":
             y = self.attn(self.norm1(z), attn_mask=attn_mask, is_causal=is_causal)
@@ -170,7 +171,7 @@ class VisionTransformerFamily(Family):
     }
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """The record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
+        """Read the record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
         needs = partial(require, name)
         embed = model.patch_embed
         needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
@@ -211,15 +212,15 @@ class VisionTransformerFamily(Family):
         return arch
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
-        """A timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
+        """Build a timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
         return build_vit(arch, drop_path=drop_path)
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
-        """``head``, and ``head_dist`` of a distilled model."""
+        """Return ``head``, and ``head_dist`` of a distilled model."""
         return ("head", "head_dist") if arch.dist_token else "head"
 
     def check_fields(self, arch: Arch) -> None:
-        """Pooling, and what timm's VisionTransformerDistilled takes for granted."""
+        """Check pooling, and the fields that timm's VisionTransformerDistilled fixes."""
         super().check_fields(arch)
         if arch.pool == "none":
             raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
@@ -229,7 +230,7 @@ class VisionTransformerFamily(Family):
             check_fixed(arch, "dist_token = true", DISTILLED)
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Patch embedding, prefix tokens, positions, norms and one classifier, or two with a distillation token."""
+        """Count patch embedding, prefix tokens, positions, norms and classifier (two with a distillation token)."""
         (stage,) = arch.stages
         width, patches = stage.width, stage.grid[0] * stage.grid[1]
         pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
@@ -241,7 +242,7 @@ class VisionTransformerFamily(Family):
         return Cost(macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads)
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
-        """With ``pre_norm`` the first norm's output is what the blocks' residual stream begins with."""
+        """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output."""
         return arch.pre_norm
 
 

@@ -24,7 +24,7 @@ SHOWN = 6  # keys that a message lists
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What the user states about a file that does not state it itself."""
+    """Facts that the user states because the file does not."""
 
     heads: tuple[int, ...] | None = None
     img_size: tuple[int, int] | None = None
@@ -68,23 +68,23 @@ class Tensors:
         return self.left.pop(key)
 
     def flags(self, key: str, *shape: int) -> torch.Tensor:
-        """``take`` a mask as bool. Raises UserError where it holds anything but 0 and 1."""
+        """Take a mask as bool. Raises UserError where it holds anything but 0 and 1."""
         mask = self.take(key, *shape)
         if not ((mask == 0) | (mask == 1)).all():
             raise UserError(f"{key} is a mask: it must hold 0 and 1 only")
         return mask == 1
 
     def move(self, key: str, *shape: int, to: str | None = None, why: str = "") -> None:
-        """``take`` a tensor into our model, under its own name or ``to``."""
+        """Take a tensor into our model, under its own name or ``to``."""
         self.built[to or key] = self.take(key, *shape, why=why)
 
     def layer(self, name: str, *shape: int, to: str | None = None, why: str = "") -> None:
-        """``move`` ``name.weight`` of this shape, and ``name.bias`` along its first axis."""
+        """Move ``name.weight`` of this shape, and ``name.bias`` along its first axis."""
         self.move(f"{name}.weight", *shape, to=f"{to or name}.weight", why=why)
         self.move(f"{name}.bias", shape[0], to=f"{to or name}.bias", why=why)
 
     def batch_norm(self, name: str, width: int, *, to: str) -> None:
-        """``move`` a BatchNorm with its statistics."""
+        """Move a BatchNorm with its statistics."""
         self.layer(name, width, to=to)
         for part in ("running_mean", "running_var"):
             self.move(f"{name}.{part}", width, to=f"{to}.{part}")

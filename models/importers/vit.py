@@ -1,4 +1,4 @@
-"""What the ViT layouts share: DeiT's names for everything but the attention, and timm's attention."""
+"""Shared parts of the ViT layouts: DeiT's names for everything but the attention, and timm's attention."""
 
 from __future__ import annotations
 

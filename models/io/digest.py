@@ -1,4 +1,4 @@
-"""A name for the content of a model."""
+"""A digest that identifies a model's weights."""
 
 from __future__ import annotations
 

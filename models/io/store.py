@@ -1,4 +1,4 @@
-"""One model is one folder that timm understands: ``config.json`` and ``model.safetensors``, with the record in both.
+"""Saving and loading: a model is one folder that timm understands.
 
     import prunesweep, timm
     model = timm.create_model("local-dir:runs/digits/trials/r0-0007/model", pretrained=True)

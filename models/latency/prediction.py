@@ -1,4 +1,4 @@
-"""How well a latency table predicts: predictions and measurements of whole random models."""
+"""Prediction error of a latency table, from predictions and measurements of whole random models."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ class PredictionError:
 
     @property
     def median_error(self) -> float:
+        """Median of the relative errors."""
         return float(np.median(self.relative))
 
     @property
     def max_error(self) -> float:
+        """Largest relative error."""
         return float(self.relative.max())
 
     @property

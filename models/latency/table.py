@@ -75,6 +75,7 @@ class Grid:
         return all(points[0] <= at[name] <= points[-1] for name, points in self.axes.items())
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
         return {"axes": {name: list(points) for name, points in self.axes.items()}, "values": self.values.tolist()}
 
     @classmethod
@@ -141,7 +142,7 @@ class LatencyTable:
     source: Arch
     overhead: Grid
     stages: tuple[Mapping[str, Grid], ...]
-    check: Mapping[str, Any] | None = None  # prediction error on random records (``models.latency_build``)
+    check: Mapping[str, Any] | None = None  # prediction error on random records (``models.latency.prediction``)
 
     def predict(self, arch: Arch) -> float:
         """Predict milliseconds per batch: the sum over the blocks of ``arch``, and the overhead outside them.
@@ -239,7 +240,7 @@ class LatencyTable:
                     raise UserError(f"stages[{s}].{name} = {found!r}: the latency table was measured with {mine!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a header of facts, then the grids."""
+        """Return the JSON-ready form: a header of facts, then the grids."""
         return {
             "format": FORMAT,
             "unit": UNIT,
@@ -279,6 +280,7 @@ class LatencyTable:
         )
 
     def save(self, path: str | Path) -> None:
+        """Write the table as a JSON file."""
         write_text(Path(path), json.dumps(self.to_dict()))
 
     @classmethod
@@ -295,7 +297,7 @@ def _widths(arch: Arch) -> dict[str, int]:
 
 
 def _object(data: Any, where: str, needed: Sequence[str], allowed: Sequence[str] = ()) -> dict[str, Any]:
-    """``data`` as a dict with all of ``needed`` and nothing but them and ``allowed``."""
+    """Check that ``data`` is a dict with all of ``needed`` and no key outside ``needed`` and ``allowed``; return it."""
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: must be a JSON object, got {type(data).__name__}")
     known = (*needed, *(name for name in allowed if name not in needed))

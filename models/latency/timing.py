@@ -70,6 +70,7 @@ class Setting:
             raise UserError(f"device = {self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
         return asdict(self)
 
 
@@ -221,7 +222,7 @@ def _on_cuda(call: Call, count: int) -> list[float]:
 
 @contextlib.contextmanager
 def _conditions(setting: Setting, modules: int) -> Iterator[None]:
-    """Inference mode, the number of threads, and the device that events are recorded on; all restored afterwards."""
+    """Set inference mode, the number of threads and the device that events are recorded on; restore all afterwards."""
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)

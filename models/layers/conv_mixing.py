@@ -25,7 +25,7 @@ class ConvSharing:
     centre_first: bool = False  # the kernel's centre has the first column of ``head_probs``
 
     def columns(self, kernel: int) -> torch.Tensor:
-        """The column of ``head_probs`` of every tap; see ``tap_columns``."""
+        """Return the column of ``head_probs`` of every tap; see ``tap_columns``."""
         return tap_columns(kernel, centre_first=self.centre_first)
 
 
@@ -67,7 +67,7 @@ def mix_conv(
     columns: torch.Tensor,
     alpha: float,
 ) -> MixedConv:
-    """The convolution that shares the weights of an attention layer with H heads of width d.
+    """Mix the weights of the convolution that shares those of an attention layer with H heads of width d.
 
     Args:
         head_probs: (H, 9), before the softmax.

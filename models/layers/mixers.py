@@ -87,6 +87,7 @@ class HeteroAttention(nn.Module):
         self.register_buffer("token_scale", None if tokens is None else torch.ones(tokens, 1))
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Attend over tokens, (B, N, D) to the same."""
         width = self.num_heads * self.qk_dim
         qkv = self.qkv(x)
         if self.token_scale is not None:

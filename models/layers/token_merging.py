@@ -84,7 +84,9 @@ class TokenPlan:
                 raise UserError(f"{where}.weight[{j}] = {weight!r}: must be {allowed}")
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """State of a block's ``token_merge``: ``assign``, ``weight``, ``recover`` (sparse), ``matrix``, ... (dense).
+        """Return the state of a block's ``token_merge``.
+
+        A sparse one has ``assign``, ``weight`` and ``recover``, a dense one ``matrix``, ``recover`` and ``takes_part``.
 
         R is the pseudo-inverse of M, which has disjoint rows: R[j, i] = M[i, j] / sum over l of M[i, l]^2.
         """
@@ -115,7 +117,7 @@ def default_groups(tokens: int, kept: int, prefix: int) -> torch.Tensor:
 
 
 class SparseMerge(nn.Module):
-    """``assign`` (N,) int64 is the merged token of every token, -1 where it passes the block by.
+    """Token merging by index: ``assign`` (N,) int64 is every token's merged token, -1 where it passes the block by.
 
     ``weight`` (N,) holds M's non-zero entry of every token, ``recover`` (N,) R's. A new module sums and averages equal
     runs of patches; a plan is put in by loading.
@@ -132,12 +134,12 @@ class SparseMerge(nn.Module):
         self.recover = nn.Parameter(1 / sizes[groups])
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """M x: (B, N, D) to (B, c, D)."""
+        """Compute M x: (B, N, D) to (B, c, D)."""
         row = self.assign.clamp(min=0)  # tokens that pass by add nothing to merged token 0
         return add_rows(x, row, torch.where(self.assign < 0, 0, self.weight), self.kept)
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
+        """Compute R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
         B, N, D = x.shape
         passes = self.assign < 0
         if not _in_bags(x):
@@ -149,7 +151,7 @@ class SparseMerge(nn.Module):
         return _bags(both, index, torch.arange(len(index)), torch.where(passes, 1, self.recover)).view(B, N, D)
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """M (c, N), R (N, c) and m (N,) bool."""
+        """Return M (c, N), R (N, c) and m (N,) bool."""
         member = self.assign == torch.arange(self.kept, device=self.assign.device)[:, None]
         return member * self.weight, (member * self.recover).T, self.assign >= 0
 
@@ -183,13 +185,13 @@ def _in_bags(x: torch.Tensor) -> bool:
 
 
 def _bags(x: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of tokens of x (B, N, D), which are counted over the batch; ``weight`` is one image's."""
+    """Sum weighted tokens of x (B, N, D), whose indices count over the batch; ``weight`` is one image's."""
     weights = weight.to(x.dtype).repeat(x.shape[0])
     return F.embedding_bag(index, x.reshape(-1, x.shape[2]), starts, mode="sum", per_sample_weights=weights)
 
 
 class DenseMerge(nn.Module):
-    """``matrix`` (c, N) is M, ``recover`` (N, c) is R, ``takes_part`` (N,) bool is m."""
+    """Token merging by matrices: ``matrix`` (c, N) is M, ``recover`` (N, c) is R, ``takes_part`` (N,) bool is m."""
 
     def __init__(self, tokens: int, kept: int, prefix: int) -> None:
         super().__init__()
@@ -201,15 +203,15 @@ class DenseMerge(nn.Module):
         self.register_buffer("takes_part", torch.ones(tokens, dtype=torch.bool))
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """M x: (B, N, D) to (B, c, D)."""
+        """Compute M x: (B, N, D) to (B, c, D)."""
         return self.matrix @ x
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
+        """Compute R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
         return torch.addcmul(self.recover @ z, x, (~self.takes_part[:, None]).to(x.dtype))
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """M (c, N), R (N, c) and m (N,) bool."""
+        """Return M (c, N), R (N, c) and m (N,) bool."""
         return self.matrix, self.recover, self.takes_part
 
 

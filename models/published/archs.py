@@ -1,4 +1,4 @@
-"""Published architectures from compact data: the dense models, and what five methods made of them.
+"""Published architectures from compact data: the dense models, and those that five methods made of them.
 
 A dense record equals ``Arch.from_timm``'s of the same name, without building the model.
 """

@@ -1,4 +1,4 @@
-"""How five papers count their own models.
+"""The ways in which five papers count their own models.
 
 ``models.cost`` counts everything that is computed and stored. Papers leave parts out, or count parts that are not
 there; these formulas serve only to reproduce the figures that they print (``models.published``).
@@ -57,7 +57,7 @@ def _nvit_params(arch: Arch) -> int:
 
 
 def _spvit_macs(arch: Arch) -> int:
-    """A norm is one MAC per element; ViT's last is left out, and Swin's counts R²·D // 2^stages on R² patches."""
+    """Count a norm as one MAC per element, without ViT's last, and Swin's as R²·D // 2^stages on R² patches."""
     macs = cost(arch).macs
     for stage in arch.stages:
         patches = stage.grid[0] * stage.grid[1]
@@ -76,14 +76,14 @@ def _spvit_params(arch: Arch) -> int:
 
 
 def _spvit_unfrozen(stage: Stage, block: Block) -> int:
-    """What the finetuned form of a convolution has beyond the frozen one: full V and projection, 9 mixes of heads."""
+    """Count what a convolution has before freezing beyond the frozen form: full V and projection, 9 mixes of heads."""
     width, bottleneck = stage.width, block.total_v
     mixed = 2 * width**2 + 2 * width + 9 * (width // bottleneck) + 2 * bottleneck
     return mixed - ((block.conv_kernel**2 + 1) * width * bottleneck + width + 3 * bottleneck)
 
 
 def _uvc_macs(arch: Arch) -> int:
-    """V's own rows are counted as Q's; attention, projection and MLP as they are kept."""
+    """Count V's own rows as Q's; attention, projection and MLP as they are kept."""
     (stage,) = arch.stages
     N, D = arch.tokens, stage.width
     macs = D * (N - arch.prefix_tokens) * arch.patch_size[0] * arch.patch_size[1] * arch.in_chans

@@ -1,4 +1,4 @@
-"""NViT's iterative pruning as a training hook: one run, a ladder of ever smaller models.
+"""NViT's iterative pruning as a training hook: one run gives a series of ever smaller models.
 
 Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
 sections 3 and 4, and the code that its published models were made with. Weights train on while groups of units go:

@@ -6,7 +6,7 @@ Preserved", IEEE TMM 2025 (arXiv 2503.23455), in the form of its released code (
 stay apart; every other patch is merged into a centre's group, which is a run of patches in raster order. Scores are
 normalised per block and fall with its depth, so that one threshold over all blocks gives each its own number of tokens.
 
-Plans are made from ``pmvit_scores.score`` without the model, in milliseconds. Different from the released code: ties
+Plans are made from ``pmvit.scores.score`` without the model, in milliseconds. Different from the released code: ties
 are broken by (score, block, patch), so that counts are exact; a block that no centre fell to keeps its best patch; a
 patch of score 0 passes by, where it would be lost; prefix tokens are never scored; grids need not be square.
 """
@@ -96,7 +96,7 @@ def plan(arch: Arch, scores: Scores, keep_rate: float = 0.6, **settings: Any) ->
 
     Args:
         arch: the record that was scored.
-        scores: what ``pmvit_scores.score`` gave.
+        scores: what ``pmvit.scores.score`` gave.
         keep_rate: int(P * keep_rate) centres per merging block, on average over blocks where the scope is ``global``.
         settings: other fields of ``PlanSettings``.
 
