@@ -99,7 +99,10 @@ def _without(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torc
 def _convolution(
     arch: Arch, block: Block, attention: Mapping[str, torch.Tensor], kernel: int
 ) -> dict[str, torch.Tensor]:
-    """Make ``ConvMixer``'s tensors from attention's value and output weights, with equal shares of heads."""
+    """Make ``ConvMixer``'s tensors from attention's value and output weights, with equal shares of heads.
+
+    Heads with fewer value channels than the widest count as zero in the others.
+    """
     proj = attention["attn.proj.weight"]
     rows = attention["attn.qkv.weight"][-block.total_v :]
     bias = attention["attn.qkv.bias"][-block.total_v :] if "attn.qkv.bias" in attention else rows.new_zeros(len(rows))

@@ -113,8 +113,8 @@ def space_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch
     """Make bool masks of a family's spaces from masks of units aligned over heads.
 
     Args:
-        arch: the model's record.
-        keep: bool masks by vector (``stages.S.embed``, ``blocks.I.heads``, ...), True for a unit that stays.
+        arch: a ViT or Swin whose heads have equal widths.
+        keep: bool masks by vector, such as ``stages.0.embed`` or ``blocks.3.qk``, True for a unit that stays.
 
     Returns:
         Masks by space (``Family.spaces``); a space without scored units is left out.

@@ -94,7 +94,11 @@ def validated(
 
 @dataclass(frozen=True)
 class SecondStage:
-    """A method's own way to finetune the model that it has decided on."""
+    """A method's own way to finetune the model that it has decided on.
+
+    ``make(settings, dense, decision)`` gives the hook. With ``needs_decision`` the dense model and the decision that it
+    was cut by are given, otherwise both are None.
+    """
 
     description: str
     settings: Callable[[], type[BaseModel]]
@@ -220,7 +224,10 @@ class TokenMethod(ScoredMethod):
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """One decision of a run, for ``budget``, which is a share of the source's MACs."""
+    """One decision of a run, for ``budget``, which is a share of the source's MACs.
+
+    ``model`` is cut from the trained weights; without one, the decision is for the source as it was before.
+    """
 
     budget: float
     cut: Cut
@@ -260,7 +267,10 @@ class TrainedMethod(Method):
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A changed model, and JSON-ready facts about the change."""
+    """A changed model, and JSON-ready facts about the change.
+
+    ``macs`` per image are given where no record describes the model; it cannot be saved then.
+    """
 
     model: nn.Module
     facts: Mapping[str, Any]

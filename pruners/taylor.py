@@ -97,15 +97,17 @@ def taylor_terms(model: nn.Module, gradients: dict[str, torch.Tensor]) -> dict[s
 def attention_pairs(terms: dict[str, torch.Tensor], block: BlockView) -> torch.Tensor:
     """Arrange a block's terms by (attention channel, residual channel): what is lost when either goes.
 
+    Isomorphic Pruning's own class ranks head channels by these, over the residual channels that stay.
+
     Args:
-        terms: as ``taylor_terms`` returns them.
-        block: the view of the block.
+        terms: of the model's weights by name, see ``taylor_terms``.
+        block: one of ``models.block_views``, whose attention reads keys and values from the residual stream.
 
     Returns:
         (H·E, D).
 
     Raises:
-        UserError: the block's queries, keys and values do not all read the residual stream.
+        UserError: the block has no attention, or keys and values from a reduced map.
     """
     attention = block.attention
     if attention is None or attention.reduction is not None:

@@ -175,7 +175,10 @@ class MlpView:
         return self.module.get_submodule(self.act_name.removeprefix(f"{self.name}."))
 
     def hidden(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """Compute the hidden units behind the activation, (B, N, M), from the norm's output (B, N, D)."""
+        """Compute the hidden units behind the activation, (B, N, M), from the norm's output (B, N, D).
+
+        ``rows`` are those of the map that the tokens are; only a convolution needs them.
+        """
         (layer,) = self.inputs
         y = layer.layer(x)
         if self.conv is not None:

@@ -121,7 +121,10 @@ def _input(tensors: Tensors, width: int) -> tuple[list[int], tuple[int, ...]]:
 
 
 def _softmax(tensors: Tensors, width: int, sizes: list[int], tails: tuple[int, ...]) -> str:
-    """Move what the softmax has of its own; return what it shares with the input (``Text.tied``)."""
+    """Move what the softmax has of its own; return what it shares with the input (``Text.tied``).
+
+    A shared projection is used transposed and has the input's shape, one of its own is an ordinary linear layer's.
+    """
     prefix = "decoder.adaptive_softmax."
     tensors.move(f"{prefix}head.class_proj.weight", len(tails), width, to="clusters.weight")
     tables = [tensors.take(f"{prefix}head.word_proj.weight", sizes[0], width)]

@@ -47,6 +47,8 @@ class Grid:
     """Milliseconds at the crossings of ``axes``, linear in each axis in between.
 
     ``axes`` gives the points of every axis, by name: rising whole numbers.
+
+    ``values`` has one dimension per axis, in the order of ``axes``.
     """
 
     axes: Mapping[str, tuple[int, ...]]

@@ -32,7 +32,12 @@ FORMS = ("sparse", "dense")
 
 @dataclass(frozen=True, slots=True)
 class TokenPlan:
-    """A decision for one block: which token goes to which merged token, and with what weight."""
+    """A decision for one block: which token goes to which merged token, and with what weight.
+
+    ``kept`` is c, prefix tokens included; ``assign`` (N) holds the merged token of every token, -1 where it passes the
+    block by; ``weight`` (N) its entry of M, 0 where it passes. Prefix tokens are alone: token j in merged token j. A
+    merged token may have no members; it is then zero. ``form`` is that of the module: ``sparse`` or ``dense``.
+    """
 
     kept: int
     assign: tuple[int, ...]

@@ -123,7 +123,11 @@ class NViTPruning(Hook):
         return len(self.snapshots) == len(self.budgets)
 
     def wrap(self, model: nn.Module) -> None:
-        """Take the model, with all of its units."""
+        """Take the model, with all of its units.
+
+        Raises:
+            UserError: of another family, with ragged heads, within the first budget already, or never within the last.
+        """
         self.model, self.arch = model, arch_of(model)
         if self.arch.family not in FAMILIES:
             able = ", ".join(FAMILIES)

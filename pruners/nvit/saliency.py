@@ -126,7 +126,10 @@ def _term(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(layers: Sequence[LinearView]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Sum w * dL/dw over the rows of every layer, by its name, and over the columns of all of them, (D,)."""
+    """Sum w * dL/dw over the rows of every layer, by its name, and over the columns of all of them, (D,).
+
+    The layers are whole and read the same D channels. A row's sum has its bias in it.
+    """
     terms = [_term(view.layer.weight) for view in layers]
     rows = {view.name: _with_bias(view, term.sum(1)) for view, term in zip(layers, terms, strict=True)}
     return rows, torch.stack([term.sum(0) for term in terms]).sum(0)

@@ -36,7 +36,11 @@ class PruneMergeSettings(BaseModel):
 
 
 class PruneMergeTraining(Hook):
-    """Trains a planned model by ``settings``; ``finish`` restores ``requires_grad`` and returns None."""
+    """Trains a planned model by ``settings``; ``finish`` restores ``requires_grad`` and returns None.
+
+    Raises:
+        UserError: nothing would be trained.
+    """
 
     def __init__(self, settings: PruneMergeSettings | None = None) -> None:
         self.settings = settings or PruneMergeSettings()

@@ -105,7 +105,11 @@ class SPViT(Hook):
         self._step = 0
 
     def wrap(self, model: nn.Module) -> None:
-        """Put gates into the model."""
+        """Put gates into the model.
+
+        Raises:
+            UserError: of another family, with nothing to decide about, or with windows that do not fit the scope.
+        """
         own = self.settings
         self.arch = arch_of(model)
         check_family(self.arch)
@@ -163,7 +167,12 @@ class SPViT(Hook):
         }
 
     def finish(self) -> Cut:
-        """Return the decision, within the budget; the model has no gates any more, and its trained weights."""
+        """Return the decision, within the budget; the model has no gates any more, and its trained weights.
+
+        Raises:
+            Collapsed: the gates say less than 0.7 of the budget.
+            UserError: the mixers alone are above the budget.
+        """
         facts, choices, kept = self.facts, self._gated.choices, self._kept()
         value = [None if own is None else own.theta.detach().sigmoid().cpu() for own in self._gated.units]
         self._gated.remove()

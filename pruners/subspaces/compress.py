@@ -94,7 +94,15 @@ def compress(
 
 
 class Work:
-    """The state of a compression: the small model's weights computed so far, and both streams of every batch."""
+    """The state of a compression: the small model's weights computed so far, and both streams of every batch.
+
+    Args:
+        model, arch, blocks: the source.
+        small: the record that is aimed at.
+        statistics: of the source.
+        refit, shrinkage: as for ``compress``.
+        fitted: fits read the first so many batches; both streams of all others are carried along. All by default.
+    """
 
     def __init__(
         self,

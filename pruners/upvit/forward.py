@@ -189,7 +189,10 @@ class Forward:
         return getattr(self.blocks[i], name)(y) if self.arch.layer_scale else y
 
     def qkv(self, i: int, y: torch.Tensor, gates: Gates = UNGATED) -> tuple[torch.Tensor, ...]:
-        """Compute queries (B, N, H·E) of needed rows, keys (B, P, H·E) and values (B, P, H·V), of norm1's output."""
+        """Compute queries (B, N, H·E) of needed rows, keys (B, P, H·E) and values (B, P, H·V), of norm1's output.
+
+        Before any q/k norm, and queries without their gate.
+        """
         attention = self.attention_of(i)
         q = attention.queries(y[:, : self._rows(i)])
         if reduction := attention.reduction:  # to (B, P, R)

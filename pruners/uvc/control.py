@@ -197,7 +197,10 @@ class NormalizedPrimalDual(PrimalDual):
         costs: torch.Tensor,
         used: float,
     ) -> torch.Tensor:
-        """Move x by one step; whole units go or come back only as far as R does not pass the target then."""
+        """Move x by one step; whole units go or come back only as far as R does not pass the target then.
+
+        Equal blocks would otherwise lose a head each in the same step. What moves most has the first choice.
+        """
         moved = torch.minimum((x + step * move).clamp(min=0), top)
         change = ((moved.ceil() - x.ceil()) * costs).flatten().tolist()
         left, low, high = used, self.target - self.settings.tolerance / 2, self.target + self.settings.tolerance / 2
