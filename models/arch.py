@@ -175,7 +175,11 @@ class Arch:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Arch:
-        """Read ``to_dict``'s form; UserError names an unknown or missing key, a wrong type, or an impossible value."""
+        """Read ``to_dict``'s form.
+
+        Raises:
+            UserError: another format, an unknown or missing key, a wrong type, or an impossible value, which is named.
+        """
         if not isinstance(data, Mapping):
             raise UserError(f"an architecture record must be a JSON object, got {type(data).__name__}")
         data = dict(data)
@@ -192,7 +196,11 @@ class Arch:
 
     @classmethod
     def from_json(cls, text: str) -> Arch:
-        """Read ``to_json``'s form; raises as ``from_dict`` does."""
+        """Read ``to_json``'s form.
+
+        Raises:
+            UserError: the text is no JSON, or as for ``from_dict``.
+        """
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:

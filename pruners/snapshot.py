@@ -30,7 +30,14 @@ class Snapshot:
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], budget: float, arch: Arch, cfg: Mapping[str, Any] | None) -> Snapshot:
-        """Restore from ``state_dict``'s form; ``arch`` and ``cfg`` are the source's record and ``pretrained_cfg``."""
+        """Restore from ``state_dict``'s form.
+
+        Args:
+            state: what ``state_dict`` returned.
+            budget: the budget that the snapshot is for.
+            arch: the record of the model that was cut.
+            cfg: its ``pretrained_cfg``.
+        """
         decision = Cut.from_dict(state["cut"])
         model = build_with(cut_arch(arch, decision), state["weights"], pretrained_cfg=cfg).eval()
         return cls(budget, state["cost"], state["step"], decision, model)

@@ -180,11 +180,24 @@ class Family(ABC):
         return Cost(macs + mixer[0] + mlp[0], params + mixer[1] + mlp[1] + norms)
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Count MACs and parameters of a block's attention on ``tokens`` tokens."""
+        """Count MACs and parameters of a block's attention, by default over all tokens.
+
+        Args:
+            arch: the model's record.
+            stage: the block's stage.
+            block: the block.
+            tokens: number of tokens inside the block.
+        """
         return global_attention_cost(arch, stage, block, tokens)
 
     def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Count MACs and parameters of a block's MLP on ``tokens`` tokens."""
+        """Count MACs and parameters of a block's MLP, by default two linear layers.
+
+        Args:
+            stage: the block's stage.
+            block: the block.
+            tokens: number of tokens inside the block.
+        """
         return mlp_cost(stage, block, tokens)
 
     # --- tensors and spaces ---

@@ -238,7 +238,7 @@ class LanguageModelFamily(Family):
         return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
 
     def check_whole(self, arch: Arch) -> None:
-        """Check the vocabulary, its bands and the positions."""
+        """Raise UserError where the vocabulary, its bands or the positions are impossible."""
         text = arch.text
         assert text is not None
         check_one_of("act", arch.act, ACTIVATIONS)

@@ -222,7 +222,7 @@ class PVTv2Family(Family):
         return grids
 
     def check_fields(self, arch: Arch) -> None:
-        """Check the stride of the first patch embedding, which is fixed."""
+        """Raise UserError for another stride of the first patch embedding than 4, or as every family does."""
         super().check_fields(arch)
         if arch.patch_size != (4, 4):
             raise UserError(f"patch_size = {list(arch.patch_size)}: the patch embedding of pvt_v2 has stride [4, 4]")

@@ -220,7 +220,7 @@ class VisionTransformerFamily(Family):
         return ("head", "head_dist") if arch.dist_token else "head"
 
     def check_fields(self, arch: Arch) -> None:
-        """Check pooling, and the fields that timm's VisionTransformerDistilled fixes."""
+        """Raise UserError for impossible pooling, or fields that timm's VisionTransformerDistilled does not allow."""
         super().check_fields(arch)
         if arch.pool == "none":
             raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")

@@ -82,7 +82,16 @@ class Grid:
 
     @classmethod
     def from_dict(cls, data: Any, where: str, names: Sequence[str]) -> Grid:
-        """Read ``to_dict``'s form with axes ``names``; UserError says what is wrong with it, and where."""
+        """Read ``to_dict``'s form.
+
+        Args:
+            data: the JSON object.
+            where: its place in the table, for messages.
+            names: the axes that it may have.
+
+        Raises:
+            UserError: a key, an axis or a value is wrong; the message names it.
+        """
         data = _object(data, where, ("axes", "values"))
         optional = OPTIONAL if names == WHOLE else ()
         needed = [name for name in names if name not in optional]

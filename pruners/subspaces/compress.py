@@ -145,7 +145,14 @@ class Work:
             self.z.append(self._map(self.x[-1]))
 
     def block(self, j: int, i: int, after: int, own: BlockWidths) -> None:
-        """Compute kept block ``j`` of the small model, block ``i`` of the source; the next kept one is ``after``."""
+        """Compute one block of the small model.
+
+        Args:
+            j: its number in the small model.
+            i: its number in the source.
+            after: number in the source of the next kept block; the source's depth behind the last one.
+            own: ranks and units of the block.
+        """
         source, record = self.blocks[i], self.small.blocks[j]
         self.m = [source.after_attention(x) for x in self.x]
         self.after = []
@@ -162,7 +169,15 @@ class Work:
         self.x = self.after
 
     def attention(self, name: str, source: SourceBlock, record: Block, i: int, target: list[torch.Tensor]) -> None:
-        """Compute the attention of block ``i`` of the source, which leaves ``target`` in the stream."""
+        """Compute the attention of a block, and add its output to the small model's stream.
+
+        Args:
+            name: prefix of the block's tensors in the small model, such as ``blocks.0.``.
+            source: the source's block.
+            record: the small model's block.
+            i: number of the block in the source.
+            target: for every batch, the source's stream that the sum should come close to, (B, N, D).
+        """
         attn, old = source.module.attn, source.record
         weight, bias = self._reader(attn.qkv, source.module.norm1)
         if self.refit:
@@ -239,7 +254,14 @@ class Work:
         ]
 
     def mlp(self, name: str, source: SourceBlock, record: Block, i: int) -> None:
-        """Compute the MLP of block ``i`` of the source."""
+        """Compute the MLP of a block, and add its output to the small model's stream.
+
+        Args:
+            name: prefix of the block's tensors in the small model, such as ``blocks.0.``.
+            source: the source's block.
+            record: the small model's block.
+            i: number of the block in the source.
+        """
         mlp = source.module.mlp
         out = self.T.T @ (source.gain("ls2").double()[:, None] * mlp.fc2.weight.double())
         units = torch.arange(len(mlp.fc1.weight), device=self.T.device)

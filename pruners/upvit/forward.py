@@ -101,7 +101,14 @@ class Forward:
         return self.run(0, self.begin(0, self.stem(0, x, gates), gates), gates)
 
     def run(self, i: int, x: torch.Tensor, gates: Gates = UNGATED, skipped: Collection[int] = ()) -> torch.Tensor:
-        """Compute logits from block ``i``'s input; behind the last block, ``x`` are the logits (see ``after``)."""
+        """Compute logits (B, K) from the input of a block on.
+
+        Args:
+            i: number of the block; the depth stands for the end, where ``x`` are the logits (see ``after``).
+            x: the block's input, (B, N, D).
+            gates: by vector; left out: all units are there.
+            skipped: blocks that are left out.
+        """
         for j in range(i, self.arch.depth):
             x = self.after(j, x if j in skipped else self.block(j, x, gates), gates)
         return x
@@ -147,7 +154,14 @@ class Forward:
         return model.head(pooled[:, 0])
 
     def block(self, i: int, x: torch.Tensor, gates: Gates = UNGATED, *, mixer: bool = True) -> torch.Tensor:
-        """Run block ``i``; without its mixer where ``mixer`` is False."""
+        """Run a block, (B, N, D) to the same.
+
+        Args:
+            i: number of the block.
+            x: its input, (B, N, D).
+            gates: by vector; left out: all units are there.
+            mixer: False leaves the token mixer out.
+        """
         z = self.enter(i, x)
         z = self.mixer(i, z, gates) if mixer else z[:, : self._rows(i)]
         return self.leave(i, self.mlp(i, z, gates), x)
@@ -209,7 +223,17 @@ class Forward:
         return attention
 
     def scaled_heads(self, i: int, q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor | None) -> tuple[Any, Any]:
-        """Return queries and keys as (B, H, N, E), normalised where the model does so, queries gated."""
+        """Split queries and keys into heads, with q/k norms where the model has them, and gate the queries.
+
+        Args:
+            i: number of the block.
+            q: queries (B, N, H·E).
+            k: keys (B, P, H·E).
+            gate: (B, 1, H·E) on channels, or None.
+
+        Returns:
+            ((B, H, N, E), (B, H, P, E)).
+        """
         attention = self.attention_of(i)
         q, k = attention.by_head(q), attention.by_head(k)
         by_head = None if gate is None else attention.by_head(gate)

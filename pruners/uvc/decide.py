@@ -35,7 +35,15 @@ class Counts:
 
     @classmethod
     def of(cls, machine: PrimalDual, norms: Norms, *, r_mode: str, mlp_align: int) -> Counts:
-        """Read the counts from the variables; MLP widths are rounded up to what is allowed."""
+        """Read the counts from the variables.
+
+        Args:
+            machine: the variables.
+            norms: of the weights as they are; the weakest units go.
+            r_mode: ``off`` keeps all value channels, ``uniform`` the same number in every head of a block; otherwise
+                each head has its own.
+            mlp_align: MLP widths are rounded up to multiples of this.
+        """
         resource = machine.resource
         stays = ~weakest(norms.heads, machine.s[:, 0])
         v = resource.head_dim - machine.r.ceil().long()
@@ -69,7 +77,14 @@ class Widths:
 
 
 class Decider:
-    """Turns variables and norms of a model of record ``arch`` into cuts."""
+    """Turns variables and norms of a ViT into cuts.
+
+    Args:
+        arch: the record, whose blocks all have the same shape.
+        norms: of the weights as they are.
+        r_mode: as for ``Counts.of``.
+        mlp_align: kept MLP widths are multiples of this.
+    """
 
     def __init__(self, arch: Arch, norms: Norms, *, r_mode: str, mlp_align: int) -> None:
         self.arch, self.r_mode = arch, r_mode
