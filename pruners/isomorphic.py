@@ -193,7 +193,7 @@ def decide(
         )
     if measure(arch) <= budget:
         return at(0.0)[0]
-    for _ in range(40):  # the ratios change nothing any more below one unit of the largest scope
+    for _ in range(40):  # then low and high differ by less than one unit of any scope
         middle = (low + high) / 2
         found, cost = at(middle)
         if cost <= budget:

@@ -10,7 +10,7 @@ from prunesweep.models.errors import UserError, nearest
 
 __all__ = ["PYRAMID", "check_at_least", "check_fixed", "check_one_of"]
 
-# what a model of several stages takes for granted: no prefix tokens, the average over places
+# fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {
     "class_token": False,
     "dist_token": False,

@@ -33,7 +33,7 @@ from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, write
 __all__ = ["ACTIVATIONS", "VIT", "HeteroBlock", "build_vit"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU}
-# what timm's VisionTransformerDistilled takes for granted
+# fields that timm's VisionTransformerDistilled fixes
 DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
 
 

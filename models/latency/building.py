@@ -139,7 +139,7 @@ def _fill(
     for s, (stage, own) in enumerate(zip(source.stages, axes, strict=True)):
         parts += [(s, name, part) for name, part in _stage_parts(source, stage, own).items()]
     widths = {f"stages.{s}": own["embed"] for s, own in enumerate(axes)}
-    if len(widths) > 1:  # what lies between two stages is linear in either's width, and all crossings would be many
+    if len(widths) > 1:  # layers between stages are linear in either width: two points each are enough
         widths = {name: tuple(sorted({own[0], own[-1]})) for name, own in widths.items()}
     outside = widths, [_outside(source, crossing) for crossing in product(*widths.values())]
     times = iter(timer([probe for _, probes in (*(part for _, _, part in parts), outside) for probe in probes]))

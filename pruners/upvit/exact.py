@@ -119,7 +119,7 @@ class Exact:
     def _resume(self, i: int, z: torch.Tensor) -> torch.Tensor:
         """Compute logits from behind block ``i``'s MLP, (units·B, N, D) to (units·B, K)."""
         forward, x = self.forward, self.trace[i].x
-        if forward.arch.blocks[i].tokens is not None:  # only then is the block's input read again
+        if forward.arch.blocks[i].tokens is not None:  # the block's input is read again only in this case
             x = x.repeat(len(z) // self.batch, 1, 1)
         return forward.run(i + 1, forward.after(i, forward.leave(i, z, x)))
 
