@@ -1,4 +1,4 @@
-"""What a compressed transformer is: the record, its cost, its modules, cutting and storing.
+"""Models: the record of a compressed transformer, its cost, its modules, cutting and storing.
 
 Importing this package registers timm's entry point ``prunesweep``, so that
 ``timm.create_model("local-dir:PATH", pretrained=True)`` loads what ``save`` wrote, and the names of published

@@ -1,13 +1,14 @@
 """The architecture record: the only description of a compressed transformer.
 
 Plain ints, floats, strings and tuples in frozen dataclasses. Building (``models.build``), counting (``models.cost``),
-cutting (``models.cut``), storing (``models.store``), the search space and the report all read it, and nothing else
-describes a model. A block that is skipped is absent; a block without attention or without MLP says so.
+cutting (``models.cut``), storing (``models.io.store``), the search space and the report all read it, and nothing else
+describes a model. A block that is skipped is not in the record; ``mixer`` is "none" in a block without attention and
+``mlp`` is 0 in one without MLP.
 
 Dimensions: D residual width, H heads, E query/key width of a head, V value width of a head, M MLP width, N tokens.
 
-A language model (family ``lm``) is a record too: a text of T words is a grid of 1 x T places, ``num_classes`` are the
-words, and ``Text`` says what images have not.
+The record of a language model (family ``lm``) describes a text of T words as a grid of 1 x T places; ``num_classes`` is
+the number of words, and ``Text`` holds what image models do not need.
 
 Methods: widths, ragged values and missing blocks as in UVC and NViT; ``conv1x1``, ``conv3x3`` and ``norm_residual`` are
 SPViT's (arXiv 2111.11802); ``tokens`` is Prune-and-Merge's (arXiv 2503.23455).
@@ -87,8 +88,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Words in bands by frequency (adaptive input, arXiv 1809.10853, and softmax, arXiv 1609.04309), and positions.
+    """The vocabulary of a language model in bands by frequency, and its positions.
 
+    Sources: adaptive input, arXiv 1809.10853, and adaptive softmax, arXiv 1609.04309.
     The words of band 0 are those below ``cutoffs[0]``, their vectors have the residual width; those of band j begin at
     ``cutoffs[j - 1]`` and have ``tails[j - 1]`` channels.
     """
@@ -134,12 +136,13 @@ class Arch:
 
     @property
     def tokens(self) -> int:
-        """N: prefix tokens and patches of the first stage; the words of a text."""
+        """N: prefix tokens and patches of the first stage; for a language model, the words of a text."""
         rows, columns = self.stages[0].grid
         return self.prefix_tokens + rows * columns
 
     @property
     def depth(self) -> int:
+        """Number of blocks of all stages."""
         return sum(len(stage.blocks) for stage in self.stages)
 
     @property
@@ -149,7 +152,7 @@ class Arch:
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """Word numbers of every band of a language model's vocabulary."""
+        """Ranges of word numbers of every band of a language model's vocabulary."""
         cutoffs = () if self.text is None else (0, *self.text.cutoffs, self.num_classes)
         return tuple(range(*pair) for pair in pairwise(cutoffs))
 
@@ -160,15 +163,23 @@ class Arch:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. Fields at their default are left out, so that fields added later change no older hash."""
+        """Return the JSON-ready form.
+
+        Fields at their default are left out, so that fields added later change no older hash.
+        """
         return {"format": FORMAT, **_dump(self)}
 
     def to_json(self) -> str:
+        """Write ``to_dict``'s form as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Arch:
-        """Read ``to_dict``'s form; UserError names an unknown or missing key, a wrong type, or an impossible value."""
+        """Read ``to_dict``'s form.
+
+        Raises:
+            UserError: another format, an unknown or missing key, a wrong type, or an impossible value, which is named.
+        """
         if not isinstance(data, Mapping):
             raise UserError(f"an architecture record must be a JSON object, got {type(data).__name__}")
         data = dict(data)
@@ -185,6 +196,11 @@ class Arch:
 
     @classmethod
     def from_json(cls, text: str) -> Arch:
+        """Read ``to_json``'s form.
+
+        Raises:
+            UserError: the text is no JSON, or as for ``from_dict``.
+        """
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
@@ -192,7 +208,9 @@ class Arch:
 
     @classmethod
     def from_timm(cls, model: Any, *, img_size: int | tuple[int, int] | None = None) -> Arch:
-        """The record of a timm model (a name or a module); UserError says why where a model cannot be represented.
+        """Return the record of a timm model (a name or a module).
+
+        Raises UserError with the reason where a model cannot be represented.
 
         ``img_size`` is needed only where the model itself does not say for which images it is meant (PVTv2 takes any):
         without it, the size in the model's ``pretrained_cfg``.
@@ -209,7 +227,7 @@ class Arch:
 
 
 def _dump(record: Any) -> Any:
-    """Nested dicts and lists of a record, without the fields that are at their default."""
+    """Return nested dicts and lists of a record, without the fields that are at their default."""
     if isinstance(record, tuple):
         return [_dump(item) for item in record]
     if not hasattr(record, "__dataclass_fields__"):

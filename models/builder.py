@@ -1,4 +1,4 @@
-"""From a record to a module."""
+"""Building modules from records."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .families import FAMILIES, family_of
 
 __all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
 
-ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.store registers it)
+ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.io.store registers it)
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
-    """A randomly initialised timm module of this shape; it carries its record as ``model.arch``.
+    """Build a randomly initialised timm module of this shape; it carries its record as ``model.arch``.
 
     Args:
         arch: the record; validated first.
@@ -38,7 +38,19 @@ def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, An
 def create(
     arch: Arch, *, pretrained: bool, pretrained_cfg: Mapping[str, Any] | None, drop_path: float = 0.0, **options: Any
 ) -> nn.Module:
-    """``build`` through timm's factory, which also loads the weights that ``pretrained_cfg`` points to."""
+    """Build through timm's factory, which also loads the weights that ``pretrained_cfg`` points to.
+
+    Args:
+        arch: the record; validated first.
+        pretrained: load those weights; otherwise they are random.
+        pretrained_cfg: timm's description of the weights and the preprocessing.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+        options: timm's own, and values that the record has too, which must agree with it; only ``num_classes`` may
+            differ, and then the classifier is new.
+
+    Raises:
+        UserError: the record is impossible, or an option contradicts it or is unknown.
+    """
     arch.validate()
     cfg = _pretrained_cfg(arch, pretrained_cfg or {})
 
@@ -65,7 +77,12 @@ def create(
 def build_with(
     arch: Arch, weights: Mapping[str, torch.Tensor], *, pretrained_cfg: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """``build(arch)`` holding the tensors of ``weights`` themselves: nothing is initialised or copied.
+    """Build a module that holds the given tensors themselves: nothing is initialised or copied.
+
+    Args:
+        arch: the record.
+        weights: the state dict of ``build(arch)``, complete.
+        pretrained_cfg: timm's description of the preprocessing, as for ``build``.
 
     Raises:
         RuntimeError: a weight is missing, left over, or of another shape (as ``load_state_dict`` says it).
@@ -102,12 +119,12 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arch_of(model: nn.Module) -> Arch:
-    """The record that a built or cut model carries, or that of a stock timm model."""
+    """Return the record that a built or cut model carries, or that of a stock timm model."""
     return Arch.from_timm(model)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of all stages of a model, in the order of ``Arch.blocks``; it may have lost its record."""
+    """List the blocks of all stages of a model, in the order of ``Arch.blocks``, also if it no longer has a record."""
     arch = getattr(model, "arch", None)
     if isinstance(arch, Arch):
         return family_of(arch).blocks(model)
@@ -117,10 +134,19 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def example_input(arch: Arch, batch: int, seed: int) -> torch.Tensor:
-    """What a model of this record takes: random images B·C·H·W in float32, or random word numbers B·T."""
+    """Make a random input for a model of this record.
+
+    Args:
+        arch: the record.
+        batch: B, number of images or texts.
+        seed: of the random numbers.
+
+    Returns:
+        Images (B, C, rows, columns) in float32, or word numbers (B, T) in int64.
+    """
     return family_of(arch).example_input(arch, batch, torch.Generator().manual_seed(seed))
 
 
 def num_params(model: nn.Module) -> int:
-    """Number of weights, each counted once."""
+    """Count the weights of a model, each once."""
     return sum(p.numel() for p in model.parameters())

@@ -1,8 +1,8 @@
-"""Decisions, and the one place where weights are gathered.
+"""Cuts: the form of every method's decision, and the one place where weights are gathered.
 
 Every method emits a ``Cut``: which channels of the residual streams, of each block's query/key and value heads and of
 its MLP stay, which blocks go, which mixer takes the place of attention, and which tokens a block gets. They apply in
-this order: blocks dropped, widths cut, mixers replaced, tokens planned. ``cut_arch`` says what the record becomes,
+this order: blocks dropped, widths cut, mixers replaced, tokens planned. ``cut_arch`` gives the record that results,
 ``cut`` gathers the weights: a decision is a ``Reduction`` of some *spaces*, and every tensor is reduced along each axis
 that counts one of them, whatever the family. As far as widths and blocks go, a masked source and its cut model are the
 same function; LayerNorm then counts kept channels only.
@@ -38,7 +38,7 @@ FORMAT = "prunesweep/cut/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCut:
-    """What stays of one block; ``None`` keeps all of it.
+    """The part of a cut that concerns one block: what stays; ``None`` keeps all of it.
 
     ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut; ``mlp`` lists
     hidden units, ``sr`` channels of PVTv2's reduced map. Channels are ascending. Both of ``qk`` and ``v`` are given or
@@ -59,7 +59,18 @@ class BlockCut:
     def aligned(
         cls, block: Block, *, heads: Sequence[int], qk: Sequence[int], v: Sequence[int], mlp: Sequence[int] | None
     ) -> BlockCut:
-        """The same channels ``qk`` and ``v`` kept in every head of ``heads`` (NViT's head alignment)."""
+        """Keep the same channels ``qk`` and ``v`` in every head of ``heads`` (NViT's head alignment).
+
+        Args:
+            block: the record of the block being cut.
+            heads: indices of the heads that stay.
+            qk: query/key channels that stay, counted within a head.
+            v: value channels that stay, counted within a head.
+            mlp: hidden units that stay; ``None`` keeps all.
+
+        Raises:
+            UserError: the block's heads have unequal value widths.
+        """
         if not isinstance(block.v, int):
             raise UserError("an aligned cut needs a block whose heads have equal value widths")
         return cls(
@@ -71,11 +82,11 @@ class BlockCut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """What stays: residual channels of every stage, and one ``BlockCut`` per block in the model's order.
+    """A decision: the residual channels of every stage that stay, and one ``BlockCut`` per block in the model's order.
 
     ``embed`` is ``None`` where all channels of all stages stay; a stage's entry is ``None`` where all of its own do.
-    ``tails`` says the same of a language model's word vectors, band by band from the second on; those of the first band
-    have the residual channels.
+    ``tails`` likewise lists the channels of a language model's word vectors, band by band from the second on; those of
+    the first band have the residual channels.
     """
 
     embed: tuple[Indices | None, ...] | None = None
@@ -83,7 +94,7 @@ class Cut:
     tails: tuple[Indices | None, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; what is kept whole is left out."""
+        """Return the JSON-ready form; what is kept whole is left out."""
         blocks = [_block_dict(block) for block in self.blocks]
         whole = {} if self.tails is None else {"tails": self.tails}
         return {"format": FORMAT, "embed": self.embed, "blocks": blocks, **whole}
@@ -102,7 +113,7 @@ class Cut:
 
 
 def _block_dict(block: BlockCut) -> dict[str, Any]:
-    """Shallow: ``dataclasses.asdict`` would copy every index."""
+    """Return a block's fields without copying every index, as ``dataclasses.asdict`` would."""
     found = {f.name: value for f in dataclasses.fields(block) if (value := getattr(block, f.name)) is not None}
     if block.tokens is not None:
         found["tokens"] = {f.name: getattr(block.tokens, f.name) for f in dataclasses.fields(block.tokens)}
@@ -155,7 +166,15 @@ def _read_indices(value: Any, where: str) -> Indices | None:
 
 
 def cut_arch(arch: Arch, decision: Cut) -> Arch:
-    """The record of ``cut(model, decision)``. Raises UserError naming the first impossible index."""
+    """Derive the record of ``cut(model, decision)``.
+
+    Args:
+        arch: the model's record.
+        decision: the cut, with one entry per block of ``arch``.
+
+    Raises:
+        UserError: an index does not exist (the message names the first), or nothing would be left.
+    """
     if len(decision.blocks) != arch.depth:
         raise UserError(f"cut.blocks has {len(decision.blocks)} entries for {arch.depth} blocks")
     embed = _embed(arch, decision)
@@ -238,7 +257,7 @@ def _cut_heads(arch: Arch, block: Block, qk: tuple[Indices, ...], v: tuple[Indic
 
 
 def _heads_of(block: Block, v: Indices) -> set[int]:
-    """The heads that value channels belong to."""
+    """Return the heads that value channels belong to."""
     ends = list(accumulate(block.v_widths))
     return {bisect.bisect_right(ends, c) for c in v}
 
@@ -253,10 +272,13 @@ def _check(where: str, kept: Indices, size: int) -> None:
 
 
 def cut(model: nn.Module, decision: Cut) -> nn.Module:
-    """The physically small model: ``model``'s weights gathered by ``decision``, in a new module of its own.
+    """Make the physically small model: ``model``'s weights gathered by ``decision``, in a new module of its own.
 
-    ``model`` is a timm model that ``Arch.from_timm`` accepts, or one of ours; it is not changed. Dtype, device, train
-    or eval mode and preprocessing carry over, optimizer state does not.
+    Dtype, device, train or eval mode and preprocessing carry over, optimizer state does not.
+
+    Args:
+        model: a timm model that ``Arch.from_timm`` accepts, or one of ours; it is not changed.
+        decision: the cut, with one entry per block of ``model``.
 
     Raises:
         UserError: an index does not exist, or nothing would be left.
@@ -270,12 +292,19 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
 
 
 def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
-    """What each axis of a tensor of ``build(arch)``'s state dict counts; "" or left out where nothing is ever cut.
+    """Name what each axis of a tensor of ``build(arch)``'s state dict counts.
 
     ``stages.S.embed`` are a stage's residual channels and ``stages.S.merged`` those of four neighbours side by side
     (Swin's patch merging); of block I there are ``blocks.I.`` and ``q`` (H·E), ``qkv`` (all of Q, K, V), ``kv``, ``v``
     (all heads' value channels, or a convolution's bottleneck), ``heads``, ``qk_norm`` (E), ``mlp`` and ``sr``. Of a
     language model's bands from the second on there is ``bands.B.tail``, the channels of their words.
+
+    Args:
+        arch: the model's record.
+        name: the tensor's name in the state dict.
+
+    Returns:
+        One name per axis; "" or left out where the axis is never cut.
     """
     return family_of(arch).axes(arch, name)
 
@@ -302,7 +331,15 @@ def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> d
 
 
 def space_reductions(arch: Arch, decision: Cut) -> dict[str, Reduction]:
-    """How a cut reduces every space that does not stay whole. The spaces are those of ``Family.spaces``."""
+    """Turn a cut into reductions of the spaces that it shortens.
+
+    Args:
+        arch: the record of the model being cut.
+        decision: the cut.
+
+    Returns:
+        By space (see ``Family.spaces``), its reduction; spaces that stay whole are left out.
+    """
     found: dict[str, Reduction] = {}
     for s, channels in enumerate(_embed(arch, decision)):
         if channels is not None:
@@ -317,7 +354,7 @@ def space_reductions(arch: Arch, decision: Cut) -> dict[str, Reduction]:
 
 
 def _chosen(block: Block, choice: BlockCut) -> dict[str, Indices]:
-    """The indices that stay of every space of one block that the cut shortens."""
+    """Return the indices that stay of every space of one block that the cut shortens."""
     chosen: dict[str, Indices] = {}
     if choice.qk is not None:
         channels = tuple(chain.from_iterable(choice.qk))

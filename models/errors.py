@@ -1,4 +1,4 @@
-"""The one error type that is meant for the user, not for the developer."""
+"""UserError, the one error type whose message is meant for the user, not for the developer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,26 @@ class UserError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` for the closest known word, or an empty string where nothing is close."""
+    """Suggest the closest known word, as the end of an error message.
+
+    Args:
+        word: what the user wrote.
+        known: the words that exist.
+
+    Returns:
+        ``did you mean 'x'?``, or an empty string where no word is close.
+    """
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean '{match[0]}'?" if match else ""
 
 
 def explain(problem: Mapping[str, Any], known: Iterable[str]) -> str:
-    """One of the errors that pydantic finds in a model with the fields ``known``, in a line."""
+    """Write one of pydantic's validation errors as one line.
+
+    Args:
+        problem: an entry of ``ValidationError.errors()``.
+        known: names of the fields that exist, for an unknown one.
+    """
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         names = list(known)

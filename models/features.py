@@ -1,4 +1,4 @@
-"""Tokens on the grid, for heads that are dense: segmentation, detection, depth."""
+"""Features on the grid of patches, for dense heads: segmentation, detection, depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["features"]
 
 
 def features(model: nn.Module, x: torch.Tensor, block: int | None = None) -> torch.Tensor:
-    """What a ViT knows of every patch: (B, rows, columns, D), row by row as in the image.
+    """Return a ViT's features of every patch: (B, rows, columns, D), row by row as in the image.
 
     A token plan gives fewer tokens to the inside of a block only, so the grid is whole behind every block, however
     many tokens were merged or pruned.

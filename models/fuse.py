@@ -1,8 +1,8 @@
-"""Token plans without what inference does not need; an equivalent model, which is run and not stored.
+"""Fused token plans: an equivalent model for inference that skips what inference does not need. It is not stored.
 
-Between two planned blocks that no token passes by, R of the first and M of the second are one map from merged tokens
-to merged tokens, T = M R: all tokens are never there. Behind the last block, a head that reads prefix tokens needs
-their rows of R alone. Source: arXiv 2503.23455; both follow from its eq. y = R z + (1 - m) x.
+Between two planned blocks that no token passes by, R of the first and M of the second become one map from merged
+tokens to merged tokens, T = M R, so the full set of tokens is never computed. Behind the last block, a head that reads
+prefix tokens needs their rows of R alone. Source: arXiv 2503.23455; both follow from its eq. y = R z + (1 - m) x.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Merge = SparseMerge | DenseMerge
 
 
 def fuse_tokens(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for inference, in evaluation mode: the same logits, fewer operations between blocks.
+    """Copy ``model`` for inference, in evaluation mode: the same logits, fewer operations between blocks.
 
     The copy has no record, and its ``forward_features`` may give prefix tokens only.
 
@@ -53,7 +53,7 @@ def fuse_tokens(model: nn.Module) -> nn.Module:
 
 
 class FusedMerge(nn.Module):
-    """In place of a block's token plan: ``enter`` takes merged tokens, ``leave`` gives less than all tokens."""
+    """Replaces a block's token plan: ``enter`` takes merged tokens, ``leave`` returns fewer than all tokens."""
 
     def __init__(self, plan: Merge, enter: nn.Module | None, leave: nn.Module | None) -> None:
         super().__init__()
@@ -61,27 +61,28 @@ class FusedMerge(nn.Module):
         self.enter, self.leave = enter, leave
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, c, D) from all tokens, or from the merged tokens of the block before."""
+        """Return merged tokens (B, c, D), from all tokens or from the merged tokens of the block before."""
         return self.plan.merge(x) if self.enter is None else self.enter(x)
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """All tokens (B, N, D); or z itself, for the next block; or the prefix tokens."""
+        """Return all tokens (B, N, D); or z itself, for the next block; or the prefix tokens."""
         return self.plan.spread(z, x) if self.leave is None else self.leave(z)
 
 
 class Dense(nn.Module):
-    """A z with a full matrix A."""
+    """Multiplies z by a full matrix A."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
         self.matrix = nn.Buffer(matrix)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Compute A z, from (B, c, D)."""
         return self.matrix @ z
 
 
 class Sparse(nn.Module):
-    """A z with A given by its entries: token ``source`` of z, times ``weight``, is added to ``row``."""
+    """Multiplies z by a sparse matrix A: token ``source`` of z, times ``weight``, is added to ``row``."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
@@ -90,6 +91,7 @@ class Sparse(nn.Module):
         self.row, self.source, self.weight = nn.Buffer(row), nn.Buffer(source), nn.Buffer(matrix[row, source])
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Compute A z, from (B, c, D)."""
         return add_rows(z.index_select(1, self.source), self.row, self.weight, self.rows)
 
 
@@ -98,7 +100,7 @@ def _map(matrix: torch.Tensor, sparse: bool) -> nn.Module:
 
 
 def _leave(arch: Arch, merges: list[Any], bridges: list[nn.Module | None], i: int) -> nn.Module | None:
-    """What follows the inside of planned block ``i``; None where its plan is needed as it is."""
+    """Choose what follows the inside of planned block ``i``; None where its plan is needed as it is."""
     if i < len(bridges) and bridges[i] is not None:
         return nn.Identity()
     _, R, _ = merges[i].matrices()
@@ -110,7 +112,7 @@ def _leave(arch: Arch, merges: list[Any], bridges: list[nn.Module | None], i: in
 
 
 def _bridge(first: Merge | None, second: Merge | None) -> nn.Module | None:
-    """T from the merged tokens of one block to those of the next; None where a token passes either by."""
+    """Make T, from the merged tokens of one block to those of the next; None where a token passes either by."""
     if first is None or second is None:
         return None
     (_, R, m), (M, _, next_m) = first.matrices(), second.matrices()

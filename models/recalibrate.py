@@ -1,7 +1,7 @@
-"""BatchNorm statistics of a model that was cut: what they say was true of other inputs, or of none at all.
+"""Re-estimating the BatchNorm statistics of a model that was cut, which belong to other inputs or to none at all.
 
 A convolution that has just taken attention's place has mean 0 and variance 1; until its statistics are estimated, the
-model is not worth looking at.
+model's outputs are meaningless.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["recalibrate"]
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> int:
-    """Estimate the running statistics of all BatchNorms anew; the number of BatchNorms.
+    """Estimate the running statistics of all BatchNorms anew; return the number of BatchNorms.
 
     Mean and variance become the plain average over ``batches`` of what each batch has, with all BatchNorms of the model
     working with the batch's own statistics meanwhile, as in training. Everything else of the model stays as it is:

@@ -1,8 +1,8 @@
-"""How the channels of one space are reduced, and what that does to a tensor.
+"""Reductions of the channels of one space, and their effect on a tensor.
 
 A *space* is a set of channels or units that several tensors share (``models.families.spaces``). A reduction of it is
 applied to every axis that counts it, of every tensor, and to nothing else. ``Choose`` keeps some of the channels; a
-projection would be one more class with a size and an ``apply``. ``Family.reductions`` says what a space allows.
+projection would be one more class with a size and an ``apply``. ``Family.reductions`` names those that a space allows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Choose", "Reduction", "reduce_tensor"]
 
 
 class Reduction(Protocol):
-    """What is left of a space."""
+    """A way to reduce a space: the number of channels that are left, and its effect on a tensor."""
 
     @property
     def size(self) -> int:
@@ -47,7 +47,7 @@ def reduce_tensor(
     sizes: Mapping[str, int],
     reductions: Mapping[str, Reduction],
 ) -> torch.Tensor:
-    """A copy of ``tensor``, reduced along every axis that counts a space of ``reductions``.
+    """Copy ``tensor``, reduced along every axis that counts a space of ``reductions``.
 
     Args:
         tensor: of any number of axes; it is not changed.

@@ -1,8 +1,8 @@
-"""Another mixer in place of attention, and a token plan around a block: what a cut does besides narrowing.
+"""Replacing attention by another mixer and putting a token plan around a block, which a cut does besides narrowing.
 
 A convolution gets its weights from the attention that it replaces (SPViT, arXiv 2111.11802, section 3.2): every tap is
-the mean over the heads of their value weights, the 1x1 convolution behind it that of the output weights. It is another
-function; its BatchNorm has seen nothing yet, so recalibrate it and finetune.
+the mean over the heads of their value weights, the 1x1 convolution behind it that of the output weights. It computes
+another function than the attention, and its BatchNorm has no statistics yet, so recalibrate it and finetune.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ REPLACEMENTS = ("conv1x1", "conv3x3", "none", "norm")
 
 
 def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan | None, where: str) -> Block:
-    """The record of ``block`` with another mixer and a token plan; ``None`` leaves either as it is.
+    """Derive the record of a block with another mixer and a token plan.
 
-    ``norm`` is no mixer too, but the block adds its normalised input in its place, as SPViT's finetuned models do. A
-    convolution needs the whole grid, so a plan that the block had goes with its attention.
+    With ``norm`` there is no mixer either, but the block adds its normalised input in its place, as SPViT's finetuned
+    models do. A convolution needs the whole grid, so a plan that the block had goes with its attention.
+
+    Args:
+        arch: the record of the model that the block is in.
+        block: the block's record.
+        mixer: one of ``REPLACEMENTS``; ``None`` leaves the mixer as it is.
+        plan: the token plan; ``None`` leaves the block's own, if any.
+        where: the block, for the message.
 
     Raises:
         UserError: this block cannot have that mixer or that plan.
@@ -61,7 +68,15 @@ def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan |
 def replace_tensors(
     arch: Arch, old: Block, weights: Mapping[str, torch.Tensor], mixer: str | None, plan: TokenPlan | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one block, named within it, after ``replace_block``; ``old`` is its record before."""
+    """Make the tensors of one block, named within it, after ``replace_block``.
+
+    Args:
+        arch: the record of the model that the block is in.
+        old: the block's record before.
+        weights: the block's tensors before, by name within it.
+        mixer: as for ``replace_block``.
+        plan: as for ``replace_block``.
+    """
     kept = dict(weights)
     if mixer is not None:
         attention = {name: kept.pop(name) for name in weights if name.startswith("attn.")}
@@ -84,7 +99,7 @@ def _without(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torc
 def _convolution(
     arch: Arch, block: Block, attention: Mapping[str, torch.Tensor], kernel: int
 ) -> dict[str, torch.Tensor]:
-    """``models.mixers.ConvMixer``'s tensors, from attention's value and output weights with equal shares of heads.
+    """Make ``ConvMixer``'s tensors from attention's value and output weights, with equal shares of heads.
 
     Heads with fewer value channels than the widest count as zero in the others.
     """

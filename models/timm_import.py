@@ -1,4 +1,4 @@
-"""Reading the record of a timm model, and refusing, with the reason, a model that the record cannot express."""
+"""Reading the record of a timm model, or refusing, with the reason, a model that the record cannot express."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ __all__ = ["arch_from_timm"]
 
 
 def arch_from_timm(model: str | nn.Module, img_size: int | tuple[int, int] | None = None) -> Arch:
-    """Give the full record of a timm model of a known family, given by name or as a module.
+    """Read the full record of a timm model of a known family.
+
+    Args:
+        model: timm's name of it, or a module.
+        img_size: side, or (rows, columns), of its images, for a model that takes any; by default that of its
+            ``pretrained_cfg``.
 
     Raises:
         UserError: the name is unknown, the family is not supported, the model has a part that the record lacks, or

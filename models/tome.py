@@ -34,9 +34,12 @@ Schedule = int | tuple[int, float] | Sequence[int]
 
 
 def tome_schedule(depth: int, r: Schedule) -> list[int]:
-    """Tokens to merge in every block: ``r`` of each; (r, inflect): linear from r·(1 - inflect) on, with mean r; a list.
+    """Return the number of tokens to merge in every block.
 
-    A list that is too short is continued by 0; inflect -1 merges most at the start, 1 at the end, 0 everywhere alike.
+    Args:
+        depth: number of blocks.
+        r: one number for every block; or (mean, inflection), linear over the blocks from mean * (1 - inflection) on: an
+            inflection of -1 merges most at the start, 1 at the end, 0 the same everywhere; or a list, continued by 0.
 
     Raises:
         UserError: a negative number, more numbers than blocks, or an inflection outside -1..1.
@@ -56,7 +59,10 @@ def tome_schedule(depth: int, r: Schedule) -> list[int]:
 
 
 class Matching(NamedTuple):
-    """Which tokens of A (even places) go where: ``src`` (B, r) into ``dst`` (B, r) of B (odd places); ``unm`` stay."""
+    """The pairs of tokens to merge: A are the tokens in even places, B those in odd places.
+
+    ``src`` (B, r) are the tokens of A that are merged into ``dst`` (B, r) of B; ``unm`` are those of A that stay.
+    """
 
     src: torch.Tensor
     unm: torch.Tensor
@@ -64,7 +70,7 @@ class Matching(NamedTuple):
     prefix: int
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, D) to (B, n - r, D): prefix tokens in their order, the rest of A, the rest of B."""
+        """Sum tokens, (B, n, D) to (B, n - r, D): prefix tokens in their order, the rest of A, the rest of B."""
 
         def of(a: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             return a.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
@@ -79,7 +85,16 @@ class Matching(NamedTuple):
 
 
 def match(metric: torch.Tensor, r: int, prefix: int) -> Matching | None:
-    """The r best pairs by ``metric`` (B, n, E), at most half of all tokens but the first ``prefix``; None for none."""
+    """Find the r most similar pairs of tokens by bipartite soft matching (arXiv 2210.09461, section 3 and appendix D).
+
+    Args:
+        metric: what similarity (the cosine) is computed from, (B, n, E).
+        r: pairs to merge, at most half of all tokens without the prefix.
+        prefix: number of prefix tokens, which come first and are never merged.
+
+    Returns:
+        The pairs; None where there is none to merge.
+    """
     r = min(r, (metric.shape[1] - prefix) // 2)
     if r <= 0:
         return None
@@ -94,7 +109,7 @@ def match(metric: torch.Tensor, r: int, prefix: int) -> Matching | None:
 
 
 class Step(NamedTuple):
-    """What one block did: its output (B, n, D), token sizes (B, n, 1), keys (B, n, E) and matching, where it merged."""
+    """One block's result: output (B, n, D), token sizes (B, n, 1), keys (B, n, E) and matching, where it merged."""
 
     x: torch.Tensor
     size: torch.Tensor
@@ -111,7 +126,7 @@ class ToMe(nn.Module):
         self.record, self.r, self.proportional = arch, list(r), proportional
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of images (B, C, rows, columns). Average pooling weighs every token by its size."""
+        """Compute logits (B, K) of images (B, C, rows, columns). Average pooling weighs every token by its size."""
         x, size = self.forward_features(x)
         if self.record.pool == "avg":
             prefix, patches = x.tensor_split([self.record.prefix_tokens], dim=1)
@@ -120,12 +135,12 @@ class ToMe(nn.Module):
         return self.model.forward_head(x)
 
     def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, n, D) after the last norm, and their sizes (B, n, 1)."""
+        """Compute tokens (B, n, D) after the last norm, and their sizes (B, n, 1)."""
         *_, last = self.steps(x)
         return self.model.norm(last.x), last.size
 
     def steps(self, x: torch.Tensor) -> Iterator[Step]:
-        """Block by block."""
+        """Run block by block, yielding the result of each."""
         x = self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(x)))
         size = x.new_ones(x.shape[0], x.shape[1], 1)
         merged = False
@@ -149,7 +164,10 @@ class ToMe(nn.Module):
 
 
 def _attend(attention: AttentionView, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with ``bias`` (B, 1, 1, n) on its logits, (B, n, D), and the mean of the heads' keys (B, n, E)."""
+    """Compute attention with ``bias`` (B, 1, 1, n) on its logits.
+
+    Returns the output (B, n, D) and the mean of the heads' keys (B, n, E).
+    """
     record = attention.record
     q, k, v = attention.queries_keys_values(x)
     q, k = attention.q_norm(attention.by_head(q)), attention.k_norm(attention.by_head(k))
@@ -158,7 +176,7 @@ def _attend(attention: AttentionView, x: torch.Tensor, bias: torch.Tensor | None
 
 
 def apply_tome(model: nn.Module, r: Schedule, *, proportional: bool = True) -> ToMe:
-    """``model`` with tokens merged, sharing its weights; in evaluation mode.
+    """Wrap ``model`` so that it merges tokens; weights are shared, and the result is in evaluation mode.
 
     Args:
         model: a ViT that ``Arch.from_timm`` accepts, whose blocks have attention or no mixer; it is not changed.
@@ -188,7 +206,15 @@ def _check(arch: Arch) -> None:
 
 
 def tome_macs(arch: Arch, r: Schedule) -> int:
-    """MACs per image of ``apply_tome(build(arch), r)``, similarities included."""
+    """Count the MACs per image of ``apply_tome(build(arch), r)``, similarities included.
+
+    Args:
+        arch: the record of a ViT.
+        r: the schedule, as for ``tome_schedule``.
+
+    Raises:
+        UserError: ToMe cannot serve the record, or the schedule is impossible.
+    """
     _check(arch)
     (stage,) = arch.stages
     macs, n, prefix = outside_cost(arch).macs, arch.tokens, arch.prefix_tokens

@@ -1,7 +1,7 @@
-"""What makes a record impossible to build; every message names the field, what it holds and what is allowed.
+"""Checks that a record can be built; every message names the field, its value and what is allowed.
 
-What a family can have is asked of its capabilities; what only one family knows, it checks itself (``check_fields``,
-``check_whole``).
+What depends on the family is asked of its capabilities; what only one family can tell, it checks itself
+(``check_fields``, ``check_whole``).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _validate_other_mixer(block: Block, where: str) -> None:
 
 
 def _validate_extras(family: Family, stage: Stage, block: Block, where: str) -> None:
-    """Fields that only one family or one mixer has."""
+    """Check the fields that only one family or one mixer has."""
     reduced = stage.sr_ratio > 1 and block.mixer == "attn"
     check_at_least(f"{where}.sr", block.sr, int(reduced))
     if block.sr and not reduced:

@@ -1,4 +1,4 @@
-"""The blocks of a model with their attention and MLP, for whatever reads or changes blocks."""
+"""Views of a model's blocks with their attention and MLP, for code that reads or changes blocks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BlockView:
 
 
 def block_views(model: nn.Module, arch: Arch | None = None) -> list[BlockView]:
-    """Views of all blocks, in the order of ``Arch.blocks``.
+    """View all blocks, in the order of ``Arch.blocks``.
 
     Args:
         model: one that ``Arch.from_timm`` accepts, with its blocks as they were built: views come before wrappers.

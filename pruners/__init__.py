@@ -1,4 +1,4 @@
-"""How a decision is made: scores of a model's prunable groups, and cuts that meet a budget.
+"""Pruning methods: scores of a model's prunable groups, and cuts that meet a budget.
 
 ``METHODS`` is the one table of methods.
 """

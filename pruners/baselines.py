@@ -1,4 +1,4 @@
-"""Controls that any real method has to beat: weight magnitude, and chance."""
+"""Baselines that any real method has to beat: weight magnitude, and chance."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ FAMILIES = FamiliesWith("width")
 def score_magnitude(
     model: nn.Module, batches: Sequence[Any] = (), *, progress: Callable[[int, int], None] | None = None
 ) -> Scores:
-    """Mean absolute weight over everything that is cut with a unit, so that units of all kinds compare.
+    """Score every unit by the mean absolute weight of everything that is cut with it.
 
-    Uses no data: ``batches`` are taken so that all methods are called alike.
+    As a mean and not a sum, it makes units of all kinds comparable.
+    Args:
+        model: one that ``Arch.from_timm`` accepts.
+        batches: not used; all methods are called alike.
+        progress: called with (1, 1) at the end.
     """
     arch = arch_of(model)
     weights = {name: p.detach() for name, p in model.named_parameters() if name.endswith(".weight")}
@@ -42,7 +46,14 @@ def score_random(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Uniform random scores in [0, 1); uses no data."""
+    """Score every unit by a uniform random number in [0, 1).
+
+    Args:
+        model: one that ``Arch.from_timm`` accepts.
+        batches: not used; all methods are called alike.
+        seed: of the random numbers.
+        progress: called with (1, 1) at the end.
+    """
     arch = arch_of(model)
     generator = torch.Generator().manual_seed(seed)
     sizes = vector_sizes(arch, KINDS)

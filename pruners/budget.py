@@ -1,4 +1,4 @@
-"""From scores to a width cut that meets a budget: score once, decide for any budget in milliseconds.
+"""From scores to a width cut that meets a budget: score once, decide for any budget (MACs, parameters or milliseconds).
 
 Units are removed in groups, always the group that costs least saliency per unit of cost saved at the dimensions of that
 moment. That is NViT's rule, remove where S - eta * (saved cost) is lowest, with the exchange rate eta taken as the
@@ -6,7 +6,7 @@ multiplier of the budget instead of a constant to tune. Groups form anew at ever
 units of a vector, and the last group of a vector always stays (arXiv 2110.04869, section 3; the "live" schedule).
 
 The removals for one set of scores, dropped blocks, replaced mixers and token plans are one path, so every budget is a
-prefix of it.
+prefix of it. Making the decision for one more budget takes milliseconds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,13 @@ PARAMS = Measure("params", lambda arch: outside_cost(arch).params, lambda *block
 
 
 def latency(table: LatencyTable, arch: Arch) -> Measure:
-    """Predicted milliseconds per batch, for cuts of ``arch``; what lies outside the table's range is never chosen.
+    """Make a measure of predicted milliseconds per batch, for cuts of ``arch``.
+
+    A record outside the table's range has infinite cost, so it is never chosen.
+
+    Args:
+        table: measured latencies.
+        arch: the record of the model that is cut.
 
     Raises:
         UserError: the table is one of other models, or does not cover ``arch`` itself.
@@ -86,7 +92,7 @@ def latency(table: LatencyTable, arch: Arch) -> Measure:
 
 @dataclass(frozen=True)
 class WidthPath:
-    """A source's narrowing, step by step: after ``t`` steps the model costs ``costs[t]``, strictly falling."""
+    """The successive removals from one model: after ``t`` steps it costs ``costs[t]``, which falls strictly."""
 
     arch: Arch
     dropped: frozenset[int]
@@ -98,7 +104,7 @@ class WidthPath:
     tokens: Mapping[int, TokenPlan]
 
     def cut(self, step: int) -> Cut:
-        """The decision after ``step`` steps."""
+        """Return the decision after ``step`` steps."""
         gone = dict.fromkeys(self.order, 0)
         for name, units in self.steps[:step]:
             gone[name] += units
@@ -126,7 +132,7 @@ class WidthPath:
         return dataclasses.replace(heads, sr=own["sr"], **new)
 
     def step_for(self, budget: float) -> int:
-        """The first step within ``budget``. Raises UserError where the floors do not let it be reached."""
+        """Find the first step within ``budget``. Raises UserError where the floors do not let it be reached."""
         step = bisect.bisect_left(self.costs, -budget, key=lambda c: -c)
         if step == len(self.costs):
             raise UserError(
@@ -137,7 +143,7 @@ class WidthPath:
 
 
 def drop_order(scores: Scores) -> tuple[int, ...]:
-    """Blocks in the order in which to drop them, from ``score_depth``.
+    """Order blocks for dropping, the least important first, from the scores of ``score_depth``.
 
     Left out are the last one and those of infinite importance, which are the last of their stages.
     """
@@ -146,7 +152,17 @@ def drop_order(scores: Scores) -> tuple[int, ...]:
 
 
 def live_vectors(arch: Arch, scores: Scores) -> dict[str, np.ndarray]:
-    """The vectors that widths are decided by; ``attn`` becomes ``heads`` and ``dim``, its sums over either axis.
+    """Return the vectors that widths are decided by.
+
+    ``attn``, one score per channel of every head, becomes ``heads`` (H,) and ``dim`` (E,), its sums over either axis;
+    other vectors are taken as they are.
+
+    Args:
+        arch: the record that was scored.
+        scores: a width method's scores of ``arch``.
+
+    Returns:
+        Vectors by name, in the order stages, blocks, bands.
 
     Raises:
         UserError: the scores were made for another model.
@@ -178,7 +194,7 @@ def width_path(
     tokens: Mapping[int, TokenPlan] = MappingProxyType({}),
     least: float = 0.0,
 ) -> WidthPath:
-    """All removals, in order, from ``arch`` without the ``dropped`` blocks down to the floors.
+    """Compute all removals, in order, from ``arch`` without the ``dropped`` blocks down to the floors.
 
     Whatever else is decided comes first and counts as decided: a block that becomes a convolution has value channels
     and hidden units to lose, but no heads, and every MAC is that of the tokens a block will have.
@@ -234,7 +250,7 @@ def width_path(
 
 
 class _Narrowing:
-    """A record whose widths shrink unit group by unit group, and what every group would save now."""
+    """A record whose widths shrink group by group, and what removing each next group would save at the moment."""
 
     def __init__(
         self,
@@ -260,7 +276,7 @@ class _Narrowing:
         return self.outside + sum(self.costs.values())
 
     def has(self, name: str) -> bool:
-        """Whether there is anything to remove: a convolution has its bottleneck, no mixer has nothing."""
+        """Whether there is anything to remove: a convolution has its bottleneck, a missing mixer has nothing."""
         if kind_of(name) in ("embed", "tail"):
             return True
         block = self.blocks.get(_place(name))
@@ -269,7 +285,7 @@ class _Narrowing:
         return block.conv_kernel > 0 and kind_of(name) in ("v", "dim")
 
     def gain(self, name: str, units: int) -> float:
-        """What removing ``units`` from a vector would save."""
+        """Compute what removing ``units`` from a vector would save."""
         outside, costs = self._without(name, units)
         return self.outside - outside + sum(self.costs[i] - cost for i, cost in costs.items())
 
@@ -284,7 +300,7 @@ class _Narrowing:
             self.blocks[_place(name)] = _shrink(self.blocks[_place(name)], kind_of(name), units)
 
     def affected(self, name: str) -> Iterator[str]:
-        """The vectors whose gains change when ``name`` loses units."""
+        """List the vectors whose gains change when ``name`` loses units."""
         if kind_of(name) == "embed":
             s = _place(name)
             stages, blocks = [s - 1, s, s + 1], [i for i in self.blocks if self.stage_of[i] == s]
@@ -298,7 +314,7 @@ class _Narrowing:
             yield from (f"bands.{b}.tail" for b in range(1, len(self.arch.bands)))
 
     def _without(self, name: str, units: int) -> tuple[float, dict[int, float]]:
-        """Cost outside the blocks, and of the blocks that change, once ``units`` of a vector are gone."""
+        """Compute the cost outside the blocks, and of the blocks that change, once ``units`` of a vector are gone."""
         place = _place(name)
         if kind_of(name) == "tail":
             return self._outside(self.stages, _shorter_tail(self.arch, place, units)), {}
@@ -321,7 +337,7 @@ class _Narrowing:
 
 
 def _shorter_tail(arch: Arch, band: int, units: int) -> Arch:
-    """``arch`` with fewer channels in the words of a band from the second on."""
+    """Return ``arch`` with fewer channels in the words of a band from the second on."""
     assert arch.text is not None
     tails = tuple(width - units * (b == band) for b, width in enumerate(arch.text.tails, start=1))
     return dataclasses.replace(arch, text=dataclasses.replace(arch.text, tails=tails))
@@ -335,7 +351,7 @@ def _shrink(block: Block, kind: str, units: int) -> Block:
 
 
 def _place(name: str) -> int:
-    """Index of the stage, block or band that a vector belongs to."""
+    """Return the index of the stage, block or band that a vector belongs to."""
     return int(name.split(".")[1])
 
 

@@ -1,6 +1,6 @@
 """Sums over all weights that leave a model together with a unit.
 
-Which weights those are is what ``models.cut`` knows: a unit's group is every tensor that has it on one of its axes.
+``models.cut`` determines which weights those are: a unit's group is every tensor that has it on one of its axes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("embed", "attn", "mlp", "sr", "tail")
 
 
 def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """For every unit of ``KINDS``, the float64 sum of ``terms`` over all entries that are cut with it.
+    """Sum ``terms``, for every unit of ``KINDS``, over all entries that are cut with it, in float64.
 
     Args:
         arch: the model's record.
@@ -48,13 +48,25 @@ def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def _vector(space: str) -> str:
-    """The vector whose units a space's channels are: those of queries, keys and values are pruned together."""
+    """Name the vector whose units a space's channels are; queries, keys and values share one."""
     place, _, own = space.rpartition(".")
     return f"{place}.attn" if own in ("q", "k", "v") else space
 
 
 def heads_and_dims(arch: Arch, index: int, attn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block's channel scores (H·E) averaged over a head's channels (H) and over the heads (E)."""
+    """Average a block's channel scores over the channels of a head, and over the heads.
+
+    Args:
+        arch: the model's record.
+        index: number of the block.
+        attn: scores (H·E,), head after head.
+
+    Returns:
+        (scores of heads (H,), scores of channels (E,)).
+
+    Raises:
+        UserError: ``attn`` has another number of entries.
+    """
     block = arch.blocks[index]
     if attn.numel() != block.heads * block.qk:
         raise UserError(f"scores: blocks.{index}.attn has {attn.numel()} entries for {block.heads} heads of {block.qk}")

@@ -8,10 +8,18 @@ __all__ = ["kl_divergence"]
 
 
 def kl_divergence(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(source) || softmax(changed)) of logits B·K, per image, in float64.
+    """Compute KL(softmax(source) || softmax(changed)) per image, in nats and float64.
 
-    With d the change of the logits and p the source's distribution, log E_p[exp(d - E_p[d])]; that form does not lose a
-    small divergence to cancellation, as the difference of two logarithms would.
+        KL = log E_p[exp(d - E_p[d])],    d = changed - source,    p = softmax(source)
+
+    This form does not lose a small divergence to cancellation, as the difference of two logarithms would.
+
+    Args:
+        source: logits (..., K).
+        changed: logits (..., K).
+
+    Returns:
+        (...,).
     """
     source = source.double()
     p = source.softmax(-1)

@@ -1,9 +1,9 @@
-"""Methods that prune a model while it trains ride on the one training loop as a hook.
+"""The hook interface of methods that prune a model while the one training loop trains it.
 
 ``training.fit(model, ..., hook=hook)`` calls, in this order:
 
     wrap(model), parameter_groups()                     before the optimizer is made
-    load_state_dict(state)                              where a run goes on
+    load_state_dict(state)                              where a run is resumed
     every epoch: start_epoch()                          the model has just been put into training mode
         every optimizer step:
             loss(terms)                                 after the forward pass
@@ -32,11 +32,11 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Collapsed(UserError):
-    """What a method has decided is far smaller than its budget; all workers find so at the same time."""
+    """Raised when a decision is far smaller than its budget; all workers raise it at the same step."""
 
 
 class TrainingHook(Protocol[Result]):
-    """What the training loop needs of a method; ``Hook`` does nothing at all of it."""
+    """The interface that the training loop expects of a method; ``Hook`` implements it without any effect."""
 
     @property
     def done(self) -> bool:
@@ -44,34 +44,34 @@ class TrainingHook(Protocol[Result]):
 
     @property
     def facts(self) -> Mapping[str, float | str]:
-        """What a person wants to see of the method after an epoch, the same on every rank; JSON-ready, may be empty."""
+        """Facts about the method's progress after an epoch: the same on every rank, JSON-ready, may be empty."""
 
     def wrap(self, model: nn.Module) -> None:
         """Take the model, once. May replace modules, and register parameters, which are then saved with the model."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups (``params``, ``lr``, ``weight_decay``, ...) for parameters that need settings of their own."""
+        """Return groups (``params``, ``lr``, ``weight_decay``, ...) of parameters that need settings of their own."""
 
     def start_epoch(self) -> None:
-        """The model is in training mode; it may be put into another one."""
+        """Begin an epoch. The model is in training mode; it may be put into another one."""
 
     def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What to minimise, a scalar, from what timm's task gave: ``loss``, ``output`` (logits B·K) and its parts."""
+        """Return the scalar to minimise, from timm's task: ``loss``, ``output`` (logits B·K) and the loss's parts."""
 
     def after_backward(self) -> None:
-        """Gradients are accumulated over micro-batches, averaged over ranks and unscaled, and not yet clipped."""
+        """Act on the gradients: accumulated over micro-batches, averaged over ranks, unscaled and not yet clipped."""
 
     def after_step(self) -> None:
-        """The optimizer has updated the weights."""
+        """Act after the optimizer has updated the weights."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not in the model's own state: tensors, numbers, strings, lists and dicts. Empty: no state."""
+        """Return all state outside the model's own: tensors, numbers, strings, lists and dicts; may be empty."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``'s form; comes after ``wrap``."""
+        """Resume from ``state_dict``'s form; called after ``wrap``."""
 
     def finish(self) -> Result:
-        """The decision or decisions; the model is made of stock modules again."""
+        """Return the decision or decisions, and leave the model made of stock modules again."""
 
 
 class Hook:
@@ -79,22 +79,27 @@ class Hook:
 
     @property
     def done(self) -> bool:
+        """Never: training ends by its recipe."""
         return False
 
     @property
     def facts(self) -> Mapping[str, float | str]:
+        """No facts."""
         return {}
 
     def wrap(self, model: nn.Module) -> None:
+        """Leave the model as it is."""
         pass
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return no groups."""
         return []
 
     def start_epoch(self) -> None:
         pass
 
     def loss(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the task's own loss."""
         return terms["loss"]
 
     def after_backward(self) -> None:
@@ -110,4 +115,5 @@ class Hook:
         pass
 
     def finish(self) -> Any:
+        """Return no decision."""
         return None

@@ -1,11 +1,12 @@
-"""Isomorphic Pruning's decision: units of one structure compete with each other only, by the shape of their scores.
+"""Isomorphic Pruning's decision: units compete only with units of the same structure, by normalised scores.
 
 Source: Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024 (arXiv 2407.04616). Every vector of scores is
 divided by its mean. The units of a *scope* (residual channels of a stage, all MLPs' units, all heads, all head
 channels) are then ranked together, one threshold cuts the scope's ratio, and a layer loses what lies below it.
 
-Two things are mended: a layer is never cut below its floor (the original drops the whole cut of such a layer in
-silence), and the source's attention scale is kept, so that the masked source and the cut model are one function.
+Two things differ from the original: a layer is cut down to its floor at most (the original silently drops the whole cut
+of such a layer), and the source's attention scale is kept, so that the masked source and the cut model are one
+function.
 """
 
 from __future__ import annotations
@@ -37,14 +38,26 @@ class Ratios:
     sr: float = 0.0
 
     def scaled(self, t: float) -> Ratios:
-        """``t`` times these ratios."""
+        """Multiply all ratios by ``t``."""
         return Ratios(t * self.embed, t * self.mlp, t * self.head, t * self.dim, t * self.sr)
 
 
 def normalised(arch: Arch, scores: Scores) -> dict[str, torch.Tensor]:
-    """Scores over their mean, per vector; ``heads`` and ``dim`` of a block are means of its normalised channels.
+    """Divide every vector of scores by its mean; split a block's channel scores into heads and channels.
 
-    A vector of zeros stays one: its units go first, and its floor stays.
+        s'_u = s_u / mean(s)        heads: mean of s' over a head's channels        dim: mean of s' over the heads
+
+    A vector of zeros is left as it is: its units go first, and its floor stays.
+
+    Args:
+        arch: the record that was scored.
+        scores: scores of ``arch``.
+
+    Returns:
+        Vectors by name, with ``blocks.I.heads`` (H,) and ``blocks.I.dim`` (E,) in place of ``blocks.I.attn``.
+
+    Raises:
+        UserError: a vector has another number of entries than the block has channels.
     """
     found: dict[str, torch.Tensor] = {}
     for name, raw in scores.vectors.items():
@@ -66,7 +79,7 @@ def isomorphic_cut(
     isomorphic: bool = True,
     pairs: Sequence[torch.Tensor] | None = None,
 ) -> Cut:
-    """The cut at fixed ratios.
+    """Make the cut at fixed ratios.
 
     Args:
         arch: the record that was scored.
@@ -97,7 +110,7 @@ def isomorphic_cut(
 
 
 def _scopes(vectors: Mapping[str, torch.Tensor], ratios: Ratios, isomorphic: bool) -> list[tuple[list[str], float]]:
-    """The vectors of every scope, and its ratio."""
+    """Return the vectors of every scope, and its ratio."""
     of_kind = {kind: [n for n in vectors if kind_of(n) == kind] for kind in ("embed", "mlp", "heads", "dim", "sr")}
     if not isomorphic:
         rest = [*of_kind["embed"], *of_kind["mlp"], *of_kind["dim"], *of_kind["sr"]]
@@ -108,7 +121,7 @@ def _scopes(vectors: Mapping[str, torch.Tensor], ratios: Ratios, isomorphic: boo
 
 
 def _counts(members: Mapping[str, torch.Tensor], ratio: float, round_to: int) -> dict[str, int]:
-    """Units that every layer of a scope keeps."""
+    """Return the number of units that every layer of a scope keeps."""
     units = torch.cat(list(members.values()))
     cut = len(units) - math.floor(len(units) * (1 - ratio) + 1e-9)
     if not cut:
@@ -153,10 +166,18 @@ def decide(
     ratios: Ratios = Ratios(0.5, 0.5, 0.5, 0.25, 0.5),
     round_to: int = 2,
 ) -> Cut:
-    """The cut within ``budget`` whose ratios are a common multiple of ``ratios``, found by bisection.
+    """Find the cut within ``budget`` whose ratios are a common multiple of ``ratios``, by bisection.
 
-    The default proportions are those of the paper's DeiT-4.2G. Raises UserError where the floors do not let the budget
-    be reached.
+    Args:
+        arch: the record that was scored.
+        scores: scores of ``arch``.
+        budget: largest cost, in ``measure``'s unit.
+        measure: the cost.
+        ratios: proportions of the ratios; by default those of the paper's DeiT-4.2G.
+        round_to: widths that lose units are multiples of this.
+
+    Raises:
+        UserError: the floors do not let the budget be reached.
     """
 
     def at(t: float) -> tuple[Cut, float]:
@@ -172,7 +193,7 @@ def decide(
         )
     if measure(arch) <= budget:
         return at(0.0)[0]
-    for _ in range(40):  # the ratios change nothing any more below one unit of the largest scope
+    for _ in range(40):  # then low and high differ by less than one unit of any scope
         middle = (low + high) / 2
         found, cost = at(middle)
         if cost <= budget:

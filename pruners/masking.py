@@ -1,7 +1,7 @@
-"""A model that is pruned while it trains: full-size tensors whose pruned entries are zero, and stay zero.
+"""Pruning a model while it trains: full-size tensors whose pruned entries are zero, and stay zero.
 
-Whatever ``models.cut`` would take away is zeroed, on both sides of a unit. A LayerNorm over residual channels then has
-to average over those that are kept, or the masked model is another function than the cut one.
+Everything that ``models.cut`` would take away is zeroed, on both sides of a unit. A LayerNorm over residual channels
+then has to average over those that are kept, or the masked model is another function than the cut one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["KeptLayerNorm", "Masking", "space_masks"]
 
 
 class KeptLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels in ``kept``; the others come out as 0. Has the parameters of ``norm`` themselves."""
+    """LayerNorm over the channels in ``kept``; the others are 0 in its output. It shares the parameters of ``norm``."""
 
     kept: torch.Tensor | None
 
@@ -30,7 +30,7 @@ class KeptLayerNorm(nn.LayerNorm):
         self.register_buffer("kept", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) to the same; on the kept channels it is what the cut model computes."""
+        """Normalise (..., D) to the same shape; kept channels are as in the cut model."""
         if self.kept is None:
             return super().forward(x)
         weight, bias = self.weight.index_select(0, self.kept), self.bias.index_select(0, self.kept)
@@ -53,7 +53,7 @@ class Masking:
         self._place(1)
 
     def set(self, keep: Mapping[str, torch.Tensor]) -> None:
-        """From now on only the units in ``keep`` (bool, by vector) are there; all others are zeroed."""
+        """Keep only the units in ``keep`` (bool, by vector) from now on; all others are zeroed."""
         device, family = next(self._model.parameters()).device, family_of(self._arch)
         kept = space_masks(self._arch, keep)
         narrowed = {space for space, mask in kept.items() if not mask.all()}
@@ -77,12 +77,14 @@ class Masking:
 
     @torch.no_grad()
     def zero_weights(self) -> None:
+        """Zero the weights of all pruned entries."""
         for parameter, masks in self._pruned:
             for gone in masks:
                 parameter.masked_fill_(gone, 0)
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
+        """Zero the gradients of all pruned entries."""
         for parameter, masks in self._pruned:
             if parameter.grad is not None:
                 for gone in masks:
@@ -90,7 +92,7 @@ class Masking:
 
     @contextlib.contextmanager
     def stock_norms(self) -> Iterator[None]:
-        """The model has its own LayerNorms inside, as ``Arch.from_timm`` wants it."""
+        """Put the model's own LayerNorms back within the context, as ``Arch.from_timm`` expects it."""
         self._place(0)
         try:
             yield
@@ -108,11 +110,14 @@ class Masking:
 
 
 def space_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Bool masks of a family's spaces (``Family.spaces``), from masks of units aligned over heads.
+    """Make bool masks of a family's spaces from masks of units aligned over heads.
 
     Args:
         arch: a ViT or Swin whose heads have equal widths.
-        keep: by vector, such as ``stages.0.embed`` or ``blocks.3.qk``.
+        keep: bool masks by vector, such as ``stages.0.embed`` or ``blocks.3.qk``, True for a unit that stays.
+
+    Returns:
+        Masks by space (``Family.spaces``); a space without scored units is left out.
     """
     masks: dict[str, torch.Tensor] = {}
     for s in range(len(arch.stages)):

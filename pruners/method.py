@@ -1,4 +1,4 @@
-"""What a pruning method is to the rest of the program: how it is described, set and called.
+"""The interface of pruning methods: how one is described, set and called.
 
 A method is an instance of one of four classes, by when it decides:
 
@@ -7,7 +7,7 @@ A method is an instance of one of four classes, by when it decides:
     TrainedMethod   is a hook on the training loop, and decides while the model trains
     AppliedMethod   changes a model at once, without scores and without training
 
-``pruners.methods`` has the table of them. This file loads no pydantic: settings come from functions.
+``pruners.methods`` has the table of them. This module imports no pydantic: functions return the settings' classes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ __all__ = [
 
 
 def cheapest_first(arch: Arch, scores: Scores, budget: float, **settings: Any) -> Cut:
-    """Remove what costs least saliency per unit of cost saved, until ``budget`` is met (see ``width_path``)."""
+    """Remove the units that cost least saliency per unit of cost saved, until the budget is met (see ``width_path``).
+
+    Args:
+        arch: the record that was scored.
+        scores: a width method's scores of ``arch``.
+        budget: largest cost, in the measure's unit.
+        settings: those of ``width_path``.
+
+    Raises:
+        UserError: the floors do not let the budget be reached, or the scores are of another model.
+    """
     path = width_path(arch, scores, **settings)
     return path.cut(path.step_for(budget))
 
@@ -58,7 +68,7 @@ def _no_settings() -> type[BaseModel]:
 def validated(
     what: str, settings: type[BaseModel], options: Mapping[str, Any], fixed: Mapping[str, Any] | None = None
 ) -> Any:
-    """Make settings of what a user gave.
+    """Make settings from a user's options.
 
     Args:
         what: who takes them, for messages: "method 'uvc'".
@@ -84,7 +94,7 @@ def validated(
 
 @dataclass(frozen=True)
 class SecondStage:
-    """A method's own way of finetuning what it has decided.
+    """A method's own way to finetune the model that it has decided on.
 
     ``make(settings, dense, decision)`` gives the hook. With ``needs_decision`` the dense model and the decision that it
     was cut by are given, otherwise both are None.
@@ -126,7 +136,7 @@ class Method:
 
     @property
     def option_names(self) -> tuple[str, ...]:
-        """Names of the settings that a user gives by name."""
+        """List the settings that a user gives by name."""
         return tuple(name for name in self.settings().model_fields if name not in self.reserved)
 
     def configure(self, options: Mapping[str, Any], **fixed: Any) -> Any:
@@ -214,7 +224,7 @@ class TokenMethod(ScoredMethod):
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """One decision of a run, for ``budget``, a share of the source's MACs.
+    """One decision of a run, for ``budget``, which is a share of the source's MACs.
 
     ``model`` is cut from the trained weights; without one, the decision is for the source as it was before.
     """
@@ -257,7 +267,7 @@ class TrainedMethod(Method):
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A changed model with what there is to say of the change, JSON-ready.
+    """A changed model, and JSON-ready facts about the change.
 
     ``macs`` per image are given where no record describes the model; it cannot be saved then.
     """

@@ -1,7 +1,7 @@
 """The one table of pruning methods, and the lookup in it.
 
-What a method needs to run (pydantic, the hooks) is loaded when it is asked for, so that the table itself can be listed
-without. A method from outside the package is added with ``register``.
+Modules that a method needs to run (pydantic, the hooks) are imported only when it is used, so that listing the table
+needs none of them. A method from outside the package is added with ``register``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _uvc(settings: Any, _: Arch) -> Hook:
 
 
 def _snapshots(_: Any, arch: Arch, found: Sequence[Snapshot]) -> list[Decided]:
-    """What UVC and NViT have reached: cut models with their trained weights."""
+    """Return what a UVC or NViT run has reached: cut models with their trained weights."""
     whole = cost(arch).macs
     return [Decided(snapshot.budget / whole, snapshot.cut, snapshot.model) for snapshot in found]
 

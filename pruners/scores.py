@@ -38,12 +38,12 @@ CONTENT = "sha256"  # of the vectors, in a file's metadata; absent from files th
 
 
 def kind_of(name: str) -> str:
-    """The kind of unit that a vector is about."""
+    """Return the kind of unit that a vector scores."""
     return name.rpartition(".")[2]
 
 
 def unit_counts(arch: Arch) -> dict[str, int]:
-    """Name and number of units of every vector that a method may score in ``arch``.
+    """Return name and number of units of every vector that a method may score in ``arch``.
 
     A block has ``attn`` where all its heads have one width for query, key and value, and ``heads``, ``qk`` and ``v``
     where values are at least equally wide in all heads; ragged values have none of them.
@@ -67,7 +67,11 @@ def _block_counts(block: Block) -> Iterator[tuple[str, int]]:
 
 
 def vector_sizes(arch: Arch, kinds: tuple[str, ...]) -> dict[str, int]:
-    """Name and number of units of every vector of these kinds; what a method that scores ``kinds`` has to fill.
+    """Return name and number of units of every vector that a method which scores ``kinds`` must fill.
+
+    Args:
+        arch: the model's record.
+        kinds: kinds of units, see this module.
 
     Raises:
         UserError: a block has heads of unequal widths, which units aligned over heads cannot describe.
@@ -83,7 +87,10 @@ def vector_sizes(arch: Arch, kinds: tuple[str, ...]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Scores:
-    """``vectors`` by name, and ``provenance``: JSON-ready facts (method, model, data, settings, number of images)."""
+    """Importance scores of a model's units: ``vectors`` by name, and their ``provenance``.
+
+    ``provenance`` holds JSON-ready facts: method, model, data, settings, number of images.
+    """
 
     vectors: Mapping[str, torch.Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)

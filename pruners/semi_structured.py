@@ -21,7 +21,7 @@ MULTIPLE = 16  # of both dimensions of a layer, as the kernels need it
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Layers that are 2:4 now, and those that are as they were, with the reason."""
+    """The layers that have become 2:4 sparse, and those left as they were, with the reason."""
 
     pruned: tuple[str, ...]
     skipped: Mapping[str, str]
@@ -56,7 +56,7 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _obstacle(layer: nn.Linear) -> str:
-    """Why a layer cannot be 2:4; empty where it can."""
+    """Return the reason why a layer cannot be 2:4; empty where it can."""
     odd = [
         f"{size} {what}"
         for what, size in (("inputs", layer.in_features), ("outputs", layer.out_features))

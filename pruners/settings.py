@@ -12,13 +12,13 @@ Labels = Annotated[int, Field(ge=1)]
 
 
 class NoSettings(BaseModel):
-    """Of a method with nothing to set."""
+    """Settings of a method that has none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class UPViTSettings(BaseModel):
-    """Of UP-ViT's importance (``upvit.score``)."""
+    """Settings of UP-ViT's importance (``upvit.score``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,7 +34,7 @@ class UPViTSettings(BaseModel):
 
 
 class IsomorphicSettings(BaseModel):
-    """Of Isomorphic Pruning's rule (``isomorphic.decide``)."""
+    """Settings of Isomorphic Pruning's rule (``isomorphic.decide``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class IsomorphicSettings(BaseModel):
 
 
 class NViTSettings(BaseModel):
-    """Of NViT's iterative pruning (``NViTPruning``)."""
+    """Settings of NViT's iterative pruning (``NViTPruning``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,7 +59,7 @@ class NViTSettings(BaseModel):
 
 
 class ToMeSettings(BaseModel):
-    """Of ToMe (``models.tome``)."""
+    """Settings of ToMe (``models.tome``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""A cut model out of the middle of a run whose method decides while it trains."""
+"""Snapshots: cut models taken during a run whose method decides while it trains."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ class Snapshot:
     model: nn.Module
 
     def state_dict(self) -> dict[str, Any]:
-        """For a hook's state; which budget it is for, the hook knows."""
+        """Return the form for a hook's state, which itself knows the budget."""
         return {"cost": self.cost, "step": self.step, "cut": self.cut.to_dict(), "weights": self.model.state_dict()}
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], budget: float, arch: Arch, cfg: Mapping[str, Any] | None) -> Snapshot:
-        """From ``state_dict``'s form; ``arch`` and ``cfg`` are the record and ``pretrained_cfg`` of what was cut."""
+        """Restore from ``state_dict``'s form.
+
+        Args:
+            state: what ``state_dict`` returned.
+            budget: the budget that the snapshot is for.
+            arch: the record of the model that was cut.
+            cfg: its ``pretrained_cfg``.
+        """
         decision = Cut.from_dict(state["cut"])
         model = build_with(cut_arch(arch, decision), state["weights"], pretrained_cfg=cfg).eval()
         return cls(budget, state["cost"], state["step"], decision, model)

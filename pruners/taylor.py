@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 def score(model: nn.Module, batches: Batches, *, progress: Progress | None = None) -> Scores:
-    """Raw coupled Taylor sums of every unit; one forward and backward pass per batch.
+    """Compute raw coupled Taylor sums of every unit, by one forward and backward pass per batch.
 
     Args:
         model: a ViT, Swin or PVTv2 that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
@@ -50,7 +50,19 @@ def score(model: nn.Module, batches: Batches, *, progress: Progress | None = Non
 def summed_gradients(
     model: nn.Module, batches: Batches, *, progress: Progress | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the mean cross-entropy with respect to every parameter, summed over batches, in eval mode."""
+    """Sum the gradient of the mean cross-entropy with respect to every parameter over batches, in eval mode.
+
+    Args:
+        model: left in the mode it came in, without gradients.
+        batches: (images B·C·H·W, labels B).
+        progress: called with (batches done, batches in all).
+
+    Returns:
+        Gradients by parameter name; parameters without one are left out.
+
+    Raises:
+        ValueError: there is no batch.
+    """
     if not batches:
         raise ValueError("no batches to score on")
     device, training = next(model.parameters()).device, model.training
@@ -69,19 +81,30 @@ def summed_gradients(
 
 
 def taylor_terms(model: nn.Module, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """|w * gradient| of every weight that counts."""
+    """Compute |w * gradient| of every weight that counts.
+
+    Args:
+        model: the model.
+        gradients: by parameter name, as ``summed_gradients`` returns them.
+
+    Returns:
+        A tensor of the weight's shape for every weight with a gradient; biases, tokens and the like are left out.
+    """
     weights = {name: p.detach() for name, p in model.named_parameters() if name.endswith(".weight")}
     return {name: (w * gradients[name]).abs() for name, w in weights.items() if name in gradients}
 
 
 def attention_pairs(terms: dict[str, torch.Tensor], block: BlockView) -> torch.Tensor:
-    """A block's terms by (attention channel, residual channel), (H·E, D): what both lose when either goes.
+    """Arrange a block's terms by (attention channel, residual channel): what is lost when either goes.
 
     Isomorphic Pruning's own class ranks head channels by these, over the residual channels that stay.
 
     Args:
         terms: of the model's weights by name, see ``taylor_terms``.
         block: one of ``models.block_views``, whose attention reads keys and values from the residual stream.
+
+    Returns:
+        (H·E, D).
 
     Raises:
         UserError: the block has no attention, or keys and values from a reduced map.

@@ -22,7 +22,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, SWIN, PVT
 
 
 def family_of(arch: Arch | str) -> Family:
-    """The family of a record, or of that name.
+    """Return the family of a record, or of that name.
 
     Raises:
         UserError: there is no such family; the message lists those that there are.
@@ -34,18 +34,18 @@ def family_of(arch: Arch | str) -> Family:
 
 
 def names_with(*capabilities: str) -> str:
-    """``families_with`` as an error message says it: ``family 'vit'``, or ``families 'vit', 'swin'``."""
+    """Word ``families_with`` for an error message: ``family 'vit'``, or ``families 'vit', 'swin'``."""
     names = families_with(*capabilities)
     return f"{'family' if len(names) == 1 else 'families'} {', '.join(map(repr, names))}"
 
 
 def families_with(*capabilities: str) -> tuple[str, ...]:
-    """Names of the families that have all of ``capabilities`` (names of ``CAPABILITIES``), in the table's order."""
+    """List the families that have all of ``capabilities`` (names of ``CAPABILITIES``), in the table's order."""
     return tuple(name for name, family in FAMILIES.items() if family.supports(*capabilities))
 
 
 class FamiliesWith(Collection[str]):
-    """Names of the families that a method can serve, told by what it needs of them.
+    """The names of the families that a method can serve, selected by the capabilities that it needs.
 
     They are looked up at every use, so that families added later are among them.
 

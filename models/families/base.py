@@ -1,7 +1,7 @@
-"""What a model family is: one object that answers every question whose answer differs between families.
+"""Model families: one object per family answers every question whose answer differs between families.
 
 A new family is one file with a subclass of ``Family`` and its entry in ``models.families.FAMILIES`` (or, from outside
-the package, ``models.families.register``). Nothing else names a family: whoever needs to know asks for a *capability*.
+the package, ``models.families.register``). No other code names a family: it asks for a *capability* instead.
 ``tests/contract_family.py`` checks whatever is registered.
 """
 
@@ -48,7 +48,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
 
 
 class Place(NamedTuple):
-    """Where a tensor of a block is: its stage, the block's number within the stage, and its name within the block."""
+    """The place of a block's tensor: its stage, the block's number within the stage, and its name within the block."""
 
     stage: int
     block: int
@@ -90,7 +90,7 @@ class Family(ABC):
         return self.capabilities.issuperset(capabilities)
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """The record of a module of ``timm_classes``.
+        """Read the record of a module of ``timm_classes``.
 
         Args:
             model: a timm module.
@@ -104,13 +104,13 @@ class Family(ABC):
 
     @abstractmethod
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> nn.Module:
-        """A randomly initialised module; the last block has the stochastic depth rate ``drop_path``.
+        """Build a randomly initialised module; the last block has the stochastic depth rate ``drop_path``.
 
         timm stores its ``num_classes`` and ``num_features`` with it, so it must have both.
         """
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks of all stages, in the order of ``Arch.blocks``."""
+        """List the blocks of all stages, in the order of ``Arch.blocks``."""
         stages: Any = getattr(model, self.stages_name) if self.stages_name else [model]
         return [block for stage in stages for block in stage.blocks]
 
@@ -134,7 +134,7 @@ class Family(ABC):
         return "head"
 
     def example_input(self, arch: Arch, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """What a model takes: random images B·C·H·W in float32."""
+        """Make a random input: images (B, C, rows, columns) in float32."""
         return torch.randn(batch, arch.in_chans, *arch.img_size, generator=generator)
 
     # --- records ---
@@ -157,10 +157,10 @@ class Family(ABC):
 
     @abstractmethod
     def outside_cost(self, arch: Arch) -> Cost:
-        """MACs and parameters of all but the blocks: embedding, what lies between stages, norms and classifiers."""
+        """Count MACs and parameters outside the blocks: embedding, layers between stages, norms and classifiers."""
 
     def block_cost(self, arch: Arch, stage: Stage, block: Block) -> Cost:
-        """MACs and parameters of one block in a stage of a model like ``arch``."""
+        """Count MACs and parameters of one block in a stage of a model like ``arch``."""
         places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens  # between blocks
         tokens = block.tokens or places  # inside
         norm = stage.width * (2 + arch.layer_scale)
@@ -180,27 +180,40 @@ class Family(ABC):
         return Cost(macs + mixer[0] + mlp[0], params + mixer[1] + mlp[1] + norms)
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-        """MACs and parameters of a block's attention on ``tokens`` tokens."""
+        """Count MACs and parameters of a block's attention, by default over all tokens.
+
+        Args:
+            arch: the model's record.
+            stage: the block's stage.
+            block: the block.
+            tokens: number of tokens inside the block.
+        """
         return global_attention_cost(arch, stage, block, tokens)
 
     def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
-        """MACs and parameters of a block's MLP on ``tokens`` tokens."""
+        """Count MACs and parameters of a block's MLP, by default two linear layers.
+
+        Args:
+            stage: the block's stage.
+            block: the block.
+            tokens: number of tokens inside the block.
+        """
         return mlp_cost(stage, block, tokens)
 
     # --- tensors and spaces ---
 
     def block_prefix(self, stage: int, block: int) -> str:
-        """What the names of a block's tensors begin with, such as ``layers.0.blocks.1.``."""
+        """Return the prefix of the names of a block's tensors, such as ``layers.0.blocks.1.``."""
         return f"{self.stages_name}.{stage}.blocks.{block}." if self.stages_name else f"blocks.{block}."
 
     def place(self, tensor: str) -> Place | None:
-        """Where a block's tensor is; None for a tensor outside the blocks."""
+        """Find the place of a block's tensor; None for a tensor outside the blocks."""
         stage = rf"{re.escape(self.stages_name)}\.(\d+)\." if self.stages_name else "()"
         match = re.fullmatch(rf"{stage}blocks\.(\d+)\.(.+)", tensor)
         return None if match is None else Place(int(match[1] or 0), int(match[2]), match[3])
 
     def uses(self, arch: Arch, tensor: str) -> tuple[AxisUse, ...]:
-        """What every axis of a tensor of ``build(arch)``'s state dict counts, and what the tensor does there.
+        """Return what every axis of a tensor of ``build(arch)``'s state dict counts, and what the tensor does there.
 
         Axes that are left out, from the last on, are always kept whole.
         """
@@ -220,11 +233,14 @@ class Family(ABC):
         return AxisUse(f"blocks.{index}.{use.axis}", use.role)
 
     def axes(self, arch: Arch, tensor: str) -> tuple[str, ...]:
-        """What every axis of a tensor counts; "" or left out where nothing is ever cut. ``parts`` has the spaces."""
+        """Return what every axis of a tensor counts; "" or left out where it is never cut.
+
+        ``parts`` lists an axis's spaces.
+        """
         return tuple(use.axis for use in self.uses(arch, tensor))
 
     def parts(self, axis: str) -> tuple[str, ...]:
-        """The spaces that lie side by side on an axis."""
+        """List the spaces that lie side by side on an axis."""
         if not axis:
             return ()
         where, _, own = axis.rpartition(".")
@@ -232,7 +248,7 @@ class Family(ABC):
         return tuple(f"{where}.{part}" for part in joint)
 
     def spaces(self, arch: Arch) -> dict[str, int]:
-        """Size of every space of a record.
+        """Return the size of every space of a record.
 
         ``stages.S.embed`` are a stage's residual channels. Of block I there are ``blocks.I.`` and those of
         ``block_spaces``. Of a language model's bands from the second on there is ``bands.B.tail``.
@@ -244,7 +260,7 @@ class Family(ABC):
         return sizes
 
     def block_spaces(self, arch: Arch, block: Block) -> dict[str, int]:
-        """Size of the spaces within a block; 0 for one that this block lacks.
+        """Return the size of the spaces within a block; 0 for one that this block lacks.
 
         ``q`` and ``k`` (H·E each), ``v`` (all heads' value channels, or a convolution's bottleneck), ``mlp``, ``sr``
         (PVTv2's reduced map); ``qk_norm`` (E) where all heads share norms of queries and keys, and ``heads`` where a
@@ -255,7 +271,7 @@ class Family(ABC):
         return {"q": qk, "k": qk, "v": block.total_v, "mlp": block.mlp, "sr": block.sr, "qk_norm": shared_norm}
 
     def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """How a space may be reduced without another function being computed in between.
+        """Name the ways in which a space may be reduced so that the reduced model computes the same kind of function.
 
         ``choose`` keeps some of its channels, which every space allows. ``project`` puts a matrix on every axis of the
         space; it needs that nothing but linear maps and, in the residual stream, the norm in front of a reader acts on
@@ -277,27 +293,32 @@ class Family(ABC):
         return False
 
     def writers(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """Names of the tensors whose output lies in a space, biases included."""
+        """Name the tensors whose output lies in a space, biases included."""
         return _names(self, arch, space, "writes", "shares")
 
     def readers(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """Names of the tensors whose input lies in a space; queries and keys are read by each other only."""
+        """Name the tensors whose input lies in a space; queries and keys are read by each other only."""
         return _names(self, arch, space, "reads", "shares")
 
     def scalers(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """Names of the tensors with one number per channel of a space, such as the gains of norms."""
+        """Name the tensors with one number per channel of a space, such as the gains of norms."""
         return _names(self, arch, space, "scales")
 
     # --- latency ---
 
     def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Shape, without the batch, and further arguments of what a block of a stage takes."""
+        """Return the shape, without the batch, and the further arguments of the input of a stage's blocks."""
         return (stage.grid[0] * stage.grid[1] + arch.prefix_tokens, stage.width), {}
 
 
 @lru_cache(maxsize=16)
 def tensor_shapes(family: Family, arch: Arch) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every tensor of ``build(arch)``'s state dict, without allocating any."""
+    """Return name and shape of every tensor of ``build(arch)``'s state dict, without allocating any.
+
+    Args:
+        family: the record's family.
+        arch: the record.
+    """
     with torch.device("meta"):
         model = family.build(arch)
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
@@ -305,7 +326,7 @@ def tensor_shapes(family: Family, arch: Arch) -> Mapping[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=16)
 def _users(family: Family, arch: Arch) -> Mapping[tuple[str, str], tuple[str, ...]]:
-    """Names of the tensors that have a space in a role, in the order of the state dict."""
+    """Name the tensors that have a space in a role, in the order of the state dict."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for tensor in tensor_shapes(family, arch):
         for use in family.uses(arch, tensor):

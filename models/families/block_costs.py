@@ -26,26 +26,59 @@ class Cost:
 
 
 def projection_params(arch: Arch, stage: Stage, block: Block, channels: int) -> int:
-    """Parameters of an attention's projections; keys and values are read from ``channels`` channels."""
+    """Count the parameters of an attention's projections, with biases and q/k norms where the record has them.
+
+        H E D + (H E + V) C + V D    weights of queries, of keys and values, and of the output
+
+    Args:
+        arch: the record, for ``qkv_bias`` and ``qk_norm``.
+        stage: the block's stage; D is its width.
+        block: the block.
+        channels: C, channels that keys and values are read from.
+    """
     qk, v = block.heads * block.qk, block.total_v
     params = qk * (stage.width + arch.qkv_bias) + (qk + v) * (channels + arch.qkv_bias) + (v + 1) * stage.width
     return params + 4 * block.qk * arch.qk_norm
 
 
 def global_attention_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-    """Attention of N ``tokens`` over the same N: N (2 H E + 2 V) D for the projections, N N (H E + V) for the map."""
+    """Count MACs and parameters of attention of N tokens over the same N tokens.
+
+        N (2 H E + 2 V) D    projections
+        N N (H E + V)        products of queries with keys, and of the map with values
+
+    Args:
+        arch: the record.
+        stage: the block's stage; D is its width.
+        block: the block.
+        tokens: N.
+    """
     qk, v = block.heads * block.qk, block.total_v
     macs = tokens * (stage.width + tokens) * (qk + v) + tokens * stage.width * (qk + v)
     return macs, projection_params(arch, stage, block, stage.width)
 
 
 def convolution_cost(stage: Stage, block: Block) -> Counts:
-    """SPViT's bottleneck convolution on the patches, with its BatchNorm: k x k from D to V, 1 x 1 back to D."""
+    """Count MACs and parameters of SPViT's bottleneck convolution on the patches, with its BatchNorm.
+
+    It is a k x k convolution from D to V and a 1 x 1 convolution back to D (arXiv 2111.11802): P (k k + 1) D V MACs
+    on P patches.
+
+    Args:
+        stage: the block's stage; D is its width, P its places.
+        block: the block; V is its bottleneck width.
+    """
     taps, patches = block.conv_kernel**2, stage.grid[0] * stage.grid[1]
     macs = patches * stage.width * block.total_v * (taps + 1)
     return macs, (stage.width * (taps + 1) + 3) * block.total_v + stage.width
 
 
 def mlp_cost(stage: Stage, block: Block, tokens: int) -> Counts:
-    """Two linear layers with biases: 2 N D M MACs."""
+    """Count MACs, 2 N D M, and parameters of two linear layers with biases.
+
+    Args:
+        stage: the block's stage; D is its width.
+        block: the block; M is its MLP width.
+        tokens: N.
+    """
     return tokens * block.mlp * 2 * stage.width, block.mlp * (2 * stage.width + 1) + stage.width

@@ -1,4 +1,4 @@
-"""Checks that records of several families share; every message names the field, what it holds and what is allowed."""
+"""Checks that records of several families share; every message names the field, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunesweep.models.errors import UserError, nearest
 
 __all__ = ["PYRAMID", "check_at_least", "check_fixed", "check_one_of"]
 
-# what a model of several stages takes for granted: no prefix tokens, the average over places
+# fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {
     "class_token": False,
     "dist_token": False,
@@ -24,7 +24,13 @@ PYRAMID: Mapping[str, Any] = {
 
 
 def check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise UserError, with the nearest allowed value, where ``value`` is not allowed."""
+    """Raise UserError, with the nearest allowed value, where ``value`` is not allowed.
+
+    Args:
+        name: of the field, for the message.
+        value: the field's value.
+        allowed: the values that are allowed.
+    """
     allowed = tuple(allowed)
     if value not in allowed:
         hint = nearest(str(value), allowed)
@@ -32,13 +38,25 @@ def check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def check_at_least(name: str, value: Any, least: int) -> None:
-    """Raise UserError where ``value`` is not a whole number of at least ``least``."""
+    """Raise UserError where ``value`` is not a whole number of at least ``least``.
+
+    Args:
+        name: of the field, for the message.
+        value: the field's value.
+        least: the least value that is allowed.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{name} = {value!r}: must be a whole number of at least {least}")
 
 
 def check_fixed(arch: Arch, why: str, needed: Mapping[str, Any]) -> None:
-    """Raise UserError where a field differs from its value in ``needed``."""
+    """Raise UserError where a field differs from its value in ``needed``.
+
+    Args:
+        arch: the record.
+        why: the reason for these values, with which the message begins.
+        needed: by field, the only value that it may have.
+    """
     for name, value in needed.items():
         if getattr(arch, name) != value:
             raise UserError(f"{why}: needs {name} = {value!r}, got {getattr(arch, name)!r}")

@@ -1,13 +1,13 @@
-"""A decoder-only language model with adaptive input and adaptive softmax, and a shape of its own in every block.
+"""A decoder-only language model with adaptive input and adaptive softmax, each block with widths of its own.
 
 It is fairseq's ``transformer_lm_wiki103`` (Baevski and Auli, "Adaptive Input Representations for Neural Language
 Modeling", arXiv 1809.10853): norms in front of attention and MLP and none at the end, sinusoidal positions, word
-vectors of a width per band of frequency that are projected to the residual width and scaled, and a softmax in two steps
-(Grave et al., arXiv 1609.04309) that shares tables and projections with the input. Blocks are those of ``models.vit``,
-in timm's names.
+vectors whose width depends on the word's band of frequency, projected to the residual width and scaled, and a softmax
+in two steps (Grave et al., arXiv 1609.04309) that shares tables and projections with the input. Blocks are those of
+``models.families.vit``, in timm's names.
 
-After pruning, ``columns`` says which columns of the source's sinusoids the residual channels have; they are computed as
-they are read, so a text of any length has positions.
+After pruning, ``columns`` lists the columns of the source's sinusoids that the residual channels have; the sinusoids
+are computed as they are read, so a text of any length has positions.
 
 Shapes: B batch, T words of a text, D residual width, V words of the vocabulary, n and d words and width of a band.
 """
@@ -51,6 +51,7 @@ class Words(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(d, stage.width, bias=False) for d in widths)
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """Look up vectors (B, T, D) of word numbers (B, T)."""
         parts = [
             projection(table((words - band.start).clamp(0, len(band) - 1)))
             for band, table, projection in zip(self.bands, self.tables, self.projections, strict=True)
@@ -62,7 +63,7 @@ class Words(nn.Module):
 
 
 class Softmax(nn.Module):
-    """Tables and projections of its own, where the adaptive softmax does not share the input's; by band."""
+    """Tables and projections of the adaptive softmax, by band, where it does not share the input's."""
 
     def __init__(self, arch: Arch) -> None:
         super().__init__()
@@ -98,23 +99,26 @@ class LanguageModel(nn.Module):
         self.apply(_init)
 
     def forward(self, words: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probabilities (B, T, V) of every next word or, of ``targets`` (B, T) alone, (B, T)."""
+        """Return log-probabilities (B, T, V) of every next word or, of ``targets`` (B, T) alone, (B, T)."""
         hidden = self.hidden(words)
         return self.log_prob(hidden) if targets is None else self.log_prob_of(hidden, targets)
 
     def hidden(self, words: torch.Tensor) -> torch.Tensor:
-        """The last block's output, (B, T, D)."""
+        """Compute the last block's output, (B, T, D)."""
         x = self.embed(self.words(words))
         for block in self.blocks:
             x = block(x, is_causal=True)
         return x
 
     def embed(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Scaled word vectors with their positions, (B, T, D)."""
+        """Compute scaled word vectors with their positions, (B, T, D)."""
         return self.text.embed_scale * vectors + self.positions(vectors.shape[1])
 
     def positions(self, length: int) -> torch.Tensor:
-        """(T, D): the kept columns of the source's [sines | cosines], in float32 at least, as fairseq has them."""
+        """Compute position vectors (T, D): the kept columns of the source's [sines | cosines].
+
+        They are in float32 at least, as in fairseq.
+        """
         weight, half = self.clusters.weight, self.text.positions // 2
         shape = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         rates = torch.exp(torch.arange(half, **shape) * -(math.log(10000) / (half - 1)))  # type: ignore[call-overload]
@@ -123,29 +127,33 @@ class LanguageModel(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)[:, self.columns].to(weight.dtype)
 
     def table(self, band: int) -> torch.Tensor:
-        """The softmax's word vectors of a band, (n, d)."""
+        """Return the softmax's word vectors of a band, (n, d)."""
         tables = self.softmax.tables
         return (tables[str(band)] if tables else self.words.tables[band]).weight  # type: ignore[return-value]
 
     def projection(self, band: int) -> torch.Tensor:
-        """What projects the hidden state to a tail's width, (D, d)."""
+        """Return the weights that project the hidden state to a tail's width, (D, d)."""
         own = self.softmax.projections
         return (own[str(band)] if own else self.words.projections[band]).weight  # type: ignore[return-value]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., n + tails) of the words of band 0 and of the other bands, each as a whole."""
+        """Compute logits (..., n + tails) of the words of band 0 and of every other band as a whole."""
         return torch.cat([F.linear(hidden, self.table(0)), self.clusters(hidden)], dim=-1)
 
     def project(self, hidden: torch.Tensor, band: int) -> torch.Tensor:
-        """The hidden state (..., d) in a tail's width."""
+        """Project the hidden state to a tail's width, (..., d)."""
         return F.linear(hidden, self.projection(band).T)
 
     def tail(self, projected: torch.Tensor, band: int) -> torch.Tensor:
-        """Logits (..., n) within a band other than the first, of what ``project`` gives."""
+        """Compute logits (..., n) within a band other than the first, from the output of ``project``."""
         return F.linear(projected, self.table(band))
 
     def log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., V): log p(w) = log softmax(head)[w], or that of w's band plus log softmax(tail)[w]."""
+        """Compute log-probabilities (..., V) of all words.
+
+        log p(w) = log softmax(head)[w]                               w in band 0
+        log p(w) = log softmax(head)[band] + log softmax(tail)[w]     w in another band
+        """
         bands = self.words.bands
         head = _log_softmax(self.head(hidden))
         words, clusters = head.tensor_split([len(bands[0])], dim=-1)
@@ -155,7 +163,10 @@ class LanguageModel(nn.Module):
         return torch.cat([words, *tails], dim=-1)
 
     def log_prob_of(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Of ``targets`` alone, in their shape: a tail is computed for the words that are in it only."""
+        """Compute log-probabilities of ``targets`` alone, in their shape.
+
+        A tail is computed only for the words that are in it.
+        """
         bands = self.words.bands
         hidden, words = hidden.flatten(0, -2), targets.flatten()
         which = torch.zeros_like(words)
@@ -171,12 +182,12 @@ class LanguageModel(nn.Module):
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """Compute the logarithm of a softmax, in float32 at least."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _init(module: nn.Module) -> None:
-    """fairseq's: word vectors of unit length in the mean, Glorot's uniform weights elsewhere."""
+    """Initialise as fairseq does: word vectors of unit length in the mean, Glorot's uniform weights elsewhere."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
     elif isinstance(module, nn.Linear):
@@ -186,12 +197,17 @@ def _init(module: nn.Module) -> None:
 
 
 def build_lm(arch: Arch, *, drop_path: float = 0.0) -> LanguageModel:
-    """The language model of ``arch``."""
+    """Build the language model of ``arch``, with random weights.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     return LanguageModel(arch, drop_path=drop_path)
 
 
 class LanguageModelFamily(Family):
-    """The decoder of this module; its grid is one row of words."""
+    """The family ``lm``: the decoder of this module; its grid is one row of words."""
 
     name = "lm"
     capabilities = frozenset({"text", "width", "depth", "fused_qkv", "mixed_heads"})
@@ -211,18 +227,18 @@ class LanguageModelFamily(Family):
     }
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> LanguageModel:
-        """The language model of ``arch``."""
+        """Build the language model of ``arch``."""
         return build_lm(arch, drop_path=drop_path)
 
     def classifiers(self, arch: Arch) -> None:
-        """None: the words are those of the vocabulary."""
+        """Return no names: the classes are the words of the vocabulary, whose number cannot change."""
 
     def example_input(self, arch: Arch, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """Random word numbers B·T."""
+        """Make random word numbers (B, T)."""
         return torch.randint(arch.num_classes, (batch, arch.tokens), generator=generator)
 
     def check_whole(self, arch: Arch) -> None:
-        """The vocabulary, its bands and the positions."""
+        """Raise UserError where the vocabulary, its bands or the positions are impossible."""
         text = arch.text
         assert text is not None
         check_one_of("act", arch.act, ACTIVATIONS)
@@ -247,7 +263,7 @@ class LanguageModelFamily(Family):
         check_at_least("text.first_position", text.first_position, 0)
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Tables and projections of all bands, clusters; the softmax shares what is tied."""
+        """Count tables and projections of all bands, and clusters; parameters that the softmax shares count once."""
         (stage,), text = arch.stages, arch.text
         assert text is not None
         width, tails = stage.width, sum(text.tails)
@@ -258,7 +274,7 @@ class LanguageModelFamily(Family):
         return Cost(macs, sum(vectors) + projections + clusters + own)
 
     def block_cost(self, arch: Arch, stage: Stage, block: Block) -> Cost:
-        """MACs per word, each of which attends to a whole context, and parameters."""
+        """Count MACs per word, each of which attends to a whole context, and parameters."""
         whole = super().block_cost(arch, stage, block)
         return Cost(whole.macs // (stage.grid[0] * stage.grid[1]), whole.params)
 
@@ -279,13 +295,16 @@ class LanguageModelFamily(Family):
         return (shares(residual), shares(channels)) if shared_here else (writes(residual), reads(channels))
 
     def spaces(self, arch: Arch) -> dict[str, int]:
-        """The channels of words of the bands from the second on, too."""
+        """Return the size of every space, with the word channels of the bands from the second on."""
         assert arch.text is not None
         tails = {f"bands.{band}.tail": width for band, width in enumerate(arch.text.tails, start=1)}
         return super().spaces(arch) | tails
 
     def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """The residual stream is chosen only: its positions are columns of the source's sinusoids."""
+        """Name the ways to reduce a space.
+
+        Residual channels can only be chosen, because their positions are columns of the source's sinusoids.
+        """
         return ("choose",) if space.endswith(".embed") else super().reductions(arch, space)
 
 
@@ -305,10 +324,22 @@ def lm_arch(
     source: str = "adaptive_lm",
     vocabulary: str = "",
 ) -> Arch:
-    """A uniform record in fairseq's proportions, everything tied: band j has ``width // factor ** j`` channels.
+    """Make a uniform record in fairseq's proportions, everything tied: band j has ``width // factor ** j`` channels.
 
     ``transformer_lm_wiki103`` has 267,744 words, cutoffs 20,000 and 60,000, width 1024, depth 16, 8 heads and MLPs of
-    4096; ``length`` is that of the texts it is trained on. Validate the result.
+    4096. The result is not validated.
+
+    Args:
+        words: V, words of the vocabulary.
+        cutoffs: number of the first word of every band from the second on.
+        width: D, the residual width, and that of the first band.
+        depth: number of blocks.
+        heads: heads of every block; each has ``width // heads`` channels.
+        mlp: hidden units of every block.
+        length: T, words of the texts that the model is trained on.
+        factor: ratio of the widths of a band and the next.
+        source: name of the source model.
+        vocabulary: digest of the list of words, where it is known.
     """
     qk = width // heads
     blocks = tuple(Block(src=i, heads=heads, qk=qk, v=qk, scale=qk**-0.5, mlp=mlp) for i in range(depth))

@@ -1,4 +1,4 @@
-"""PVTv2 with a shape of its own in every block: timm's skeleton, stage norms and MLP, and attention of any widths."""
+"""PVTv2 whose blocks may all differ: timm's skeleton, stage norms and MLP, and attention of any widths."""
 
 from __future__ import annotations
 
@@ -92,7 +92,12 @@ class HeteroPvtBlock(nn.Module):
 
 
 def build_pvt_v2(arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
-    """A timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
+    """Build a timm PyramidVisionTransformerV2 with the blocks of ``arch``.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     norm_layer = partial(LayerNorm, eps=arch.norm_eps)
     model = PyramidVisionTransformerV2(
         in_chans=arch.in_chans,
@@ -160,7 +165,7 @@ class PVTv2Family(Family):
     }
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """The record of a PyramidVisionTransformerV2 for images of ``img_size``."""
+        """Read the record of a PyramidVisionTransformerV2 for images of ``img_size``."""
         needs = partial(require, name)
         needs(isinstance(model.head, nn.Linear), "it has no classifier (num_classes = 0)")
         needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
@@ -187,11 +192,14 @@ class PVTv2Family(Family):
         return pyramid_record(model, self.name, name, stages, biases, norm_eps=eps, **shape)
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
-        """A timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
+        """Build a timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
         return build_pvt_v2(arch, drop_path=drop_path)
 
     def attention_view(self, block: Any, record: Block) -> AttentionView | None:
-        """Queries have a projection of their own; keys and values are read from the reduced map, if there is one."""
+        """View a block's attention: queries from a projection of their own, keys and values from the reduced map.
+
+        Without spatial reduction, keys and values are read from the block's own map.
+        """
         if record.mixer != "attn":
             return None
         attn, width = block.attn, record.heads * record.qk
@@ -200,24 +208,27 @@ class PVTv2Family(Family):
         return attention_view(block, record, (q, k, v), reduction)
 
     def mlp_view(self, block: Any, record: Block) -> MlpView | None:
-        """Hidden units pass a depthwise convolution before the activation."""
+        """View a block's MLP, whose hidden units pass a depthwise convolution before the activation."""
         return mlp_view(block, block.mlp.dwconv) if record.mlp else None
 
     def grids(self, arch: Arch) -> list[tuple[int, ...]]:
-        """The first patch embedding, a 7x7 convolution of stride 4 and padding 3, rounds up too."""
+        """Return rows and columns of every stage.
+
+        The first patch embedding, a 7x7 convolution of stride 4 and padding 3, rounds up too.
+        """
         grids = [tuple((i + p - 1) // p for i, p in zip(arch.img_size, arch.patch_size, strict=True))]
         for _ in arch.stages[1:]:
             grids.append(tuple((side + 1) // 2 for side in grids[-1]))
         return grids
 
     def check_fields(self, arch: Arch) -> None:
-        """The stride of the first patch embedding is fixed."""
+        """Raise UserError for another stride of the first patch embedding than 4, or as every family does."""
         super().check_fields(arch)
         if arch.patch_size != (4, 4):
             raise UserError(f"patch_size = {list(arch.patch_size)}: the patch embedding of pvt_v2 has stride [4, 4]")
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Overlapping patch embeddings (7x7, then 3x3) with a norm each, a norm per stage, classifier."""
+        """Count overlapping patch embeddings (7x7, then 3x3) with a norm each, a norm per stage, and the classifier."""
         last = arch.stages[-1]
         macs, params = last.width * arch.num_classes, (last.width + 1) * arch.num_classes
         channels, kernel = arch.in_chans, 49
@@ -228,7 +239,7 @@ class PVTv2Family(Family):
         return Cost(macs, params)
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Queries from all places; keys and values from the map that the stage's ``sr_ratio`` reduces, if it does."""
+        """Count attention with queries from all places, keys and values from the map that ``sr_ratio`` may reduce."""
         if not block.sr:
             return global_attention_cost(arch, stage, block, tokens)
         qk, v = block.heads * block.qk, block.total_v
@@ -239,16 +250,16 @@ class PVTv2Family(Family):
         return macs, projection_params(arch, stage, block, block.sr) + reduction
 
     def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Two linear layers and a 3x3 depthwise convolution between them."""
+        """Count two linear layers and a 3x3 depthwise convolution between them."""
         macs, params = mlp_cost(stage, block, tokens)
         return macs + tokens * block.mlp * 9, params + 10 * block.mlp
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
-        """Every stage's patch embedding ends with a norm."""
+        """True: every stage's patch embedding ends with a norm."""
         return True
 
     def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Tokens, and the rows and columns that they are."""
+        """Return the shape of the tokens, and the rows and columns that they are."""
         return (stage.grid[0] * stage.grid[1], stage.width), {"feat_size": stage.grid}
 
     def _block_use(self, arch: Arch, stage: int, index: int, use: AxisUse) -> AxisUse:

@@ -1,4 +1,4 @@
-"""What reading a timm model has in common for all families: the reasons for refusing one, and shared parts."""
+"""Shared parts of reading a timm model into a record: refusals with their reasons, norms, activations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ Require = Callable[[bool, str], None]  # ``require`` with the name given
 
 
 def require(name: str, met: bool, reason: str) -> None:
-    """Raise UserError with the reason where a model called ``name`` is not what the record can express."""
+    """Raise UserError where a model is not what the record can express.
+
+    Args:
+        name: of the model.
+        met: whether the condition holds; if so, nothing happens.
+        reason: what the model has that the record cannot express.
+    """
     if not met:
         raise UserError(f"{name} cannot be represented: {reason}")
 
 
 def layer_norms(model: nn.Module, require: Require) -> list[Any]:
-    """All normalisation layers; each must be a LayerNorm with weight and bias."""
+    """List all normalisation layers, each of which must be a LayerNorm with weight and bias.
+
+    Args:
+        model: the timm model.
+        require: ``require`` with the model's name bound.
+    """
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     require(all(type(m) in (LayerNorm, nn.LayerNorm) for m in norms), "it has a normalisation that is not LayerNorm")
     require(all(isinstance(m, nn.LayerNorm) and m.bias is not None for m in norms), "it has a LayerNorm without bias")
@@ -31,7 +42,12 @@ def layer_norms(model: nn.Module, require: Require) -> list[Any]:
 
 
 def shared_eps(norms: list[Any], require: Require) -> float:
-    """The eps that all of ``norms`` have."""
+    """Return the eps of the norms, which must be the same for all.
+
+    Args:
+        norms: the model's LayerNorms.
+        require: ``require`` with the model's name bound.
+    """
     eps = {m.eps for m in norms}
     require(len(eps) == 1, f"its LayerNorms have different eps: {sorted(eps)}")
     return float(eps.pop())
@@ -40,7 +56,15 @@ def shared_eps(norms: list[Any], require: Require) -> float:
 def activation_of(
     mlp: Any, kind: type[nn.Module], known: Mapping[str, type[nn.Module]], where: str, require: Require
 ) -> str:
-    """The record's name of an MLP's activation; the MLP must be exactly of type ``kind``."""
+    """Return the record's name of an MLP's activation.
+
+    Args:
+        mlp: the MLP; it must be exactly of type ``kind``.
+        kind: the MLP class that the family's blocks have.
+        known: activation classes by the record's name.
+        where: the block, for the message.
+        require: ``require`` with the model's name bound.
+    """
     require(type(mlp) is kind, f"{where} has a {type(mlp).__name__} instead of an {kind.__name__}")
     act = next((key for key, cls in known.items() if type(mlp.act) is cls), None)
     require(act is not None, f"{where} has activation {type(mlp.act).__name__}; known: {', '.join(known)}")
@@ -49,7 +73,19 @@ def activation_of(
 
 
 def pyramid_record(model: Any, family: str, name: str, stages: list[Stage], biases: set[bool], **fields: Any) -> Arch:
-    """The record of a model of several stages, which has no prefix tokens and averages over places."""
+    """Make the record of a model of several stages, without prefix tokens, whose head averages over places.
+
+    Args:
+        model: the timm model.
+        family: name of its family.
+        name: name of the source.
+        stages: the stages that were read.
+        biases: for every block, whether queries, keys and values have biases; must be the same for all.
+        fields: further fields of the record.
+
+    Raises:
+        UserError: the blocks differ in these biases.
+    """
     require(name, len(biases) == 1, "its blocks differ in the bias of queries, keys and values")
     return Arch(
         family=family,

@@ -1,9 +1,9 @@
-"""What the axes of a tensor count, and what a tensor does there.
+"""Spaces: the channels that the axes of a tensor count, and the tensor's role there.
 
 A *space* is a set of channels or units that several tensors share, such as the residual channels of a stage. An axis
 counts one space, or several side by side: the rows of a joint query, key and value projection count ``q``, ``k`` and
-``v``. Tables here have the names of tensors within a block, stage or model, and the local names of axes; a ``Family``
-makes full names of them.
+``v``. Tables here use the names of tensors within a block, stage or model, and the local names of axes; a ``Family``
+turns them into full names.
 """
 
 from __future__ import annotations
@@ -48,29 +48,44 @@ WHOLE = AxisUse("", "")
 
 
 def writes(axis: str) -> AxisUse:
+    """Describe an axis that counts channels of a space which the tensor's output lies in."""
     return AxisUse(axis, "writes")
 
 
 def reads(axis: str) -> AxisUse:
+    """Describe an axis that counts channels of a space which the tensor's input lies in."""
     return AxisUse(axis, "reads")
 
 
 def scales(axis: str) -> AxisUse:
+    """Describe an axis with one number per channel of a space, such as a norm's gain."""
     return AxisUse(axis, "scales")
 
 
 def shares(axis: str) -> AxisUse:
+    """Describe an axis of a table that writes a space in one place and reads it in another."""
     return AxisUse(axis, "shares")
 
 
 def linear(name: str, out: str, into: str) -> Table:
-    """A linear layer or convolution from ``into`` to ``out``, with a bias or not; "" is an end that stays whole."""
+    """Describe the weight and bias of a linear layer or convolution, whether it has a bias or not.
+
+    Args:
+        name: of the layer.
+        out: space of its output; "" where that is always kept whole.
+        into: space of its input; "" where that is always kept whole.
+    """
     output, input_ = writes(out) if out else WHOLE, reads(into) if into else WHOLE
     return {f"{name}.weight": (output, input_), f"{name}.bias": (output,)}
 
 
 def per_channel(name: str, axis: str) -> Table:
-    """A norm or a depthwise convolution: weight and bias per channel."""
+    """Describe the weight and bias of a norm or a depthwise convolution, one entry per channel.
+
+    Args:
+        name: of the layer.
+        axis: space of its channels.
+    """
     return {f"{name}.weight": (scales(axis),), f"{name}.bias": (scales(axis),)}
 
 

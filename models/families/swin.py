@@ -1,4 +1,4 @@
-"""Swin transformers with a shape of their own in every block and a width of their own in every stage.
+"""Swin transformers whose blocks may all differ, with a width per stage that is independent of the others.
 
 A stock timm ``SwinTransformer`` gives the skeleton (patch embedding, stages, forward passes); its uniform blocks are
 replaced. timm's own block holds every record that it can express; ``HeteroSwinBlock`` holds the others and keeps
@@ -82,7 +82,7 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
             del self.norm2, self.mlp, self.drop_path2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, rows, columns, D) to the same."""
+        """Run the block on a map, (B, rows, columns, D) to the same."""
         if self.mixer == "attn":
             x = x + self.drop_path1(self._attn(self.norm1(x)))
         elif self.mixer != "none":
@@ -96,13 +96,18 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
 
 
 def shift(stage: Stage, block: Block) -> tuple[int, int]:
-    """Rows and columns by which a block's windows are shifted."""
+    """Return the rows and columns by which a block's windows are shifted."""
     rows, columns = stage.window or (0, 0)
     return (rows // 2, columns // 2) if block.shifted else (0, 0)
 
 
 def build_swin(arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
-    """A timm SwinTransformer with the blocks and widths of ``arch``."""
+    """Build a timm SwinTransformer with the blocks and widths of ``arch``.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     norm_layer = partial(nn.LayerNorm, eps=arch.norm_eps)
     widths = [stage.width for stage in arch.stages]
     model = SwinTransformer(
@@ -171,7 +176,7 @@ class SwinFamily(Family):
     }
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """The record of a SwinTransformer, which knows its image size."""
+        """Read the record of a SwinTransformer, which knows its image size."""
         needs = partial(require, name)
         embed = model.patch_embed
         needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
@@ -199,15 +204,15 @@ class SwinFamily(Family):
         return pyramid_record(model, self.name, name, stages, biases, norm_eps=eps, **shape)
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
-        """A timm SwinTransformer with the blocks and widths of ``arch``."""
+        """Build a timm SwinTransformer with the blocks and widths of ``arch``."""
         return build_swin(arch, drop_path=drop_path)
 
     def classifiers(self, arch: Arch) -> str:
-        """``head.fc``: timm pools within ``head``."""
+        """Return ``head.fc``: timm pools within ``head``."""
         return "head.fc"
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Patch embedding with a norm, patch merging (norm and reduction over 4 neighbours), norm and classifier."""
+        """Count patch embedding and its norm, patch merging (norm, reduction of 4 neighbours), norm and classifier."""
         first, last = arch.stages[0], arch.stages[-1]
         pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
         macs = first.grid[0] * first.grid[1] * pixels * first.width + last.width * arch.num_classes
@@ -218,7 +223,7 @@ class SwinFamily(Family):
         return Cost(macs, params)
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Attention within windows, to whole ones of which the map is padded, and a table of biases per head."""
+        """Count attention within windows, the map padded to whole ones, and a table of biases per head."""
         assert stage.window is not None
         qk, v = block.heads * block.qk, block.total_v
         keys = math.prod(stage.window)
@@ -229,15 +234,15 @@ class SwinFamily(Family):
         return macs, projection_params(arch, stage, block, stage.width) + biases
 
     def block_spaces(self, arch: Arch, block: Block) -> dict[str, int]:
-        """A head has a column of position biases of its own."""
+        """Return the size of the spaces within a block; a head also has a column of position biases."""
         return super().block_spaces(arch, block) | {"heads": block.heads}
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
-        """The patch embedding ends with a norm; patch merging has its norm in front of the reduction."""
+        """True in stage 0, whose patch embedding ends with a norm; patch merging has its norm before the reduction."""
         return stage == 0
 
     def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """A map: rows, columns and channels."""
+        """Return the shape of a map: rows, columns and channels."""
         return (*stage.grid, stage.width), {}
 
 

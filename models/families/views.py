@@ -1,7 +1,7 @@
 """Views of a block's attention and MLP: which layers, rows and columns are queries, keys, values and hidden units.
 
-Scorers, supernets and token scores read a block through these views, so that none of them knows how a family names its
-layers or whether queries, keys and values come from one projection or from several. A view holds the block's own
+Scorers, supernets and token scores read a block through these views, so that none of them depends on how a family names
+its layers or whether queries, keys and values come from one projection or from several. A view holds the block's own
 modules: it sees every later change of their weights, and stays right where a block is wrapped.
 
 Shapes: B batch, N tokens, P tokens that keys and values are read from, D residual width, H heads, E query/key width of
@@ -60,19 +60,19 @@ class LinearView:
         return f"{self.name}.bias"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows' outputs (..., rows) of ``x`` (..., inputs)."""
+        """Compute the rows' outputs (..., rows) of ``x`` (..., inputs)."""
         return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, eq=False)
 class ReductionView:
-    """Makes the map that keys and values are read from, with fewer places than the block's own (PVTv2)."""
+    """The layers that make the smaller map which keys and values are read from (PVTv2)."""
 
     conv: nn.Conv2d
     norm: nn.Module
 
     def convolve(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """The reduced map (B, P, channels), before its norm, of a map (B, N, D) of ``rows`` rows."""
+        """Convolve a map (B, N, D) of ``rows`` rows to the reduced map (B, P, channels), before its norm."""
         return rearrange(self.conv(rearrange(x, "b (h w) d -> b d h w", h=rows)), "b r h w -> b (h w) r")
 
 
@@ -115,28 +115,28 @@ class AttentionView:
         return tuple(LinearView(name, layer) for name, layer in layers.items())
 
     def split(self, rows: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value rows of tensors that have the rows of ``inputs`` on their first axis, by layer name."""
+        """Split tensors by layer name, whose first axis has the rows of ``inputs``, into query, key and value rows."""
         q, k, v = (rows[part.name][part.rows] for part in (self.q, self.k, self.v))
         return q, k, v
 
     def by_head(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries or keys (B, N, H·E) as (B, H, N, E)."""
+        """Reshape queries or keys (B, N, H·E) to (B, H, N, E)."""
         return rearrange(q, "b n (h e) -> b h n e", h=self.record.heads)
 
     def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, N, H·E), (B, N, H·E) and (B, N, V), all of ``x`` (B, N, D), each layer run once; before the norms."""
+        """Compute (B, N, H·E), (B, N, H·E) and (B, N, V) of ``x`` (B, N, D), before the norms; each layer runs once."""
         outputs = {view.name: view.layer(x) for view in self.inputs}
         q, k, v = (outputs[part.name][..., part.rows] for part in (self.q, self.k, self.v))
         scale = self.token_scale
         return (q, k, v) if scale is None else (q * scale, k * scale, v * scale)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, H·E) of the attention's first n tokens (B, n, D); before ``q_norm``."""
+        """Compute queries (B, n, H·E) of the attention's first n tokens (B, n, D), before ``q_norm``."""
         q = self.q(x)
         return q if self.token_scale is None else q * self.token_scale[: x.shape[1]]
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, P, H·E) and (B, P, V) of what they are read from; keys before ``k_norm``."""
+        """Compute keys (B, P, H·E), before ``k_norm``, and values (B, P, V) from the tokens that they are read from."""
         if self.k.layer is self.v.layer and self.k.rows.stop == self.v.rows.start:  # side by side: one multiplication
             joint = LinearView(self.k.name, self.k.layer, slice(self.k.rows.start, self.v.rows.stop))
             kv = joint(x)
@@ -175,7 +175,7 @@ class MlpView:
         return self.module.get_submodule(self.act_name.removeprefix(f"{self.name}."))
 
     def hidden(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """The hidden units behind the activation (B, N, M), of what the norm gives (B, N, D).
+        """Compute the hidden units behind the activation, (B, N, M), from the norm's output (B, N, D).
 
         ``rows`` are those of the map that the tokens are; only a convolution needs them.
         """
@@ -188,7 +188,13 @@ class MlpView:
 
 
 def consecutive(name: str, layer: nn.Linear, *widths: int) -> tuple[LinearView, ...]:
-    """Views of a layer's rows, so many at a time, from the first on."""
+    """View consecutive groups of a layer's rows, from the first row on.
+
+    Args:
+        name: of the layer within the block.
+        layer: the layer.
+        widths: number of rows in every group.
+    """
     ends = list(accumulate(widths))
     return tuple(LinearView(name, layer, slice(end - width, end)) for end, width in zip(ends, widths, strict=True))
 
@@ -199,7 +205,7 @@ def attention_view(
     projections: tuple[LinearView, LinearView, LinearView],
     reduction: ReductionView | None = None,
 ) -> AttentionView:
-    """View ``block.attn``, which comes behind ``block.norm1`` and ends with ``proj``.
+    """View ``block.attn``, which follows ``block.norm1`` and ends with ``proj``.
 
     Args:
         block: the block's module.
@@ -225,7 +231,12 @@ def attention_view(
 
 
 def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
-    """View ``block.mlp``: behind ``block.norm2``, the layers ``fc1``, ``conv`` if it is given, ``act`` and ``fc2``."""
+    """View ``block.mlp``: behind ``block.norm2``, the layers ``fc1``, ``conv`` if it is given, ``act`` and ``fc2``.
+
+    Args:
+        block: the block's module.
+        conv: a depthwise convolution in front of the activation.
+    """
     mlp: Any = block.get_submodule("mlp")
     return MlpView(
         name="mlp",

@@ -1,8 +1,9 @@
-"""Vision transformers with a shape of their own in every block, from stock timm parts.
+"""Vision transformers whose blocks may all differ, from stock timm parts.
 
-``VisionTransformer`` takes ``block_fn`` and passes it the block's index: that is all the freedom a heterogeneous record
-needs, so the model is a stock timm class with stock parameter names, and a full record has timm's own state dict.
-timm's ``Attention`` holds a block whose query, key and value widths agree; ``HeteroAttention`` holds every other one.
+``VisionTransformer`` takes ``block_fn`` and passes it the block's index, which is all the freedom that a heterogeneous
+record needs. So the model is a stock timm class with stock parameter names, and a full record has timm's own state
+dict. timm's ``Attention`` holds a block whose query, key and value widths agree; ``HeteroAttention`` holds every other
+one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, write
 __all__ = ["ACTIVATIONS", "VIT", "HeteroBlock", "build_vit"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU}
-# what timm's VisionTransformerDistilled takes for granted
+# fields that timm's VisionTransformerDistilled fixes
 DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
 
 
@@ -76,6 +77,7 @@ class HeteroBlock(nn.Module):
             self.ls2, self.drop_path2 = scale(), drop()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Run the block on tokens, (B, N, D) to the same."""
         z = x if self.token_merge is None else self.token_merge.merge(x)
         if self.mixer == "attn":
             y = self.attn(self.norm1(z), attn_mask=attn_mask, is_causal=is_causal)
@@ -101,7 +103,12 @@ def _mixer(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
 
 
 def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
-    """A timm VisionTransformer (VisionTransformerDistilled with a distillation token) with the blocks of ``arch``."""
+    """Build a timm VisionTransformer (with a distillation token, VisionTransformerDistilled) with ``arch``'s blocks.
+
+    Args:
+        arch: the record.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+    """
     (stage,) = arch.stages
 
     def block_fn(*, depth: int, drop_path: float, act_layer: Any, norm_layer: Any, **_: Any) -> HeteroBlock:
@@ -164,7 +171,7 @@ class VisionTransformerFamily(Family):
     }
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """The record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
+        """Read the record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
         needs = partial(require, name)
         embed = model.patch_embed
         needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
@@ -205,15 +212,15 @@ class VisionTransformerFamily(Family):
         return arch
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
-        """A timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
+        """Build a timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
         return build_vit(arch, drop_path=drop_path)
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
-        """``head``, and ``head_dist`` of a distilled model."""
+        """Return ``head``, and ``head_dist`` of a distilled model."""
         return ("head", "head_dist") if arch.dist_token else "head"
 
     def check_fields(self, arch: Arch) -> None:
-        """Pooling, and what timm's VisionTransformerDistilled takes for granted."""
+        """Raise UserError for impossible pooling, or fields that timm's VisionTransformerDistilled does not allow."""
         super().check_fields(arch)
         if arch.pool == "none":
             raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
@@ -223,7 +230,7 @@ class VisionTransformerFamily(Family):
             check_fixed(arch, "dist_token = true", DISTILLED)
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Patch embedding, prefix tokens, positions, norms and one classifier, or two with a distillation token."""
+        """Count patch embedding, prefix tokens, positions, norms and classifier (two with a distillation token)."""
         (stage,) = arch.stages
         width, patches = stage.width, stage.grid[0] * stage.grid[1]
         pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
@@ -235,12 +242,12 @@ class VisionTransformerFamily(Family):
         return Cost(macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads)
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
-        """With ``pre_norm`` the first norm's output is what the blocks' residual stream begins with."""
+        """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output."""
         return arch.pre_norm
 
 
 def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, bool, bool, str]]:
-    """The record of one block, and the features that all blocks of a model must share."""
+    """Read the record of one block, and the features that all blocks of a model must share."""
     where = f"block {index}"
     require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
     attn, mlp = block.attn, block.mlp

@@ -33,7 +33,10 @@ __all__ = ["LAYOUTS", "Layout", "import_checkpoint"]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a project names its tensors: the function that reads them, and parts of keys that it alone has."""
+    """One project's checkpoint layout: the function that reads it, and how its files are recognised.
+
+    ``signs`` are parts of keys that no other layout has; ``about`` says in a few words whose models these are.
+    """
 
     read: Callable[[Tensors, Given], nn.Module]
     signs: tuple[str, ...]
@@ -61,7 +64,7 @@ def import_checkpoint(
     ema: bool = False,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """The model of a foreign checkpoint, on the CPU and in eval mode.
+    """Read a foreign checkpoint and return its model, on the CPU and in eval mode.
 
     Args:
         path: a file written by ``torch.save``.

@@ -27,10 +27,18 @@ REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
 def read_checkpoint(path: Path, *, trust: bool, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint by name, on the CPU, and what else the file holds that describes the model.
+    """Read the tensors of a checkpoint by name, on the CPU, and what else the file holds that describes the model.
 
     The weights may be the whole file or its entry ``model``, with or without the prefix ``module.`` of data-parallel
-    training. ``ema`` takes the averaged weights of the entry ``model_ema`` instead.
+    training.
+
+    Args:
+        path: a file of ``torch.save``.
+        trust: run the code that the file names where reading needs it; otherwise such a file is refused.
+        ema: take the averaged weights of the entry ``model_ema`` instead.
+
+    Returns:
+        (weights by name, describing entries by name).
 
     Raises:
         UserError: the file cannot be read, needs ``trust``, or has entries that are not known.
@@ -99,7 +107,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's configuration, JSON or YAML by its suffix. Raises UserError where it cannot be read."""
+    """Read a run's configuration, JSON or YAML by its suffix. Raises UserError where it cannot be read."""
     readers = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
     if path.suffix not in readers:
         raise UserError(f"config = {path}: must be a file with suffix {', '.join(readers)}")

@@ -30,7 +30,18 @@ NEEDED = {"decoder_normalize_before": True, "no_decoder_final_norm": True, "deco
 
 
 def read_fairseq(tensors: Tensors, given: Given) -> nn.Module:
-    """The model of a checkpoint. Raises UserError where a key, a shape, an option or ``given`` does not fit."""
+    """Build the model of a fairseq language model's checkpoint.
+
+    Args:
+        tensors: the checkpoint's tensors; all of them are taken.
+        given: what the user says, such as the number of heads.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        UserError: a key, a shape, an option or ``given`` does not fit.
+    """
     if given.img_size is not None:
         raise UserError(f"img_size = {list(given.img_size)}: layout {tensors.layout!r} is of texts; leave it out")
     options = _options(tensors.beside)
@@ -72,7 +83,10 @@ def read_fairseq(tensors: Tensors, given: Given) -> nn.Module:
 
 
 def _options(beside: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's options, where the file has them and is trusted. Raises UserError for another kind of model."""
+    """Check and return the run's options, where the file has them and is trusted.
+
+    Raises UserError for another kind of model.
+    """
     options = vars(beside["args"]) if hasattr(beside.get("args"), "__dict__") else {}
     for name, needed in NEEDED.items():
         if options.get(name, needed) != needed:
@@ -95,7 +109,7 @@ def _heads(given: Given, width: int, options: Mapping[str, Any]) -> int:
 
 
 def _input(tensors: Tensors, width: int) -> tuple[list[int], tuple[int, ...]]:
-    """Move tables and projections of the input; words of every band, width of every tail."""
+    """Move tables and projections of the input; return the words of every band and the width of every tail."""
     prefix, sizes, widths = "decoder.embed_tokens.embeddings.", [], []
     for b in range(tensors.count(prefix)):
         size, own = tensors.shape(f"{prefix}{b}.0.weight", 2)
@@ -107,7 +121,7 @@ def _input(tensors: Tensors, width: int) -> tuple[list[int], tuple[int, ...]]:
 
 
 def _softmax(tensors: Tensors, width: int, sizes: list[int], tails: tuple[int, ...]) -> str:
-    """Move what the softmax has of its own; what it shares with the input (``Text.tied``).
+    """Move what the softmax has of its own; return what it shares with the input (``Text.tied``).
 
     A shared projection is used transposed and has the input's shape, one of its own is an ordinary linear layer's.
     """
@@ -137,7 +151,7 @@ def _softmax(tensors: Tensors, width: int, sizes: list[int], tails: tuple[int, .
 
 
 def _block(tensors: Tensors, theirs: str, ours: str, width: int) -> int:
-    """Move one block's tensors; its hidden width."""
+    """Move one block's tensors; return its hidden width."""
     attn = f"{theirs}.self_attn"
     if f"{attn}.in_proj_weight" in tensors.left:
         tensors.move(f"{attn}.in_proj_weight", 3 * width, width, to=f"{ours}.attn.qkv.weight")

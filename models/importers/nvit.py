@@ -1,8 +1,8 @@
 """NViT's dense models (arXiv 2110.04869; ReViT's have the same layout).
 
-Q, K and V stand apart, ``dim`` beside the weights gives the widths of every block, the patch embedding is a 1x1
-convolution on rearranged pixels, and a trained factor per token scales query, key and value. The attention scale is
-that of the source model, 64 ** -0.5, whatever is left of a head.
+In these files Q, K and V are separate tensors, the entry ``dim`` gives the widths of every block, the patch embedding
+is a 1x1 convolution on rearranged pixels, and a trained factor per token scales query, key and value. The attention
+scale stays that of the source model, 64 ** -0.5, also where heads have become narrower.
 """
 
 from __future__ import annotations
@@ -28,7 +28,18 @@ CHANNELS = 3  # the rearranged pixels do not tell them
 
 
 def read_nvit(tensors: Tensors, given: Given) -> nn.Module:
-    """The model of an NViT checkpoint. Raises UserError where keys, shapes and ``dim`` contradict each other."""
+    """Build the model of an NViT checkpoint.
+
+    Args:
+        tensors: the checkpoint's tensors; all of them are taken.
+        given: what the user says; ``heads`` must agree with the file's entry ``dim``.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        UserError: keys, shapes and ``dim`` contradict each other, or ``given`` does not fit.
+    """
     dim = _dim(tensors)
     if given.heads is not None:
         said = given.heads * len(dim["head"]) if len(given.heads) == 1 else given.heads
@@ -68,7 +79,7 @@ def _dim(tensors: Tensors) -> dict[str, list[int]]:
 
 
 def _rearrange_patches(tensors: Tensors) -> None:
-    """(D, pixels, 1, 1), pixels counted by row, column and channel, becomes timm's (D, channels, rows, columns)."""
+    """Turn (D, pixels, 1, 1), pixels counted by row, column and channel, into timm's (D, channels, rows, columns)."""
     key = "patch_embed.proj.weight"
     width, pixels, *_ = tensors.shape(key, 4)
     side = math.isqrt(pixels // CHANNELS)

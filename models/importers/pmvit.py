@@ -15,7 +15,14 @@ __all__ = ["read_pmvit"]
 
 
 def read_pmvit(tensors: Tensors, given: Given) -> nn.Module:
-    """The model of a Prune-and-Merge checkpoint; which blocks merge follows from their keys.
+    """Build the model of a Prune-and-Merge checkpoint; which blocks merge follows from their keys.
+
+    Args:
+        tensors: the checkpoint's tensors; all of them are taken.
+        given: what the user says; the number of heads is needed.
+
+    Returns:
+        The model in eval mode.
 
     Raises:
         UserError: a key or a shape does not fit, or the file's ``channels`` (tokens inside every block) contradict it.
@@ -34,7 +41,7 @@ def read_pmvit(tensors: Tensors, given: Given) -> nn.Module:
 
 
 def _read_merge(tensors: Tensors, where: str, tokens: int) -> dict[str, Any]:
-    """The fields of a block's record that its token plan says; none where it has no plan."""
+    """Read the fields of a block's record that describe its token plan; none where it has no plan."""
     if f"{where}.attn.merge_matrix" not in tensors.left:
         return {}
     kept = tensors.shape(f"{where}.attn.merge_matrix", 2)[0]

@@ -1,8 +1,8 @@
 """SPViT's models (arXiv 2111.11802): DeiT or Swin with attention, convolutions or nothing, before and after freezing.
 
 Before freezing, a convolution's weights are mixed from value and output weights in every pass; it is frozen here. A
-block without a mixer adds its normalised input, as in SPViT's finetuning. The run's configuration says what tensors
-do not: heads, size of images, Swin's windows and the temperature of the mixture.
+block without a mixer adds its normalised input, as in SPViT's finetuning. The run's configuration gives what the
+tensors do not show: heads, size of images, Swin's windows and the temperature of the mixture.
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ SWIN_EPS = 1e-5
 
 
 def read_spvit(tensors: Tensors, given: Given) -> nn.Module:
-    """The frozen model of an SPViT checkpoint. Raises UserError where keys, shapes and configuration do not fit."""
+    """Build the frozen model of an SPViT checkpoint.
+
+    Args:
+        tensors: the checkpoint's tensors; all of them are taken.
+        given: what the user says; the run's configuration is needed.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        UserError: keys, shapes and configuration do not fit together.
+    """
     swin = tensors.has("layers.")
     settings = read_settings(given, "swin" if swin else "vit")
     return tensors.finish((_swin_arch if swin else _deit_arch)(tensors, settings))
@@ -88,7 +99,7 @@ def _swin_arch(tensors: Tensors, settings: Settings) -> Arch:
 def _swin_stage(
     tensors: Tensors, settings: Settings, src: int, s: int, width: int, depth: int, grid: tuple[int, int]
 ) -> Stage:
-    """Stage ``s``; odd blocks are shifted, unless one window covers the map."""
+    """Read stage ``s``; odd blocks are shifted, unless one window covers the map."""
     heads = check_heads(f"MODEL.SWIN.NUM_HEADS[{s}]", settings.heads[s], width)
     window = min(settings.window, *grid)
     if grid[0] % window or grid[1] % window:
@@ -118,7 +129,7 @@ def _windows(settings: Settings, window: int) -> str:
 
 
 def _mixer(tensors: Tensors, where: str, choice: str, width: int, heads: int, sharing: ConvSharing) -> dict[str, Any]:
-    """Move the tensors of a block's mixer; the fields of its record. ``choice`` is the configuration's."""
+    """Move the tensors of a block's mixer; return the fields of its record. ``choice`` is the configuration's."""
     found = _choice_of(tensors, where)
     agree(f"the configuration's choice for {where}", choice, found)
     if choice == "attn":
@@ -135,7 +146,7 @@ def _mixer(tensors: Tensors, where: str, choice: str, width: int, heads: int, sh
 
 
 def _choice_of(tensors: Tensors, where: str) -> str:
-    """The mixer that a block's keys stand for."""
+    """Find the mixer that a block's keys stand for."""
     attn = f"{where}.attn"
     if f"{attn}.bconv.0.weight" in tensors.left:
         return "conv{0}x{0}".format(tensors.shape(f"{attn}.bconv.0.weight", 4)[2])

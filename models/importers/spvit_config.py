@@ -25,7 +25,10 @@ IMG_SIZE, WINDOW_SIZE = 224, 7  # of the released code, where a configuration le
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a configuration says; ``heads`` and ``depths`` are per stage, ``choices`` the mixers of all blocks."""
+    """The contents of a run configuration.
+
+    ``heads`` and ``depths`` are per stage, ``choices`` the mixers of all blocks.
+    """
 
     choices: tuple[str, ...]
     heads: tuple[int, ...]
@@ -38,7 +41,15 @@ class Settings:
 
 
 def read_settings(given: Given, family: str) -> Settings:
-    """The settings of a "vit" (DeiT) or "swin" run. Raises UserError naming what is missing, wrong or contradictory."""
+    """Read the settings of an SPViT run.
+
+    Args:
+        given: what the user says; its ``config`` is the run's configuration, which is needed.
+        family: ``vit`` for a DeiT run, ``swin`` for a Swin run.
+
+    Raises:
+        UserError: a setting is missing, wrong or contradictory.
+    """
     if given.config is None:
         raise UserError(
             "layout 'spvit' needs the run's configuration (--config FILE, .json or .yaml): it holds the choice for "
@@ -77,7 +88,7 @@ def _swin(config: Mapping[str, Any], given: Given) -> Settings:
 
 
 def _look_up(config: Any, name: str) -> Any:
-    """The value at a dotted name, None where it is absent."""
+    """Return the value at a dotted name, None where it is absent."""
     for i, part in enumerate(name.split(".")):
         if not isinstance(config, Mapping):
             raise UserError(f"configuration: {'.'.join(name.split('.')[:i])} must be a mapping, got {config!r}")
@@ -88,7 +99,7 @@ def _look_up(config: Any, name: str) -> Any:
 
 
 def _number(config: Mapping[str, Any], name: str) -> float | None:
-    """A number; YAML 1.1 reads ``1e2`` as text, which is taken as the number that was meant."""
+    """Return a number; YAML 1.1 reads ``1e2`` as text, which is taken as the number that was meant."""
     value = _look_up(config, name)
     if value is None:
         return None
@@ -133,7 +144,7 @@ def _img_size(config: Mapping[str, Any], name: str, given: Given) -> tuple[int, 
 
 
 def _choices(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Mixers of all blocks, from nested lists of three indicators, each 0 or 1."""
+    """Read the mixers of all blocks from nested lists of three indicators, each 0 or 1."""
     value = _look_up(config, name)
     if value is None:
         raise UserError(f"the configuration has no {name}; is it the configuration of a finetuning run of this family?")

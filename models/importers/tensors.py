@@ -1,4 +1,7 @@
-"""Taking a foreign state dict apart, key by key and shape by shape; nothing is guessed and nothing is left over."""
+"""Taking a foreign state dict apart, key by key and shape by shape.
+
+Nothing is guessed, and every tensor must be used.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ SHOWN = 6  # keys that a message lists
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What the user says about a file that does not say it itself."""
+    """Facts that the user states because the file does not."""
 
     heads: tuple[int, ...] | None = None
     img_size: tuple[int, int] | None = None
@@ -29,7 +32,7 @@ class Given:
 
 
 class Tensors:
-    """The tensors of a checkpoint, and those of our model that have been made from them (``built``).
+    """The tensors of a checkpoint that are still to be read, and those of our model made from them (``built``).
 
     ``left`` holds what has not been taken yet, ``beside`` what the file holds beside its weights.
     """
@@ -39,11 +42,14 @@ class Tensors:
         self.built: dict[str, torch.Tensor] = {}
 
     def has(self, prefix: str) -> bool:
-        """Whether a key begins so."""
+        """Whether a key begins with ``prefix``."""
         return any(key.startswith(prefix) for key in self.left)
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        """Shape of a tensor. Raises UserError unless it is there, with this number of axes, none of them empty."""
+        """Return the shape of a tensor.
+
+        Raises UserError unless the tensor exists and has this number of axes, none of them empty.
+        """
         if key not in self.left:
             raise UserError(f"the file has no key {key!r}, which layout {self.layout!r} needs; is it another layout?")
         shape = tuple(self.left[key].shape)
@@ -52,41 +58,44 @@ class Tensors:
         return shape
 
     def take(self, key: str, *shape: int, why: str = "") -> torch.Tensor:
-        """Remove and return a tensor. Raises UserError unless it has this shape; ``why`` says where it follows from."""
+        """Remove and return a tensor.
+
+        Raises UserError unless it has this shape; ``why`` explains in the message what the shape follows from.
+        """
         found = self.shape(key, len(shape))
         if found != shape:
             raise UserError(f"{key} has shape {list(found)}, expected {list(shape)}{why and f' ({why})'}")
         return self.left.pop(key)
 
     def flags(self, key: str, *shape: int) -> torch.Tensor:
-        """``take`` a mask as bool. Raises UserError where it holds anything but 0 and 1."""
+        """Take a mask as bool. Raises UserError where it holds anything but 0 and 1."""
         mask = self.take(key, *shape)
         if not ((mask == 0) | (mask == 1)).all():
             raise UserError(f"{key} is a mask: it must hold 0 and 1 only")
         return mask == 1
 
     def move(self, key: str, *shape: int, to: str | None = None, why: str = "") -> None:
-        """``take`` a tensor into our model, under its own name or ``to``."""
+        """Take a tensor into our model, under its own name or ``to``."""
         self.built[to or key] = self.take(key, *shape, why=why)
 
     def layer(self, name: str, *shape: int, to: str | None = None, why: str = "") -> None:
-        """``move`` ``name.weight`` of this shape, and ``name.bias`` along its first axis."""
+        """Move ``name.weight`` of this shape, and ``name.bias`` along its first axis."""
         self.move(f"{name}.weight", *shape, to=f"{to or name}.weight", why=why)
         self.move(f"{name}.bias", shape[0], to=f"{to or name}.bias", why=why)
 
     def batch_norm(self, name: str, width: int, *, to: str) -> None:
-        """``move`` a BatchNorm with its statistics."""
+        """Move a BatchNorm with its statistics."""
         self.layer(name, width, to=to)
         for part in ("running_mean", "running_var"):
             self.move(f"{name}.{part}", width, to=f"{to}.{part}")
         self.move(f"{name}.num_batches_tracked", to=f"{to}.num_batches_tracked")
 
     def discard(self, pattern: str) -> None:
-        """Leave out every tensor whose whole key matches; only for what has no effect."""
+        """Drop every tensor whose whole key matches a pattern; only for tensors without effect."""
         self.left = {key: tensor for key, tensor in self.left.items() if not re.fullmatch(pattern, key)}
 
     def count(self, prefix: str, *, first: int = 0) -> int:
-        """Number of parts ``prefix`` + index. Raises UserError where there is none, or an index is missing."""
+        """Count the parts ``prefix`` + index. Raises UserError where there is none, or an index is missing."""
         part = re.compile(rf"{re.escape(prefix)}(\d+)\.")
         found = {int(match[1]) for key in self.left if (match := part.match(key))}
         for index in range(first, max(found, default=first) + 1):
@@ -95,7 +104,7 @@ class Tensors:
         return len(found)
 
     def finish(self, arch: Arch) -> nn.Module:
-        """Our model in eval mode. Raises UserError where tensors are left over, or the record is impossible."""
+        """Build our model, in eval mode. Raises UserError where tensors are left over, or the record is impossible."""
         if self.left:
             more = f" and {len(self.left) - SHOWN} more" if len(self.left) > SHOWN else ""
             raise UserError(
@@ -106,20 +115,47 @@ class Tensors:
 
 
 def agree(what: str, said: Any, found: Any) -> None:
-    """Raise UserError where something that is ``said`` (not None) contradicts what is ``found`` in the tensors."""
+    """Raise UserError where a stated value contradicts the tensors.
+
+    Args:
+        what: name of the value, for the message.
+        said: the stated value; None where nothing is stated, which agrees with everything.
+        found: the value that follows from the tensors.
+
+    Raises:
+        UserError: ``said`` is not None and differs from ``found``.
+    """
     if said is not None and said != found:
         raise UserError(f"{what} = {said}: the file's tensors say {found}")
 
 
 def check_heads(what: str, heads: int, width: int) -> int:
-    """``heads``, if that many heads can share ``width``. Raises UserError otherwise."""
+    """Return ``heads`` if that many heads can share the attention's width.
+
+    Args:
+        what: name of the value, for the message.
+        heads: number of heads.
+        width: width of the attention, all heads together.
+
+    Raises:
+        UserError: ``heads`` is below 1 or does not divide ``width``.
+    """
     if heads < 1 or width % heads:
         raise UserError(f"{what} = {heads}: must divide the width of the attention, {width}")
     return heads
 
 
 def one_number_of_heads(given: Given, width: int, layout: str) -> int:
-    """The heads of every block of a ViT whose file does not tell."""
+    """Return the number of heads of every block of a ViT, from what the user states.
+
+    Args:
+        given: what the user says; ``heads`` is needed, because the file does not tell.
+        width: width of the attention, all heads together.
+        layout: name of the layout, for the message.
+
+    Raises:
+        UserError: no number of heads, several, or one that does not divide ``width``.
+    """
     if given.heads is None:
         hint = f"; heads are usually 64 wide, which would be {width // 64}" if width % 64 == 0 else ""
         raise UserError(f"the file does not say how many heads the attention has: give heads (--heads N){hint}")

@@ -16,7 +16,18 @@ PVT_IMAGE = (224, 224)  # PVTv2's tensors fit images of any size; this is what t
 
 
 def read_upvit(tensors: Tensors, given: Given) -> nn.Module:
-    """The model of a UP-ViT checkpoint. Raises UserError where a key, a shape or ``given`` does not fit."""
+    """Build the model of a UP-ViT checkpoint.
+
+    Args:
+        tensors: the checkpoint's tensors; all of them are taken.
+        given: what the user says; a DeiT needs the number of heads.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        UserError: a key, a shape or ``given`` does not fit.
+    """
     if tensors.has("patch_embed1."):
         return tensors.finish(_pvt_arch(tensors, given))
     heads = one_number_of_heads(given, tensors.shape("cls_token", 3)[2], tensors.layout)
@@ -55,7 +66,7 @@ def _pvt_arch(tensors: Tensors, given: Given) -> Arch:
 
 
 def _pvt_stage(tensors: Tensors, before: list[Stage], channels: int, heads: int, grid: tuple[int, int]) -> Stage:
-    """The stage that follows ``before``; it reads ``channels`` channels."""
+    """Read the stage that follows ``before``; it reads ``channels`` channels."""
     s, src = len(before), sum(len(stage.blocks) for stage in before)
     own, kernel = f"stages.{s}", 3 if s else 7
     theirs, embed = f"block{s + 1}", f"stages.{s}.downsample" if s else "patch_embed"
@@ -76,7 +87,7 @@ def _pvt_stage(tensors: Tensors, before: list[Stage], channels: int, heads: int,
 
 
 def _pvt_block(tensors: Tensors, theirs: str, own: str, width: int, ratio: int) -> int:
-    """Move a block's tensors; its hidden width."""
+    """Move a block's tensors; return its hidden width."""
     tensors.layer(f"{theirs}.attn.q", width, width, to=f"{own}.attn.q")
     tensors.layer(f"{theirs}.attn.kv", 2 * width, width, to=f"{own}.attn.kv")
     tensors.layer(f"{theirs}.attn.proj", width, width, to=f"{own}.attn.proj")

@@ -1,7 +1,7 @@
 """UVC's models (ICLR 2022, openreview 9jsZiUgkCZP): DeiTs with masks and block gates, of either training stage.
 
-A weight counts multiplied by its mask, biases count whole, and a block runs if its gate for running is the greater.
-From masks and gates follows the cut that makes the physically small model.
+A weight counts multiplied by its mask, biases count whole, and a block runs if its logit for running is greater than
+that for being skipped. Masks and gates determine the cut that makes the physically small model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ __all__ = ["read_uvc"]
 
 
 def read_uvc(tensors: Tensors, given: Given) -> nn.Module:
-    """The small model of a UVC checkpoint. Raises UserError where a key, a shape or ``given`` does not fit."""
+    """Build the physically small model of a UVC checkpoint.
+
+    Args:
+        tensors: the checkpoint's tensors; all of them are taken.
+        given: what the user says; the number of heads is needed.
+
+    Returns:
+        The cut model in eval mode.
+
+    Raises:
+        UserError: a key, a shape or ``given`` does not fit, or the file has patch gates.
+    """
     if "patch_gating" in tensors.left:
         raise UserError(
             "patch_gating: the file scales every patch by a trained factor behind the patch embedding, which no "
@@ -38,7 +49,7 @@ def read_uvc(tensors: Tensors, given: Given) -> nn.Module:
 
 
 def _apply_masks(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Multiply every weight by its mask; the masks by layer, bool."""
+    """Multiply every weight by its mask; return the masks by layer, bool."""
     layers = [key.removesuffix(".weight") for key in tensors.left if key.endswith(".weight")]
     masks = {name: tensors.flags(f"{name}.mask", *tensors.left[f"{name}.weight"].shape) for name in layers}
     for name, mask in masks.items():
@@ -47,7 +58,7 @@ def _apply_masks(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def _decision(arch: Arch, runs: list[bool], masks: dict[str, torch.Tensor]) -> Cut:
-    """The blocks that run, with the heads, value channels and MLP units that their outputs still read."""
+    """Cut to the blocks that run, with the heads, value channels and MLP units that their outputs still read."""
     choices = []
     for i, block in enumerate(arch.blocks):
         read = set(_live_columns(masks[f"blocks.{i}.attn.proj"]))
@@ -65,5 +76,5 @@ def _decision(arch: Arch, runs: list[bool], masks: dict[str, torch.Tensor]) -> C
 
 
 def _live_columns(mask: torch.Tensor) -> tuple[int, ...]:
-    """Columns that are not masked out; the first where all are: it reads nothing, but every layer has a column."""
+    """List the columns that are not masked out; where all are, the first, because a layer must have a column."""
     return tuple(mask.any(0).nonzero()[:, 0].tolist()) or (0,)

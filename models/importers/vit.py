@@ -1,4 +1,4 @@
-"""What the ViT layouts share: DeiT's names for everything but the attention, and timm's attention."""
+"""Shared parts of the ViT layouts: DeiT's names for everything but the attention, and timm's attention."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ ReadMixer = Callable[[int, int, int], dict[str, Any]]
 
 
 def vit_arch(tensors: Tensors, given: Given, read_mixer: ReadMixer) -> Arch:
-    """The record of a ViT in DeiT's names; its tensors are moved, the mixers' by ``read_mixer``.
+    """Move the tensors of a ViT in DeiT's names and return its record.
 
     A distillation token makes it a distilled DeiT, whose result is the mean of two classifiers.
+
+    Args:
+        tensors: the checkpoint's tensors.
+        given: what the user says; ``img_size`` is needed where the patches are no square.
+        read_mixer: called with (block, residual width, tokens) for every block; moves the tensors of its mixer and
+            returns the mixer's fields of the block's record.
 
     Raises:
         UserError: a key is missing or has another shape, or ``given.img_size`` does not fit.
@@ -56,7 +62,7 @@ def vit_arch(tensors: Tensors, given: Given, read_mixer: ReadMixer) -> Arch:
 
 
 def _grid(patches: int, patch: tuple[int, int], img_size: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of the patches: a square, unless the size of the images says otherwise."""
+    """Return rows and columns of the patches: a square, unless the size of the images says otherwise."""
     if img_size is None:
         side = math.isqrt(max(patches, 0))
         if side == 0 or side * side != patches:
@@ -68,7 +74,20 @@ def _grid(patches: int, patch: tuple[int, int], img_size: tuple[int, int] | None
 
 
 def mlp_and_norms(tensors: Tensors, where: str, width: int, *, to: str | None = None) -> int:
-    """Move the MLP and the two norms of a block (into the block ``to`` of ours); its hidden width."""
+    """Move the MLP and the two norms of a block.
+
+    Args:
+        tensors: the checkpoint's tensors.
+        where: name of the block in the file.
+        width: D, the residual width.
+        to: name of the block in our model; by default the same.
+
+    Returns:
+        The MLP's hidden width.
+
+    Raises:
+        UserError: a key is missing or has another shape.
+    """
     hidden = tensors.shape(f"{where}.mlp.fc1.weight", 2)[0]
     shapes = {"norm1": (width,), "norm2": (width,), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
     for name, shape in shapes.items():
@@ -77,7 +96,20 @@ def mlp_and_norms(tensors: Tensors, where: str, width: int, *, to: str | None = 
 
 
 def timm_attention(tensors: Tensors, where: str, width: int, heads: int) -> dict[str, Any]:
-    """Move a full-width attention in timm's names; the fields of its record."""
+    """Move a full-width attention in timm's names.
+
+    Args:
+        tensors: the checkpoint's tensors.
+        where: name of the block, in the file and in our model.
+        width: D, the residual width, which all heads share.
+        heads: number of heads; divides ``width``.
+
+    Returns:
+        The mixer's fields of the block's record.
+
+    Raises:
+        UserError: a key is missing or has another shape.
+    """
     tensors.layer(f"{where}.attn.qkv", 3 * width, width)
     tensors.layer(f"{where}.attn.proj", width, width)
     return {"heads": heads, "qk": width // heads, "v": width // heads, "scale": (width // heads) ** -0.5}

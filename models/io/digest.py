@@ -1,4 +1,4 @@
-"""A name for the content of a model."""
+"""A digest that identifies a model's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["weights_digest"]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """16 hex digits of a model's state dict, names and bytes."""
+    """Return 16 hex digits that identify a model's weights.
+
+    They are a hash of the state dict's names, shapes, dtypes and bytes.
+    """
     content = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

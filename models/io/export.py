@@ -41,7 +41,7 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Format(NamedTuple):
-    """``write(model, path, opset)`` writes an artefact, ``open(path)`` makes a function of it that can be called."""
+    """One format: ``write(model, path, opset)`` writes an artefact, ``open(path)`` returns a function that runs it."""
 
     suffix: str
     write: Callable[[nn.Module, Path, int], None]
@@ -89,7 +89,15 @@ def export(model: nn.Module, path: str | Path, to: str, *, opset: int = 20, tole
 
 
 def default_path(model: str | Path, to: str) -> Path:
-    """Beside the folder of a saved model, with the format's suffix. Raises UserError where ``to`` is unknown."""
+    """Return the path of an artefact beside a saved model's folder, with the format's suffix.
+
+    Args:
+        model: the folder of the saved model.
+        to: ``torch-export``, ``onnx`` or ``timm``.
+
+    Raises:
+        UserError: ``to`` is unknown.
+    """
     return Path(os.path.normpath(Path(model).absolute()) + _format(to).suffix)
 
 
@@ -100,7 +108,7 @@ def _format(to: str) -> Format:
 
 
 def _check_onnx(opset: int) -> None:
-    """UserError where torch has no such operators, or a package is missing."""
+    """Raise UserError where torch has no such operators, or a package is missing."""
     if opset not in OPSETS:
         raise UserError(f"opset = {opset}: must lie in {OPSETS[0]}..{OPSETS[-1]}")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -113,7 +121,10 @@ def _check_onnx(opset: int) -> None:
 
 
 def _largest_error(reference: nn.Module, run: Run, tolerance: float, to: str) -> float:
-    """Largest absolute difference between the logits of ``reference`` and ``run``; UserError above the tolerance."""
+    """Return the largest absolute difference between the logits of ``reference`` and ``run``.
+
+    Raises UserError where it is above the tolerance.
+    """
     arch, largest = arch_of(reference), 0.0
     for batch in BATCHES:
         expected = reference(images := example_input(arch, batch, seed=batch))
@@ -131,7 +142,7 @@ def _largest_error(reference: nn.Module, run: Run, tolerance: float, to: str) ->
 
 
 def _facts(model: nn.Module) -> dict[str, str]:
-    """What a user of the artefact must know, as JSON texts."""
+    """Collect what a user of the artefact must know, as JSON texts."""
     facts = {"arch": arch_of(model).to_dict(), "preprocessing": resolve_model_data_config(model)}
     return {name: json.dumps(fact) for name, fact in facts.items()}
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever is killed when."""
+"""Writing files so that they are whole or absent, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ __all__ = ["disk_full", "publish_file", "publish_folder", "write_text"]
 
 
 def _scratch(path: Path) -> Path:
-    """Of this process alone; containers on several nodes may well have the same process ids."""
+    """Name a scratch path that no other process uses.
+
+    The host's name is part of it: containers on several nodes may well have the same process ids.
+    """
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old content or the new, never a part."""
+    """Write a text file in one step: readers see the old content or the new, never a part.
+
+    Args:
+        path: the file; one that exists is replaced.
+        text: the new content, written in UTF-8.
+    """
     with publish_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -28,7 +36,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def publish_file(path: Path) -> Iterator[Path]:
-    """A scratch file beside ``path`` that takes its place, replacing what was there, once the block ends well."""
+    """Yield a scratch path beside ``path``, and move the file there to ``path`` once the block ends well.
+
+    A file that exists is replaced. If the block fails, ``path`` is left as it was and the scratch file is removed.
+    """
     scratch = _scratch(path)
     try:
         yield scratch
@@ -39,7 +50,10 @@ def publish_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder beside ``path`` that takes its place, replacing what was there, once the block ends well."""
+    """Yield a scratch folder beside ``path``, and move it to ``path`` once the block ends well.
+
+    A folder that exists is replaced. If the block fails, ``path`` is left as it was and the scratch folder is removed.
+    """
     scratch = _scratch(path)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -58,7 +72,10 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether something could not be written for want of space; libraries of other languages say so in words only."""
+    """Whether an error means that the disk or the quota is full.
+
+    Libraries in other languages put this into the message only, so the message is searched too.
+    """
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in codes:
         return True

@@ -23,7 +23,7 @@ __all__ = ["card", "push"]
 
 
 def push(model: nn.Module | str | Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a saved model, and a README where the repository has none; returns the URL of the commit.
+    """Upload a saved model, and a README where the repository has none; return the URL of the commit.
 
     Args:
         model: a folder that ``models.save`` wrote, checked first; or a model, which is saved first.
@@ -74,7 +74,16 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
 
 
 def card(repo_id: str, arch: Arch, provenance: dict[str, object]) -> str:
-    """The README of a model, with the metadata that the hub reads."""
+    """Write the README of a model, with the metadata that the hub reads.
+
+    Args:
+        repo_id: ``OWNER/NAME`` of the repository.
+        arch: the model's record.
+        provenance: facts as ``save`` stores them; ``method`` and ``top1`` are shown where they are known.
+
+    Returns:
+        The Markdown text.
+    """
     spent = cost(arch)
     facts = {
         "source model": arch.source,

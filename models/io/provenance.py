@@ -1,4 +1,4 @@
-"""Names for things that took long to make: hashes of content, and versions of what made them."""
+"""Identifying results that took long to make: hashes of content, and versions of the software that made them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["digest", "versions"]
 
 
 def digest(facts: Mapping[str, Any]) -> str:
-    """16 hex digits of JSON-ready facts."""
+    """Return 16 hex digits of SHA-256 over JSON-ready facts, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """What a result was made with."""
+    """Return the versions of Python and of the packages that results depend on, by name."""
     packages = {name: version(name) for name in ("prunesweep", "torch", "timm", "optuna", "ray")}
     return {"python": platform.python_version(), **packages}

@@ -1,4 +1,4 @@
-"""One model is one folder that timm understands: ``config.json`` and ``model.safetensors``, with the record in both.
+"""Saving and loading: a model is one folder that timm understands.
 
     import prunesweep, timm
     model = timm.create_model("local-dir:runs/digits/trials/r0-0007/model", pretrained=True)
@@ -35,7 +35,15 @@ DIGEST = "weights_sha256"  # absent from folders that older versions wrote
 
 @timm.models.register_model
 def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
-    """timm's entry point: ``arch`` is a record, or the JSON form of one."""
+    """Build a model from its record (timm's entry point of the same name).
+
+    Args:
+        pretrained: load the weights that ``pretrained_cfg`` points to.
+        options: ``arch``, a record or its JSON form, is needed; ``drop_path_rate`` and timm's own options may be given.
+
+    Raises:
+        UserError: ``arch`` is missing or impossible, or an option contradicts it.
+    """
     arch = options.pop("arch", None)
     if arch is None:
         raise UserError(f"timm model {ENTRY_POINT!r} needs arch=...: a record or its JSON object")
@@ -52,11 +60,16 @@ def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @timm.models.register_model
 def adaptive_lm(pretrained: bool = False, **options: Any) -> nn.Module:
-    """fairseq's ``transformer_lm_wiki103`` with random weights, or one of its kind.
+    """Build fairseq's ``transformer_lm_wiki103``, or a language model of that kind, with random weights.
 
-    ``width``, ``depth``, ``heads``, ``mlp``, ``factor``, ``cutoffs`` and ``vocabulary`` are as for
-    ``models.lm.lm_arch``, ``num_classes`` are the words and ``img_size`` is (1, length). By default bands are the same
-    shares of the words.
+    Args:
+        pretrained: must be False: no weights are published here.
+        options: ``width``, ``depth``, ``heads``, ``mlp``, ``factor``, ``cutoffs`` and ``vocabulary`` as for
+            ``models.families.lm.lm_arch``; ``num_classes`` are the words and ``img_size`` is (1, length). By default
+            bands are the same shares of the words as in ``transformer_lm_wiki103``.
+
+    Raises:
+        UserError: ``pretrained`` is set, or the shape is impossible.
     """
     if pretrained:
         raise UserError("no weights of 'adaptive_lm' are published here: read fairseq's with `prunesweep import`")
@@ -74,7 +87,7 @@ def adaptive_lm(pretrained: bool = False, **options: Any) -> nn.Module:
 
 
 def rebuilt(model: nn.Module) -> nn.Module:
-    """A new module of the model's record that holds the model's own weights.
+    """Build a new module of the model's record that holds the model's own weights.
 
     Raises:
         UserError: the model cannot be represented, or was changed after it was built.
@@ -139,7 +152,10 @@ def _config(path: str | Path) -> dict[str, Any]:
 
 
 def read_arch(path: str | Path) -> Arch:
-    """The record of a saved model, without its weights. Raises UserError where the folder is not one, or is damaged."""
+    """Read the record of a saved model, without its weights.
+
+    Raises UserError where the folder is not a saved model, or is damaged.
+    """
     record = _config(path).get("model_args", {}).get("arch")
     try:
         with safe_open(Path(path) / WEIGHTS, "pt") as file:
@@ -152,12 +168,12 @@ def read_arch(path: str | Path) -> Arch:
 
 
 def load_provenance(path: str | Path) -> dict[str, Any]:
-    """What ``save`` was told about where the weights come from."""
+    """Read the facts about the weights' origin that ``save`` was given."""
     return dict(_config(path).get("provenance", {}))
 
 
 def load(path: str | Path) -> nn.Module:
-    """The saved model on the CPU, in eval mode.
+    """Load a saved model on the CPU, in eval mode.
 
     Raises:
         UserError: the folder is not a saved model, a file is damaged, or the weights are not those that were saved.

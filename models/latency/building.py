@@ -1,9 +1,9 @@
 """Making a latency table: by measurement, or from MACs.
 
-What is measured are small real modules. The attention half and the MLP half of a block (the other half missing) are
-measured apart and added, so that their widths need not be crossed. Blocks are run bare, several in a row: taking the
-difference of two models would add their noise, and one block alone would find its weights and activations in a cache
-that a whole model has long overwritten.
+The measured objects are small real modules. The attention half and the MLP half of a block (the other half missing)
+are measured separately and added, so that not every pair of their widths needs a measurement. Blocks are run bare,
+several in a row: taking the difference of two models would add their noise, and one block alone would find its weights
+and activations in a cache that a whole model has long overwritten.
 """
 
 from __future__ import annotations
@@ -94,9 +94,18 @@ def build_table(
 
 
 def macs_table(source: Arch, *, ms_per_gmac: float, batch: int = 1, token_points: int = 0) -> LatencyTable:
-    """A table that says ``ms_per_gmac`` times MACs, for machines without the device.
+    """Make a table whose milliseconds are proportional to MACs, for machines without the device.
 
     Exact for every record without a token plan between the grid's points: MACs are linear in every width on its own.
+
+    Args:
+        source: the model that is going to be compressed.
+        ms_per_gmac: milliseconds per 10^9 MACs.
+        batch: images per batch; a latency is that of the whole batch.
+        token_points: numbers of tokens for token plans; 0: none.
+
+    Returns:
+        A table for records of ``source``'s kind, up to its widths.
     """
 
     def timer(probes: Sequence[Probe]) -> list[float]:
@@ -130,7 +139,7 @@ def _fill(
     for s, (stage, own) in enumerate(zip(source.stages, axes, strict=True)):
         parts += [(s, name, part) for name, part in _stage_parts(source, stage, own).items()]
     widths = {f"stages.{s}": own["embed"] for s, own in enumerate(axes)}
-    if len(widths) > 1:  # what lies between two stages is linear in either's width, and all crossings would be many
+    if len(widths) > 1:  # layers between stages are linear in either width: two points each are enough
         widths = {name: tuple(sorted({own[0], own[-1]})) for name, own in widths.items()}
     outside = widths, [_outside(source, crossing) for crossing in product(*widths.values())]
     times = iter(timer([probe for _, probes in (*(part for _, _, part in parts), outside) for probe in probes]))
@@ -162,7 +171,7 @@ def _check_arguments(source: Arch, points: int, token_points: int, least: Mappin
 
 
 def _axes(source: Arch, stage: Stage, points: int, token_points: int, least: Mapping[str, int]) -> Axes:
-    """The points of every axis of a stage; 0 is on those that may be absent."""
+    """Choose the points of every axis of a stage; 0 is on those that may be absent."""
 
     def axis(name: str, most: int, number: int = points) -> tuple[int, ...]:
         floor = min(least.get(name, min(LEAST[name], max(1, most // 4))), most)
@@ -183,14 +192,14 @@ def _axes(source: Arch, stage: Stage, points: int, token_points: int, least: Map
 
 
 def _spread(least: int, most: int, points: int) -> tuple[int, ...]:
-    """``least``, ``most`` and evenly between them multiples of ``least``, which are friendlier to kernels."""
+    """Return ``least``, ``most`` and multiples of ``least`` evenly between them, which are friendlier to kernels."""
     step = (most - least) / (points - 1)
     between = {least * round((least + i * step) / least) for i in range(1, points - 1)}
     return tuple(sorted({least, most, *between}))
 
 
 def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
-    """All that is measured in a stage; ``mlp`` becomes a part of the whole blocks."""
+    """List everything that is measured in a stage; ``mlp`` becomes a part of the whole blocks."""
     scale = next((block.scale for block in stage.blocks if block.mixer == "attn"), 1.0)
 
     def part(make: Callable[..., Block], **own: tuple[int, ...]) -> Part:
@@ -226,7 +235,10 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
 
 
 def _probe(source: Arch, stage: Stage, cell: Mapping[str, int], block: Block) -> Probe:
-    """``COPIES`` of a block in a model that is as small as can be otherwise. Fewer tokens are a smaller grid."""
+    """Make a probe: ``COPIES`` of a block in a model that is otherwise as small as possible.
+
+    Fewer tokens are a smaller grid.
+    """
     grid = stage.grid
     if cell.get("tokens", source.tokens) != source.tokens:
         grid = (1, cell["tokens"] - source.prefix_tokens)
@@ -243,7 +255,7 @@ def _probe(source: Arch, stage: Stage, cell: Mapping[str, int], block: Block) ->
 
 
 def _outside(source: Arch, widths: Sequence[int]) -> Probe:
-    """A model whose blocks do nothing."""
+    """Make a model whose blocks do nothing."""
     stages = [
         dataclasses.replace(stage, width=width, blocks=(ABSENT,))
         for stage, width in zip(source.stages, widths, strict=True)
@@ -252,7 +264,7 @@ def _outside(source: Arch, widths: Sequence[int]) -> Probe:
 
 
 def _whole(attention: Grid, mlp: Grid, axes: Axes) -> Grid:
-    """Whole blocks from their halves; a half is 0 where it is missing."""
+    """Add halves to whole blocks; a half is 0 where it is missing."""
     names = list(axes)
     halves = np.pad(attention.values, [(int(name == "heads"), 0) for name in names[:-1]])[..., None]
     mlps = np.pad(mlp.values, [(int(name == "mlp"), 0) for name in mlp.axes])
@@ -262,7 +274,7 @@ def _whole(attention: Grid, mlp: Grid, axes: Axes) -> Grid:
 def _measure(
     probes: Sequence[Probe], setting: Setting, repeats: int, min_seconds: float, progress: Progress | None
 ) -> list[float]:
-    """Milliseconds of every probe, ``CHUNK`` at a time in an order that spreads drift over all axes alike."""
+    """Measure every probe in milliseconds, ``CHUNK`` at a time in an order that spreads drift over all axes alike."""
     order = Random(0).sample(range(len(probes)), len(probes))
     times = [0.0] * len(probes)
     for start in range(0, len(order), CHUNK):
@@ -282,7 +294,10 @@ def _measure(
 
 
 def _call(probe: Probe, setting: Setting, inputs: dict[tuple[int, ...], torch.Tensor]) -> Call:
-    """Run the probe's model, or only its blocks, on random input; inputs of one shape are shared."""
+    """Return a function that runs the probe's model, or only its blocks, on random input.
+
+    Inputs of one shape are shared.
+    """
     arch = probe.arch
     stage = arch.stages[0]
     model: Any = build(arch).to(setting.device, DTYPES[setting.dtype]).eval()

@@ -32,7 +32,7 @@ LEVELS = (("EMB", 1), ("QK", 2), ("V", 1), ("MLP", 1))  # name and number of wid
 def from_nvit(
     data: Mapping[str, Any], *, source: Arch, setting: Setting, device_name: str, torch: str = "unknown"
 ) -> LatencyTable:
-    """A table from NViT's nested form. Nothing outside the blocks is in it, so ``predict`` is the sum of the blocks.
+    """Read NViT's nested form as a table. It holds the blocks alone, so ``predict`` is the sum of the blocks.
 
     Args:
         data: the nested objects, as ``json.load`` gives them.
@@ -67,7 +67,7 @@ def from_nvit(
 
 
 def _cells(data: Any, level: int, widths: tuple[int, ...]) -> list[tuple[tuple[int, ...], float]]:
-    """All (embed, heads, qk, v, mlp) and their seconds."""
+    """Yield all (embed, heads, qk, v, mlp) and their seconds."""
     if level == len(LEVELS):
         if isinstance(data, bool) or not isinstance(data, (int, float)) or not 0 <= data < math.inf:
             raise UserError(f"the NViT table has {data!r} at {dict(zip(AXES, widths, strict=True))}: not a latency")
@@ -86,7 +86,7 @@ def _cells(data: Any, level: int, widths: tuple[int, ...]) -> list[tuple[tuple[i
 
 
 def to_nvit(table: LatencyTable) -> dict[str, Any]:
-    """NViT's nested form of a ViT's table, in seconds per batch.
+    """Write a ViT's table in NViT's nested form, in seconds per batch.
 
     The form knows neither blocks without attention nor anything outside the blocks: those are left out.
 

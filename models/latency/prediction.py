@@ -1,4 +1,4 @@
-"""How well a latency table predicts: whole random models, predicted and measured."""
+"""Prediction error of a latency table, from predictions and measurements of whole random models."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ class PredictionError:
 
     @property
     def median_error(self) -> float:
+        """Median of the relative errors."""
         return float(np.median(self.relative))
 
     @property
     def max_error(self) -> float:
+        """Largest relative error."""
         return float(self.relative.max())
 
     @property
     def bias(self) -> float:
-        """Median of predicted / measured, less 1: what a machine that got slower since, or anything common, does."""
+        """Median of predicted / measured, less 1: the error common to all models, as when the machine got slower."""
         return float(np.median(np.divide(self.predicted, self.measured)) - 1)
 
     @property
@@ -57,7 +59,7 @@ class PredictionError:
         return kendall(self.predicted, self.measured)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the samples and what they come to."""
+        """Return the samples and their summary, JSON-ready."""
         summary = {name: getattr(self, name) for name in ("median_error", "max_error", "bias", "spearman", "kendall")}
         return {**summary, "predicted": list(self.predicted), "measured": list(self.measured)}
 
@@ -71,7 +73,18 @@ def prediction_error(
     min_seconds: float = 1.0,
     progress: Progress | None = None,
 ) -> PredictionError:
-    """Build ``n`` random models of the kind and within the widths of ``table``, and measure them in its setting.
+    """Build random models within the widths of a table, and compare predicted with measured latency.
+
+    Args:
+        table: the table; models are of its source's kind and measured in its setting.
+        n: number of models, at least 2.
+        seed: of the random records.
+        repeats: calls per model, at least.
+        min_seconds: measured time per model, at least.
+        progress: called with (turns done, turns in all).
+
+    Returns:
+        Predicted and measured milliseconds per batch of every model.
 
     Raises:
         ValueError: ``n`` is below 2.
@@ -87,10 +100,14 @@ def prediction_error(
 
 
 def random_record(table: LatencyTable, random: Random) -> Arch:
-    """A record within the table's grid: depth and largest keep rate drawn for the model, widths for every block.
+    """Draw a record within the table's grid: depth and largest keep rate for the model, widths for every block.
 
     Widths are multiples of an axis's least one, as cutting in groups leaves them. One block in ten convolves where the
     table has convolutions, one in ten each lacks its mixer or its MLP where the table has such blocks.
+
+    Args:
+        table: the table whose grid limits the widths.
+        random: the source of random numbers.
     """
     keep, depth = random.uniform(0.3, 1.0), random.uniform(0.5, 1.0)
     stages = []
@@ -126,13 +143,18 @@ def _random_block(random: Random, grids: Mapping[str, Grid], stage: Stage, sourc
 
 
 def _draw(random: Random, points: tuple[int, ...], keep: float) -> int:
-    """A multiple of the least positive point, at most ``keep`` of the largest."""
+    """Draw a multiple of the least positive point, at most ``keep`` of the largest."""
     step = next((point for point in points if point), 0)
     return step * random.randint(1, max(1, int(keep * points[-1]) // step)) if step else 0
 
 
 def spearman(x: Any, y: Any) -> float:
-    """Correlation of ranks; equal values share their mean rank."""
+    """Compute Spearman's rank correlation, in [-1, 1]; equal values share their mean rank.
+
+    Args:
+        x: numbers (n,).
+        y: as many numbers (n,).
+    """
     return float(np.corrcoef(_ranks(np.asarray(x)), _ranks(np.asarray(y)))[0, 1])
 
 
@@ -141,6 +163,13 @@ def _ranks(x: Values) -> Values:
 
 
 def kendall(x: Any, y: Any) -> float:
-    """Kendall's tau-b of all pairs."""
+    """Compute Kendall's tau-b, in [-1, 1]; pairs that are equal in x or in y are left out of the norm.
+
+        tau_b = sum_{i,j} sign(x_i - x_j) sign(y_i - y_j) / sqrt(#{x_i != x_j} * #{y_i != y_j})
+
+    Args:
+        x: numbers (n,).
+        y: as many numbers (n,).
+    """
     signs_x, signs_y = (np.sign(np.subtract.outer(z, z)) for z in (np.asarray(x), np.asarray(y)))
     return float((signs_x * signs_y).sum() / np.sqrt((signs_x**2).sum() * (signs_y**2).sum()))

@@ -44,7 +44,9 @@ FREE = ("source", "num_classes", "stages", "norm_eps")  # fields of a record tha
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Milliseconds at the crossings of ``axes`` (name to rising whole numbers), linear in each axis in between.
+    """Milliseconds at the crossings of ``axes``, linear in each axis in between.
+
+    ``axes`` gives the points of every axis, by name: rising whole numbers.
 
     ``values`` has one dimension per axis, in the order of ``axes``.
     """
@@ -75,11 +77,21 @@ class Grid:
         return all(points[0] <= at[name] <= points[-1] for name, points in self.axes.items())
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
         return {"axes": {name: list(points) for name, points in self.axes.items()}, "values": self.values.tolist()}
 
     @classmethod
     def from_dict(cls, data: Any, where: str, names: Sequence[str]) -> Grid:
-        """Read ``to_dict``'s form with axes ``names``; UserError says what is wrong with it, and where."""
+        """Read ``to_dict``'s form.
+
+        Args:
+            data: the JSON object.
+            where: its place in the table, for messages.
+            names: the axes that it may have.
+
+        Raises:
+            UserError: a key, an axis or a value is wrong; the message names it.
+        """
         data = _object(data, where, ("axes", "values"))
         optional = OPTIONAL if names == WHOLE else ()
         needed = [name for name in names if name not in optional]
@@ -114,7 +126,7 @@ class _Placed:
         return sum(grid(self.where, self.at) for grid in self.grids)
 
     def gain(self, **less: float) -> float:
-        """What other coordinates would save; 0 where they lie outside a grid."""
+        """Compute what other coordinates would save; 0 where they lie outside a grid."""
         narrower = dataclasses.replace(self, at={**self.at, **less})
         return self.ms() - narrower.ms() if all(grid.covers(narrower.at) for grid in self.grids) else 0.0
 
@@ -141,10 +153,10 @@ class LatencyTable:
     source: Arch
     overhead: Grid
     stages: tuple[Mapping[str, Grid], ...]
-    check: Mapping[str, Any] | None = None  # prediction error on random records (``models.latency_build``)
+    check: Mapping[str, Any] | None = None  # prediction error on random records (``models.latency.prediction``)
 
     def predict(self, arch: Arch) -> float:
-        """Milliseconds per batch: the sum over the blocks of ``arch``, and the rest.
+        """Predict milliseconds per batch: the sum over the blocks of ``arch``, and the overhead outside them.
 
         Ragged value heads count with their mean width, though heads of unequal width run group after group. NViT's
         frozen token factors count nothing.
@@ -157,19 +169,19 @@ class LatencyTable:
         return self.overhead("arch", _widths(arch)) + sum(block.ms() for block in self._place(arch))
 
     def outside(self, arch: Arch) -> float:
-        """Milliseconds per batch outside the blocks of ``arch``. Raises UserError out of the table's range."""
+        """Predict milliseconds per batch outside the blocks of ``arch``. Raises UserError out of the table's range."""
         return self.overhead("arch", _widths(arch))
 
     def block(self, arch: Arch, stage: Stage, block: Block) -> float:
-        """Milliseconds per batch of one block in ``stage``, which is told by its grid.
+        """Predict milliseconds per batch of one block in ``stage``, which is found by its grid.
 
-        Raises UserError out of the table's range, or for something that it was built without.
+        Raises UserError out of the table's range, or for something that the table was built without.
         """
         s = next(s for s, own in enumerate(self.source.stages) if own.grid == stage.grid)
         return self._place_block(s, arch, stage, block, f"blocks[{block.src}]").ms()
 
     def unit_gains(self, arch: Arch) -> dict[str, float]:
-        """Milliseconds per batch that one unit less of every prunable vector saves, at the widths of ``arch``.
+        """Predict the milliseconds per batch that one unit less of every prunable vector saves, at ``arch``'s widths.
 
         NViT's one-unit backward differences, with the names of scores: ``stages.0.embed``; of every block, such as
         ``blocks.3.qk``: heads, qk, v (of all heads at once), attn (one channel of one head's query, key and value),
@@ -239,7 +251,7 @@ class LatencyTable:
                     raise UserError(f"stages[{s}].{name} = {found!r}: the latency table was measured with {mine!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a header of facts, then the grids."""
+        """Return the JSON-ready form: a header of facts, then the grids."""
         return {
             "format": FORMAT,
             "unit": UNIT,
@@ -279,6 +291,7 @@ class LatencyTable:
         )
 
     def save(self, path: str | Path) -> None:
+        """Write the table as a JSON file."""
         write_text(Path(path), json.dumps(self.to_dict()))
 
     @classmethod
@@ -295,7 +308,7 @@ def _widths(arch: Arch) -> dict[str, int]:
 
 
 def _object(data: Any, where: str, needed: Sequence[str], allowed: Sequence[str] = ()) -> dict[str, Any]:
-    """``data`` as a dict with all of ``needed`` and nothing but them and ``allowed``."""
+    """Check that ``data`` is a dict with all of ``needed`` and no key outside ``needed`` and ``allowed``; return it."""
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: must be a JSON object, got {type(data).__name__}")
     known = (*needed, *(name for name in allowed if name not in needed))

@@ -1,7 +1,7 @@
 """Measured latency: milliseconds per batch of images, on one device, under stated conditions.
 
 Models that are compared are timed in turns, a few calls each, round after round, so that a machine that slows down or
-is busy for a while does so for all of them. Times are medians over calls; on CUDA they are taken by events on the
+is busy for a while affects all of them alike. Times are medians over calls; on CUDA they are taken by events on the
 device, on the CPU by the wall clock.
 """
 
@@ -62,11 +62,15 @@ class Setting:
             raise UserError(f"device = {self.device!r}: must be cpu, cuda or cuda:N")
 
     def require_device(self) -> None:
-        """Raise UserError where this machine does not have the device; a table of another machine is no error."""
+        """Raise UserError where this machine does not have the device.
+
+        A setting itself may name a device of another machine, as that of a loaded table does.
+        """
         if self.device != "cpu" and (torch.device(self.device).index or 0) >= torch.cuda.device_count():
             raise UserError(f"device = {self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
         return asdict(self)
 
 
@@ -119,7 +123,19 @@ def measure(
 
 
 def measure_all(models: Sequence[nn.Module], setting: Setting, **options: Any) -> list[Timing]:
-    """``measure`` for several models in turns. ``options`` are those of ``time_calls``; all models are held at once."""
+    """Time several models in turns, as ``measure`` times one; all of them are in memory at once.
+
+    Args:
+        models: timm models that ``Arch.from_timm`` accepts, or ours; copies are timed.
+        setting: the conditions, the same for all.
+        options: those of ``time_calls``: ``warmup``, ``repeats``, ``min_seconds``, ``progress``.
+
+    Returns:
+        One timing per model, in order.
+
+    Raises:
+        UserError: the device is not there, or the batch does not fit into its memory.
+    """
     setting.require_device()
     with _memory(setting):
         return time_calls([_call(model, setting) for model in models], setting, **options)
@@ -146,7 +162,7 @@ def time_calls(
     min_seconds: float = 1.0,
     progress: Progress | None = None,
 ) -> list[Timing]:
-    """Time functions without arguments, in turns; one timing per function, of ``setting.batch`` images each.
+    """Time functions without arguments, in turns; return one timing per function, of ``setting.batch`` images each.
 
     Args:
         calls: each runs a module once, on the device and in the dtype of ``setting``.
@@ -182,7 +198,7 @@ def _timing(batch: int, samples: Sequence[float]) -> Timing:
 
 
 def _on_cpu(call: Call, count: int) -> list[float]:
-    """Milliseconds of each of ``count`` calls."""
+    """Measure milliseconds of each of ``count`` calls."""
     marks = [time.perf_counter()]
     for _ in range(count):
         call()
@@ -191,7 +207,10 @@ def _on_cpu(call: Call, count: int) -> list[float]:
 
 
 def _on_cuda(call: Call, count: int) -> list[float]:
-    """The same by events, without waiting between calls: what the device is busy with, or how fast it is fed."""
+    """Measure milliseconds of each of ``count`` calls by events, without waiting between calls.
+
+    The result is how long the device is busy, or how fast it is fed where that is slower.
+    """
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
@@ -203,7 +222,7 @@ def _on_cuda(call: Call, count: int) -> list[float]:
 
 @contextlib.contextmanager
 def _conditions(setting: Setting, modules: int) -> Iterator[None]:
-    """Inference mode, the number of threads, and the device that events are recorded on; all restored afterwards."""
+    """Set inference mode, the number of threads and the device that events are recorded on; restore all afterwards."""
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
@@ -230,7 +249,7 @@ def _memory(setting: Setting) -> Iterator[None]:
 
 
 def device_name(device: str) -> str:
-    """What the hardware calls itself."""
+    """Return the name that the hardware reports."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     facts = Path("/proc/cpuinfo")

@@ -1,9 +1,9 @@
 """SPViT's weight sharing: a convolution whose weights are mixtures of an attention layer's value and output weights.
 
 Every tap of the kernel has a column of ``head_probs``; a softmax over the heads gives the tap's mixture P, and the
-tap's weights are the same mixture of the heads' value weights. What comes out is the bottleneck convolution of
-``models.mixers.ConvMixer`` without its BatchNorm (arXiv 2111.11802, section 3.2, and the released code). Everything is
-differentiable, so that the shared weights and ``head_probs`` can be trained through it.
+tap's weights are the same mixture of the heads' value weights. The result is the bottleneck convolution of
+``models.layers.mixers.ConvMixer`` without its BatchNorm (arXiv 2111.11802, section 3.2, and the released code).
+Everything is differentiable, so that the shared weights and ``head_probs`` can be trained through it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["ConvSharing", "MixedConv", "mix_conv", "tap_columns"]
 
 @dataclass(frozen=True, slots=True)
 class ConvSharing:
-    """How a family's convolutions take their weights from its attention."""
+    """The way in which a family's convolutions take their weights from its attention."""
 
     alpha: float  # temperature of the softmax over the heads
     centre_first: bool = False  # the kernel's centre has the first column of ``head_probs``
 
     def columns(self, kernel: int) -> torch.Tensor:
-        """The column of ``head_probs`` of every tap; see ``tap_columns``."""
+        """Return the column of ``head_probs`` of every tap; see ``tap_columns``."""
         return tap_columns(kernel, centre_first=self.centre_first)
 
 
@@ -39,10 +39,17 @@ class MixedConv(NamedTuple):
 
 
 def tap_columns(kernel: int, *, centre_first: bool = False) -> torch.Tensor:
-    """Give the column of ``head_probs`` of every tap (row, column) of a 1x1 or 3x3 kernel, (kernel, kernel) int64.
+    """Give the column of ``head_probs`` of every tap (row, column) of a 1x1 or 3x3 kernel.
 
     Taps are counted down the columns of the kernel. SPViT's DeiT takes them as they come, so that the centre is column
     4; its Swin puts the centre first. A 1x1 convolution is the centre alone.
+
+    Args:
+        kernel: side of the kernel, 1 or 3.
+        centre_first: number the centre 0 and the taps before it one higher, as Swin does.
+
+    Returns:
+        Column numbers (kernel, kernel), int64.
     """
     taps = torch.arange(9).reshape(3, 3).T
     if centre_first:
@@ -60,7 +67,7 @@ def mix_conv(
     columns: torch.Tensor,
     alpha: float,
 ) -> MixedConv:
-    """The convolution that shares the weights of an attention layer with H heads of width d.
+    """Mix the weights of the convolution that shares those of an attention layer with H heads of width d.
 
     Args:
         head_probs: (H, 9), before the softmax.

@@ -21,11 +21,22 @@ __all__ = ["ConvMixer", "HeteroAttention", "attend"]
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_dims: Sequence[int], scale: float, **options: Any
 ) -> torch.Tensor:
-    """Softmax attention whose heads may have different value widths: (B, N, sum of ``v_dims``).
+    """Compute softmax attention whose heads may have different value widths.
 
-    ``q`` and ``k`` are (B, H, N, E) and (B, H, M, E), ``v`` is (B, M, sum of ``v_dims``), head after head. ``options``
-    go to ``scaled_dot_product_attention``; an ``attn_mask`` has an axis of length H or 1 for the heads. Ragged heads
-    are run in groups of equal width, so nothing is padded and no multiplication is wasted.
+        y_h = softmax(scale * Q_h K_h^T) V_h
+
+    Heads of unequal width are run in groups of equal width, so nothing is padded and no multiplication is wasted.
+
+    Args:
+        q: queries (B, H, N, E).
+        k: keys (B, H, M, E).
+        v: values (B, M, sum of ``v_dims``), head after head.
+        v_dims: value width of every head.
+        scale: factor on the products of queries and keys.
+        options: those of ``scaled_dot_product_attention``; an ``attn_mask`` has an axis of length H or 1 for the heads.
+
+    Returns:
+        (B, N, sum of ``v_dims``), head after head.
     """
     widths = sorted(set(v_dims))
     if len(widths) == 1:
@@ -76,6 +87,7 @@ class HeteroAttention(nn.Module):
         self.register_buffer("token_scale", None if tokens is None else torch.ones(tokens, 1))
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Attend over tokens, (B, N, D) to the same."""
         width = self.num_heads * self.qk_dim
         qkv = self.qkv(x)
         if self.token_scale is not None:

@@ -32,7 +32,7 @@ FORMS = ("sparse", "dense")
 
 @dataclass(frozen=True, slots=True)
 class TokenPlan:
-    """Which token of one block goes to which merged token, and with what weight.
+    """A decision for one block: which token goes to which merged token, and with what weight.
 
     ``kept`` is c, prefix tokens included; ``assign`` (N) holds the merged token of every token, -1 where it passes the
     block by; ``weight`` (N) its entry of M, 0 where it passes. Prefix tokens are alone: token j in merged token j. A
@@ -89,7 +89,9 @@ class TokenPlan:
                 raise UserError(f"{where}.weight[{j}] = {weight!r}: must be {allowed}")
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """State of a block's ``token_merge``: ``assign``, ``weight``, ``recover`` (sparse), ``matrix``, ... (dense).
+        """Return the state of a block's ``token_merge``.
+
+        A sparse one has ``assign``, ``weight`` and ``recover``, a dense one ``matrix``, ``recover`` and ``takes_part``.
 
         R is the pseudo-inverse of M, which has disjoint rows: R[j, i] = M[i, j] / sum over l of M[i, l]^2.
         """
@@ -105,13 +107,22 @@ class TokenPlan:
 
 
 def default_groups(tokens: int, kept: int, prefix: int) -> torch.Tensor:
-    """(N,) merged token of every token: prefix tokens alone, patches in ``kept - prefix`` equal runs, row by row."""
+    """Assign every token to a merged token: prefix tokens alone, patches in equal runs, row by row.
+
+    Args:
+        tokens: N, prefix tokens included.
+        kept: number of merged tokens, prefix tokens included.
+        prefix: number of prefix tokens.
+
+    Returns:
+        Merged token of every token, (N,) int64.
+    """
     patches = torch.arange(tokens - prefix) * (kept - prefix) // (tokens - prefix)
     return torch.cat([torch.arange(prefix), prefix + patches])
 
 
 class SparseMerge(nn.Module):
-    """``assign`` (N,) int64 is the merged token of every token, -1 where it passes the block by.
+    """Token merging by index: ``assign`` (N,) int64 is every token's merged token, -1 where it passes the block by.
 
     ``weight`` (N,) holds M's non-zero entry of every token, ``recover`` (N,) R's. A new module sums and averages equal
     runs of patches; a plan is put in by loading.
@@ -128,12 +139,12 @@ class SparseMerge(nn.Module):
         self.recover = nn.Parameter(1 / sizes[groups])
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """M x: (B, N, D) to (B, c, D)."""
+        """Compute M x: (B, N, D) to (B, c, D)."""
         row = self.assign.clamp(min=0)  # tokens that pass by add nothing to merged token 0
         return add_rows(x, row, torch.where(self.assign < 0, 0, self.weight), self.kept)
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
+        """Compute R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
         B, N, D = x.shape
         passes = self.assign < 0
         if not _in_bags(x):
@@ -145,15 +156,24 @@ class SparseMerge(nn.Module):
         return _bags(both, index, torch.arange(len(index)), torch.where(passes, 1, self.recover)).view(B, N, D)
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """M (c, N), R (N, c) and m (N,) bool."""
+        """Return M (c, N), R (N, c) and m (N,) bool."""
         member = self.assign == torch.arange(self.kept, device=self.assign.device)[:, None]
         return member * self.weight, (member * self.recover).T, self.assign >= 0
 
 
 def add_rows(x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """(B, rows, D): token j of x (B, N, D), times ``weight`` (N), added to row ``row`` (N) int64.
+    """Add weighted tokens into rows: token j of ``x``, times ``weight[j]``, is added to row ``row[j]``.
 
-    The same bits every time on a CPU; on a GPU where ``torch.use_deterministic_algorithms`` asks for it.
+    On a CPU the result has the same bits every time; on a GPU if ``torch.use_deterministic_algorithms`` asks for it.
+
+    Args:
+        x: tokens (B, N, D).
+        row: row of every token, (N,) int64.
+        weight: factor of every token, (N,).
+        rows: number of rows.
+
+    Returns:
+        (B, rows, D).
     """
     B, N, D = x.shape
     if not _in_bags(x):
@@ -170,13 +190,13 @@ def _in_bags(x: torch.Tensor) -> bool:
 
 
 def _bags(x: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of tokens of x (B, N, D), which are counted over the batch; ``weight`` is one image's."""
+    """Sum weighted tokens of x (B, N, D), whose indices count over the batch; ``weight`` is one image's."""
     weights = weight.to(x.dtype).repeat(x.shape[0])
     return F.embedding_bag(index, x.reshape(-1, x.shape[2]), starts, mode="sum", per_sample_weights=weights)
 
 
 class DenseMerge(nn.Module):
-    """``matrix`` (c, N) is M, ``recover`` (N, c) is R, ``takes_part`` (N,) bool is m."""
+    """Token merging by matrices: ``matrix`` (c, N) is M, ``recover`` (N, c) is R, ``takes_part`` (N,) bool is m."""
 
     def __init__(self, tokens: int, kept: int, prefix: int) -> None:
         super().__init__()
@@ -188,18 +208,25 @@ class DenseMerge(nn.Module):
         self.register_buffer("takes_part", torch.ones(tokens, dtype=torch.bool))
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """M x: (B, N, D) to (B, c, D)."""
+        """Compute M x: (B, N, D) to (B, c, D)."""
         return self.matrix @ x
 
     def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
+        """Compute R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
         return torch.addcmul(self.recover @ z, x, (~self.takes_part[:, None]).to(x.dtype))
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """M (c, N), R (N, c) and m (N,) bool."""
+        """Return M (c, N), R (N, c) and m (N,) bool."""
         return self.matrix, self.recover, self.takes_part
 
 
 def make_merge(form: str, tokens: int, kept: int, prefix: int) -> SparseMerge | DenseMerge:
-    """The module for ``Block.merge``."""
+    """Make the module that merges and restores the tokens of a block.
+
+    Args:
+        form: ``Block.merge``, ``sparse`` or ``dense``.
+        tokens: N, prefix tokens included.
+        kept: number of merged tokens, prefix tokens included.
+        prefix: number of prefix tokens.
+    """
     return SparseMerge(tokens, kept, prefix) if form == "sparse" else DenseMerge(tokens, kept, prefix)

@@ -1,4 +1,4 @@
-"""Published architectures from compact data: the dense models, and what five methods made of them.
+"""Published architectures from compact data: the dense models, and those that five methods made of them.
 
 A dense record equals ``Arch.from_timm``'s of the same name, without building the model.
 """
@@ -34,7 +34,13 @@ def _vit(source: str, width: int, blocks: Iterable[Block]) -> Arch:
 
 
 def deit(size: str, *, distilled: bool = False, source: str | None = None) -> Arch:
-    """DeiT ``tiny``, ``small`` or ``base`` at 224 (arXiv 2012.12877, table 1); ``source`` if it is another model."""
+    """Return the record of DeiT at 224 (arXiv 2012.12877, table 1).
+
+    Args:
+        size: ``tiny``, ``small`` or ``base``.
+        distilled: with the distillation token.
+        source: name of another model of the same shape; by default timm's name of the DeiT.
+    """
     heads = {"tiny": 3, "small": 6, "base": 12}[size]
     width = heads * HEAD
     name = source or f"deit_{size}{'_distilled' * distilled}_patch16_224"
@@ -43,12 +49,15 @@ def deit(size: str, *, distilled: bool = False, source: str | None = None) -> Ar
 
 
 def mae() -> Arch:
-    """ViT-B as it is finetuned after masked autoencoding (arXiv 2111.06377): patches averaged, then normalised."""
+    """Return the record of ViT-B as it is finetuned after masked autoencoding (arXiv 2111.06377).
+
+    Its patches are averaged, then normalised.
+    """
     return dataclasses.replace(deit("base", source="vit_base_patch16_224.mae"), pool="avg", head_norm="pooled")
 
 
 def swin(size: str) -> Arch:
-    """Swin ``tiny``, ``small`` or ``base`` with windows of 7 at 224 (arXiv 2103.14030, section 3.3)."""
+    """Return the record of Swin ``tiny``, ``small`` or ``base`` at 224, windows 7 (arXiv 2103.14030, section 3.3)."""
     width, third = {"tiny": (96, 6), "small": (96, 18), "base": (128, 18)}[size]
     stages, src = [], 0
     for s, depth in enumerate((2, 2, third, 2)):
@@ -61,7 +70,7 @@ def swin(size: str) -> Arch:
 
 
 def pvt_v2(size: str) -> Arch:
-    """PVTv2 ``b0`` to ``b3`` at 224 (arXiv 2106.13797, table 1)."""
+    """Return the record of PVTv2 ``b0`` to ``b3`` at 224 (arXiv 2106.13797, table 1)."""
     widths = (32, 64, 160, 256) if size == "b0" else (64, 128, 320, 512)
     depths = {"b0": (2, 2, 2, 2), "b1": (2, 2, 2, 2), "b2": (3, 4, 6, 3), "b3": (3, 4, 18, 3)}[size]
     stages, src = [], 0
@@ -90,7 +99,7 @@ def _pyramid(family: str, source: str, stages: Sequence[Stage], *, norm_eps: flo
 
 
 def revit(embed: int, *, rule: str = "code", distilled: bool = False) -> Arch:
-    """ReViT: NViT's redistribution of a ViT's parameters over 12 blocks, trained from scratch (arXiv 2110.04869).
+    """Return the record of a ReViT: NViT's redistribution of a ViT's parameters over 12 blocks (arXiv 2110.04869).
 
     Heads, query/key width and MLP follow D linearly and are doubled in the middle; value heads stay at 64, and so does
     the attention scale at 64 ** -0.5.
@@ -132,7 +141,7 @@ def _revit_paper(embed: int) -> list[tuple[int, int, int]]:
 
 
 def spvit(source: Arch, choices: str, mlp: Sequence[int]) -> Arch:
-    """SPViT's searched form of a dense DeiT or Swin (arXiv 2111.11802).
+    """Apply SPViT's choices to the record of a dense DeiT or Swin (arXiv 2111.11802).
 
     Args:
         source: the dense record.
@@ -176,21 +185,37 @@ _SEARCHED = {
 
 
 def searched(name: str) -> Arch:
-    """A released model of SPViT (README, results): family, size and, where there are two, its MACs."""
+    """Return the record of a released SPViT model: family, size and, where there are two, its MACs.
+
+    The names are those of the results in the released code's README.
+    """
     family, size = name.split("_")[:2]
     choices, mlp = _SEARCHED[name]
     return spvit({"deit": deit, "swin": swin}[family](size), choices, [int(width) for width in mlp.split()])
 
 
 def skip_blocks(source: Arch, keep: str) -> Arch:
-    """UVC's skip configuration (arXiv 2203.08243): ``keep`` has 1 or 0 for every block of a ViT, in order."""
+    """Leave out blocks of a ViT's record, as UVC's skip configuration does (arXiv 2203.08243).
+
+    Args:
+        source: the record of a ViT.
+        keep: ``1`` (runs) or ``0`` (left out) for every block, in order.
+
+    Raises:
+        ValueError: ``keep`` has another length than the model has blocks.
+    """
     (stage,) = source.stages
     blocks = tuple(block for block, kept in zip(stage.blocks, keep, strict=True) if kept == "1")
     return dataclasses.replace(source, stages=(dataclasses.replace(stage, blocks=blocks),))
 
 
 def prune_and_merge(source: Arch, keep_rate: float) -> Arch:
-    """Prune-and-Merge (arXiv 2503.23455) with the same number of tokens, int(P·keep_rate) + prefix, in every block."""
+    """Give every block of a ViT's record the same reduced number of tokens (Prune-and-Merge, arXiv 2503.23455).
+
+    Args:
+        source: the record of a ViT with P patches.
+        keep_rate: share of the patches; a block gets int(P * keep_rate) tokens and the prefix tokens.
+    """
     (stage,) = source.stages
     tokens = int((source.tokens - source.prefix_tokens) * keep_rate) + source.prefix_tokens
     blocks = tuple(dataclasses.replace(block, tokens=tokens) for block in stage.blocks)

@@ -33,7 +33,7 @@ PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A printed figure, the exact one and the one by the paper's own formula, all in the unit that is printed."""
+    """A printed figure, the exact one and the one by the paper's own formula, all in the printed unit."""
 
     what: str  # a key of Published.printed
     printed: str
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def compare(row: Published) -> list[Comparison]:
-    """Every printed figure of ``row`` beside what the record has."""
+    """Compare every printed figure of ``row`` with the exact one and the one by the paper's formula."""
     found = []
     for what, printed in row.printed.items():
         exact = by_paper = None
@@ -77,7 +77,7 @@ def _figure(row: Published, what: str, count: Callable[[Arch], int]) -> float:
 
 
 def published_arch(name: str) -> Arch:
-    """The record of a row. Raises UserError where there is no such row, or where its widths are not published."""
+    """Return the record of a row. Raises UserError where the row does not exist, or its widths are not published."""
     row = PUBLISHED.get(name)
     if row is None:
         hint = nearest(name, PUBLISHED)
@@ -107,7 +107,7 @@ def _register(row: Published) -> None:
 
 
 def _preprocessing(source: str) -> dict[str, Any]:
-    """How a timm model's images are prepared; empty where timm does not know the model."""
+    """Return how a timm model's images are prepared; empty where timm does not know the model."""
     cfg = timm.models.get_pretrained_cfg(source)
     return {} if cfg is None else {name: getattr(cfg, name) for name in PREPROCESSING}
 

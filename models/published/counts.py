@@ -1,7 +1,7 @@
-"""How five papers count their own models.
+"""The ways in which five papers count their own models.
 
-``models.cost`` counts what is computed and stored. Papers leave parts out, or count parts that are not there; these
-formulas exist to reproduce the figures that they print (``models.published``), and for nothing else.
+``models.cost`` counts everything that is computed and stored. Papers leave parts out, or count parts that are not
+there; these formulas serve only to reproduce the figures that they print (``models.published``).
 
 N tokens, D residual width, H heads, E query/key width and V value width of a head, M MLP width, K classes.
 """
@@ -20,18 +20,18 @@ __all__ = ["NVIT", "PMVIT", "SPVIT", "UVC", "Counting", "exact_macs", "exact_par
 
 
 def exact_macs(arch: Arch) -> int:
-    """What ``models.cost`` counts."""
+    """Count MACs per image as ``models.cost`` does."""
     return cost(arch).macs
 
 
 def exact_params(arch: Arch) -> int:
-    """What ``models.cost`` counts."""
+    """Count parameters as ``models.cost`` does."""
     return cost(arch).params
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counting:
-    """A paper's MACs per image and parameters of a record; ``note`` says how they differ from the exact ones."""
+    """A paper's way to count MACs per image and parameters; ``note`` says how it differs from the exact one."""
 
     note: str
     macs: Callable[[Arch], int] = exact_macs
@@ -39,7 +39,7 @@ class Counting:
 
 
 def tables_twice(arch: Arch) -> int:
-    """UP-ViT's parameters of a language model: tables of words that input and softmax share count twice."""
+    """Count a language model's parameters as UP-ViT does: word tables shared by input and softmax count twice."""
     widths = () if arch.text is None else (arch.stages[0].width, *arch.text.tails)
     shared = arch.text is not None and arch.text.tied != "none"
     return cost(arch).params + shared * sum(len(band) * d for band, d in zip(arch.bands, widths, strict=True))
@@ -57,7 +57,7 @@ def _nvit_params(arch: Arch) -> int:
 
 
 def _spvit_macs(arch: Arch) -> int:
-    """A norm is one MAC per element; ViT's last is left out, and Swin's counts R²·D // 2^stages on R² patches."""
+    """Count a norm as one MAC per element, without ViT's last, and Swin's as R²·D // 2^stages on R² patches."""
     macs = cost(arch).macs
     for stage in arch.stages:
         patches = stage.grid[0] * stage.grid[1]
@@ -76,14 +76,14 @@ def _spvit_params(arch: Arch) -> int:
 
 
 def _spvit_unfrozen(stage: Stage, block: Block) -> int:
-    """What the finetuned form of a convolution has beyond the frozen one: full V and projection, 9 mixes of heads."""
+    """Count what a convolution has before freezing beyond the frozen form: full V and projection, 9 mixes of heads."""
     width, bottleneck = stage.width, block.total_v
     mixed = 2 * width**2 + 2 * width + 9 * (width // bottleneck) + 2 * bottleneck
     return mixed - ((block.conv_kernel**2 + 1) * width * bottleneck + width + 3 * bottleneck)
 
 
 def _uvc_macs(arch: Arch) -> int:
-    """V's own rows are counted as Q's; attention, projection and MLP as they are kept."""
+    """Count V's own rows as Q's; attention, projection and MLP as they are kept."""
     (stage,) = arch.stages
     N, D = arch.tokens, stage.width
     macs = D * (N - arch.prefix_tokens) * arch.patch_size[0] * arch.patch_size[1] * arch.in_chans

@@ -1,4 +1,4 @@
-"""The rows of ``models.published``: what five papers, and the dense models they start from, print.
+"""The rows of ``models.published``: figures that five papers print about their models, and about the dense ones.
 
 Widths that no source gives are not made up: such a row has figures and no record.
 """

@@ -1,4 +1,4 @@
-"""NViT's iterative pruning as a training hook: one run, a ladder of ever smaller models.
+"""NViT's iterative pruning as a training hook: one run gives a series of ever smaller models.
 
 Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
 sections 3 and 4, and the code that its published models were made with. Weights train on while groups of units go:
@@ -123,7 +123,7 @@ class NViTPruning(Hook):
         return len(self.snapshots) == len(self.budgets)
 
     def wrap(self, model: nn.Module) -> None:
-        """Start from ``model`` whole.
+        """Take the model, with all of its units.
 
         Raises:
             UserError: of another family, with ragged heads, within the first budget already, or never within the last.
@@ -176,7 +176,10 @@ class NViTPruning(Hook):
                 self.snapshots.append(self._snapshot(budget, cost))
 
     def finish(self) -> tuple[Snapshot, ...]:
-        """The snapshots, largest budget first. The model keeps its full size, and its zeros, with stock LayerNorms."""
+        """Return the snapshots, largest budget first.
+
+        The model keeps its full size, and its zeros, with stock LayerNorms.
+        """
         self._masking.remove()
         return tuple(self.snapshots)
 
@@ -227,7 +230,7 @@ class NViTPruning(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of another ladder of budgets."""
+        """Resume a run. Raises UserError where the state is of another ladder of budgets."""
         if list(state["budgets"]) != list(self.budgets):
             raise UserError(
                 f"budgets = {list(self.budgets)}: the run to go on with has {list(state['budgets'])}; use these, or "

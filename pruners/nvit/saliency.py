@@ -5,8 +5,12 @@ eq. 6; which tensors enter, and the divisors, are those that its published model
 
     raw_u = sum over the unit's weights of w * dL/dw        s_u = mean over batches of (raw_u / D_kind)^2
 
+    u        a unit, such as a head                s_u      its saliency
+    w        a weight that belongs to u            L        mean loss of a batch, on plain labels, in eval mode
+    D_kind   divisor of the unit's kind (``divisors``)
+
 Only w * dL/dw of Q enters ``qk`` and that of V enters ``v``: K and the projection add the same amounts again, because
-the loss does not change when Q is scaled up and K down. The gradient is the loss's on plain labels, in eval mode.
+the loss does not change when Q is scaled up and K down.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def divisors(arch: Arch) -> dict[str, float]:
-    """D of every kind: the number of blocks for the residual stream, 12 for heads, 2 for qk and v, 1 for the MLP."""
+    """Return D of every kind: number of blocks for the residual stream, 12 for heads, 2 for qk and v, 1 for the MLP."""
     return {"embed": arch.depth, "heads": 12, "qk": 2, "v": 2, "mlp": 1}
 
 
@@ -43,13 +47,16 @@ def score(
     loss: Loss = F.cross_entropy,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Saliency of every unit of ``model``; one forward and backward pass per batch.
+    """Compute the saliency of every unit of ``model`` by one forward and backward pass per batch.
 
     Args:
         model: a ViT or Swin that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
         batches: (images B·C·H·W, labels B). The batch size matters: scores are means of squared batch sums.
         loss: mean loss of (logits, labels).
         progress: called with (batches done, batches in all).
+
+    Raises:
+        ValueError: there is no batch.
     """
     arch = arch_of(model)
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in vector_sizes(arch, KINDS).items()}
@@ -79,10 +86,17 @@ def score(
 
 
 def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
-    """Signed sum of w * dL/dw of every unit, from the gradients that ``model`` holds now.
+    """Compute the signed sum of w * dL/dw of every unit, from the gradients that ``model`` holds now.
 
     For Swin, every stage has residual channels of its own, and patch merging enters as the patch embedding does. A
     convolution enters the residual channels as attention does, with its first weights' inputs and its last's outputs.
+
+    Args:
+        model: a ViT or Swin whose parameters have gradients; a missing gradient counts as 0.
+        arch: its record.
+
+    Returns:
+        One vector per name of ``vector_sizes(arch, KINDS)``; entries that are not finite are 0.
     """
     raw: dict[str, Any] = {}
     embed = [_embedding(model, s) for s in range(len(arch.stages))]
@@ -107,12 +121,12 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
 
 
 def _term(parameter: torch.Tensor) -> torch.Tensor:
-    """w * dL/dw of every entry; zeros where there is no gradient."""
+    """Compute w * dL/dw of every entry; zeros where there is no gradient."""
     return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).detach()
 
 
 def _sums(layers: Sequence[LinearView]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Sums of w * dL/dw over the rows of every layer, by its name, and over the columns of all of them, (D,).
+    """Sum w * dL/dw over the rows of every layer, by its name, and over the columns of all of them, (D,).
 
     The layers are whole and read the same D channels. A row's sum has its bias in it.
     """
@@ -122,12 +136,12 @@ def _sums(layers: Sequence[LinearView]) -> tuple[dict[str, torch.Tensor], torch.
 
 
 def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
-    """w * dL/dw of every parameter that has a gradient."""
+    """Compute w * dL/dw of every parameter that has a gradient."""
     return {name: (p * p.grad).detach() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def _embedding(model: Any, s: int) -> torch.Tensor:
-    """What a stage's residual channels receive where they begin: patch embedding, or Swin's patch merging."""
+    """Sum what a stage's residual channels receive where they begin: patch embedding, or Swin's patch merging."""
     if s:
         return _flat(_terms(model.layers[s].downsample)["reduction.weight"])
     terms = _terms(model.patch_embed.proj)
@@ -139,7 +153,7 @@ def _flat(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _rows_and_bias(view: LinearView) -> torch.Tensor:
-    """Sums over the rows of a whole layer, with their biases."""
+    """Sum over the rows of a whole layer, with their biases."""
     return _with_bias(view, _term(view.layer.weight).sum(1))
 
 

@@ -1,13 +1,16 @@
-"""NViT's iterative pruning, the decisions: which groups go in one step, from saliency and what a unit costs now.
+"""NViT's iterative pruning, the decisions: which groups go in one step, from saliency and the current cost of a unit.
 
 Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
-section 3 and eq. 7, and the code that its published models were made with. A unit of saliency A is worth
+section 3 and eq. 7, and the code that its published models were made with. The adjusted saliency of a unit is
 
     A' = keep * A - eta * gain        gain = cost(dims) - cost(dims, one unit less)
 
-at the dimensions of the moment. The units of a vector, sorted by A', form groups of a kind's size; a group's score is
-the sum over its units. Pure functions of float64 vectors, named and ordered as ``pruners.scores`` has them. Equal
-scores are ordered by vector, then by place in the vector, so that all ranks and machines decide alike.
+    A      saliency of the unit                     keep   1 for a live unit, 0 for a pruned one
+    eta    saliency per unit of cost                dims   widths of all vectors at the moment
+
+The units of a vector, sorted by A', form groups of a kind's size; a group's score is the sum over its units. Everything
+here is a pure function of float64 vectors, named and ordered as ``pruners.scores`` has them. Equal scores are ordered
+by vector, then by place in the vector, so that all ranks and machines decide alike.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ NVIT_GROUPS: Mapping[str, int] = MappingProxyType({kind: GROUP_SIZES[kind] for k
 
 @dataclass(frozen=True)
 class PruneGroup:
-    """Units of one vector that go, or went, together."""
+    """Units of one vector that are removed together."""
 
     vector: str
     units: tuple[int, ...]
@@ -60,7 +63,10 @@ class PruneGroup:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pruning step removes, lowest score first, and the highest score that it would have removed."""
+    """One pruning step: the groups that it removes, lowest score first, and its threshold.
+
+    The threshold is the highest score that the step would have removed.
+    """
 
     removed: tuple[PruneGroup, ...]
     threshold: float
@@ -68,7 +74,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Grouping:
-    """How units group: ``sizes`` by kind (0 leaves the kind whole), and ``floors``, shares of a vector that stay.
+    """The way units are grouped: ``sizes`` by kind (0 leaves the kind whole), and ``floors``, the shares that stay.
 
     The last group of a vector always stays, whatever its size.
     """
@@ -88,32 +94,37 @@ class Grouping:
                 raise UserError(f"floors = {dict(self.floors)}: give shares in 0..1 for some of {', '.join(KINDS)}")
 
     def size(self, name: str) -> int:
-        """Units in a group of a vector."""
+        """Return the number of units in a group of a vector."""
         return self.sizes[kind_of(name)]
 
     def floor(self, name: str, full: int) -> int:
-        """Units that stay of the ``full`` ones of a vector."""
+        """Return the number of units of a vector of ``full`` units that always stay."""
         return math.ceil(self.floors.get(kind_of(name), 0.0) * full)
 
     def removable(self, name: str, live: int, full: int) -> int:
-        """Groups that may still go from a vector of ``full`` units, ``live`` of which are left."""
+        """Return the number of groups that may still go from a vector of ``full`` units, ``live`` of which are left."""
         size = self.size(name)
         if not size or live < 1:
             return 0
         return max(min(-(-live // size) - 1, (live - self.floor(name, full)) // size), 0)
 
     def narrowest(self, full: Mapping[str, int]) -> dict[str, int]:
-        """Dimensions when nothing more can go."""
+        """Return the dimensions when no group can go any more."""
         return {name: n - self.size(name) * self.removable(name, n, n) for name, n in full.items()}
 
 
 def dims_of(keep: Vectors) -> dict[str, int]:
-    """Units that are left of every vector."""
+    """Count the units that are left of every vector."""
     return {name: int(mask.sum()) for name, mask in keep.items()}
 
 
 def narrow(arch: Arch, dims: Mapping[str, int]) -> Arch:
-    """``arch`` with these widths; vectors that are not named keep theirs."""
+    """Return ``arch`` with other widths.
+
+    Args:
+        arch: the record.
+        dims: units by vector; a vector that is not named keeps its width.
+    """
     stages, i = [], 0
     for s, stage in enumerate(arch.stages):
         blocks = []
@@ -126,13 +137,18 @@ def narrow(arch: Arch, dims: Mapping[str, int]) -> Arch:
 
 
 def _own(block: int, vectors: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``vectors`` says of one block, by kind."""
+    """Select what ``vectors`` holds for one block, by kind."""
     names = {kind: f"blocks.{block}.{kind}" for kind in KINDS}
     return {kind: vectors[name] for kind, name in names.items() if name in vectors}
 
 
 def cut_of(arch: Arch, keep: Vectors) -> Cut:
-    """The decision that masks stand for: what is kept of every vector of ``vector_sizes(arch, nvit.KINDS)``."""
+    """Turn masks into a cut.
+
+    Args:
+        arch: the record that is cut.
+        keep: bool masks, True for a unit that stays, of every vector of ``vector_sizes(arch, nvit.KINDS)``.
+    """
     kept = {name: tuple(torch.nonzero(mask)[:, 0].tolist()) for name, mask in keep.items()}
     choices = []
     for i, block in enumerate(arch.blocks):
@@ -142,15 +158,21 @@ def cut_of(arch: Arch, keep: Vectors) -> Cut:
 
 
 def total_cost(measure: Measure | LatencyTable, arch: Arch) -> float:
-    """Cost of a record: MACs, parameters, or the predicted milliseconds per batch of a table."""
+    """Compute the cost of a record.
+
+    Args:
+        measure: MACs or parameters, or a table that predicts milliseconds per batch.
+        arch: the record.
+    """
     return measure.predict(arch) if isinstance(measure, LatencyTable) else measure(arch)
 
 
 def unit_gains(
     measure: Measure | LatencyTable, arch: Arch, full: Mapping[str, int], grouping: Grouping
 ) -> dict[str, float]:
-    """What one unit less of every vector saves at the widths of ``arch``; never negative, which would be noise.
+    """Compute what one unit less of every vector saves at the widths of ``arch``.
 
+    A negative gain would be noise and becomes 0.
     Nothing is gained where a vector is down to one group, or to its floor, except in the residual stream (whose last
     group is protected like the others', but goes on to weigh on the scores).
 
@@ -175,14 +197,28 @@ def unit_gains(
 
 
 def adjust(scores: Vectors, keep: Vectors, gains: Mapping[str, float], eta: float) -> dict[str, torch.Tensor]:
-    """A' = keep * A - eta * gain of every unit. ``eta`` is saliency per unit of what the gains are counted in."""
+    """Compute A' = keep * A - eta * gain of every unit (arXiv 2110.04869, eq. 7).
+
+    Args:
+        scores: A by vector.
+        keep: bool masks by vector, True for a live unit.
+        gains: cost saved by one unit less, by vector.
+        eta: saliency per unit of cost.
+
+    Returns:
+        A' by vector, float64.
+    """
     return {name: scores[name].double() * mask - eta * gains[name] for name, mask in keep.items()}
 
 
 def live_step(adjusted: Vectors, keep: Vectors, grouping: Grouping, groups: int) -> Step:
-    """Remove the ``groups`` lowest groups of live units; fewer where no more can go.
+    """Remove the groups with the lowest scores; only live units form groups, so nothing that is gone counts again.
 
-    Only live units are sorted into groups, so nothing that is gone counts again.
+    Args:
+        adjusted: A' by vector.
+        keep: bool masks by vector, True for a live unit.
+        grouping: sizes of groups, and floors.
+        groups: number of groups to remove; fewer go where no more can.
     """
     candidates = []
     for rank, (name, vector) in enumerate(adjusted.items()):
@@ -195,15 +231,28 @@ def live_step(adjusted: Vectors, keep: Vectors, grouping: Grouping, groups: int)
 
 
 def reference_index(step: int, groups: int, total: int) -> int:
-    """Place of the threshold among ``total`` sorted group scores at pruning step ``step`` (from 0)."""
+    """Return the place of the threshold among sorted group scores, in the published code's schedule.
+
+    Args:
+        step: number of the pruning step, from 0.
+        groups: groups per step.
+        total: number of groups.
+    """
     return min(max(step * groups - 1, 0), total - 1)
 
 
 def reference_step(adjusted: Vectors, keep: Vectors, grouping: Grouping, groups: int, step: int) -> Step:
-    """The schedule of the published code: cumulative over steps, so what is gone is ranked and counted again.
+    """Remove groups by the schedule of the published code, which ranks pruned units again at every step.
 
     All units form groups, pruned ones too. The threshold is the score of the group at ``reference_index``; every group
     up to it goes, but for a vector's last one. A step may thus remove no group, or many more than ``groups``.
+
+    Args:
+        adjusted: A' by vector.
+        keep: bool masks by vector, True for a live unit.
+        grouping: sizes of groups, and floors.
+        groups: groups per step.
+        step: number of the pruning step, from 0.
     """
     ranked = {
         name: form_groups(name, vector, torch.arange(len(vector)), grouping.size(name))
@@ -223,7 +272,14 @@ def reference_step(adjusted: Vectors, keep: Vectors, grouping: Grouping, groups:
 
 
 def form_groups(name: str, vector: torch.Tensor, units: torch.Tensor, size: int) -> list[PruneGroup]:
-    """``units`` of a vector by rising A', in groups of ``size``, the last of which may be smaller."""
+    """Sort units of a vector by rising A' and split them into groups, the last of which may be smaller.
+
+    Args:
+        name: of the vector.
+        vector: A' of all of its units, (n,).
+        units: indices of the units to group, (k,) int64.
+        size: units per group; 0 makes no groups.
+    """
     if not size:
         return []
     order = units[torch.argsort(vector[units], stable=True)]

@@ -1,4 +1,4 @@
-"""Finetuning of a planned model: what of the merge and recover matrices is trained, and how fast.
+"""Finetuning of a planned model: which entries of the merge and recover matrices are trained, and how fast.
 
 Source: arXiv 2503.23455 and its released code, which trains all weights with both matrices. The support of a matrix is
 the plan's: a sparse one keeps its entries, a dense one trains every entry, zeros too (``PlanSettings.form``). The loss
@@ -19,7 +19,7 @@ __all__ = ["PruneMergeSettings", "PruneMergeTraining"]
 
 
 class PruneMergeSettings(BaseModel):
-    """What a planned model trains. The matrices are decayed like weights, whatever their number of dimensions."""
+    """Settings of finetuning a planned model. Weight decay acts on the matrices whatever their number of dimensions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,7 +36,7 @@ class PruneMergeSettings(BaseModel):
 
 
 class PruneMergeTraining(Hook):
-    """Trains a planned model by ``settings``; ``finish`` gives back ``requires_grad`` and returns None.
+    """Trains a planned model by ``settings``; ``finish`` restores ``requires_grad`` and returns None.
 
     Raises:
         UserError: nothing would be trained.

@@ -6,7 +6,7 @@ Preserved", IEEE TMM 2025 (arXiv 2503.23455), in the form of its released code (
 stay apart; every other patch is merged into a centre's group, which is a run of patches in raster order. Scores are
 normalised per block and fall with its depth, so that one threshold over all blocks gives each its own number of tokens.
 
-Plans are made from ``pmvit_scores.score`` without the model, in milliseconds. Different from the released code: ties
+Plans are made from ``pmvit.scores.score`` without the model, in milliseconds. Different from the released code: ties
 are broken by (score, block, patch), so that counts are exact; a block that no centre fell to keeps its best patch; a
 patch of score 0 passes by, where it would be lost; prefix tokens are never scored; grids need not be square.
 """
@@ -35,7 +35,10 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class PlanSettings(BaseModel):
-    """How scores become plans. ``keep_rate`` sets the cost; ``prune_rate`` moves patches from merged to passing by."""
+    """Rules for turning scores into plans.
+
+    ``keep_rate`` sets the cost; ``prune_rate`` moves patches from merged to passing by.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -89,11 +92,11 @@ class PlanSettings(BaseModel):
 
 
 def plan(arch: Arch, scores: Scores, keep_rate: float = 0.6, **settings: Any) -> Cut:
-    """A token plan for every block that merges; all else stays whole.
+    """Make a token plan for every block that merges; everything else stays whole.
 
     Args:
         arch: the record that was scored.
-        scores: what ``pmvit_scores.score`` gave.
+        scores: what ``pmvit.scores.score`` gave.
         keep_rate: int(P * keep_rate) centres per merging block, on average over blocks where the scope is ``global``.
         settings: other fields of ``PlanSettings``.
 
@@ -112,7 +115,7 @@ def plan(arch: Arch, scores: Scores, keep_rate: float = 0.6, **settings: Any) ->
 
 
 def plan_for_budget(arch: Arch, scores: Scores, budget: float, *, measure: Measure = MACS, **settings: Any) -> Cut:
-    """The plan with the most centres whose cost is at most ``budget``; the next larger plan costs more.
+    """Make the plan with the most centres whose cost is at most ``budget``; the next larger plan costs more.
 
     Args:
         arch, scores: as for ``plan``.
@@ -156,13 +159,27 @@ def plan_for_budget(arch: Arch, scores: Scores, budget: float, *, measure: Measu
 def importance(
     raw: torch.Tensor, blocks: Sequence[int], depth_decay: float, eps: float = EPS["center"]
 ) -> torch.Tensor:
-    """Raw scores (L, P) of ``blocks``, each divided by its norm and multiplied by 1 - depth_decay * block."""
+    """Normalise raw scores per block and let them fall with depth.
+
+        I_l = (1 - depth_decay * l) S_l / (|S_l| + eps)
+
+        S_l    raw scores of block l, (P,)              I_l    its importance, (P,)
+
+    Args:
+        raw: scores (L, P) of P patches in L blocks.
+        blocks: number l of every row's block.
+        depth_decay: how much of the importance every block further back loses.
+        eps: keeps the division finite.
+
+    Returns:
+        (L, P), comparable over blocks.
+    """
     factor = 1 - depth_decay * torch.tensor(blocks, dtype=raw.dtype)
     return raw / (raw.norm(dim=1, keepdim=True) + eps) * factor[:, None]
 
 
 def select(scores: torch.Tensor, n_prune: int, n_keep: Sequence[int], scope: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bool masks (L, P) of the patches that pass by and of the centres.
+    """Make bool masks (L, P) of the patches that pass by and of the centres.
 
     Args:
         scores: (L, P), comparable between blocks.
@@ -192,7 +209,7 @@ def _rule(**settings: Any) -> PlanSettings:
 
 
 def _merging(arch: Arch, rule: PlanSettings) -> tuple[int, ...]:
-    """The blocks that get a plan. Raises UserError where there are none, or one does not exist."""
+    """List the blocks that get a plan. Raises UserError where there are none, or one does not exist."""
     if arch.family not in FAMILIES:
         raise UserError(f"{arch.source} is of family {arch.family!r}: Prune-and-Merge plans tokens of {served()}")
     wanted = range(arch.depth) if rule.merge_list is None else sorted(rule.merge_list)
@@ -225,7 +242,7 @@ def _plan(arch: Arch, scores: Scores, rule: PlanSettings, blocks: Sequence[int],
 
 
 def _raw(arch: Arch, scores: Scores, blocks: Sequence[int]) -> torch.Tensor:
-    """Raw scores (L, P) of ``blocks``."""
+    """Stack the raw scores (L, P) of ``blocks``."""
     patches = arch.tokens - arch.prefix_tokens
     foreign = [n for n in scores.vectors if kind_of(n) != "tokens" or not 0 <= int(n.split(".")[1]) < arch.depth]
     for name in [f"blocks.{i}.tokens" for i in blocks]:
@@ -243,7 +260,7 @@ Group = dict[int, float]  # weights of a merged token's patches
 
 
 def _centre_groups(arch: Arch, rule: PlanSettings, live: Sequence[float], centres: Sequence[int]) -> list[Group]:
-    """One group per centre: the patches up to half way to the next one, but not beyond the end of the centre's row."""
+    """Make one group per centre: the patches up to half way to the next one, not beyond the end of the centre's row."""
     columns = arch.stages[0].grid[1]
     ends = []
     for centre, following in pairwise(centres):
@@ -258,7 +275,7 @@ def _centre_groups(arch: Arch, rule: PlanSettings, live: Sequence[float], centre
 
 
 def _gap_groups(arch: Arch, rule: PlanSettings, live: Sequence[float], centres: Sequence[int]) -> list[Group]:
-    """A centre alone, or all patches between two centres with the score over their mean."""
+    """Make a group of every centre alone, and one of all patches between two centres, weighted by score / mean."""
     groups: list[Group] = []
     start = 0
     for end in (*centres, len(live)):
@@ -274,7 +291,7 @@ def _gap_groups(arch: Arch, rule: PlanSettings, live: Sequence[float], centres: 
 
 
 def _token_plan(prefix: int, rule: PlanSettings, groups: Sequence[Group], patches: int) -> TokenPlan:
-    """Prefix tokens alone, then one merged token per group; patches of weight 0 pass by."""
+    """Make a plan: prefix tokens alone, then one merged token per group; patches of weight 0 pass by."""
     assign, weight = [*range(prefix), *[-1] * patches], [*[1.0] * prefix, *[0.0] * patches]
     for row, group in enumerate(groups, prefix):
         members = {j: w for j, w in group.items() if w > 0}

@@ -1,4 +1,4 @@
-"""How much every patch matters to the attention of every block: the scores that Prune-and-Merge plans tokens by.
+"""Prune-and-Merge's scores: the importance of every patch for the attention of every block, which plans are made from.
 
 Source: Mao et al., "Prune and Merge: Efficient Token Compression for Vision Transformer with Spatial Information
 Preserved", IEEE TMM 2025 (arXiv 2503.23455), in the form of its released code. With A the attention (B, H, N, N) after
@@ -41,7 +41,7 @@ Outputs = dict[nn.Module, torch.Tensor]
 
 
 def scorable(arch: Arch) -> tuple[int, ...]:
-    """Blocks whose tokens can be scored: those with attention, over all tokens."""
+    """List the blocks whose tokens can be scored: those with attention, over all tokens."""
     return tuple(i for i, block in enumerate(arch.blocks) if block.mixer == "attn" and block.tokens is None)
 
 
@@ -53,7 +53,7 @@ def score(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Scores:
-    """Raw scores of every patch for every block with attention: vectors ``blocks.I.tokens``, (P,) each.
+    """Compute raw scores of every patch for every block with attention: vectors ``blocks.I.tokens``, (P,) each.
 
     Scores sum over batches after an absolute value was taken: compare plans by scores of equally many batches of equal
     size. In a process group, every worker brings its share of every batch, and all get the same scores.
@@ -106,7 +106,7 @@ def _check(arch: Arch, importance: str) -> None:
 
 
 def served() -> str:
-    """Whom Prune-and-Merge serves, in words."""
+    """Say in words which families Prune-and-Merge can serve."""
     return f"family {' or '.join(map(repr, FAMILIES))}"
 
 
@@ -139,7 +139,7 @@ def _sum_over_batches(
 
 @contextlib.contextmanager
 def _outputs_of(views: Sequence[AttentionView]) -> Iterator[Outputs]:
-    """What the layers of queries, keys and values gave in the last forward pass, (B, N, rows) by layer."""
+    """Return the outputs of the query, key and value layers in the last forward pass, (B, N, rows) by layer."""
     outputs: Outputs = {}
 
     def keep(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def _outputs_of(views: Sequence[AttentionView]) -> Iterator[Outputs]:
 def _grad_attn(
     model: nn.Module, arch: Arch, views: Sequence[AttentionView], outputs: Outputs, x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
-    """(L, P): mean over images, heads and queries of dL/dA * A, L the mean loss; a factor on V cancels."""
+    """Compute (L, P): mean over images, heads and queries of dL/dA * A, L the mean loss; a factor on V cancels."""
     with torch.enable_grad():
         loss = F.cross_entropy(model(x), y, reduction="sum")
     values = [outputs[view.v.layer] for view in views]
@@ -176,7 +176,7 @@ def _grad_attn(
 def _cls_attn(
     model: nn.Module, arch: Arch, views: Sequence[AttentionView], outputs: Outputs, x: torch.Tensor, _: torch.Tensor
 ) -> torch.Tensor:
-    """(L, P): attention of the class token, mean over images and heads."""
+    """Compute (L, P): attention of the class token, mean over images and heads."""
     model(x)
     rows = []
     for view in views:
@@ -192,7 +192,7 @@ def _cls_attn(
 
 
 def _over_workers(images: int, rows: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The number of images, and the sum of ``rows``, over all workers."""
+    """Sum the number of images, and ``rows``, over all workers."""
     if not (dist.is_available() and dist.is_initialized()):
         return images, rows
     packed = torch.cat([rows.flatten(), rows.new_tensor([images])])

@@ -1,4 +1,4 @@
-"""SPViT's decision: a mixer for every block and hidden units for every MLP, from gates or from outside.
+"""SPViT's decision: a mixer for every block and hidden units for every MLP, from gates or given directly.
 
 ``spvit_cut`` makes a cut of choices, ``fit_units`` meets a budget. A convolution is another function than the attention
 that it replaces: re-estimate the statistics of its BatchNorm (``models.recalibrate``) before scoring such a model, and
@@ -27,7 +27,7 @@ Units = Sequence[Sequence[int] | None]
 
 
 def spvit_cut(arch: Arch, choices: Sequence[str], mlp: Units | None = None, *, skip_form: str = "identity") -> Cut:
-    """The cut with these mixers and hidden units.
+    """Make the cut with these mixers and hidden units.
 
     Args:
         arch: a ViT or Swin on any grid.
@@ -77,7 +77,7 @@ def fit_units(
     kept: Sequence[torch.Tensor | None],
     budget: float,
 ) -> tuple[tuple[int, ...] | None, ...]:
-    """Hidden units that fill the budget and no more, starting from those in ``kept``.
+    """Choose hidden units that fill the budget and no more, starting from those in ``kept``.
 
     Units go in the order of value per MAC, lowest first, until the budget is met; then others come back, highest first,
     as long as they fit. A block keeps at least its most valuable unit.

@@ -1,11 +1,13 @@
-"""What SPViT's gates cost: a block's mixer by its choice, an MLP by its open units; in integers and differentiable.
+"""Cost of SPViT's gates: a block's mixer by its choice, an MLP by its open units; in integers and differentiable.
 
-MACs are linear in the cumulated gates g0, g1, g2 of a mixer and in the gates of hidden units (arXiv 2111.11802,
-section 3.4):
+MACs are linear in the cumulated gates of a mixer and in the gates of hidden units (arXiv 2111.11802, section 3.4):
 
     F = fixed + sum over blocks of  g0 c1 + g1 (c3 - c1) + g2 (cm - c3)  +  m cu
 
-with c1, c3 and cm those of the 1x1 and the 3x3 convolution and of attention, cu those of one of m open units.
+    F            MACs of the model                  fixed    MACs without gated mixers and without MLPs
+    g0, g1, g2   cumulated gates of the mixer       m        number of open hidden units of the MLP
+    c1, c3, cm   MACs of the 1x1 and the 3x3 convolution and of attention
+    cu           MACs of one hidden unit
 """
 
 from __future__ import annotations
@@ -37,19 +39,22 @@ def has_mixer_gates(block: Block) -> bool:
 
 @dataclass(frozen=True)
 class GateCosts:
-    """MACs per image. ``mixers`` has (c1, c3, cm) of every block, None where the mixer is given; ``units`` has cu."""
+    """MACs per image: ``mixers`` has (c1, c3, cm) of every block, None without mixer gates; ``units`` has cu."""
 
     fixed: int
     mixers: tuple[tuple[int, int, int] | None, ...]
     units: tuple[int, ...]
 
     def total(self, choices: Sequence[str], units: Sequence[int]) -> int:
-        """MACs with these mixers (one of ``CHOICES`` per block, any where it is given) and numbers of hidden units."""
+        """Count MACs with these mixers and numbers of hidden units.
+
+        ``choices`` has one of ``CHOICES`` per block, which is ignored for a block without mixer gates.
+        """
         chosen = [(0, *own)[CHOICES.index(c)] for own, c in zip(self.mixers, choices, strict=True) if own is not None]
         return self.fixed + sum(chosen) + sum(m * own for m, own in zip(units, self.units, strict=True))
 
     def parts(self, mixers: Gates, units: Gates) -> tuple[torch.Tensor, torch.Tensor]:
-        """MACs of all gated mixers, and of all MLPs, float64 scalars.
+        """Compute MACs of all gated mixers, and of all MLPs, as float64 scalars.
 
         Args:
             mixers: cumulated gates (3,) per block, None where there are none.
@@ -67,13 +72,18 @@ class GateCosts:
         return attention, mlp
 
     def estimate(self, mixers: Gates, units: Gates) -> torch.Tensor:
-        """F, a float64 scalar; the same number as ``total`` where all gates are 0 or 1."""
+        """Compute F, a float64 scalar; the same number as ``total`` where all gates are 0 or 1."""
         attention, mlp = self.parts(mixers, units)
         return self.fixed + attention + mlp
 
 
 def gate_costs(arch: Arch, count: Callable[[Arch], int] = COUNTS["exact"]) -> GateCosts:
-    """The costs of a ViT's or Swin's gates, by any count of MACs that is linear in them (one of ``COUNTS``)."""
+    """Compute the costs of a ViT's or Swin's gates.
+
+    Args:
+        arch: the model's record.
+        count: any count of MACs that is linear in the gates, one of ``COUNTS``.
+    """
     bare = [dataclasses.replace(block, mlp=0) for block in arch.blocks]
     bare = [replace_block(arch, block, "none", None, "") if has_mixer_gates(block) else block for block in bare]
     fixed = count(_with_blocks(arch, bare))
@@ -94,17 +104,21 @@ def gate_costs(arch: Arch, count: Callable[[Arch], int] = COUNTS["exact"]) -> Ga
 
 
 def _with_blocks(arch: Arch, blocks: Sequence[Block]) -> Arch:
-    """``arch`` with other blocks, as many as before in every stage."""
+    """Return ``arch`` with other blocks, as many as before in every stage."""
     rest = iter(blocks)
     stages = (dataclasses.replace(stage, blocks=tuple(next(rest) for _ in stage.blocks)) for stage in arch.stages)
     return dataclasses.replace(arch, stages=tuple(stages))
 
 
 def complexity_loss(spent: torch.Tensor, target: float, weight: float, form: str) -> torch.Tensor:
-    """weight * (spent - target)^2; ``hinge`` is 0 below the target, ``two_sided`` is SPViT's own.
+    """Compute weight * (spent - target)^2 (arXiv 2111.11802, section 3.4).
 
-    ``spent`` and ``target`` are in one unit: shares of the source's MACs here, 10^9 MACs in SPViT, whose lambda times
-    the square of the dense model's 10^9 MACs is ``weight``.
+    Args:
+        spent: the cost, a scalar; here a share of the source's MACs. SPViT counts in 10^9 MACs, and its lambda times
+            the square of the dense model's 10^9 MACs is ``weight``.
+        target: the budget, in the same unit.
+        weight: factor of the loss.
+        form: ``hinge``, 0 below the target; or ``two_sided``, SPViT's own.
     """
     excess = spent - target
     return weight * (excess.clamp(min=0) if form == "hinge" else excess) ** 2

@@ -1,12 +1,12 @@
 """SPViT as a training hook: one training run that finds a mixer for every block and hidden units for every MLP.
 
 Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", arXiv 2111.11802, section 3, and
-the released code. The source gets gates (``pruners.spvit_supernet``), which train beside its weights on
+the released code. The source gets gates (``pruners.spvit.supernet``), which train beside its weights on
 
     task loss + weight * (F - budget)^2        where F, a share of the source's MACs, is above the budget
 
-What comes out is a decision alone: the model is cut from the source's own weights, its BatchNorms are recalibrated
-(``models.recalibrate``), and it is finetuned, as it is or with weights that stay mixed (``pruners.spvit_mixed``).
+The result is a decision alone: the model is cut from the source's own weights, its BatchNorms are recalibrated
+(``models.recalibrate``), and it is finetuned, as it is or with weights that stay mixed (``pruners.spvit.mixed``).
 
 Different from that code: F counts exact MACs, nothing pulls F up to the budget, all ranks train the same sub-network of
 a step, a skipped mixer adds nothing in the end as in the search, and gates have no momentum; ``cost``, ``penalty``,
@@ -105,7 +105,7 @@ class SPViT(Hook):
         self._step = 0
 
     def wrap(self, model: nn.Module) -> None:
-        """Put the gates in.
+        """Put gates into the model.
 
         Raises:
             UserError: of another family, with nothing to decide about, or with windows that do not fit the scope.
@@ -132,12 +132,12 @@ class SPViT(Hook):
         return self.supernet
 
     def _draw(self) -> None:
-        """The sub-network of this step, the same in all of its micro-batches."""
+        """Draw the sub-network of this step, the same in all of its micro-batches."""
         several = self.settings.draws == "per_rank" and dist.is_available() and dist.is_initialized()
         self._gated.draw(self.settings.seed, self._step, dist.get_rank() if several else 0)
 
     def complexity(self) -> torch.Tensor:
-        """The complexity loss, a float64 scalar."""
+        """Compute the complexity loss, a float64 scalar."""
         own = self.settings
         spent = self.costs.estimate(*self._gated.expected()) / self._dense
         return complexity_loss(spent, own.budget, own.weight, own.penalty)
@@ -151,12 +151,12 @@ class SPViT(Hook):
         self._draw()
 
     def _kept(self) -> list[torch.Tensor | None]:
-        """Open units of every block, on the CPU."""
+        """List the open units of every block, on the CPU."""
         return [None if own is None else is_open(own.theta.detach()).cpu() for own in self._gated.units]
 
     @property
     def facts(self) -> Mapping[str, float | str]:
-        """MACs of what the gates say now, as a share of the source's; mixers, stage by stage; hidden units."""
+        """Facts about the current gates: MACs as a share of the source's, mixers stage by stage, hidden units."""
         choices = iter(self._gated.choices)
         units = [0 if own is None else int(own.sum()) for own in self._kept()]
         letters = (" ".join(LETTERS[next(choices)] for _ in stage.blocks) for stage in self.arch.stages)
@@ -167,7 +167,7 @@ class SPViT(Hook):
         }
 
     def finish(self) -> Cut:
-        """The decision, within the budget; the model has no gates any more, and its trained weights.
+        """Return the decision, within the budget; the model has no gates any more, and its trained weights.
 
         Raises:
             Collapsed: the gates say less than 0.7 of the budget.
@@ -189,7 +189,7 @@ class SPViT(Hook):
         return {"spvit_step": self._step, "settings": self.settings.model_dump()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of a search with other settings."""
+        """Resume a run. Raises UserError where the state is of a search with other settings."""
         for name, own in self.settings.model_dump().items():
             if state["settings"].get(name) != own:
                 raise UserError(

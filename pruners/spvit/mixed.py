@@ -2,7 +2,7 @@
 
 A convolution's weights are mixed in every pass from the full value and output weights of the attention that it came
 from, so that ``head_probs`` and all heads go on learning (arXiv 2111.11802, section 3.2; the released code). Frozen, it
-is ``models.mixers.ConvMixer``, with equal outputs and fewer parameters.
+is a ``models.layers.mixers.ConvMixer`` with equal outputs and fewer parameters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MixedConvMixer(nn.Module):
     Args:
         frozen: the mixer to stand in for; not registered here, so that no weight is there twice.
         attention: a block's, with heads of equal value widths; its weights are copied.
-        columns, alpha: as in ``models.conv_mixing``.
+        columns, alpha: as in ``models.layers.conv_mixing``.
     """
 
     def __init__(self, frozen: ConvMixer, attention: AttentionView, columns: torch.Tensor, alpha: float) -> None:
@@ -64,7 +64,7 @@ class MixedConvMixer(nn.Module):
         self.register_buffer("columns", columns.to(weight.device), persistent=False)
 
     def mixed(self, dtype: torch.dtype | None = None) -> MixedConv:
-        """The weights of the convolution."""
+        """Mix the weights of the convolution."""
         shared = (self.head_probs, self.v.weight, self.v.bias, self.proj.weight, self.proj.bias)
         return mix_conv(*(tensor.to(dtype) for tensor in shared), columns=self.columns, alpha=self.alpha)
 
@@ -86,13 +86,14 @@ class MixedConvMixer(nn.Module):
 
 
 class SPViTMixed(Hook):
-    """Finetunes ``models.cut(dense, decision)`` in the mixed form; ``finish`` freezes it and returns the number of
-    convolutions.
+    """Finetunes ``models.cut(dense, decision)`` in the mixed form.
+
+    ``finish`` freezes the convolutions and returns their number.
 
     Args:
         dense: the model that was cut, whose weights the convolutions start from; not changed.
-        decision: what it was cut by. Widths may be cut too: the shared weights are then those of the narrowed heads.
-        settings: all of them.
+        decision: the cut. Widths may be cut too: the shared weights are then those of the narrowed heads.
+        settings: of the finetuning; by default those of ``SPViTMixedSettings``.
     """
 
     def __init__(self, dense: nn.Module, decision: Cut, settings: SPViTMixedSettings | None = None) -> None:

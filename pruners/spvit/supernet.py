@@ -5,9 +5,9 @@ and 3.3, and the released code. With cumulated gates g0, g1, g2 of a block's mix
 
     y = g2 MSA(h) + g1 (1 - g2) CONV3(h) + g0 (1 - g1) (1 - g2) CONV1(h)        h = LN1(x)
 
-and both convolutions are mixed from the value and output weights of that attention (``models.conv_mixing``). Training
-computes all three, because gates get their gradients from what they did not choose, and both BatchNorms keep up;
-evaluation computes the chosen one. No gate open leaves y = 0.
+and both convolutions are mixed from the value and output weights of that attention (``models.layers.conv_mixing``).
+Training computes all three, because gates get their gradients from the mixers that they did not choose, and both
+BatchNorms keep up; evaluation computes the chosen one. Where no gate is open, y = 0.
 
 Different from the released code: a Swin's convolution sees the whole map, as it does once it is frozen, not a window
 (``conv_scope="window"`` gives that back).
@@ -41,13 +41,22 @@ __all__ = ["MixerGates", "SearchAttention", "SearchSwinBlock", "Supernet", "Unit
 
 
 def run_bottleneck(x: torch.Tensor, conv: MixedConv, norm: nn.Module) -> torch.Tensor:
-    """Convolution, BatchNorm, ReLU, 1x1 convolution: B·D·rows·columns to the same, zero padding."""
+    """Run a bottleneck: convolution with zero padding, BatchNorm, ReLU, 1x1 convolution.
+
+    Args:
+        x: B·D·rows·columns.
+        conv: weights of both convolutions.
+        norm: the BatchNorm between them.
+
+    Returns:
+        B·D·rows·columns.
+    """
     y = F.relu(norm(F.conv2d(x, conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2)))
     return F.conv2d(y, conv.out_weight, conv.out_bias)
 
 
 class MixerGates(nn.Module):
-    """Three gates of one mixer, and what its convolutions have of their own: ``head_probs`` and a BatchNorm each."""
+    """Three gates of one mixer, and the parameters of its convolutions alone: ``head_probs`` and a BatchNorm each."""
 
     def __init__(self, sharing: ConvSharing, block: Block, *, theta: float, alpha: float) -> None:
         super().__init__()
@@ -62,7 +71,7 @@ class MixerGates(nn.Module):
     def mix(
         self, h: torch.Tensor, attend: Callable[[], torch.Tensor], convolve: Callable[[int], torch.Tensor]
     ) -> torch.Tensor:
-        """y, from functions that compute attention and the convolution with a kernel of a side."""
+        """Compute y, from functions that compute attention and the convolution with a kernel of a given side."""
         if self.training:
             g0, g1, g2 = cumulate(sample(self.theta, self.u))
             return g2 * attend() + g1 * (1 - g2) * convolve(3) + g0 * (1 - g1) * (1 - g2) * convolve(1)
@@ -72,7 +81,7 @@ class MixerGates(nn.Module):
         return attend() if choice == "msa" else convolve(3 if choice == "conv3x3" else 1)
 
     def convolve(self, x: torch.Tensor, kernel: int, attention: AttentionView) -> torch.Tensor:
-        """B·D·rows·columns to the same, with weights mixed from those of ``attention``."""
+        """Convolve B·D·rows·columns to the same, with weights mixed from those of ``attention``."""
         rows, bias, out = attention.v.weight, attention.v.bias, attention.out.layer
         bias = rows.new_zeros(self.total_v) if bias is None else bias
         columns = self.get_buffer(f"columns_{kernel}")
@@ -81,7 +90,10 @@ class MixerGates(nn.Module):
 
 
 class SearchAttention(nn.Module):
-    """Takes the place of a ViT's attention. Prefix tokens have no place on the grid and pass a convolution by."""
+    """Replaces a ViT's attention during the search.
+
+    Prefix tokens have no place on the grid and bypass a convolution.
+    """
 
     def __init__(self, attention: AttentionView, gates: MixerGates, grid: tuple[int, int], prefix_tokens: int) -> None:
         super().__init__()
@@ -89,7 +101,7 @@ class SearchAttention(nn.Module):
         self.gates, self.grid, self.prefix_tokens = gates, grid, prefix_tokens
 
     def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        """(B, N, D) to the same; ``options`` are the attention's."""
+        """Mix tokens, (B, N, D) to the same; ``options`` are the attention's."""
         return self.gates.mix(x, lambda: self.attn(x, **options), lambda kernel: self._convolve(x, kernel))
 
     def _convolve(self, x: torch.Tensor, kernel: int) -> torch.Tensor:
@@ -100,7 +112,7 @@ class SearchAttention(nn.Module):
 
 
 class SearchSwinBlock(nn.Module):
-    """Takes the place of a Swin block, because attention sees windows and a convolution the map."""
+    """Replaces a whole Swin block during the search, because attention sees windows and a convolution the map."""
 
     def __init__(
         self,
@@ -115,7 +127,7 @@ class SearchSwinBlock(nn.Module):
         self.gates, self.window, self.shift = gates, window, shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, rows, columns, D) to the same."""
+        """Run the block, (B, rows, columns, D) to the same."""
         block = self.block
         h = block.norm1(x)
         # what timm's block calls between its norm and its residual connection: shift, windows, attention, and back
@@ -137,7 +149,7 @@ class SearchSwinBlock(nn.Module):
 
 
 class UnitGates(nn.Module):
-    """Takes the place of an MLP's activation: a gate on each of its M hidden units."""
+    """Replaces an MLP's activation during the search: a gate on each of its M hidden units."""
 
     def __init__(self, act: nn.Module, units: int, *, theta: float) -> None:
         super().__init__()
@@ -145,7 +157,7 @@ class UnitGates(nn.Module):
         self.u = torch.full((units,), 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., M) to the same."""
+        """Activate and gate hidden units, (..., M) to the same."""
         gates = sample(self.theta, self.u) if self.training else is_open(self.theta)
         return self.act(x) * gates.to(x.dtype)
 
@@ -212,7 +224,7 @@ class Supernet:
 
     @property
     def thetas(self) -> list[nn.Parameter]:
-        """The parameters of all gates, block by block: the mixer's, then the units'."""
+        """List the parameters of all gates, block by block: the mixer's, then the units'."""
         return [gates.theta for gates in self._all()]
 
     def _all(self) -> list[MixerGates | UnitGates]:
@@ -220,7 +232,7 @@ class Supernet:
         return [gates for pair in pairs for gates in pair if gates is not None]
 
     def draw(self, seed: int, step: int, rank: int = 0) -> None:
-        """New uniform numbers for all gates, from (seed, step, rank) alone."""
+        """Draw new uniform numbers for all gates, from (seed, step, rank) alone."""
         self.set_uniforms(uniforms([theta.numel() for theta in self.thetas], seed, step, rank))
 
     def set_uniforms(self, draws: Sequence[torch.Tensor]) -> None:
@@ -229,13 +241,13 @@ class Supernet:
             gates.u = u.to(gates.theta)
 
     def expected(self) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Gates for the complexity loss: cumulated ones of all mixers (3,), and of all units (M,)."""
+        """Return gates for the complexity loss: cumulated ones of all mixers (3,), and of all units (M,)."""
         mixers = [None if gates is None else expect(gates.theta).cumprod(-1) for gates in self.mixers]
         return mixers, [None if gates is None else expect(gates.theta) for gates in self.units]
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The mixer of every block as its gates are now; ``msa`` where it has none."""
+        """List the mixer that every block's gates choose now; ``msa`` for a block without mixer gates."""
         return tuple("msa" if gates is None else choice_of(gates.theta) for gates in self.mixers)
 
     def remove(self) -> None:
@@ -249,7 +261,7 @@ class Supernet:
 
 
 def _shift_of(stage: Stage, block: Block) -> tuple[int, int]:
-    """The shift of a block's windows; a side that one window covers is not shifted, as in timm."""
+    """Return the shift of a block's windows; a side that one window covers is not shifted, as in timm."""
     rows, columns = shift(stage, block)
     window = stage.window or (0, 0)
     return (0 if stage.grid[0] <= window[0] else rows, 0 if stage.grid[1] <= window[1] else columns)

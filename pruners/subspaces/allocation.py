@@ -1,4 +1,4 @@
-"""Which block gets which ranks and units: one-block losses propose, an exact cost decides.
+"""Allocation of ranks and units to blocks: one-block losses propose, an exact cost decides.
 
 Every space of every block is narrowed alone to a few levels, refitted, and its KL to the source measured on images that
 the fits have not seen, with all other blocks whole. The sums of these losses are below the true KL but rank well, so
@@ -41,7 +41,7 @@ class BlockLosses:
 
 
 def levels(full: int, align: int) -> list[int]:
-    """Widths to try for a space, the full one first, all others multiples of ``align``."""
+    """List widths to try for a space, the full one first, all others multiples of ``align``."""
     rounded = {max(align, round(full * share / align) * align) for share in SHARES[1:]}
     return [full, *sorted((width for width in rounded if width < full), reverse=True)]
 
@@ -182,7 +182,7 @@ def _step_up(
 
 
 def _fill(arch: Arch, embed: int, found: dict[Choice, int], limit: int, objective: Objective, align: int) -> Widths:
-    """Give what is left to MLP units, then to ranks, in the finest steps, evenly over blocks."""
+    """Spend what is left on MLP units, then on ranks, in the finest steps, evenly over blocks."""
     for space in ("mlp", "v", "qk"):
         moved = True
         while moved:

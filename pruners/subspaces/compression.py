@@ -1,4 +1,4 @@
-"""Small models that are computed: project every linear space onto its best subspace, then refit readers and writers.
+"""Compression in closed form: project every linear space onto its best subspace, then refit readers and writers.
 
 Blocks are computed in order. Features are the small model's own, targets the source's: x_i is the source's stream in
 front of block i, m_i between its halves, z and z' those of the small model, T the map of the residual stream, N
@@ -94,7 +94,7 @@ def compress(
 
 
 class Work:
-    """The small model's weights as far as they are computed, and both streams of every batch.
+    """The state of a compression: the small model's weights computed so far, and both streams of every batch.
 
     Args:
         model, arch, blocks: the source.
@@ -130,7 +130,7 @@ class Work:
         self.z: list[torch.Tensor] = []  # the small model's own
 
     def start(self, images: list[torch.Tensor]) -> None:
-        """Project what writes the first stream: patch embedding, prefix tokens, positions."""
+        """Project the writers of the first stream: patch embedding, prefix tokens, positions."""
         state = self.model.state_dict()
         for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
             if name in state:
@@ -145,7 +145,14 @@ class Work:
             self.z.append(self._map(self.x[-1]))
 
     def block(self, j: int, i: int, after: int, own: BlockWidths) -> None:
-        """Compute kept block ``j`` of the small model, block ``i`` of the source; the next kept one is ``after``."""
+        """Compute one block of the small model.
+
+        Args:
+            j: its number in the small model.
+            i: its number in the source.
+            after: number in the source of the next kept block; the source's depth behind the last one.
+            own: ranks and units of the block.
+        """
         source, record = self.blocks[i], self.small.blocks[j]
         self.m = [source.after_attention(x) for x in self.x]
         self.after = []
@@ -162,7 +169,15 @@ class Work:
         self.x = self.after
 
     def attention(self, name: str, source: SourceBlock, record: Block, i: int, target: list[torch.Tensor]) -> None:
-        """Compute the attention of block ``i`` of the source, which leaves ``target`` in the stream."""
+        """Compute the attention of a block, and add its output to the small model's stream.
+
+        Args:
+            name: prefix of the block's tensors in the small model, such as ``blocks.0.``.
+            source: the source's block.
+            record: the small model's block.
+            i: number of the block in the source.
+            target: for every batch, the source's stream that the sum should come close to, (B, N, D).
+        """
         attn, old = source.module.attn, source.record
         weight, bias = self._reader(attn.qkv, source.module.norm1)
         if self.refit:
@@ -200,7 +215,7 @@ class Work:
         bias: torch.Tensor,
         columns: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block-diagonal map of q, k, v to their ranks, and the output projection's columns for them."""
+        """Make the block-diagonal map of q, k, v to their ranks, and the output projection's columns for them."""
         found, device = self.statistics, self.T.device
         queries, keys = found.queries[i].to(device) / found.rows, found.keys[i].to(device) / found.rows
         eye = torch.eye(old.qk, dtype=torch.float64, device=device)
@@ -225,7 +240,7 @@ class Work:
     def _output_covariance(
         self, record: Block, old: Block, norms: tuple[nn.Module, nn.Module], weight: torch.Tensor, bias: torch.Tensor
     ) -> list[torch.Tensor]:
-        """C_h of every head: covariance of the small model's attention output before ranks are taken."""
+        """Compute C_h of every head: covariance of the small model's attention output before ranks are taken."""
         if record.v_widths == old.v_widths:
             return []
         qkv = _linear(weight, bias, self.parameter)
@@ -239,7 +254,14 @@ class Work:
         ]
 
     def mlp(self, name: str, source: SourceBlock, record: Block, i: int) -> None:
-        """Compute the MLP of block ``i`` of the source."""
+        """Compute the MLP of a block, and add its output to the small model's stream.
+
+        Args:
+            name: prefix of the block's tensors in the small model, such as ``blocks.0.``.
+            source: the source's block.
+            record: the small model's block.
+            i: number of the block in the source.
+        """
         mlp = source.module.mlp
         out = self.T.T @ (source.gain("ls2").double()[:, None] * mlp.fc2.weight.double())
         units = torch.arange(len(mlp.fc1.weight), device=self.T.device)
@@ -281,7 +303,7 @@ class Work:
             self._norm(norm, None)
 
     def _pooled(self, stream: torch.Tensor, token: int | None, norm: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        """What a classifier reads, (B, width of the stream)."""
+        """Compute the classifier's input, (B, width of the stream)."""
         if token is not None:
             return norm(stream)[:, token]
         stream = norm(stream) if self.arch.head_norm == "tokens" else stream
@@ -295,7 +317,7 @@ class Work:
         return F.layer_norm(z, z.shape[-1:], eps=self.arch.norm_eps)
 
     def _reader(self, layer: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What projection alone makes of a layer behind a norm: W diag(g) T sqrt(D/k), b + W beta."""
+        """Project a layer behind a norm: W diag(g) T sqrt(D/k), b + W beta."""
         weight = layer.weight.double()
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
         return (weight * norm.weight.double()) @ self.T * self.gain, bias + weight @ norm.bias.double()
@@ -315,7 +337,7 @@ class Work:
         weight: torch.Tensor,
         bias: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fit a writer to what is missing between the small model's stream and the source's, and let it write."""
+        """Fit a writer to the difference between the source's stream and the small model's, and add its output."""
         if self.refit:
             sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
             for n, z in enumerate(self.z[: self.fitted]):
@@ -331,7 +353,7 @@ class Work:
             self.weights[f"{name}.bias"] = bias
 
     def _norm(self, name: str, scale: str | None, shift: torch.Tensor | None = None) -> None:
-        """A norm without gain and bias, and a LayerScale of 1: both are in the layers around them."""
+        """Reset a norm's gain and bias and a LayerScale to 1, 0 and 1: both are in the layers around them."""
         width = self.small.stages[0].width
         self.weights[f"{name}.weight"] = torch.ones(width)
         self.weights[f"{name}.bias"] = torch.zeros(width) if shift is None else shift

@@ -1,4 +1,4 @@
-"""A front of computed models: for every budget the residual width and the shares of all blocks with the least KL."""
+"""A front of computed models: for every budget, the residual width and the shares of all blocks with the least KL."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def instant(
 
 
 class _Front:
-    """What all budgets share."""
+    """The state that all budgets share."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Front:
         return None if widths is None else self._computed(budget, widths)
 
     def _even(self, budget: float) -> Point | None:
-        """The largest model of equal shares of all widths within a budget."""
+        """Find the largest model of equal shares of all widths within a budget."""
         limit = budget * self.objective(self.arch)
         for step in range(256, 0, -1):
             widths = equal_shares(self.arch, step / 256, self.align)

@@ -27,7 +27,7 @@ def root(matrix: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
 
 
 def residual_map(basis: torch.Tensor, width: int, seed: int = 0) -> torch.Tensor:
-    """T (D, k): residual stream of the source to that of the small model, z = x T.
+    """Compute T (D, k), which maps the residual stream of the source to that of the small model, z = x T.
 
     T = P U' + 1_D 1_k' / sqrt(D k): P are the k - 1 leading directions of the centred stream, U (k, k - 1) is any
     orthonormal basis orthogonal to the ones, so that the mean of a token goes to the mean and LayerNorm commutes with
@@ -48,7 +48,7 @@ def residual_map(basis: torch.Tensor, width: int, seed: int = 0) -> torch.Tensor
 
 
 def query_key_maps(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps (r, d) of a head's queries and keys whose products are the best rank-r logits in the mean square.
+    """Compute maps (r, d) of a head's queries and keys whose products are the best rank-r logits in the mean square.
 
     SVD of S_q^1/2 S_k^1/2 = U S V'; q' = S_r^1/2 U_r' S_q^-1/2 q and k' = S_r^1/2 V_r' S_k^-1/2 k.
 
@@ -63,7 +63,7 @@ def query_key_maps(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tupl
 
 
 def value_map(output: torch.Tensor, projection: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Map (r, d) of a head's values and its columns (k, r) of the output projection, the best of rank r.
+    """Compute the map (r, d) of a head's values and its columns (k, r) of the output projection, the best of rank r.
 
     SVD of W_o,h C_h^1/2 = U S V'; W_v' = V_r' C_h^-1/2 W_v and W_o' = U_r S_r.
 

@@ -34,7 +34,7 @@ class NormalEquations:
         self._y = zeros(targets)
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take rows into the sums.
+        """Add rows to the sums.
 
         Args:
             features: (..., F).
@@ -62,7 +62,7 @@ class NormalEquations:
     def solve(
         self, start: torch.Tensor, shrinkage: float, *, centred: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The linear map from features to targets that is nearest to ``start`` where the rows do not say otherwise.
+        """Fit the linear map from features to targets, shrunk towards ``start`` where the rows determine little.
 
         Args:
             start: W_0, (G, F).

@@ -77,7 +77,7 @@ def recover(
 
 
 class _Recovery:
-    """The streams of source and small model, as far as the small one is refitted."""
+    """The streams of source and small model, up to the block that is refitted next."""
 
     def __init__(
         self, model: Any, blocks: list[SourceBlock], small: Any, decision: Cut, images: Streams, shrinkage: float
@@ -183,7 +183,7 @@ class _Recovery:
 
 
 def _pooled(model: Any, stream: torch.Tensor, token: int | None) -> torch.Tensor:
-    """What a classifier reads, (B, width)."""
+    """Compute the classifier's input, (B, width)."""
     normed = model.norm(stream)
     return model.fc_norm(model.pool(normed)) if token is None else normed[:, token]
 
@@ -199,7 +199,7 @@ def _fold(scale: Any, layer: Any) -> None:
 
 
 def _rows(source: SourceBlock, choice: BlockCut, device: torch.device) -> torch.Tensor:
-    """Which outputs of the source's qkv layer stay, in the small model's order."""
+    """List the outputs of the source's qkv layer that stay, in the small model's order."""
     block = source.record
     width = block.heads * block.qk
     if choice.qk is None or choice.v is None:

@@ -1,4 +1,4 @@
-"""A source ViT read block by block, and what one pass of images over it says about its spaces."""
+"""Reading a source ViT block by block, and the statistics of its spaces from one pass of images."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ NEEDS = ("images", "fused_qkv", "global_attention")  # of a family
 
 @dataclass(frozen=True)
 class SourceBlock:
-    """One block's pieces. Shapes: x and m (B, N, D), qkv (B, N, 2 H E + sum of V), hidden (B, N, M)."""
+    """The pieces of one block. Shapes: x and m (B, N, D), qkv (B, N, 2 H E + sum of V), hidden (B, N, M)."""
 
     module: Any
     record: Block
 
     def qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values, head after head, before any q/k norm."""
+        """Compute queries, keys and values, head after head, before any q/k norm."""
         return self.module.attn.qkv(self.module.norm1(x))
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """What the output projection reads."""
+        """Compute the input of the output projection."""
         block, norms = self.record, (self.module.attn.q_norm, self.module.attn.k_norm)
         return attend_with(qkv, block.heads, block.qk, block.v_widths, block.scale, norms)
 
     def after_attention(self, x: torch.Tensor) -> torch.Tensor:
-        """The stream m between attention and MLP."""
+        """Compute the stream m between attention and MLP."""
         if self.record.mixer != "attn":
             return x
         return x + self.module.ls1(self.module.attn.proj(self.attend(self.qkv(x))))
 
     def preactivation(self, m: torch.Tensor) -> torch.Tensor:
-        """Hidden units before their activation."""
+        """Compute the hidden units before their activation."""
         return self.module.mlp.fc1(self.module.norm2(m))
 
     def after_mlp(self, m: torch.Tensor) -> torch.Tensor:
-        """The next block's stream."""
+        """Compute the next block's stream."""
         if not self.record.mlp:
             return m
         return m + self.module.ls2(self.module.mlp(self.module.norm2(m)))
 
     def gain(self, half: str) -> torch.Tensor:
-        """LayerScale's factors ``ls1`` or ``ls2`` on a half's output, (D,); ones without it."""
+        """Return LayerScale's factors ``ls1`` or ``ls2`` on a half's output, (D,); ones without it."""
         scale = getattr(self.module, half)
         weight = self.module.attn.proj.weight if half == "ls1" else self.module.mlp.fc2.weight
         return scale.gamma if hasattr(scale, "gamma") else torch.ones_like(weight[:, 0])
@@ -81,7 +81,7 @@ def attend_with(
 
 
 def open_source(model: nn.Module) -> tuple[Arch, list[SourceBlock]]:
-    """The record and blocks of a ViT whose parts can all be refitted.
+    """Return the record and blocks of a ViT whose parts can all be refitted.
 
     Raises:
         UserError: another family, or a block with a convolution, a token plan or token factors.
@@ -97,12 +97,20 @@ def open_source(model: nn.Module) -> tuple[Arch, list[SourceBlock]]:
 
 
 def stem(model: Any, images: torch.Tensor) -> torch.Tensor:
-    """The first block's input, (B, N, D)."""
+    """Compute the first block's input.
+
+    Args:
+        model: a timm ViT.
+        images: (B, C, rows, columns).
+
+    Returns:
+        (B, N, D).
+    """
     return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
 
 def images_of(batches: Iterable[Any]) -> list[torch.Tensor]:
-    """Calibration images of a list of batches; labels that come with them are not used.
+    """Return the calibration images of a list of batches; labels that come with them are not used.
 
     Raises:
         UserError: there is no image, only one, or a value that is not finite.
@@ -171,13 +179,13 @@ class SourceStatistics:
 
     @property
     def directions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Spectrum (D,) and eigenvectors (D, D) of the stream, in ascending order; the spectrum's sum is 1."""
+        """Compute spectrum (D,) and eigenvectors (D, D) of the stream, in ascending order; the spectrum's sum is 1."""
         values, vectors = torch.linalg.eigh(self.stream)
         values = values.clamp_min(0)
         return values / values.sum(), vectors
 
     def unit_variance(self, block: int) -> torch.Tensor:
-        """(M,): variance of every hidden unit of a block after its activation."""
+        """Compute the variance of every hidden unit of a block after its activation, (M,)."""
         mean, square = self.hidden[block] / self.rows
         return (square - mean**2).clamp_min(0)
 
@@ -202,7 +210,7 @@ class SourceStatistics:
 
 
 def _directions(x: torch.Tensor) -> torch.Tensor:
-    """Sum of u u' over tokens (D, D), u the centred token of length 1; constant tokens add nothing."""
+    """Sum u u' over tokens (D, D), u the centred token of length 1; constant tokens add nothing."""
     wide = x.flatten(0, -2).double()
     centred = wide - wide.mean(-1, keepdim=True)
     unit = centred / centred.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -210,7 +218,7 @@ def _directions(x: torch.Tensor) -> torch.Tensor:
 
 
 def _moments(qkv: torch.Tensor, heads: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over tokens of q q' and of k k' with keys centred per image, (H, E, E) each."""
+    """Sum q q', and k k' with keys centred per image, over tokens, (H, E, E) each."""
     q, k, _ = torch.split(qkv, [heads * width, heads * width, qkv.shape[-1] - 2 * heads * width], dim=-1)
     q, k = (rearrange(t.double(), "b n (h e) -> b n h e", h=heads) for t in (q, k))
     k = k - k.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How wide the small model is, and which record follows from it."""
+"""Widths of the small model, and the record that follows from them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Widths:
         mlp: int | None = None,
         drop: Iterable[int] = (),
     ) -> Widths:
-        """The same ranks and units in every block.
+        """Give every block the same ranks and units.
 
         Args:
             arch: the source's record.
@@ -70,7 +70,7 @@ def can_project(arch: Arch, space: str) -> bool:
 
 
 def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
-    """The same share of every width of a source.
+    """Take the same share of every width of a source.
 
     Args:
         arch: the source's record.
@@ -95,7 +95,7 @@ def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
 
 
 def compressed_arch(arch: Arch, widths: Widths) -> Arch:
-    """The record of the small model: that of a chosen cut of the same widths, so its cost is the same too.
+    """Make the record of the small model: that of a chosen cut of the same widths, so its cost is the same too.
 
     Args:
         arch: the source's record.

@@ -1,4 +1,4 @@
-"""Exact scores: every unit is removed for itself, and only what lies behind it is run again.
+"""Exact scores: every unit is removed on its own, and only the layers behind it are run again.
 
 A unit's score is KL(source || without the unit), summed over the images. The source runs once per batch and keeps the
 residual stream around every sublayer. Removing an MLP unit is a rank-1 change of the MLP's output, removing a channel
@@ -26,7 +26,13 @@ __all__ = ["Exact", "rows_in"]
 
 
 def rows_in(memory_mb: int, arch: Arch, element_size: int) -> int:
-    """Images (of all units stacked) that run at a time in about ``memory_mb`` MiB: at least one."""
+    """Estimate how many images (of all units stacked) can run at a time; at least one.
+
+    Args:
+        memory_mb: memory to use, in MiB.
+        arch: the model's record.
+        element_size: bytes of an activation.
+    """
     largest = 0
     for stage in arch.stages:
         places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens
@@ -47,7 +53,7 @@ class _Trace(NamedTuple):
 
 
 class Exact:
-    """Scores of one batch of images; made once, asked for any vectors."""
+    """Exact scores of one batch of images: the source runs once, then any vectors can be scored."""
 
     def __init__(self, forward: Forward, images: torch.Tensor, memory_mb: int) -> None:
         self.forward = forward
@@ -69,13 +75,13 @@ class Exact:
         self.units_at_once = max(1, rows_in(memory_mb, arch, x.element_size()) // self.batch)
 
     def score(self, name: str) -> torch.Tensor:
-        """Sums over the images of a vector's units, float64 on the CPU."""
+        """Compute the scores of a vector's units, summed over the images, float64 on the CPU."""
         index = int(name.split(".")[1])
         parts = _LOGITS[kind_of(name)](self, index)
         return torch.cat([self._divergence(logits) for logits in parts])
 
     def score_skips(self) -> torch.Tensor:
-        """(2L,): without block i, and without block i's MLP and the next block's mixer (see ``score_blocks``)."""
+        """Score (2L,) without block i, and without block i's MLP and the next block's mixer (see ``score_blocks``)."""
         forward, depth = self.forward, self.forward.arch.depth
         entries = []
         for i, trace in enumerate(self.trace):
@@ -87,12 +93,12 @@ class Exact:
         return torch.cat([self._divergence(logits) for logits in entries])
 
     def without(self, skipped: frozenset[int]) -> float:
-        """The divergence, summed over the images, of the source without these blocks."""
+        """Compute the divergence, summed over the images, of the source without these blocks."""
         start = min(skipped)
         return float(self._divergence(self.forward.run(start, self.trace[start].x, skipped=skipped)))
 
     def _divergence(self, logits: torch.Tensor) -> torch.Tensor:
-        """(units,) of stacked logits (units·B, K)."""
+        """Compute the divergence (units,) of stacked logits (units·B, K)."""
         changed = logits.view(-1, *self.logits.shape)
         return kl_divergence(self.logits, changed).sum(1).cpu()
 
@@ -100,20 +106,20 @@ class Exact:
         return iter(torch.split(torch.arange(units, device=self.logits.device), self.units_at_once))
 
     def _stack(self, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-        """``x`` (B, N, D) once for every unit, (units·B, N, D)."""
+        """Repeat ``x`` (B, N, D) once for every unit, (units·B, N, D)."""
         return x.repeat(len(units), 1, 1)
 
     def _gate(self, units: torch.Tensor, size: int) -> torch.Tensor:
-        """(units·B, 1, size), without its unit in every unit's rows."""
+        """Make gates (units·B, 1, size), each unit's rows without that unit."""
         return self._one_less(units, size).repeat_interleave(self.batch, 0)[:, None]
 
     def _one_less(self, units: torch.Tensor, size: int) -> torch.Tensor:
         return 1 - torch.eye(size, dtype=self.logits.dtype, device=units.device)[units]
 
     def _resume(self, i: int, z: torch.Tensor) -> torch.Tensor:
-        """Logits from behind block ``i``'s MLP, (units·B, N, D) to (units·B, K)."""
+        """Compute logits from behind block ``i``'s MLP, (units·B, N, D) to (units·B, K)."""
         forward, x = self.forward, self.trace[i].x
-        if forward.arch.blocks[i].tokens is not None:  # only then is the block's input read again
+        if forward.arch.blocks[i].tokens is not None:  # the block's input is read again only in this case
             x = x.repeat(len(z) // self.batch, 1, 1)
         return forward.run(i + 1, forward.after(i, forward.leave(i, z, x)))
 
@@ -157,7 +163,7 @@ class Exact:
                 yield self._resume(i, forward.mlp(i, z.flatten(0, 1)))
 
     def _head_logits(self, i: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Attention logits (B, N, P) of one head's queries and keys."""
+        """Compute attention logits (B, N, P) of one head's queries and keys."""
         attention = self.forward.attention_of(i)
         if self.forward.arch.qk_norm:
             q, k = attention.q_norm(q), attention.k_norm(k)
@@ -170,7 +176,10 @@ class Exact:
     def _head_logits_without(
         self, i: int, q: torch.Tensor, k: torch.Tensor, units: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
-        """(units, B, N, P): the logits lose one channel's product; with q/k norm they are another head's."""
+        """Compute the logits without one channel's product, (units, B, N, P).
+
+        With q/k norm the head's logits change as a whole.
+        """
         attention = self.forward.attention_of(i)
         scale = attention.record.scale
         if not self.forward.arch.qk_norm:

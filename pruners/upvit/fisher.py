@@ -1,4 +1,4 @@
-"""Second-order scores: what removing a unit costs, from gradients with respect to gates.
+"""Second-order scores: the cost of removing a unit, from gradients with respect to gates.
 
 KL(source || changed) has a zero and a minimum at no change, so its first-order term vanishes and, with a gate m on the
 unit (1 in the source) and p the source's distribution of labels y,
@@ -23,7 +23,7 @@ __all__ = ["draw_labels", "fisher_sums"]
 def fisher_sums(
     forward: Forward, images: torch.Tensor, units: Mapping[str, int], labels: int | str, uniform: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """Scores of one batch, summed over its images, float64 on the CPU.
+    """Compute the scores of one batch, summed over its images, float64 on the CPU.
 
     Args:
         forward: the model.
@@ -49,7 +49,7 @@ def fisher_sums(
 def _labels(
     p: torch.Tensor, labels: int | str, uniform: Sequence[float]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Labels (B,) with weights (B,) that sum to 1."""
+    """Yield labels (B,) with weights (B,) that sum to 1."""
     if labels == "all":
         for k in range(p.shape[1]):
             yield torch.full(p.shape[:1], k, device=p.device), p[:, k]
@@ -60,10 +60,18 @@ def _labels(
 
 
 def draw_labels(p: torch.Tensor, number: int, uniform: Sequence[float]) -> torch.Tensor:
-    """(B, number) labels distributed as ``p`` (B, K), by systematic sampling.
+    """Draw labels distributed as ``p``, by systematic sampling.
 
     They lie at equal steps of the distribution function from a random start, so that together they are closer to ``p``
     than independent draws would be.
+
+    Args:
+        p: probabilities (B, K).
+        number: n, labels per image.
+        uniform: the start in [0, 1) of every image, B numbers.
+
+    Returns:
+        Labels (B, n), int64.
     """
     start = torch.tensor(uniform, dtype=p.dtype, device=p.device)[:, None]
     steps = (torch.arange(number, dtype=p.dtype, device=p.device) + start) / number

@@ -1,12 +1,13 @@
-"""A ViT's or PVTv2's evaluation forward pass in pieces: with a gate on every unit, and from any block on.
+"""The evaluation forward pass of a ViT or PVTv2 in pieces: with a gate on every unit, and from any block on.
 
-``pruners.upvit_lm`` has that of a language model.
+``pruners.upvit.lm`` has that of a language model.
 
-The pieces are the model's own sub-modules, so stock timm blocks and those of ``models.vit`` and ``models.pvt`` run
-alike; without gates the result is ``model(x)``. Gates are named like the vectors of ``Scores`` and have shape (B, 1,
-units), one row per image; 1 leaves a unit, 0 removes it (``models.cut``'s meaning of removal):
+The pieces are the model's own sub-modules, so stock timm blocks and those of ``models.families.vit`` and
+``models.families.pvt_v2`` run alike; without gates the result is ``model(x)``. Gates are named like the vectors of
+``Scores`` and have shape (B, 1, units), one row per image; 1 leaves a unit, 0 removes it (``models.cut``'s meaning of
+removal):
 
-    stages.S.embed  in everything that reads the residual stream: LayerNorms have mean and variance over the channels
+    stages.S.embed  everything that reads the residual stream: LayerNorms have mean and variance over the channels
                     that are left, and 0 in the others
     blocks.I.attn   query and value channel; with q/k norm, the norm of the channel's head counts the others only
     blocks.I.mlp    hidden unit behind the activation (before it, PVTv2's depthwise bias would remain)
@@ -38,21 +39,39 @@ UNGATED: Gates = {}
 
 
 def _standardised(x: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
-    """(x - mean) / sqrt(var + eps) over the last axis, weighted by ``gate``; where no channel is left, of mean 0."""
+    """Compute (x - mean) / sqrt(var + eps) over the last axis, weighted by ``gate``; mean 0 if no channel is left."""
     count = gate.sum(-1, keepdim=True).clamp(min=1)
     centred = x - (x * gate).sum(-1, keepdim=True) / count
     return centred * ((centred.square() * gate).sum(-1, keepdim=True) / count + eps).rsqrt()
 
 
 def normed_over(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """A LayerNorm with mean and variance over the channels that ``gate`` leaves; a missing norm passes ``x`` on."""
+    """Apply a LayerNorm with mean and variance over the channels that a gate leaves.
+
+    Args:
+        norm: the LayerNorm; a missing one (an identity) passes ``x`` on.
+        x: (..., D).
+        gate: 1 for channels that are left, 0 for others, shape (B, 1, D); ``None`` leaves all.
+
+    Returns:
+        (..., D), also for channels that are gone.
+    """
     if gate is None or not isinstance(norm, nn.LayerNorm):
         return norm(x)
     return norm.weight * _standardised(x, gate, norm.eps) + norm.bias
 
 
 def normed(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """``normed_over``, times the gate; a missing norm passes ``x`` on, for the next reader to gate."""
+    """Apply ``normed_over`` and multiply by the gate.
+
+    Args:
+        norm: the LayerNorm; a missing one (an identity) passes ``x`` on, for the next reader to gate.
+        x: (..., D).
+        gate: as for ``normed_over``.
+
+    Returns:
+        (..., D).
+    """
     y = normed_over(norm, x, gate)
     return y if gate is None or not isinstance(norm, nn.LayerNorm) else gate * y
 
@@ -78,24 +97,31 @@ class Forward:
         self._pyramid = not family_of(self.arch).single_stage  # every stage embeds patches, and ends with a norm
 
     def __call__(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """Logits (B, K) of images B·C·H·W."""
+        """Compute logits (B, K) of images B·C·H·W."""
         return self.run(0, self.begin(0, self.stem(0, x, gates), gates), gates)
 
     def run(self, i: int, x: torch.Tensor, gates: Gates = UNGATED, skipped: Collection[int] = ()) -> torch.Tensor:
-        """Logits from block ``i``'s input; behind the last block, ``x`` are the logits (see ``after``)."""
+        """Compute logits (B, K) from the input of a block on.
+
+        Args:
+            i: number of the block; the depth stands for the end, where ``x`` are the logits (see ``after``).
+            x: the block's input, (B, N, D).
+            gates: by vector; left out: all units are there.
+            skipped: blocks that are left out.
+        """
         for j in range(i, self.arch.depth):
             x = self.after(j, x if j in skipped else self.block(j, x, gates), gates)
         return x
 
     def after(self, i: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """From block ``i``'s output to the next block's input, or to the logits."""
+        """Compute the next block's input, or the logits, from block ``i``'s output."""
         if i + 1 == self.arch.depth:
             return self.logits(x, gates)
         s = self.stage_of[i + 1]
         return x if s == self.stage_of[i] else self.begin(s, self.stem(s, x, gates), gates)
 
     def stem(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """What stage ``s`` begins with, before any norm: (B, N, D), of images or of the last stage's tokens."""
+        """Compute the start of stage ``s``, before any norm: (B, N, D), of images or of the last stage's tokens."""
         model = self.model
         if not self._pyramid:
             return model.patch_drop(model._pos_embed(model.patch_embed(x)))
@@ -105,7 +131,7 @@ class Forward:
         return rearrange(self._embedding(s).proj(x), "b d h w -> b (h w) d")
 
     def begin(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """The first block's input in stage ``s``, of what ``stem`` returned."""
+        """Compute the first block's input in stage ``s`` from the output of ``stem``."""
         gate = gates.get(f"stages.{s}.embed")
         return normed_over(self._embedding(s).norm if self._pyramid else self.model.norm_pre, x, gate)
 
@@ -113,7 +139,7 @@ class Forward:
         return self.model.stages[s].downsample if s else self.model.patch_embed
 
     def logits(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """(B, K), of the last block's output; a distilled model's are the mean of its heads."""
+        """Compute logits (B, K) from the last block's output; a distilled model's are the mean of its heads."""
         model, gate = self.model, gates.get(f"stages.{len(self.arch.stages) - 1}.embed")
         if self._pyramid:
             return model.head(normed(model.stages[-1].norm, x, gate).mean(1))
@@ -128,25 +154,32 @@ class Forward:
         return model.head(pooled[:, 0])
 
     def block(self, i: int, x: torch.Tensor, gates: Gates = UNGATED, *, mixer: bool = True) -> torch.Tensor:
-        """Block ``i``; without its mixer where ``mixer`` is False."""
+        """Run a block, (B, N, D) to the same.
+
+        Args:
+            i: number of the block.
+            x: its input, (B, N, D).
+            gates: by vector; left out: all units are there.
+            mixer: False leaves the token mixer out.
+        """
         z = self.enter(i, x)
         z = self.mixer(i, z, gates) if mixer else z[:, : self._rows(i)]
         return self.leave(i, self.mlp(i, z, gates), x)
 
     def enter(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """The tokens inside block ``i``: merged where it has a token plan."""
+        """Compute the tokens inside block ``i``: merged where it has a token plan."""
         return x if self.arch.blocks[i].tokens is None else self.blocks[i].token_merge.merge(x)
 
     def leave(self, i: int, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The output of block ``i``, of what is inside it at the end and of its input."""
+        """Compute the output of block ``i`` from the tokens inside it at the end and from its input."""
         return z if self.arch.blocks[i].tokens is None else self.blocks[i].token_merge.spread(z, x)
 
     def _rows(self, i: int) -> int | None:
-        """Tokens, from the first on, that leave the mixer of block ``i``."""
+        """Return how many tokens, from the first on, leave the mixer of block ``i``."""
         return self.rows if i + 1 == self.arch.depth else None
 
     def mixer(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """``z`` and what the token mixer adds to it."""
+        """Add the token mixer's output to ``z``."""
         block, module, rows = self.arch.blocks[i], self.blocks[i], self._rows(i)
         if block.mixer == "none" and not block.norm_residual:
             return z[:, :rows]
@@ -162,15 +195,15 @@ class Forward:
         return z[:, :rows] + self.layer_scaled(i, "ls1", y)
 
     def norm1(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """The token mixer's input."""
+        """Compute the token mixer's input."""
         return normed(self.blocks[i].norm1, z, gates.get(f"stages.{self.stage_of[i]}.embed"))
 
     def layer_scaled(self, i: int, name: str, y: torch.Tensor) -> torch.Tensor:
-        """``y`` times the layer scale ``ls1`` or ``ls2``, where there is one."""
+        """Multiply ``y`` by the layer scale ``ls1`` or ``ls2``, where there is one."""
         return getattr(self.blocks[i], name)(y) if self.arch.layer_scale else y
 
     def qkv(self, i: int, y: torch.Tensor, gates: Gates = UNGATED) -> tuple[torch.Tensor, ...]:
-        """Queries (B, N, H·E) of the rows that are needed, keys (B, P, H·E) and values (B, P, H·V), of norm1's output.
+        """Compute queries (B, N, H·E) of needed rows, keys (B, P, H·E) and values (B, P, H·V), of norm1's output.
 
         Before any q/k norm, and queries without their gate.
         """
@@ -184,13 +217,23 @@ class Forward:
         return q, k, v if gate is None else v * gate
 
     def attention_of(self, i: int) -> AttentionView:
-        """The view of block ``i``'s attention, which it has."""
+        """Return the view of block ``i``'s attention, which it has."""
         attention = self.attention[i]
         assert attention is not None, "the caller has looked at the block's mixer"
         return attention
 
     def scaled_heads(self, i: int, q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor | None) -> tuple[Any, Any]:
-        """Queries and keys as (B, H, N, E), normalised where the model does so, queries gated."""
+        """Split queries and keys into heads, with q/k norms where the model has them, and gate the queries.
+
+        Args:
+            i: number of the block.
+            q: queries (B, N, H·E).
+            k: keys (B, P, H·E).
+            gate: (B, 1, H·E) on channels, or None.
+
+        Returns:
+            ((B, H, N, E), (B, H, P, E)).
+        """
         attention = self.attention_of(i)
         q, k = attention.by_head(q), attention.by_head(k)
         by_head = None if gate is None else attention.by_head(gate)
@@ -201,7 +244,7 @@ class Forward:
         return normed(attention.q_norm, q, by_head), normed_over(attention.k_norm, k, by_head)
 
     def hidden(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """The MLP's hidden units behind the activation, (B, N, M)."""
+        """Compute the MLP's hidden units behind the activation, (B, N, M)."""
         s, mlp = self.stage_of[i], self.mlps[i]
         assert mlp is not None, "the caller has looked whether the block has an MLP"
         y = mlp.hidden(normed(mlp.norm, z, gates.get(f"stages.{s}.embed")), self.arch.stages[s].grid[0])
@@ -209,6 +252,6 @@ class Forward:
         return y if gate is None else y * gate
 
     def mlp(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """``z`` and what the MLP adds to it."""
+        """Add the MLP's output to ``z``."""
         mlp = self.mlps[i]
         return z if mlp is None else z + self.layer_scaled(i, "ls2", mlp.out.layer(self.hidden(i, z, gates)))

@@ -1,17 +1,17 @@
-"""UP-ViT's importance: how far the output distribution moves when one unit is removed.
+"""UP-ViT's importance: the change of the output distribution when one unit is removed.
 
 Source: Yu and Wu, "A Unified Pruning Framework for Vision Transformers", SCIS 66(7), 2023 (arXiv 2111.15127). A unit's
 score is KL(source || without the unit) in nats, summed over unlabelled images; all scores are of the unpruned model,
-so they serve every target (``pruners.upvit_rules``). Units are residual channels, channels of query, key and value
+so they serve every target (``pruners.upvit.rules``). Units are residual channels, channels of query, key and value
 together, MLP units, channels of PVTv2's reduced map, those of a language model's rarer words, and blocks.
 
-Of a language model every word that is predicted is an image (``pruners.upvit_lm``); where images are counted here, its
+Of a language model every word that is predicted is an image (``pruners.upvit.lm``); where images are counted here, its
 texts are.
 
 Three ways to the same quantity:
 
-- ``exact`` removes every unit (``pruners.upvit_exact``): the definition, and the reference for the others.
-- ``fisher`` is its second-order approximation, hundreds of times cheaper and more (``pruners.upvit_fisher``).
+- ``exact`` removes every unit (``pruners.upvit.exact``): the definition, and the reference for the others.
+- ``fisher`` is its second-order approximation, hundreds of times cheaper and more (``pruners.upvit.fisher``).
 - ``hybrid`` takes residual channels exactly and all others by Fisher. Residual channels are few (4 % of the exact
   cost), and removing one is far from a small change: there the approximation is worst. For channels inside a block its
   error is far below what another draw of as many images changes.
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 
 class _Parts(NamedTuple):
-    """What serves a family: a model in pieces, exact scores of a batch, Fisher's."""
+    """The scoring code for a family: a model in pieces, exact scores of a batch, Fisher's."""
 
     forward: type[Forward]
     exact: Callable[[Any, torch.Tensor, int], Exact]
@@ -72,7 +72,7 @@ def score(
     memory_mb: int = 1024,
     progress: Progress | None = None,
 ) -> Scores:
-    """Importance of every unit of ``vectors``; nats, summed over all images.
+    """Compute the importance of every unit of ``vectors``, in nats, summed over all images.
 
     Args:
         model: a ViT, PVTv2 or language model that ``Arch.from_timm`` accepts; left in the mode it came in, without
@@ -120,10 +120,16 @@ def score(
 def score_blocks(
     model: nn.Module, batches: Batches, *, memory_mb: int = 1024, progress: Progress | None = None
 ) -> Scores:
-    """Importance of the 2L pairs of sublayers, as the vector ``skip``; always exact.
+    """Compute the importance of the 2L pairs of sublayers, as the vector ``skip``; always exact.
 
     Entry 2i is block i left out. Entry 2i + 1 is the MLP of block i left out together with the mixer of block i + 1;
-    the MLP alone where block i is the last of its stage. Arguments and errors are those of ``score``.
+    the MLP alone where block i is the last of its stage. Errors are those of ``score``.
+
+    Args:
+        model: as for ``score``.
+        batches: as for ``score``.
+        memory_mb: memory of one step, in MiB.
+        progress: called with (batches done, batches in all).
     """
     arch = _checked(model, batches)
 
@@ -175,7 +181,7 @@ def score_depth(
 
 
 def merge(parts: Iterable[Scores]) -> Scores:
-    """The scores of all images and vectors, of parts over some of either; in whichever order, the same bits.
+    """Merge parts over some images or vectors into the scores of all; in any order, the result has the same bits.
 
     Args:
         parts: results of ``score`` (or all of ``score_blocks``) that together have every vector on every shard of the
@@ -282,7 +288,7 @@ def _images(model: nn.Module, batches: Batches) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no gradients of weights, which would keep activations alive; as before afterwards."""
+    """Set eval mode, and no gradients of weights, which would keep activations alive; both are restored afterwards."""
     training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for p in trained:
@@ -301,11 +307,11 @@ def _image_digest(image: torch.Tensor) -> int:
 
 
 def _uniform(seed: int, digest: int) -> float:
-    """A number in [0, 1) that follows from a seed and an image."""
+    """Derive a number in [0, 1) from a seed and an image."""
     mixed = hashlib.blake2b(f"{seed} {digest}".encode(), digest_size=8).digest()
     return (int.from_bytes(mixed, "big") >> 11) / 2**53
 
 
 def _hex(total: int) -> str:
-    """Digests of images add up to that of a shard, and those of shards to that of all images."""
+    """Write a sum of digests: those of images add up to that of a shard, those of shards to that of all images."""
     return f"{total % 2**64:016x}"

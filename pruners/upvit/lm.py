@@ -1,4 +1,4 @@
-"""UP-ViT's importance for language models: what ``pruners.upvit`` takes for family ``lm``.
+"""UP-ViT's importance for language models: the forward pass and scores that ``pruners.upvit`` uses for family ``lm``.
 
 Source: Yu and Wu, "A Unified Pruning Framework for Vision Transformers" (arXiv 2111.15127), UP-Transformer. Every word
 that is predicted is an image, so a score is KL(source || without the unit) in nats, summed over all places of all
@@ -44,10 +44,10 @@ LOGIT_BYTES = 8 * 8  # of one logit, compared in float64 with some temporaries
 
 
 class TextForward(Forward):
-    """A language model in pieces; what ends the pass is not logits but what the softmax reads, (B, T, R)."""
+    """A language model in pieces; the pass ends with the softmax's input, (B, T, R), not with logits."""
 
     def stem(self, s: int, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """Word vectors with their positions, (B, T, D), of word numbers (B, T)."""
+        """Compute word vectors with their positions, (B, T, D), of word numbers (B, T)."""
         words, vectors = self.model.words, None
         for b, (band, table, projection) in enumerate(zip(words.bands, words.tables, words.projections, strict=True)):
             own, gate = table((x - band.start).clamp(0, len(band) - 1)), gates.get(_channels(b))
@@ -59,7 +59,7 @@ class TextForward(Forward):
         return x
 
     def logits(self, x: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
-        """The hidden state and its projection for every tail, side by side."""
+        """Compute the softmax's input: the hidden state and its projection for every tail, side by side."""
         embed = gates.get(_channels(0))
         hidden = x if embed is None else x * embed
         parts = [hidden]
@@ -69,26 +69,34 @@ class TextForward(Forward):
         return torch.cat(parts, dim=-1)
 
     def groups(self, read: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Logits (..., n) of the head, then of every tail, of what the softmax reads (..., R)."""
+        """Yield logits (..., n) of the head, then of every tail, from the softmax's input (..., R)."""
         hidden, *projected = self.split(read)
         yield self.model.head(hidden)
         yield from (self.model.tail(part, b) for b, part in enumerate(projected, start=1))
 
     def split(self, read: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The hidden state, and its projection for every tail."""
+        """Split the softmax's input into the hidden state and its projection for every tail."""
         assert self.arch.text is not None
         return torch.split(read, [self.arch.stages[0].width, *self.arch.text.tails], dim=-1)
 
 
 def _channels(band: int) -> str:
-    """The vector of a band's channels; the first band's are the residual ones."""
+    """Name the vector of a band's channels; the first band's are the residual ones."""
     return f"bands.{band}.tail" if band else "stages.0.embed"
 
 
 def text_kl(forward: TextForward, source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-    """KL of next-word distributions, float64 (U, N), of what the softmax reads.
+    """Compute the KL of next-word distributions, from inputs of the softmax.
 
-    ``source`` is (N, R), ``changed`` (U, N, R).
+        KL = KL(head) + sum over bands b of p(b) * KL(tail b)
+
+    Args:
+        forward: the model.
+        source: the source's (N, R), N places.
+        changed: the changed models' (U, N, R), U units.
+
+    Returns:
+        Nats, float64 (U, N).
     """
     groups = zip(forward.groups(source), forward.groups(changed), strict=True)
     head, changed_head = next(groups)
@@ -100,7 +108,7 @@ def text_kl(forward: TextForward, source: torch.Tensor, changed: torch.Tensor) -
 
 
 class TextExact(Exact):
-    """Scores of one batch of texts (B, T)."""
+    """Exact scores of one batch of texts (B, T)."""
 
     forward: TextForward
 
@@ -116,7 +124,7 @@ class TextExact(Exact):
         return super().score(name)
 
     def _gated(self, name: str) -> Iterator[torch.Tensor]:
-        """What is read without every unit of a vector that the word vectors have too."""
+        """Compute the softmax's input without every unit of a vector that the word vectors have too."""
         text = self.forward.arch.text
         assert text is not None
         band = int(name.split(".")[1])
@@ -137,7 +145,7 @@ class TextExact(Exact):
 def text_fisher_sums(
     forward: TextForward, words: torch.Tensor, units: Mapping[str, int], labels: int, uniform: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """Scores of one batch, summed over its places, float64 on the CPU.
+    """Compute the scores of one batch, summed over its places, float64 on the CPU.
 
     Args:
         forward: the model.
@@ -165,7 +173,7 @@ def text_fisher_sums(
 
 
 def _drawn(forward: TextForward, read: torch.Tensor, head: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (B·T) of one word per place, drawn from the model with ``draws`` (B, 2, T) in [0, 1)."""
+    """Compute log-probabilities (B·T) of one word per place, drawn from the model by ``draws`` (B, 2, T) in [0, 1)."""
     first, second = (part.flatten() for part in draws.unbind(1))
     chosen = _draw(head.detach().flatten(0, 1), first)
     found = head.flatten(0, 1).gather(1, chosen[:, None])[:, 0]
@@ -178,5 +186,5 @@ def _drawn(forward: TextForward, read: torch.Tensor, head: torch.Tensor, draws: 
 
 
 def _draw(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One index per row of ``log_p`` (N, K), where ``uniform`` (N,) meets the distribution function."""
+    """Draw one index per row of ``log_p`` (N, K), where ``uniform`` (N,) meets the distribution function."""
     return torch.searchsorted(log_p.exp().cumsum(1), uniform[:, None], right=True)[:, 0].clamp(max=log_p.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""UP-ViT's decision: in every group, the units with the highest scores stay, as many as a target architecture has.
+"""UP-ViT's decision: every group keeps the units with the highest scores, as many as the target architecture has.
 
 Source: Yu and Wu, "A Unified Pruning Framework for Vision Transformers" (arXiv 2111.15127); which units form a group is
 what its published models were cut by. Scores do not depend on the target: score once, cut any number of times.
@@ -36,7 +36,7 @@ Indices = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What every stage comes down to: one number for all stages, one per stage, or ``None`` to leave it as it is."""
+    """The widths of the cut model: one number for all stages, one per stage, or ``None`` to leave a width as it is."""
 
     embed: Counts = None  # residual width
     heads: Counts = None  # per block
@@ -47,7 +47,7 @@ class Target:
     tails: Counts = None  # channels of a language model's words, one number per band from the second on
 
     def per_stage(self, name: str, stages: int) -> tuple[int | None, ...]:
-        """The numbers of one field. Raises UserError for another number of stages."""
+        """Return the numbers of one field. Raises UserError for another number of stages."""
         counts: Counts = getattr(self, name)
         if counts is None or isinstance(counts, int):
             return (counts,) * stages
@@ -66,7 +66,7 @@ def select(
     mlp_floor: float = 0.1,
     sr: str = "own",
 ) -> Cut:
-    """The cut of ``arch`` down to ``target``.
+    """Make the cut of ``arch`` down to ``target``.
 
     Args:
         arch: the record that was scored.
@@ -112,7 +112,7 @@ def select(
 
 
 def _tails(arch: Arch, scores: Scores, target: Target) -> tuple[Indices | None, ...] | None:
-    """Channels that the words of the bands keep."""
+    """Choose the channels that the words of the bands keep."""
     if target.tails is None:
         return None
     number = len(arch.bands[1:])
@@ -137,7 +137,7 @@ def _vector(scores: Scores, name: str) -> torch.Tensor:
 
 
 def _best(vector: torch.Tensor, count: int, what: str) -> Indices:
-    """The ``count`` highest scores' indices, ascending; of equal scores, the lower index goes first."""
+    """Return the ``count`` highest scores' indices, ascending; of equal scores, the lower index goes first."""
     if not 1 <= count <= len(vector):
         raise UserError(f"{what} = {count}: must lie in 1..{len(vector)}")
     return tuple(sorted(torch.argsort(vector, stable=True)[len(vector) - count :].tolist()))
@@ -161,7 +161,7 @@ def _dropped(arch: Arch, depths: Sequence[int | None], blocks: Scores | None) ->
 
 
 def _mlp_units(arch: Arch, scores: Scores, target: Target, dropped: set[int], floor: float) -> dict[int, Indices]:
-    """Hidden units that stay, of every block where some go."""
+    """Choose the hidden units that stay, of every block where some go."""
     if target.mlp is None and target.mlp_total is None:
         return {}
     live = {i: _vector(scores, f"blocks.{i}.mlp") for i, b in enumerate(arch.blocks) if b.mlp and i not in dropped}
@@ -174,7 +174,7 @@ def _mlp_units(arch: Arch, scores: Scores, target: Target, dropped: set[int], fl
 
 
 def _global_mlp(live: Mapping[int, torch.Tensor], total: int, floor: float) -> dict[int, Indices]:
-    """All blocks' units ranked together, each block's best ``floor`` of them first of all."""
+    """Rank all blocks' units together, each block's best ``floor`` of them first of all."""
     if not 0 <= floor <= 1:
         raise UserError(f"mlp_floor = {floor}: must lie in [0, 1]")
     ranked, least = [], 0
@@ -194,7 +194,7 @@ def _global_mlp(live: Mapping[int, torch.Tensor], total: int, floor: float) -> d
 def _attention(
     arch: Arch, i: int, vector: torch.Tensor, heads: int | None, width: int | None, group: str
 ) -> tuple[Indices, ...]:
-    """Flat channels of every new head."""
+    """Choose the flat channels of every new head."""
     block = arch.blocks[i]
     heads, width = block.heads if heads is None else heads, block.qk if width is None else width
     if group == "contiguous" and heads != block.heads:
@@ -211,7 +211,7 @@ def _attention(
 
 
 def _contiguous(arch: Arch, i: int, heads: int) -> int:
-    """``heads``, where block ``i``'s channels make as many groups."""
+    """Return ``heads``, where block ``i``'s channels make as many groups."""
     block = arch.blocks[i]
     able = [h for h in range(1, block.heads + 1) if block.total_v % h == 0]
     if arch.qk_norm:
@@ -225,7 +225,7 @@ def _contiguous(arch: Arch, i: int, heads: int) -> int:
 
 
 def _reduced(arch: Arch, i: int, s: int, scores: Scores, embed: Indices, rule: str) -> Indices:
-    """Channels that PVTv2's reduced map of block ``i`` keeps."""
+    """Choose the channels that PVTv2's reduced map of block ``i`` keeps."""
     width, own = arch.stages[s].width, arch.blocks[i].sr
     if rule == "own":
         return _best(_vector(scores, f"blocks.{i}.sr"), max(1, own * len(embed) // width), "channels of a reduced map")

@@ -1,4 +1,4 @@
-"""The default steps of UVC's variables: the same problem, moved so that it ends at its budget.
+"""The default steps of UVC's variables, which solve the same problem but end at its budget.
 
 With the released code's steps nearly all compression is skipped blocks, the budget's multiplier z winds up to a
 thousand and R falls far below the budget and swings (its own logs: 41 %, 9 % for a budget of 50 %). What differs here:
@@ -17,7 +17,7 @@ thousand and R falls far below the budget and swings (its own logs: 41 %, 9 % fo
 - Once R is within ``tolerance`` of the budget, or a while after the ramp, all decisions stand; training goes on with
   them.
 
-Shapes as in ``uvc_dual``.
+Shapes as in ``pruners.uvc.primal_dual``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GATE_FLOOR = 0.05  # of a block that has to stay
 
 
 class NormalizedPrimalDual(PrimalDual):
-    """``PrimalDual`` with the steps described above."""
+    """``PrimalDual`` with the normalised steps that this module describes."""
 
     TENSORS = (*PrimalDual.TENSORS, "gains", "slopes")
 
@@ -68,7 +68,7 @@ class NormalizedPrimalDual(PrimalDual):
 
     @property
     def target(self) -> float:
-        """The share of MACs to be at now; at the end the middle of what counts as reached."""
+        """The share of MACs to be at now; in the end the middle of what counts as reached."""
         end = self.settings.budget - self.settings.tolerance / 2
         return 1 - (1 - end) * min(1.0, self.since / self.settings.ramp_steps)
 
@@ -76,7 +76,7 @@ class NormalizedPrimalDual(PrimalDual):
         return min(default / self.settings.ramp_steps, SLR_MAX) if given is None else given
 
     def update(self, norms: Norms, gate_gradient: torch.Tensor, noise: torch.Tensor) -> None:
-        """As ``PrimalDual.update``; R takes no noise."""
+        """Move counts, gates and multipliers by one step, as ``PrimalDual.update`` does; R takes no noise."""
         self.since += 1
         if not self._settled:
             used = self.usage(norms)
@@ -91,11 +91,11 @@ class NormalizedPrimalDual(PrimalDual):
         self._ascend(norms, noise)
 
     def usage(self, norms: Norms) -> Usage:
-        """R of what is decided."""
+        """Compute R of the current decision."""
         return self.resource(self.s, self.r, self.decided.double(), weakest(norms.heads, self.s[:, 0]))
 
     def _look(self, norms: Norms) -> None:
-        """Whether the budget is reached, by the variables as they are now."""
+        """Check whether the budget is reached, by the variables as they are now."""
         self.resource_used = self.usage(norms).value
         budget = self.settings.budget
         within = budget - self.settings.tolerance <= self.resource_used <= budget
@@ -103,13 +103,13 @@ class NormalizedPrimalDual(PrimalDual):
         self._settled = self.since >= (ramp if within else PATIENCE * ramp)
 
     def settle(self, s: torch.Tensor, r: torch.Tensor, runs: torch.Tensor) -> None:
-        """Decide exactly this, for good."""
+        """Set the variables to exactly this decision; called once it is final."""
         self.s, self.r = s.double(), r.double()
         keep = torch.where(runs, GATE_BOUND, self._gate_ends()[1]).double()
         self.gates = torch.stack([-keep, keep], 1)
 
     def _weigh_gates(self, gradient: torch.Tensor, noise: torch.Tensor, used: Usage, push: float) -> None:
-        """Gates move by what a block's MACs are worth against what the loss would miss of it."""
+        """Move gates by how much a block lowers the loss, less what its MACs are worth."""
         if self.runs is not None:
             return
         kept, window = 1 - 1 / self.settings.gating_interval, self.settings.gating_interval
@@ -127,7 +127,7 @@ class NormalizedPrimalDual(PrimalDual):
         self._open(on, self.gates[:, 1] + move, used)
 
     def _open(self, on: torch.Tensor, keep: torch.Tensor, used: Usage) -> None:
-        """Set the keep logits of blocks that run; one that no longer does stays off, if the budget allows it."""
+        """Set the keep logits of blocks that run; a block that no longer runs stays off, if the budget allows it."""
         left, count = used.value, int(on.sum())
         edge, off = self._gate_ends()
         for block in keep.argsort(stable=True).tolist():
@@ -142,11 +142,11 @@ class NormalizedPrimalDual(PrimalDual):
             self.gates[block, 0], self.gates[block, 1] = -logit, logit
 
     def _gate_ends(self) -> tuple[float, float]:
-        """The keep logit up to which a block does not run, and that of one which went."""
+        """Return the keep logit up to which a block does not run, and that of a block which has been dropped."""
         return (self.eps**0.5, 0.0) if self.settings.gates == "soft_l0" else (0.0, -GATE_BOUND)
 
     def _move_counts(self, norms: Norms, push: float) -> None:
-        """Heads, MLP units and value channels of the blocks that run."""
+        """Move the counts of heads, MLP units and value channels of the blocks that run."""
         resource, runs = self.resource, self.decided
         ends = torch.tensor([resource.num_heads, resource.hidden], dtype=torch.float64)
         costs = torch.stack([resource.heads + resource.values, resource.mlp], 1)
@@ -180,7 +180,11 @@ class NormalizedPrimalDual(PrimalDual):
         self.r = self._moved_to(r, move, step, self.r_max, costs, used.value).expand_as(self.r).clone()
 
     def _wanted(self, x: torch.Tensor, push: float, prices: list[torch.Tensor]) -> torch.Tensor:
-        """In -1..1: up by what the push exceeds the next unit's price, down by what the last one's exceeds the push."""
+        """Return the direction of a count, in -1..1.
+
+        It is positive by how far the push exceeds the next unit's price, negative by how far the last unit's price
+        exceeds the push.
+        """
         to_go, gone = (push - self._typical * price for price in prices)
         return to_go.clamp(0, 1) + torch.where(x > 0, gone.clamp(-1, 0), 0.0)
 
@@ -193,7 +197,7 @@ class NormalizedPrimalDual(PrimalDual):
         costs: torch.Tensor,
         used: float,
     ) -> torch.Tensor:
-        """x one step on, where whole units go, or come back, only as far as R then does not pass the target.
+        """Move x by one step; whole units go or come back only as far as R does not pass the target then.
 
         Equal blocks would otherwise lose a head each in the same step. What moves most has the first choice.
         """
@@ -215,7 +219,7 @@ class NormalizedPrimalDual(PrimalDual):
         return torch.tensor(new, dtype=torch.float64).view_as(x)
 
     def _ascend(self, norms: Norms, noise: torch.Tensor) -> None:
-        """Multipliers of the norms that are to vanish, in shares of their layer."""
+        """Raise the multipliers of the norms that are to vanish, in shares of their layer."""
         default = YLR / self.settings.ramp_steps
         ylr, plr = (default if rate is None else rate for rate in (self.settings.ylr, self.settings.plr))
         heads, mlp = norms.heads, norms.mlp
@@ -228,5 +232,5 @@ class NormalizedPrimalDual(PrimalDual):
 
 
 def _next(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The norm of the unit after the first ``count``, as a share of all."""
+    """Return the norm of the unit after the first ``count``, as a share of all."""
     return next_least(values, count.clamp(min=0)) / (values.sum(1) + 1e-30)

@@ -1,9 +1,9 @@
-"""From UVC's variables to a cut within a budget of exact MACs, and within one unit of it.
+"""From UVC's variables to a cut that meets a budget of exact MACs and stays within one unit of it.
 
-Norms are shares of a layer's squared norm. Above the budget, what costs least norm per MAC goes; below, what brings
-most norm per MAC comes back while it fits. A block that is skipped by its gate comes back, or another one goes, only
-where widths alone cannot do it. The cost of a ViT is linear in kept heads, value channels and MLP units, so a unit's
-price changes with its own block alone.
+Norms are shares of a layer's squared norm. Above the budget, the unit with the least norm per MAC is removed; below,
+the unit with the most norm per MAC comes back while it fits. A block that its gate skips comes back, or another one is
+dropped, only where widths alone cannot do it. The cost of a ViT is linear in kept heads, value channels and MLP units,
+so a unit's price changes with its own block alone.
 
 Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width.
 """
@@ -26,7 +26,7 @@ __all__ = ["Counts", "Decider", "Widths"]
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """What stays: heads (L,), value channels of every head (L, H), also of one that goes, and MLP units (L,)."""
+    """Numbers of units that stay: heads (L,), value channels (L, H), also of heads that go, and MLP units (L,)."""
 
     heads: torch.Tensor
     v: torch.Tensor
@@ -35,7 +35,15 @@ class Counts:
 
     @classmethod
     def of(cls, machine: PrimalDual, norms: Norms, *, r_mode: str, mlp_align: int) -> Counts:
-        """What the variables say; MLP widths rounded up to what is allowed."""
+        """Read the counts from the variables.
+
+        Args:
+            machine: the variables.
+            norms: of the weights as they are; the weakest units go.
+            r_mode: ``off`` keeps all value channels, ``uniform`` the same number in every head of a block; otherwise
+                each head has its own.
+            mlp_align: MLP widths are rounded up to multiples of this.
+        """
         resource = machine.resource
         stays = ~weakest(norms.heads, machine.s[:, 0])
         v = resource.head_dim - machine.r.ceil().long()
@@ -48,20 +56,20 @@ class Counts:
         return cls(stays.sum(1), v, units, stays)
 
     def macs(self, arch: Arch, runs: torch.Tensor) -> int:
-        """Exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
+        """Count exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
         per_head, per_channel, per_unit = _unit_macs(arch)
         block = self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
         return outside_cost(arch).macs + int((block * runs).sum())
 
     def masks(self, norms: Norms) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of attention projections (L, H·d) and of second MLP layers (L, D) that stay, bool."""
+        """Return bool masks of the columns that stay: attention projections (L, H·d) and second MLP layers (L, D)."""
         columns = ~weakest(norms.columns, norms.columns.shape[2] - self.v) & self.head_keep[..., None]
         return columns.flatten(1), ~weakest(norms.mlp, norms.mlp.shape[1] - self.mlp)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """One block: how many of its strongest heads stay, value channels of each of all H heads, MLP units."""
+    """Widths of one block: the number of its strongest heads that stay, value channels of all H heads, MLP units."""
 
     heads: int
     v: tuple[int, ...]
@@ -69,7 +77,14 @@ class Widths:
 
 
 class Decider:
-    """Turns variables and norms of a model of record ``arch`` into cuts."""
+    """Turns variables and norms of a ViT into cuts.
+
+    Args:
+        arch: the record, whose blocks all have the same shape.
+        norms: of the weights as they are.
+        r_mode: as for ``Counts.of``.
+        mlp_align: kept MLP widths are multiples of this.
+    """
 
     def __init__(self, arch: Arch, norms: Norms, *, r_mode: str, mlp_align: int) -> None:
         self.arch, self.r_mode = arch, r_mode
@@ -78,7 +93,7 @@ class Decider:
         self.align = min(mlp_align, self.D)
         self.head_macs, self.v_macs, self.unit_macs = _unit_macs(arch)
         self.outside = outside_cost(arch).macs
-        # strongest first; of equals the last, as pruners.uvc_dual.weakest lets the first go
+        # strongest first; of equal ones the last, because primal_dual.weakest marks the first
         self.head_order = [_strongest(heads) for heads in norms.heads]
         self.dim_order = [[_strongest(head) for head in heads] for heads in norms.columns]
         self.unit_order = [_strongest(units) for units in norms.mlp]
@@ -89,16 +104,16 @@ class Decider:
         self.unit_norm = [[0.0, *own] for own in units.tolist()]
 
     def widths(self, counts: Counts) -> list[Widths]:
-        """Block by block."""
+        """Read the widths of every block from counts."""
         every = zip(counts.heads.tolist(), counts.v.tolist(), counts.mlp.tolist(), strict=True)
         return [Widths(heads, tuple(v), mlp) for heads, v, mlp in every]
 
     def macs(self, widths: Sequence[Widths], runs: Sequence[bool]) -> int:
-        """Of the whole model, exact."""
+        """Count exact MACs of the whole model."""
         return self.outside + sum(self._macs(b, w) for b, w in enumerate(widths) if runs[b])
 
     def least(self, runs: Sequence[bool]) -> int:
-        """MACs with one head, one channel and one (aligned) unit per block that runs."""
+        """Count MACs with one head, one channel and one (aligned) unit per block that runs."""
         return self.macs([self._floor] * len(runs), runs)
 
     @property
@@ -108,7 +123,7 @@ class Decider:
     def fit(
         self, widths: Sequence[Widths], runs: Sequence[bool], budget: float, order: Sequence[int] = ()
     ) -> tuple[list[Widths], list[bool]]:
-        """Widths and blocks within ``budget`` MACs.
+        """Choose widths and blocks within ``budget`` MACs.
 
         Args:
             widths, runs: what is decided so far.
@@ -137,7 +152,7 @@ class Decider:
         return found, alive
 
     def cut(self, widths: Sequence[Widths], runs: Sequence[bool]) -> Cut:
-        """The strongest heads, channels and units of every block that runs."""
+        """Make the cut to the strongest heads, channels and units of every block that runs."""
         return Cut(blocks=tuple(self._choice(b, w) if runs[b] else BlockCut(keep=False) for b, w in enumerate(widths)))
 
     def _choice(self, block: int, own: Widths) -> BlockCut:
@@ -149,7 +164,7 @@ class Decider:
         )
 
     def _walk(self, widths: list[Widths], runs: Sequence[bool], budget: float, *, up: bool) -> None:
-        """One unit after the other, as long as there is one and the total is above the budget, or below with ``up``."""
+        """Remove units one by one while the total is above the budget; with ``up``, add them while it is below."""
         total = self.macs(widths, runs)
         moves = {b: list(self.moves(b, widths[b], up)) for b, on in enumerate(runs) if on}
         while up or total > budget:
@@ -166,7 +181,7 @@ class Decider:
             moves[block] = list(self.moves(block, widths[block], up))
 
     def moves(self, block: int, own: Widths, up: bool) -> Iterator[tuple[float, Widths, int]]:
-        """(norm per MAC, the block afterwards, MACs gained) of every unit that may come or go."""
+        """List (norm per MAC, the block afterwards, MACs gained) of every unit that may come or go."""
         norm, macs = self._norm(block, own), self._macs(block, own)
         for changed in self._neighbours(block, own, 1 if up else -1):
             gained = self._macs(block, changed) - macs
@@ -200,11 +215,11 @@ class Decider:
 
 
 def _unit_macs(arch: Arch) -> tuple[int, int, int]:
-    """MACs of a head's queries and keys, of a value channel, and of an MLP unit."""
+    """Count MACs of a head's queries and keys, of a value channel, and of an MLP unit."""
     N, C = arch.tokens, arch.stages[0].width
     return arch.blocks[0].qk * (2 * C + N) * N, (2 * C + N) * N, 2 * N * C
 
 
 def _strongest(values: torch.Tensor) -> list[int]:
-    """Indices, largest first; of equals the last first."""
+    """Return indices, largest value first; of equal values the last first."""
     return values.argsort(stable=True).flip(0).tolist()

@@ -23,7 +23,7 @@ CONTROL = ("skip_noise", "keep_noise", "sampled", "level", "eps")
 
 
 class GatedBlock(nn.Module):
-    """``block``, with a parameter ``gate`` (2,) of logits of skipping and of keeping.
+    """A transformer block with a parameter ``gate`` (2,): logits of skipping it and of keeping it.
 
     ``control`` holds what ``CONTROL`` names, to be written from outside: with ``sampled`` 1 the gate decides, with 0
     the keep weight is ``level``. ``runs``, ``v_keep`` and ``mlp_keep`` are the decision as evaluation sees it.
@@ -39,7 +39,10 @@ class GatedBlock(nn.Module):
         *,
         frozen_as: bool | None,
     ) -> None:
-        """``attention`` and ``mlp`` are the block's; ``frozen_as``: it runs, or does not, whatever its gate says."""
+        """Wrap ``block``, whose views are ``attention`` and ``mlp``.
+
+        ``frozen_as`` fixes whether it runs; with None its gate is learned.
+        """
         super().__init__()
         self.block, self.kind, self.frozen_as = block, kind, frozen_as
         proj, fc2 = attention.out.layer, mlp.out.layer
@@ -62,7 +65,7 @@ class GatedBlock(nn.Module):
             block.requires_grad_(False)
 
     def keep_weight(self) -> torch.Tensor:
-        """w, a scalar."""
+        """Compute the keep weight w, a scalar."""
         if not self.training:
             return self.runs.to(self.gate.dtype)
         noise, (sampled, level, eps) = self.control[:2], self.control[2:]
@@ -73,14 +76,14 @@ class GatedBlock(nn.Module):
         return sampled * weight + (1 - sampled) * level
 
     def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        """(B, N, C) to the same."""
+        """Run the gated block, (B, N, C) to the same."""
         if self.frozen_as is not None:
             return self.block(x, **options) if self.frozen_as else x
         w = self.keep_weight()
         return w * self.block(x, **options) + (1 - w) * x
 
     def release(self) -> nn.Module:
-        """The block as it came."""
+        """Return the block as it was before wrapping."""
         for handle in self._handles:
             handle.remove()
         for name, parameter in self.block.named_parameters():

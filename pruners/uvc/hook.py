@@ -2,10 +2,11 @@
 
 Source: Yu et al., "Unified Visual Transformer Compression", ICLR 2022 (openreview 9jsZiUgkCZP), first stage; the
 second is ordinary finetuning of the cut model (recipe ``uvc_stage2``). Weights train on behind random block gates;
-after every update what is to go is shrunk, and the counts, gates and multipliers make a step (``uvc_dual``,
-``uvc_control``). At the end the decision is brought within its budget, by exact MACs (``uvc_decide``).
+after every update the units to go are shrunk, and the counts, gates and multipliers make a step
+(``pruners.uvc.primal_dual``, ``pruners.uvc.control``). At the end the decision is brought within its budget, by exact
+MACs (``pruners.uvc.decide``).
 
-Patch gates, which the released code has unfinished, are not here.
+Patch gates, which the released code has unfinished, are not implemented.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class UVC(Hook):
 
     @property
     def facts(self) -> Mapping[str, float | str]:
-        """Of the decision: R by the paper's count, exact share of MACs, which blocks run, their heads and units."""
+        """Facts about the decision: R by the paper's count, exact share of MACs, blocks that run, heads and units."""
         return self._facts
 
     def wrap(self, model: nn.Module) -> None:
@@ -117,7 +118,7 @@ class UVC(Hook):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Shrink what is to go, then move counts, gates and multipliers."""
+        """Shrink the units to go, then move counts, gates and multipliers."""
         machine, noise = self.machine, self._noise()
         machine.step += 1
         if not self._warm:
@@ -134,7 +135,7 @@ class UVC(Hook):
         self._set_control()
 
     def finish(self) -> tuple[Snapshot, ...]:
-        """The snapshots, largest budget first; the model has its own blocks again, unmasked."""
+        """Return the snapshots, largest budget first; the model has its own blocks again, unmasked."""
         norms = self._norms()
         while len(self.snapshots) < len(self.budgets):
             self.snapshots.append(self._snapshot(self.budgets[len(self.snapshots)], norms))
@@ -143,7 +144,7 @@ class UVC(Hook):
         return tuple(self.snapshots)
 
     def _agreed(self) -> tuple[Norms, torch.Tensor]:
-        """Norms and the gates' clipped gradient (L, 2), on every rank to the last bit the first one's."""
+        """Return norms and the gates' clipped gradient (L, 2), the first rank's on every rank, to the last bit."""
         norms = self._norms()
         grads = [g.gate.new_zeros(2) if g.gate.grad is None else g.gate.grad for g in self._gated]
         gradient = torch.stack(grads).double().cpu()
@@ -159,7 +160,7 @@ class UVC(Hook):
 
     @torch.no_grad()
     def _norms(self) -> Norms:
-        """Of the weights as they are, with one transfer."""
+        """Compute the norms of the weights as they are, with one transfer."""
         proj, fc2 = self._weights()
         sums = [w.double().square().sum(0) for w in (*proj, *fc2)]
         flat, block = torch.cat(sums).cpu(), self.arch.blocks[0]
@@ -167,7 +168,7 @@ class UVC(Hook):
         return Norms(flat[:columns].view(-1, block.heads, block.qk), flat[columns:].view(-1, block.mlp))
 
     def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Weights of all attention projections and of all second MLP layers."""
+        """List the weights of all attention projections and of all second MLP layers."""
         return [proj.weight for proj, _ in self._projections], [fc2.weight for _, fc2 in self._projections]
 
     def _shrink(self, norms: Norms) -> Norms:
@@ -178,13 +179,13 @@ class UVC(Hook):
         return norms.scaled(columns, units)
 
     def _noise(self) -> torch.Tensor:
-        """(3, L, 2) Gumbel noise of the update to come: forward pass, R, R; of seed and step alone."""
+        """Draw (3, L, 2) Gumbel noise of the next update, for forward pass, R and R, from seed and step alone."""
         generator = np.random.default_rng([self.settings.seed, self.machine.step])
         return torch.from_numpy(generator.gumbel(size=(3, self.arch.depth, 2)))
 
     @torch.no_grad()
     def _set_control(self) -> None:
-        """What the gates do in the next forward pass."""
+        """Set how gates act in the next forward pass."""
         machine = self.machine
         control = torch.zeros(self._control.shape, dtype=torch.float64)
         control[:, :2] = self._noise()[0]
@@ -199,7 +200,7 @@ class UVC(Hook):
         return Counts.of(self.machine, norms, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
 
     def _record(self, norms: Norms) -> None:
-        """Show the decision of now to evaluation and to ``facts``."""
+        """Show the current decision to evaluation and to ``facts``."""
         machine, runs = self.machine, self.machine.decided
         counts = self._counts(norms)
         masks = counts.masks(norms)
@@ -229,7 +230,7 @@ class UVC(Hook):
             )
 
     def _settle(self, norms: Norms) -> None:
-        """What is decided for good is within the smallest budget to the unit; the rest of the run trains just that."""
+        """Fix a decision within the smallest budget to the unit; the rest of the run trains just that."""
         assert isinstance(self.machine, NormalizedPrimalDual)
         widths, runs, _ = self._fit(self.budgets[-1], norms)
         block = self.arch.blocks[0]
@@ -238,7 +239,7 @@ class UVC(Hook):
         self.machine.settle(s, r, torch.tensor(runs))
 
     def _fit(self, budget: float, norms: Norms) -> tuple[list[Widths], list[bool], Decider]:
-        """The decision of now, brought within ``budget``, a share of the source's MACs."""
+        """Bring the current decision within ``budget``, a share of the source's MACs."""
         gates, learned = self.machine.gates, self.machine.runs is None
         decider = Decider(self.arch, norms, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
         order = (gates[:, 1] - gates[:, 0]).argsort(stable=True).tolist() if learned else ()
@@ -256,7 +257,7 @@ class UVC(Hook):
 
     @contextlib.contextmanager
     def _stock_blocks(self) -> Iterator[None]:
-        """The model without gates inside."""
+        """Take the gates out of the model within the context."""
         gated = self.model.blocks
         self.model.blocks = nn.Sequential(*(own.block for own in self._gated))
         try:
@@ -273,7 +274,7 @@ class UVC(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of a run with other settings."""
+        """Resume a run. Raises UserError where the state is of a run with other settings."""
         if state["settings"] != self.settings.model_dump_json():
             raise UserError(
                 f"uvc: the run to go on with has the settings {state['settings']}; use these, or start a run of its own"
@@ -303,7 +304,7 @@ def _check_served(arch: Arch) -> None:
 
 
 def _explicit_skip(settings: UVCSettings, arch: Arch) -> list[bool] | None:
-    """Which blocks run, where it is given."""
+    """Return which blocks run, where that is given."""
     if settings.skip is not None:
         if len(settings.skip) != arch.depth:
             raise UserError(f"skip = {settings.skip!r}: has {len(settings.skip)} digits for {arch.depth} blocks")

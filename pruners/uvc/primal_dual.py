@@ -1,12 +1,34 @@
 """UVC's primal-dual step on plain float64 tensors: no model, no random numbers of its own.
 
-    min l(W, g)  with  R(s, r, g) <= B  and no weight left in the ceil(s) weakest heads and MLP units of a block and in
-    the ceil(r) weakest value channels of a head;   multipliers y for s, p for r, z for R
+    minimise  l(W, g)   subject to   R(s, r, g) <= B,
+              S(heads_l; s_l0) = 0,   S(units_l; s_l1) = 0,   S(channels_lh; r_lh) = 0   for all blocks l, heads h
 
-Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP); order and form of the steps are the released code's. Where a count is a
-real number, every use rounds it up, with gradient 1; the gradient of "sum of the k smallest" in k is the next one.
+with S(a; k) the sum of the ceil(k) smallest entries of a. Its Lagrangian is
 
-``PrimalDual`` is that code. ``pruners.uvc_control`` moves the same variables by other steps.
+    l + sum_l [ y_l0 S(heads_l; s_l0) + y_l1 S(units_l; s_l1) + sum_h p_lh S(channels_lh; r_lh) ] + z (R - B)
+
+    l             training loss                          W            weights
+    g             gates (L, 2), logits of skip and keep  R, B         share of MACs, and its budget
+    s             heads and MLP units to go (L, 2)       y            multipliers of s (L, 2)
+    r             value channels to go (L, H)            p            multipliers of r (L, H)
+    z             multiplier of R                        heads, units, channels   squared norms (``Norms``)
+
+After a step of the weights down the gradient of l, one step of the other variables is
+
+    column of W  <-  column / (1 + 2 eta p) / (1 + 2 eta y)         where it is to go
+    s            <-  clip(s - slr (y S'(norms; s) + decay of s + z dR/ds), 0, s_max)
+    r            <-  clip(r - rlr (p S'(channels; r) + decay of r + z dR/dr), 0, r_max)
+    g            <-  momentum SGD on dl/dg + gating_weight z dR/dg
+    y            <-  y + ylr S(norms; s),      p  <-  p + plr S(channels; r)
+    z            <-  clip(z + zlr (R - B), 0, z_max)
+
+The first line is the exact proximal map of eta p |column|^2, then that of eta y |column|^2. A count is a real number
+that every use rounds up, with gradient 1; S'(a; k), the gradient of S in k, is the next smallest entry. The gradients
+of s and r are scaled so that their largest entry is at most 1.
+
+Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP); order and form of the steps are the released code's, which
+``PrimalDual`` follows. ``pruners.uvc.control`` moves the same variables by other steps.
+
 Shapes: L blocks, H heads, d channels of a head, D MLP width.
 """
 
@@ -36,28 +58,52 @@ class Norms:
 
     @property
     def heads(self) -> torch.Tensor:
-        """(L, H)"""
+        """Squared norms of heads, (L, H)."""
         return self.columns.sum(2)
 
     def scaled(self, columns: torch.Tensor, mlp: torch.Tensor) -> Norms:
-        """Once the columns themselves are multiplied by these."""
+        """Return the norms after the columns are multiplied by these factors, of (L, H, d) and (L, D)."""
         return Norms(self.columns * columns**2, self.mlp * mlp**2)
 
 
 def weakest(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Mask of the ``ceil(count)`` smallest along the last axis; of equals the first."""
+    """Mark the ``ceil(count)`` smallest entries along the last axis; of equal ones the first.
+
+    Args:
+        values: (..., n).
+        count: (...,), real numbers of at least 0.
+
+    Returns:
+        Bool mask (..., n).
+    """
     rank = values.argsort(dim=-1, stable=True).argsort(-1)
     return rank < count.ceil()[..., None]
 
 
 def least_sum(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Sum of the ``ceil(count)`` smallest along the last axis."""
+    """Compute S(values; count), the sum of the ``ceil(count)`` smallest entries along the last axis.
+
+    Args:
+        values: (..., n).
+        count: (...,), real numbers; clamped to 0..n.
+
+    Returns:
+        (...,).
+    """
     below = torch.cat([torch.zeros_like(values[..., :1]), values.sort(-1).values.cumsum(-1)], -1)
     return below.gather(-1, _index(count, values.shape[-1]))[..., 0]
 
 
 def next_least(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The smallest that is not among the ``ceil(count)`` smallest; the largest where all are."""
+    """Compute S'(values; count), the smallest entry that is not among the ``ceil(count)`` smallest.
+
+    Args:
+        values: (..., n).
+        count: (...,), real numbers; clamped so that the largest entry is returned where all are among them.
+
+    Returns:
+        (...,).
+    """
     return values.sort(-1).values.gather(-1, _index(count, values.shape[-1] - 1))[..., 0]
 
 
@@ -68,9 +114,20 @@ def _index(count: torch.Tensor, last: int) -> torch.Tensor:
 def keep_weight(
     gates: torch.Tensor, noise: torch.Tensor, kind: str, eps: float, *, hard: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep weights (L,) of gates (L, 2) = (skip, keep) with Gumbel noise (L, 2), and their derivatives (L, 2).
+    """Compute the keep weight w of every block's gate, and its derivatives.
 
-    ``hard`` rounds to the more likely side and leaves the derivatives as they are (straight through).
+        gumbel     w = softmax((g + noise) / TAU)[keep]
+        soft_l0    w = g_keep^2 / (g_keep^2 + eps)
+
+    Args:
+        gates: g (L, 2), logits of skipping and of keeping.
+        noise: Gumbel noise (L, 2); not used by ``soft_l0``.
+        kind: ``soft_l0``; any other kind is the softmax.
+        eps: smoothing of ``soft_l0``.
+        hard: round the softmax's w to 0 or 1, and leave the derivatives as they are (straight through).
+
+    Returns:
+        (w (L,), dw/dg (L, 2)).
     """
     if kind == "soft_l0":
         keep = gates[:, 1]
@@ -82,17 +139,17 @@ def keep_weight(
 
 
 class PrimalDual:
-    """The variables, and one step of theirs.
+    """The variables of the problem, and the released code's steps.
 
     ``s`` (L, 2) heads and MLP units to go, ``r`` (L, H) value channels to go, ``gates`` (L, 2) logits of skipping and
-    of keeping, multipliers ``y`` (L, 2), ``p`` (L, H) and ``z``, ``step`` updates of weights done. All float64
+    of keeping, multipliers ``y`` (L, 2), ``p`` (L, H) and ``z``; ``step`` counts updates of weights. All are float64
     on the CPU.
     """
 
     TENSORS: tuple[str, ...] = ("s", "r", "gates", "y", "p", "z", "momentum", "pending")
 
     def __init__(self, resource: Resource, settings: UVCSettings, runs: torch.Tensor | None = None) -> None:
-        """``runs`` (L,) bool, where given, says which blocks run, and the gates are left alone."""
+        """Start with nothing to go. ``runs`` (L,) bool, if given, fixes which blocks run, and gates do not move."""
         L, H = len(resource.heads), resource.num_heads
         self.resource, self.settings, self.runs = resource, settings, runs
         self.s = torch.zeros(L, 2, dtype=torch.float64)
@@ -109,7 +166,7 @@ class PrimalDual:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is decided any more."""
+        """Whether all decisions are final."""
         return False
 
     @property
@@ -123,17 +180,17 @@ class PrimalDual:
 
     @property
     def eta(self) -> float:
-        """Step of the shrinking."""
+        """Step size eta of the shrinking."""
         return 1e-4 if self.settings.eta is None else self.settings.eta
 
     @property
     def zlr(self) -> float:
-        """The entry of the schedule for this epoch."""
+        """Step size of z in this epoch."""
         rates = self.settings.zlr or (1.0,)
         return rates[min(max(self.epoch - 1, 0) // self.settings.zlr_epochs, len(rates) - 1)]
 
     def start_epoch(self) -> None:
-        """Gate gradients of an unfinished interval are dropped; after warm-up, eps falls."""
+        """Begin an epoch: drop gate gradients of an unfinished interval and, after the warm-up, reduce eps."""
         self.epoch += 1
         self.pending.zero_()
         self.collected = 0
@@ -141,14 +198,18 @@ class PrimalDual:
             self.eps *= self.settings.eps_decay
 
     def shrink(self, norms: Norms, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors for the columns (L, H, d) and (L, D): the exact prox of eta y |w|^2 on what is to go."""
+        """Compute the factors that shrink what is to go: (L, H, d) for attention columns, (L, D) for MLP columns.
+
+        A factor is 1 / ((1 + 2 eta p) (1 + 2 eta y)): the exact proximal map of eta p |column|^2, then of
+        eta y |column|^2, p and y being 0 where a column is not to go.
+        """
         channels = torch.where(weakest(norms.columns, self.r), 1 + 2 * eta * self.p[..., None], 1.0)
         heads = torch.where(weakest(norms.heads, self.s[:, 0]), 1 + 2 * eta * self.y[:, :1], 1.0)
         units = torch.where(weakest(norms.mlp, self.s[:, 1]), 1 + 2 * eta * self.y[:, 1:], 1.0)
         return 1 / (channels * heads[..., None]), 1 / units
 
     def update(self, norms: Norms, gate_gradient: torch.Tensor, noise: torch.Tensor) -> None:
-        """One step, after the weights have been updated and shrunk.
+        """Move counts, gates and multipliers by one step, after the weights have been updated and shrunk.
 
         Args:
             norms: of the weights as they are now.
@@ -169,7 +230,7 @@ class PrimalDual:
         self._ascend(norms, noise[2])
 
     def _usage(self, norms: Norms, noise: torch.Tensor) -> tuple[Usage, torch.Tensor]:
-        """R at a sample of the gates, and the derivatives of the keep weights."""
+        """Compute R at a sample of the gates, and the derivatives of the keep weights."""
         if self.runs is not None:
             pi, slopes = self.runs.double(), torch.zeros_like(self.gates)
         else:
@@ -177,7 +238,7 @@ class PrimalDual:
         return self.resource(self.s, self.r, pi, weakest(norms.heads, self.s[:, 0])), slopes
 
     def _moved(self, x: torch.Tensor, gradient: torch.Tensor, lr: float | None, top: torch.Tensor) -> torch.Tensor:
-        """Projected gradient step of s or r; the whole tensor's largest entry scales it."""
+        """Take a projected gradient step of s or r; the whole tensor's largest entry scales it."""
         over, under = x >= top, x <= 0
         gradient = torch.where(over, gradient.clamp(min=0), torch.where(under, gradient.clamp(max=0), gradient))
         gradient = gradient * min(1.0, 1 / (float(gradient.abs().max()) + 1e-6))
@@ -201,7 +262,7 @@ class PrimalDual:
         self.gates = self.gates - (0.1 if self.settings.glr is None else self.settings.glr) * self.momentum
 
     def _ascend(self, norms: Norms, noise: torch.Tensor) -> None:
-        """The multipliers follow what is violated now."""
+        """Raise the multipliers by what is violated now."""
         ylr, plr = (1e-4 if rate is None else rate for rate in (self.settings.ylr, self.settings.plr))
         least = torch.stack([least_sum(norms.heads, self.s[:, 0]), least_sum(norms.mlp, self.s[:, 1])], 1)
         self.y = self.y + ylr * least
@@ -210,11 +271,12 @@ class PrimalDual:
         self.z = (self.z + self.zlr * excess).clamp(0, self.settings.z_max)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it: tensors and numbers."""
+        """Return the whole state: tensors and numbers."""
         numbers = {name: getattr(self, name) for name in self._numbers()}
         return {name: getattr(self, name).clone() for name in self.TENSORS} | numbers
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``'s form."""
         for name in self.TENSORS:
             setattr(self, name, state[name].clone())
         for name in self._numbers():

@@ -3,7 +3,11 @@
     R = fixed + sum_l pi_l [ heads_l (1 - ceil(s_l0)/H) + values_l rho_l + mlp_l (1 - ceil(s_l1)/D) ]
     rho_l = 1 - (d ceil(s_l0) + sum over heads that stay of ceil(r_lh)) / (H d)
 
-s counts heads and MLP units that go, r value channels that go from a head that stays, pi is a block's keep weight.
+    R           share of the source's MACs               fixed      share outside the blocks
+    s_l0, s_l1  heads and MLP units that go, block l     heads_l    share that falls with heads
+    r_lh        value channels that go from head h       values_l   share that falls with value channels
+    pi_l        keep weight of block l                   mlp_l      share that falls with MLP units
+
 Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP), in the form of the released code's later version, with rho, not rho^2.
 ceil has gradient 1 there, so the gradients are those of the pieces. They are written out because autograd's clamp has,
 from torch 2.15 on, gradient 0 at a bound, which is where s = r = 0 starts: nothing would ever be pruned.
@@ -24,7 +28,11 @@ __all__ = ["Resource", "Usage", "paper_macs"]
 
 
 def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
-    """UVC's count: MACs of the patch embedding, and (L, 6) of qkv, q·k, attention·v, proj, fc1, fc2; no classifier."""
+    """Count MACs as UVC does, without the classifier.
+
+    Returns:
+        MACs of the patch embedding, and (L, 6) of qkv, q·k, attention·v, proj, fc1, fc2 in every block.
+    """
     (stage,) = arch.stages
     N, C, patches = arch.tokens, stage.width, stage.grid[0] * stage.grid[1]
     embed = patches * C * arch.in_chans * arch.patch_size[0] * arch.patch_size[1]
@@ -37,7 +45,7 @@ def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Usage:
-    """``value`` is R; gradients for s (L, 2), r (L, H) and pi (L,)."""
+    """R (``value``) and its gradients for s (L, 2), r (L, H) and pi (L,)."""
 
     value: float
     s: torch.Tensor
@@ -47,7 +55,7 @@ class Usage:
 
 @dataclass(frozen=True, eq=False)
 class Resource:
-    """Shares of a model's MACs: ``fixed``, and (L,) what falls with heads, with value channels and with MLP units."""
+    """Shares of a model's MACs: ``fixed`` and, (L,) each, those that fall with heads, value channels and MLP units."""
 
     fixed: float
     heads: torch.Tensor
@@ -59,7 +67,7 @@ class Resource:
 
     @classmethod
     def of(cls, arch: Arch, count: str) -> Resource:
-        """Of a ViT whose blocks all have the same shape.
+        """Compute the shares of a ViT whose blocks all have the same shape.
 
         Args:
             arch: the record.
@@ -83,14 +91,17 @@ class Resource:
         )
 
     def kept(self, s: torch.Tensor, r: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Shares (L,) of heads, value channels and MLP units that stay, not clamped; ``gone`` (L, H) marks heads."""
+        """Compute the shares (L,) of heads, value channels and MLP units that stay, not clamped.
+
+        ``gone`` (L, H) bool marks the heads that go.
+        """
         heads, units = s.ceil().unbind(1)
         channels = self.head_dim * heads + (r.ceil() * ~gone).sum(1)
         width = self.num_heads * self.head_dim
         return 1 - heads / self.num_heads, (width - channels) / width, 1 - units / self.hidden
 
     def __call__(self, s: torch.Tensor, r: torch.Tensor, pi: torch.Tensor, gone: torch.Tensor) -> Usage:
-        """R and its gradients at s (L, 2), r (L, H), pi (L,); ``gone`` (L, H) bool are the heads that go."""
+        """Compute R and its gradients at s (L, 2), r (L, H), pi (L,); ``gone`` (L, H) bool marks the heads that go."""
         shares = self.kept(s, r, gone)
         heads, values, mlp = (share.clamp(0, 1) for share in shares)
         # at the bounds themselves the gradient is that of the inside

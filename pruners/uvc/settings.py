@@ -13,7 +13,7 @@ Rate = Annotated[float, Field(ge=0)]
 
 
 class UVCSettings(BaseModel):
-    """What decides, how fast, and what a decision looks like. ``None`` for a rate: it follows from ``ramp_steps``."""
+    """Settings of UVC's joint training. A rate that is ``None`` follows from ``ramp_steps``."""
 
     # skip = 1011 reads as a number where it comes from a command line
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
@@ -119,5 +119,5 @@ class UVCSettings(BaseModel):
 
     @property
     def budget(self) -> float:
-        """The smallest: what the run aims at."""
+        """The smallest budget, which the run aims at."""
         return min(self.budgets)
