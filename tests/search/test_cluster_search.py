@@ -26,7 +26,7 @@ from prunesweep.search.store.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-EPOCHS = 8
+EPOCHS = 40
 
 
 @pytest.fixture(scope="module")

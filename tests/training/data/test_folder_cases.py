@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError
-from prunesweep.training import Quality, World, absolute_name, chance_warning, open_data, seeded
+from prunesweep.training import EvalMetrics, World, absolute_name, chance_warning, open_data, seeded
 from prunesweep.training.batches import EpochBatches
 from prunesweep.training.data import KINDS, Data, register
 from prunesweep.training.data import folder as folder_module
@@ -318,12 +318,12 @@ def test_persistent_workers_draw_what_fresh_ones_draw() -> None:
 
 def test_accuracy_at_chance_is_explained(four: Path) -> None:
     data, model = opened(four), torch.nn.Linear(1, 1)
-    assert chance_warning(model, data, Quality(26.0)) is None
-    assert "'codepoint' is torchvision's order" in (chance_warning(model, data, Quality(8.0)) or "")
+    assert chance_warning(model, data, EvalMetrics(26.0)) is None
+    assert "'codepoint' is torchvision's order" in (chance_warning(model, data, EvalMetrics(8.0)) or "")
     model.pretrained_cfg = {"label_names": ["a", "b", "c", "d"]}  # type: ignore[assignment]
-    assert "named otherwise (a, ..)" in (chance_warning(model, data, Quality(25.0)) or "")
+    assert "named otherwise (a, ..)" in (chance_warning(model, data, EvalMetrics(25.0)) or "")
     model.pretrained_cfg = {"label_names": list(data.info.classes)}  # type: ignore[assignment]
-    assert "may be untrained" in (chance_warning(model, data, Quality(25.0)) or "")
+    assert "may be untrained" in (chance_warning(model, data, EvalMetrics(25.0)) or "")
 
 
 def test_a_data_set_is_described(four: Path) -> None:
