@@ -296,6 +296,10 @@ RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
     """Read a TOML file and apply ``key.path=value`` overrides.
 
+    Args:
+        path: the file.
+        overrides: ``key.path=value``, each value as TOML would have it; a bare word is a string.
+
     Raises:
         UserError: the file is missing or not TOML, or a key or value is not allowed; the message names the key, what
             was given, what is allowed and the nearest known key.
@@ -307,7 +311,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
 
 
 def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
-    """``load_config`` for the ``search.toml`` of a run, which may be of an earlier version with other names of keys."""
+    """Read the ``search.toml`` of a run, which may be of an earlier version with other names of keys.
+
+    Args:
+        folder: the run's folder.
+        overrides: as for ``load_config``.
+
+    Raises:
+        UserError: as for ``load_config``.
+    """
     path = Path(folder) / "search.toml"
     data = _read(path)
     for old, new in RENAMED.items():
@@ -356,7 +368,15 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def parse_config(data: Mapping[str, Any], where: str) -> SearchConfig:
-    """Validate a configuration; UserError lists everything that is wrong with it, ``where`` it was found."""
+    """Validate a configuration.
+
+    Args:
+        data: the tables, as TOML gives them.
+        where: what error messages call it, usually the file.
+
+    Raises:
+        UserError: lists everything that is wrong with it.
+    """
     try:
         return SearchConfig.model_validate(data)
     except ValidationError as error:

@@ -73,7 +73,15 @@ class LoadedSource(SourceArtifacts):
 
 
 def open_space(table: SpaceTable, kept: SourceArtifacts) -> Space:
-    """Build the space of a source from its record and its scores. Raises UserError as ``Space`` does."""
+    """Build the space of a source from its record and its scores.
+
+    Args:
+        table: the variables and their ranges.
+        kept: where the source and its scores lie.
+
+    Raises:
+        UserError: as for ``Space``.
+    """
     return Space(table, kept.arch, {name: Scores.load(path) for name, path in kept.score_files.items()})
 
 

@@ -115,11 +115,15 @@ class WorkerContext:
 
 
 def run_task(path: Path, unit: Task) -> dict[str, Any]:
-    """Do a unit of the run at ``path``, or what is left of it.
+    """Do a task of a run, or what is left of it.
+
+    Args:
+        path: the run's folder.
+        unit: the task.
 
     Returns:
         What ``result.json`` says; ``{"state": "stopped"}`` if it was asked to stop; ``{"state": "disk full"}`` if there
-        was no room to end. Any other exception is the unit's failure, and its traceback is the result.
+        was no room to end. Any other exception is the task's failure, and its traceback is the result.
     """
     run = Run(path)
     found = run.read_result(unit.id)

@@ -81,12 +81,22 @@ class Summary:
 
 
 def score_names(table: SpaceTable, method: str) -> tuple[str, ...]:
-    """Names of the scores that a space needs, the default width method's first. ``method`` is used if none is named."""
+    """Return the names of the scores that a space needs, the default width method's first.
+
+    Args:
+        table: the ``[space]`` table of a configuration.
+        method: the width method that is used if the table names none.
+    """
     return tuple(dict.fromkeys(name for axis in AXES.values() for name in axis.needs(table, method)))
 
 
 def candidate_key(decision: Cut, point: Params) -> str:
-    """Digest of a decision and of the values of ``point`` that change its training."""
+    """Return a digest of a decision and of the values of a point that change its training.
+
+    Args:
+        decision: the cut.
+        point: values of all variables, fixed ones too.
+    """
     training = {axis.name: point[axis.name] for axis in AXES.values() if axis.trains}
     return digest({"cut": decision.to_dict(), **training})
 
@@ -268,5 +278,13 @@ def _whole(variable: Variable, value: float) -> float | int:
 
 
 def read_scores(folder: Path, files: Mapping[str, str]) -> dict[str, Scores]:
-    """Scores by name, as a run's ``run.json`` lists their files."""
+    """Read a run's scores.
+
+    Args:
+        folder: the run's folder of scores.
+        files: file names by the scores' names, as ``run.json`` lists them.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     return {name: Scores.load(folder / file) for name, file in files.items()}

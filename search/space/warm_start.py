@@ -25,7 +25,15 @@ LEVELS = (2, 4, 1, 3)  # quarters of an axis: its middle and its end first, as f
 
 
 def start_points(config: SearchConfig, space: Space) -> list[Params]:
-    """The points that ``config.search`` asks to start from. Raises UserError for a point that is not in the space."""
+    """Return the points that ``config.search`` asks to start from.
+
+    Args:
+        config: the search's configuration.
+        space: of its source.
+
+    Raises:
+        UserError: a point is not in the space.
+    """
     search = config.search
     points: list[Params] = list(search.start)
     if search.start_from is not None:
@@ -45,10 +53,14 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
 
 
 def axis_points(space: Space, count: int) -> list[Params]:
-    """At most ``count`` points, each of which leaves the source as it is along all axes but one.
+    """Return points that leave the source as it is along all axes but one.
 
-    These are the axes that are marked ``alone``; there are no points where fewer than two of them vary, or where every
-    block is decided by itself.
+    These are the axes that are marked ``alone``. There are no points if fewer than two of them vary, or if every block
+    is decided by itself.
+
+    Args:
+        space: of a source.
+        count: the largest number of points.
     """
     known = {v.name: v for v in space.variables if not v.fixed}
     neutral = {name: _nearest(v, AXES[name].neutral if name in AXES else None) for name, v in known.items()}
@@ -87,9 +99,14 @@ def published_points(space: Space) -> dict[str, Params]:
 
 
 def nearest_point(space: Space, arch: Arch, dense: Arch) -> Params:
-    """The point of ``space`` that does to its source what ``arch`` did to ``dense``, within the variables' ranges.
+    """Return the point of a space that does to its source what one record did to another.
 
     Blocks are matched by their relative depth. Widths follow from the budget, which is the share of MACs.
+
+    Args:
+        space: of a source; the point lies within its variables' ranges.
+        arch: the compressed record.
+        dense: the record that ``arch`` was made from.
     """
     wanted: dict[str, float | str] = {}
     for axis in active_axes(space.table):
@@ -109,7 +126,13 @@ def _nearest(variable: Variable, wanted: float | str | None) -> float | int | st
 
 
 def prior_points(space: Space, count: int, seed: int) -> list[Params]:
-    """Points drawn from what searches have found (``Axis.prior``); variables without a prior are drawn evenly."""
+    """Draw points from what searches have found (``Axis.prior``); variables without a prior are drawn evenly.
+
+    Args:
+        space: of a source.
+        count: number of points.
+        seed: of the draws.
+    """
     random, varying = Random(seed), [v for v in space.variables if not v.fixed]
     points: list[Params] = []
     for _ in range(count):

@@ -36,7 +36,12 @@ __all__ = ["Result", "Run", "RunLock", "Task", "read_json", "task_id"]
 
 
 def task_id(number: int, rung: int = 0) -> str:
-    """Name of a unit's folder."""
+    """Return the name of a task's folder.
+
+    Args:
+        number: of the candidate.
+        rung: on which it is evaluated.
+    """
     return f"r{rung}-{number:04d}"
 
 

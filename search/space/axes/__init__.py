@@ -92,6 +92,14 @@ def active_axes(table: SpaceTable) -> tuple[Axis, ...]:
 
 
 def variables(table: SpaceTable, source: ScoredSource) -> tuple[Variable, ...]:
-    """Every variable of a table, fixed ones too, in the order that samplers see: those that choose blocks last."""
+    """Return every variable of a table in the order that samplers see, those that choose blocks last.
+
+    Args:
+        table: the ``[space]`` table of a configuration.
+        source: the source's record and scores, which bound some ranges.
+
+    Returns:
+        Fixed variables, too.
+    """
     ordered = sorted(active_axes(table), key=lambda axis: axis.of_blocks)
     return tuple(variable for axis in ordered for variable in axis.variables(table, source))

@@ -13,7 +13,17 @@ __all__ = ["check_depth"]
 
 
 def check_depth(name: str, table: SpaceTable, arch: Arch, last: int) -> None:
-    """Raise UserError where the range ``name`` of ``table`` goes beyond ``last``."""
+    """Check that a range of blocks does not go beyond the source.
+
+    Args:
+        name: of the axis, as ``table`` has it.
+        table: the ``[space]`` table of a configuration.
+        arch: the source's record.
+        last: the largest value that is allowed.
+
+    Raises:
+        UserError: the range ``name`` of ``table`` goes beyond ``last``.
+    """
     if getattr(table, name)[1] > last:
         raise UserError(
             f"space.{name} = {list(getattr(table, name))}: the source has {arch.depth} blocks, so it must not "
