@@ -71,6 +71,7 @@ def test_another_budget_costs_no_scoring(source: Path, tmp_path: Path) -> None:
         ({"method": "nvti"}, "--method nvti: must be one of nvit, upvit,"),
         ({"budget": "half"}, "--budget half: must be a number such as 0.5, 300M or 1.2G"),
         ({"budget": "-1"}, "budget = -1.0: give a share"),
+        ({"budget": "1.5"}, "did you mean 1.5M or 1.5G?"),
         ({"budget": "0.0001"}, "macs cannot be reached"),
         ({"extra": ("--measure", "flops")}, "--measure flops: must be one of macs, params, latency_ms"),
         ({"extra": ("--group", "mpl=3")}, "--group mpl=3: unknown kind 'mpl'; known: embed"),

@@ -14,7 +14,17 @@ from torch import nn
 from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.io.provenance import versions
-from prunesweep.pruners import GROUP_SIZES, MACS, Measure, Scores, TokenMethod, WidthMethod, drop_order, get_method
+from prunesweep.pruners import (
+    GROUP_SIZES,
+    MACS,
+    PARAMS,
+    Measure,
+    Scores,
+    TokenMethod,
+    WidthMethod,
+    drop_order,
+    get_method,
+)
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, check_fits, evaluate, open_data
 
@@ -23,6 +33,9 @@ from .scoring import Calibration, Progress, cached_scores
 __all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
 
 SMALLEST = 1e-6  # a keep rate that is valid with any other setting
+
+
+LEAST_COUNT = 1000  # MACs or parameters: a smaller number was meant otherwise
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,15 @@ class Budget:
         """Return the cost that the result must not exceed, in units of ``measure``.
 
         Raises:
-            UserError: the value is not positive.
+            UserError: the value is not positive, or neither a share nor a cost that a model can have.
         """
         if not self.value > 0:
             raise UserError(f"budget = {self.value}: give a share of the source in (0, 1], or a number of MACs, ...")
+        if 1 < self.value < LEAST_COUNT and self.measure.name in (MACS.name, PARAMS.name):
+            raise UserError(
+                f"budget = {self.value:g}: a share of the source lies in (0, 1], and no model has so few "
+                f"{self.measure.name}; did you mean {self.value:g}M or {self.value:g}G?"
+            )
         return self.value * self.measure(arch) if self.value <= 1 else self.value
 
 
