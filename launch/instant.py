@@ -37,7 +37,7 @@ def instant(
     from prunesweep.models.io.provenance import versions
     from prunesweep.pruners.subspaces import instant as compute
     from prunesweep.search.report.display import Display
-    from prunesweep.training import open_data
+    from prunesweep.training import check_fits, open_data
     from prunesweep.training.jobs.one_shot import open_source
 
     shares = _shares(budgets)
@@ -45,6 +45,7 @@ def instant(
         raise UserError(f"--out {out}: is there already; give a new folder")
     model = open_source(source)
     dataset = open_data(data, model.pretrained_cfg)
+    check_fits(arch_of(model), dataset, all_classes=False)
     whole = cost(arch_of(model))
     batches = dataset.calibration(images, min(BATCH, max(1, images // 4)), seed)
     console = Console()

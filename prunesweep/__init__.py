@@ -47,16 +47,22 @@ class _RegisterWithTimm:
     torch.
     """
 
+    searching = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "timm":
+        if name != "timm" or self.searching:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]  # a finder need not inherit
-        spec = importlib.util.find_spec(name)
+        self.searching = True  # the other finders are asked, through the same door
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
+                sys.meta_path.remove(self)  # type: ignore[arg-type]  # a finder need not inherit
                 importlib.import_module("prunesweep.models")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

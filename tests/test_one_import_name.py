@@ -84,7 +84,12 @@ def readme_snippet(model: Path) -> str:
     return code
 
 
-@pytest.mark.parametrize("first", ["", "import timm\n", "import timm.models\n"])
+LOOKED_FOR = (
+    "import importlib.util, prunesweep\nimportlib.util.find_spec('timm')\n"  # as packages ask what is installed
+)
+
+
+@pytest.mark.parametrize("first", ["", "import timm\n", "import timm.models\n", LOOKED_FOR])
 def test_the_readme_loads_a_model_where_folders_have_our_names(hostile: Path, tmp_path: Path, first: str) -> None:
     model = random_model(random_arch(Random(0), "vit"), 0)
     saved = save(model, tmp_path / "model")

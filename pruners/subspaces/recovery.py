@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from prunesweep.models import BlockCut, Cut, arch_of, cut
-from prunesweep.models.recalibrate import recalibrate
 
 from .compression import HEAD_SHRINKAGE, SHRINKAGE
 from .normal_equations import NormalEquations
@@ -60,7 +59,6 @@ def recover(
     arch, blocks = open_source(model)
     images = images_of(batches)
     small = cut(model, decision).eval()
-    recalibrate(small, [(batch, batch) for batch in images])
     source_mode = model.training
     model.eval()
     try:
@@ -84,7 +82,7 @@ class _Recovery:
     ) -> None:
         self.model, self.blocks, self.small, self.decision, self.shrinkage = model, blocks, small, decision, shrinkage
         parameter = next(model.parameters())
-        width = blocks[0].module.norm2.weight.shape[0] if blocks else 0
+        width = arch_of(model).stages[0].width
         embed = None if decision.embed is None else decision.embed[0]
         self.kept = torch.tensor(range(width) if embed is None else embed, device=parameter.device)
         self.x = [stem(model, batch.to(parameter)) for batch in images]

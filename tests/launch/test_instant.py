@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from tests.pruners.subspaces.test_compress import vit
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import dataclasses
-
     arch = vit(width=16, depth=2)
     stage = dataclasses.replace(arch.stages[0], grid=(4, 4))
     shape = {"img_size": (8, 8), "patch_size": (2, 2), "in_chans": 1, "num_classes": 10}
@@ -78,6 +77,14 @@ def test_bad_options_write_nothing(
     assert code == 2
     assert message in " ".join(err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_another_size_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save(build(dataclasses.replace(vit(), num_classes=10)), tmp_path / "source")
+    code, _, err = call(capsys, "instant", tmp_path / "source", "--data", "digits", "--out", tmp_path / "out")
+    assert code == 2
+    assert "(3, 12, 12)" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("facts", [{"qk_norm": True}, {"pre_norm": True}, {"layer_scale": True, "qkv_bias": False}])

@@ -71,6 +71,14 @@ def test_recovered_is_nearer_to_the_source_than_cut(decision: Cut, facts: dict[s
     assert all(torch.equal(before[name], t) for name, t in source.state_dict().items())
 
 
+def test_a_source_whose_first_block_has_no_mlp() -> None:
+    arch = vit()
+    blocks = (dataclasses.replace(arch.blocks[0], mlp=0), *arch.blocks[1:])
+    source = made(dataclasses.replace(arch, stages=(dataclasses.replace(arch.stages[0], blocks=blocks),)))
+    same = recover(source, whole(), images())
+    torch.testing.assert_close(outputs(same), outputs(source), rtol=1e-9, atol=1e-9)
+
+
 def test_units_that_are_mixtures_of_kept_ones_are_recovered() -> None:
     """Hidden units that repeat kept ones, and channels that nothing uses, cost nothing once writers are refitted."""
     source: Any = made(vit())
