@@ -96,7 +96,8 @@ def prune(
     from prunesweep.training.jobs.placement import Placement
     from prunesweep.training.jobs.scoring import Calibration
 
-    from .prune_kinds import Request, find_method, means, runner_of
+    from .prune_kinds import find_method, means, runner_of
+    from .prune_request import Request
 
     chosen = find_method(method)
     runner = runner_of(chosen)

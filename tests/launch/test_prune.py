@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from prunesweep.launch import prune_kinds
+from prunesweep.launch import prune_runners
 from prunesweep.launch.cli import app
 from prunesweep.models import UserError, arch_of, cost, load, load_provenance, save
 from prunesweep.training.jobs.prune_training import TrainedPruning
@@ -167,7 +167,7 @@ def test_what_a_stopped_command_left_is_used_by_the_very_same_one(
         given = ("--budget", budget, *QUICK, *AFTER, "--set", "warmup_epochs=0", "--set", "ramp_steps=8", *options)
         with monkeypatch.context() as patch:
             if stop:
-                patch.setattr(prune_kinds, "finetune", Mock(side_effect=KeyboardInterrupt))
+                patch.setattr(prune_runners, "finetune", Mock(side_effect=KeyboardInterrupt))
             result = by_method(source, "uvc", *given, "--out", str(out))
         assert (result.exit_code == 0) == (not stop), (result.output, result.exception)
 

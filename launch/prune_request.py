@@ -1,0 +1,141 @@
+"""The parsed options of ``prunesweep prune``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prunesweep.models import LatencyTable, UserError, arch_of
+from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, latency
+from prunesweep.search.config import read_overrides
+from prunesweep.training import load_recipe
+from prunesweep.training.jobs.one_shot import Budget
+from prunesweep.training.jobs.placement import Placement
+from prunesweep.training.jobs.scoring import Calibration
+from prunesweep.training.jobs.work import Work, model_facts
+from prunesweep.training.second_stage import SecondStageJob
+
+__all__ = ["STAGE", "Request"]
+
+STAGE = "second_stage"  # prefix of --set for settings of a method's own finetuning
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parsed options of the command."""
+
+    source: str
+    method: Method
+    data: str
+    out: Path | None
+    budgets: Sequence[float]
+    keep_rate: float | None
+    r: int | None
+    measure: str
+    table: Path | None
+    drop: int
+    groups: Mapping[str, int]
+    floors: Mapping[str, float]
+    settings: Sequence[str]
+    recipe: str | None
+    finetune: str | None
+    second_stage: bool
+    calibration: Calibration
+    cache: Path
+    seed: int
+    placement: Placement
+    as_json: bool
+    console: Console
+
+    def budget(self, model: Any) -> Budget:
+        """Return the only budget, in its measure.
+
+        Args:
+            model: the source; a latency table is read for its architecture.
+
+        Raises:
+            UserError: there are several budgets.
+        """
+        if len(self.budgets) > 1:
+            raise UserError(f"--budget: method {self.method.name!r} serves one in a run, got {len(self.budgets)}")
+        measures: dict[str, Measure] = {"macs": MACS, "params": PARAMS}
+        if self.table is not None:
+            measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
+        return Budget(self.budgets[0], measures[self.measure])
+
+    @property
+    def folder(self) -> Path:
+        """Absolute path of the result."""
+        assert self.out is not None
+        return self.out.absolute()
+
+    def options(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the settings of the method, the fields of ``recipe`` and those of ``finetune`` that ``--set`` gives.
+
+        Raises:
+            UserError: ``recipe`` or ``finetune`` is set to a value instead of fields.
+        """
+        found = read_overrides(self.settings)
+        found.pop(STAGE, None)
+        tables = [found.pop(name, {}) for name in ("recipe", "finetune")]
+        for name, table in zip(("recipe", "finetune"), tables, strict=True):
+            if not isinstance(table, dict):
+                raise UserError(f"--set {name}={table}: give --{name} {table}, or fields: --set {name}.epochs=3")
+        return found, *tables
+
+    @property
+    def stage(self) -> SecondStageJob | None:
+        """The method's own way of finetuning if ``--second-stage`` is given, otherwise None."""
+        table = read_overrides(self.settings).get(STAGE, {})
+        if not isinstance(table, dict) or (table and not self.second_stage):
+            raise UserError(f"--set {STAGE}...: these settings go with --second-stage, as {STAGE}.NAME=VALUE")
+        return SecondStageJob(self.method.name, table) if self.second_stage else None
+
+    def work(self, model: Any, fingerprint: str) -> Work:
+        """The hidden folder of what the command has not finished, found by all that its result depends on.
+
+        Args:
+            model: the source, opened.
+            fingerprint: of the data.
+        """
+        _, recipe, finetune = self.options()
+        after = self.finetune or self.method.finetune or "none"
+        deciding = self.recipe or self.method.recipe if isinstance(self.method, TrainedMethod) else None
+        facts = {
+            "command": "prune",
+            "method": self.method.name,
+            "source": {"name": arch_of(model).source, **model_facts(model)},
+            "data": {"name": self.data, "fingerprint": fingerprint},
+            "budgets": list(self.budgets),
+            "keep_rate": self.keep_rate,
+            "measure": self.measure,
+            "table": self.table and hashlib.sha256(self.table.read_bytes()).hexdigest(),
+            "drop": self.drop,
+            "groups": dict(self.groups),
+            "floors": dict(self.floors),
+            "settings": list(self.settings),
+            "recipe": None if deciding is None else _recipe(deciding, recipe),
+            "finetune": None if after == "none" else _recipe(after, finetune),
+            "second_stage": self.second_stage,
+            "calibration": asdict(self.calibration),
+            "seed": self.seed,
+        }
+        return Work.beside(self.folder, facts)
+
+    def check_stage(self) -> None:
+        """Raise UserError if a setting of the second stage is not allowed, or nothing is finetuned."""
+        stage = self.stage
+        if stage is None:
+            return
+        stage.configure()
+        if (self.finetune or self.method.finetune or "none") == "none":
+            raise UserError(f"--second-stage: is finetuning; give a recipe, for example --finetune {self.method.name}")
+
+
+def _recipe(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return load_recipe(name, fields).model_dump(mode="json")

@@ -1,0 +1,221 @@
+"""Run ``prunesweep prune`` for each class of methods, from the source to the lines that report the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunesweep.models import Cost, UserError, arch_of, cost, load_provenance, save, weights_digest
+from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import versions
+from prunesweep.pruners import AppliedMethod, TrainedMethod
+from prunesweep.search.report.display import Display
+from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate, load_recipe, open_data
+from prunesweep.training.jobs.finetune import Finetuning, finetune
+from prunesweep.training.jobs.one_shot import Pruned, open_source, plan_once, prune_once, save_pruned
+from prunesweep.training.jobs.prune_training import TrainedPruning
+
+from .finetune import reports
+from .prune_request import Request
+
+__all__ = ["apply_once", "prune_tokens", "prune_trained", "prune_widths"]
+
+DECIDED = "decided.json"  # in the command's folder of work, once all models are there that the method has decided on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result: its folder and exact cost, its quality before and after finetuning."""
+
+    folder: Path
+    cost: Cost
+    untrained: EvalMetrics
+    final: EvalMetrics
+
+
+def prune_widths(request: Request) -> None:
+    """Score, decide and cut; finetune if a recipe is given."""
+    model = open_source(request.source)
+    options, _, _ = request.options()
+    with Display(request.console).progress() as progress:
+        pruned = prune_once(
+            model,
+            request.data,
+            request.method.name,
+            request.budget(model),
+            drop=request.drop,
+            groups=request.groups,
+            floors=request.floors,
+            options=options,
+            calibration=request.calibration,
+            cache=request.cache,
+            progress=progress,
+        )
+    _finish(request, model, pruned)
+
+
+def prune_tokens(request: Request) -> None:
+    """Score patches, plan tokens and apply the plan; finetune if a recipe is given."""
+    model = open_source(request.source)
+    options, _, _ = request.options()
+    with Display(request.console).progress() as progress:
+        pruned = plan_once(
+            model,
+            request.data,
+            request.method.name,
+            keep_rate=request.keep_rate,
+            budget=request.budget(model) if request.budgets else None,
+            settings=options,
+            calibration=request.calibration,
+            cache=request.cache,
+            progress=progress,
+        )
+    _finish(request, model, pruned)
+
+
+def _finish(request: Request, model: Any, pruned: Pruned) -> None:
+    source, first = EvalMetrics(pruned.source_top1, pruned.source_ppl), EvalMetrics(pruned.top1, pruned.ppl)
+    last = first
+    if request.finetune in (None, "none"):
+        save_pruned(pruned, request.folder)
+    else:
+        work = request.work(model, pruned.provenance["data"])
+        work.claim()
+        untrained = save_pruned(pruned, work.folder / "untrained")
+        last = _finetune(request, model, untrained, request.folder, work.folder, str(request.finetune))
+        work.release()
+    _report(request, pruned.source_cost, source, [Row(request.folder, pruned.cost, first, last)])
+
+
+def prune_trained(request: Request) -> None:
+    """Train while the method decides, cut, and finetune."""
+    method, model = request.method, open_source(request.source)
+    assert isinstance(method, TrainedMethod)
+    whole = cost(arch_of(model))
+    shares = [b if b <= 1 else b / whole.macs for b in request.budgets]
+    options, recipe, _ = request.options()
+    chosen = load_recipe(request.recipe or method.recipe, recipe)
+    after = request.finetune or method.finetune
+    data = open_data(request.data, model.pretrained_cfg)
+    work = request.work(model, data.info.fingerprint)
+    decided = request.folder if after == "none" else work.folder / "decided"
+    run = TrainedPruning(
+        model,
+        request.data,
+        method.name,
+        shares,
+        chosen,
+        decided,
+        options=options,
+        calibration=request.calibration,
+        seed=request.seed,
+        work_folder=work.folder / "deciding",
+    )
+    run.check()
+    work.claim()
+    display = Display(request.console)
+    if (work.folder / DECIDED).exists() and after != "none":
+        found = run.saved_models()
+    else:
+        with display.progress() as progress:
+            say = reports(display, progress, chosen.batch_size, what=f"{method.name}: deciding")
+            found = run.run(request.placement, **say)
+        write_text(work.folder / DECIDED, "{}")  # a folder of several models may be there in part only
+    rows = []
+    for one in found:
+        folder, last = request.folder / one.folder.relative_to(decided), EvalMetrics(one.top1)
+        if after != "none":
+            last = _finetune(request, model, one.folder, folder, work.folder, after)
+        rows.append(Row(folder, one.cost, EvalMetrics(one.top1), last))
+    work.release()
+    _report(request, whole, EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
+
+
+def _finetune(request: Request, source: Any, start: Path, out: Path, work: Path, recipe: str) -> EvalMetrics:
+    """Train ``start`` with the source as teacher; return the result's quality. ``work`` is the command's folder."""
+    teacher = work / "source"
+    if not teacher.exists():
+        save(source.cpu(), teacher)
+    _, _, fields = request.options()
+    part = "" if out == request.folder else f"-{out.name}"
+    job = Finetuning(
+        start,
+        request.data,
+        load_recipe(recipe, fields),
+        out,
+        teacher=teacher,
+        seed=request.seed,
+        second_stage=request.stage,
+        work_folder=work / f"finetuning{part}",
+        teacher_logits=work / "teacher_logits",
+    )
+    display = Display(request.console)
+    with display.progress() as progress:
+        finetune(job, request.placement, **reports(display, progress, job.recipe.batch_size))
+    return EvalMetrics.of(load_provenance(out))
+
+
+def _report(request: Request, source: Cost, before: EvalMetrics, rows: Sequence[Row]) -> None:
+    """Report every result; ``before`` is the source's quality."""
+    if request.as_json:
+        facts = [
+            {**_named("source_", before), **row.final.as_dict(), **_named("untrained_", row.untrained)}
+            | {"macs": row.cost.macs, "params": row.cost.params, "model": str(row.folder)}
+            for row in rows
+        ]
+        print(json.dumps(facts[0] if len(facts) == 1 else facts))
+        return
+    for row in rows:
+        untrained = f"{row.untrained} without finetuning, " if row.final != row.untrained else ""
+        request.console.print(
+            f"{row.cost.macs:,} MACs ({row.cost.macs / source.macs:.3f} of the source's), "
+            f"{row.cost.params:,} params ({row.cost.params / source.params:.3f})\n"
+            f"{row.final} ({untrained}source {before}); saved as {row.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _named(prefix: str, found: EvalMetrics) -> dict[str, float]:
+    return {prefix + name: value for name, value in found.as_dict().items()}
+
+
+def apply_once(request: Request) -> None:
+    """Change the source at once and measure it before and after; save it if an architecture record can describe it."""
+    method = request.method
+    assert isinstance(method, AppliedMethod)
+    if "r" in method.option_names and request.r is None:
+        raise UserError(f"--r: method {method.name!r} needs the number of tokens that every block merges, e.g. 8")
+    if request.finetune not in (None, "none") or (request.out is not None and not method.saved):
+        raise UserError(
+            f"method {method.name!r} is evaluated as it is: it takes no --finetune"
+            + ("" if method.saved else " and saves nothing, so no --out")
+        )
+    model = open_source(request.source)
+    arch = arch_of(model)
+    method.check(arch)
+    options, _, _ = request.options()
+    applied = method.apply(model, method.configure(options if request.r is None else {**options, "r": request.r}))
+    data = open_data(request.data, model.pretrained_cfg)
+    before, after = (EvalMetrics.of(evaluate(m, data.val_loader(EVAL_BATCH))) for m in (model, applied.model))
+    if not method.saved:
+        _report_unsaved(request, cost(arch), before, after, applied.macs or cost(arch).macs)
+        return
+    facts: dict[str, Any] = {"method": method.name, "source": {"name": arch.source, "weights": weights_digest(model)}}
+    facts |= {"change": dict(applied.facts), "data": data.info.fingerprint, "versions": versions(), **after.as_dict()}
+    save(applied.model, request.folder, facts)
+    _report(request, cost(arch), before, [Row(request.folder, cost(arch), after, after)])
+
+
+def _report_unsaved(request: Request, source: Cost, before: EvalMetrics, after: EvalMetrics, macs: int) -> None:
+    if request.as_json:
+        print(json.dumps({**after.as_dict(), **_named("source_", before), "macs": macs}))
+        return
+    request.console.print(
+        f"{macs:,} MACs ({macs / source.macs:.3f} of the source's), {after} (source {before})",
+        highlight=False,
+        soft_wrap=True,
+    )
