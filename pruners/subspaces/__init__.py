@@ -9,6 +9,7 @@ from .front import Point, instant
 from .normal_equations import NormalEquations
 from .recovery import recover
 from .source import SourceStatistics
+from .support import can_recover
 from .widths import BlockWidths, Widths, compressed_arch, equal_shares
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Point",
     "SourceStatistics",
     "Widths",
+    "can_recover",
     "compress",
     "compressed_arch",
     "equal_shares",

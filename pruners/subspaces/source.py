@@ -12,12 +12,11 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, blocks_of
 from prunesweep.models.arch import Block
-from prunesweep.models.families import family_of, names_with
 from prunesweep.models.layers.mixers import attend
 
-__all__ = ["SourceBlock", "SourceStatistics", "images_of", "open_source", "stem"]
+from .support import can_recover
 
-NEEDS = ("images", "fused_qkv", "global_attention")  # of a family
+__all__ = ["SourceBlock", "SourceStatistics", "images_of", "open_source", "stem"]
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,8 @@ def open_source(model: nn.Module) -> tuple[Arch, list[SourceBlock]]:
         UserError: another family, or a block with a convolution, a token plan or token factors.
     """
     arch = arch_of(model)
-    if not family_of(arch).supports(*NEEDS):
-        raise UserError(f"{arch.source} is of family {arch.family!r}: subspaces are computed for {names_with(*NEEDS)}")
-    for i, block in enumerate(arch.blocks):
-        if block.conv_kernel or block.tokens is not None or block.token_scale or block.norm_residual:
-            raise UserError(f"{arch.source}: blocks[{i}] has a convolution, a token plan or token factors")
+    if reason := can_recover(arch):
+        raise UserError(reason)
     pairs = zip(blocks_of(model), arch.blocks, strict=True)
     return arch, [SourceBlock(module, record) for module, record in pairs]
 

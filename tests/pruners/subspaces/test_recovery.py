@@ -10,7 +10,7 @@ from prunesweep.models import BlockCut, Cut, arch_of, cut, cut_arch
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners import kl_divergence
-from prunesweep.pruners.subspaces import recover
+from prunesweep.pruners.subspaces import can_recover, recover
 from tests.pruners.subspaces.test_compress import VARIANTS, images, made, outputs, vit
 
 
@@ -99,3 +99,9 @@ def test_both_heads_of_a_distilled_model_are_refitted() -> None:
     assert (outputs(mended) - wanted).square().mean() < 0.5 * (outputs(small) - wanted).square().mean()
     for head in ("head", "head_dist"):
         assert not torch.equal(mended.get_parameter(f"{head}.weight"), small.get_parameter(f"{head}.weight"))
+
+
+def test_what_cannot_be_recovered_says_why() -> None:
+    assert can_recover(vit()) is None
+    planned = cut_arch(vit(), Cut(blocks=(BlockCut(), plan(), BlockCut())))
+    assert "blocks[1] has a convolution, a token plan or token factors" in str(can_recover(planned))
