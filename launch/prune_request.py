@@ -13,7 +13,7 @@ from rich.console import Console
 from prunesweep.models import LatencyTable, UserError, arch_of
 from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, latency
 from prunesweep.search.config import read_overrides
-from prunesweep.training import load_recipe
+from prunesweep.training import absolute_name, load_recipe
 from prunesweep.training.jobs.one_shot import Budget
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.scoring import Calibration
@@ -110,7 +110,7 @@ class Request:
             "command": "prune",
             "method": self.method.name,
             "source": {"name": arch_of(model).source, **model_facts(model)},
-            "data": {"name": self.data, "fingerprint": fingerprint},
+            "data": {"name": absolute_name(self.data), "fingerprint": fingerprint},
             "budgets": list(self.budgets),
             "keep_rate": self.keep_rate,
             "measure": self.measure,

@@ -186,7 +186,8 @@ def add_rows(x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, rows: int
 
 def _in_bags(x: torch.Tensor) -> bool:
     """Whether to sum by ``embedding_bag``: on a CPU it is many times as fast as ``index_add``, but not traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # bags count images: a constant
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not traced
 
 
 def _bags(x: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from prunesweep.models import load, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
 from ..compatibility import check_fits
-from ..data import Data, open_data
+from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
 from ..second_stage import SecondStageJob
@@ -67,7 +67,7 @@ class Finetuning:
         return {
             "model": model_facts(load(self.model)),
             "teacher": self.teacher and model_facts(load(self.teacher)),
-            "data": {"name": self.data, "fingerprint": self.opened.info.fingerprint},
+            "data": {"name": absolute_name(self.data), "fingerprint": self.opened.info.fingerprint},
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.seed,
             "second_stage": None if self.second_stage is None else asdict(self.second_stage),
@@ -115,7 +115,7 @@ class Finetuning:
         """The job in the JSON-ready form that its workers get."""
         return TrainingJob(
             model=str(self.model),
-            data=self.data,
+            data=absolute_name(self.data),  # workers may run in another folder
             recipe=self.recipe.model_dump(mode="json"),
             teacher=None if self.teacher is None else str(self.teacher),
             teacher_cache=str(self.teacher_cache),

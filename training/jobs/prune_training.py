@@ -16,7 +16,7 @@ from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners import TrainedMethod, get_method
 
 from ..compatibility import check_fits
-from ..data import Data, open_data
+from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
 from .metrics_log import MetricsLog
@@ -92,7 +92,7 @@ class TrainedPruning:
         return {
             **self.metadata,
             "source": {"name": arch_of(self.model).source, **model_facts(self.model)},
-            "data": {"name": self.data_name, "fingerprint": self.opened.info.fingerprint},
+            "data": {"name": absolute_name(self.data_name), "fingerprint": self.opened.info.fingerprint},
             "calibration": asdict(self.calibration),
         }
 
@@ -140,7 +140,7 @@ class TrainedPruning:
             save(self.model.cpu(), self._source)
         with MetricsLog.beside(self.work) as log:
             run_job(
-                self._described(placement),
+                self.described(placement),
                 self.out,
                 self.work,
                 data=data,
@@ -159,10 +159,11 @@ class TrainedPruning:
         """Folder where Ray Train's workers find the source."""
         return self.work / "source"
 
-    def _described(self, placement: Placement) -> TrainingJob:
+    def described(self, placement: Placement) -> TrainingJob:
+        """Return the run in the JSON-ready form that its workers get."""
         return TrainingJob(
             model=str(self._source),
-            data=self.data_name,
+            data=absolute_name(self.data_name),  # workers may run in another folder
             recipe=self.recipe.model_dump(mode="json"),
             teacher_cache=None if placement.here else str(self.work / "teacher_logits"),
             seed=self.seed,

@@ -197,3 +197,13 @@ def test_impossible_plans_are_refused(changes: dict[str, object], message: str) 
     PLAN.check(7, 1)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(PLAN, **changes).check(7, 1)
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_takes_any_number_of_images(form: str) -> None:
+    model = build(arch_with(tokens=5, merge=form)).eval()
+    images = torch.randn(4, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images[:1])  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(traced(images), model(images))

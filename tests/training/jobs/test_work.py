@@ -12,6 +12,7 @@ import torch
 
 from prunesweep.models import save
 from prunesweep.training.jobs.finetune import Finetuning
+from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.prune_training import TrainedPruning
 from prunesweep.training.jobs.scoring import Calibration
 from prunesweep.training.jobs.work import FACTS, Work
@@ -64,6 +65,21 @@ def test_changed_data_of_the_same_name_are_in_the_key(image_folder: Path, tmp_pa
     assert dataclasses.replace(job).work == before
     (image_folder / "train" / "red" / "0.jpg").rename(image_folder / "train" / "blue" / "new.jpg")
     assert dataclasses.replace(job).work != before
+
+
+def test_workers_find_data_that_were_named_from_another_folder(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"img_size": 32, "patch_size": 8, "num_heads": 2, "num_classes": 2, "embed_dim": 16, "depth": 1}
+    model: Any = timm.create_model("vit_tiny_patch16_224", **shape)
+    folder, name = save(model, tmp_path / "model"), f"imagefolder:{image_folder}"
+    monkeypatch.chdir(image_folder.parent)
+    relative = f"imagefolder:{image_folder.name}"
+    job = Finetuning(folder, relative, Recipe(), tmp_path / "out")
+    run = TrainedPruning(model, relative, "uvc", [0.6], Recipe(), tmp_path / "out")
+    assert job.described.data == run.described(Placement()).data == name
+    assert job.work == dataclasses.replace(job, data=name).work
+    assert run.work == dataclasses.replace(run, data_name=name).work
 
 
 def test_everything_that_a_deciding_run_depends_on_is_in_the_key(tmp_path: Path) -> None:
