@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models.families.lm import LanguageModel
+from prunesweep.pruners import kl_divergence
 
 from .data import Data
 from .data.text import IGNORED
@@ -24,7 +25,11 @@ LOGITS_AT_A_TIME = 2**26  # words x vocabulary of a language model
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], world: World | None = None
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    world: World | None = None,
+    *,
+    source: nn.Module | None = None,
 ) -> dict[str, float]:
     """Measure accuracy and loss over all images; leave the model's mode as it was.
 
@@ -34,10 +39,12 @@ def evaluate(
         model: a classifier or a ``LanguageModel``, on its device.
         batches: (images, labels) or (words, next words) per batch; with a ``world``, only this worker's share.
         world: the workers that evaluate together; every one of them gets the result over all shares.
+        source: a model in evaluation mode, on the same device and of the same classes, to compare with.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
-        perplexity exp(loss).
+        perplexity exp(loss). With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats)
+        and ``agreement`` (equal answers, in percent).
 
     Raises:
         ValueError: there are no images.
@@ -45,17 +52,28 @@ def evaluate(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # sums of: right, right among five, loss, images
-    for logits, y in _answers(model, batches, device):
-        best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+    # sums of: right, right among five, loss, images, divergence, same answers
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    for (logits, *wanted), y in _answers([model] if source is None else [model, source], batches, device):
+        best = logits.topk(min(5, logits.shape[1])).indices
+        right = best == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, y.new_tensor(len(y))]).double()
+        divergence = same = loss.new_zeros(())
+        if wanted:
+            divergence = kl_divergence(wanted[0], logits).sum()
+            same = (best[:, 0] == wanted[0].argmax(1)).sum()
+        found = [right[:, 0].sum(), right.sum(), loss, y.new_tensor(len(y)), divergence, same]
+        sums += torch.stack([one.double() for one in found])
     model.train(training)
-    right, among_five, loss, images = (world or World()).all_reduce(sums).tolist()
+    top1, top5, loss, images, divergence, same = (world or World()).all_reduce(sums).tolist()
     if images == 0:
         raise ValueError("no images to evaluate on")
-    found = {"top1": 100 * right / images, "top5": 100 * among_five / images, "loss": loss / images}
-    return {**found, "ppl": math.exp(loss / images)} if isinstance(model, LanguageModel) else found
+    figures = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+    if isinstance(model, LanguageModel):
+        figures["ppl"] = math.exp(loss / images)
+    if source is not None:
+        figures |= {"kl": divergence / images, "agreement": 100 * same / images}
+    return figures
 
 
 class EvalMetrics(NamedTuple):
@@ -107,16 +125,17 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
 
 
 def _answers(
-    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield logits (B, K) and labels (B,); for a language model, of some words at a time."""
+    models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+    """Yield every model's logits (B, K), and labels (B,); for language models, of some words at a time."""
     for x, y in batches:
         x, y = x.to(device), y.to(device)
-        if not isinstance(model, LanguageModel):
-            yield model(x), y
+        if not isinstance(models[0], LanguageModel):
+            yield [model(x) for model in models], y
             continue
         wanted = y != IGNORED
-        hidden, words = model.hidden(x)[wanted], y[wanted]
-        step = max(1, LOGITS_AT_A_TIME // model.num_classes)
+        hidden, words = [model.hidden(x)[wanted] for model in models], y[wanted]
+        step = max(1, LOGITS_AT_A_TIME // models[0].num_classes)
         for own in range(0, len(words), step):
-            yield model.log_prob(hidden[own : own + step]), words[own : own + step]
+            logits = [m.log_prob(h[own : own + step]) for m, h in zip(models, hidden, strict=True)]
+            yield logits, words[own : own + step]

@@ -234,6 +234,20 @@ def test_evaluation_is_exact() -> None:
         evaluate(model, [])
 
 
+def test_evaluation_compares_with_a_source(data) -> None:
+    source, model = make(dim=32).eval(), make(dim=16).eval()
+    batches = list(data.val_loader(100))
+    with torch.no_grad():
+        wanted, got = (torch.cat([one(x) for x, _ in batches]) for one in (source, model))
+    found = evaluate(model, batches, source=source)
+    p = wanted.double().log_softmax(1)
+    assert found["kl"] == pytest.approx((p.exp() * (p - got.double().log_softmax(1))).sum(1).mean().item())
+    assert found["agreement"] == pytest.approx(100 * (wanted.argmax(1) == got.argmax(1)).double().mean().item())
+    assert {name: found[name] for name in ("top1", "top5", "loss")} == evaluate(model, batches)
+    same = evaluate(source, batches, source=source)
+    assert (same["kl"], same["agreement"]) == (0, 100)
+
+
 @pytest.mark.parametrize(
     "fields", [{"amp": "bf16"}, {"channels_last": True}, {"mixup": 0.8, "cutmix": 1.0}, {"layer_decay": 0.7}]
 )
