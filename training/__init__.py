@@ -1,7 +1,7 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
-from .compatibility import check_fits
+from .compatibility import check_fits, check_labels
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
 from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate
 from .loop import Diverged, Epoch, fit, seeded
@@ -26,6 +26,7 @@ __all__ = [
     "cache_logits",
     "chance_warning",
     "check_fits",
+    "check_labels",
     "check_words",
     "evaluate",
     "fit",

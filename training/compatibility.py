@@ -1,12 +1,13 @@
-"""Check that a model and a data set fit together."""
+"""Check that a model, a data set and a recipe fit together."""
 
 from __future__ import annotations
 
 from prunesweep.models import Arch, UserError
 
 from .data import Data, check_words
+from .recipe import Recipe
 
-__all__ = ["check_fits"]
+__all__ = ["check_fits", "check_labels"]
 
 REMEDY = "take data of its classes, or give the model a new head"
 
@@ -24,7 +25,7 @@ def check_fits(
         name: the model's name in messages; ``arch.source`` by default.
         remedy: advice that the message gives when the classes differ.
         all_classes: require equal numbers of classes. Without it the model may have more, which is enough where nothing
-            is trained.
+            is trained. Data without labels fit models of any number.
 
     Raises:
         UserError: the model and the data do not fit.
@@ -33,8 +34,27 @@ def check_fits(
     if arch.text is not None:
         return
     info, name = data.info, name or arch.source
+    all_classes = all_classes and info.labelled
     if arch.num_classes < info.num_classes or (all_classes and arch.num_classes != info.num_classes):
         raise UserError(f"{name} has {arch.num_classes} classes, {info.name} has {info.num_classes}: {remedy}")
     size = (arch.in_chans, *arch.img_size)
     if size != info.input_size:
         raise UserError(f"{name} takes images of {size}, {info.name} has {info.input_size}")
+
+
+def check_labels(data: Data, recipe: Recipe) -> None:
+    """Check that data without labels are trained on by the answers of a teacher alone.
+
+    Args:
+        data: the opened data set.
+        recipe: gives the losses.
+
+    Raises:
+        UserError: the recipe's loss needs labels, and the data have none.
+    """
+    taught = any(term.weight for term in recipe.distill)
+    if not data.info.labelled and (recipe.loss_weight or not taught):
+        raise UserError(
+            f"{data.info.name} has no labels to train on: set the recipe's loss_weight = 0 and "
+            'distill = [{kind = "soft"}], so that the model learns from the source\'s answers, or give data with labels'
+        )

@@ -213,13 +213,15 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
 
         Args:
             input: images B·C·H·W, normalised for the student.
-            target: labels B, or probabilities B·K.
+            target: labels B, or probabilities B·K; not read if ``loss_weight`` is 0.
             known: logits B·K of the teachers whose terms have ``cache_teacher``, by name.
         """
         found = self.trainable_module(input)
         token = found[1] if isinstance(found, tuple) else None
         output = found if token is None else (found[0] + found[1]) / 2
-        task_loss, kd_loss = self.criterion(output, target), output.new_zeros(())
+        task_loss = kd_loss = output.new_zeros(())
+        if self.loss_weight:  # otherwise there may be no labels
+            task_loss = self.criterion(output, target)
         answers = dict(known)
         for term in self.terms:
             if term.kind != "feature" and term.teacher not in answers:

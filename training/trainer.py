@@ -17,11 +17,12 @@ from timm.task import TrainingTask
 from timm.utils import distribute_bn
 from torch import nn
 
-from prunesweep.models import UserError, blocks_of
+from prunesweep.models import UserError, arch_of, blocks_of
 from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .batches import EpochBatches
 from .checkpoint import load_state
+from .compatibility import check_labels
 from .data import Data
 from .optim import make_optimizer, make_scheduler
 from .recipe import Recipe
@@ -69,6 +70,7 @@ class Trainer:
     ) -> None:
         self.model, self.recipe, self.hook, self.world = model, recipe, hook, world
         self.on_step, self.on_note = on_step, on_note
+        check_labels(data, recipe)
         self.device = next(model.parameters()).device
         self.batches = batches_of(data, recipe, world)
         self.micro_batch = recipe.batch_size // (world.size * recipe.accumulate)  # images of one forward pass
@@ -88,7 +90,8 @@ class Trainer:
         self.manual_sync_steps: float = 0 if alone else MANUAL_SYNC_STEPS if plain else math.inf  # left to do
         self.scheduler = make_scheduler(self.optimizer, recipe, self.batches.updates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.mixup = _mixup(recipe, data.info.num_classes)
+        self.labelled = data.info.labelled
+        self.mixup = _mixup(recipe, data.info.num_classes or arch_of(model).num_classes)
 
     def train_epoch(self, epoch: int) -> tuple[float, float]:
         """Train for one epoch; return the mean loss, and images per second, over all workers."""
@@ -174,7 +177,7 @@ class Trainer:
         y = y.to(self.device, non_blocking=True)
         known = [{name: rows.to(self.device, non_blocking=True) for name, rows in k.items()} for k in known]
         if self.mixup is not None:
-            x, y = self.mixup(x, y)
+            x, y = self.mixup(x, y if self.labelled else torch.zeros_like(y))  # it mixes images of some class
         low = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(x), self.micro_batch):

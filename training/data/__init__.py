@@ -1,22 +1,24 @@
 """Data sets by name: a table of kinds, each a class behind one small interface.
 
 ``digits`` is scikit-learn's hand-written digits, the embedded data set. ``imagefolder:PATH`` has
-``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``wds:PATH`` webdataset shards ``PATH/train*.tar`` and
-``PATH/val*.tar``, ``hfds:NAME`` a data set of Hugging Face's ``datasets``; these use timm's transforms. ``pydocs`` and
-``wikitext:PATH`` are texts. All are read by index, so that any number of workers sees every image once, in an order
-that a seed gives.
+``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``images:PATH`` any tree of images without labels, ``wds:PATH``
+webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar``, ``hfds:NAME`` a data set of Hugging Face's ``datasets``;
+these use timm's transforms. ``pydocs`` and ``wikitext:PATH`` are texts. All are read by index, so that any number of
+workers sees every image once, in an order that a seed gives.
 """
 
-from .base import Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only
+from .base import NO_LABEL, Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only
 from .digits import Digits
 from .folder import ImageFolder
 from .huggingface import HuggingFace
 from .registry import KINDS, absolute_name, open_data, open_text, register
 from .shards import Shards
 from .text import TextData, check_words
+from .unlabelled import UnlabelledImages
 
 __all__ = [
     "KINDS",
+    "NO_LABEL",
     "Batch",
     "ClassOrder",
     "Data",
@@ -27,6 +29,7 @@ __all__ = [
     "OpenOptions",
     "Shards",
     "TextData",
+    "UnlabelledImages",
     "absolute_name",
     "check_words",
     "images_only",

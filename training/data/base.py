@@ -18,10 +18,11 @@ from prunesweep.training.world import World
 
 from .loader import PersistentLoader
 
-__all__ = ["Batch", "ClassOrder", "Data", "DataInfo", "OpenOptions", "Transformed", "images_only"]
+__all__ = ["NO_LABEL", "Batch", "ClassOrder", "Data", "DataInfo", "OpenOptions", "Transformed", "images_only"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 ClassOrder = Literal["natural", "codepoint"]
+NO_LABEL = -1  # stands where data have no labels; every loss on labels refuses it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class DataInfo:
     """Facts about a data set. ``fingerprint`` changes with any image, label, split or setting of preprocessing."""
 
     name: str
-    num_classes: int
+    num_classes: int  # 0 where there are no labels
     input_size: tuple[int, int, int]  # channels, rows, columns
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -37,6 +38,11 @@ class DataInfo:
     vocabulary: str = ""  # of a text: a digest of its words, which models record
     classes: tuple[str, ...] = ()  # names by label, where the data have names
     notes: tuple[str, ...] = ()  # lines for people: empty classes, files that are not used, sampled bytes
+
+    @property
+    def labelled(self) -> bool:
+        """Whether images have labels."""
+        return self.num_classes > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +111,19 @@ class Data(ABC):
 
     @abstractmethod
     def train_labels(self) -> torch.Tensor:
-        """Return the labels (N,) int64 of all training images, without reading the images."""
+        """Return the labels (N,) int64 of all training images, without reading the images.
+
+        Raises:
+            UserError: the data have no labels.
+        """
 
     def describe(self) -> list[str]:
         """Return lines for people: numbers of images and classes, the preprocessing, and notes on the files."""
         info = self.info
         val = len(self.split("val", augment=None))  # type: ignore[arg-type]
         named = f" ({info.classes[0]} .. {info.classes[-1]})" if info.classes else ""
-        lines = [f"{info.name}: {self.train_images:,} train, {val:,} val, {info.num_classes:,} classes{named}"]
+        classes = f"{info.num_classes:,} classes{named}" if info.labelled else "without labels"
+        lines = [f"{info.name}: {self.train_images:,} train, {val:,} val, {classes}"]
         return [*lines, *info.notes]
 
     def train_loader(

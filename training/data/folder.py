@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from prunesweep.models import UserError
 
 from .base import OpenOptions
-from .images import IMAGE_ENDINGS, READ_ERRORS, ImageFiles, is_hidden, read_image, read_names
+from .images import IMAGE_ENDINGS, READ_ERRORS, ImageFiles, ListedImages, is_hidden, read_names
 from .index import (
     DIGEST,
     Stamp,
@@ -315,21 +315,7 @@ class ImageFolder(ImageFiles):
 
     def _open(self, split: str) -> Dataset[Any]:
         root, files = self._path / split, self._found[split].files
-        return _Images(root, files, self.labels(split), self.info.input_size[0])
+        return ListedImages(root, files, self.labels(split), self.info.input_size[0])
 
     def train_labels(self) -> torch.Tensor:
         return torch.tensor(self.labels("train"))
-
-
-class _Images(Dataset[Any]):
-    """Images of a folder by index. It replaces timm's own data set, which would skip damaged images in silence."""
-
-    def __init__(self, root: Path, files: list[str], labels: list[int], channels: int) -> None:
-        self.root, self.files, self.labels, self.channels = str(root), files, labels, channels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        with open(f"{self.root}/{self.files[index]}", "rb") as file:
-            return read_image(file, self.channels), self.labels[index]

@@ -23,7 +23,16 @@ from prunesweep.training.recipe import Recipe
 
 from .base import Batch, Data, DataInfo, OpenOptions
 
-__all__ = ["IMAGE_ENDINGS", "READ_ERRORS", "ImageFiles", "Readable", "is_hidden", "read_image", "read_names"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "READ_ERRORS",
+    "ImageFiles",
+    "ListedImages",
+    "Readable",
+    "is_hidden",
+    "read_image",
+    "read_names",
+]
 
 # what PIL raises for damaged files
 READ_ERRORS: tuple[type[Exception], ...] = (
@@ -63,7 +72,7 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
 
 
 class ImageFiles(Data):
-    """Labelled image files behind timm's transforms; ``_open(split)`` returns (PIL image, label) pairs by index."""
+    """Image files behind timm's transforms; ``_open(split)`` returns (PIL image, label) pairs by index."""
 
     def __init__(
         self,
@@ -81,7 +90,7 @@ class ImageFiles(Data):
             name: name of the data set.
             options: how it is opened.
             facts: everything that determines images, labels and their order; it is hashed into the fingerprint.
-            num_classes: number of classes.
+            num_classes: number of classes; 0 where there are no labels.
             classes: class names by label, if they have names.
             notes: lines for people.
         """
@@ -145,6 +154,27 @@ class ImageFiles(Data):
         if split not in self._damaged:  # one list for all views of a split, and all processes that load it
             self._damaged[split] = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         return Readable(images, transform, share=self._unreadable, damaged=self._damaged[split])
+
+
+class ListedImages(Dataset[Any]):
+    """Images below a folder by index. It replaces timm's own data set, which would skip damaged images in silence.
+
+    Args:
+        root: the folder.
+        files: paths in it.
+        labels: of the files.
+        channels: 1 for grey, otherwise RGB.
+    """
+
+    def __init__(self, root: Path, files: list[str], labels: list[int], channels: int) -> None:
+        self.root, self.files, self.labels, self.channels = str(root), files, labels, channels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with open(f"{self.root}/{self.files[index]}", "rb") as file:
+            return read_image(file, self.channels), self.labels[index]
 
 
 class Readable(Dataset[Batch]):

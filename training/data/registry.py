@@ -75,7 +75,8 @@ def open_data(
     """Open a data set by name.
 
     Args:
-        name: ``digits``, ``imagefolder:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or ``wikitext:PATH``.
+        name: ``digits``, ``imagefolder:PATH``, ``images:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or
+            ``wikitext:PATH``.
         preprocessing: a timm model's ``pretrained_cfg``, which gives the preprocessing; ``digits`` has its own.
         loader_workers: processes that load and augment images; 0 does it in this process.
         class_order: order of class folders if neither ``classes`` nor the model's ``label_names`` give one: ``natural``

@@ -11,7 +11,7 @@ from typing import Any
 from prunesweep.models import load, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
-from ..compatibility import check_fits
+from ..compatibility import check_fits, check_labels
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
@@ -94,7 +94,7 @@ class Finetuning:
         return self.teacher_logits or self.out.parent / ".teacher_logits"
 
     def check(self) -> Data:
-        """Open the data and check that data, model and teacher fit together.
+        """Open the data and check that data, model, teacher and recipe fit together.
 
         Raises:
             UserError: they do not, or the second stage cannot serve the model.
@@ -106,6 +106,7 @@ class Finetuning:
             head = f"timm.create_model('local-dir:{path}', pretrained=True, num_classes={data.info.num_classes})"
             remedy = f"give it a new head with {head} and models.save, or take data of its classes"
             check_fits(read_arch(path), data, name=f"{what} {path}", remedy=remedy)
+        check_labels(data, self.recipe)
         if self.second_stage is not None:
             self.second_stage.check(self.model, self.teacher)
         return data

@@ -15,7 +15,7 @@ from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, s
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners import TrainedMethod, get_method
 
-from ..compatibility import check_fits
+from ..compatibility import check_fits, check_labels
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
@@ -186,6 +186,7 @@ class TrainedPruning:
         settings = method.for_budgets(self.budgets, self.options)
         method.hook(settings, arch).wrap(copy.deepcopy(self.model))
         check_fits(arch, self.opened)
+        check_labels(self.opened, self.recipe)
         return self.opened
 
     @property
