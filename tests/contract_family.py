@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, arch_of, blocks_of, build, cost, cut, cut_arch, load, num_params, save
+from prunesweep.models import (
+    Arch,
+    BlockView,
+    Stage,
+    arch_of,
+    block_views,
+    blocks_of,
+    build,
+    cost,
+    cut,
+    cut_arch,
+    load,
+    num_params,
+    save,
+)
 from prunesweep.models.builder import example_input
 from prunesweep.models.families import CAPABILITIES, family_of
 from prunesweep.models.families.base import tensor_shapes
+from prunesweep.models.families.views import Reader
 from prunesweep.models.reduction import reduce_tensor
 from tests.generate import random_cut, random_images, random_model
 from tests.oracle import masked
@@ -45,6 +61,19 @@ def rotation(size: int, generator: torch.Generator, *, fix_ones: bool = False) -
     inner = torch.eye(size, dtype=torch.float64)
     inner[1:, 1:] = rotation(size - 1, generator)
     return basis @ inner @ basis.T
+
+
+def check_halves(view: BlockView, stage: Stage, x: torch.Tensor, after: torch.Tensor) -> None:
+    """What the views of a block compute add up to what the block does."""
+    module: Any = view.module
+    if view.attention is not None:
+        x = x + getattr(module, "ls1", nn.Identity())(view.attention.out(view.attention.mixed(x, stage.grid)))
+    elif view.record.mixer != "none" or view.record.norm_residual:
+        return
+    if view.mlp is not None:
+        hidden = view.mlp.activated(view.mlp.readers()[0](x), stage.grid[0])
+        x = x + getattr(module, "ls2", nn.Identity())(view.mlp.out(hidden))
+    torch.testing.assert_close(x, after)
 
 
 class FamilyContract:
@@ -114,6 +143,40 @@ class FamilyContract:
         shape, options = self.family.block_input(arch, arch.stages[0])
         for block in blocks[: len(arch.stages[0].blocks)]:
             assert block(torch.randn(2, *shape), **options).shape == (2, *shape)
+
+    def check_streams(self, seed: int) -> None:
+        """Stem, halves of blocks, entrances and the end are the whole model; readers say what their layers compute."""
+        family = self.family
+        if not family.supports("streams"):
+            return
+        arch = self.make(Random(seed))
+        model, inputs = random_model(arch, seed), random_images(arch, seed)
+        seen: dict[nn.Module, torch.Tensor] = {}
+        for module in model.modules():
+            module.register_forward_hook(lambda module, _, output: seen.update({module: output}))
+
+        def check_reader(reader: Reader, x: torch.Tensor) -> None:
+            assert model.get_submodule(reader.name) is reader.layer if "." in reader.name else True
+            wanted = seen[reader.layer]
+            wanted = wanted.flatten(2).mT if isinstance(reader.layer, nn.Conv2d) else wanted
+            torch.testing.assert_close(reader(x).flatten(0, -2), wanted.flatten(0, -2))
+
+        with torch.no_grad():
+            wanted = model(inputs)
+            x, views = family.stem(model, inputs), block_views(model)
+            for s, stage in enumerate(arch.stages):
+                if s:
+                    entrance = family.entrance(model, arch, s)
+                    check_reader(entrance.reader, x)
+                    x = entrance.run(x)
+                for view in (view for view in views if view.stage == s):
+                    after = family.run_block(arch, stage, view.module, x)
+                    if view.record.tokens is None:
+                        check_halves(view, stage, x, after)
+                    x = after
+            for head in family.heads(model, arch):
+                check_reader(head, x)
+            torch.testing.assert_close(family.finish(model, arch, x), wanted)
 
     def check_cost(self, seed: int, counted_macs: Callable[[nn.Module, Arch], int]) -> None:
         arch = self.make(Random(seed))

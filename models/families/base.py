@@ -23,7 +23,7 @@ from prunesweep.models.layers.conv_mixing import ConvSharing
 from .block_costs import Cost, Counts, convolution_cost, global_attention_cost, mlp_cost
 from .checks import check_fixed
 from .spaces import AxisUse, Table
-from .views import AttentionView, MlpView, attention_view, consecutive, mlp_view
+from .views import AttentionView, Entrance, MlpView, Reader, attention_view, consecutive, mlp_view
 
 __all__ = ["CAPABILITIES", "Family", "Place", "tensor_shapes"]
 
@@ -43,6 +43,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
         "features": "the tokens behind any block are one vector per patch of the first grid",
+        "streams": "it can be run and refitted part by part: stem, blocks, entrances of stages, heads",
     }
 )
 
@@ -128,6 +129,29 @@ class Family(ABC):
     def mlp_view(self, block: Any, record: Block) -> MlpView | None:
         """View a block's MLP, by default ``block.mlp``; None where its record has none."""
         return mlp_view(block) if record.mlp else None
+
+    # --- residual streams, with the capability "streams" ---
+
+    def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        """Compute the stream in front of the first block from what the model takes."""
+        raise NotImplementedError(f"{self.name} has no streams")
+
+    def run_block(self, arch: Arch, stage: Stage, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Compute the stream behind a block of a stage from the one in front of it."""
+        found: torch.Tensor = block(x, **self.block_input(arch, stage)[1])
+        return found
+
+    def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
+        """View what leads to a stage other than the first."""
+        raise NotImplementedError(f"{self.name} has one stage")
+
+    def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
+        """List the layers that read the last stream; there may be others that share their weights with the stem."""
+        raise NotImplementedError(f"{self.name} has no streams")
+
+    def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:
+        """Compute the model's output from the stream behind the last block."""
+        raise NotImplementedError(f"{self.name} has no streams")
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...] | None:
         """Names of the layers that depend on the number of classes, as timm's ``pretrained_cfg`` wants them."""

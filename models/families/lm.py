@@ -14,6 +14,7 @@ Shapes: B batch, T words of a text, D residual width, V words of the vocabulary,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from functools import partial
@@ -31,6 +32,7 @@ from .base import Family
 from .block_costs import Cost
 from .checks import PYRAMID, check_at_least, check_one_of
 from .spaces import BLOCK, WHOLE, AxisUse, Table, reads, shares, writes
+from .views import AttentionView, Reader
 from .vit import HeteroBlock
 
 __all__ = ["LM", "LanguageModel", "build_lm", "lm_arch"]
@@ -210,7 +212,7 @@ class LanguageModelFamily(Family):
     """The family ``lm``: the decoder of this module; its grid is one row of words."""
 
     name = "lm"
-    capabilities = frozenset({"text", "width", "depth", "fused_qkv", "mixed_heads"})
+    capabilities = frozenset({"text", "width", "depth", "fused_qkv", "mixed_heads", "streams"})
     single_stage = True
     fixed_fields: ClassVar[dict[str, Any]] = {
         **PYRAMID,
@@ -229,6 +231,30 @@ class LanguageModelFamily(Family):
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> LanguageModel:
         """Build the language model of ``arch``."""
         return build_lm(arch, drop_path=drop_path)
+
+    def attention_view(self, block: Any, record: Block) -> AttentionView | None:
+        """View a block's attention, whose words attend to those before them."""
+        view = super().attention_view(block, record)
+        return view and dataclasses.replace(view, causal=True)
+
+    def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        """Compute scaled word vectors with their positions (B, T, D) from word numbers (B, T)."""
+        found: torch.Tensor = model.embed(model.words(x))
+        return found
+
+    def run_block(self, arch: Arch, stage: Stage, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Compute the stream behind a block, whose words attend to those before them."""
+        found: torch.Tensor = block(x, is_causal=True)
+        return found
+
+    def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
+        """List the layer of the bands' logits; those of the words share their weights with the word vectors."""
+        return (Reader("clusters", model.clusters, None, lambda x: x),)
+
+    def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:
+        """Compute log-probabilities (B, T, V) from the last stream."""
+        found: torch.Tensor = model.log_prob(x)
+        return found
 
     def classifiers(self, arch: Arch) -> None:
         """Return no names: the classes are the words of the vocabulary, whose number cannot change."""

@@ -22,7 +22,17 @@ from .block_costs import Cost, Counts, global_attention_cost, mlp_cost, projecti
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
 from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel
-from .views import AttentionView, MlpView, ReductionView, attention_view, consecutive, mlp_view
+from .views import (
+    AttentionView,
+    Entrance,
+    MlpView,
+    Reader,
+    ReductionView,
+    attention_view,
+    consecutive,
+    mlp_view,
+    patches,
+)
 from .vit import ACTIVATIONS
 
 __all__ = ["PVT_V2", "HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
@@ -137,7 +147,9 @@ class PVTv2Family(Family):
     """timm's PVTv2: overlapping patch embeddings, keys and values from a reduced map, a convolution within MLPs."""
 
     name = "pvt_v2"
-    capabilities = frozenset({"images", "width", "depth", "convolutions", "spatial_reduction", "mixed_heads"})
+    capabilities = frozenset(
+        {"images", "width", "depth", "convolutions", "spatial_reduction", "mixed_heads", "streams"}
+    )
     timm_classes = (PyramidVisionTransformerV2,)
     stages_name = "stages"
     fixed_fields = PYRAMID
@@ -210,6 +222,35 @@ class PVTv2Family(Family):
     def mlp_view(self, block: Any, record: Block) -> MlpView | None:
         """View a block's MLP, whose hidden units pass a depthwise convolution before the activation."""
         return mlp_view(block, block.mlp.dwconv) if record.mlp else None
+
+    def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        """Compute the first tokens (B, N, D) from images."""
+        found: torch.Tensor = model.patch_embed(x).flatten(1, 2)
+        return found
+
+    def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
+        """View the patch embedding in front of a stage: the last norm of the stage before, a convolution, a norm."""
+        before, embed = model.stages[stage - 1].norm, model.stages[stage].downsample
+        rows = arch.stages[stage - 1].grid[0]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            image = rearrange(before(x), "b (h w) d -> b d h w", h=rows)
+            found: torch.Tensor = embed(image).flatten(1, 2)
+            return found
+
+        name = f"stages.{stage}.downsample.proj"
+        reader = Reader(name, embed.proj, before, lambda x: patches(before(x), rows, embed.proj), padded=True)
+        return Entrance(reader, embed.norm, run)
+
+    def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
+        """List the classifier, which reads the average of the last tokens."""
+        norm = model.stages[-1].norm
+        return (Reader("head", model.head, norm, lambda x: norm(x).mean(1)),)
+
+    def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, K) from the last tokens."""
+        found: torch.Tensor = model.head(model.stages[-1].norm(x).mean(1))
+        return found
 
     def grids(self, arch: Arch) -> list[tuple[int, ...]]:
         """Return rows and columns of every stage.

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import ClassifierHead, Mlp, PatchEmbed, calculate_drop_path_rates
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
@@ -26,6 +27,7 @@ from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, reads, scales, writes
+from .views import AttentionView, Entrance, Reader, WindowView, attention_view, consecutive
 from .vit import ACTIVATIONS
 
 __all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
@@ -157,7 +159,7 @@ class SwinFamily(Family):
     """timm's Swin: attention in windows, shifted or not, and patch merging between stages."""
 
     name = "swin"
-    capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "fused_qkv", "windows"})
+    capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "fused_qkv", "windows", "streams"})
     timm_classes = (SwinTransformer,)
     stages_name = "layers"
     fixed_fields = PYRAMID
@@ -206,6 +208,45 @@ class SwinFamily(Family):
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
         """Build a timm SwinTransformer with the blocks and widths of ``arch``."""
         return build_swin(arch, drop_path=drop_path)
+
+    def attention_view(self, block: Any, record: Block) -> AttentionView | None:
+        """View a block's attention, which is within windows."""
+        if record.mixer != "attn":
+            return None
+        width = record.heads * record.qk
+        q, k, v = consecutive("attn.qkv", block.attn.qkv, width, width, record.total_v)
+        return attention_view(block, record, (q, k, v), windows=WindowView(block))
+
+    def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        """Compute the first map (B, rows, columns, D) from images."""
+        found: torch.Tensor = model.patch_embed(x)
+        return found
+
+    def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
+        """View the patch merging in front of a stage: a norm over four neighbours, and a layer without bias."""
+        merging = model.layers[stage].downsample
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+            found: torch.Tensor = merging.norm(rearrange(x, "b (h i) (w j) d -> b h w (j i d)", i=2, j=2))
+            return found
+
+        name = f"layers.{stage}.downsample.reduction"
+        return Entrance(Reader(name, merging.reduction, merging.norm, rows), None, merging)
+
+    def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
+        """List the classifier, which reads the average of the last map."""
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = model.head(model.norm(x), pre_logits=True)
+            return found
+
+        return (Reader("head.fc", model.head.fc, model.norm, rows),)
+
+    def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, K) from the last map."""
+        found: torch.Tensor = model.head(model.norm(x))
+        return found
 
     def classifiers(self, arch: Arch) -> str:
         """Return ``head.fc``: timm pools within ``head``."""

@@ -10,7 +10,7 @@ a head, V value channels of all heads, M hidden units of an MLP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -21,8 +21,21 @@ from einops import rearrange
 from torch import nn
 
 from prunesweep.models.arch import Block
+from prunesweep.models.layers.mixers import attend
 
-__all__ = ["AttentionView", "LinearView", "MlpView", "ReductionView", "attention_view", "consecutive", "mlp_view"]
+__all__ = [
+    "AttentionView",
+    "Entrance",
+    "LinearView",
+    "MlpView",
+    "Reader",
+    "ReductionView",
+    "WindowView",
+    "attention_view",
+    "consecutive",
+    "mlp_view",
+    "patches",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +78,94 @@ class LinearView:
 
 
 @dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer that reads a residual stream, as a matrix that multiplies rows.
+
+    Args:
+        name: of the layer, within its block or, outside the blocks, within the model.
+        layer: linear, or a convolution.
+        norm: what its rows come from directly; None where that is no norm.
+        rows: computes of a stream (B, ..., D) the rows (..., F) that the flattened weight (G, F) multiplies.
+        padded: some rows are zeros that no token of the stream gave, so the norm's bias is not part of all rows.
+    """
+
+    name: str
+    layer: nn.Module
+    norm: nn.Module | None
+    rows: Callable[[torch.Tensor], torch.Tensor]
+    padded: bool = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(G, F), sharing memory with the layer's."""
+        return self.layer.get_parameter("weight").flatten(1)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(G,), sharing memory with the layer's; None where it has none."""
+        return getattr(self.layer, "bias", None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer's output (..., G) of a stream (B, ..., D)."""
+        return F.linear(self.rows(x), self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Entrance:
+    """What leads from the last stream of a stage to the first one of the next.
+
+    Args:
+        reader: the layer, which reads the one and writes the other.
+        norm: behind the layer; None where its output is the stream.
+        run: computes the first stream of the stage from the last one of the stage before.
+    """
+
+    reader: Reader
+    norm: nn.Module | None
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+def patches(x: torch.Tensor, rows: int, conv: nn.Module) -> torch.Tensor:
+    """Lay out a map of tokens (B, N, D) of ``rows`` rows as the rows (B, P, D k k) that a convolution multiplies."""
+    own: Any = conv
+    image = rearrange(x, "b (h w) d -> b d h w", h=rows)
+    return F.unfold(image, own.kernel_size, padding=own.padding, stride=own.stride).mT
+
+
+@dataclass(frozen=True, eq=False)
+class WindowView:
+    """The windows of a map that attention is within (Swin): shifted or not, the map padded to whole ones."""
+
+    block: Any
+
+    def padded(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Return the rows and columns of a padded map of ``grid`` rows and columns."""
+        rows, columns = (-(-side // w) * w for side, w in zip(grid, self.block.window_size, strict=True))
+        return rows, columns
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Split a map (B, rows, columns, D) into windows (windows*B, N, D)."""
+        (rows, columns), (h, w) = self.padded(x.shape[1:3]), self.block.window_size
+        down, right = self.block.shift_size
+        x = torch.roll(x, (-down, -right), (1, 2)) if down or right else x
+        x = F.pad(x, (0, 0, 0, columns - x.shape[2], 0, rows - x.shape[1]))
+        return rearrange(x, "b (r h) (c w) d -> (b r c) (h w) d", h=h, w=w)
+
+    def join(self, windows: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Put windows (windows*B, N, V) together to a map (B, rows, columns, V) of ``grid`` rows and columns."""
+        (rows, columns), (h, w) = self.padded(grid), self.block.window_size
+        down, right = self.block.shift_size
+        x = rearrange(windows, "(b r c) (h w) v -> b (r h) (c w) v", h=h, w=w, r=rows // h, c=columns // w)
+        x = x[:, : grid[0], : grid[1]]
+        return torch.roll(x, (down, right), (1, 2)) if down or right else x
+
+    def logit_bias(self, windows: int) -> torch.Tensor:
+        """Compute what is added to the logits of ``windows`` windows, (windows or 1, H, N, N)."""
+        bias, mask = self.block.attn._get_rel_pos_bias(), self.block.attn_mask
+        return bias if mask is None else (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class ReductionView:
     """The layers that make the smaller map which keys and values are read from (PVTv2)."""
 
@@ -89,6 +190,8 @@ class AttentionView:
         out: the output projection, whose columns are the value channels.
         q_norm, k_norm: norms of a head's query and key; identities where there are none.
         reduction: what keys and values are read from, where that is not the attention's own input.
+        windows: those that attention is within, where it is not over all tokens.
+        causal: a token attends to itself and those before it only.
     """
 
     name: str
@@ -102,6 +205,8 @@ class AttentionView:
     q_norm: nn.Module
     k_norm: nn.Module
     reduction: ReductionView | None = None
+    windows: WindowView | None = None
+    causal: bool = False
 
     @property
     def token_scale(self) -> torch.Tensor | None:
@@ -146,6 +251,56 @@ class AttentionView:
         k, v = self.k(x), self.v(x)
         return (k, v) if self.token_scale is None else (k * self.token_scale, v * self.token_scale)
 
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute what the projections read of a stream: its norm's output, in windows where there are some."""
+        normed = self.norm(x)
+        return normed if self.windows is None else self.windows.split(normed)
+
+    def readers(self, grid: Sequence[int]) -> tuple[Reader, ...]:
+        """List the layers that read the stream, those that others depend on first.
+
+        Args:
+            grid: rows and columns of the map that the stream is.
+        """
+        if self.reduction is None:
+            padded = self.windows is not None and self.windows.padded(grid) != tuple(grid)
+            return tuple(Reader(view.name, view.layer, self.norm, self.tokens, padded) for view in self.inputs)
+        reduce, norm, rows = self.reduction, self.norm, grid[0]
+        return (
+            Reader(self.q.name, self.q.layer, norm, norm),
+            Reader(f"{self.name}.sr", reduce.conv, norm, lambda x: patches(norm(x), rows, reduce.conv)),
+            Reader(self.k.name, self.k.layer, reduce.norm, lambda x: reduce.norm(reduce.convolve(norm(x), rows))),
+        )
+
+    def attended(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor, v_widths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Compute what ``out`` reads, in the order of the stream.
+
+        Args:
+            q, k, v: (B, N, H·E), (B, P, H·E) and (B, P, V), before their norms; E may differ from the block's.
+            x: the stream, for its shape.
+            v_widths: value width of every head; the block's by default.
+        """
+        options: dict[str, Any] = {"is_causal": True} if self.causal else {}
+        if self.windows is not None:
+            options["attn_mask"] = self.windows.logit_bias(len(q)).to(q.dtype)
+        q, k = self.q_norm(self.by_head(q)), self.k_norm(self.by_head(k))
+        out = attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options)
+        return out if self.windows is None else self.windows.join(out, x.shape[1:3])
+
+    def mixed(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Compute what ``out`` reads of a stream ``x`` (B, ..., D) that is a map of ``grid`` rows and columns."""
+        outputs = {reader.name: reader(x) for reader in self.readers(grid) if reader.name in self._projections}
+        q, k, v = (outputs[part.name][..., part.rows] for part in (self.q, self.k, self.v))
+        scale = self.token_scale
+        q, k, v = (q, k, v) if scale is None else (q * scale, k * scale, v * scale)
+        return self.attended(q, k, v, x)
+
+    @property
+    def _projections(self) -> set[str]:
+        return {part.name for part in (self.q, self.k, self.v)}
+
 
 @dataclass(frozen=True, eq=False)
 class MlpView:
@@ -180,7 +335,14 @@ class MlpView:
         ``rows`` are those of the map that the tokens are; only a convolution needs them.
         """
         (layer,) = self.inputs
-        y = layer.layer(x)
+        return self.activated(layer.layer(x), rows)
+
+    def readers(self) -> tuple[Reader, ...]:
+        """List the layers that read the stream."""
+        return tuple(Reader(view.name, view.layer, self.norm, self.norm) for view in self.inputs)
+
+    def activated(self, y: torch.Tensor, rows: int) -> torch.Tensor:
+        """Compute the hidden units (B, N, M) from the output of the layer in front of them, in the same shape."""
         if self.conv is not None:
             y = self.conv(rearrange(y, "b (h w) m -> b m h w", h=rows))
             y = rearrange(y, "b m h w -> b (h w) m")
@@ -204,6 +366,9 @@ def attention_view(
     record: Block,
     projections: tuple[LinearView, LinearView, LinearView],
     reduction: ReductionView | None = None,
+    *,
+    windows: WindowView | None = None,
+    causal: bool = False,
 ) -> AttentionView:
     """View ``block.attn``, which follows ``block.norm1`` and ends with ``proj``.
 
@@ -212,6 +377,8 @@ def attention_view(
         record: its record.
         projections: the rows of queries, keys and values.
         reduction: what keys and values are read from, if not the attention's input.
+        windows: those that attention is within, if not over all tokens.
+        causal: a token attends to itself and those before it only.
     """
     attn: Any = block.get_submodule("attn")
     q, k, v = projections
@@ -227,6 +394,8 @@ def attention_view(
         q_norm=getattr(attn, "q_norm", nn.Identity()),
         k_norm=getattr(attn, "k_norm", nn.Identity()),
         reduction=reduction,
+        windows=windows,
+        causal=causal,
     )
 
 

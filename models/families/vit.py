@@ -29,6 +29,7 @@ from .block_costs import Cost
 from .checks import check_fixed
 from .reading import Require, activation_of, layer_norms, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, writes
+from .views import Reader
 
 __all__ = ["ACTIVATIONS", "VIT", "HeteroBlock", "build_vit"]
 
@@ -154,6 +155,7 @@ class VisionTransformerFamily(Family):
             "fused_qkv",
             "mixed_heads",
             "features",
+            "streams",
         }
     )
     timm_classes = (VisionTransformer, VisionTransformerDistilled)
@@ -214,6 +216,26 @@ class VisionTransformerFamily(Family):
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         """Build a timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
         return build_vit(arch, drop_path=drop_path)
+
+    def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        """Compute tokens (B, N, D) with their positions from images."""
+        found: torch.Tensor = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        return found
+
+    def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
+        """List the classifier, and that of the distillation token."""
+        if arch.dist_token:
+            return (
+                Reader("head", model.head, model.norm, lambda x: model.norm(x)[:, 0]),
+                Reader("head_dist", model.head_dist, model.norm, lambda x: model.norm(x)[:, 1]),
+            )
+        norm = {"tokens": model.norm, "pooled": model.fc_norm, "none": None}[arch.head_norm]
+        return (Reader("head", model.head, norm, lambda x: model.fc_norm(model.pool(model.norm(x)))),)
+
+    def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, K) from the last tokens."""
+        found: torch.Tensor = model.forward_head(model.norm(x))
+        return found
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
         """Return ``head``, and ``head_dist`` of a distilled model."""

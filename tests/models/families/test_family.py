@@ -57,6 +57,12 @@ def test_cost(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_streams(name: str) -> None:
+    for seed in range(12):
+        contract(name).check_streams(seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_cut(name: str) -> None:
     for seed in range(5):
         contract(name).check_cut(seed)
