@@ -19,6 +19,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="calibration images per batc
 Seed = Annotated[int, typer.Option(min=0, help="of the choice of calibration images, and of training")]
 Cache = Annotated[Path, typer.Option(help="folder of cached scores")]
 CACHE = Path("runs/cache/scores")
+RECOVER_IMAGES = 512
 
 
 def prune(
@@ -77,6 +78,22 @@ def prune(
             "convolutions mixed from their attention's weights",
         ),
     ] = False,
+    recover: Annotated[
+        bool | None,
+        typer.Option(
+            "--recover/--no-recover",
+            help="refit what a cut leaves, in closed form, without labels and training  [default: where the source's "
+            "family allows it]",
+            show_default=False,
+        ),
+    ] = None,
+    project: Annotated[
+        bool,
+        typer.Option("--project", help="the method decides how many channels stay, the best subspace decides what"),
+    ] = False,
+    recover_images: Annotated[
+        int, typer.Option(min=2, help="images to refit on, from the training split; their labels are not read")
+    ] = RECOVER_IMAGES,
     images: Images = 1024,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
@@ -112,6 +129,9 @@ def prune(
         "--recipe": recipe is not None,
         "--measure": measure != "macs",
         "--second-stage": second_stage,
+        "--recover": recover is True,
+        "--project": project,
+        "--recover-images": recover_images != RECOVER_IMAGES,
     }
     runner.check(chosen, given)
     if out is None and runner.saves(chosen):
@@ -140,6 +160,9 @@ def prune(
         finetune=finetune,
         second_stage=second_stage,
         calibration=Calibration(images, batch_size, seed),
+        recover=recover,
+        recover_images=recover_images,
+        project=project,
         cache=cache,
         seed=seed,
         placement=Placement(workers, cpus=cpus, gpus=gpus, address=address),

@@ -49,12 +49,16 @@ class Runner:
         return not isinstance(method, AppliedMethod) or method.saved
 
 
+RECOVERY = ("--recover", "--recover-images")
+
 RUNNERS: Mapping[type[Method], Runner] = {
     WidthMethod: Runner(
-        prune_widths, frozenset({"--budget", "--drop", "--group", "--floor", "--measure"}), needs_budget=True
+        prune_widths,
+        frozenset({"--budget", "--drop", "--group", "--floor", "--measure", "--project", *RECOVERY}),
+        needs_budget=True,
     ),
     TrainedMethod: Runner(prune_trained, frozenset({"--budget", "--set", "--recipe"}), needs_budget=True),
-    TokenMethod: Runner(prune_tokens, frozenset({"--budget", "--keep-rate", "--measure"})),
+    TokenMethod: Runner(prune_tokens, frozenset({"--budget", "--keep-rate", "--measure", *RECOVERY})),
     AppliedMethod: Runner(apply_once, frozenset()),
 }
 

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from prunesweep.models import LatencyTable, UserError, arch_of
 from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, latency
+from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
 from prunesweep.training import absolute_name, load_recipe
 from prunesweep.training.jobs.one_shot import Budget
 from prunesweep.training.jobs.placement import Placement
+from prunesweep.training.jobs.recovery import Recovery
 from prunesweep.training.jobs.scoring import Calibration
 from prunesweep.training.jobs.work import Work, model_facts
 from prunesweep.training.second_stage import SecondStageJob
@@ -46,6 +48,9 @@ class Request:
     finetune: str | None
     second_stage: bool
     calibration: Calibration
+    recover: bool | None
+    recover_images: int
+    project: bool
     cache: Path
     seed: int
     placement: Placement
@@ -67,6 +72,25 @@ class Request:
         if self.table is not None:
             measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
         return Budget(self.budgets[0], measures[self.measure])
+
+    def recovery(self, model: Any) -> Recovery | None:
+        """Return how a cut of the source is recovered, None where that is not wanted.
+
+        Args:
+            model: the source, opened.
+
+        Raises:
+            UserError: ``--recover`` or ``--project`` is given, and this source cannot be recovered; or ``--project``
+                comes with ``--no-recover``.
+        """
+        if self.recover is False:
+            if self.project:
+                raise UserError("--project: is a way to recover, so it does not go with --no-recover")
+            return None
+        asked = "--project" if self.project else "--recover"
+        if (self.recover or self.project) and (reason := can_recover(arch_of(model))):
+            raise UserError(f"{asked}: {reason}")
+        return Recovery(self.recover_images, self.calibration.seed, self.project)
 
     @property
     def folder(self) -> Path:
@@ -123,6 +147,7 @@ class Request:
             "finetune": None if after == "none" else _recipe(after, finetune),
             "second_stage": self.second_stage,
             "calibration": asdict(self.calibration),
+            "recovery": [self.recover is not False, self.recover_images, self.project],
             "seed": self.seed,
         }
         return Work.beside(self.folder, facts)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ DECIDED = "decided.json"  # in the command's folder of work, once all models are
 
 @dataclass(frozen=True)
 class Row:
-    """One result: its folder and exact cost, its quality before and after finetuning."""
+    """One result: its folder and exact cost, its quality before and after finetuning, and how it was recovered."""
 
     folder: Path
     cost: Cost
     untrained: EvalMetrics
     final: EvalMetrics
+    recovery: Mapping[str, Any] = field(default_factory=dict)  # as in ``Pruned``
 
 
 def prune_widths(request: Request) -> None:
@@ -51,6 +52,7 @@ def prune_widths(request: Request) -> None:
             floors=request.floors,
             options=options,
             calibration=request.calibration,
+            recovery=request.recovery(model),
             cache=request.cache,
             progress=progress,
         )
@@ -70,6 +72,7 @@ def prune_tokens(request: Request) -> None:
             budget=request.budget(model) if request.budgets else None,
             settings=options,
             calibration=request.calibration,
+            recovery=request.recovery(model),
             cache=request.cache,
             progress=progress,
         )
@@ -87,7 +90,7 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
         untrained = save_pruned(pruned, work.folder / "untrained")
         last = _finetune(request, model, untrained, request.folder, work.folder, str(request.finetune))
         work.release()
-    _report(request, pruned.source_cost, source, [Row(request.folder, pruned.cost, first, last)])
+    _report(request, pruned.source_cost, source, [Row(request.folder, pruned.cost, first, last, pruned.recovery)])
 
 
 def prune_trained(request: Request) -> None:
@@ -164,6 +167,7 @@ def _report(request: Request, source: Cost, before: EvalMetrics, rows: Sequence[
         facts = [
             {**_named("source_", before), **row.final.as_dict(), **_named("untrained_", row.untrained)}
             | {"macs": row.cost.macs, "params": row.cost.params, "model": str(row.folder)}
+            | ({"recovery": row.recovery} if row.recovery else {})
             for row in rows
         ]
         print(json.dumps(facts[0] if len(facts) == 1 else facts))
@@ -177,6 +181,19 @@ def _report(request: Request, source: Cost, before: EvalMetrics, rows: Sequence[
             highlight=False,
             soft_wrap=True,
         )
+        if row.recovery:
+            request.console.print(_recovered(row.recovery), highlight=False, soft_wrap=True, markup=False)
+
+
+def _recovered(facts: Mapping[str, Any]) -> str:
+    """Say how a result was recovered and what that brought, or why it was not."""
+    if "not_recovered" in facts:
+        return f"left as cut, not recovered: {facts['not_recovered']}"
+    cut = facts["as_cut"]
+    return (
+        f"recovered by {facts['by']} on {facts['images']:,} images: KL to the source {cut['kl']:.4g} -> "
+        f"{facts['kl']:.4g}, as cut {EvalMetrics.of(cut)}"
+    )
 
 
 def _named(prefix: str, found: EvalMetrics) -> dict[str, float]:

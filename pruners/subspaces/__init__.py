@@ -7,6 +7,7 @@ best subspace; then every layer that reads or writes is refitted by ridge regres
 from .compression import compress
 from .front import Point, instant
 from .normal_equations import NormalEquations
+from .projection import projected_widths
 from .recovery import recover
 from .source import SourceStatistics
 from .support import can_recover
@@ -23,5 +24,6 @@ __all__ = [
     "compressed_arch",
     "equal_shares",
     "instant",
+    "projected_widths",
     "recover",
 ]

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from prunesweep.launch import prune_runners
 from prunesweep.launch.cli import app
-from prunesweep.models import UserError, arch_of, cost, load, load_provenance, save
+from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut, load, load_provenance, save
+from prunesweep.training import Recipe, fit, open_data, seeded
 from prunesweep.training.jobs.prune_training import TrainedPruning
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -24,6 +25,14 @@ runner = CliRunner()
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     return save(timm.create_model("vit_tiny_patch16_224", **SHAPE), tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model: Any = load(source)
+    with seeded(0):
+        fit(model, open_data("digits", model.pretrained_cfg), Recipe(epochs=6, batch_size=64, lr=3e-3))
+    return save(model, tmp_path_factory.mktemp("trained") / "model")
 
 
 def prune(source: Path, out: Path, *options: str, method: str = "nvit", budget: str = "0.6"):
@@ -65,6 +74,38 @@ def test_another_budget_costs_no_scoring(source: Path, tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()] == [before]
 
 
+def test_a_cut_is_recovered_unless_it_is_to_stay_as_cut(trained: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, options in {"as cut": ["--no-recover"], "refits": [], "projection": ["--project"]}.items():
+        result = prune(trained, tmp_path / name, "--json", "--recover-images", "400", *options, budget="0.5")
+        assert result.exit_code == 0, (result.output, result.exception)
+        found[name] = json.loads(result.stdout)
+        assert load_provenance(tmp_path / name / "small")["recovery"] == found[name].get("recovery", {})
+    assert "recovery" not in found["as cut"]
+    for name in ("refits", "projection"):
+        own = found[name]["recovery"]
+        assert (own["by"], own["images"]) == (name, 400)
+        assert own["as_cut"]["top1"] == found["as cut"]["top1"]
+        assert own["kl"] < 0.5 * own["as_cut"]["kl"]
+        assert found[name]["top1"] > found["as cut"]["top1"]
+    assert arch_of(load(tmp_path / "refits" / "small")) == arch_of(load(tmp_path / "as cut" / "small"))
+    assert found["refits"]["macs"] == found["as cut"]["macs"]
+    assert found["projection"]["recovery"]["kl"] < found["refits"]["recovery"]["kl"]
+
+
+def test_what_cannot_be_recovered_stays_as_cut_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    planned = Cut(blocks=(BlockCut(mixer="conv3x3"), BlockCut(), BlockCut()))
+    source = save(cut(timm.create_model("vit_tiny_patch16_224", **SHAPE), planned), tmp_path / "source")
+    result = prune(source, tmp_path, method="magnitude", budget="0.9")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "left as cut, not recovered: " in result.output
+    assert "blocks[0] has a convolution" in load_provenance(tmp_path / "small")["recovery"]["not_recovered"]
+    for option in ("--recover", "--project"):
+        asked = prune(source, tmp_path / option, option, method="magnitude", budget="0.9")
+        assert str(asked.exception).startswith(f"{option}: ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,6 +118,7 @@ def test_another_budget_costs_no_scoring(source: Path, tmp_path: Path) -> None:
         ({"extra": ("--group", "mpl=3")}, "--group mpl=3: unknown kind 'mpl'; known: embed"),
         ({"extra": ("--group", "mlp")}, "--group mlp: must be KIND=VALUE"),
         ({"extra": ("--drop", "3")}, "drop = 3: the model has 3 blocks"),
+        ({"extra": ("--project", "--no-recover")}, "--project: is a way to recover, so it does not go with"),
         ({"method": "isomorphic"}, "method 'isomorphic' decides by ratios per structure: it takes no drop, groups"),
     ],
 )

@@ -26,8 +26,10 @@ from prunesweep.pruners import (
     get_method,
 )
 from prunesweep.pruners.scores import DEPTH
+from prunesweep.pruners.subspaces import can_recover
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, check_fits, evaluate, open_data
 
+from .recovery import Recovery
 from .scoring import Calibration, Progress, cached_scores
 
 __all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
@@ -63,7 +65,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A cut model with its exact cost, and its accuracy in percent before and after, without any training."""
+    """A small model with its exact cost, and its accuracy in percent before and after, without any training.
+
+    Args:
+        recovery: ``by`` refits or projection, with the ``images`` and the ``seed`` of their draw; ``kl`` to the source
+            on the validation split, and the figures of the model ``as_cut``. Where the family does not allow it,
+            ``not_recovered`` is the reason; empty where none was asked for.
+    """
 
     model: nn.Module
     source_cost: Cost
@@ -72,6 +80,7 @@ class Pruned:
     top1: float
     source_ppl: float | None = None  # of language models
     ppl: float | None = None
+    recovery: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,6 +113,7 @@ def prune_once(
     floors: Mapping[str, float] | None = None,
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    recovery: Recovery | None = Recovery(),  # noqa: B008 (frozen)
     cache: Path,
     progress: Progress,
 ) -> Pruned:
@@ -119,6 +129,7 @@ def prune_once(
         floors: share of every vector that has to stay, by kind.
         options: settings of the method, by name.
         calibration: the images to score on.
+        recovery: how the cut model is refitted, where its family allows that; None leaves it as cut.
         cache: folder of scores.
         progress: called with (what is being done, share done, note).
 
@@ -152,7 +163,7 @@ def prune_once(
     metadata = {"budget": {"measure": budget.measure.name, "limit": limit}, "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
-    return _cut(model, decision, data, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(model, decision, data, recovery, {"method": method, "weights": weights, **metadata}, progress)
 
 
 def plan_once(
@@ -164,6 +175,7 @@ def plan_once(
     budget: Budget | None = None,
     settings: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    recovery: Recovery | None = Recovery(),  # noqa: B008 (frozen)
     cache: Path,
     progress: Progress,
 ) -> Pruned:
@@ -177,6 +189,7 @@ def plan_once(
         budget: what the result may cost; give either this or ``keep_rate``.
         settings: other settings of the method, by name.
         calibration: as for ``prune_once``.
+        recovery: as for ``prune_once``.
         cache: as for ``prune_once``.
         progress: as for ``prune_once``.
 
@@ -209,24 +222,50 @@ def plan_once(
         "scores": path.name,
         "seed": calibration.seed,
     }
-    return _cut(model, decision, data, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(model, decision, data, recovery, {"method": method, "weights": weights, **metadata}, progress)
 
 
-def _cut(model: nn.Module, decision: Cut, data: Data, metadata: Mapping[str, Any], progress: Progress) -> Pruned:
-    """Cut the model and measure it before and after."""
+def _make(
+    model: nn.Module,
+    decision: Cut,
+    data: Data,
+    recovery: Recovery | None,
+    metadata: Mapping[str, Any],
+    progress: Progress,
+) -> Pruned:
+    """Cut the model and refit what is left; measure the source, the cut model and the refitted one."""
     arch, small = arch_of(model), cut(model, decision)
     metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
+    reason = None if recovery is None else can_recover(arch)
     before = _evaluate(model, data, progress, "evaluating the source")
-    after = _evaluate(small, data, progress, "evaluating the cut model")
+    if recovery is None or reason is not None:
+        after = _evaluate(small, data, progress, "evaluating the cut model")
+        facts: dict[str, Any] = {} if reason is None else {"not_recovered": reason}
+    else:
+        as_cut = _evaluate(small, data, progress, "evaluating the cut model", source=model)
+
+        def on_block(done: int, total: int) -> None:
+            progress("recovering", done / total, f"{done}/{total} blocks")
+
+        small = recovery.model(model, decision, recovery.calibration(data), on_block)
+        after = _evaluate(small, data, progress, "evaluating the recovered model", source=model)
+        facts = {
+            "by": "projection" if recovery.project else "refits",
+            "images": min(recovery.images, data.train_images),
+            "seed": recovery.seed,
+            "as_cut": {**EvalMetrics.of(as_cut).as_dict(), "kl": as_cut["kl"]},
+            "kl": after["kl"],
+        }
     return Pruned(
         model=small,
         source_cost=cost(arch),
         cost=cost(arch_of(small)),
-        source_top1=before.top1,
-        top1=after.top1,
-        source_ppl=before.ppl,
-        ppl=after.ppl,
-        provenance={**metadata, "data": data.info.fingerprint, "versions": versions()},
+        source_top1=before["top1"],
+        top1=after["top1"],
+        source_ppl=before.get("ppl"),
+        ppl=after.get("ppl"),
+        recovery=facts,
+        provenance={**metadata, "recovery": facts, "data": data.info.fingerprint, "versions": versions()},
     )
 
 
@@ -246,10 +285,12 @@ def to_device(model: nn.Module) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _evaluate(model: nn.Module, data: Data, progress: Progress, what: str) -> EvalMetrics:
+def _evaluate(
+    model: nn.Module, data: Data, progress: Progress, what: str, source: nn.Module | None = None
+) -> dict[str, float]:
     progress(what, 0.0, "")
-    found = EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH)))
-    progress(what, 1.0, str(found))
+    found = evaluate(model, data.val_loader(EVAL_BATCH), source=source)
+    progress(what, 1.0, str(EvalMetrics.of(found)))
     return found
 
 

@@ -1,0 +1,62 @@
+"""The widths of a cut, for a model that is projected to them: a method says how many, the subspace says what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prunesweep.models import Arch, BlockCut, Cut, UserError
+from prunesweep.models.arch import Block
+
+from .widths import BlockWidths, Widths
+
+__all__ = ["projected_widths"]
+
+
+def projected_widths(arch: Arch, decision: Cut) -> Widths:
+    """Count what a cut keeps of every space.
+
+    Every head of the source stays: the query/key and value channels that the cut keeps of a block are shared out among
+    all of its heads, so that logits and values cost what they cost in the cut model, or up to one channel a head less.
+
+    Args:
+        arch: the source's record.
+        decision: a cut of the source: widths, heads, and blocks or attentions that go.
+
+    Returns:
+        The widths for ``compress``.
+
+    Raises:
+        UserError: the cut does not fit the source, replaces a mixer by a convolution, or plans tokens.
+    """
+    if len(decision.blocks) != arch.depth:
+        raise UserError(f"the cut has {len(decision.blocks)} blocks, {arch.source} has {arch.depth}")
+    embed = None if decision.embed is None or decision.embed[0] is None else len(decision.embed[0])
+    return Widths(embed=embed, blocks=tuple(_block(arch, i, own) for i, own in enumerate(decision.blocks)))
+
+
+def _block(arch: Arch, i: int, own: BlockCut) -> BlockWidths:
+    block = arch.blocks[i]
+    if own.tokens is not None or own.mixer not in (None, "none"):
+        raise UserError(
+            f"blocks[{i}] of {arch.source} gets a convolution or a token plan: only widths and depth can be projected"
+        )
+    return BlockWidths(
+        keep=own.keep,
+        attention=own.mixer is None,
+        qk=None if own.qk is None else max(1, _total(own.qk) // block.heads),
+        v=None if own.v is None else _shares(block, _total(own.v)),
+        mlp=None if own.mlp is None else len(own.mlp),
+    )
+
+
+def _total(heads: Sequence[Sequence[int]]) -> int:
+    return sum(map(len, heads))
+
+
+def _shares(block: Block, total: int) -> tuple[int, ...]:
+    """Split value channels evenly among a block's heads, none of which can hold more than it had."""
+    widths = [1] * block.heads
+    while sum(widths) < total:
+        _, head = min((width, h) for h, width in enumerate(widths) if width < block.v_widths[h])
+        widths[head] += 1
+    return tuple(widths)

@@ -1,0 +1,59 @@
+"""The model of a decision: cut, cut and refitted in closed form, or projected to the widths that the decision keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from prunesweep.models import Cut, arch_of
+from prunesweep.pruners.subspaces import compress, projected_widths, recover
+
+from ..data import Data
+
+__all__ = ["Recovery"]
+
+BATCH = 64  # images at a time: sums add up exactly, so no figure depends on it but for rounding
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a cut model is recovered, without labels and without training.
+
+    Args:
+        images: calibration images, drawn from the training split without augmentation.
+        seed: of the draw.
+        project: take of the decision only how much of every width stays; the subspace decides what.
+    """
+
+    images: int = 512
+    seed: int = 0
+    project: bool = False
+
+    def calibration(self, data: Data) -> list[Any]:
+        """Draw the images, as batches of (images, labels)."""
+        return data.calibration(self.images, BATCH, self.seed)
+
+    def model(
+        self,
+        source: nn.Module,
+        decision: Cut,
+        batches: list[Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> nn.Module:
+        """Compute the small model; ``pruners.subspaces.can_recover`` says of which sources.
+
+        Args:
+            source: the model that the decision is about; it is not changed.
+            decision: what stays.
+            batches: ``calibration``'s images.
+            progress: told of kept blocks done and of all.
+
+        Raises:
+            UserError: the decision does not fit, or the source cannot be recovered.
+        """
+        if not self.project:
+            return recover(source, decision, batches, progress=progress)
+        return compress(source, projected_widths(arch_of(source), decision), batches, progress=progress)
