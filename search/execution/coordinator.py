@@ -2,27 +2,26 @@
 
 Candidates start on rung 0; the best of a rung go on to the next one (``promotion``). The study is only told what a
 unit's ``result.json`` says. A unit that was handed out and has no result is handed out again, first, under its own
-name; so killing anything at any moment loses no finished result and repeats none.
+name; so killing anything at any moment loses no finished result and repeats none. Results that are damaged, or of
+another candidate than their task, are set aside, and their tasks are done again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from prunesweep.models import Cut, UserError
-from prunesweep.models.io.files import write_text
 from prunesweep.search.config import SearchTable
-from prunesweep.search.space.space import Candidate, Space
+from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.store.front import QUALITIES, comparable, directions, values
-from prunesweep.search.store.run import Result, Run, Task
+from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
 
 from .rungs import MultiObjectiveASHA
@@ -48,17 +47,17 @@ class Coordinator:
         self._live: dict[str, Task] = {}
         self._decisions: dict[int, Cut] = {}  # of candidates that are to be handed out for the first time
         self._stopping = self._exhausted = False
-        self.results, self.failures = run.results(), run.failures()
-        study.record(self.results)
+        self.notes: list[str] = []  # lines for people: what of the run was damaged, and what was done about it
+        self.results, self.failures = self._read()
         self._rungs = self._make_rungs()
         self._candidates = {r.key: r.trial for r in self.results if r.rung == 0}
         self._at = {(r.trial, r.rung): r for r in self.results}
-        above = list(run.unfinished())
-        for unit in above:
-            self._rungs.promoted(unit.rung, unit.number)
-        self._waiting = deque([*above, *self._adopt()])
+        self._waiting = deque(sorted(self._unfinished(), key=lambda unit: (not unit.rung, unit.rung, unit.number)))
         self._candidates |= {u.key: u.number for u in self._waiting if u.rung == 0}
-        begun = {r.trial for r in self.results} | {number for rung, number in map(_place, self.failures) if rung == 0}
+        adopted = list(self._adopt())
+        self._candidates |= {u.key: u.number for u in adopted}
+        self._waiting.extend(adopted)
+        begun = {r.trial for r in self.results} | {number for rung, number in map(place_of, self.failures) if rung == 0}
         self._begun = len(begun | {u.number for u in self._waiting if u.rung == 0})
         self.duplicates = 0  # proposals of this driver that were candidates already
         self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
@@ -86,25 +85,90 @@ class Coordinator:
         )
         for r in self.results:
             asha.add(r.rung, r.trial, comparable(values(r, objectives), objectives))
-        for rung, number in [(r.rung, r.trial) for r in self.results] + [_place(name) for name in self.failures]:
+        for rung, number in [(r.rung, r.trial) for r in self.results] + [place_of(name) for name in self.failures]:
             if rung:
                 asha.promoted(rung, number)
         return asha
 
-    def _adopt(self) -> Iterator[Task]:
-        """Settle what a dead driver left: tell what was done but not told; the units that were begun but not done."""
-        for number, point in self._study.running().items():
-            candidate = self._decode(point) if point is not None else None
-            if point is None or candidate is None:
-                self._study.prune(number)  # the driver died while it asked
+    def _read(self) -> tuple[list[Result], dict[str, str]]:
+        """Read what tasks gave, set aside what cannot be used, and make the study agree with the rest."""
+        run, (results, failures, damaged) = self.run, self.run.outcomes()
+        tasks, lost = dict[str, Task](), dict[str, UserError]()
+        for path in sorted(run.path.glob("trials/*/spec.json")):
+            unit = path.parent.name
+            try:
+                tasks[unit] = run.read_task(unit)
+            except UserError as error:
+                lost[unit] = error
+                self.notes.append(f"{error}: kept as {set_aside(path).name}")
+        for result in results:
+            if result.id not in tasks:
+                tasks[result.id] = self._task_of(result)
+                run.write_task(tasks[result.id])
+            elif result.key != tasks[result.id].key:
+                damaged[result.id] = f"{run.trial(result.id) / 'result.json'} is the result of another candidate"
+        for unit, reason in damaged.items():
+            kept = set_aside(run.trial(unit) / "result.json")
+            again = "" if unit in lost else "; the trial is done again"
+            self.notes.append(f"{reason}: kept as {kept.name}{again}")
+        results = [r for r in results if r.id not in damaged]
+        first = {task.number: task for task in tasks.values() if task.rung == 0}
+        failed = {number for rung, number in map(place_of, failures) if rung == 0}
+        self._study.follow(first, results, failed, run.next_number())
+        self.notes += self._study.notes
+        return results, failures
+
+    def _task_of(self, result: Result) -> Task:
+        """The task that gave a result."""
+        seed = self._seed_of(result.rung, result.trial)
+        return Task(result.trial, result.point, result.arch_hash, result.key, seed, result.rung)
+
+    def _unfinished(self) -> Iterator[Task]:
+        """Tasks that were handed out and have no result. Where its decision is lost, a point is decoded again."""
+        for task in self.run.unfinished():
+            if task.rung:
+                self._rungs.promoted(task.rung, task.number)
+            if self._decided(task):
+                yield task
                 continue
-            unit = self._unit(number, point, candidate)
-            if found := self.run.read_result(unit.id):
-                self._tell(unit, found)
+            candidate = self._decode(task.point)
+            if candidate is not None and candidate.key == task.key:
+                self.run.write_cut(task.number, candidate.decision)
+                yield task
+                continue
+            self.notes.append(f"trial {task.number}: its decision, cut.json, is lost, and its point means another one")
+            if task.rung == 0:
+                shutil.rmtree(self.run.trial(task.id))  # its training's state is of the other one
+                if candidate is None:
+                    self._study.prune(task.number)
+                else:
+                    yield self._unit(task.number, task.point, candidate)
+
+    def _decided(self, task: Task) -> bool:
+        """Whether the decision of a task is there, and is that of its candidate."""
+        try:
+            decision = self.run.read_cut(task.number)
+        except UserError:
+            return False
+        return decision is not None and candidate_key(decision, task.point) == task.key
+
+    def _adopt(self) -> Iterator[Task]:
+        """Settle what a dead driver left in the study: tell what was done but not told; hand out what was only asked.
+
+        Its own tasks are ``_unfinished``.
+        """
+        for number, point in self._study.running().items():
+            unit = task_id(number)
+            if found := self.run.read_result(unit):
+                self._tell(number, found)
+            elif (self.run.trial(unit) / "spec.json").is_file():
+                continue
+            elif point is None or (candidate := self._decode(point)) is None:
+                self._study.prune(number)  # the driver died while it asked
             elif self._candidates.get(candidate.key, number) != number:
                 self._settle_duplicate(number, candidate)
             else:
-                yield unit
+                yield self._unit(number, point, candidate)
 
     def _decode(self, point: Mapping[str, Any]) -> Candidate | None:
         """The candidate of a point, or None where no architecture meets its budget."""
@@ -179,7 +243,7 @@ class Coordinator:
         folder.mkdir(parents=True, exist_ok=True)
         if (decision := self._decisions.pop(unit.number, None)) is not None:
             self.run.write_cut(unit.number, decision)
-        write_text(folder / "spec.json", json.dumps(asdict(unit), indent=1))
+        self.run.write_task(unit)
         self._live[unit.id] = unit
         return unit
 
@@ -245,7 +309,8 @@ class Coordinator:
             self._waiting.append(unit)
             return
         found = found or self.run.write_result(task_id, error=error)
-        self._tell(unit, found)
+        if unit.rung == 0:  # the study knows of no other
+            self._tell(unit.number, found)
         if found["state"] == "finished":
             result = Result(**found["result"])
             self.results.append(result)
@@ -275,22 +340,14 @@ class Coordinator:
         top = len(self.search.rungs) - 1
         return {r.id for r in self.results if r.rung < top and (r.trial, r.rung + 1) not in self._at}
 
-    def _tell(self, unit: Task, found: Mapping[str, Any]) -> None:
-        if unit.rung:
-            return  # the study knows of rung 0
+    def _tell(self, number: int, found: Mapping[str, Any]) -> None:
         if found["state"] == "finished":
-            self._study.tell(unit.number, values(Result(**found["result"]), self.search.objectives))
+            self._study.tell(number, values(Result(**found["result"]), self.search.objectives))
         else:
-            self._study.fail(unit.number)
+            self._study.fail(number)
 
     def stop(self) -> None:
         """Hand out nothing more, and ask what is running to save its state and end."""
         self._stopping = True
         with contextlib.suppress(OSError):  # a full disk: what is running finds that out by itself
             self.run.stop_file.touch()
-
-
-def _place(task_id: str) -> tuple[int, int]:
-    """Rung and number of a unit, from its name."""
-    rung, number = task_id.removeprefix("r").split("-")
-    return int(rung), int(number)

@@ -318,6 +318,8 @@ def _search(
         )
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.metadata()["source"]
+        for note in coordinator.notes:
+            display.note(note)
         try:
             if not coordinator.done:
                 with (

@@ -23,7 +23,7 @@ from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
-from prunesweep.search.store.run import Result, Run, Task, read_json, task_id
+from prunesweep.search.store.run import Result, Run, Task, task_id
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, Recipe, evaluate, open_data
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
@@ -209,7 +209,7 @@ def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Modul
         return _cut(context, candidate)
     below = context.run.trial(task_id(unit.number, unit.rung - 1))
     if not (below / "model").exists():
-        _train(context, Task(**read_json(below / "spec.json")), candidate, below)
+        _train(context, context.run.read_task(below.name), candidate, below)
     return load(below / "model").to(next(context.source.parameters()).device)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -25,14 +26,17 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import digest
 
 from .front import TWO, hypervolume, pareto_front
 
-__all__ = ["Result", "Run", "RunLock", "Task", "read_json", "task_id"]
+__all__ = ["Outcomes", "Result", "Run", "RunLock", "Task", "place_of", "read_json", "set_aside", "task_id"]
+
+FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
 
 
 def task_id(number: int, rung: int = 0) -> str:
@@ -43,6 +47,14 @@ def task_id(number: int, rung: int = 0) -> str:
         rung: on which it is evaluated.
     """
     return f"r{rung}-{number:04d}"
+
+
+def place_of(task_id: str) -> tuple[int, int]:
+    """Return the rung and the number of a task, from its name. Raises ValueError for a name that is none."""
+    found = FOLDER.fullmatch(task_id)
+    if found is None:
+        raise ValueError(f"{task_id!r} is not the name of a task")
+    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)
@@ -138,28 +150,72 @@ class Run:
     def _trial_files(self, name: str) -> Iterator[Path]:
         return iter(sorted((self.path / "trials").glob(f"*/{name}")))
 
+    def outcomes(self) -> Outcomes:
+        """What all tasks that have ended gave, and which of their files cannot be read."""
+        results, failures, damaged = list[Result](), dict[str, str](), dict[str, str]()
+        for path in self._trial_files("result.json"):
+            unit = path.parent.name
+            try:
+                found = self.read_result(unit)
+            except UserError as error:
+                damaged[unit] = str(error)
+                continue
+            if found is not None and found["state"] == "failed":
+                failures[unit] = found["error"]
+            elif found is not None:
+                results.append(Result(**found["result"]))
+        return Outcomes(sorted(results, key=lambda r: (r.trial, r.rung)), failures, damaged)
+
     def results(self) -> list[Result]:
-        """Every finished unit's result, by trial number and rung."""
-        found = [read_json(path) for path in self._trial_files("result.json")]
-        finished = (Result(**r["result"]) for r in found if r["state"] == "finished")
-        return sorted(finished, key=lambda r: (r.trial, r.rung))
+        """Every finished unit's result, by trial number and rung; without those that are damaged."""
+        return self.outcomes().results
 
     def failures(self) -> dict[str, str]:
         """Unit and error of every unit that failed."""
-        found = {path.parent.name: read_json(path) for path in self._trial_files("result.json")}
-        return {unit: r["error"] for unit, r in found.items() if r["state"] == "failed"}
+        return self.outcomes().failures
 
     def read_result(self, task_id: str) -> dict[str, Any] | None:
+        """What ``write_result`` wrote; None where the task has not ended. Raises UserError for a damaged file."""
         path = self.trial(task_id) / "result.json"
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        data = _unsealed(path)
+        try:
+            failed, other = data["state"] == "failed", data["state"] not in ("failed", "finished")
+            if other or (failed and not isinstance(data["error"], str)):
+                raise ValueError("neither finished nor failed")
+            if not failed:
+                result = Result(**data["result"])
+                if result.id != task_id:
+                    raise ValueError(f"it is the result of {result.id}")
+                if not all(isinstance(n, int) for n in (result.macs, result.params)):
+                    raise ValueError("it has no cost")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        return data
 
     def write_result(self, task_id: str, *, result: Result | None = None, error: str | None = None) -> dict[str, Any]:
         """Finish a unit, for good: with a result, or with the error that it failed by."""
         data: dict[str, Any] = {"state": "failed", "error": error}
         if result is not None:
             data = {"state": "finished", "result": asdict(result)}
-        write_text(self.trial(task_id) / "result.json", json.dumps(data, indent=1))
+        write_text(self.trial(task_id) / "result.json", _sealed(data))
         return data
+
+    def read_task(self, task_id: str) -> Task:
+        """The task that was handed out under a name. Raises UserError where its file is missing or damaged."""
+        path = self.trial(task_id) / "spec.json"
+        try:
+            task = Task(**_unsealed(path))
+            if task.id != task_id or not isinstance(task.point, dict):
+                raise ValueError(f"it is task {task.id}")
+        except (TypeError, ValueError) as error:
+            raise error if isinstance(error, UserError) else UserError(f"{path} is damaged: {error}") from error
+        return task
+
+    def write_task(self, task: Task) -> None:
+        """Keep a task, before it is handed out."""
+        write_text(self.trial(task.id) / "spec.json", _sealed(asdict(task)))
 
     def write_cut(self, number: int, decision: Cut) -> None:
         """Keep what a candidate keeps of the source, as its point was decoded: for all of its units."""
@@ -175,7 +231,7 @@ class Run:
         """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
         facts = self.metadata()
         table = self.search_table()
-        results, failures = self.results(), self.failures()
+        results, failures, _ = self.outcomes()
         rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table.get("rungs", [])), 1))]
         failed = sum(unit.startswith("r0-") for unit in failures)
         started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
@@ -202,10 +258,16 @@ class Run:
         return tuple(self.search_table().get("objectives", TWO))
 
     def unfinished(self) -> Iterator[Task]:
-        """Units above rung 0 that were handed out and have no result."""
+        """Tasks that were handed out and have no result, on any rung; without those whose file is damaged."""
         for path in self._trial_files("spec.json"):
-            if not path.parent.name.startswith("r0-") and not (path.parent / "result.json").is_file():
-                yield Task(**read_json(path))
+            if not (path.parent / "result.json").is_file():
+                with contextlib.suppress(UserError):
+                    yield self.read_task(path.parent.name)
+
+    def next_number(self) -> int:
+        """The smallest number above those of all candidates that have a folder."""
+        found = (FOLDER.fullmatch(path.name) for path in (self.path / "trials").glob("r*-*"))
+        return max((int(match[2]) + 1 for match in found if match), default=0)
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
         """The Pareto set of those ``results`` (all by default) that have a model; its path is relative by default."""
@@ -253,13 +315,45 @@ class Run:
         return front
 
 
+class Outcomes(NamedTuple):
+    """What a run's tasks gave; ``failures`` and ``damaged`` are errors by the tasks' names."""
+
+    results: list[Result]
+    failures: dict[str, str]
+    damaged: dict[str, str]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of ours. Raises UserError where it is damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or missing: {error}") from error
-    return dict(data)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is damaged: no JSON object")
+    return data
+
+
+def _sealed(data: dict[str, Any]) -> str:
+    """``data`` as JSON, with its own digest."""
+    return json.dumps({**data, "digest": digest(data)}, indent=1)
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """What ``_sealed`` wrote, or files of before there were digests. Raises UserError where they are damaged."""
+    data = read_json(path)
+    if "digest" in data and data.pop("digest") != digest(data):
+        raise UserError(f"{path} is damaged: it has changed since it was written")
+    return data
+
+
+def set_aside(path: Path, word: str = "damaged") -> Path:
+    """Rename a file to a free name, ``NAME.WORD-1`` or the next one, and return that."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    os.replace(path, kept)
+    return kept
 
 
 class RunLock:

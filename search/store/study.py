@@ -10,14 +10,18 @@ There are two studies because a finished trial cannot be changed. If a candidate
 rung, samplers would learn nothing before the search ends, as promotions are due at any time. If results of higher
 rungs were added to the proposals, the numbers of proposals would no longer be the candidates'. ``results`` follows
 from the tasks' files: what is missing there, in a journal of an older version too, is added when a search is resumed.
+
+The tasks' files are the truth. A journal that cannot be read, or that is not of the same candidates as they are (one
+copied from a running search, or from another one, or a part of it), is set aside, and both studies are made again.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,11 +35,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesweep.models import UserError
+from prunesweep.models.io.files import publish_file
 from prunesweep.search.proposals.budget_gp import CANDIDATE, RUNG, BudgetGPSampler, log_error, log_perplexity
 from prunesweep.search.space.variables import Params
 
 from .front import QUALITIES, TWO, directions, values
-from .run import Result
+from .run import Result, Task, set_aside
 
 __all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
 
@@ -111,7 +116,7 @@ class Study:
     Open it only while holding the run's lease.
 
     Args:
-        journal: Optuna's journal file; a torn last line is cut off.
+        journal: Optuna's journal file; a torn last line is cut off, a file that is damaged elsewhere is set aside.
         distributions: the variables.
         seed: seed of the proposals; Optuna's samplers combine it with the number of existing trials.
         objectives: names, in the order of ``tell``'s values.
@@ -119,6 +124,9 @@ class Study:
         trials: how many proposals are planned.
         start: points to propose first, by variables; those that were proposed already are left out.
         name: name of the run, shown with the studies; that of the journal's folder by default.
+
+    Attributes:
+        notes: lines for people: what was wrong with the journal, and what was done about it.
 
     Raises:
         UserError: there is no such sampler.
@@ -137,17 +145,39 @@ class Study:
         name: str | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        _repair(journal)
-        self._distributions, self._objectives = dict(distributions), tuple(objectives)
+        self._journal, self._seed, self._sampler, self._planned = journal, seed, sampler, trials
+        self._distributions, self._objectives, self._start = dict(distributions), tuple(objectives), start
+        self._run = journal.absolute().parent.name if name is None else name
+        self.notes = _repair(journal)
+        try:
+            self._load()
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # records that contradict each other: Optuna checks nothing and raises anything
+            self.notes.append(_aside(journal, f"{type(error).__name__}: {error}"))
+            self._load()
+
+    def _load(self) -> None:
+        """Open the studies of the journal, or create them, and make the sampler."""
+        self._study, self._results = self._open(self._journal)
+        self._known = {t.user_attrs.get("unit") for t in self._results.get_trials(deepcopy=False)}
+        name = resolve(self._sampler, self._distributions, self._planned)
+        self._study.sampler = self._make_sampler(name, self._planned, self._seed)
+        self._queued = False
+
+    def _open(self, journal: Path) -> tuple[optuna.Study, optuna.Study]:
+        """Open or create proposals and results."""
         storage = JournalStorage(JournalFileBackend(str(journal)))
         names = {study.study_name for study in storage.get_all_studies()}
-        run = journal.absolute().parent.name if name is None else name
-        self._results = _open(storage, RESULTS, RESULTS, objectives, run)
-        self._study = _open(storage, OLDER if OLDER in names else PROPOSALS, PROPOSALS, objectives, run)
-        self._known = {t.user_attrs.get("unit") for t in self._results.get_trials(deepcopy=False)}
-        self._study.sampler = self._make_sampler(resolve(sampler, self._distributions, trials), trials, seed)
-        for point in start:
-            self._study.enqueue_trial({n: v for n, v in point.items() if n in distributions}, skip_if_exists=True)
+        results = _open(storage, RESULTS, RESULTS, self._objectives, self._run)
+        return _open(storage, OLDER if OLDER in names else PROPOSALS, PROPOSALS, self._objectives, self._run), results
+
+    def _queue(self) -> None:
+        """Put the points to start from before all others, once."""
+        for point in () if self._queued else self._start:
+            own = {n: v for n, v in point.items() if n in self._distributions}
+            self._study.enqueue_trial(own, skip_if_exists=True)
+        self._queued = True
 
     def _make_sampler(self, name: str, trials: int, seed: int) -> BaseSampler:
         if name != "budget_gp":
@@ -166,6 +196,7 @@ class Study:
 
     def ask(self) -> tuple[int, dict[str, float | int | str]]:
         """Start a trial; return its number and its point."""
+        self._queue()
         trial = self._study.ask(self._distributions)
         return trial.number, dict(trial.params)
 
@@ -195,6 +226,85 @@ class Study:
             if result.id not in self._known:
                 self._results.add_trial(self._trial_of(result))
                 self._known.add(result.id)
+
+    def follow(
+        self, tasks: Mapping[int, Task], results: Sequence[Result], failed: Collection[int], next_number: int
+    ) -> None:
+        """Make the journal agree with the files of a run's tasks; say in ``notes`` if it did not.
+
+        Args:
+            tasks: the tasks that were handed out on the first rung, by number.
+            results: all results.
+            failed: numbers of the candidates that failed on the first rung.
+            next_number: the smallest number that may be proposed.
+
+        Raises:
+            UserError: a task's point is not in the space.
+        """
+        reason = self._disagreement(tasks, results, next_number)
+        if reason is not None:
+            self._rebuild(tasks, results, failed, next_number, reason)
+        self.record(results)
+
+    def _disagreement(self, tasks: Mapping[int, Task], results: Sequence[Result], next_number: int) -> str | None:
+        """How the journal is not that of these files; None if it is."""
+        proposed = self._study.get_trials(deepcopy=False)
+        if len(proposed) < next_number:
+            last = f"ends with trial {len(proposed) - 1}" if proposed else "has no trials"
+            return f"{last}, but there are results or folders up to trial {next_number - 1}"
+        ended = {r.trial: values(r, self._objectives) for r in results if r.rung == 0}
+        for number, task in tasks.items():
+            trial = proposed[number]
+            if trial.params != self._own(task.point):
+                return f"has another point as trial {number}"
+            if trial.state == TrialState.COMPLETE and trial.values != ended.get(number):
+                return f"has a result of trial {number} that its files do not have"
+        found = {r.id: values(r, self._objectives) for r in results}
+        for trial in self._results.get_trials(deepcopy=False):
+            unit = trial.user_attrs.get("unit")
+            if unit not in found or trial.values not in (None, found[unit]):
+                return f"has a result of {unit} that its files do not have"
+        return None
+
+    def _own(self, point: Params) -> dict[str, Any]:
+        """The values of the variables that vary."""
+        return {name: point.get(name) for name in self._distributions}
+
+    def _rebuild(
+        self,
+        tasks: Mapping[int, Task],
+        results: Sequence[Result],
+        failed: Collection[int],
+        next_number: int,
+        reason: str,
+    ) -> None:
+        """Make the proposals again, each under its number; numbers without a task are withdrawn."""
+        ended = {r.trial: values(r, self._objectives) for r in results if r.rung == 0}
+        with publish_file(self._journal) as scratch:
+            scratch.unlink(missing_ok=True)  # of a driver that died here
+            study, _ = self._open(scratch)
+            for number in range(next_number):
+                state, told = TrialState.RUNNING, ended.get(number)
+                if number in failed or (told is not None and not all(map(math.isfinite, told))):
+                    state, told = TrialState.FAIL, None
+                elif told is not None:
+                    state = TrialState.COMPLETE
+                elif number not in tasks:
+                    state = TrialState.PRUNED
+                study.add_trial(self._proposal(state, told, tasks.get(number)))
+            if self._study.get_trials(deepcopy=False):
+                self.notes.append(_aside(self._journal, f"it {reason}", "outdated"))
+            self.notes.append(f"{self._journal.name} was made again from the files of {len(results)} results")
+        self._load()
+
+    def _proposal(self, state: TrialState, told: list[float] | None, task: Task | None) -> FrozenTrial:
+        point = {} if task is None else self._own(task.point)
+        of = {name: self._distributions[name] for name in point}
+        try:
+            return optuna.trial.create_trial(state=state, values=told, params=point, distributions=of)
+        except (TypeError, ValueError) as error:
+            number = "" if task is None else f" {task.number}"
+            raise UserError(f"trial{number} of {self._run} is not in the space of its search.toml: {error}") from error
 
     def _trial_of(self, result: Result) -> FrozenTrial:
         """Return a finished trial with everything that is known about a result."""
@@ -266,12 +376,29 @@ def _open(storage: BaseStorage, stored: str, kind: str, objectives: Sequence[str
     return study
 
 
-def _repair(journal: Path) -> None:
-    """Cut off a torn last line, which would make every later read fail, and break the dead driver's lock."""
+def _repair(journal: Path) -> list[str]:
+    """Make a journal readable, and break a dead driver's lock.
+
+    A torn last line, which would make every later read fail, is cut off. A file that is damaged before that is set
+    aside. Returns lines for people.
+    """
     if not journal.exists():
-        return
-    data = journal.read_bytes()
-    if data and not data.endswith(b"\n"):
-        warnings.warn(f"{journal}: the last line was torn by a kill; it is cut off", stacklevel=2)
-        os.truncate(journal, data.rfind(b"\n") + 1)
+        return []
     Path(f"{journal}.lock").unlink(missing_ok=True)
+    data, notes = journal.read_bytes(), []
+    end = data.rfind(b"\n") + 1
+    for number, line in enumerate(data[:end].split(b"\n")[:-1], start=1):
+        try:
+            json.loads(line)["op_code"]
+        except (TypeError, ValueError, KeyError, RecursionError):
+            return [_aside(journal, f"line {number} is no record")]
+    if end < len(data):
+        notes.append(f"{journal.name}: the last line was torn by a kill; it is cut off")
+        os.truncate(journal, end)
+    return notes
+
+
+def _aside(journal: Path, reason: str, word: str = "damaged") -> str:
+    """Set a journal aside; return a line for people."""
+    kept = set_aside(journal, word)
+    return f"{journal.name} is {word} ({reason}): kept as {kept.name}"

@@ -1,0 +1,254 @@
+"""A run's journal and the files of its trials, damaged, lost or of another time: the search goes on from the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.store.run import Run, Task
+from prunesweep.search.store.study import RESULTS
+from tests.search.execution.test_coordinator import LADDER, SPACE, start, work
+from tests.search.helpers import make_run
+from tests.search.store.test_study import trials
+
+DONE, ASKED = 6, 9
+
+
+def go_on(coordinator: Coordinator, count: int = 99) -> list[Task]:
+    done: list[Task] = []
+    while len(done) < count and (unit := coordinator.next()) is not None:
+        work(coordinator.run, unit)
+        coordinator.complete(unit.id)
+        done.append(unit)
+    return done
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Six trials have ended and a seventh was begun. ``older`` is the journal as it was after the third."""
+    run = make_run(tmp_path_factory.mktemp("stopped") / "r", ASKED)
+    coordinator = start(run, ASKED, max_concurrent=1)
+    go_on(coordinator, 3)
+    shutil.copy(run / "study.journal", run / "older")
+    go_on(coordinator, DONE - 3)
+    assert coordinator.next() is not None
+    return run
+
+
+@pytest.fixture
+def run(stopped: Run, tmp_path: Path) -> Run:
+    shutil.copytree(stopped.path, tmp_path / "r")
+    return Run(tmp_path / "r")
+
+
+def results(run: Run) -> dict[str, str]:
+    return {path.parent.name: path.read_text() for path in run.path.glob("trials/*/result.json")}
+
+
+def check(run: Run) -> None:
+    """Everything is done, every result is its task's, and the journal says what the files say."""
+    found = run.results()
+    for result in found:
+        task = run.read_task(result.id)
+        assert (task.key, task.point) == (result.key, result.point)
+        assert SPACE.decode(result.point).key == result.key
+    first = [r for r in found if r.rung == 0]
+    assert len(first) == ASKED
+    told = {
+        t.number: (t.params["budget"], t.values) for t in trials(run / "study.journal") if t.state.name == "COMPLETE"
+    }
+    assert told == {r.trial: (r.point["budget"], [r.top1, float(r.macs)]) for r in first}
+    recorded = {t.user_attrs["unit"]: t.values for t in trials(run / "study.journal", RESULTS)}
+    assert recorded == {r.id: [r.top1, float(r.macs)] for r in found}
+
+
+def lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Run], None]:
+    def damage(run: Run) -> None:
+        journal = run / "study.journal"
+        journal.write_bytes(b"\n".join(change(journal.read_bytes().split(b"\n"))))
+
+    return damage
+
+
+def of_another_run(run: Run) -> None:
+    (run / "study.journal").unlink()
+    other = start(run.__class__(make_run(run.path.parent / "other", 20).path), 20, max_concurrent=1, seed=5)
+    go_on(other, 8)
+    shutil.copy(other.run / "study.journal", run / "study.journal")
+
+
+JOURNALS: dict[str, Callable[[Run], Any]] = {
+    "absent": lambda run: (run / "study.journal").unlink(),
+    "empty": lambda run: (run / "study.journal").write_bytes(b""),
+    "older": lambda run: shutil.move(run / "older", run / "study.journal"),
+    "of another run": of_another_run,
+    "last lines lost": lines(lambda n: [*n[:-20], b""]),
+    "a record lost": lines(lambda n: n[:11] + n[12:]),
+    "first lines lost": lines(lambda n: n[5:]),
+    "blank line": lines(lambda n: [*n[:12], b"", *n[12:]]),
+    "merged": lines(lambda n: [*n[:12], n[12] + n[13], *n[14:]]),
+    "torn": lines(lambda n: [*n[:12], n[12][:9], *n[13:]]),
+    "zeros": lines(lambda n: [*n[:12], bytes(len(n[12])), *n[13:]]),
+    "no record": lines(lambda n: [*n[:12], b"[1, 2]", *n[13:]]),
+}
+
+
+@pytest.mark.parametrize("name", JOURNALS)
+def test_a_journal_that_is_not_of_these_files_is_made_again(run: Run, name: str) -> None:
+    before = results(run)
+    JOURNALS[name](run)
+    coordinator = start(run, ASKED, max_concurrent=1)
+    begun, *new = go_on(coordinator)
+    assert begun.number == DONE  # the one that was begun comes first
+    assert len(new) == ASKED - DONE - 1
+    assert all(task.number > DONE for task in new)
+    assert before.items() <= results(run).items()  # none was written again
+    check(run)
+    assert any("was made again from the files of 6 results" in note for note in coordinator.notes)
+    kept = list(run.path.glob("study.journal.*"))
+    assert len(kept) == (name not in ("absent", "empty"))
+    assert all(f"kept as {path.name}" in "\n".join(coordinator.notes) for path in kept)
+    assert start(run, ASKED).notes == []
+
+
+def test_a_whole_journal_is_left_as_it_is(run: Run) -> None:
+    before = (run / "study.journal").read_bytes()
+    assert start(run, ASKED).notes == []
+    assert (run / "study.journal").read_bytes() == before
+
+
+def test_numbers_lie_above_folders_without_a_task(run: Run) -> None:
+    run.trial("r0-0041").mkdir()
+    (run / "study.journal").unlink()
+    assert [task.number for task in go_on(start(run, ASKED))] == [DONE, 42, 43]
+    check(run)
+
+
+def test_a_search_over_rungs_goes_on_without_its_journal(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", ASKED, **LADDER)
+    done = go_on(start(run, ASKED, **LADDER), 8)
+    while len(done) < 13:
+        (run / "study.journal").unlink()
+        done += go_on(start(run, ASKED, **LADDER), 2)
+    coordinator = start(run, ASKED, **LADDER)
+    assert coordinator.finished
+    assert len({task.id for task in done}) == 13
+    assert run.status()["rungs"] == [9, 3, 1]
+    check(run)
+
+
+def zeros(path: Path) -> None:
+    half = len(path.read_bytes()) // 2
+    path.write_bytes(path.read_bytes()[:half].ljust(2 * half, b"\0"))
+
+
+def digit(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(re.sub(r'"top1": (\d)', lambda m: f'"top1": {9 - int(m[1])}', text))
+    assert path.read_text() != text
+
+
+def of_another_trial(path: Path) -> None:
+    shutil.copy(path.parents[1] / "r0-0001" / "result.json", path)
+
+
+def of_another_candidate(path: Path) -> None:
+    """As where a task was written over an old one of its number."""
+    run, number = Run(path.parents[2]), 3
+    data = json.loads(path.read_text())["result"]
+    candidate = SPACE.decode({"budget": 0.42, "skip": 2, "lr": 2e-3})
+    task = Task(number, {**data["point"], "budget": 0.42}, candidate.arch.hash, candidate.key, 1)
+    run.write_task(task)
+    run.write_cut(number, candidate.decision)
+
+
+RESULT_FILES: dict[str, Callable[[Path], Any]] = {
+    "zeros": zeros,
+    "digit": digit,
+    "empty": lambda path: path.write_text(""),
+    "null": lambda path: path.write_text("null"),
+    "no result": lambda path: path.write_text('{"state": "finished"}'),
+    "of another trial": of_another_trial,
+}
+
+
+@pytest.mark.parametrize("name", RESULT_FILES)
+def test_a_damaged_result_is_named_and_made_again(run: Run, name: str) -> None:
+    path = run.trial("r0-0003") / "result.json"
+    whole = path.read_text()
+    RESULT_FILES[name](path)
+    assert [r.trial for r in run.results()] == [0, 1, 2, 4, 5]
+    assert run.outcomes().damaged.keys() == {"r0-0003"}
+    coordinator = start(run, ASKED, max_concurrent=1)
+    assert f"{path} is damaged" in coordinator.notes[0]
+    assert "kept as result.json.damaged-1; the trial is done again" in coordinator.notes[0]
+    assert [task.number for task in go_on(coordinator)] == [3, 6, 7, 8]
+    assert path.read_text() == whole
+    check(run)
+
+
+def test_a_result_of_another_candidate_than_its_task_is_refused(run: Run) -> None:
+    of_another_candidate(run.trial("r0-0003") / "result.json")
+    coordinator = start(run, ASKED, max_concurrent=1)
+    assert "is the result of another candidate: kept as result.json.damaged-1" in coordinator.notes[0]
+    assert [r.trial for r in coordinator.results] == [0, 1, 2, 4, 5]
+
+
+def test_a_damaged_task_is_made_again_from_its_result(run: Run) -> None:
+    path = run.trial("r0-0003") / "spec.json"
+    whole, before = path.read_text(), results(run)
+    zeros(path)
+    coordinator = start(run, ASKED, max_concurrent=1)
+    assert "kept as spec.json.damaged-1" in coordinator.notes[0]
+    assert path.read_text() == whole
+    go_on(coordinator)
+    assert before.items() <= results(run).items()
+    check(run)
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_damaged_task_without_a_result_is_done_if_the_journal_knows_it(run: Run, *, journal: bool) -> None:
+    path = run.trial(f"r0-000{DONE}") / "spec.json"
+    point = json.loads(path.read_text())["point"]
+    zeros(path)
+    if not journal:
+        (run / "study.journal").unlink()
+    done = go_on(start(run, ASKED, max_concurrent=1))
+    assert [task.number for task in done] == ([6, 7, 8] if journal else [7, 8, 9])
+    assert (done[0].point == point) is journal
+    check(run)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_decision_that_is_lost_is_made_again(run: Run, *, lost: bool) -> None:
+    path = run.trial(f"r0-000{DONE}") / "cut.json"
+    whole = path.read_text()
+    if lost:
+        path.unlink()
+    else:
+        zeros(path)
+    (begun, *_) = go_on(start(run, ASKED, max_concurrent=1))
+    assert begun.number == DONE
+    assert path.read_text() == whole
+
+
+def test_training_does_not_go_on_from_the_state_of_another_candidate(run: Run) -> None:
+    """The task's key is that of a decision which is lost, and its point means another one now."""
+    folder = run.trial(f"r0-000{DONE}")
+    task = json.loads((folder / "spec.json").read_text())
+    del task["digest"]
+    run.write_task(Task(**{**task, "key": "0123456789abcdef"}))
+    (folder / "state.safetensors").write_text("of the other one")
+    coordinator = start(run, ASKED, max_concurrent=1)
+    assert "its decision, cut.json, is lost, and its point means another one" in coordinator.notes[0]
+    (begun, *_) = go_on(coordinator)
+    assert begun.point == task["point"]
+    assert not (folder / "state.safetensors").exists()
+    check(run)
