@@ -43,8 +43,9 @@ def evaluate(
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
-        perplexity exp(loss). With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats)
-        and ``agreement`` (equal answers, in percent).
+        perplexity exp(loss), infinite where that is too large for a float. With a ``source``, ``kl`` (mean KL
+        divergence of its distribution to the model's, in nats) and ``agreement`` (equal answers, in percent). All are
+        NaN where an answer of the model is NaN: the order of such answers says nothing.
 
     Raises:
         ValueError: there are no images.
@@ -70,10 +71,17 @@ def evaluate(
         raise ValueError("no images to evaluate on")
     figures = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
     if isinstance(model, LanguageModel):
-        figures["ppl"] = math.exp(loss / images)
+        figures["ppl"] = _perplexity(figures["loss"])
     if source is not None:
         figures |= {"kl": divergence / images, "agreement": 100 * same / images}
-    return figures
+    return dict.fromkeys(figures, math.nan) if math.isnan(loss) else figures
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 class EvalMetrics(NamedTuple):
@@ -96,7 +104,7 @@ class EvalMetrics(NamedTuple):
 
 
 def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | None:
-    """Explain why an image model may be no more accurate than chance.
+    """Explain why an image model may be no more accurate than chance, or have no accuracy.
 
     Args:
         model: the evaluated model; its ``pretrained_cfg`` may have ``label_names``.
@@ -104,8 +112,11 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
         found: result of the evaluation.
 
     Returns:
-        The likely cause in words; None for a language model, and for a model that is better than chance.
+        The likely cause in words, also of an accuracy that is NaN; None for a language model, and for a model that is
+        better than chance.
     """
+    if math.isnan(found.top1):
+        return "an answer of the model is NaN, so it has no accuracy: its training diverged, or its weights are damaged"
     info = data.info
     chance = 100 / info.num_classes
     if isinstance(model, LanguageModel) or found.top1 > chance:

@@ -26,7 +26,7 @@ from prunesweep.search.store.study import Study
 
 from .rungs import MultiObjectiveASHA
 
-__all__ = ["BANDS", "Coordinator", "SearchFailed"]
+__all__ = ["BANDS", "Coordinator", "RunBroken", "SearchFailed"]
 
 MAX_REJECTED = 1000  # proposals in a row that are no new candidate
 BANDS = 5  # of the budget window, over which promotions are spread
@@ -34,6 +34,10 @@ BANDS = 5  # of the budget window, over which promotions are spread
 
 class SearchFailed(RuntimeError):
     """So many units failed that going on makes no sense; carries the last error."""
+
+
+class RunBroken(SearchFailed):
+    """What every unit needs cannot be had: no candidate is to blame, so none is recorded as failed."""
 
 
 class Coordinator:

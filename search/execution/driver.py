@@ -34,7 +34,7 @@ from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
 from prunesweep.training.signals import handling
 
-from .coordinator import Coordinator
+from .coordinator import Coordinator, RunBroken
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
 from .runtime import RayConnection, execute, max_concurrent
@@ -76,7 +76,7 @@ def run_search(
 
     Raises:
         UserError: the configuration, the data or the source cannot be used; nothing is created.
-        SearchFailed: too many trials failed.
+        SearchFailed: too many trials failed, or what all of them need is gone (``RunBroken``).
     """
     if not isinstance(config, SearchConfig):
         config = load_config(config)
@@ -135,7 +135,7 @@ def resume_search(
 
     Raises:
         UserError: ``path`` is no run, another process is working on it, or an override would change the search.
-        SearchFailed: too many trials failed.
+        SearchFailed: too many trials failed, or what all of them need is gone (``RunBroken``).
     """
     run = Run.existing(path)
     made = load_run_config(run.path)
@@ -341,6 +341,11 @@ def _search(
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise
+        except RunBroken as broken:
+            raise RunBroken(
+                f"{run.shown}: no trial can be done: {broken}\n"
+                f"No candidate has failed by that; once it is mended: prunesweep resume {run.shown}"
+            ) from broken
         except OSError as error:
             if not disk_full(error):
                 raise

@@ -25,7 +25,7 @@ from prunesweep.search.config import ResourcesTable
 from prunesweep.search.store.run import Task
 from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, join, own_token, start
 
-from .coordinator import Coordinator, SearchFailed
+from .coordinator import Coordinator, RunBroken, SearchFailed
 
 for name, value in {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -36,6 +36,8 @@ for name, value in {
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.exceptions import RayActorError, RayTaskError, RuntimeEnvSetupError  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 from .task import run_task  # noqa: E402
@@ -189,7 +191,7 @@ class _TaskActor(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         found = self._job["work"](Path(self._job["run"]), Task(**self._job["unit"]))
-        return {"state": found["state"], "done": True}
+        return {"state": found["state"], "reason": found.get("reason"), "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Do nothing: Tune saves every trial that ends, but a unit's state is in its own folder."""
@@ -207,6 +209,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         super().__init__()
         self._coordinator, self._on_change, self._count = coordinator, on_change, count
         self._units: dict[str, str] = {}
+        self.errors: dict[str, Exception] = {}  # of Tune's trials that end by one
         self.failure: Exception | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -224,11 +227,17 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return {"unit": asdict(unit)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)"
-        if (result or {}).get("state") == "disk full":
+        found = result or {}
+        lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)" if error else None
+        if found.get("state") == "disk full":
             self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._coordinator.run.path)))
+        elif found.get("state") == "broken":
+            self._give_up(RunBroken(found["reason"]))
+        elif never_began(raised := self.errors.pop(trial_id, None)):
+            self._give_up(RunBroken(f"a process for trials cannot begin: {raised}"))
+            lost = None
         try:
-            self._coordinator.complete(self._units.pop(trial_id), error=lost if error else None)
+            self._coordinator.complete(self._units.pop(trial_id), error=lost)
             self._changed()
         except (SearchFailed, OSError) as failure:
             self._give_up(failure)
@@ -251,6 +260,28 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return {}
 
 
+class _Scheduler(FIFOScheduler):  # type: ignore[misc]
+    """Tells the searcher by what a trial has ended, before Tune tells it that it has."""
+
+    def __init__(self, searcher: _Searcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        error = trial.get_pickled_error()
+        if error is not None:
+            self._searcher.errors[trial.trial_id] = error
+
+
+def never_began(error: BaseException | None) -> bool:
+    """Whether by this error of Ray a process never came to its work: an import failed, or its environment is not there.
+
+    What the work itself raises is caught by ``run_task``. Other errors of Ray mean that a process was lost.
+    """
+    started = isinstance(error, RayActorError) and not error.actor_init_failed
+    return isinstance(error, RayActorError | RayTaskError | RuntimeEnvSetupError) and not started
+
+
 def execute(
     coordinator: Coordinator,
     resources: ResourcesTable,
@@ -270,6 +301,7 @@ def execute(
 
     Raises:
         SearchFailed: too many units failed.
+        RunBroken: what every unit needs cannot be had, or their processes cannot begin.
         UserError: the space cannot be sampled.
     """
     searcher = _Searcher(coordinator, on_change, count)
@@ -283,7 +315,9 @@ def execute(
         tune.Tuner(
             trainable,
             param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial, "work": work},
-            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, scheduler=_Scheduler(searcher), num_samples=-1, reuse_actors=True
+            ),
             run_config=tune.RunConfig(
                 name="units",
                 storage_path=scratch,

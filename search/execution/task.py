@@ -6,6 +6,8 @@ has a result returns it.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 import time
 import traceback
@@ -14,9 +16,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from prunesweep.models import LatencyTable, arch_of, cost, cut, cut_arch, load, load_provenance, save
+from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut, cut_arch, load, load_provenance, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.recalibrate import recalibrate
@@ -24,27 +27,53 @@ from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
 from prunesweep.search.store.run import Result, Run, Task, task_id
-from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, Recipe, evaluate, open_data
+from prunesweep.training import EVAL_BATCH, Data, Diverged, EvalMetrics, Recipe, evaluate, open_data
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.run_job import run_job
 from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
 
+from .coordinator import RunBroken
+
 __all__ = ["run_task"]
+
+SCRATCH = ("start", "train")  # folders of a unit that is trained on workers of its own: its first model, checkpoints
+
+
+@contextlib.contextmanager
+def _needed_by_all() -> Iterator[None]:
+    """Blame the run for an error in the block, because it would meet every unit; but not for too little memory or disk.
+
+    Raises:
+        RunBroken: the block raised something else.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if disk_full(error):
+            raise
+        raise RunBroken(str(error) if isinstance(error, UserError) else traceback.format_exc()) from error
 
 
 class WorkerContext:
-    """What all units of a run share in one process: configuration, data and source model, loaded once."""
+    """What all units of a run share in one process: configuration, data and source model, loaded once.
+
+    Raises:
+        RunBroken: one of them is missing or damaged.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.config: SearchConfig = load_run_config(run.path)
-        source = load(run / "source")
-        cfg: Any = source.pretrained_cfg
-        self.data: Data = open_data(self.config.data.name, cfg, **self.config.data.options)
-        self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
-        self.arch = arch_of(source)
-        self.facts = run.metadata()
+        with _needed_by_all():
+            self.config: SearchConfig = load_run_config(run.path)
+            source = load(run / "source")
+            cfg: Any = source.pretrained_cfg
+            self.data: Data = open_data(self.config.data.name, cfg, **self.config.data.options)
+            self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
+            self.arch = arch_of(source)
+            self.facts = run.metadata()
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -55,13 +84,15 @@ class WorkerContext:
     @cached_property
     def space(self) -> Space:
         """The space, for points whose decision is not kept."""
-        return Space(self.config.space, self.arch, read_scores(self.run / "scores", self.facts["scores"]))
+        with _needed_by_all():
+            return Space(self.config.space, self.arch, read_scores(self.run / "scores", self.facts["scores"]))
 
     @cached_property
     def latency(self) -> LatencyTable | None:
         """The latency table of the space, if it has one."""
         table = self.config.space.latency_table
-        return None if table is None else LatencyTable.load(Path(table))
+        with _needed_by_all():
+            return None if table is None else LatencyTable.load(Path(table))
 
     def candidate(self, unit: Task) -> Candidate:
         """Return the candidate of a unit, from the decision that the driver made and kept.
@@ -70,6 +101,7 @@ class WorkerContext:
 
         Raises:
             RuntimeError: it is not the candidate that the driver handed out.
+            RunBroken: the latency table or the scores cannot be read.
         """
         decision = self.run.read_cut(unit.number)
         if decision is None:
@@ -93,7 +125,8 @@ class WorkerContext:
     @cached_property
     def screen(self) -> list[Any]:
         """Images of the training split, for rungs that do not train and for BatchNorm."""
-        return self.data.calibration(self.config.search.screen_images, EVAL_BATCH, self.config.seed)
+        with _needed_by_all():
+            return self.data.calibration(self.config.search.screen_images, EVAL_BATCH, self.config.seed)
 
     def evaluate(self, model: nn.Module) -> EvalMetrics:
         """Of the validation split."""
@@ -122,8 +155,9 @@ def run_task(path: Path, unit: Task) -> dict[str, Any]:
         unit: the task.
 
     Returns:
-        What ``result.json`` says; ``{"state": "stopped"}`` if it was asked to stop; ``{"state": "disk full"}`` if there
-        was no room to end. Any other exception is the task's failure, and its traceback is the result.
+        What ``result.json`` says. Where the task has no result: ``{"state": "stopped"}`` if it was asked to stop,
+        ``{"state": "disk full"}`` if there was no room to end, or ``{"state": "broken", "reason": ...}`` if what every
+        task needs is missing or damaged. Any other exception is the task's failure, and its traceback is the result.
     """
     run = Run(path)
     found = run.read_result(unit.id)
@@ -132,10 +166,27 @@ def run_task(path: Path, unit: Task) -> dict[str, Any]:
     try:
         result = _work(WorkerContext.of(path), unit)
         return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
+    except RunBroken as broken:
+        return {"state": "broken", "reason": str(broken)}
     except Exception as error:
         if disk_full(error):  # it is no fault of the unit's, which goes on once there is room
             return {"state": "disk full"}
-        return run.write_result(unit.id, error=traceback.format_exc())
+        failure = traceback.format_exc()
+        if reason := _broken(path):
+            return {"state": "broken", "reason": reason}
+        return run.write_result(unit.id, error=failure)
+
+
+def _broken(path: Path) -> str | None:
+    """Why no unit of a run can be done, if so: all that they share is loaded again, for it may have gone meanwhile."""
+    WorkerContext.of.cache_clear()
+    try:
+        WorkerContext.of(path)
+    except RunBroken as broken:
+        return str(broken)
+    except Exception:  # too little memory or disk: no reason to blame the run
+        return None
+    return None
 
 
 def _work(context: WorkerContext, unit: Task) -> Result | None:
@@ -161,7 +212,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         rung=unit.rung,
         epochs=sum(context.epochs(rung) for rung in range(unit.rung + 1)),
         latency_ms=candidate.latency_ms,
-        has_model=not screens,
+        has_model=(folder / "model").exists(),
         training_seconds=training,
         ppl=after.ppl,
     )
@@ -177,13 +228,24 @@ def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[E
 def _train(
     context: WorkerContext, unit: Task, candidate: Candidate, folder: Path
 ) -> tuple[EvalMetrics, EvalMetrics, float] | None:
-    """EvalMetrics before and after finetuning and its seconds, or None where it was asked to stop."""
+    """EvalMetrics before and after finetuning and its seconds, or None where it was asked to stop.
+
+    Training that diverges is a result, too: no number, which counts as worse than all others, and no model.
+    """
     model = _start(context, unit, candidate)
+    if model is None:
+        return None
     before = context.evaluate(model)
     with _log(context.run, unit) as log:
         log.event("start", resumed=(folder / STATE).exists(), zero_shot=before.top1)
         begun = time.monotonic()
-        finished = _finetune(context, model, unit, folder, log)
+        try:
+            finished = _finetune(context, model, unit, folder, log)
+        except Diverged as error:
+            log.event("diverged", reason=str(error))
+            _remove_scratch(folder)
+            (folder / STATE).unlink(missing_ok=True)
+            return before, EvalMetrics(math.nan, before.ppl and math.nan), time.monotonic() - begun
         seconds = time.monotonic() - begun
         if not finished:
             log.event("stopped")
@@ -200,23 +262,26 @@ def _cut(context: WorkerContext, candidate: Candidate) -> nn.Module:
     return model
 
 
-def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Module:
+def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Module | None:
     """Return the model that a unit starts from: the cut source, or the model of the rung below.
 
-    If that model was deleted because it was off the front when an earlier search ended, it is trained again.
+    If that model was deleted because it was off the front when an earlier search ended, it is trained again; None where
+    that was asked to stop. Where training diverged below, it starts from the cut source.
     """
     if unit.rung == 0 or context.epochs(unit.rung - 1) == 0:
         return _cut(context, candidate)
     below = context.run.trial(task_id(unit.number, unit.rung - 1))
+    if not (below / "model").exists() and not _train(context, context.run.read_task(below.name), candidate, below):
+        return None
     if not (below / "model").exists():
-        _train(context, context.run.read_task(below.name), candidate, below)
+        return _cut(context, candidate)
     return load(below / "model").to(next(context.source.parameters()).device)
 
 
 def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path, log: MetricsLog) -> bool:
     """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
     run, resources = context.run, context.config.resources
-    start, checkpoints = folder / "start", folder / "train"
+    start, checkpoints = (folder / name for name in SCRATCH)
     placement = Placement(
         resources.workers_per_trial,
         cpus=resources.cpus_per_trial,
@@ -248,9 +313,14 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         name=f"{run.path.name}-{unit.id}-{unit.key}",
     )
     if finished:
-        for scratch in (start, checkpoints):
-            shutil.rmtree(scratch, ignore_errors=True)
+        _remove_scratch(folder)
     return finished
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Remove what training on workers of its own needs until it is done."""
+    for name in SCRATCH:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:

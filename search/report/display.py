@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from rich.table import Table
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.space.space import Range, Space, Summary
-from prunesweep.search.store.front import hypervolume
+from prunesweep.search.store.front import hypervolume, values
 from prunesweep.search.store.run import Result
 from prunesweep.training import EvalMetrics
 
@@ -217,7 +218,7 @@ def live_table(
         before: number of tasks that had ended by then.
     """
     failed, settled = len(coordinator.failures), coordinator.settled
-    results = [r for r in coordinator.results if r.has_model]
+    results = [r for r in coordinator.results if r.has_model and math.isfinite(r.top1)]
     eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
     state = Table(box=None, show_header=False)
     state.add_row(
@@ -268,8 +269,11 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
         f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in result.point.items() if k in varying
     )
     rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
+    quality = str(EvalMetrics(result.top1, result.ppl))
+    if not all(map(math.isfinite, values(result, coordinator.search.objectives))):
+        quality = "diverged, which counts as worse than all others"
     return (
-        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {EvalMetrics(result.top1, result.ppl)}  "
+        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {quality}  "
         f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -12,13 +13,17 @@ from plotly.offline import get_plotlyjs
 from prunesweep.models import Arch, read_arch
 from prunesweep.models.io.files import write_text
 from prunesweep.search.execution.promote import promoted
+from prunesweep.search.store.front import values
 from prunesweep.search.store.run import Run
 
 __all__ = ["write_report"]
 
 
 def write_report(run: Run) -> Path:
-    """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the selected one."""
+    """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the selected one.
+
+    Trials without a finite result have no place in it.
+    """
     facts, front = run.metadata(), {(point["trial"], point["rung"]) for point in run.front()}
     further = {entry["unit"]: entry for entry in promoted(run)}
     source = read_arch(run / "source")
@@ -30,7 +35,7 @@ def write_report(run: Run) -> Path:
             "ppl": r.ppl,
             "latency_ms": r.latency_ms,
             "promoted": further.get(r.id),
-            "zero_shot": r.zero_shot,
+            "zero_shot": r.zero_shot if math.isfinite(r.zero_shot) else None,
             "macs": r.macs,
             "params": r.params,
             "point": r.point,
@@ -42,7 +47,7 @@ def write_report(run: Run) -> Path:
             "arch": _picture(Arch.from_json((run.trial(r.id) / "arch.json").read_text()), source),
         }
         for r in run.results()
-        if r.has_model
+        if r.has_model and all(map(math.isfinite, values(r, run.objectives)))
     ]
     data = {
         "name": run.path.name,

@@ -1,12 +1,21 @@
-"""How many units fit: the arithmetic, without Ray."""
+"""How many units fit: the arithmetic, without Ray. What becomes of units whose processes do not work, with it."""
 
 from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
-from prunesweep.search.execution.runtime import max_concurrent
+from prunesweep.search.execution.coordinator import RunBroken
+from prunesweep.search.execution.runtime import RayConnection, execute, max_concurrent
+from prunesweep.search.store.run import Task
+from tests.search.execution.test_coordinator import start
+from tests.search.helpers import make_run
 
 GPU_NODE, CPU_NODE = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}
 
@@ -41,3 +50,44 @@ def test_units_that_fit(resources: dict, nodes: list, expected: int) -> None:
 def test_a_trial_that_can_never_fit_is_refused_with_the_arithmetic(resources: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         max_concurrent(ResourcesTable(**resources), [GPU_NODE, CPU_NODE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["importing", "working"])
+def test_processes_that_cannot_begin_break_the_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver can import what its workers cannot: they are tried again, and then no candidate is blamed."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "only_here.py").write_text(
+        "def work(path, unit):\n    raise ImportError('no torch here')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    work = importlib.import_module("only_here").work
+    if where == "working":
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
+    run, resources = make_run(tmp_path / "run"), ResourcesTable(cpus=1)
+    coordinator = start(run, requested=4, max_concurrent=1)
+    with (
+        RayConnection(resources, address=None, verbose=False, on_death=lambda: None),
+        pytest.raises(RunBroken, match="No module named 'only_here'" if where == "importing" else "no torch here"),
+    ):
+        execute(coordinator, resources, work=work)
+    assert run.failures() == {}
+    assert coordinator.failures == {}
+    again = start(run, requested=4, max_concurrent=1)
+    unit = again.next()
+    assert unit is not None
+    assert unit.number == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_again_and_again_fails_its_candidate(tmp_path: Path) -> None:
+    run, resources = make_run(tmp_path / "run"), ResourcesTable(cpus=1)
+    coordinator = start(run, requested=1, max_concurrent=1)
+    with RayConnection(resources, address=None, verbose=False, on_death=lambda: None):
+        execute(coordinator, resources, work=die)
+    assert list(coordinator.failures) == ["r0-0000"]
+    assert "was lost 3 times" in coordinator.failures["r0-0000"]
+
+
+def die(_path: Path, _unit: Task) -> dict[str, Any]:
+    os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from prunesweep.models import Cut, UserError, arch_of, load, load_provenance, save
 from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig, parse_config
+from prunesweep.search.execution import task
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.source import prepare
@@ -268,3 +270,106 @@ def test_position_scale_would_spoil_trained_weights(image_folder: Path, tmp_path
     source = {"model": f"local-dir:{tmp_path / 'ours'}", "pos_embed_std": 0.5}
     with pytest.raises(UserError, match="would overwrite trained weights"):
         prepare(folder_config(image_folder, source), tmp_path / "cache", nothing)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda run: half_zero(run / "source" / "model.safetensors"), "source"),
+        (lambda run: (run / "source" / "config.json").write_text(""), "source"),
+        (lambda run: (run / "run.json").unlink(), "run.json is damaged or missing"),
+        (lambda run: move_data(run), "no folder /gone/train"),
+    ],
+    ids=["zeros in the source", "no record", "no facts", "no data"],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["first", "later"])
+def test_what_every_unit_needs_is_missed_by_the_run_and_not_by_a_candidate(
+    damage: Callable[[Run], object],
+    reason: str,
+    late: bool,
+    started: tuple[Run, Coordinator],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is booked, whether a process finds out when it begins or when a unit trips over what has gone."""
+    run, coordinator = started
+    unit, other = coordinator.next(), coordinator.next()
+    assert unit is not None
+    assert other is not None
+    if late:
+        assert run_task(run.path, other)["state"] == "finished"
+        monkeypatch.setattr(task, "_finetune", fail)
+    damage(run)
+    found = run_task(run.path, unit)
+    assert found["state"] == "broken"
+    assert reason in found["reason"]
+    assert run.read_result(unit.id) is None
+    coordinator.complete(unit.id)
+    assert coordinator.failures == {}
+    assert coordinator.next() is not None
+
+
+def half_zero(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def move_data(run: Run) -> None:
+    settings = (run / "search.toml").read_text()
+    (run / "search.toml").write_text(settings.replace('name = "digits"', 'name = "imagefolder:/gone"'))
+
+
+def fail(*_: Any) -> bool:
+    raise RuntimeError("this candidate cannot be trained")
+
+
+def test_a_candidate_that_cannot_be_trained_has_failed_and_the_run_goes_on(
+    started: tuple[Run, Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, coordinator = started
+    unit, other = coordinator.next(), coordinator.next()
+    assert unit is not None
+    assert other is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "_finetune", fail)
+        assert "this candidate cannot be trained" in run_task(run.path, unit)["error"]
+    coordinator.complete(unit.id)
+    assert list(coordinator.failures) == [unit.id]
+    assert run_task(run.path, other)["state"] == "finished"
+
+
+def test_scores_are_needed_by_all_where_decisions_are_not_kept(started: tuple[Run, Coordinator]) -> None:
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+    (run.trial(unit.id) / "cut.json").unlink()
+    for path in (run / "scores").iterdir():
+        half_zero(path)
+    found = run_task(run.path, unit)
+    assert found["state"] == "broken"
+    assert "scores" in found["reason"]
+    assert "is damaged" in found["reason"]
+
+
+def test_training_that_diverges_is_a_result_without_a_number(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
+) -> None:
+    run, coordinator = begin(
+        tiny(finetune={"epochs": 3, "lr": 1e30}, space={"lr": [1e29, 1e30]}), runs / "cache", tmp_path / "run"
+    )
+    unit = coordinator.next()
+    assert unit is not None
+    found = run_task(run.path, unit)
+    assert found["state"] == "finished", found
+    assert math.isnan(found["result"]["top1"])
+    assert not found["result"]["has_model"]
+    assert events(run, unit.id)[-1] == "diverged"
+    assert {path.name for path in run.trial(unit.id).iterdir()} == {
+        "arch.json",
+        "cut.json",
+        "metrics.jsonl",
+        "result.json",
+        "spec.json",
+    }
+    coordinator.complete(unit.id)
+    assert coordinator.failures == {}
+    assert coordinator.front == []

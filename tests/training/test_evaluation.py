@@ -1,0 +1,39 @@
+"""Figures of models whose answers are no numbers, or certain of what is wrong."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+import torch
+
+from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, open_data
+from tests.generate import random_arch, random_model
+from tests.training.data.test_text import tiny_data, tiny_model
+
+
+def test_answers_that_are_no_numbers_have_no_accuracy() -> None:
+    """The order of NaNs is the order of the classes, so a ninth of the digits would be right."""
+    data = open_data("digits")
+    arch = random_arch(Random(0), "vit")
+    images = torch.randn(6, arch.in_chans, *arch.img_size)
+    batches = [(images[:3], torch.zeros(3, dtype=torch.long)), (images[3:], torch.zeros(3, dtype=torch.long))]
+    model = random_model(arch, 0, torch.float32)
+    assert math.isfinite(evaluate(model, batches)["top1"])
+    batches[1][0][0] = math.nan
+    found = evaluate(model, batches)
+    assert {name for name, value in found.items() if math.isnan(value)} == {"top1", "top5", "loss"}
+    assert "an answer of the model is NaN" in (chance_warning(model, data, EvalMetrics.of(found)) or "")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_perplexity_too_large_for_a_float_is_infinite(scale: float) -> None:
+    data = tiny_data()
+    model = tiny_model(data)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= scale
+    found = evaluate(model, data.val_loader(EVAL_BATCH))
+    assert found["ppl"] == (math.exp(found["loss"]) if scale == 1 else math.inf)
+    assert math.isfinite(found["loss"])
