@@ -10,6 +10,7 @@ from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, l
 from .divergence import kl_divergence
 from .method import AppliedMethod, Method, ScoredMethod, TokenMethod, TrainedMethod, WidthMethod, cheapest_first
 from .methods import METHODS, get_method, method_names, register
+from .reached import TOLERANCE, Reached
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "MACS",
     "METHODS",
     "PARAMS",
+    "TOLERANCE",
     "AppliedMethod",
     "Measure",
     "Method",
+    "Reached",
     "ScoredMethod",
     "Scores",
     "Target",

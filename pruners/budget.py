@@ -5,8 +5,9 @@ moment. That is NViT's rule, remove where S - eta * (saved cost) is lowest, with
 multiplier of the budget instead of a constant to tune. Groups form anew at every step from the least important live
 units of a vector, and the last group of a vector always stays (arXiv 2110.04869, section 3; the "live" schedule).
 
-The removals for one set of scores, dropped blocks, replaced mixers and token plans are one path, so every budget is a
-prefix of it. Making the decision for one more budget takes milliseconds.
+The removals for one set of scores, dropped blocks, replaced mixers and token plans are one path. A budget's decision is
+the part of it that stays above the budget, and then what ``fill`` removes in place of a group that would take too much.
+Making the decision for one more budget takes milliseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,12 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunesweep.models import Arch, BlockCut, Cut, LatencyTable, UserError
-from prunesweep.models.arch import Block, Stage
-from prunesweep.models.counting import block_cost, outside_cost
+from prunesweep.models import Arch, BlockCut, Cut, UserError
+from prunesweep.models.arch import Block
 from prunesweep.models.layers.token_merging import TokenPlan
-from prunesweep.models.replace import replace_block
 
+from .fill import fill
+from .measures import MACS, PARAMS, Measure, latency
+from .narrowing import Narrowing, place_of
+from .ranked import GROUP_SIZES, Ranked
+from .reached import Reached, meets
 from .scores import Scores, kind_of, unit_counts
 
 __all__ = [
@@ -42,53 +46,6 @@ __all__ = [
     "width_path",
 ]
 
-# Units that go together: NViT's sizes; "dim" is a channel of query, key and value in all heads of a block.
-GROUP_SIZES: Mapping[str, int] = {"embed": 16, "heads": 2, "qk": 8, "v": 8, "dim": 8, "mlp": 16, "sr": 16, "tail": 8}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A cost that adds up over blocks: ``outside`` of a record, and ``block`` of (record, stage, block)."""
-
-    name: str
-    outside: Callable[[Arch], float]
-    block: Callable[[Arch, Stage, Block], float]
-
-    def __call__(self, arch: Arch) -> float:
-        """Cost of the whole record."""
-        blocks = sum(self.block(arch, stage, block) for stage in arch.stages for block in stage.blocks)
-        return self.outside(arch) + blocks
-
-
-MACS = Measure("macs", lambda arch: outside_cost(arch).macs, lambda *block: block_cost(*block).macs)
-PARAMS = Measure("params", lambda arch: outside_cost(arch).params, lambda *block: block_cost(*block).params)
-
-
-def latency(table: LatencyTable, arch: Arch) -> Measure:
-    """Make a measure of predicted milliseconds per batch, for cuts of ``arch``.
-
-    A record outside the table's range has infinite cost, so it is never chosen.
-
-    Args:
-        table: measured latencies.
-        arch: the record of the model that is cut.
-
-    Raises:
-        UserError: the table is one of other models, or does not cover ``arch`` itself.
-    """
-    table.predict(arch)
-
-    def inside(predict: Callable[..., float]) -> Callable[..., float]:
-        def cost(*at: Any) -> float:
-            try:
-                return predict(*at)
-            except UserError:
-                return math.inf
-
-        return cost
-
-    return Measure("latency_ms", inside(table.outside), inside(table.block))
-
 
 @dataclass(frozen=True)
 class WidthPath:
@@ -96,7 +53,7 @@ class WidthPath:
 
     arch: Arch
     dropped: frozenset[int]
-    order: Mapping[str, tuple[int, ...]]  # units of every vector, least important first
+    ranked: Mapping[str, Ranked]  # units of every vector
     steps: tuple[tuple[str, int], ...]  # (vector, units removed)
     costs: tuple[float, ...]
     measure: Measure
@@ -105,10 +62,44 @@ class WidthPath:
 
     def cut(self, step: int) -> Cut:
         """Return the decision after ``step`` steps."""
-        gone = dict.fromkeys(self.order, 0)
+        return self._cut(self._gone(step))
+
+    def reach(self, budget: float) -> Reached:
+        """Return the decision for a budget, in the measure's unit.
+
+        Raises:
+            UserError: the floors do not let it be reached.
+        """
+        step = self.step_for(budget)
+        below = self.costs[step]
+        if meets(below, budget):
+            return Reached(self.cut(step), below, budget)
+        if not step:
+            return Reached(self.cut(0), below, budget, self._little())
+        gone = self._gone(step - 1)
+        model = Narrowing(
+            self.arch, self.measure, dropped=self.dropped, mixers=self.mixers, tokens=self.tokens, gone=gone
+        )
+        filled = fill(model, self.ranked, gone, budget)
+        if not below < filled.cost < math.inf:
+            return Reached(self.cut(step), below, budget, filled.hindrance)
+        return Reached(self._cut(filled.gone), filled.cost, budget, filled.hindrance)
+
+    def _little(self) -> str:
+        """Say why the model is below a budget before any width is cut."""
+        decided = {"dropped blocks": self.dropped, "other mixers": self.mixers, "token plans": self.tokens}
+        given = " and ".join(what for what, which in decided.items() if which)
+        return f"with all its widths the model{f', with {given},' if given else ''} has {self.costs[0]:,.6g}"
+
+    def _gone(self, step: int) -> dict[str, int]:
+        """Count the units of every vector that the first ``step`` steps remove."""
+        gone = dict.fromkeys(self.ranked, 0)
         for name, units in self.steps[:step]:
             gone[name] += units
-        kept = {name: tuple(sorted(units[gone[name] :])) for name, units in self.order.items()}
+        return gone
+
+    def _cut(self, gone: Mapping[str, int]) -> Cut:
+        kept = {name: own.kept(gone[name]) for name, own in self.ranked.items()}
         embed = tuple(kept.get(f"stages.{s}.embed") for s in range(len(self.arch.stages)))
         blocks = (self._choice(i, block, kept) for i, block in enumerate(self.arch.blocks))
         tails = tuple(kept.get(f"bands.{b}.tail") for b in range(1, len(self.arch.bands)))
@@ -171,7 +162,7 @@ def live_vectors(arch: Arch, scores: Scores) -> dict[str, np.ndarray]:
     live: dict[str, np.ndarray] = {}
     for name, vector in scores.vectors.items():
         if kind_of(name) == "attn":
-            per_head = vector.numpy().reshape(arch.blocks[_place(name)].heads, -1)
+            per_head = vector.numpy().reshape(arch.blocks[place_of(name)].heads, -1)
             stem = name.removesuffix("attn")
             live |= {f"{stem}heads": per_head.sum(1), f"{stem}dim": per_head.sum(0)}
         else:
@@ -215,144 +206,33 @@ def width_path(
             mixer or plan that it cannot have.
     """
     _check(arch, dropped, groups, floors or {})
-    vectors = live_vectors(arch, scores)
-    order = {name: np.argsort(vector, kind="stable") for name, vector in vectors.items()}
-    model = _Narrowing(arch, frozenset(dropped), measure, mixers, tokens)
-    live = {name: vector for name, vector in vectors.items() if groups[kind_of(name)] and model.has(name)}
-    # summed saliency of the least important k units, so that a group's price is a difference
-    summed = {name: np.concatenate([[0.0], np.cumsum(live[name][order[name]])]) for name in live}
-    floor = {name: math.ceil((floors or {}).get(kind_of(name), 0.0) * len(live[name])) for name in live}
-    gone = dict.fromkeys(live, 0)
+    model = Narrowing(arch, measure, dropped=dropped, mixers=mixers, tokens=tokens)
+    ranked: dict[str, Ranked] = {}
+    for name, vector in live_vectors(arch, scores).items():
+        floor = math.ceil((floors or {}).get(kind_of(name), 0.0) * len(vector))
+        ranked[name] = Ranked.of(vector, groups[kind_of(name)] if model.has(name) else 0, floor=floor)
+    gone = dict.fromkeys(ranked, 0)
     price: dict[str, float] = {}
 
     def reprice(name: str) -> None:
-        group = groups[kind_of(name)]
-        left = len(live[name]) - gone[name] - group
-        gain = model.gain(name, group) if left >= max(floor[name], 1) else 0.0
-        saliency = float(summed[name][gone[name] + group] - summed[name][gone[name]]) if gain > 0 else 0.0
-        price[name] = saliency / gain if gain > 0 else math.inf
+        own = ranked[name]
+        gain = model.gain(name, own.group) if own.group and gone[name] + own.group <= own.most else 0.0
+        price[name] = own.saliency(gone[name], own.group) / gain if gain > 0 else math.inf
 
     steps: list[tuple[str, int]] = []
     costs = [model.total]
-    for name in live:
+    for name in ranked:
         reprice(name)
     while model.total > least and price and price[name := min(price, key=price.__getitem__)] < math.inf:
-        group = groups[kind_of(name)]
+        group = ranked[name].group
         model.remove(name, group)
         gone[name] += group
         steps.append((name, group))
         costs.append(model.total)
         for other in model.affected(name):
-            if other in live:
+            if other in ranked:
                 reprice(other)
-    units = {name: tuple(int(u) for u in indices) for name, indices in order.items()}
-    return WidthPath(arch, frozenset(dropped), units, tuple(steps), tuple(costs), measure, mixers, tokens)
-
-
-class _Narrowing:
-    """A record whose widths shrink group by group, and what removing each next group would save at the moment."""
-
-    def __init__(
-        self,
-        arch: Arch,
-        dropped: frozenset[int],
-        measure: Measure,
-        mixers: Mapping[int, str],
-        tokens: Mapping[int, TokenPlan],
-    ) -> None:
-        self.arch, self.measure = arch, measure
-        self.stages = [dataclasses.replace(stage, blocks=()) for stage in arch.stages]
-        self.stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
-        self.blocks = {
-            i: replace_block(arch, block, mixers.get(i), tokens.get(i), f"block {i}")
-            for i, block in enumerate(arch.blocks)
-            if i not in dropped
-        }
-        self.costs = {i: self._block(i, self.blocks[i], self.stages[self.stage_of[i]]) for i in self.blocks}
-        self.outside = self._outside(self.stages)
-
-    @property
-    def total(self) -> float:
-        return self.outside + sum(self.costs.values())
-
-    def has(self, name: str) -> bool:
-        """Whether there is anything to remove: a convolution has its bottleneck, a missing mixer has nothing."""
-        if kind_of(name) in ("embed", "tail"):
-            return True
-        block = self.blocks.get(_place(name))
-        if block is None or block.mixer == "attn" or kind_of(name) == "mlp":
-            return block is not None
-        return block.conv_kernel > 0 and kind_of(name) in ("v", "dim")
-
-    def gain(self, name: str, units: int) -> float:
-        """Compute what removing ``units`` from a vector would save."""
-        outside, costs = self._without(name, units)
-        return self.outside - outside + sum(self.costs[i] - cost for i, cost in costs.items())
-
-    def remove(self, name: str, units: int) -> None:
-        self.outside, costs = self._without(name, units)
-        self.costs |= costs
-        if kind_of(name) == "embed":
-            self.stages[_place(name)] = self._narrower(_place(name), units)
-        elif kind_of(name) == "tail":
-            self.arch = _shorter_tail(self.arch, _place(name), units)
-        else:
-            self.blocks[_place(name)] = _shrink(self.blocks[_place(name)], kind_of(name), units)
-
-    def affected(self, name: str) -> Iterator[str]:
-        """List the vectors whose gains change when ``name`` loses units."""
-        if kind_of(name) == "embed":
-            s = _place(name)
-            stages, blocks = [s - 1, s, s + 1], [i for i in self.blocks if self.stage_of[i] == s]
-        elif kind_of(name) == "tail":
-            stages, blocks = [0], []
-        else:
-            stages, blocks = [self.stage_of[_place(name)]], [_place(name)]
-        yield from (f"stages.{s}.embed" for s in stages)
-        yield from (f"blocks.{i}.{kind}" for i in blocks for kind in GROUP_SIZES)
-        if kind_of(name) in ("embed", "tail"):
-            yield from (f"bands.{b}.tail" for b in range(1, len(self.arch.bands)))
-
-    def _without(self, name: str, units: int) -> tuple[float, dict[int, float]]:
-        """Compute the cost outside the blocks, and of the blocks that change, once ``units`` of a vector are gone."""
-        place = _place(name)
-        if kind_of(name) == "tail":
-            return self._outside(self.stages, _shorter_tail(self.arch, place, units)), {}
-        if kind_of(name) != "embed":
-            block = _shrink(self.blocks[place], kind_of(name), units)
-            return self.outside, {place: self._block(place, block, self.stages[self.stage_of[place]])}
-        stage = self._narrower(place, units)
-        stages = [*self.stages[:place], stage, *self.stages[place + 1 :]]
-        inside = {i: self._block(i, block, stage) for i, block in self.blocks.items() if self.stage_of[i] == place}
-        return self._outside(stages), inside
-
-    def _narrower(self, s: int, units: int) -> Stage:
-        return dataclasses.replace(self.stages[s], width=self.stages[s].width - units)
-
-    def _block(self, i: int, block: Block, stage: Stage) -> float:
-        return self.measure.block(self.arch, stage, block)
-
-    def _outside(self, stages: Sequence[Stage], arch: Arch | None = None) -> float:
-        return self.measure.outside(dataclasses.replace(arch or self.arch, stages=tuple(stages)))
-
-
-def _shorter_tail(arch: Arch, band: int, units: int) -> Arch:
-    """Return ``arch`` with fewer channels in the words of a band from the second on."""
-    assert arch.text is not None
-    tails = tuple(width - units * (b == band) for b, width in enumerate(arch.text.tails, start=1))
-    return dataclasses.replace(arch, text=dataclasses.replace(arch.text, tails=tails))
-
-
-def _shrink(block: Block, kind: str, units: int) -> Block:
-    if kind == "dim":
-        assert isinstance(block.v, int)
-        return dataclasses.replace(block, qk=max(block.qk - units, 0), v=block.v - units)  # a convolution has no qk
-    return dataclasses.replace(block, **{kind: getattr(block, kind) - units})
-
-
-def _place(name: str) -> int:
-    """Return the index of the stage, block or band that a vector belongs to."""
-    return int(name.split(".")[1])
+    return WidthPath(arch, frozenset(dropped), ranked, tuple(steps), tuple(costs), measure, mixers, tokens)
 
 
 def _check(arch: Arch, dropped: Sequence[int], groups: Mapping[str, int], floors: Mapping[str, float]) -> None:

@@ -15,13 +15,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.arch import Block
 
-from .budget import MACS, Measure
 from .coupled import heads_and_dims
+from .fill import fill
+from .measures import MACS, Measure
+from .narrowing import Narrowing
+from .ranked import Ranked
+from .reached import Reached, meets
 from .scores import Scores, kind_of
 
 __all__ = ["Ratios", "decide", "isomorphic_cut", "normalised"]
@@ -97,13 +102,36 @@ def isomorphic_cut(
         if not 0 <= getattr(ratios, name) < 1:
             raise UserError(f"ratios.{name} = {getattr(ratios, name)}: must lie in [0, 1)")
     vectors = normalised(arch, scores)
-    kept: dict[str, tuple[int, ...]] = {}
+    return _cut(arch, vectors, _kept(vectors, ratios, round_to, isomorphic), pairs)
+
+
+def _kept(
+    vectors: Mapping[str, torch.Tensor], ratios: Ratios, round_to: int, isomorphic: bool = True
+) -> dict[str, int]:
+    """Return the number of units that stay of every vector that has a scope."""
+    counts: dict[str, int] = {}
     for scope, ratio in _scopes(vectors, ratios, isomorphic):
-        members = {name: vectors[name] for name in scope}
-        multiple = 1 if kind_of(scope[0]) == "heads" else round_to
-        for name, count in _counts(members, ratio, multiple).items():
-            order = torch.argsort(members[name], descending=True, stable=True)
-            kept[name] = tuple(sorted(order[:count].tolist()))
+        counts |= _counts({name: vectors[name] for name in scope}, ratio, _multiple(scope[0], round_to))
+    return counts
+
+
+def _multiple(name: str, round_to: int) -> int:
+    return 1 if kind_of(name) == "heads" else round_to
+
+
+def _order(vector: torch.Tensor) -> list[int]:
+    """Order units, the most important first."""
+    return torch.argsort(vector, descending=True, stable=True).tolist()
+
+
+def _cut(
+    arch: Arch,
+    vectors: Mapping[str, torch.Tensor],
+    counts: Mapping[str, int],
+    pairs: Sequence[torch.Tensor] | None = None,
+) -> Cut:
+    """Make the cut that keeps the best ``counts`` units of the vectors."""
+    kept = {name: tuple(sorted(_order(vectors[name])[:count])) for name, count in counts.items()}
     embed = tuple(kept.get(f"stages.{s}.embed") for s in range(len(arch.stages)))
     choices = (_choice(i, block, kept, embed[0], pairs) for i, block in enumerate(arch.blocks))
     return Cut(embed=embed, blocks=tuple(choices))
@@ -165,8 +193,11 @@ def decide(
     measure: Measure = MACS,
     ratios: Ratios = Ratios(0.5, 0.5, 0.5, 0.25, 0.5),
     round_to: int = 2,
-) -> Cut:
+) -> Reached:
     """Find the cut within ``budget`` whose ratios are a common multiple of ``ratios``, by bisection.
+
+    The narrowest cut of this form above the budget then loses single steps until the budget is met (``fill``), by least
+    normalised score per cost saved.
 
     Args:
         arch: the record that was scored.
@@ -179,27 +210,47 @@ def decide(
     Raises:
         UserError: the floors do not let the budget be reached.
     """
+    vectors = normalised(arch, scores)
 
-    def at(t: float) -> tuple[Cut, float]:
-        found = isomorphic_cut(arch, scores, ratios.scaled(t), round_to=round_to)
-        return found, measure(cut_arch(arch, found))
+    def at(t: float) -> tuple[dict[str, int], float]:
+        counts = _kept(vectors, ratios.scaled(t), round_to)
+        return counts, measure(cut_arch(arch, _cut(arch, vectors, counts)))
 
     low, high = 0.0, (1 - 1e-6) / max(getattr(ratios, name) for name in Ratios.__slots__)
     best, narrowest = at(high)
+    above, whole = at(0.0)
     if narrowest > budget:
         raise UserError(
             f"{budget:,.6g} {measure.name} cannot be reached: the narrowest model has {narrowest:,.6g}. Raise the "
             "budget, or drop blocks"
         )
-    if measure(arch) <= budget:
-        return at(0.0)[0]
+    if whole <= budget:
+        hindrance = "" if meets(whole, budget) else f"the whole model has {whole:,.6g}"
+        return Reached(_cut(arch, vectors, above), whole, budget, hindrance)
+    below = narrowest
     for _ in range(40):  # then low and high differ by less than one unit of any scope
         middle = (low + high) / 2
         found, cost = at(middle)
         if cost <= budget:
-            best, high = found, middle
+            best, below, high = found, cost, middle
         else:
-            low = middle
+            above, low = found, middle
         if high - low < 1e-6:
             break
-    return best
+    if meets(below, budget):
+        return Reached(_cut(arch, vectors, best), below, budget)
+    ranked = {name: _ranked(name, vectors[name], round_to) for name in above}
+    gone = {name: len(vectors[name]) - count for name, count in above.items()}
+    filled = fill(Narrowing(arch, measure, gone=gone), ranked, gone, budget)
+    if not below < filled.cost < math.inf:
+        return Reached(_cut(arch, vectors, best), below, budget, filled.hindrance)
+    counts = {name: len(vectors[name]) - units for name, units in filled.gone.items()}
+    return Reached(_cut(arch, vectors, counts), filled.cost, budget, filled.hindrance)
+
+
+def _ranked(name: str, vector: torch.Tensor, round_to: int) -> Ranked:
+    """Rank units for ``fill``; a width that is no multiple already stays, unless it has lost units."""
+    multiple = _multiple(name, round_to)
+    order = _order(vector)[::-1]
+    summed = np.concatenate([[0.0], vector[order].cumsum(0).numpy()])
+    return Ranked(tuple(order), summed, multiple, finest=multiple, floor=multiple)

@@ -23,6 +23,7 @@ from prunesweep.models.errors import explain, nearest
 
 from .budget import width_path
 from .hook import Hook
+from .reached import Reached
 from .scores import Scores
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 
-def cheapest_first(arch: Arch, scores: Scores, budget: float, **settings: Any) -> Cut:
+def cheapest_first(arch: Arch, scores: Scores, budget: float, **settings: Any) -> Reached:
     """Remove the units that cost least saliency per unit of cost saved, until the budget is met (see ``width_path``).
 
     Args:
@@ -55,8 +56,7 @@ def cheapest_first(arch: Arch, scores: Scores, budget: float, **settings: Any) -
     Raises:
         UserError: the floors do not let the budget be reached, or the scores are of another model.
     """
-    path = width_path(arch, scores, **settings)
-    return path.cut(path.step_for(budget))
+    return width_path(arch, scores, **settings).reach(budget)
 
 
 def _no_settings() -> type[BaseModel]:
@@ -190,13 +190,14 @@ class WidthMethod(ScoredMethod):
     """A method that scores units.
 
     Args:
-        decide: ``decide(arch, scores, budget, *, measure, **options)`` turns scores into a cut within the budget.
+        decide: ``decide(arch, scores, budget, *, measure, **options)`` turns scores into a decision within the budget:
+            the cut, its cost, and what keeps it from the budget where that is not met (``pruners.Reached``).
     """
 
     when: ClassVar[str] = "scores widths once"
     progress: ClassVar[str] = "scoring widths"
 
-    decide: Callable[..., Cut] = cheapest_first
+    decide: Callable[..., Reached] = cheapest_first
 
     @property
     def along_path(self) -> bool:

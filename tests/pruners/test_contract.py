@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from prunesweep.models import Arch, Cut, UserError
-from prunesweep.pruners import METHODS, Measure, Scores, WidthMethod, get_method
+from prunesweep.models import Arch, UserError
+from prunesweep.pruners import METHODS, Measure, Reached, Scores, WidthMethod, get_method
 from tests.contract_pruner import GROUPS, PrunerContract
 
 PAIRS = [(n, family) for n, m in METHODS.items() if isinstance(m, WidthMethod) for family in m.families]
@@ -29,32 +29,47 @@ def test_progress_counts_to_the_end(contract: PrunerContract) -> None:
     contract.check_progress_counts_to_the_end()
 
 
-def test_budgets_are_met_and_nested(contract: PrunerContract) -> None:
-    contract.check_budgets_are_met_and_nested()
+def test_budgets_are_met_or_the_hindrance_is_named(contract: PrunerContract) -> None:
+    contract.check_budgets_are_met_or_the_hindrance_is_named()
+
+
+def test_budgets_choose_alike(contract: PrunerContract) -> None:
+    contract.check_budgets_choose_alike()
 
 
 def test_a_cut_model_can_be_scored_and_cut_again(contract: PrunerContract) -> None:
     contract.check_a_cut_model_can_be_scored_and_cut_again()
 
 
-def test_the_contract_sees_cuts_that_are_not_nested() -> None:
+def test_the_contract_sees_budgets_that_choose_otherwise() -> None:
     """Each budget is met, and by another half of the residual channels."""
     calls: list[float] = []
     usual = get_method("magnitude", WidthMethod)
 
-    def decide(arch: Arch, scores: Scores, budget: float, *, measure: Measure) -> Cut:
+    def decide(arch: Arch, scores: Scores, budget: float, *, measure: Measure) -> Reached:
         calls.append(budget)
-        decision = usual.decide(arch, scores, budget, measure=measure, groups=GROUPS)
+        found = usual.decide(arch, scores, budget, measure=measure, groups=GROUPS)
         width = arch.stages[0].width
-        assert decision.embed is not None
-        kept = len(decision.embed[0] or range(width))
-        first = len(calls) % 2
-        return dataclasses.replace(decision, embed=(tuple(range(kept) if first else range(width - kept, width)),))
+        assert found.cut.embed is not None
+        kept = len(found.cut.embed[0] or range(width))
+        units = tuple(range(kept) if len(calls) % 2 else range(width - kept, width))
+        return dataclasses.replace(found, cut=dataclasses.replace(found.cut, embed=(units,)))
 
     contract = PrunerContract(dataclasses.replace(usual, decide=decide), "vit")
-    with pytest.raises(AssertionError, match="keeps units that a larger budget leaves out"):
-        contract.check_budgets_are_met_and_nested()
-    assert len(calls) == 2
+    with pytest.raises(AssertionError, match=r"stages.0.embed: one budget keeps \[.*, another"):
+        contract.check_budgets_choose_alike()
+
+
+def test_the_contract_sees_budgets_that_are_missed() -> None:
+    usual = get_method("magnitude", WidthMethod)
+
+    def decide(arch: Arch, scores: Scores, budget: float, *, measure: Measure) -> Reached:
+        found = usual.decide(arch, scores, 0.8 * budget, measure=measure, groups=GROUPS)
+        return dataclasses.replace(found, budget=budget, hindrance="")
+
+    contract = PrunerContract(dataclasses.replace(usual, decide=decide), "vit")
+    with pytest.raises(AssertionError, match="of the MACs for 0.95, without a word"):
+        contract.check_budgets_are_met_or_the_hindrance_is_named()
 
 
 def test_unknown_methods_and_families_are_named() -> None:

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from prunesweep.models import Arch, UserError, arch_of, cost, cut, cut_arch
-from prunesweep.pruners import Scores, WidthMethod, get_method, vector_sizes
+from prunesweep.pruners import TOLERANCE, Scores, WidthMethod, get_method, vector_sizes
 from prunesweep.pruners.baselines import score_magnitude, score_random
 from prunesweep.pruners.coupled import KINDS, coupled_sums
 from prunesweep.pruners.isomorphic import Ratios, decide, isomorphic_cut, normalised
@@ -48,12 +48,15 @@ def test_a_layer_without_gradients_is_no_number_problem() -> None:
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.25])
-def test_budgets_are_met_closely(share: float) -> None:
+def test_budgets_are_met_in_even_widths(share: float) -> None:
     arch = Arch.from_timm("deit_small_patch16_224")
     total = cost(arch).macs
-    found = cost(cut_arch(arch, decide(arch, random_scores(arch), share * total))).macs
-    assert (share - 0.02) * total < found <= share * total
-    assert decide(arch, random_scores(arch), total).embed[0] == tuple(range(384))  # type: ignore[index]
+    found = decide(arch, random_scores(arch), share * total)
+    small = cut_arch(arch, found.cut)
+    assert found.met
+    assert (1 - TOLERANCE) * share * total <= cost(small).macs == found.cost <= share * total
+    assert all(width % 2 == 0 for b in small.blocks for width in (small.stages[0].width, b.mlp, b.qk, b.v))
+    assert decide(arch, random_scores(arch), total).cut.embed[0] == tuple(range(384))  # type: ignore[index]
     with pytest.raises(UserError, match="macs cannot be reached: the narrowest model has"):
         decide(arch, random_scores(arch), 1e-4 * total)
 

@@ -19,6 +19,7 @@ from prunesweep.pruners import (
     MACS,
     PARAMS,
     Measure,
+    Reached,
     Scores,
     TokenMethod,
     WidthMethod,
@@ -61,6 +62,14 @@ class Budget:
                 f"{self.measure.name}; did you mean {self.value:g}M or {self.value:g}G?"
             )
         return self.value * self.measure(arch) if self.value <= 1 else self.value
+
+    def facts(self, arch: Arch, reached: Reached) -> dict[str, Any]:
+        """Tell what was asked for and what was reached, JSON-ready; shares are of the cost of ``arch``."""
+        whole = self.measure(arch)
+        costs = {"limit": reached.budget, "cost": reached.cost}
+        shares = {"limit_share": reached.budget / whole, "cost_share": reached.cost / whole}
+        hindrance = {"hindrance": reached.hindrance} if reached.hindrance else {}
+        return {"measure": self.measure.name, **costs, **shares, **hindrance}
 
 
 @dataclass(frozen=True)
@@ -159,11 +168,11 @@ def prune_once(
     widths, name = scores(method, options=scoring)
     if drop:
         settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
-    decision = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
-    metadata = {"budget": {"measure": budget.measure.name, "limit": limit}, "scores": name, "seed": calibration.seed}
+    reached = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
+    metadata = {"budget": budget.facts(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
-    return _make(model, decision, data, recovery, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(model, reached.cut, data, recovery, {"method": method, "weights": weights, **metadata}, progress)
 
 
 def plan_once(
