@@ -30,7 +30,7 @@ from .families import family_of
 from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
 
-__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "space_reductions", "tensor_axes"]
+__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "gather", "space_reductions", "tensor_axes"]
 
 Indices = tuple[int, ...]
 FORMAT = "prunesweep/cut/1"
@@ -285,7 +285,8 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     """
     arch = arch_of(model)
     small_arch = cut_arch(arch, decision)
-    weights = _gather(arch, decision, model.state_dict())  # gathering makes copies, so nothing is shared
+    keep, reductions = [choice.keep for choice in decision.blocks], space_reductions(arch, decision)
+    weights = gather(arch, keep, reductions, model.state_dict())  # gathering makes copies, so nothing is shared
     weights = _replace(arch, decision, weights)
     small = build_with(small_arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
     return small.train(model.training)
@@ -309,13 +310,24 @@ def tensor_axes(arch: Arch, name: str) -> tuple[str, ...]:
     return family_of(arch).axes(arch, name)
 
 
-def _gather(arch: Arch, decision: Cut, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Reduce every tensor along the axes of spaces that the cut shortens; number blocks anew within their stage."""
-    family, reductions = family_of(arch), space_reductions(arch, decision)
-    choices = iter(decision.blocks)
+def gather(
+    arch: Arch, keep: Sequence[bool], reductions: Mapping[str, Reduction], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Reduce every tensor along the axes of spaces that are reduced; number blocks anew within their stage.
+
+    Args:
+        arch: the record of the model.
+        keep: of every block, whether it stays.
+        reductions: by space; spaces that are left out stay whole.
+        weights: the model's state dict.
+
+    Returns:
+        New tensors, by their names in the small model's state dict.
+    """
+    family, choices = family_of(arch), iter(keep)
     left: dict[tuple[int, int], int] = {}  # (stage, block) -> the block's new number in its stage
     for s, stage in enumerate(arch.stages):
-        alive = [b for b in range(len(stage.blocks)) if next(choices).keep]
+        alive = [b for b in range(len(stage.blocks)) if next(choices)]
         left |= {(s, b): new for new, b in enumerate(alive)}
     sizes = family.spaces(arch)
     small: dict[str, torch.Tensor] = {}

@@ -1,8 +1,8 @@
 """Reductions of the channels of one space, and their effect on a tensor.
 
 A *space* is a set of channels or units that several tensors share (``models.families.spaces``). A reduction of it is
-applied to every axis that counts it, of every tensor, and to nothing else. ``Choose`` keeps some of the channels; a
-projection would be one more class with a size and an ``apply``. ``Family.reductions`` names those that a space allows.
+applied to every axis that counts it, of every tensor, and to nothing else. ``Choose`` keeps some of the channels,
+``Project`` maps them onto fewer. ``Family.reductions`` names those that a space allows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Choose", "Reduction", "reduce_tensor"]
+__all__ = ["Choose", "Project", "Reduction", "reduce_tensor"]
 
 
 class Reduction(Protocol):
@@ -39,6 +39,21 @@ class Choose:
     def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Gather along ``axis``."""
         return tensor.index_select(axis, self.indices.to(tensor.device))
+
+
+class Project:
+    """Map the channels by ``matrix`` (channels before, channels left)."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[1]
+
+    def apply(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """Multiply along ``axis``."""
+        return (tensor.movedim(axis, -1) @ self.matrix.to(tensor)).movedim(-1, axis).contiguous()
 
 
 def reduce_tensor(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,14 +64,16 @@ def rotation(size: int, generator: torch.Generator, *, fix_ones: bool = False) -
 
 def check_halves(view: BlockView, stage: Stage, x: torch.Tensor, after: torch.Tensor) -> None:
     """What the views of a block compute add up to what the block does."""
-    module: Any = view.module
     if view.attention is not None:
-        x = x + getattr(module, "ls1", nn.Identity())(view.attention.out(view.attention.mixed(x, stage.grid)))
+        x = view.attention.after(x, stage.grid)
     elif view.record.mixer != "none" or view.record.norm_residual:
         return
     if view.mlp is not None:
-        hidden = view.mlp.activated(view.mlp.readers()[0](x), stage.grid[0])
-        x = x + getattr(module, "ls2", nn.Identity())(view.mlp.out(hidden))
+        before = x
+        (reader,) = view.mlp.readers()
+        hidden = view.mlp.activated(reader(x), stage.grid[0])
+        x = view.mlp.after(x, stage.grid[0])
+        torch.testing.assert_close(x - view.mlp.scale(view.mlp.out(hidden)), before)
     torch.testing.assert_close(x, after)
 
 

@@ -141,6 +141,10 @@ class Family(ABC):
         found: torch.Tensor = block(x, **self.block_input(arch, stage)[1])
         return found
 
+    def stem_norm(self, model: Any) -> nn.Module | None:
+        """Return the norm whose output is the first stream; None where there is none."""
+        return None
+
     def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
         """View what leads to a stage other than the first."""
         raise NotImplementedError(f"{self.name} has one stage")

@@ -228,6 +228,11 @@ class PVTv2Family(Family):
         found: torch.Tensor = model.patch_embed(x).flatten(1, 2)
         return found
 
+    def stem_norm(self, model: Any) -> nn.Module:
+        """Return the norm of the first patch embedding."""
+        found: nn.Module = model.patch_embed.norm
+        return found
+
     def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
         """View the patch embedding in front of a stage: the last norm of the stage before, a convolution, a norm."""
         before, embed = model.stages[stage - 1].norm, model.stages[stage].downsample

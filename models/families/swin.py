@@ -222,6 +222,11 @@ class SwinFamily(Family):
         found: torch.Tensor = model.patch_embed(x)
         return found
 
+    def stem_norm(self, model: Any) -> nn.Module:
+        """Return the norm of the patch embedding."""
+        found: nn.Module = model.patch_embed.norm
+        return found
+
     def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
         """View the patch merging in front of a stage: a norm over four neighbours, and a layer without bias."""
         merging = model.layers[stage].downsample

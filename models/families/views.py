@@ -192,6 +192,7 @@ class AttentionView:
         reduction: what keys and values are read from, where that is not the attention's own input.
         windows: those that attention is within, where it is not over all tokens.
         causal: a token attends to itself and those before it only.
+        scale: LayerScale on its output; the identity where there is none.
     """
 
     name: str
@@ -207,6 +208,7 @@ class AttentionView:
     reduction: ReductionView | None = None
     windows: WindowView | None = None
     causal: bool = False
+    scale: nn.Module = field(default_factory=nn.Identity)
 
     @property
     def token_scale(self) -> torch.Tensor | None:
@@ -289,13 +291,26 @@ class AttentionView:
         out = attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options)
         return out if self.windows is None else self.windows.join(out, x.shape[1:3])
 
-    def mixed(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        """Compute what ``out`` reads of a stream ``x`` (B, ..., D) that is a map of ``grid`` rows and columns."""
+    def projected(self, x: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute queries (B, N, H·E), keys (B, P, H·E) and values (B, P, V) of a stream; B counts windows, too.
+
+        Args:
+            x: (B, ..., D), the stream.
+            grid: rows and columns of the map that it is.
+        """
         outputs = {reader.name: reader(x) for reader in self.readers(grid) if reader.name in self._projections}
         q, k, v = (outputs[part.name][..., part.rows] for part in (self.q, self.k, self.v))
         scale = self.token_scale
-        q, k, v = (q, k, v) if scale is None else (q * scale, k * scale, v * scale)
-        return self.attended(q, k, v, x)
+        return (q, k, v) if scale is None else (q * scale, k * scale, v * scale)
+
+    def mixed(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Compute what ``out`` reads of a stream ``x`` (B, ..., D) that is a map of ``grid`` rows and columns."""
+        return self.attended(*self.projected(x, grid), x)
+
+    def after(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Compute the stream behind the attention."""
+        branch: torch.Tensor = self.scale(self.out(self.mixed(x, grid)))
+        return x + branch
 
     @property
     def _projections(self) -> set[str]:
@@ -314,6 +329,7 @@ class MlpView:
         out: the layer whose columns are the hidden units.
         act_name: of the activation within the block.
         conv: a depthwise convolution of the hidden units before the activation, where there is one (PVTv2).
+        scale: LayerScale on its output; the identity where there is none.
     """
 
     name: str
@@ -323,6 +339,7 @@ class MlpView:
     out: LinearView
     act_name: str
     conv: nn.Module | None = None
+    scale: nn.Module = field(default_factory=nn.Identity)
 
     @property
     def act(self) -> nn.Module:
@@ -336,6 +353,11 @@ class MlpView:
         """
         (layer,) = self.inputs
         return self.activated(layer.layer(x), rows)
+
+    def after(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Compute the stream behind the MLP, from the one in front of its norm."""
+        branch: torch.Tensor = self.scale(self.out(self.hidden(self.norm(x), rows)))
+        return x + branch
 
     def readers(self) -> tuple[Reader, ...]:
         """List the layers that read the stream."""
@@ -396,6 +418,7 @@ def attention_view(
         reduction=reduction,
         windows=windows,
         causal=causal,
+        scale=getattr(block, "ls1", nn.Identity()),
     )
 
 
@@ -415,4 +438,5 @@ def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
         out=LinearView("mlp.fc2", mlp.fc2),
         act_name="mlp.act",
         conv=conv,
+        scale=getattr(block, "ls2", nn.Identity()),
     )

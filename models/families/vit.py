@@ -222,6 +222,11 @@ class VisionTransformerFamily(Family):
         found: torch.Tensor = model.norm_pre(model._pos_embed(model.patch_embed(x)))
         return found
 
+    def stem_norm(self, model: Any) -> nn.Module | None:
+        """Return the norm in front of the first block, if there is one."""
+        norm: nn.Module = model.norm_pre
+        return None if isinstance(norm, nn.Identity) else norm
+
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
         """List the classifier, and that of the distillation token."""
         if arch.dist_token:

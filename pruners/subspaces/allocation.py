@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 
-from prunesweep.models import Arch, cost
+from prunesweep.models import Arch, block_views, cost
+from prunesweep.models.families import family_of
 from prunesweep.pruners.divergence import kl_divergence
 
-from .compression import Work
-from .source import SourceStatistics, open_source, stem
-from .widths import BlockWidths, Widths, can_project, compressed_arch
+from .compression import Compression, folded
+from .refit import tail
+from .source import SourceStatistics, open_source, to_model
+from .widths import BlockWidths, Embed, Widths, can_project, compressed_arch
 
 __all__ = ["BlockLosses", "allocate", "measure_losses"]
 
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-SPACES = ("qk", "v", "mlp")
+SPACES = ("qk", "v", "sr", "mlp")
 Choice = tuple[int, str]  # block and space
 Objective = Callable[[Arch], int]
 
@@ -59,39 +61,42 @@ def measure_losses(
     """Measure what narrowing one space of one block costs, for all of them.
 
     Args:
-        model: the source, a ViT in evaluation mode.
-        fit: image batches (B, C, rows, columns) for the fits.
-        held_out: image batches that the losses are measured on.
+        model: the source, in evaluation mode.
+        fit: batches of images (B, C, rows, columns) or texts (B, T) for the fits.
+        held_out: batches that the losses are measured on.
         statistics: of the source.
         align: widths are multiples of it.
         progress: told of models done and of all.
     """
-    arch, blocks = open_source(model)
-    parameter = next(model.parameters())
-    streams = [stem(model, images.to(parameter)) for images in (*fit, *held_out)]
-    logits = [_logits(model, blocks, 0, stream) for stream in streams[len(fit) :]]
+    arch, model = open_source(model), folded(model)
+    views, family = block_views(model, arch), family_of(arch)
+    streams = [family.stem(model, to_model(model, batch)) for batch in (*fit, *held_out)]
+    wanted = torch.cat([tail(model, arch, views, 0, stream) for stream in streams[len(fit) :]])
     found: dict[Choice, dict[int, float]] = {}
     tries = [(i, space, width) for i in range(arch.depth) for space, width in _tries(arch, i, align)]
-    for i, block in enumerate(blocks):
-        middle = [block.after_attention(x) for x in streams]
-        after = [block.after_mlp(m) for m in middle]
+    for view in views:
+        i, stage = view.index, arch.stages[view.stage]
+        if i and views[i - 1].stage < view.stage:
+            streams = [family.entrance(model, arch, view.stage).run(stream) for stream in streams]
+        after = streams
         for _, space, width in (own for own in tries if own[0] == i):
-            choice = found.setdefault((i, space), {getattr(block.record, space): 0.0})
+            choice = found.setdefault((i, space), {getattr(view.record, space): 0.0})
             own = BlockWidths(**{space: width})  # type: ignore[arg-type]
             widths = Widths(blocks=tuple(own if n == i else BlockWidths() for n in range(arch.depth)))
-            work = Work(model, arch, blocks, compressed_arch(arch, widths), statistics, fitted=len(fit))
-            work.x, work.m, work.after, work.z = streams, middle, after, list(streams)
-            record = work.small.blocks[i]
-            if space == "mlp":
-                work.z = list(middle)
-            else:
-                work.attention("", block, record, i, middle if record.mlp else after)
-            if record.mlp:
-                work.mlp("", block, record, i)
-            got = [_logits(model, blocks, i + 1, z) for z in work.z[len(fit) :]]
-            choice[width] = kl_divergence(torch.cat(logits), torch.cat(got)).mean().item()
+            work = Compression(model, widths, statistics, (), fitted=len(fit))
+            middle, after = work.halves(stage, view, streams)
+            small, z = work.small_views[i], middle
+            if space != "mlp":
+                assert small.attention is not None
+                z = work.attention(stage, small.attention, view, streams, streams, middle)
+            if small.mlp is not None:
+                z = work.mlp(stage, small.mlp, view, middle, z, after)
+            got = torch.cat([tail(model, arch, views, i + 1, one) for one in z[len(fit) :]])
+            choice[width] = kl_divergence(wanted, got).mean().item()
             if progress:
                 progress(sum(len(own) - 1 for own in found.values()), len(tries))
+        if after is streams:
+            after = [family.run_block(arch, stage, view.module, stream) for stream in streams]
         streams = after
     return BlockLosses(found)
 
@@ -105,16 +110,9 @@ def _tries(arch: Arch, i: int, align: int) -> list[tuple[str, int]]:
     return [(space, width) for space in spaces for width in levels(getattr(block, space), align)[1:]]
 
 
-def _logits(model: Any, blocks: Sequence[Any], first: int, x: torch.Tensor) -> torch.Tensor:
-    """Run the source from block ``first`` on."""
-    for block in blocks[first:]:
-        x = block.after_mlp(block.after_attention(x))
-    return model.forward_head(model.norm(x))
-
-
 def allocate(
     arch: Arch,
-    embed: int,
+    embed: Embed,
     losses: BlockLosses,
     limit: int,
     *,
@@ -125,7 +123,7 @@ def allocate(
 
     Args:
         arch: the source's record.
-        embed: residual width of the small model.
+        embed: residual widths of the small model.
         losses: of ``measure_losses``.
         limit: the largest cost, in the objective's unit.
         objective: the cost of a record, additive over spaces.
@@ -181,9 +179,9 @@ def _step_up(
         found[choice] = wider
 
 
-def _fill(arch: Arch, embed: int, found: dict[Choice, int], limit: int, objective: Objective, align: int) -> Widths:
-    """Spend what is left on MLP units, then on ranks, in the finest steps, evenly over blocks."""
-    for space in ("mlp", "v", "qk"):
+def _fill(arch: Arch, embed: Embed, found: dict[Choice, int], limit: int, objective: Objective, align: int) -> Widths:
+    """Spend what is left on MLP units, then on ranks and reduced maps, in the finest steps, evenly over blocks."""
+    for space in ("mlp", "v", "qk", "sr"):
         moved = True
         while moved:
             moved = False
@@ -195,7 +193,7 @@ def _fill(arch: Arch, embed: int, found: dict[Choice, int], limit: int, objectiv
     return _widths(arch, embed, found)
 
 
-def _widths(arch: Arch, embed: int, found: Mapping[Choice, int]) -> Widths:
+def _widths(arch: Arch, embed: Embed, found: Mapping[Choice, int]) -> Widths:
     blocks = tuple(
         BlockWidths(**{space: found.get((i, space)) for space in SPACES})  # type: ignore[arg-type]
         for i in range(arch.depth)
@@ -203,5 +201,5 @@ def _widths(arch: Arch, embed: int, found: Mapping[Choice, int]) -> Widths:
     return Widths(embed=embed, blocks=blocks)
 
 
-def _objective_of(arch: Arch, embed: int, found: Mapping[Choice, int], objective: Objective) -> int:
+def _objective_of(arch: Arch, embed: Embed, found: Mapping[Choice, int], objective: Objective) -> int:
     return objective(compressed_arch(arch, _widths(arch, embed, found)))

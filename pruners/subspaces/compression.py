@@ -1,43 +1,46 @@
 """Compression in closed form: project every linear space onto its best subspace, then refit readers and writers.
 
-Blocks are computed in order. Features are the small model's own, targets the source's: x_i is the source's stream in
-front of block i, m_i between its halves, z and z' those of the small model, T the map of the residual stream, N
-LayerNorm without gain and bias. W_0 of every fit is what the projection alone gives.
+The small model begins as the projection of the source (T the map of a stage's stream, g and beta the source's norm,
+LayerScale folded into the writers) and is refitted by ``pruners.subspaces.refit``, block after block:
 
-    reader   features            target                        shrunk towards
-    qkv      N(z)                q, k, v of the source         W diag(g) T sqrt(D/k)
-    fc1      N(z')               the kept units' inputs        W diag(g) T sqrt(D/k)
-    head     pooled N(z)         the source's logits           W diag(g) T sqrt(D/k)
-    writer
-    proj     attention output    m_i T - z                     its best rank-r columns
-    fc2      hidden units        x of the next kept block T - z'   T' W
+    reader behind a norm    W diag(g) T sqrt(D/k)
+    writer                  T' W
+    q, k, v                 fitted at full width, then mapped to their ranks
+    output projection       its best rank-r columns
 
-so the MLP also carries what dropped blocks behind it did. LayerScale is folded into the writers, gain and bias of norms
-into the readers. Source: the closed forms of ``pruners.subspaces.maps`` and ``normal_equations``.
+LayerNorm stays as it is: its gain becomes 1, and its bias goes into the readers. Of a stream that cannot be projected,
+channels are chosen: those of the most energy that is read.
+
+Source: the closed forms of ``pruners.subspaces.maps`` and ``normal_equations``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunesweep.models import Arch
-from prunesweep.models.arch import Block
+from prunesweep.models import Arch, BlockView, arch_of, block_views
+from prunesweep.models.arch import Block, Stage
 from prunesweep.models.builder import build_with
+from prunesweep.models.cutting import gather
+from prunesweep.models.families import family_of
+from prunesweep.models.families.base import tensor_shapes
+from prunesweep.models.families.views import AttentionView, Reader
+from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
 from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import NormalEquations
-from .source import SourceBlock, SourceStatistics, attend_with, images_of, open_source, stem
-from .widths import BlockWidths, Widths, compressed_arch
+from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, solve_shift
+from .source import SourceStatistics, images_of, open_source
+from .widths import Widths, can_project, compressed_arch
 
-__all__ = ["Work", "compress"]
-
-SHRINKAGE = 1e-3  # 1e-3 to 1e-5 are equal within noise, 1e-2 is 10 to 25 % worse
-HEAD_SHRINKAGE = 1e-2  # one row an image, not one a token
+__all__ = ["Compression", "compress", "folded"]
 
 
 @torch.no_grad()
@@ -54,10 +57,12 @@ def compress(
     """Compute a smaller model from a source and unlabelled images. Nothing is trained, no label is used.
 
     Args:
-        model: a ViT that ``Arch.from_timm`` accepts; it is not changed. Its dtype is that of features and result.
+        model: the source, for which ``can_recover`` has no reason; it is not changed. Its dtype is that of features and
+            result.
         widths: of the small model.
-        batches: calibration images (B, C, rows, columns), or pairs of images and labels, from the training split and
-            without augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for a width of 96.
+        batches: calibration images (B, C, rows, columns) or texts (B, T), or pairs of these and labels, from the
+            training split and without augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for
+            a width of 96.
         statistics: of the same source, where they are there already; collected from ``batches`` otherwise.
         refit: fit readers and writers; without it the model is what the projections alone give.
         shrinkage: lambda of the fits, in units of the features' mean variance.
@@ -69,298 +74,293 @@ def compress(
     Raises:
         UserError: the widths do not fit, the source cannot be projected, or there are no images.
     """
-    arch, blocks = open_source(model)
-    small = compressed_arch(arch, widths)
+    arch = open_source(model)
+    compressed_arch(arch, widths)
     images = images_of(batches)
     found = SourceStatistics.collect(model, images) if statistics is None else statistics
-    mode = model.training
-    model.eval()
-    try:
-        work = Work(model, arch, blocks, small, found, refit=refit, shrinkage=shrinkage)
-        work.start(images)
-        kept = [i for i, own in enumerate(widths.blocks) if own.keep]
-        for j, i in enumerate(kept):
-            after = kept[j + 1] if j + 1 < len(kept) else len(blocks)
-            work.block(j, i, after, widths.blocks[i])
-            if progress:
-                progress(j + 1, len(kept))
-        work.finish()
-    finally:
-        model.train(mode)
-    dtype = next(model.parameters()).dtype
-    weights = {name: t.to(dtype).contiguous() for name, t in work.weights.items()}
-    result = build_with(small, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
-    return result.eval()
+    work = Compression(folded(model), widths, found, images, refit=refit, shrinkage=shrinkage)
+    work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
+    return work.small
 
 
-class Work:
-    """The state of a compression: the small model's weights computed so far, and both streams of every batch.
+class Compression(Refit):
+    """A refit of a model that begins as the projection of its source.
 
     Args:
-        model, arch, blocks: the source.
-        small: the record that is aimed at.
+        model: the source as ``folded`` returns it, in evaluation mode.
+        widths: of the small model.
         statistics: of the source.
-        refit, shrinkage: as for ``compress``.
-        fitted: fits read the first so many batches; both streams of all others are carried along. All by default.
+        inputs, refit, shrinkage, fitted: as for ``Refit``.
     """
 
     def __init__(
         self,
-        model: Any,
-        arch: Arch,
-        blocks: list[SourceBlock],
-        small: Arch,
+        model: nn.Module,
+        widths: Widths,
         statistics: SourceStatistics,
+        inputs: Sequence[torch.Tensor],
         *,
         refit: bool = True,
         shrinkage: float = SHRINKAGE,
         fitted: int | None = None,
     ) -> None:
-        self.model, self.arch, self.blocks, self.small = model, arch, blocks, small
-        self.statistics, self.refit, self.shrinkage, self.fitted = statistics, refit, shrinkage, fitted
-        self.parameter = next(model.parameters())
-        width, full = small.stages[0].width, arch.stages[0].width
-        basis = statistics.directions[1].to(self.parameter.device)
-        self.T = residual_map(basis, width)  # (D, k), float64
-        self.gain = (full / width) ** 0.5
-        self.weights: dict[str, torch.Tensor] = {}
-        self.x: list[torch.Tensor] = []  # the source's stream in front of the present block, by batch
-        self.m: list[torch.Tensor] = []  # between its halves
-        self.after: list[torch.Tensor] = []  # in front of the next kept block
-        self.z: list[torch.Tensor] = []  # the small model's own
+        arch, self.statistics = arch_of(model), statistics
+        narrow = compressed_arch(arch, widths)
+        device = next(model.parameters()).device
+        self.embed: dict[str, Reduction] = {}
+        self.gains: dict[int, float] = {}  # of projected streams
+        for s, (stage, own) in enumerate(zip(arch.stages, narrow.stages, strict=True)):
+            space = f"stages.{s}.embed"
+            if own.width < stage.width and can_project(arch, space):
+                self.embed[space] = Project(residual_map(statistics.directions(s)[1].to(device), own.width))
+                self.gains[s] = (stage.width / own.width) ** 0.5
+            elif own.width < stage.width:
+                energy = statistics.streams[s].diagonal().to(device) * _read_energy(model, arch, space)
+                self.embed[space] = _best(energy, own.width)
+        pairs = list(zip([i for i, own in enumerate(widths.blocks) if own.keep], narrow.blocks, strict=True))
+        weights = {name: t.double() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+        reductions = self._reductions(model, pairs)
+        kept = gather(arch, [own.keep for own in widths.blocks], reductions, weights)
+        small = self._built(narrow, kept, model)
+        super().__init__(model, small, reductions, inputs, refit=refit, shrinkage=shrinkage, fitted=fitted)
+        self._project_readers([i for i, _ in pairs])
 
-    def start(self, images: list[torch.Tensor]) -> None:
-        """Project the writers of the first stream: patch embedding, prefix tokens, positions."""
-        state = self.model.state_dict()
-        for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
-            if name in state:
-                self.weights[name] = state[name].double() @ self.T
-        weight = state["patch_embed.proj.weight"].double()
-        self.weights["patch_embed.proj.weight"] = torch.einsum("dcpq,dk->kcpq", weight, self.T)
-        if "patch_embed.proj.bias" in state:
-            self.weights["patch_embed.proj.bias"] = state["patch_embed.proj.bias"].double() @ self.T
-        self.weights |= {name: state[name] for name in state if name.startswith("norm_pre.")}
-        for batch in images:
-            self.x.append(stem(self.model, batch.to(self.parameter)))
-            self.z.append(self._map(self.x[-1]))
+    def _reductions(self, model: nn.Module, pairs: Sequence[tuple[int, Block]]) -> dict[str, Reduction]:
+        """Reduce spaces to their widths: streams by projection, MLP units by energy, ranks by the first channels."""
+        arch, reductions = arch_of(model), dict(self.embed)
+        views = block_views(model, arch)
+        for i, record in pairs:
+            source, mlp = arch.blocks[i], views[i].mlp
+            if record.mixer == "attn" and (record.qk, record.v) != (source.qk, source.v):  # weights are fitted later
+                heads = range(source.heads)
+                qk = Choose([h * source.qk + j for h in heads for j in range(record.qk)])
+                begins = accumulate((0, *source.v_widths[:-1]))
+                v = Choose([b + j for b, width in zip(begins, record.v_widths, strict=True) for j in range(width)])
+                reductions |= {f"blocks.{i}.q": qk, f"blocks.{i}.k": qk, f"blocks.{i}.v": v}
+            if mlp is not None and 0 < record.mlp < source.mlp:
+                out = self._written(mlp.out.weight.double(), views[i].stage)
+                energy = self.statistics.unit_variance(i).to(out.device) * out.square().sum(0)
+                reductions[f"blocks.{i}.mlp"] = _best(energy, record.mlp)
+            if 0 < record.sr < source.sr:
+                reductions[f"blocks.{i}.sr"] = _best(_read_energy(model, arch, f"blocks.{i}.sr"), record.sr)
+        return reductions
 
-    def block(self, j: int, i: int, after: int, own: BlockWidths) -> None:
-        """Compute one block of the small model.
+    def _written(self, weight: torch.Tensor, s: int) -> torch.Tensor:
+        """Project what a layer (D, F) of stage ``s`` writes, to (k, F)."""
+        reduction = self.embed.get(f"stages.{s}.embed")
+        return weight if reduction is None else reduction.apply(weight, 0)
 
-        Args:
-            j: its number in the small model.
-            i: its number in the source.
-            after: number in the source of the next kept block; the source's depth behind the last one.
-            own: ranks and units of the block.
-        """
-        source, record = self.blocks[i], self.small.blocks[j]
-        self.m = [source.after_attention(x) for x in self.x]
-        self.after = []
-        for m in self.m:
-            x = source.after_mlp(m)
-            for between in self.blocks[i + 1 : after]:
-                x = between.after_mlp(between.after_attention(x))
-            self.after.append(x)
-        if record.mixer == "attn":
-            target = self.m if record.mlp else self.after
-            self.attention(f"blocks.{j}.", source, record, i, target)
-        if record.mlp:
-            self.mlp(f"blocks.{j}.", source, record, i)
-        self.x = self.after
+    def _built(self, narrow: Arch, kept: Mapping[str, torch.Tensor], model: nn.Module) -> nn.Module:
+        """Build the small model, with gains of 1 and biases of 0 in the norms of projected streams."""
+        family, dtype = family_of(narrow), next(model.parameters()).dtype
+        scalers = {name for s in self.gains for name in family.scalers(narrow, f"stages.{s}.embed")}
+        weights = {}
+        for name, shape in tensor_shapes(family, narrow).items():
+            tensor = kept[name]
+            if name in scalers:
+                tensor = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=tensor.device)
+            weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return build_with(narrow, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None)).eval()
 
-    def attention(self, name: str, source: SourceBlock, record: Block, i: int, target: list[torch.Tensor]) -> None:
-        """Compute the attention of a block, and add its output to the small model's stream.
+    def _project_readers(self, kept: Sequence[int]) -> None:
+        """Finish the readers of projected streams: the factor sqrt(D/k), and the norms' biases that are left."""
+        for own, view in zip(self.small_views, (self.views[i] for i in kept), strict=True):
+            grid = self.arch.stages[view.stage].grid
+            halves = []
+            if own.attention is not None and view.attention is not None:
+                halves.append((own.attention.readers(grid), view.attention.readers(grid)))
+            if own.mlp is not None and view.mlp is not None:
+                halves.append((own.mlp.readers(), view.mlp.readers()))
+            for readers, wanted in halves:
+                self._project(readers, wanted, view.stage, f"{view.name}.")
+        for s in range(1, len(self.arch.stages)):
+            own_reader = self.family.entrance(self.small, self.arch, s).reader
+            self._project((own_reader,), (self.family.entrance(self.model, self.arch, s).reader,), s - 1, "")
+        heads = self.family.heads(self.small, self.arch), self.family.heads(self.model, self.arch)
+        self._project(*heads, len(self.arch.stages) - 1, "")
 
-        Args:
-            name: prefix of the block's tensors in the small model, such as ``blocks.0.``.
-            source: the source's block.
-            record: the small model's block.
-            i: number of the block in the source.
-            target: for every batch, the source's stream that the sum should come close to, (B, N, D).
-        """
-        attn, old = source.module.attn, source.record
-        weight, bias = self._reader(attn.qkv, source.module.norm1)
-        if self.refit:
-            weight, bias = self._fit_reader(weight, lambda n: source.qkv(self.x[n]))
-        norms = (attn.q_norm, attn.k_norm)
-        columns = self.T.T @ (source.gain("ls1").double()[:, None] * attn.proj.weight.double())
-        if record.v_widths != old.v_widths or record.qk != old.qk:
-            full, columns = self._rank_maps(i, record, old, norms, weight, bias, columns)
-            weight, bias = full @ weight, full @ bias
-        shift = None
-        if not self.arch.qkv_bias:  # what the layer cannot add, its norm does: W shift = b in the least squares
-            shift = torch.linalg.lstsq(weight, bias[:, None]).solution[:, 0]
-            bias = weight @ shift
-        qkv = _linear(weight, bias, self.parameter)
+    def _project(self, own: Sequence[Reader], source: Sequence[Reader], s: int, prefix: str) -> None:
+        if s not in self.gains:
+            return
+        for reader, wanted in zip(own, source, strict=True):
+            if reader.norm is None or wanted.norm is None:
+                continue
+            reader.weight.mul_(self.gains[s])
+            beta = wanted.norm.get_parameter("bias").double()
+            if bool(beta.any()):
+                outputs = wanted.weight.double() @ beta
+                start = self._start(f"{prefix}{wanted.name}", wanted, s)
+                reader.norm.get_parameter("bias").copy_(solve_shift(start, outputs))
 
-        def attended(n: int) -> torch.Tensor:
-            joined = qkv(self._normed(self.z[n]))
-            return attend_with(joined, record.heads, record.qk, record.v_widths, record.scale, norms)
+    def _start(self, name: str, source: Reader, s: int) -> torch.Tensor:
+        """Project what a layer reads, with all of its outputs, (G, F) in float64."""
+        weight = source.layer.get_parameter("weight").double()
+        axes = self.family.axes(self.arch, f"{name}.weight")
+        parts = [(), *(self.family.parts(axis) for axis in axes[1:])]
+        found = reduce_tensor(weight, parts, self.sizes, self.reductions).flatten(1)
+        return found if source.norm is None else found * self.gains.get(s, 1.0)
 
-        out_bias = self.T.T @ (source.gain("ls1").double() * attn.proj.bias.double())
-        columns, out_bias = self._write(attended, target, columns, out_bias)
-        self._store(f"{name}attn.qkv", weight, bias if self.arch.qkv_bias else None)
-        self._store(f"{name}attn.proj", columns, out_bias)
-        self._norm(f"{name}norm1", f"{name}ls1", shift)
-        for part in ("q_norm", "k_norm"):
-            self.weights |= {f"{name}attn.{part}.{k}": v for k, v in getattr(attn, part).state_dict().items()}
+    def attention(
+        self, stage: Stage, own: AttentionView, source: BlockView, x: Streams, z: Streams, target: Streams
+    ) -> Streams:
+        """Fit queries, keys and values at full width, map them to their ranks, then fit the output projection."""
+        wanted, record = source.attention, own.record
+        assert wanted is not None
+        if (record.qk, record.v_widths) == (wanted.record.qk, wanted.record.v_widths):
+            return super().attention(stage, own, source, x, z, target)
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        projections = {wanted.q.name, wanted.k.name, wanted.v.name}
+        for reader, full in zip(own.readers(stage.grid), wanted.readers(stage.grid), strict=True):
+            if full.name not in projections:
+                self.read(reader, outputs_of(full, x), z, f"{source.name}.{full.name}", single=False)
+                continue
+            start = self._start(f"{source.name}.{full.name}", full, source.stage)
+            features = [reader.rows(one) for one in z[: self.fitted]]
+            bias = start.new_zeros(len(start)) if full.bias is None else full.bias.double()
+            if self.refit:
+                centred = full.bias is not None or _takes_shift(own, reader, stage)
+                start, bias = self.solve(start, features, outputs_of(full, x), centred=centred)
+            found[full.name] = start, bias
+        self._take_ranks(stage, own, source, z, found)
+        return self.write_attention(stage, own, source.stage, z, target)
 
-    def _rank_maps(
+    def _take_ranks(
         self,
-        i: int,
-        record: Block,
-        old: Block,
-        norms: tuple[nn.Module, nn.Module],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        columns: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the block-diagonal map of q, k, v to their ranks, and the output projection's columns for them."""
-        found, device = self.statistics, self.T.device
-        queries, keys = found.queries[i].to(device) / found.rows, found.keys[i].to(device) / found.rows
-        eye = torch.eye(old.qk, dtype=torch.float64, device=device)
-        pairs = [
-            query_key_maps(queries[h], keys[h], record.qk) if record.qk < old.qk else (eye, eye)
-            for h in range(old.heads)
-        ]
-        covariance = self._output_covariance(record, old, norms, weight, bias)
-        values, kept, begin = [], [], 0
-        for h, (rank, full) in enumerate(zip(record.v_widths, old.v_widths, strict=True)):
-            own = columns[:, begin : begin + full]
-            if rank < full:
-                down, own = value_map(covariance[h], own, rank)
-            else:
-                down = torch.eye(full, dtype=torch.float64, device=device)
-            values.append(down)
-            kept.append(own)
-            begin += full
-        maps = [*(q for q, _ in pairs), *(k for _, k in pairs), *values]
-        return torch.block_diag(*maps), torch.cat(kept, 1)  # type: ignore[no-untyped-call]
+        stage: Stage,
+        own: AttentionView,
+        source: BlockView,
+        z: Streams,
+        found: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Map q, k and v, fitted at full width, to their ranks; put them and the projection's columns in place."""
+        wanted, record = source.attention, own.record
+        assert wanted is not None
+        full, columns = wanted.record, self._written(wanted.out.weight.double(), source.stage)
+        eye = torch.eye(full.qk, dtype=torch.float64, device=columns.device)
+        pairs = [(eye, eye)] * full.heads
+        if record.qk < full.qk:
+            queries, keys = (self.statistics.heads[source.index][n].to(columns.device) for n in range(2))
+            pairs = [query_key_maps(queries[h], keys[h], record.qk) for h in range(full.heads)]
+        down, kept, begin = [], [], 0
+        covariance = self._covariance(stage, own, wanted, z, found)
+        for h, (rank, width) in enumerate(zip(record.v_widths, full.v_widths, strict=True)):
+            piece = columns[:, begin : begin + width]
+            values = torch.eye(width, dtype=torch.float64, device=columns.device)
+            if rank < width:
+                values, piece = value_map(covariance[h], piece, rank)
+            down.append(values)
+            kept.append(piece)
+            begin += width
+        own.out.weight.copy_(torch.cat(kept, 1))
+        maps = {"q": [q for q, _ in pairs], "k": [k for _, k in pairs], "v": down}
+        shifts: dict[str, list[torch.Tensor]] = {}
+        for part, matrices in maps.items():
+            to, of = getattr(own, part), getattr(wanted, part)
+            weight, bias = (t[of.rows] for t in found[of.name])
+            matrix = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
+            to.weight.copy_(matrix @ weight)
+            if to.bias is not None:
+                to.bias.copy_(matrix @ bias)
+            shifts.setdefault(of.name, []).append(matrix @ bias)
+        for reader in own.readers(stage.grid):
+            if reader.name in shifts and reader.bias is None and _takes_shift(own, reader, stage):
+                assert reader.norm is not None
+                reader.norm.get_parameter("bias").add_(
+                    solve_shift(reader.weight, torch.cat(shifts[reader.name])).to(reader.weight)
+                )
 
-    def _output_covariance(
-        self, record: Block, old: Block, norms: tuple[nn.Module, nn.Module], weight: torch.Tensor, bias: torch.Tensor
+    def _covariance(
+        self,
+        stage: Stage,
+        own: AttentionView,
+        wanted: AttentionView,
+        z: Streams,
+        found: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> list[torch.Tensor]:
         """Compute C_h of every head: covariance of the small model's attention output before ranks are taken."""
-        if record.v_widths == old.v_widths:
+        widths = wanted.record.v_widths
+        if own.record.v_widths == widths:
             return []
-        qkv = _linear(weight, bias, self.parameter)
-        sums = NormalEquations(old.total_v, 1, self.T.device)
-        for z in self.z[: self.fitted]:
-            out = attend_with(qkv(self._normed(z)), old.heads, old.qk, old.v_widths, old.scale, norms)
+        readers = {reader.name: reader for reader in own.readers(stage.grid)}
+        sums = NormalEquations(sum(widths), 1, own.out.weight.device)
+        for one in z[: self.fitted]:
+            outputs = {
+                name: F.linear(readers[name].rows(one), weight.to(one), bias.to(one))
+                for name, (weight, bias) in found.items()
+            }
+            q, k, v = (outputs[part.name][..., part.rows] for part in (wanted.q, wanted.k, wanted.v))
+            out = own.attended(q, k, v, one, widths)
             sums.add(out, out[..., :1])
-        ends = torch.tensor(old.v_widths).cumsum(0).tolist()
-        return [
-            sums.covariance[end - width : end, end - width : end] for end, width in zip(ends, old.v_widths, strict=True)
-        ]
-
-    def mlp(self, name: str, source: SourceBlock, record: Block, i: int) -> None:
-        """Compute the MLP of a block, and add its output to the small model's stream.
-
-        Args:
-            name: prefix of the block's tensors in the small model, such as ``blocks.0.``.
-            source: the source's block.
-            record: the small model's block.
-            i: number of the block in the source.
-        """
-        mlp = source.module.mlp
-        out = self.T.T @ (source.gain("ls2").double()[:, None] * mlp.fc2.weight.double())
-        units = torch.arange(len(mlp.fc1.weight), device=self.T.device)
-        if record.mlp < len(units):
-            energy = self.statistics.unit_variance(i).to(self.T.device) * out.square().sum(0)
-            units = energy.topk(record.mlp).indices.sort().values
-        weight, bias = self._reader(mlp.fc1, source.module.norm2)
-        weight, bias = weight[units], bias[units]
-        if self.refit:
-            weight, bias = self._fit_reader(weight, lambda n: source.preactivation(self.m[n])[..., units])
-        fc1 = _linear(weight, bias, self.parameter)
-        out_bias = self.T.T @ (source.gain("ls2").double() * mlp.fc2.bias.double())
-        out, out_bias = self._write(
-            lambda n: mlp.act(fc1(self._normed(self.z[n]))), self.after, out[:, units], out_bias
-        )
-        self._store(f"{name}mlp.fc1", weight, bias)
-        self._store(f"{name}mlp.fc2", out, out_bias)
-        self._norm(f"{name}norm2", f"{name}ls2")
-
-    def finish(self) -> None:
-        """Compute the last norm and the classifiers."""
-        arch, model = self.arch, self.model
-        heads = {"head": 0, "head_dist": 1} if arch.dist_token else {"head": None}
-        norm = {"tokens": "norm", "pooled": "fc_norm", "none": None}[arch.head_norm]
-        for name, token in heads.items():
-            head = getattr(model, name)
-            if norm is None:
-                weight, bias = head.weight.double() @ self.T, head.bias.double()
-            else:
-                weight, bias = self._reader(head, getattr(model, norm))
-            if self.refit:
-                sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
-                for x, z in zip(self.x[: self.fitted], self.z[: self.fitted], strict=True):
-                    wanted = self._pooled(x, token, getattr(model, norm) if norm else nn.Identity())
-                    sums.add(self._pooled(z, token, self._normed if norm else nn.Identity()), head(wanted))
-                weight, bias = sums.solve(weight, HEAD_SHRINKAGE)
-            self._store(name, weight, bias)
-        if norm is not None:
-            self._norm(norm, None)
-
-    def _pooled(self, stream: torch.Tensor, token: int | None, norm: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        """Compute the classifier's input, (B, width of the stream)."""
-        if token is not None:
-            return norm(stream)[:, token]
-        stream = norm(stream) if self.arch.head_norm == "tokens" else stream
-        pooled = stream[:, 0] if self.arch.pool == "token" else stream[:, self.arch.prefix_tokens :].mean(1)
-        return norm(pooled) if self.arch.head_norm == "pooled" else pooled
-
-    def _map(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.T.to(x.dtype)
-
-    def _normed(self, z: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(z, z.shape[-1:], eps=self.arch.norm_eps)
-
-    def _reader(self, layer: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project a layer behind a norm: W diag(g) T sqrt(D/k), b + W beta."""
-        weight = layer.weight.double()
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
-        return (weight * norm.weight.double()) @ self.T * self.gain, bias + weight @ norm.bias.double()
-
-    def _fit_reader(
-        self, weight: torch.Tensor, target: Callable[[int], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
-        for n, z in enumerate(self.z[: self.fitted]):
-            sums.add(self._normed(z), target(n))
-        return sums.solve(weight, self.shrinkage)
-
-    def _write(
-        self,
-        features: Callable[[int], torch.Tensor],
-        target: list[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fit a writer to the difference between the source's stream and the small model's, and add its output."""
-        if self.refit:
-            sums = NormalEquations(weight.shape[1], weight.shape[0], self.T.device)
-            for n, z in enumerate(self.z[: self.fitted]):
-                sums.add(features(n), self._map(target[n]) - z)
-            weight, bias = sums.solve(weight, self.shrinkage)
-        layer = _linear(weight, bias, self.parameter)
-        self.z = [z + layer(features(n)) for n, z in enumerate(self.z)]
-        return weight, bias
-
-    def _store(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weights[f"{name}.weight"] = weight
-        if bias is not None:
-            self.weights[f"{name}.bias"] = bias
-
-    def _norm(self, name: str, scale: str | None, shift: torch.Tensor | None = None) -> None:
-        """Reset a norm's gain and bias and a LayerScale to 1, 0 and 1: both are in the layers around them."""
-        width = self.small.stages[0].width
-        self.weights[f"{name}.weight"] = torch.ones(width)
-        self.weights[f"{name}.bias"] = torch.zeros(width) if shift is None else shift
-        if scale is not None and self.arch.layer_scale:
-            self.weights[f"{scale}.gamma"] = torch.ones(width)
+        ends = list(accumulate(widths))
+        return [sums.covariance[end - width : end, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, bias = weight.to(like), bias.to(like)
-    return lambda x: F.linear(x, weight, bias)
+def _best(energy: torch.Tensor, count: int) -> Choose:
+    """Choose the channels of the largest energy."""
+    return Choose(energy.topk(count).indices.sort().values.tolist())
+
+
+def _read_energy(model: nn.Module, arch: Arch, space: str) -> torch.Tensor:
+    """Sum the squares of the weights that read every channel of a space."""
+    family, state = family_of(arch), model.state_dict()
+    total = torch.zeros(family.spaces(arch)[space], dtype=torch.float64, device=next(model.parameters()).device)
+    for name in family.readers(arch, space):
+        for axis, use in enumerate(family.uses(arch, name)):
+            parts = family.parts(use.axis)
+            if space in parts and use.role != "writes":
+                own = state[name].double().movedim(axis, 0).flatten(1).square().sum(1)
+                for part, piece in zip(parts, own.split([family.spaces(arch)[p] for p in parts]), strict=True):
+                    total += piece if part == space else 0
+    return total
+
+
+def _takes_shift(own: AttentionView, reader: Reader, stage: Stage) -> bool:
+    """Whether the norm in front of a layer can take up a bias: no other layer reads it, and all rows come of it."""
+    return not reader.padded and alone(reader, own.readers(stage.grid))
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Copy a source, in evaluation mode, with gains and biases of norms and LayerScale in the layers around them.
+
+    It computes the same. Norms are those of streams that can be projected. A norm keeps a bias where a layer behind it
+    has none, or reads zeros beside the norm's output.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    arch = arch_of(model)
+    family = family_of(arch)
+    projected = [can_project(arch, f"stages.{s}.embed") for s in range(len(arch.stages))]
+    for view in block_views(model, arch):
+        for half in (view.attention, view.mlp):
+            if half is not None:
+                fold_scale(half.scale, half.out.layer)
+        if projected[view.stage]:
+            if view.attention is not None:
+                _fold(view.attention.readers(arch.stages[view.stage].grid))
+            if view.mlp is not None:
+                _fold(view.mlp.readers())
+    for s in range(1, len(arch.stages)):
+        if projected[s - 1]:
+            _fold((family.entrance(model, arch, s).reader,))
+    if projected[-1]:
+        _fold(family.heads(model, arch))
+    return model
+
+
+def _fold(readers: Sequence[Reader]) -> None:
+    """Fold the norm that some layers read into them."""
+    norm = readers[0].norm
+    if norm is None:
+        return
+    gain, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
+    outputs = [reader.weight.double() @ bias.double() for reader in readers]
+    for reader in readers:
+        reader.weight.mul_(gain)
+    gain.fill_(1)
+    biases = [reader.bias for reader in readers]
+    if any(own is None for own in biases) or any(reader.padded for reader in readers):
+        bias.copy_(solve_shift(torch.cat([reader.weight for reader in readers]), torch.cat(outputs)))
+        return
+    for own, output in zip(biases, outputs, strict=True):
+        assert own is not None
+        own.add_(output.to(own))
+    bias.zero_()

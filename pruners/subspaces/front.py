@@ -14,8 +14,8 @@ from prunesweep.pruners.divergence import kl_divergence
 
 from .allocation import allocate, measure_losses
 from .compression import compress
-from .source import SourceStatistics, images_of
-from .widths import Widths, can_project, compressed_arch, equal_shares
+from .source import SourceStatistics, images_of, to_model
+from .widths import Widths, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
 
@@ -64,8 +64,9 @@ def instant(
     source on them.
 
     Args:
-        model: a ViT from timm or of ours.
-        batches: images (B, C, rows, columns), or pairs of images and labels: a loader or a list; at least 256 images.
+        model: the source, from timm or of ours.
+        batches: images (B, C, rows, columns) or texts (B, T), or pairs of these and labels: a loader or a list; at
+            least 256 images.
         budgets: shares of the source's cost, each above 0 and at most 1.
         objective: ``macs`` or ``params``.
         align: widths are multiples of it; 8 suits GPUs.
@@ -121,10 +122,10 @@ class _Front:
             align=align,
             progress=lambda done, total: progress("narrowing block by block", done, total),
         )
-        full = self.arch.stages[0].width
-        rounded = {round(full * share / align) * align for share in STREAM}
-        narrower = {width for width in rounded if 2 <= width < full and can_project(self.arch, "stages.0.embed")}
-        self.streams = sorted({full, *narrower}, reverse=True)
+        full = tuple(stage.width for stage in self.arch.stages)
+        rounded = [tuple(min(width, round(width * share / align) * align) for width in full) for share in STREAM]
+        narrower = {widths for widths in rounded if min(widths) >= 2}
+        self.streams = sorted({full, *narrower}, reverse=True)  # residual widths of all stages
 
     def points(self, budgets: Sequence[float]) -> list[Point]:
         found: list[Point] = []
@@ -155,7 +156,7 @@ class _Front:
             self.progress("computing models", number + 1, len(budgets))
         return found
 
-    def _point(self, budget: float, embed: int) -> Point | None:
+    def _point(self, budget: float, embed: tuple[int, ...]) -> Point | None:
         limit = int(budget * self.objective(self.arch))
         widths = allocate(self.arch, embed, self.losses, limit, objective=self.objective, align=self.align)
         return None if widths is None else self._computed(budget, widths)
@@ -185,5 +186,4 @@ class _Front:
 
     @torch.no_grad()
     def _logits(self, model: nn.Module) -> torch.Tensor:
-        parameter = next(model.parameters())
-        return torch.cat([model(images.to(parameter)) for images in self.held_out])
+        return torch.cat([model(to_model(model, images)) for images in self.held_out])

@@ -14,6 +14,8 @@ import torch
 
 __all__ = ["NormalEquations"]
 
+ROUNDING = 1e-12  # of the features' mean square
+
 
 class NormalEquations:
     """Sums over rows of features and targets; memory does not depend on the number of rows.
@@ -78,6 +80,8 @@ class NormalEquations:
         covariance, start = self._aa / self.rows - torch.outer(mean_a, mean_a), start.to(self._aa)
         residual = self._ay / self.rows - torch.outer(mean_a, mean_y) - covariance @ start.T
         ridge = covariance.clone()
-        ridge.diagonal().add_((shrinkage * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny))
+        lost = ROUNDING * self._aa.diagonal().mean() / self.rows  # what taking the means away costs
+        least = lost.clamp_min(torch.finfo(torch.float64).tiny)
+        ridge.diagonal().add_(torch.maximum(shrinkage * covariance.diagonal().mean(), least))
         weight = start + torch.cholesky_solve(residual, torch.linalg.cholesky(ridge)).T
         return weight, mean_y - weight @ mean_a

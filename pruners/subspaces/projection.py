@@ -30,7 +30,7 @@ def projected_widths(arch: Arch, decision: Cut) -> Widths:
     """
     if len(decision.blocks) != arch.depth:
         raise UserError(f"the cut has {len(decision.blocks)} blocks, {arch.source} has {arch.depth}")
-    embed = None if decision.embed is None or decision.embed[0] is None else len(decision.embed[0])
+    embed = None if decision.embed is None else tuple(None if own is None else len(own) for own in decision.embed)
     return Widths(embed=embed, blocks=tuple(_block(arch, i, own) for i, own in enumerate(decision.blocks)))
 
 
@@ -46,6 +46,7 @@ def _block(arch: Arch, i: int, own: BlockCut) -> BlockWidths:
         qk=None if own.qk is None else max(1, _total(own.qk) // block.heads),
         v=None if own.v is None else _shares(block, _total(own.v)),
         mlp=None if own.mlp is None else len(own.mlp),
+        sr=None if own.sr is None else len(own.sr),
     )
 
 

@@ -7,7 +7,7 @@ from prunesweep.models.families import family_of, names_with
 
 __all__ = ["can_recover"]
 
-NEEDS = ("images", "fused_qkv", "global_attention")  # of a family
+NEEDS = ("streams",)  # of a family
 
 
 def can_recover(arch: Arch) -> str | None:

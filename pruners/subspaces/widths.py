@@ -23,6 +23,7 @@ class BlockWidths:
         qk: query/key rank of every head.
         v: value rank of every head, or one per head.
         mlp: hidden units.
+        sr: channels of PVTv2's reduced map.
     """
 
     keep: bool = True
@@ -31,13 +32,22 @@ class BlockWidths:
     qk: int | None = None
     v: int | tuple[int, ...] | None = None
     mlp: int | None = None
+    sr: int | None = None
+
+
+Embed = int | tuple[int | None, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
-    """Residual width of the stream, and the widths of every block of the source in order."""
+    """Residual widths, and the widths of every block of the source in order.
 
-    embed: int | None = None
+    Args:
+        embed: residual width of every stage, or that of the only one; ``None`` keeps what the source has.
+        blocks: one entry per block of the source.
+    """
+
+    embed: Embed = None
     blocks: tuple[BlockWidths, ...]
 
     @classmethod
@@ -45,7 +55,7 @@ class Widths:
         cls,
         arch: Arch,
         *,
-        embed: int | None = None,
+        embed: Embed = None,
         qk: int | None = None,
         v: int | None = None,
         mlp: int | None = None,
@@ -81,17 +91,16 @@ def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
     def part(full: int, least: int = 1) -> int:
         return min(full, max(least, align, round(full * share / align) * align))
 
-    (stage,) = arch.stages
     blocks = tuple(
         BlockWidths(
             qk=part(block.qk) if block.mixer == "attn" and can_project(arch, f"blocks.{i}.q") else None,
             v=tuple(part(v) for v in block.v_widths) if block.mixer == "attn" else None,
             mlp=part(block.mlp) if block.mlp else None,
+            sr=part(block.sr) if block.sr else None,
         )
-        for i, block in enumerate(stage.blocks)
+        for i, block in enumerate(arch.blocks)
     )
-    embed = part(stage.width, 2) if can_project(arch, "stages.0.embed") else None
-    return Widths(embed=embed, blocks=blocks)
+    return Widths(embed=tuple(part(stage.width, 2) for stage in arch.stages), blocks=blocks)
 
 
 def compressed_arch(arch: Arch, widths: Widths) -> Arch:
@@ -104,17 +113,34 @@ def compressed_arch(arch: Arch, widths: Widths) -> Arch:
     Raises:
         UserError: a width is larger than the source's or below 1, or this space of the source cannot be projected.
     """
-    (stage,) = arch.stages
     if len(widths.blocks) != arch.depth:
         raise UserError(f"widths.blocks has {len(widths.blocks)} entries, {arch.source} has {arch.depth} blocks")
-    embed = stage.width if widths.embed is None else widths.embed
-    _check("widths.embed", embed, stage.width, least=2)
-    if embed < stage.width and not can_project(arch, "stages.0.embed"):
-        raise UserError(f"widths.embed = {embed}: a norm of {arch.source} writes its stream, which cannot be projected")
-    blocks = tuple(_narrow(arch, i, own, f"widths.blocks[{i}]") for i, own in enumerate(widths.blocks) if own.keep)
-    small = dataclasses.replace(arch, stages=(dataclasses.replace(stage, width=embed, blocks=blocks),))
+    stages, own = [], iter(enumerate(widths.blocks))
+    for stage, width in zip(arch.stages, _stream_widths(arch, widths.embed), strict=True):
+        pairs = [next(own) for _ in stage.blocks]
+        blocks = tuple(_narrow(arch, i, block, f"widths.blocks[{i}]") for i, block in pairs if block.keep)
+        stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
+    small = dataclasses.replace(arch, stages=tuple(stages))
     small.validate()
     return small
+
+
+def _stream_widths(arch: Arch, embed: Embed) -> list[int]:
+    """Fill in the residual widths that stay, and check all."""
+    full = [stage.width for stage in arch.stages]
+    if embed is None:
+        return full
+    if isinstance(embed, int):
+        if len(full) > 1:
+            raise UserError(f"widths.embed = {embed}: {arch.source} has {len(full)} stages; give a width for each")
+        _check("widths.embed", embed, full[0], least=2)
+        return [embed]
+    if len(embed) != len(full):
+        raise UserError(f"widths.embed has {len(embed)} entries, {arch.source} has {len(full)} stages")
+    for s, (width, most) in enumerate(zip(embed, full, strict=True)):
+        if width is not None:
+            _check(f"widths.embed[{s}]", width, most, least=2)
+    return [most if width is None else width for width, most in zip(embed, full, strict=True)]
 
 
 def _narrow(arch: Arch, i: int, own: BlockWidths, where: str) -> Block:
@@ -132,8 +158,11 @@ def _narrow(arch: Arch, i: int, own: BlockWidths, where: str) -> Block:
         for rank, full in zip(kept, block.v_widths, strict=True):
             _check(f"{where}.v", rank, full)
         changes["v"] = kept[0] if len(set(kept)) == 1 else kept
+        if own.sr is not None:
+            _check(f"{where}.sr", own.sr, block.sr)
+            changes["sr"] = own.sr
     elif not own.attention:
-        changes |= {"mixer": "none", "heads": 0, "qk": 0, "v": 0, "scale": 0.0}
+        changes |= {"mixer": "none", "heads": 0, "qk": 0, "v": 0, "scale": 0.0, "sr": 0}
     mlp = (block.mlp if own.mlp is None else own.mlp) if own.mlp_half else 0
     if block.mlp and own.mlp_half:
         _check(f"{where}.mlp", mlp, block.mlp)

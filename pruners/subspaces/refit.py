@@ -1,0 +1,381 @@
+"""Refits of a small model: block after block, every layer that reads or writes a residual stream, by ridge regression.
+
+Features are the small model's own, targets the source's. Every fit is shrunk towards what the layer's weights are
+already, by choice or by projection. Notation: x is the source's stream in front of a block and m between its halves,
+z and z' those of the small model, T what maps the source's stream to the small one's (channels that stay, or a
+projection), M merges the tokens of a planned block.
+
+    layer                   features                            target
+    readers of attention    N(M z), or what is made of it       the source's outputs at M x, for channels that stay
+    output projection       attention output                    M m T - M z
+    first layer of an MLP   N(z')                               the kept units' inputs at M m
+    second layer            hidden units                        M x T - z', x in front of the next kept block
+    entrance of a stage     what it reads of z                  the source's outputs, T of the new stage
+    heads                   what they read of z                 the source's outputs
+
+so an MLP also carries what dropped blocks behind it did. A layer without a bias gets one through the norm in front of
+it, if nothing else reads that norm: W shift = b in the least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from prunesweep.models import Arch, BlockView, arch_of, block_views
+from prunesweep.models.arch import Stage
+from prunesweep.models.families import family_of
+from prunesweep.models.families.views import AttentionView, MlpView, Reader
+from prunesweep.models.reduction import Reduction
+
+from .normal_equations import NormalEquations
+from .source import to_model
+
+__all__ = ["HEAD_SHRINKAGE", "SHRINKAGE", "Refit", "alone", "fold_scale", "outputs_of", "solve_shift", "tail"]
+
+SHRINKAGE = 1e-3  # 1e-3 to 1e-5 are equal within noise, 1e-2 is 10 to 25 % worse
+HEAD_SHRINKAGE = 1e-2  # one row an image, not one a token
+
+Streams = list[torch.Tensor]
+Merge = Callable[[Streams], Streams]
+
+
+class Refit:
+    """A source, a small model that is refitted in place, and the streams of both up to the block that is next.
+
+    Args:
+        model: the source, in evaluation mode.
+        small: the small model, in evaluation mode; its weights are what every fit is shrunk towards.
+        reductions: of the source's spaces, by which the small model was made.
+        inputs: batches of what the models take.
+        refit: fit at all; without it streams are computed only.
+        shrinkage: lambda of the fits, in units of the features' mean variance.
+        fitted: fits read the first so many batches; the streams of all others are carried along. All by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        small: nn.Module,
+        reductions: Mapping[str, Reduction],
+        inputs: Sequence[torch.Tensor],
+        *,
+        refit: bool = True,
+        shrinkage: float = SHRINKAGE,
+        fitted: int | None = None,
+    ) -> None:
+        self.model, self.small, self.reductions, self.inputs = model, small, reductions, inputs
+        self.refit, self.shrinkage, self.fitted = refit, shrinkage, fitted
+        self.arch, self.family = arch_of(model), family_of(arch_of(model))
+        self.views, self.small_views = block_views(model, self.arch), block_views(small)
+        self.sizes = self.family.spaces(self.arch)
+        self.x: Streams = []
+        self.z: Streams = []
+
+    def run(self, kept: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Refit everything.
+
+        Args:
+            kept: numbers in the source of the small model's blocks.
+            progress: told of kept blocks done and of all.
+        """
+        self._stem()
+        done = 0
+        for s, stage in enumerate(self.arch.stages):
+            if s:
+                self._enter(s)
+            own = [view.index for view in self.views if view.stage == s]
+            alive = [i for i in own if i in set(kept)]
+            end = own[-1] + 1 if own else 0
+            self.x = self._passed(own[: own.index(alive[0])] if alive else own, self.x)
+            for i, after in zip(alive, [*alive[1:], end], strict=True):
+                self.block(stage, self.small_views[done], self.views[i], after)
+                done += 1
+                if progress:
+                    progress(done, len(kept))
+        self._heads()
+
+    # --- parts of the model ---
+
+    def block(self, stage: Stage, own: BlockView, source: BlockView, after: int) -> None:
+        """Refit a block, and go on to the stream in front of the next kept one.
+
+        Args:
+            stage: of the source.
+            own: the small model's block.
+            source: the source's.
+            after: number in the source of the next kept block of the stage; that behind its last one, if there is none.
+        """
+        module: Any = own.module
+        plan = getattr(module, "token_merge", None)
+        merged: Merge = (lambda s: s) if plan is None else (lambda s: [plan.merge(one) for one in s])
+        middle, following = self.halves(stage, source, self.x)
+        following = self._passed(range(source.index + 1, after), following)
+        target = merged(middle if own.mlp else following)
+        z = merged(self.z)
+        if own.attention is not None and source.attention is not None:
+            z = self.attention(stage, own.attention, source, merged(self.x), z, target)
+        elif own.record.conv_kernel:
+            z = self._convolution(own, source.stage, z, target)
+        elif own.record.norm_residual:
+            z = [one + module.norm1(one) for one in z]
+        if own.mlp is not None and source.mlp is not None:
+            z = self.mlp(stage, own.mlp, source, merged(middle), z, merged(following))
+        self.z = z if plan is None else [plan.spread(new, old) for new, old in zip(z, self.z, strict=True)]
+        self.x = following
+
+    def halves(self, stage: Stage, source: BlockView, x: Streams) -> tuple[Streams, Streams]:
+        """Compute the source's stream between the halves of a block, and behind it."""
+        middle = x if source.attention is None else [source.attention.after(one, stage.grid) for one in x]
+        if source.mlp is None:
+            return middle, middle
+        return middle, [source.mlp.after(one, stage.grid[0]) for one in middle]
+
+    def attention(
+        self, stage: Stage, own: AttentionView, source: BlockView, x: Streams, z: Streams, target: Streams
+    ) -> Streams:
+        """Refit a block's attention.
+
+        Args:
+            stage: of the source.
+            own: the small model's attention.
+            source: the source's block.
+            x: the source's streams in front of the block.
+            z: the small model's.
+            target: the source's streams that the sums of z and the attention's output should come close to.
+
+        Returns:
+            The small model's streams behind the attention.
+        """
+        assert source.attention is not None
+        pairs = zip(own.readers(stage.grid), source.attention.readers(stage.grid), strict=True)
+        for reader, wanted in pairs:
+            single = alone(reader, own.readers(stage.grid))
+            self.read(reader, outputs_of(wanted, x), z, f"{source.name}.{wanted.name}", single=single)
+        return self.write_attention(stage, own, source.stage, z, target)
+
+    def write_attention(self, stage: Stage, own: AttentionView, s: int, z: Streams, target: Streams) -> Streams:
+        """Fit the output projection of an attention whose readers are done; return the streams behind it."""
+        features = [own.mixed(one, stage.grid) for one in z]
+        fold_scale(own.scale, own.out.layer)
+        return self._write(own.out.layer, features, z, target, s)
+
+    def mlp(self, stage: Stage, own: MlpView, source: BlockView, m: Streams, z: Streams, target: Streams) -> Streams:
+        """Refit a block's MLP; arguments and result as for ``attention``, ``m`` the source's streams in front of it."""
+        assert source.mlp is not None
+        rows = stage.grid[0]
+        for reader, wanted in zip(own.readers(), source.mlp.readers(), strict=True):
+            self.read(reader, outputs_of(wanted, m), z, f"{source.name}.{wanted.name}", single=True)
+        features = [own.hidden(own.norm(one), rows) for one in z]
+        fold_scale(own.scale, own.out.layer)
+        return self._write(own.out.layer, features, z, target, source.stage)
+
+    def _convolution(self, own: BlockView, s: int, z: Streams, target: Streams) -> Streams:
+        """Refit the 1x1 layer behind the convolution; prefix tokens have no place on the grid."""
+        module: Any = own.module
+        attn, prefix = module.attn, module.attn.prefix_tokens
+        rows, columns = attn.grid
+        layer, scale = attn.bconv[3], getattr(module, "ls1", nn.Identity())
+        fold_scale(scale, layer)
+        tokens = [module.norm1(one).flatten(1, -2) for one in z]
+        inside = [rearrange(one[:, prefix:], "b (h w) d -> b d h w", h=rows, w=columns) for one in tokens]
+        norm, maps = attn.bconv[1], torch.cat([attn.bconv[0](one) for one in inside[: self.fitted]])
+        norm.running_mean.copy_(maps.mean((0, 2, 3)))
+        norm.running_var.copy_(maps.var((0, 2, 3)))
+        if self.refit:
+            features = [attn.bconv[:3](one).flatten(2).mT for one in inside]
+            wanted = [(self.reduced(s, t) - one).flatten(1, -2)[:, prefix:] for t, one in zip(target, z, strict=True)]
+            self._fit(layer, features, lambda n: wanted[n])
+        return [one + scale(attn(normed)).view_as(one) for one, normed in zip(z, tokens, strict=True)]
+
+    def _stem(self) -> None:
+        batches = [to_model(self.model, batch) for batch in self.inputs]
+        self.x = [self.family.stem(self.model, batch) for batch in batches]
+        norm = self.family.stem_norm(self.small)
+        if norm is not None:
+            self._rescale(norm, [self.family.stem(self.small, batch) for batch in batches], 0)
+        self.z = [self.family.stem(self.small, batch) for batch in batches]
+
+    def _enter(self, s: int) -> None:
+        """Refit the entrance of a stage other than the first."""
+        wanted = self.family.entrance(self.model, self.arch, s)
+        own = self.family.entrance(self.small, self.arch, s)
+        self.read(own.reader, outputs_of(wanted.reader, self.x), self.z, wanted.reader.name, single=True)
+        self.x = [wanted.run(x) for x in self.x]
+        if own.norm is not None:
+            self._rescale(own.norm, [own.run(z) for z in self.z], s)
+        self.z = [own.run(z) for z in self.z]
+
+    def _heads(self) -> None:
+        wanted = self.family.heads(self.model, self.arch)
+        for reader, target in zip(self.family.heads(self.small, self.arch), wanted, strict=True):
+            self.read(
+                reader,
+                outputs_of(target, self.x),
+                self.z,
+                target.name,
+                single=False,
+                shrinkage=HEAD_SHRINKAGE,
+            )
+
+    def _passed(self, blocks: Sequence[int], x: Streams) -> Streams:
+        """Carry the source's streams through blocks that the small model lacks."""
+        for i in blocks:
+            view = self.views[i]
+            x = [self.family.run_block(self.arch, self.arch.stages[view.stage], view.module, one) for one in x]
+        return x
+
+    # --- fits ---
+
+    def reduced(self, s: int, x: torch.Tensor) -> torch.Tensor:
+        """Map a source's stream of stage ``s`` to the small model's."""
+        reduction = self.reductions.get(f"stages.{s}.embed")
+        return x if reduction is None else reduction.apply(x, -1)
+
+    def narrowed(self, name: str, outputs: torch.Tensor) -> torch.Tensor:
+        """Reduce the outputs of the source's layer ``name`` (..., G) to those that the small model's layer has."""
+        axes = self.family.axes(self.arch, f"{name}.weight")
+        parts = self.family.parts(axes[0]) if axes else ()
+        if not any(part in self.reductions for part in parts):
+            return outputs
+        pieces = torch.split(outputs, [self.sizes[part] for part in parts], dim=-1)
+        own = [
+            self.reductions[p].apply(t, -1) if p in self.reductions else t for p, t in zip(parts, pieces, strict=True)
+        ]
+        return torch.cat(own, -1)
+
+    def read(
+        self,
+        reader: Reader,
+        target: Callable[[int], torch.Tensor],
+        z: Streams,
+        name: str,
+        *,
+        single: bool,
+        shrinkage: float | None = None,
+    ) -> None:
+        """Fit a layer that reads the stream.
+
+        Args:
+            reader: the small model's layer.
+            target: gives the source's outputs, by batch.
+            z: the small model's streams.
+            name: of the layer in the source.
+            single: nothing else reads the norm in front of it.
+            shrinkage: lambda, where it is not that of all fits.
+        """
+        if self.refit:
+            norm = reader.norm if single and not reader.padded else None
+            self._fit(
+                reader.layer,
+                [reader.rows(one) for one in z[: self.fitted]],
+                lambda n: self.narrowed(name, target(n)),
+                norm=norm,
+                shrinkage=shrinkage,
+            )
+
+    def _write(self, layer: nn.Module, features: Streams, z: Streams, target: Streams, s: int) -> Streams:
+        """Fit a writer to the difference between the streams of source and small model, and add its output."""
+        if self.refit:
+            self._fit(layer, features, lambda n: self.reduced(s, target[n]) - z[n])
+        return [one + layer(feature) for one, feature in zip(z, features, strict=True)]
+
+    def _fit(
+        self,
+        layer: nn.Module,
+        features: Streams,
+        target: Callable[[int], torch.Tensor],
+        *,
+        norm: nn.Module | None = None,
+        shrinkage: float | None = None,
+    ) -> None:
+        """Put the fitted weight and bias into a linear layer or a convolution that is one on its rows."""
+        weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+        found, shift = self.solve(
+            weight.flatten(1), features, target, centred=bias is not None or norm is not None, shrinkage=shrinkage
+        )
+        weight.copy_(found.view_as(weight))
+        if bias is not None:
+            bias.copy_(shift)
+        elif norm is not None:
+            norm.get_parameter("bias").add_(solve_shift(found, shift).to(weight))
+
+    def solve(
+        self,
+        start: torch.Tensor,
+        features: Streams,
+        target: Callable[[int], torch.Tensor],
+        *,
+        centred: bool = True,
+        shrinkage: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fit a matrix to the batches that fits read.
+
+        Args:
+            start: what it is shrunk towards, (G, F).
+            features: (..., F), by batch.
+            target: gives (..., G), by batch.
+            centred: with a bias.
+            shrinkage: lambda, where it is not that of all fits.
+
+        Returns:
+            The matrix (G, F) and the bias (G,), in float64.
+        """
+        sums = NormalEquations(start.shape[1], start.shape[0], start.device)
+        for n, feature in enumerate(features[: self.fitted]):
+            sums.add(feature, target(n))
+        return sums.solve(start, self.shrinkage if shrinkage is None else shrinkage, centred=centred)
+
+    def _rescale(self, norm: nn.Module, z: Streams, s: int) -> None:
+        """Refit gain and bias of a norm that writes the stream of stage ``s``, channel by channel."""
+        if not self.refit or f"stages.{s}.embed" not in self.reductions:
+            return
+        pairs = zip(z[: self.fitted], self.x[: self.fitted], strict=True)
+        own, wanted = zip(*((a.flatten(0, -2), self.reduced(s, b).flatten(0, -2)) for a, b in pairs), strict=True)
+        a, b = torch.cat(own).double(), torch.cat(wanted).double()
+        spread = (a - a.mean(0)).square().mean(0)
+        factor = 1 + ((a - a.mean(0)) * (b - a)).mean(0) / (spread * (1 + self.shrinkage)).clamp_min(1e-12)
+        weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
+        weight.mul_(factor.to(weight))
+        bias.copy_((bias.double() * factor + b.mean(0) - factor * a.mean(0)).to(bias))
+
+
+def outputs_of(reader: Reader, streams: Streams) -> Callable[[int], torch.Tensor]:
+    """Compute the outputs of a source's layer when they are asked for, by batch."""
+    return lambda n: reader(streams[n])
+
+
+def alone(reader: Reader, readers: Sequence[Reader]) -> bool:
+    """Whether no other layer of a block reads the norm that a layer reads."""
+    return sum(other.norm is reader.norm for other in readers) == 1
+
+
+def solve_shift(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Compute in float64 the shortest input (F,) of ``weight`` (G, F) that gives ``bias`` (G,) in the least squares."""
+    return torch.linalg.pinv(weight.double(), rtol=1e-9) @ bias.double()
+
+
+def fold_scale(scale: nn.Module, layer: nn.Module) -> None:
+    """Move LayerScale's factors into the layer in front of it."""
+    factors = getattr(scale, "gamma", None)
+    if factors is None:
+        return
+    weight = layer.get_parameter("weight")
+    weight.mul_(factors.view(-1, *(1,) * (weight.ndim - 1)))
+    layer.get_parameter("bias").mul_(factors)
+    factors.fill_(1)
+
+
+def tail(model: nn.Module, arch: Arch, views: Sequence[BlockView], done: int, x: torch.Tensor) -> torch.Tensor:
+    """Compute a model's output from the stream behind its first ``done`` blocks."""
+    family, stage = family_of(arch), views[max(done - 1, 0)].stage
+    for view in views[done:]:
+        for s in range(stage + 1, view.stage + 1):
+            x = family.entrance(model, arch, s).run(x)
+        stage = view.stage
+        x = family.run_block(arch, arch.stages[view.stage], view.module, x)
+    return family.finish(model, arch, x)
