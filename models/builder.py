@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
 from .arch import Arch
-from .errors import UserError
+from .errors import UserError, nearest
 from .families import FAMILIES, family_of
+from .precision import TYPES
 
 __all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
 
 ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.io.store registers it)
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")  # timm's
+CLASS_NAMES = ("label_names", "label_descriptions")  # of the classes, in timm's ``pretrained_cfg``
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -45,16 +50,25 @@ def create(
         pretrained: load those weights; otherwise they are random.
         pretrained_cfg: timm's description of the weights and the preprocessing.
         drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
-        options: timm's own, and values that the record has too, which must agree with it; only ``num_classes`` may
-            differ, and then the classifier is new.
+        options: timm's own (``drop_rate``, ``features_only``, ``out_indices``), and values that the record has too,
+            which must agree with it; only ``num_classes`` may differ, and then the classifier is new.
 
     Raises:
         UserError: the record is impossible, or an option contradicts it or is unknown.
     """
     arch.validate()
-    cfg = _pretrained_cfg(arch, pretrained_cfg or {})
+    cfg, family = _pretrained_cfg(arch, pretrained_cfg or {}), family_of(arch)
+    for name in ("drop_rate", "features_only"):
+        if options.get(name) and not family.supports("images"):
+            raise UserError(
+                f"{name} = {options[name]!r}: is for models of images, {arch.source} is of family {family.name!r}"
+            )
+    features: dict[str, Any] = {}
+    if options.get("features_only"):
+        places = options.pop("out_indices", family.feature_stages(arch))
+        features["feature_cfg"] = {"feature_cls": "getter", "out_indices": places}
 
-    def construct(*, arch: Arch, drop_path: float, **given: Any) -> nn.Module:
+    def construct(*, arch: Arch, drop_path: float, drop_rate: float = 0.0, **given: Any) -> nn.Module:
         for name, own in (("in_chans", arch.in_chans), ("img_size", arch.img_size), ("global_pool", arch.pool)):
             value = given.pop(name, own)
             if (to_2tuple(value) if name == "img_size" else value) != own:
@@ -63,15 +77,24 @@ def create(
         if arch.text is not None and classes != arch.num_classes:
             raise UserError(f"num_classes = {classes}: this model's vocabulary has {arch.num_classes} words")
         if given:
-            raise UserError(f"unknown model argument {', '.join(given)}: the record alone says what the model is")
+            raise UserError(
+                f"unknown model argument {', '.join(given)}: the record alone says what the model is; num_classes, "
+                "drop_rate, drop_path_rate, features_only and out_indices may be given"
+            )
         arch = dataclasses.replace(arch, num_classes=classes)
-        model = family_of(arch).build(arch, drop_path=drop_path)
+        model = family.build(arch, drop_path=drop_path)
+        if drop_rate:
+            family.set_drop_rate(model, drop_rate)
         model.arch = arch  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         return model
 
-    return build_model_with_cfg(
-        construct, ENTRY_POINT, pretrained, pretrained_cfg=cfg, arch=arch, drop_path=drop_path, **options
+    model = build_model_with_cfg(
+        construct, ENTRY_POINT, pretrained, pretrained_cfg=cfg, arch=arch, drop_path=drop_path, **features, **options
     )
+    if options.get("num_classes", arch.num_classes) != arch.num_classes:
+        for name in CLASS_NAMES:  # of the classifier that was there
+            model.pretrained_cfg.pop(name, None)
+    return model
 
 
 def build_with(
@@ -86,9 +109,11 @@ def build_with(
 
     Raises:
         RuntimeError: a weight is missing, left over, or of another shape (as ``load_state_dict`` says it).
+        UserError: the record is impossible, or the weights are not all of one type that torch computes with.
     """
     with torch.device("meta"):
         model = build(arch, pretrained_cfg=pretrained_cfg)
+    _check_types(weights, [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()])
     model.load_state_dict(weights, strict=True, assign=True)
     device = next(model.parameters()).device
     for module in model.modules():  # Swin's masks and position indices are in no state dict
@@ -100,7 +125,27 @@ def build_with(
     return model
 
 
+def _check_types(weights: Mapping[str, torch.Tensor], numbers: Sequence[str]) -> None:
+    """Raise UserError where ``numbers`` are not of one type, or other tensors (indices, masks) are of such a type."""
+    known = set(numbers)
+    kinds = Counter(tensor.dtype for name, tensor in weights.items() if name in known)
+    usual = kinds.most_common(1)[0][0] if kinds else torch.float32
+    for name, tensor in weights.items():
+        if name in known and (tensor.dtype != usual or usual not in TYPES.values()):
+            found = f"{name} is {tensor.dtype}, others are {usual}".replace("torch.", "")
+            raise UserError(f"{found}: all must be of one type, float16, bfloat16, float32 or float64")
+        if name not in known and tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype}: must hold whole numbers")
+
+
 def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(PretrainedCfg)]
+    for key in given:
+        if key not in known:
+            raise UserError(f"pretrained_cfg has an unknown key {key!r}. {nearest(key, known)}".strip())
+    _check_preprocessing(given)
+    if len(given.get("label_names") or ()) != arch.num_classes:  # the classifier was replaced
+        given = {key: value for key, value in given.items() if key not in CLASS_NAMES}
     half = (0.5,) * arch.in_chans
     own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
     family = family_of(arch)
@@ -116,6 +161,28 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
         **own,
         "classifier": family.classifiers(arch),
     }
+
+
+def _check_preprocessing(given: Mapping[str, Any]) -> None:
+    """Raise UserError for values that no image could be prepared by, and for class names that are no list."""
+
+    def check(name: str, right: Callable[[Any], bool], allowed: str) -> None:
+        value = given.get(name)
+        if value is not None and not right(value):
+            raise UserError(f"pretrained_cfg.{name} = {value!r}: must be {allowed}")
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_number, value))
+
+    check("mean", numbers, "a list of finite numbers, one per channel")
+    check("std", lambda v: numbers(v) and min(v) > 0, "a list of finite numbers above 0, one per channel")
+    check("crop_pct", lambda v: _is_number(v) and v > 0, "a number above 0")
+    check("interpolation", lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
+    check("label_names", lambda v: isinstance(v, (list, tuple)), "a list of names")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def arch_of(model: nn.Module) -> Arch:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .arch import Arch
 from .errors import UserError, nearest
-from .families import FAMILIES
+from .families import FAMILIES, family_of
 
 __all__ = ["arch_from_timm"]
 
@@ -38,7 +38,12 @@ def arch_from_timm(model: str | nn.Module, img_size: int | tuple[int, int] | Non
     arch = getattr(module, "arch", None)
     cfg = getattr(module, "pretrained_cfg", {})
     name = str(cfg.get("architecture") or type(module).__name__)
-    if not isinstance(arch, Arch):
+    if isinstance(arch, Arch):
+        now = family_of(arch).current(module, arch)
+        if now is not arch:
+            now.validate()
+        arch = now
+    else:
         readers = {kind: family for family in FAMILIES.values() for kind in family.timm_classes}
         family = readers.get(type(module))
         if family is None:

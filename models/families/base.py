@@ -7,6 +7,7 @@ the package, ``models.families.register``). No other code names a family: it ask
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -109,6 +110,34 @@ class Family(ABC):
 
         timm stores its ``num_classes`` and ``num_features`` with it, so it must have both.
         """
+
+    def current(self, model: Any, arch: Arch) -> Arch:
+        """Return the record of a built module as it is now, after timm's ``reset_classifier`` or ``set_input_size``.
+
+        Args:
+            model: a module that ``build`` made.
+            arch: the record that it was made from.
+
+        Raises:
+            UserError: the record cannot follow the change; the message says what to do.
+        """
+        changes: dict[str, Any] = {}
+        if (classifiers := self.classifiers(arch)) is not None:
+            head = model.get_submodule(classifiers if isinstance(classifiers, str) else classifiers[0])
+            if isinstance(head, nn.Linear) and head.out_features != arch.num_classes:
+                changes["num_classes"] = head.out_features
+        if (pool := getattr(model, "global_pool", arch.pool)) != arch.pool:
+            changes["pool"] = pool
+        return dataclasses.replace(arch, **changes) if changes else arch
+
+    def set_drop_rate(self, model: Any, rate: float) -> None:
+        """Set the dropout in front of the classifier; every family of images has one."""
+        owner, name = (model, "head_drop") if hasattr(model, "head_drop") else (model.head, "drop")
+        setattr(owner, name, nn.Dropout(rate))
+
+    def feature_stages(self, arch: Arch) -> int | tuple[int, ...]:
+        """Return timm's default ``out_indices`` of ``features_only``: every stage, or the last three blocks."""
+        return min(3, arch.depth) if self.single_stage else tuple(range(len(arch.stages)))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """List the blocks of all stages, in the order of ``Arch.blocks``."""

@@ -152,7 +152,7 @@ class PVTv2Family(Family):
     )
     timm_classes = (PyramidVisionTransformerV2,)
     stages_name = "stages"
-    fixed_fields = PYRAMID
+    fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
     probe_patch = 4
     block_tensors: ClassVar[Table] = {
         **NORMS,

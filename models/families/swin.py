@@ -7,6 +7,7 @@ timm's windows, shifts, masks and parameter names.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any, ClassVar
@@ -83,6 +84,15 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
         else:
             del self.norm2, self.mlp, self.drop_path2
 
+    def set_input_size(self, feat_size: tuple[int, int], window_size: Any, **options: Any) -> None:
+        """Take another grid, as timm's ``set_input_size`` of the whole model asks of every block."""
+        if self.mixer == "attn":
+            super().set_input_size(feat_size, window_size, **options)
+            return
+        self.input_resolution = feat_size
+        if isinstance(conv := getattr(self, "attn", None), ConvMixer):
+            conv.grid = feat_size
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the block on a map, (B, rows, columns, D) to the same."""
         if self.mixer == "attn":
@@ -120,6 +130,7 @@ def build_swin(arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
         embed_dim=widths[0],
         depths=(0,) * len(widths),
         num_heads=(1,) * len(widths),
+        window_size=[stage.window for stage in arch.stages],  # timm scales them when the image size is set anew
         norm_layer=norm_layer,
         drop_path_rate=0.0,
     )
@@ -162,7 +173,7 @@ class SwinFamily(Family):
     capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "fused_qkv", "windows", "streams"})
     timm_classes = (SwinTransformer,)
     stages_name = "layers"
-    fixed_fields = PYRAMID
+    fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
     one_head_only = "a Swin head has position biases of its own"
     conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e2, centre_first=True)
     block_tensors: ClassVar[Table] = {**BLOCK, "attn.relative_position_bias_table": (WHOLE, scales("heads"))}
@@ -253,6 +264,15 @@ class SwinFamily(Family):
         found: torch.Tensor = model.head(model.norm(x))
         return found
 
+    def current(self, model: Any, arch: Arch) -> Arch:
+        """Follow ``set_input_size`` too, which gives every stage another grid, other windows and shifts."""
+        arch, embed = super().current(model, arch), model.patch_embed
+        img_size, patch_size = tuple(embed.img_size), tuple(embed.patch_size)
+        sized = dataclasses.replace(arch, img_size=img_size, patch_size=patch_size)
+        parts: Any = zip(model.layers, arch.stages, self.grids(sized), strict=True)
+        now = dataclasses.replace(sized, stages=tuple(_stage_now(*part) for part in parts))
+        return arch if now == arch else now
+
     def classifiers(self, arch: Arch) -> str:
         """Return ``head.fc``: timm pools within ``head``."""
         return "head.fc"
@@ -290,6 +310,24 @@ class SwinFamily(Family):
     def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Return the shape of a map: rows, columns and channels."""
         return (*stage.grid, stage.width), {}
+
+
+def _stage_now(layer: Any, stage: Stage, grid: tuple[int, int]) -> Stage:
+    """Return a built stage's record with its grid, and with the windows and shifts that its blocks have now."""
+    modules = [module for module, block in zip(layer.blocks, stage.blocks, strict=True) if block.mixer == "attn"]
+    rows, columns = modules[0].window_size if modules else map(min, stage.window or (1, 1), grid)
+    stage = dataclasses.replace(stage, grid=grid, window=(rows, columns))
+    blocks = (_block_now(*own, stage) for own in zip(layer.blocks, stage.blocks, strict=True))
+    return dataclasses.replace(stage, blocks=tuple(blocks))
+
+
+def _block_now(module: Any, block: Block, stage: Stage) -> Block:
+    """Return a built block's record; where a window spans the grid, nothing is shifted whatever the record says."""
+    if block.mixer != "attn":
+        return block
+    spans = [side <= window for side, window in zip(stage.grid, stage.window or (), strict=True)]
+    would = any(by and not span for by, span in zip(shift(stage, block), spans, strict=True))
+    return block if would == any(module.shift_size) else dataclasses.replace(block, shifted=any(module.shift_size))
 
 
 def _read_block(index: int, block: Any, require: Require) -> Block:

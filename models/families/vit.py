@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make
 
 from .base import Family
 from .block_costs import Cost
-from .checks import check_fixed
+from .checks import check_fixed, check_one_of
 from .reading import Require, activation_of, layer_norms, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, writes
 from .views import Reader
@@ -242,6 +243,23 @@ class VisionTransformerFamily(Family):
         found: torch.Tensor = model.forward_head(model.norm(x))
         return found
 
+    def current(self, model: Any, arch: Arch) -> Arch:
+        """Follow ``set_input_size`` too; token plans and factors are for one grid of patches, and refuse another."""
+        arch, embed = super().current(model, arch), model.patch_embed
+        img_size, patch_size = tuple(embed.img_size), tuple(embed.patch_size)
+        if (img_size, patch_size) == (arch.img_size, arch.patch_size):
+            return arch
+        (stage,) = arch.stages
+        bound = [i for i, block in enumerate(stage.blocks) if block.tokens is not None or block.token_scale]
+        if bound:
+            planned = f"{arch.img_size[0]}x{arch.img_size[1]}"
+            raise UserError(
+                f"img_size = {list(img_size)}, patch_size = {list(patch_size)}: block {bound[0]} merges or scales "
+                f"tokens by a plan for {planned} images; set the size of the model before it is planned"
+            )
+        stage = dataclasses.replace(stage, grid=tuple(embed.grid_size))
+        return dataclasses.replace(arch, img_size=img_size, patch_size=patch_size, stages=(stage,))
+
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
         """Return ``head``, and ``head_dist`` of a distilled model."""
         return ("head", "head_dist") if arch.dist_token else "head"
@@ -249,6 +267,7 @@ class VisionTransformerFamily(Family):
     def check_fields(self, arch: Arch) -> None:
         """Raise UserError for impossible pooling, or fields that timm's VisionTransformerDistilled does not allow."""
         super().check_fields(arch)
+        check_one_of("act", arch.act, ACTIVATIONS)
         if arch.pool == "none":
             raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
         if arch.pool == "token" and not arch.class_token:

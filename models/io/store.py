@@ -4,14 +4,16 @@
     model = timm.create_model("local-dir:runs/digits/trials/r0-0007/model", pretrained=True)
 
 ``config.json`` is timm's, with the record as ``model_args.arch``, with ``provenance`` and with ``weights_sha256``, the
-SHA-256 of ``model.safetensors``. No pickle is written or read.
+SHA-256 of ``model.safetensors``. No pickle is written or read. A model that was loaded carries its provenance as
+``model.provenance``, and keeps it when it is saved again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from torch import nn
 from prunesweep.models.arch import Arch
 from prunesweep.models.builder import ENTRY_POINT, arch_of, build_with, create
 from prunesweep.models.errors import UserError
+from prunesweep.models.families import family_of
 from prunesweep.models.families.lm import lm_arch
+from prunesweep.models.precision import stored_dtype
 
 from .files import publish_folder
 
@@ -31,6 +35,7 @@ __all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST = "weights_sha256"  # absent from folders that older versions wrote
+OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
 
 
 @timm.models.register_model
@@ -44,18 +49,17 @@ def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
     Raises:
         UserError: ``arch`` is missing or impossible, or an option contradicts it.
     """
-    arch = options.pop("arch", None)
+    arch, cfg = options.pop("arch", None), options.pop("pretrained_cfg", None)
     if arch is None:
         raise UserError(f"timm model {ENTRY_POINT!r} needs arch=...: a record or its JSON object")
     if not isinstance(arch, Arch):
         arch = Arch.from_dict(arch)
-    return create(
-        arch,
-        pretrained=pretrained,
-        pretrained_cfg=options.pop("pretrained_cfg", None),
-        drop_path=options.pop("drop_path_rate", 0.0),
-        **options,
+    model = create(
+        arch, pretrained=pretrained, pretrained_cfg=cfg, drop_path=options.pop("drop_path_rate", 0.0), **options
     )
+    if pretrained and isinstance(cfg, Mapping) and cfg.get("source") == "local-dir":
+        model.provenance = load_provenance(cfg["file"])  # type: ignore[assignment]  # nn.Module: Tensor | Module
+    return model
 
 
 @timm.models.register_model
@@ -92,43 +96,76 @@ def rebuilt(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model cannot be represented, or was changed after it was built.
     """
+    arch, weights = arch_of(model), model.state_dict()
+    classifiers = family_of(arch).classifiers(arch) or ()
+    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        if isinstance(model.get_submodule(name), nn.Identity):
+            raise UserError("the model has no classifier (num_classes = 0): give it one with reset_classifier(N)")
     try:
-        return build_with(arch_of(model), model.state_dict(), pretrained_cfg=getattr(model, "pretrained_cfg", None))
+        return build_with(arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
     except RuntimeError as error:
         raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
 
 
-def save(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Path:
     """Write ``model`` (ours, or a timm model that ``Arch.from_timm`` accepts) as a folder, whole or not at all.
 
     Args:
-        model: the model; its weights are stored as they are.
+        model: the model. Its weights are stored as they are; those of a model that was cast to float32 for work
+            (``models.precision``), in the type that they had.
         path: the folder; one that is there is replaced.
-        provenance: JSON-ready facts about where the weights come from; ``load_provenance`` gives them back. Any key may
-            be used. By convention, each where it applies: ``method`` (the pruner's name, ``source``, ``import``),
-            ``source`` (facts about the dense model), ``scores`` (the cached scores' file names), ``point`` (the
-            search's parameters), ``data`` (fingerprint of the data set), ``seed``, ``top1`` (per cent) and ``versions``
-            (package to version).
+        provenance: JSON-ready facts about where the weights come from; ``load_provenance`` gives them back. By default
+            those of the model's own ``provenance``, which it has if it was loaded. Any key may be used. By convention,
+            each where it applies: ``method`` (the pruner's name, ``source``, ``import``), ``source`` (facts about the
+            dense model), ``scores`` (the cached scores' file names), ``point`` (the search's parameters), ``data``
+            (fingerprint of the data set), ``seed``, ``top1`` (per cent) and ``versions`` (package to version).
+        classes: names of the classes by label, stored as timm's ``label_names``, by which data are matched with the
+            model. By default those that the model has already.
 
     Raises:
-        UserError: the model cannot be represented, or was changed after it was built.
+        UserError: the model cannot be represented or was changed after it was built, or ``classes`` are not as many
+            different names as it has classes.
     """
     path, ours = Path(path), rebuilt(model)
-    record = arch_of(ours).to_dict()
+    arch = arch_of(ours)
+    if classes is not None:
+        cfg: Any = ours.pretrained_cfg
+        cfg["label_names"] = _class_names(classes, arch.num_classes)
+    if provenance is None:
+        provenance = getattr(model, "provenance", {})
+    record, dtype = arch.to_dict(), stored_dtype(model)
     with publish_folder(path) as folder:
         timm.models.save_for_hf(
             ours,
             str(folder),
-            model_config={"provenance": dict(provenance or {})},
+            model_config={"provenance": dict(provenance)},
             model_args={"arch": record},
             safe_serialization=True,
         )
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ours.state_dict().items()}
+        weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(record)})
         config = json.loads((folder / CONFIG).read_text())
         config[DIGEST] = _sha256(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
     return path
+
+
+def _class_names(classes: Sequence[str], count: int) -> list[str]:
+    names = list(map(str, classes))
+    if len(names) != count:
+        raise UserError(f"classes: {len(names)} names, the model has {count} classes")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(
+            f"classes: {twice[0]!r} is there {names.count(twice[0])} times; every class needs a name of its own"
+        )
+    return names
 
 
 def _sha256(path: Path) -> str:
@@ -144,10 +181,13 @@ def _config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         architecture, _ = config["architecture"], config["pretrained_cfg"]
-    except (ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
         raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if architecture != ENTRY_POINT:
         raise UserError(f"{folder} holds a {architecture!r}, not a {ENTRY_POINT!r} model; load it with timm")
+    for name in OBJECTS:
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(f"{folder / CONFIG} is damaged: {name} = {config[name]!r}: must be a JSON object")
     return config
 
 
@@ -162,9 +202,13 @@ def read_arch(path: str | Path) -> Arch:
             beside_weights = json.loads((file.metadata() or {}).get("arch", "null"))
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{Path(path) / WEIGHTS} is damaged: {error}") from error
+    try:
+        arch = Arch.from_dict(record)
+    except UserError as error:
+        raise UserError(f"{Path(path) / CONFIG}: {error}") from error
     if record != beside_weights:
         raise UserError(f"{path}: {CONFIG} and {WEIGHTS} hold different records; one of them was changed")
-    return Arch.from_dict(record)
+    return arch
 
 
 def load_provenance(path: str | Path) -> dict[str, Any]:
@@ -173,7 +217,7 @@ def load_provenance(path: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> nn.Module:
-    """Load a saved model on the CPU, in eval mode.
+    """Load a saved model on the CPU, in eval mode, in the type that its weights have; it carries its ``provenance``.
 
     Raises:
         UserError: the folder is not a saved model, a file is damaged, or the weights are not those that were saved.
@@ -191,4 +235,7 @@ def load(path: str | Path) -> nn.Module:
         model = build_with(arch, weights, pretrained_cfg=config["pretrained_cfg"])
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{weights_file} does not fit its record: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    model.provenance = dict(config.get("provenance", {}))  # type: ignore[assignment]  # nn.Module: Tensor | Module
     return model.eval()

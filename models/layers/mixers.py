@@ -118,6 +118,6 @@ class ConvMixer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix tokens, (B, N, D) to (B, N, D)."""
         prefix, patches = x.tensor_split([self.prefix_tokens], dim=1)
-        x_map = rearrange(patches, "b (h w) d -> b d h w", h=self.grid[0])
+        x_map = rearrange(patches, "b (h w) d -> b d h w", h=self.grid[0], w=self.grid[1])
         patches = rearrange(self.bconv(x_map), "b d h w -> b (h w) d")
         return torch.cat([prefix.to(patches.dtype), patches], dim=1) if self.prefix_tokens else patches

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from prunesweep.models import UserError, arch_of, cut, load, load_provenance, read_arch, save
 from prunesweep.models.io.files import publish_folder, write_text
-from tests.generate import random_arch, random_cut, random_images, random_model
+from tests.generate import FAMILIES, random_arch, random_cut, random_images, random_model
 
 
 @pytest.fixture
@@ -66,6 +69,90 @@ def test_another_number_of_classes_keeps_the_body(saved: tuple[torch.nn.Module, 
     assert all(torch.equal(other.state_dict()[name], weights[name]) for name in body)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_record_follows_a_new_classifier(family: str, tmp_path: Path) -> None:
+    arch = random_arch(Random(1), family)
+    save(random_model(arch, 1, torch.float32), tmp_path / "model", classes=list(map(str, range(arch.num_classes))))
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, drop_rate=0.5).eval()
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in model.modules())
+    model.reset_classifier(arch.num_classes + 2)
+    save(model, tmp_path / "other")
+    again: Any = load(tmp_path / "other")
+    assert arch_of(again) == dataclasses.replace(arch, num_classes=arch.num_classes + 2)
+    assert "label_names" not in again.pretrained_cfg
+    x = random_images(arch, 0, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    model.reset_classifier(0)
+    with pytest.raises(UserError, match=r"no classifier \(num_classes = 0\): give it one with reset_classifier"):
+        save(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("family", "seed"), [("vit", 3), ("vit", 4), *(("swin", seed) for seed in range(6))])
+def test_the_record_follows_a_new_image_size(family: str, seed: int, tmp_path: Path) -> None:
+    arch = random_arch(Random(seed), family)
+    save(random_model(arch, seed, torch.float32), tmp_path / "model")
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    rows, columns = arch.img_size
+    model.set_input_size(img_size=(2 * rows, 3 * columns))
+    save(model, tmp_path / "larger")
+    again = load(tmp_path / "larger")
+    assert arch_of(again).img_size == (2 * rows, 3 * columns)
+    x = random_images(arch_of(again), 0, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_token_plan_is_for_one_image_size(tmp_path: Path) -> None:
+    arch = random_arch(Random(6), "vit")
+    assert arch.blocks[0].tokens is not None
+    model: Any = random_model(arch, 6, torch.float32)
+    model.set_input_size(img_size=(2 * arch.img_size[0], arch.img_size[1]))
+    with pytest.raises(UserError, match="block 0 merges or scales tokens by a plan for 6x6 images; set the size"):
+        save(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_only(family: str, tmp_path: Path) -> None:
+    """As timm's own models: the maps of the last three blocks of a ViT, of every stage of others."""
+    arch = random_arch(Random(4), family)
+    save(random_model(arch, 4, torch.float32), tmp_path / "model")
+    whole: Any = load(tmp_path / "model")
+    part: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, features_only=True).eval()
+    x = random_images(arch, 0, dtype=torch.float32)
+    with torch.no_grad():
+        found, wanted = part(x), whole.forward_intermediates(x, intermediates_only=True)
+    assert part.feature_info.channels() == [m.shape[1] for m in found]
+    assert len(found) == (min(3, arch.depth) if family == "vit" else len(arch.stages))
+    for ours, theirs in zip(found, wanted[-len(found) :], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_class_names_are_saved(saved: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    model, path = saved
+    names = [f"class {k}" for k in range(arch_of(model).num_classes)]
+    save(model, tmp_path / "named", classes=names)
+    again: Any = load(tmp_path / "named")
+    assert again.pretrained_cfg["label_names"] == names
+    assert "label_names" not in load(path).pretrained_cfg  # type: ignore[operator]
+    save(again, tmp_path / "more")
+    assert load(tmp_path / "more").pretrained_cfg["label_names"] == names  # type: ignore[index]
+    for wrong, message in ((names[1:], "the model has"), ([names[0], *names[:-1]], "'class 0' is there 2 times")):
+        with pytest.raises(UserError, match=f"classes: .*{message}"):
+            save(model, tmp_path / "no", classes=wrong)
+    assert not (tmp_path / "no").exists()
+
+
+def test_provenance_stays_with_a_model(saved: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    path = saved[1]
+    facts = load_provenance(path)
+    for model in (load(path), timm.create_model(f"local-dir:{path}", pretrained=True)):
+        save(model, tmp_path / "again")
+        assert load_provenance(tmp_path / "again") == facts
+        save(model, tmp_path / "again", {"method": "other"})
+        assert load_provenance(tmp_path / "again") == {"method": "other"}
+
+
 def test_the_record_cannot_be_overruled(saved: tuple[torch.nn.Module, Path]) -> None:
     with pytest.raises(UserError, match="this model's record says"):
         timm.create_model(f"local-dir:{saved[1]}", pretrained=True, img_size=64)
@@ -110,6 +197,11 @@ def test_damage_is_named(saved: tuple[torch.nn.Module, Path], tmp_path: Path) ->
         config.write_bytes(damaged)
         with pytest.raises(UserError, match="config.json is damaged"):
             load(path)
+    for entry in ("model_args", "pretrained_cfg", "provenance"):
+        for odd in (None, [], "x", 3):
+            config.write_text(json.dumps({**json.loads(text), entry: odd}))
+            with pytest.raises(UserError, match=f"config.json is damaged: {entry} = .*: must be a JSON object"):
+                load(path)
     config.write_text(text.replace('"architecture": "prunesweep"', '"architecture": "resnet50"'))
     with pytest.raises(UserError, match="holds a 'resnet50'"):
         load(path)
@@ -118,6 +210,70 @@ def test_damage_is_named(saved: tuple[torch.nn.Module, Path], tmp_path: Path) ->
         load(path)
     with pytest.raises(UserError, match="is not a saved model"):
         load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"act": "relu"}, "config.json: act = 'relu': must be one of gelu"),
+        ({"act": "gleu"}, "did you mean 'gelu'"),
+        ({"num_classes": 10**9}, "arch.num_classes = 1000000000: numbers must be finite and at most"),
+        ({"source": 3}, "arch.source = 3: must be str"),
+    ],
+)
+def test_an_odd_record_is_refused_by_its_field(
+    saved: tuple[torch.nn.Module, Path], changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((saved[1] / "config.json").read_text())
+    config["model_args"]["arch"] |= changes
+    (saved[1] / "config.json").write_text(json.dumps(config))
+    for read in (load, read_arch):
+        with pytest.raises(UserError, match=message):
+            read(saved[1])
+    with pytest.raises(UserError, match=message.removeprefix("config.json: ")):
+        timm.create_model(f"local-dir:{saved[1]}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_ptc": 0.9}, "pretrained_cfg has an unknown key 'crop_ptc'. did you mean 'crop_pct'"),
+        ({"mean": [0.5, "x", 0.5]}, r"pretrained_cfg.mean = \[0.5, 'x', 0.5\]: must be"),
+        ({"std": None}, ""),
+        ({"std": [0.5, 0.0, 0.5]}, r"pretrained_cfg.std = \[0.5, 0.0, 0.5\]: must be"),
+        ({"crop_pct": "all"}, "pretrained_cfg.crop_pct = 'all': must be"),
+        ({"interpolation": "cubic"}, "pretrained_cfg.interpolation = 'cubic': must be"),
+        ({"label_names": 7}, "pretrained_cfg.label_names = 7: must be"),
+    ],
+)
+def test_odd_preprocessing_is_refused_by_its_key(
+    saved: tuple[torch.nn.Module, Path], changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((saved[1] / "config.json").read_text())
+    config["pretrained_cfg"] |= changes
+    (saved[1] / "config.json").write_text(json.dumps(config))
+    if not message:
+        load(saved[1])
+        return
+    with pytest.raises(UserError, match=message):
+        load(saved[1])
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_another_type_than_the_others_are_named(
+    saved: tuple[torch.nn.Module, Path], kind: torch.dtype
+) -> None:
+    path = saved[1] / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(path)
+    name = "blocks.0.norm1.weight" if "blocks.0.norm1.weight" in weights else "blocks.0.norm2.weight"
+    save_file({**weights, name: weights[name].to(kind)}, path, metadata)
+    config = json.loads((saved[1] / "config.json").read_text())
+    del config["weights_sha256"]
+    (saved[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"{name} is {kind}, others are float32".replace("torch.", "")):
+        load(saved[1])
 
 
 def test_weights_other_than_those_saved_are_refused(saved: tuple[torch.nn.Module, Path]) -> None:
