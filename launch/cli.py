@@ -159,7 +159,7 @@ def front(
     """Show the Pareto front of a run; each model is a folder that loads in one line."""
     from prunesweep.search import Run
     from prunesweep.search.execution.promote import promoted
-    from prunesweep.search.report.display import front_table, promoted_table
+    from prunesweep.search.report.display import print_front, print_promoted
     from prunesweep.search.store.run import task_id
 
     found = Run.existing(run)
@@ -178,9 +178,9 @@ def front(
         writer.writerows(points)
     else:
         console, source = Console(), found.metadata()["source"]
-        console.print(front_table(points, source["macs"]))
+        print_front(console, points, source["macs"])
         if further:
-            console.print(promoted_table(list(further.values()), source["macs"], run))
+            print_promoted(console, list(further.values()), source["macs"], run)
 
 
 @app.command(name="eval")

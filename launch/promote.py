@@ -42,7 +42,7 @@ def promote(
     from prunesweep.search.config import read_overrides
     from prunesweep.search.execution.promote import choose, promoted
     from prunesweep.search.execution.promote import promote as promote_one
-    from prunesweep.search.report.display import Display, promoted_table
+    from prunesweep.search.report.display import Display, print_promoted
     from prunesweep.search.report.page import write_report
     from prunesweep.training import load_recipe
     from prunesweep.training.jobs.placement import Placement
@@ -69,4 +69,4 @@ def promote(
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, setting=setting, placement=placement, **say)
     write_report(found)
-    console.print(promoted_table(promoted(found), found.metadata()["source"]["macs"], run))
+    print_promoted(console, promoted(found), found.metadata()["source"]["macs"], run)

@@ -20,7 +20,7 @@ import numpy as np
 from prunesweep.models import Cut, UserError
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space, candidate_key
-from prunesweep.search.store.front import QUALITIES, comparable, directions, values
+from prunesweep.search.store.front import QUALITIES, comparable, directions, latest, pareto_front, values
 from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
 
@@ -66,6 +66,7 @@ class Coordinator:
         self.duplicates = 0  # proposals of this driver that were candidates already
         self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
         self._models = run.models() & {r.id for r in self.results}
+        self._latest: dict[int, Result] = {}  # by candidate
         self.best: list[Result] = []  # the members of the front
         self.front = self._update_front(self.results)
 
@@ -188,6 +189,11 @@ class Coordinator:
 
     def _seed_of(self, rung: int, number: int) -> int:
         return int(np.random.SeedSequence([self._seed, rung, number]).generate_state(1)[0])
+
+    @property
+    def current(self) -> list[Result]:
+        """The latest result of every candidate, by which it is judged."""
+        return list(self._latest.values())
 
     @property
     def live(self) -> int:
@@ -332,17 +338,25 @@ class Coordinator:
             )
 
     def _update_front(self, new: Sequence[Result]) -> list[dict[str, Any]]:
-        """The front with ``new`` results: what was beaten before stays beaten, so only its members are compared."""
-        front = self.run.update_front([*self.best, *new], self._models, self._wanted_models())
+        """The front with ``new`` results. Only its members are compared, unless a result replaces one of theirs."""
+        self._latest |= {r.trial: r for r in latest(new)}
+        replaced = {r.trial for r in new} & {r.trial for r in self.best}
+        compared = list(self._latest.values()) if replaced else [*self.best, *new]
+        front = self.run.update_front(compared, self._models, self._wanted_models())
         self.best = [self._at[point["trial"], point["rung"]] for point in front]
         return front
 
     def _wanted_models(self) -> set[str]:
-        """Models that a promotion may still start from."""
-        if len(self.search.rungs) < 2 or self.finished:
-            return set()
+        """Models that a promotion may start from, or that come back to the front if a better result is replaced."""
         top = len(self.search.rungs) - 1
-        return {r.id for r in self.results if r.rung < top and (r.trial, r.rung + 1) not in self._at}
+        if top < 1:
+            return set()
+        final = [r for r in self.current if r.rung == top and r.has_model]
+        unbeaten = pareto_front(final, self.search.objectives)
+        below = [r for r in self.current if r.rung < top]
+        if self.finished:  # more trials may be asked for later, and then promotions go on
+            below = [r for r in below if r in pareto_front([*unbeaten, r], self.search.objectives)]
+        return {r.id for r in [*unbeaten, *below]}
 
     def _tell(self, number: int, found: Mapping[str, Any]) -> None:
         if found["state"] == "finished":

@@ -28,7 +28,7 @@ from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
 from prunesweep.search.space.warm_start import start_points
-from prunesweep.search.store.front import hypervolume, pareto_front
+from prunesweep.search.store.front import hypervolume, latest, pareto_front
 from prunesweep.search.store.run import Run, RunLock
 from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
@@ -394,13 +394,14 @@ def _interruptible(coordinator: Coordinator, display: Display) -> AbstractContex
 def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """Log to TensorBoard: hypervolume and size of the front by finished trials, and hyperparameters of every trial."""
     writer = SummaryWriter(str(run / "tb" / "search"))
-    logged, best, objectives = len(coordinator.results), coordinator.best, coordinator.search.objectives
+    logged, objectives = len(coordinator.results), coordinator.search.objectives
 
     def changed() -> None:
-        nonlocal logged, best
+        nonlocal logged
         for result in coordinator.results[logged:]:
             logged += 1
-            best = pareto_front([*best, result], objectives) if result.has_model else best
+            known = latest(coordinator.results[:logged])
+            best = pareto_front([r for r in known if r.has_model], objectives)
             writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
             writer.add_scalar("front_size", len(best), logged)
             values = {"hparam/top1": result.top1, "hparam/macs": result.macs}

@@ -198,11 +198,11 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
     found = _screen(context, unit, candidate) if screens else _train(context, unit, candidate, folder)
     if found is None:
         return None
-    before, after, training = found
+    zero_shot, after, training = found
     return Result(
         trial=unit.number,
         top1=after.top1,
-        zero_shot=before.top1,
+        zero_shot=zero_shot,
         macs=candidate.cost.macs,
         params=candidate.cost.params,
         arch_hash=candidate.arch.hash,
@@ -218,26 +218,26 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
     )
 
 
-def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[EvalMetrics, EvalMetrics, float]:
+def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[float, EvalMetrics, float]:
     found = EvalMetrics.of(evaluate(_cut(context, candidate), context.screen))
     with _log(context.run, unit) as log:
         log.event("end", **found.as_dict())
-    return found, found, 0.0
+    return found.top1, found, 0.0
 
 
 def _train(
     context: WorkerContext, unit: Task, candidate: Candidate, folder: Path
-) -> tuple[EvalMetrics, EvalMetrics, float] | None:
-    """EvalMetrics before and after finetuning and its seconds, or None where it was asked to stop.
+) -> tuple[float, EvalMetrics, float] | None:
+    """Top-1 before any finetuning, figures after it and its seconds, or None where it was asked to stop.
 
     Training that diverges is a result, too: no number, which counts as worse than all others, and no model.
     """
     model = _start(context, unit, candidate)
     if model is None:
         return None
-    before = context.evaluate(model)
+    zero_shot = _zero_shot(context, unit, model)
     with _log(context.run, unit) as log:
-        log.event("start", resumed=(folder / STATE).exists(), zero_shot=before.top1)
+        log.event("start", resumed=(folder / STATE).exists(), zero_shot=zero_shot)
         begun = time.monotonic()
         try:
             finished = _finetune(context, model, unit, folder, log)
@@ -245,14 +245,29 @@ def _train(
             log.event("diverged", reason=str(error))
             _remove_scratch(folder)
             (folder / STATE).unlink(missing_ok=True)
-            return before, EvalMetrics(math.nan, before.ppl and math.nan), time.monotonic() - begun
+            ppl = None if context.arch.text is None else math.nan
+            return zero_shot, EvalMetrics(math.nan, ppl), time.monotonic() - begun
         seconds = time.monotonic() - begun
         if not finished:
             log.event("stopped")
             return None
         after = EvalMetrics.of(load_provenance(folder / "model"))
         log.event("end", **after.as_dict())
-    return before, after, seconds
+    return zero_shot, after, seconds
+
+
+def _zero_shot(context: WorkerContext, unit: Task, model: nn.Module) -> float:
+    """Return the top-1 of a candidate as it was cut; ``model`` is what its unit starts from."""
+    if _starts_as_cut(context, unit):
+        return context.evaluate(model).top1
+    below = context.run.read_result(task_id(unit.number, unit.rung - 1))
+    assert below is not None  # it was promoted for it
+    return float(below["result"]["zero_shot"])
+
+
+def _starts_as_cut(context: WorkerContext, unit: Task) -> bool:
+    """Whether no rung below has trained the candidate."""
+    return unit.rung == 0 or context.epochs(unit.rung - 1) == 0
 
 
 def _cut(context: WorkerContext, candidate: Candidate) -> nn.Module:
@@ -268,7 +283,7 @@ def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Modul
     If that model was deleted because it was off the front when an earlier search ended, it is trained again; None where
     that was asked to stop. Where training diverged below, it starts from the cut source.
     """
-    if unit.rung == 0 or context.epochs(unit.rung - 1) == 0:
+    if _starts_as_cut(context, unit):
         return _cut(context, candidate)
     below = context.run.trial(task_id(unit.number, unit.rung - 1))
     if not (below / "model").exists() and not _train(context, context.run.read_task(below.name), candidate, below):

@@ -24,7 +24,7 @@ from prunesweep.search.store.front import hypervolume, values
 from prunesweep.search.store.run import Result
 from prunesweep.training import EvalMetrics
 
-__all__ = ["Display", "clock", "front_table", "promoted_table"]
+__all__ = ["Display", "clock", "print_front", "print_promoted"]
 
 BANDS = 5
 
@@ -196,13 +196,13 @@ class Display:
             self._live.stop()
 
     def front(self, front: Sequence[dict[str, Any]], source_macs: int) -> None:
-        """Print the table of the Pareto front.
+        """Print the Pareto front.
 
         Args:
-            front: as for ``front_table``.
-            source_macs: as for ``front_table``.
+            front: as for ``print_front``.
+            source_macs: as for ``print_front``.
         """
-        self.console.print(front_table(front, source_macs))
+        print_front(self.console, front, source_macs)
 
 
 def live_table(
@@ -218,7 +218,7 @@ def live_table(
         before: number of tasks that had ended by then.
     """
     failed, settled = len(coordinator.failures), coordinator.settled
-    results = [r for r in coordinator.results if r.has_model and math.isfinite(r.top1)]
+    results = [r for r in coordinator.current if r.has_model and math.isfinite(r.top1)]
     eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
     state = Table(box=None, show_header=False)
     state.add_row(
@@ -278,10 +278,11 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
     )
 
 
-def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> Table:
-    """Build a table of finetuned front members, with the quality that they had in the search.
+def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> None:
+    """Print a table of finetuned front members, with the quality that they had in the search, and their folders.
 
     Args:
+        console: where to print.
         found: the contents of their ``promoted.json``.
         source_macs: MACs of the source.
         run: folder of the run.
@@ -292,7 +293,6 @@ def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path)
     first = "ppl" if texts else "top-1 (%)"
     for name in ("unit", first, "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
-    table.add_column("model", overflow="fold")
     for p in found:
         latency = p["latency"]
         table.add_row(
@@ -302,33 +302,39 @@ def promoted_table(found: Sequence[dict[str, Any]], source_macs: int, run: Path)
             f"{p['params'] / 1e6:.3f}",
             "" if latency is None else f"{latency['median_ms']:.3f} (batch {latency['batch']})",
             p["recipe"],
-            str(run / p["model"]),
         )
-    return table
+    console.print(table)
+    _print_folders(console, [(p["unit"], str(run / p["model"])) for p in found])
 
 
-def front_table(front: Sequence[dict[str, Any]], source_macs: int) -> Table:
-    """Build a table of the Pareto front, one row per model.
+def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: int) -> None:
+    """Print a table of the Pareto front, one row per model, and the folders of the models.
 
     Args:
+        console: where to print.
         front: the contents of ``front.json``.
         source_macs: MACs of the source.
     """
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
     texts, timed = (any(name in point for point in front) for name in ("ppl", "latency_ms"))
     costs = ("MACs (M)", "/ source", "params (M)", *(["latency (ms), predicted"] if timed else []))
-    for name in ("trial", *(["ppl"] if texts else []), "top-1 (%)", *costs):
+    for name in ("trial", "rung", "epochs", *(["ppl"] if texts else []), "top-1 (%)", *costs):
         table.add_column(name, justify="right")
-    table.add_column("model", overflow="fold")
     for point in front:
         table.add_row(
-            str(point["trial"]),
+            *(str(point[name]) for name in ("trial", "rung", "epochs")),
             *([f"{point['ppl']:.2f}"] if texts else []),
             f"{point['top1']:.2f}",
             f"{point['macs'] / 1e6:.2f}",
             f"{point['macs'] / source_macs:.3f}",
             f"{point['params'] / 1e6:.3f}",
             *([f"{point['latency_ms']:.3f}"] if timed else []),
-            point["model"],
         )
-    return table
+    console.print(table)
+    _print_folders(console, [(f"trial {point['trial']}", point["model"]) for point in front])
+
+
+def _print_folders(console: Console, folders: Sequence[tuple[str, str]]) -> None:
+    """Print a line per folder, below a table and not in it: one that is wrapped in a column cannot be copied."""
+    for name, folder in folders:
+        console.print(f"{name}: {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -13,16 +13,16 @@ from plotly.offline import get_plotlyjs
 from prunesweep.models import Arch, read_arch
 from prunesweep.models.io.files import write_text
 from prunesweep.search.execution.promote import promoted
-from prunesweep.search.store.front import values
+from prunesweep.search.store.front import latest, values
 from prunesweep.search.store.run import Run
 
 __all__ = ["write_report"]
 
 
 def write_report(run: Run) -> Path:
-    """Write ``report.html``: accuracy against MACs of every trial, and the blocks of the selected one.
+    """Write ``report.html``: accuracy against MACs of every candidate, and the blocks of the selected one.
 
-    Trials without a finite result have no place in it.
+    Candidates without a finite result have no place in it.
     """
     facts, front = run.metadata(), {(point["trial"], point["rung"]) for point in run.front()}
     further = {entry["unit"]: entry for entry in promoted(run)}
@@ -46,7 +46,7 @@ def write_report(run: Run) -> Path:
             "epochs": r.epochs,
             "arch": _picture(Arch.from_json((run.trial(r.id) / "arch.json").read_text()), source),
         }
-        for r in run.results()
+        for r in latest(run.results())
         if r.has_model and all(map(math.isfinite, values(r, run.objectives)))
     ]
     data = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,7 +12,17 @@ from prunesweep.search.store import pareto
 
 from .pareto import Direction, as_losses
 
-__all__ = ["OBJECTIVES", "QUALITIES", "TWO", "comparable", "directions", "hypervolume", "pareto_front", "values"]
+__all__ = [
+    "OBJECTIVES",
+    "QUALITIES",
+    "TWO",
+    "comparable",
+    "directions",
+    "hypervolume",
+    "latest",
+    "pareto_front",
+    "values",
+]
 
 OBJECTIVES: dict[str, Direction] = {
     "top1": "maximize",
@@ -24,6 +34,16 @@ OBJECTIVES: dict[str, Direction] = {
 QUALITIES = ("top1", "ppl")
 TWO = ("top1", "macs")  # default objectives
 P = TypeVar("P")
+
+
+class _OnRung(Protocol):
+    @property
+    def trial(self) -> int: ...
+    @property
+    def rung(self) -> int: ...
+
+
+R = TypeVar("R", bound=_OnRung)
 
 
 def directions(objectives: Sequence[str]) -> list[Direction]:
@@ -53,6 +73,24 @@ def comparable(given: Sequence[float], objectives: Sequence[str]) -> tuple[float
         value if math.isfinite(value) else worst[direction]
         for value, direction in zip(given, directions(objectives), strict=True)
     )
+
+
+def latest(results: Iterable[R]) -> list[R]:
+    """Return the result of every candidate on the highest rung that it reached, which is what the candidate is worth.
+
+    What it gave on a rung below was measured on weights that further training has replaced, better or not.
+
+    Args:
+        results: anything with the attributes ``trial``, the candidate, and ``rung``.
+
+    Returns:
+        One result per candidate, in the order of their first ones.
+    """
+    found: dict[int, R] = {}
+    for result in results:
+        if result.trial not in found or found[result.trial].rung < result.rung:
+            found[result.trial] = result
+    return list(found.values())
 
 
 def pareto_front(points: Iterable[P], objectives: Sequence[str] = TWO) -> list[P]:

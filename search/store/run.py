@@ -32,7 +32,7 @@ from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
 
-from .front import TWO, hypervolume, pareto_front
+from .front import TWO, hypervolume, latest, pareto_front
 
 __all__ = ["Outcomes", "Result", "Run", "RunLock", "Task", "place_of", "read_json", "set_aside", "task_id"]
 
@@ -75,7 +75,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished unit gave; ``top1`` values in percent, before (``zero_shot``) and after finetuning.
+    """What a finished unit gave; ``top1`` in percent, after finetuning, and ``zero_shot``, of the model as it was cut.
 
     Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
     """
@@ -245,7 +245,7 @@ class Run:
                 "failed": len(failures),
             },
             "rungs": rungs,
-            "hypervolume": hypervolume([r for r in results if r.has_model], facts["source"], self.objectives),
+            "hypervolume": hypervolume([r for r in latest(results) if r.has_model], facts["source"], self.objectives),
             "source": {k: v for k, v in facts["source"].items() if k in ("top1", "ppl", "macs", "params")},
         }
 
@@ -270,9 +270,9 @@ class Run:
         return max((int(match[2]) + 1 for match in found if match), default=0)
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
-        """The Pareto set of those ``results`` (all by default) that have a model; its path is relative by default."""
+        """The Pareto set of the candidates with a model, each with its latest result; relative paths by default."""
         base = self.path if absolute else Path()
-        found = [r for r in (self.results() if results is None else results) if r.has_model]
+        found = [r for r in latest(self.results() if results is None else results) if r.has_model]
         return [
             {
                 "trial": r.trial,
@@ -303,13 +303,13 @@ class Run:
     ) -> list[dict[str, Any]]:
         """Rewrite ``front.json``, then delete the models of those units that are neither in it nor ``wanted``.
 
-        ``results`` need not have those that were beaten before. ``told`` are units that have a model; those whose model
-        is deleted are taken out.
+        ``results`` need not have those that are beaten by others of them. ``told`` are units that have a model; those
+        whose model is deleted are taken out.
         """
         front = self.front(results)
         write_text(self / "front.json", json.dumps(front, indent=1))
         members = {task_id(point["trial"], point["rung"]) for point in front}
-        for unit in told - members - set(wanted):  # a dominated point never comes back
+        for unit in told - members - set(wanted):
             shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
             told.remove(unit)
         return front

@@ -15,7 +15,7 @@ import pytest
 from prunesweep.pruners import GROUP_SIZES
 from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
-from prunesweep.search.store.front import pareto_front
+from prunesweep.search.store.front import hypervolume, latest, pareto_front
 from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import RESULTS, Study
 from tests.search.helpers import make_run, make_space
@@ -281,10 +281,12 @@ def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Pa
         if rung:
             assert result.key == by_place[trial, rung - 1].key
             assert result.point == by_place[trial, rung - 1].point
-    # once all is done only the front's models are left
-    assert {p.parent.name for p in run.path.glob("trials/*/model")} == {
-        f"r{p['rung']}-{p['trial']:04d}" for p in json.loads((run / "front.json").read_text())
-    }
+    # once all is done the front's models are left, and others that only a promotion could still beat
+    kept = {p.parent.name for p in run.path.glob("trials/*/model")}
+    assert kept >= {f"r{p['rung']}-{p['trial']:04d}" for p in json.loads((run / "front.json").read_text())}
+    final = [r for r in run.results() if r.rung == 2]
+    current = latest(run.results())
+    assert kept == {r.id for r in current if r in pareto_front([*final, r])}
     assert Counter(t.state.name for t in trials(run / "study.journal"))["COMPLETE"] >= 27
     # the journal's results are all there, once, and their best trials are the front
     units = Counter(t.user_attrs["unit"] for t in trials(run / "study.journal", RESULTS))
@@ -292,6 +294,28 @@ def test_a_ladder_promotes_its_share_and_survives_deaths(seed: int, tmp_path: Pa
     best = load(run / "study.journal", RESULTS).best_trials
     places = {(t.user_attrs["candidate"], t.user_attrs["rung"], *t.values) for t in best}
     assert places == {(p["trial"], p["rung"], p["top1"], p["macs"]) for p in run.front()}
+
+
+def test_training_on_that_makes_a_candidate_worse_counts(tmp_path: Path) -> None:
+    """The front follows every candidate's last measurement, and what a replaced one had beaten is there again."""
+    run = make_run(tmp_path / "r", 9, rungs=(1, 2), reduction_factor=3)
+    coordinator = start(run, 9, max_concurrent=1, rungs=(1, 2), reduction_factor=3)
+    while (unit := coordinator.next()) is not None:
+        result = work(run, unit)
+        if unit.rung:
+            run.write_result(unit.id, result=replace(result, top1=1.0))
+        coordinator.complete(unit.id)
+        known = coordinator.results
+        assert coordinator.front == run.front(known) == run.front()
+        want = pareto_front([r for r in known if not any(r.trial == s.trial and r.rung < s.rung for s in known)])
+        assert [(p["trial"], p["rung"]) for p in coordinator.front] == [(r.trial, r.rung) for r in want]
+        assert all((run.path / p["model"]).is_dir() for p in coordinator.front)
+    promoted = {r.trial for r in coordinator.results if r.rung == 1}
+    assert len(promoted) == 3
+    assert not promoted & {p["trial"] for p in coordinator.front if p["top1"] > 1}
+    assert run.status()["hypervolume"] == hypervolume(latest(run.results()), run.metadata()["source"])
+    again = start(run, 9, max_concurrent=1, rungs=(1, 2), reduction_factor=3)
+    assert again.front == coordinator.front
 
 
 def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:

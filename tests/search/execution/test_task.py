@@ -97,6 +97,23 @@ def test_a_stopped_unit_goes_on_to_the_same_result(started: tuple[Run, Coordinat
     assert all(torch.equal(weights[name], tensor) for name, tensor in uninterrupted.items())
 
 
+def test_before_finetuning_is_as_cut_on_every_rung(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
+) -> None:
+    tables = {
+        "search": {"trials": 2, "rungs": [4, 4], "reduction_factor": 2},
+        "space": {"budget": [0.85, 0.9], "skip": [0, 0], "lr": [3e-3, 3e-3]},
+    }
+    run, coordinator = begin(tiny(**tables), runs / "cache", tmp_path / "r")
+    while (unit := coordinator.next()) is not None:
+        assert run_task(run.path, unit)["state"] == "finished"
+        coordinator.complete(unit.id)
+    above = next(r for r in coordinator.results if r.rung == 1)
+    below = next(r for r in coordinator.results if (r.trial, r.rung) == (above.trial, 0))
+    assert above.zero_shot == below.zero_shot != below.top1
+    assert {p["epochs"] for p in run.front() if p["trial"] == above.trial} <= {8}
+
+
 def test_a_decision_is_made_once_and_checked(started: tuple[Run, Coordinator], monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's cut travels with the unit; no worker decodes the point again, but in runs that have no cut."""
     run, coordinator = started

@@ -64,7 +64,7 @@ def add(run: Run, arch: Arch, trial: int, rung: int, share: float, quality: dict
     whole = cost(arch)
     result = Result(
         trial=trial,
-        top1=80 + 10 * share + rung,
+        top1=80 + 10 * share - rung,
         zero_shot=10.0,
         macs=round(share * whole.macs),
         params=round(share * whole.params),
@@ -73,6 +73,7 @@ def add(run: Run, arch: Arch, trial: int, rung: int, share: float, quality: dict
         seconds=1.0,
         key="",
         rung=rung,
+        epochs=1 + rung,
         has_model=True,
         **quality,
     )
@@ -102,17 +103,25 @@ def test_a_point_and_a_row_show_their_blocks(tmp_path: Path) -> None:
     (run / "promoted" / "r0-0001").mkdir(parents=True)
     (run / "promoted" / "r0-0001" / "promoted.json").write_text(json.dumps(asdict(promoted)))
     first, then = shown(run)
-    assert "3 trained models, 0 failed trials, 2 on the front of top1, macs" in first["text"]["summary"]
+    assert "2 trained models, 0 failed trials, 2 on the front of top1, macs" in first["text"]["summary"]
     assert first["costs"] == ["macs", "params"]
-    assert first["heads"][:5] == ["unit", "top-1 (%)", "before finetuning (%)", "promoted", "measured (ms)"]
-    assert [row[:5] for row in first["rows"]] == [
-        ["r0-0001", "85.00", "10.00", "89.50", "1.250"],
-        ["r1-0000", "89.00", "10.00", "", ""],
+    assert first["heads"][:7] == [
+        "unit",
+        "rung",
+        "epochs",
+        "top-1 (%)",
+        "before finetuning (%)",
+        "promoted",
+        "measured (ms)",
+    ]
+    assert [row[:7] for row in first["rows"]] == [
+        ["r0-0001", 0, 1, "85.00", "10.00", "89.50", "1.250"],
+        ["r1-0000", 1, 2, "87.00", "10.00", "", ""],
     ]
     assert first["text"]["chosen"] == "Trial 0 on rung 1, block by block"
     assert "budget 0.8, method nvit, skip 1" in first["text"]["facts"]
     others, front, further, source = first["plots"]["scatter"]["traces"]
-    assert (others["y"], front["y"], further["y"], source["y"]) == ([88], [85, 89], [89.5], [95])
+    assert (others["y"], front["y"], further["y"], source["y"]) == ([], [85, 87], [89.5], [95])
     assert first["plots"]["blocks"]["traces"][0]["y"] == [1, 1]
     assert then["text"]["chosen"] == "Trial 1 on rung 0, block by block"
     assert then["plots"]["scatter"]["layout"]["xaxis"]["title"]["text"] == "params (M)"
@@ -120,7 +129,7 @@ def test_a_point_and_a_row_show_their_blocks(tmp_path: Path) -> None:
 
 def test_texts_have_perplexity(tmp_path: Path) -> None:
     first, _ = shown(make_run(tmp_path, ppl=30.0))
-    assert first["heads"][:2] == ["unit", "perplexity"]
-    assert first["rows"][0][:2] == ["r0-0001", "30.50"]
+    assert first["heads"][:4] == ["unit", "rung", "epochs", "perplexity"]
+    assert first["rows"][0][:4] == ["r0-0001", 0, 1, "30.50"]
     assert first["plots"]["scatter"]["layout"]["yaxis"]["title"]["text"] == "perplexity"
     assert "perplexity 30.00" in first["text"]["summary"]

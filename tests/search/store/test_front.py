@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pymoo.indicators.hv import HV
 
-from prunesweep.search.store.front import hypervolume, pareto_front
+from prunesweep.search.store.front import hypervolume, latest, pareto_front
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,15 @@ def test_a_further_point_never_lowers_it(found: list[P], more: P) -> None:
     assert (
         0 <= hypervolume(found, {"macs": SOURCE}) <= hypervolume([*found, more], {"macs": SOURCE}) + 1e-12 <= 1 + 1e-9
     )
+
+
+@dataclass(frozen=True)
+class OnRung:
+    trial: int
+    rung: int
+
+
+def test_a_candidate_is_its_result_on_the_highest_rung_in_any_order() -> None:
+    first, second, other = OnRung(3, 0), OnRung(3, 1), OnRung(1, 0)
+    assert latest([first, other, second]) == [second, other]
+    assert latest([second, other, first]) == [second, other]
