@@ -23,7 +23,7 @@ from prunesweep.models.families import family_of
 from prunesweep.pruners.divergence import kl_divergence
 
 from .compression import Compression, folded
-from .refit import tail
+from .refit import SHRINKAGE, tail
 from .source import SourceStatistics, open_source, to_model
 from .widths import BlockWidths, Embed, Widths, can_project, compressed_arch
 
@@ -56,6 +56,7 @@ def measure_losses(
     statistics: SourceStatistics,
     *,
     align: int = 1,
+    shrinkage: float = SHRINKAGE,
     progress: Callable[[int, int], None] | None = None,
 ) -> BlockLosses:
     """Measure what narrowing one space of one block costs, for all of them.
@@ -66,6 +67,7 @@ def measure_losses(
         held_out: batches that the losses are measured on.
         statistics: of the source.
         align: widths are multiples of it.
+        shrinkage: lambda of the fits.
         progress: told of models done and of all.
     """
     arch, model = open_source(model), folded(model)
@@ -83,7 +85,7 @@ def measure_losses(
             choice = found.setdefault((i, space), {getattr(view.record, space): 0.0})
             own = BlockWidths(**{space: width})  # type: ignore[arg-type]
             widths = Widths(blocks=tuple(own if n == i else BlockWidths() for n in range(arch.depth)))
-            work = Compression(model, widths, statistics, (), fitted=len(fit))
+            work = Compression(model, widths, statistics, (), shrinkage=shrinkage, fitted=len(fit))
             middle, after = work.halves(stage, view, streams)
             small, z = work.small_views[i], middle
             if space != "mlp":

@@ -34,10 +34,11 @@ from prunesweep.models.families.base import tensor_shapes
 from prunesweep.models.families.views import AttentionView, Reader
 from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
+from .calibration import images_of, shrinkage_for
 from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import NormalEquations
 from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, solve_shift
-from .source import SourceStatistics, images_of, open_source
+from .source import SourceStatistics, open_source
 from .widths import Widths, can_project, compressed_arch
 
 __all__ = ["Compression", "compress", "folded"]
@@ -60,23 +61,25 @@ def compress(
         model: the source, for which ``can_recover`` has no reason; it is not changed. Its dtype is that of features and
             result.
         widths: of the small model.
-        batches: calibration images (B, C, rows, columns) or texts (B, T), or pairs of these and labels, from the
-            training split and without augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for
-            a width of 96.
+        batches: calibration images or texts in any form that ``images_of`` takes, from the training split and without
+            augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for a width of 96.
         statistics: of the same source, where they are there already; collected from ``batches`` otherwise.
         refit: fit readers and writers; without it the model is what the projections alone give.
-        shrinkage: lambda of the fits, in units of the features' mean variance.
+        shrinkage: lambda of the fits, in units of the features' mean variance; raised, with a warning, where images
+            are too few.
         progress: told of kept blocks done and of all.
 
     Returns:
         An ordinary model of the same family, in evaluation mode, of the record ``compressed_arch(arch, widths)``.
 
     Raises:
-        UserError: the widths do not fit, the source cannot be projected, or there are no images.
+        UserError: the widths do not fit, the source cannot be projected, an image is not one of its, or an activation
+            is not finite.
     """
     arch = open_source(model)
-    compressed_arch(arch, widths)
-    images = images_of(batches)
+    small = compressed_arch(arch, widths)
+    images = images_of(batches, arch)
+    shrinkage = shrinkage_for(small, images, shrinkage) if refit else shrinkage
     found = SourceStatistics.collect(model, images) if statistics is None else statistics
     work = Compression(folded(model), widths, found, images, refit=refit, shrinkage=shrinkage)
     work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)

@@ -13,8 +13,10 @@ from prunesweep.models import Arch, UserError, arch_of, cost
 from prunesweep.pruners.divergence import kl_divergence
 
 from .allocation import allocate, measure_losses
+from .calibration import check_source, hold_out, images_of, shrinkage_for
 from .compression import compress
-from .source import SourceStatistics, images_of, to_model
+from .refit import SHRINKAGE
+from .source import SourceStatistics, to_model
 from .widths import Widths, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
@@ -65,8 +67,8 @@ def instant(
 
     Args:
         model: the source, from timm or of ours.
-        batches: images (B, C, rows, columns) or texts (B, T), or pairs of these and labels: a loader or a list; at
-            least 256 images.
+        batches: images (B, C, rows, columns) or texts (B, T): one tensor, or a list or loader of tensors or of pairs of
+            these and labels, which are not read; 256 images or more, without augmentation.
         budgets: shares of the source's cost, each above 0 and at most 1.
         objective: ``macs`` or ``params``.
         align: widths are multiples of it; 8 suits GPUs.
@@ -76,18 +78,17 @@ def instant(
         One point per budget that can be met, the largest first.
 
     Raises:
-        UserError: a budget or the objective is none, too few images, or the source cannot be projected.
+        UserError: a budget or the objective is none, the source cannot be projected, an image is not one of its, or an
+            activation is not finite.
     """
     for budget in budgets:
         if not 0 < budget <= 1:
             raise UserError(f"budget {budget}: must be a share of the source's {objective}, above 0 and at most 1")
     if objective not in OBJECTIVES:
         raise UserError(f"objective {objective!r}: must be one of {', '.join(OBJECTIVES)}")
-    images = images_of(batches)
-    held = max(1, round(len(images) * HELD_OUT))
-    fit, held_out = images[:-held], images[-held:]
-    if not fit:
-        raise UserError("all images came in one batch: give at least two, some are held out")
+    fit, held_out = hold_out(images_of(batches, arch_of(model)), HELD_OUT)
+    if sum(map(len, fit)) < 2:
+        raise UserError("2 calibration images: give at least 3, of which one is held out; better 256 or more")
     mode = model.training
     model.eval()
     try:
@@ -114,12 +115,16 @@ class _Front:
             model, fit, progress=lambda done, total: progress("reading the source", done, total)
         )
         self.wanted = self._logits(model)
+        if self.arch.text is None:
+            check_source(self.wanted, self.arch.source)
+        self.shrinkage = shrinkage_for(self.arch, fit, SHRINKAGE)
         self.losses = measure_losses(
             model,
             fit,
             held_out,
             self.statistics,
             align=align,
+            shrinkage=self.shrinkage,
             progress=lambda done, total: progress("narrowing block by block", done, total),
         )
         full = tuple(stage.width for stage in self.arch.stages)
@@ -172,7 +177,7 @@ class _Front:
 
     def _computed(self, budget: float, widths: Widths) -> Point:
         whole = self.objective(self.arch)
-        small = compress(self.model, widths, self.fit, statistics=self.statistics)
+        small = compress(self.model, widths, self.fit, statistics=self.statistics, shrinkage=self.shrinkage)
         got = self._logits(small)
         return Point(
             budget=budget,

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from prunesweep.models import UserError
+
 __all__ = ["NormalEquations"]
 
 ROUNDING = 1e-12  # of the features' mean square
@@ -73,7 +75,12 @@ class NormalEquations:
 
         Returns:
             W (G, F) and b (G), in float64.
+
+        Raises:
+            UserError: a feature or a target was not finite.
         """
+        if not bool(torch.isfinite(self._aa).all() and torch.isfinite(self._ay).all()):
+            raise UserError("an activation is not finite on these images; nothing can be computed from it")
         mean_a, mean_y = self._a / self.rows, self._y / self.rows
         if not centred:
             mean_a, mean_y = torch.zeros_like(mean_a), torch.zeros_like(mean_y)

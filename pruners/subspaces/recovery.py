@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import Cut, cut
+from prunesweep.models import Cut, arch_of, cut
 from prunesweep.models.cutting import space_reductions
 
+from .calibration import images_of, shrinkage_for
 from .refit import SHRINKAGE, Refit
-from .source import images_of, open_source
+from .source import open_source
 
 __all__ = ["recover"]
 
@@ -35,20 +36,22 @@ def recover(
     Args:
         model: the source, for which ``can_recover`` has no reason; it is not changed.
         decision: what stays.
-        batches: calibration images (B, C, rows, columns) or texts (B, T), or pairs of these and labels, without
-            augmentation.
-        shrinkage: lambda of the fits, in units of the features' mean variance.
+        batches: calibration images or texts in any form that ``images_of`` takes, without augmentation.
+        shrinkage: lambda of the fits, in units of the features' mean variance; raised, with a warning, where images
+            are too few.
         progress: told of kept blocks done and of all.
 
     Returns:
         The recovered model, in evaluation mode.
 
     Raises:
-        UserError: the decision does not fit, the source cannot be refitted, or there are no images.
+        UserError: the decision does not fit, the source cannot be refitted, an image is not one of its, or an
+            activation is not finite.
     """
     arch = open_source(model)
-    images = images_of(batches)
+    images = images_of(batches, arch)
     small = cut(model, decision).eval()
+    shrinkage = shrinkage_for(arch_of(small), images, shrinkage)
     mode = model.training
     model.eval()
     try:

@@ -13,9 +13,10 @@ from torch import nn
 from prunesweep.models import Arch, BlockView, UserError, arch_of, block_views
 from prunesweep.models.families import family_of
 
+from .calibration import images_of
 from .support import can_recover
 
-__all__ = ["SourceStatistics", "images_of", "open_source", "to_model"]
+__all__ = ["SourceStatistics", "open_source", "to_model"]
 
 
 def open_source(model: nn.Module) -> Arch:
@@ -28,21 +29,6 @@ def open_source(model: nn.Module) -> Arch:
     if reason := can_recover(arch):
         raise UserError(reason)
     return arch
-
-
-def images_of(batches: Iterable[Any]) -> list[torch.Tensor]:
-    """Return the calibration images of a list of batches; labels that come with them are not used.
-
-    Raises:
-        UserError: there is no image, only one, or a value that is not finite.
-    """
-    found = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
-    count = sum(len(images) for images in found)
-    if count < 2:
-        raise UserError(f"{count} calibration images: give at least 2, better 256 or more")
-    if not all(bool(torch.isfinite(images).all()) for images in found):
-        raise UserError("a calibration image has a value that is not finite")
-    return found
 
 
 @dataclass
@@ -71,14 +57,15 @@ class SourceStatistics:
 
         Args:
             model: the source; put into evaluation mode for the time of the pass.
-            batches: images (B, C, rows, columns) or texts (B, T), or pairs of these and labels.
+            batches: calibration images or texts in any form that ``images_of`` takes.
             progress: told of batches done and of all.
 
         Raises:
-            UserError: the source cannot be read block by block, there are no images, or activations are not finite.
+            UserError: the source cannot be read block by block, an image is not one of its, or activations are not
+                finite.
         """
         arch = open_source(model)
-        images, found, views = images_of(batches), cls(), block_views(model, arch)
+        images, found, views = images_of(batches, arch), cls(), block_views(model, arch)
         mode = model.training
         model.eval()
         for number, batch in enumerate(images):

@@ -1,0 +1,166 @@
+"""Calibration images in whatever form they come, checked against the model before anything is computed from them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from prunesweep.models import Arch, UserError
+
+__all__ = ["check_source", "hold_out", "images_of", "shrinkage_for"]
+
+BATCH = 64  # images at a time; what comes in larger batches is split
+ROWS_PER_FEATURE = 20  # token rows of a layer's fit for each of its features, from which on more help little
+FEW_ROWS = 1e-2  # lambda where rows are fewer than features: KL 5 to 20 % lower than with 1e-3 (digits, 2 to 16 images)
+UNTRAINED = 0.01  # of log K: what an answer says about the image, in nats
+
+
+def images_of(batches: Any, arch: Arch) -> list[torch.Tensor]:
+    """Return calibration images in batches of at most ``BATCH``; labels that come with them are not read.
+
+    Args:
+        batches: one tensor (B, C, rows, columns); or a list, a loader or a data set of such tensors, of single images
+            (C, rows, columns), or of pairs of either and labels. For a language model, word numbers (B, T).
+        arch: of the model that they are for.
+
+    Raises:
+        UserError: there is no image, only one, or all are the same or of one colour; an image is of another size or
+            number of channels than the model's, not in floating point, or has a value that is not finite; or a batch is
+            no tensor.
+    """
+    found = list(_tensors(batches, arch))
+    count = sum(map(len, found))
+    if count < 2:
+        raise UserError(f"{count} calibration images: give at least 2, better 256 or more")
+    if arch.text is None:
+        _check_values(found, count)
+    return found
+
+
+def _tensors(batches: Any, arch: Arch) -> Iterator[torch.Tensor]:
+    """Yield batches of at most ``BATCH`` images; single images are stacked."""
+    text = arch.text is not None
+    axes = 2 if text else 4
+    single = list[torch.Tensor]()
+    whole = iter([batches]) if isinstance(batches, torch.Tensor) else _iterated(batches)
+    for number, batch in enumerate(whole):
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, torch.Tensor):
+            raise UserError(
+                f"calibration images: batch {number} is of type {type(images).__name__}; give tensors "
+                "(B, C, rows, columns), or pairs of such a tensor and labels"
+            )
+        if not text:
+            _check_form(images, number, arch)
+        if images.ndim == axes - 1:
+            single.append(images)
+        else:
+            yield from images.split(BATCH)
+    yield from (torch.stack(single[i : i + BATCH]) for i in range(0, len(single), BATCH))
+
+
+def _iterated(batches: Any) -> Iterator[Any]:
+    try:
+        return iter(batches)
+    except TypeError as error:
+        raise UserError(
+            f"calibration images: {type(batches).__name__} is neither a tensor (B, C, rows, columns) nor a list or "
+            "loader of them"
+        ) from error
+
+
+def _check_form(images: torch.Tensor, number: int, arch: Arch) -> None:
+    wanted = (arch.in_chans, *arch.img_size)
+    if images.ndim not in (3, 4) or tuple(images.shape[-3:]) != wanted:
+        raise UserError(
+            f"calibration images: batch {number} is of shape {tuple(images.shape)}; {arch.source} takes images of "
+            f"{wanted}, in batches (B, {', '.join(map(str, wanted))})"
+        )
+    if not images.is_floating_point():
+        raise UserError(
+            f"calibration images: batch {number} is of {images.dtype}; give them as the model was trained on them: "
+            "floating point, with its mean taken off and divided by its standard deviation"
+        )
+
+
+def _check_values(found: Sequence[torch.Tensor], count: int) -> None:
+    if not all(bool(torch.isfinite(images).all()) for images in found):
+        raise UserError("a calibration image has a value that is not finite")
+    first = found[0][:1]
+    if all(bool((images == first).all()) for images in found):
+        raise UserError(f"all {count} calibration images are the same: give different ones")
+    if all(bool((images == images[..., :1, :1]).all()) for images in found):
+        raise UserError(f"each of the {count} calibration images is of one colour: nothing can be computed from them")
+
+
+def hold_out(images: Sequence[torch.Tensor], share: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Split batches of images in two; the last ones are held out, at least one.
+
+    Args:
+        images: at least two images, in batches.
+        share: of the images that is held out.
+
+    Returns:
+        The others, and those that are held out.
+    """
+    count = sum(map(len, images))
+    left = count - min(max(1, round(share * count)), count - 1)
+    fit, held_out = list[torch.Tensor](), list[torch.Tensor]()
+    for batch in images:
+        own = min(left, len(batch))
+        left -= own
+        fit += [batch[:own]] if own else []
+        held_out += [batch[own:]] if own < len(batch) else []
+    return fit, held_out
+
+
+def shrinkage_for(arch: Arch, images: Sequence[torch.Tensor], shrinkage: float) -> float:
+    """Return the lambda of the fits; it is raised, with a warning, where a layer has more features than token rows.
+
+    Args:
+        arch: of the model that is fitted.
+        images: batches that it is fitted on.
+        shrinkage: lambda where there are rows enough.
+    """
+    count = sum(map(len, images))
+    tokens, features = max(
+        (
+            (arch.prefix_tokens + math.prod(stage.grid), max(stage.width, block.mlp, block.total_v))
+            for stage in arch.stages
+            for block in stage.blocks
+        ),
+        key=lambda own: own[1] / own[0],
+    )
+    if count * tokens >= features or shrinkage >= FEW_ROWS:
+        return shrinkage
+    needed = math.ceil(ROWS_PER_FEATURE * features / tokens)
+    warnings.warn(
+        f"{count} calibration images give {count * tokens:,} token rows for layers of {features:,} features: lambda is "
+        f"raised to {FEW_ROWS:g}, and the result will be poor; give {needed:,} images",
+        stacklevel=3,
+    )
+    return FEW_ROWS
+
+
+def check_source(logits: torch.Tensor, source: str) -> None:
+    """Warn where a source's answers hardly depend on the image, so that being close to them means little.
+
+    Compared is the information in an answer about its image, H(mean of p) - mean of H(p), with log K.
+
+    Args:
+        logits: the source's, (B, K).
+        source: its name in the message.
+    """
+    p = logits.double().softmax(-1)
+    known = (torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(-1).mean()).item()
+    most = math.log(max(2, p.shape[-1]))
+    if known < UNTRAINED * most:
+        warnings.warn(
+            f"{source}: its answers hardly depend on the image ({known:.2g} of {most:.2g} nats): KL and agreement mean "
+            "little. It may be untrained, or all images of one kind",
+            stacklevel=3,
+        )
