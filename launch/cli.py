@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -261,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from prunesweep.models.io.files import disk_full
 
     signal.signal(signal.SIGINT, before)
+    warnings.showwarning = _warn
     try:
         app(arguments)
     except UserError as error:
@@ -269,6 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not disk_full(error):
             raise
         _fail(f"{error}: what was finished before is whole; make room, and the same command goes on")
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Show a warning to people as one line; those of libraries about their own use say where they arose."""
+    line = f"warning: {message}" if category is UserWarning else warnings.formatwarning(message, category, *where)
+    Console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fail(message: str) -> NoReturn:

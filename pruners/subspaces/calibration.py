@@ -16,7 +16,7 @@ __all__ = ["check_source", "hold_out", "images_of", "shrinkage_for"]
 BATCH = 64  # images at a time; what comes in larger batches is split
 ROWS_PER_FEATURE = 20  # token rows of a layer's fit for each of its features, from which on more help little
 FEW_ROWS = 1e-2  # lambda where rows are fewer than features: KL 5 to 20 % lower than with 1e-3 (digits, 2 to 16 images)
-UNTRAINED = 0.01  # of log K: what an answer says about the image, in nats
+UNTRAINED, ENOUGH = 0.01, 8  # of log K: what an answer says about the image, in nats; images to tell it from
 
 
 def images_of(batches: Any, arch: Arch) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def _tensors(batches: Any, arch: Arch) -> Iterator[torch.Tensor]:
         if images.ndim == axes - 1:
             single.append(images)
         else:
-            yield from images.split(BATCH)
+            yield from torch.split(images, BATCH)
     yield from (torch.stack(single[i : i + BATCH]) for i in range(0, len(single), BATCH))
 
 
@@ -158,7 +158,7 @@ def check_source(logits: torch.Tensor, source: str) -> None:
     p = logits.double().softmax(-1)
     known = (torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(-1).mean()).item()
     most = math.log(max(2, p.shape[-1]))
-    if known < UNTRAINED * most:
+    if len(p) >= ENOUGH and known < UNTRAINED * most:
         warnings.warn(
             f"{source}: its answers hardly depend on the image ({known:.2g} of {most:.2g} nats): KL and agreement mean "
             "little. It may be untrained, or all images of one kind",

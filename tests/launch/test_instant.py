@@ -62,6 +62,16 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json"]
 
 
+def test_an_untrained_source_is_warned_of_in_one_line(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    options = ("--data", "digits", "--images", "32", "--budgets", "0.5", "--out", tmp_path / "front")
+    code, _, err = call(capsys, "instant", source, *options)
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if "hardly depend on the image" in line]
+    assert line.startswith("warning: toy: its answers")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

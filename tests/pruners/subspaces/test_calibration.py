@@ -91,6 +91,14 @@ def test_what_cannot_serve_is_refused(use: str, given: Any, said: str) -> None:
             recover(model, whole(), given)
 
 
+def test_a_front_holds_one_image_out_of_three() -> None:
+    model = made(vit()).float()
+    with pytest.raises(UserError, match="2 calibration images: give at least 3"):
+        prunesweep.instant(model, X[:2], budgets=(0.5,))
+    with pytest.warns(UserWarning, match="2 calibration images give 20 token rows"):
+        assert prunesweep.instant(model, X[:3], budgets=(0.5,))[0].images == 1
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     broken = made(vit())
     with torch.no_grad():
