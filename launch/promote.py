@@ -24,6 +24,9 @@ def promote(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field of the recipe")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="the run's data, if they were moved, e.g. imagefolder:PATH", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images per batch when latency is measured")] = 1,
     device: Annotated[str, typer.Option(help="where latency is measured: cpu, cuda or cuda:N")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="processes that train together, on Ray Train where above 1")] = 1,
@@ -67,6 +70,6 @@ def promote(
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, top-1 {point['top1']:.2f} % in the search")
         with display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
-            promote_one(found, point, recipe, fields, setting=setting, placement=placement, **say)
+            promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)
     write_report(found)
     print_promoted(console, promoted(found), found.metadata()["source"]["macs"], run)

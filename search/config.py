@@ -21,7 +21,7 @@ from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe, absolute_name
 from prunesweep.training.data import ClassOrder
 
-__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config"]
+__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config", "run_config"]
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -321,14 +321,27 @@ def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Search
         UserError: as for ``load_config``.
     """
     path = Path(folder) / "search.toml"
-    data = _read(path)
+    return run_config(_read(path), str(path), overrides)
+
+
+def run_config(data: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> SearchConfig:
+    """Validate the configuration of a run, which may be of an earlier version with other names of keys.
+
+    Args:
+        data: the tables, as TOML gives them; changed in place.
+        where: what error messages call it.
+        overrides: as for ``load_config``.
+
+    Raises:
+        UserError: as for ``load_config``.
+    """
     for old, new in RENAMED.items():
         table, _, key = old.partition(".")
         if key in data.get(table, {}):
             data[table][new.rpartition(".")[2]] = data[table].pop(key)
     for override in overrides:
         _apply(data, override)
-    return parse_config(data, str(path))
+    return parse_config(data, where)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -336,9 +349,11 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: {error}") from error
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, of tables that deep
         raise UserError(f"{path} is not TOML: {error}") from error
 
 

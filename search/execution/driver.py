@@ -23,7 +23,7 @@ from tensorboardX import SummaryWriter
 from prunesweep.models import Arch, LatencyTable, UserError, cost, read_arch
 from prunesweep.models.io.files import disk_full, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
-from prunesweep.search.config import SearchConfig, load_config, load_run_config
+from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
@@ -37,8 +37,9 @@ from prunesweep.training.signals import handling
 from .coordinator import Coordinator, RunBroken
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
+from .reopen import check_data, reopen, settings_of
 from .runtime import RayConnection, execute, max_concurrent
-from .source import SourceArtifacts, open_space
+from .source import Progress, SourceArtifacts, open_space
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
@@ -110,10 +111,6 @@ def run_search(
         return _search(run, config, space, display, ray if address is None else contextlib.nullcontext(ray))
 
 
-# keys that change no candidate and no figure
-HARMLESS = ("search.trials", "resources.", "cluster.", "data.loader_workers")
-
-
 def resume_search(
     path: str | Path,
     *,
@@ -128,38 +125,38 @@ def resume_search(
     Args:
         path: the run's folder.
         trials: a new number of trials; what the run was made with by default.
-        overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure (``HARMLESS``).
+        overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure
+            (``reopen.HARMLESS``), and the place of data that were moved.
         console: where to draw; nothing is drawn by default.
         address: of a running Ray cluster; a Ray of its own by default.
         verbose: show Ray's own log lines.
 
     Raises:
-        UserError: ``path`` is no run, another process is working on it, or an override would change the search.
+        UserError: ``path`` is no run, another process is working on it, the data are not those that it was made on, or
+            its settings were edited or overridden so that the search would change.
         SearchFailed: too many trials failed, or what all of them need is gone (``RunBroken``).
     """
     run = Run.existing(path)
-    made = load_run_config(run.path)
-    config = load_run_config(run.path, [*overrides, *([] if trials is None else [f"search.trials={trials}"])])
-    _check_same_search(run, made, config)
-    if run.latency_table.exists():
-        config = _with_table(config, run.latency_table)  # wherever the run was moved to
+    display = Display(console or Console(quiet=True))
+    more = [] if trials is None else [f"search.trials={trials}"]
+    config = reopen(run, [*overrides, *more], on_note=display.note)
+    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.metadata()["scores"]))
+    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
     if address is None:
         max_concurrent(config.resources)
-    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.metadata()["scores"]))
-    display = Display(console or Console(quiet=True))
-    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
-    return _search(run, config, space, display, ray)
+        check_data(run, config)
+        return _search(run, config, space, display, ray)
+    with ray:
+        with display.progress() as progress:
+            run_on_worker(partial(_check_there, run.path, config), config.resources, progress)
+        return _search(run, config, space, display, contextlib.nullcontext(ray))
 
 
-def _check_same_search(run: Run, made: SearchConfig, wanted: SearchConfig) -> None:
-    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (made, wanted))
-    changed = [key for key in before | after if before.get(key) != after.get(key) and not key.startswith(HARMLESS)]
-    if changed:
-        lines = "\n".join(f"  {key}: {before.get(key)!r}, now {after.get(key)!r}" for key in changed)
-        raise UserError(
-            f"{run.path} was made with other settings, so its results would not compare:\n{lines}\n"
-            "start a new search (search.start_from takes over this one's front), or leave these keys as they are"
-        )
+def _check_there(path: Path, config: SearchConfig, progress: Progress) -> None:
+    """``check_data`` on a worker: the driver's machine may not have the data."""
+    progress("comparing the data", 0.0, "")
+    check_data(Run(path), config)
+    progress("comparing the data", 1.0, "")
 
 
 def _with_table(config: SearchConfig, path: str | Path | None) -> SearchConfig:
@@ -177,14 +174,6 @@ def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
     points = tuple(dict(point) for point in start_points(config, space))
     changes = {"start": points, "start_from": None, "start_published": False}
     return config.model_copy(update={"search": config.search.model_copy(update=changes)})
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> PreparedSearch:
@@ -255,6 +244,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
             **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(arch)}),
         },
         "data": kept.fingerprint,
+        "content": kept.content,
         "scores": {kind: path.name for kind, path in kept.score_files.items()},
         "versions": versions(),
     }
@@ -270,7 +260,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         for path in kept.teacher_logits:  # large, and never written again
             shutil.copytree(path, folder / run.teacher_logits.name / path.name, copy_function=_link)
         (folder / "trials").mkdir()
-        write_text(folder / "run.json", json.dumps(facts, indent=1))
+        write_text(folder / "run.json", json.dumps({**facts, "settings": settings_of(config)}, indent=1))
     return config
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
-from prunesweep.search.config import load_run_config
 from prunesweep.search.store.run import Run, read_json, task_id
 from prunesweep.training import Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.placement import Placement
+
+from .reopen import check_data, reopen
 
 __all__ = ["Promoted", "choose", "promote", "promoted"]
 
@@ -82,6 +83,7 @@ def promote(
     recipe_name: str,
     recipe: Recipe,
     *,
+    data: str | None = None,
     setting: Setting | None = None,
     placement: Placement = Placement(),  # noqa: B008 (frozen)
     on_step: Callable[[int, int, float], None] | None = None,
@@ -93,16 +95,18 @@ def promote(
     Args:
         run, point: the run and an entry of its front.
         recipe_name, recipe: how it is trained.
+        data: name of the run's data, if they were moved.
         setting: measure latency like this too.
         placement: where training runs.
         on_step, on_epoch, on_note: as for ``training.fit``.
 
     Raises:
-        UserError: training failed.
+        UserError: the run's settings were edited, the data are not those that it was made on, or training failed.
     """
     unit = task_id(point["trial"], point["rung"])
     folder = run / "promoted" / unit
-    config = load_run_config(run.path)
+    config = reopen(run, () if data is None else [f"data.name={data}"], on_note=on_note)
+    check_data(run, config)
     job = Finetuning(
         model=run / point["model"],
         data=config.data.name,

@@ -30,6 +30,7 @@ from prunesweep.training import (
     open_data,
     seeded,
 )
+from prunesweep.training.data import content_of
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 
 __all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_space", "prepare"]
@@ -45,6 +46,7 @@ class SourceArtifacts:
         teacher_logits: folders of logits of the recipe's teachers.
         weights: digest of the source's weights.
         fingerprint: digest of the data.
+        content: what the data hold (``training.data.content_of``).
         top1: the source's accuracy on the validation split, in percent.
         ppl: its perplexity, if it is a language model.
     """
@@ -54,6 +56,7 @@ class SourceArtifacts:
     teacher_logits: tuple[Path, ...] = ()
     weights: str
     fingerprint: str
+    content: Mapping[str, Any]
     top1: float
     ppl: float | None = None
 
@@ -131,6 +134,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         teacher_logits=logits,
         weights=weights,
         fingerprint=data.info.fingerprint,
+        content=content_of(data),
         top1=quality.top1,
         ppl=quality.ppl,
     )

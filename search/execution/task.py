@@ -27,13 +27,14 @@ from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
 from prunesweep.search.store.run import Result, Run, Task, task_id
-from prunesweep.training import EVAL_BATCH, Data, Diverged, EvalMetrics, Recipe, evaluate, open_data
+from prunesweep.training import EVAL_BATCH, Data, Diverged, EvalMetrics, Recipe, evaluate
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.run_job import run_job
 from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
 
 from .coordinator import RunBroken
+from .reopen import check_data
 
 __all__ = ["run_task"]
 
@@ -61,7 +62,7 @@ class WorkerContext:
     """What all units of a run share in one process: configuration, data and source model, loaded once.
 
     Raises:
-        RunBroken: one of them is missing or damaged.
+        RunBroken: one of them is missing or damaged, or the data are not those that the run was made on.
     """
 
     def __init__(self, run: Run) -> None:
@@ -69,8 +70,7 @@ class WorkerContext:
         with _needed_by_all():
             self.config: SearchConfig = load_run_config(run.path)
             source = load(run / "source")
-            cfg: Any = source.pretrained_cfg
-            self.data: Data = open_data(self.config.data.name, cfg, **self.config.data.options)
+            self.data: Data = check_data(run, self.config, source)
             self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
             self.arch = arch_of(source)
             self.facts = run.metadata()

@@ -8,6 +8,7 @@ workers sees every image once, in an order that a seed gives.
 """
 
 from .base import NO_LABEL, Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only
+from .content import content_changes, content_of
 from .digits import Digits
 from .folder import ImageFolder
 from .huggingface import HuggingFace
@@ -32,6 +33,8 @@ __all__ = [
     "UnlabelledImages",
     "absolute_name",
     "check_words",
+    "content_changes",
+    "content_of",
     "images_only",
     "open_data",
     "open_text",

@@ -117,6 +117,17 @@ class Data(ABC):
             UserError: the data have no labels.
         """
 
+    def labels(self, split: str) -> Sequence[int] | None:
+        """Return the labels of a split's images, or None if this kind of data must read the images for them.
+
+        Args:
+            split: ``train`` or ``val``.
+
+        Raises:
+            UserError: the data have no labels.
+        """
+        return self.train_labels().tolist() if split == "train" else None
+
     def describe(self) -> list[str]:
         """Return lines for people: numbers of images and classes, the preprocessing, and notes on the files."""
         info = self.info

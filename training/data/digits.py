@@ -61,6 +61,9 @@ class Digits(Data):
     def train_images(self) -> int:
         return len(self.train_labels())
 
+    def labels(self, split: str) -> list[int]:
+        return self._splits[split][1].tolist()
+
     def train_labels(self) -> torch.Tensor:
         return self._splits["train"][1]
 

@@ -169,6 +169,9 @@ class Shards(ImageFiles):
     def _open(self, split: str) -> Dataset[Any]:
         return _Images(self._path, self._found[split], self.info.input_size[0])
 
+    def labels(self, split: str) -> list[int]:
+        return self._found[split].table[:, 3].tolist()  # type: ignore[no-any-return]
+
     def train_labels(self) -> torch.Tensor:
         return torch.from_numpy(self._found["train"].table[:, 3].copy())
 

@@ -1,0 +1,126 @@
+"""Open a run again: with the settings, and on the data, that it was made with."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunesweep.models import UserError, load
+from prunesweep.models.io.files import write_text
+from prunesweep.search.config import SearchConfig, load_run_config, run_config
+from prunesweep.search.store.run import Run, set_aside
+from prunesweep.training.data import Data, content_changes, content_of, open_data
+
+__all__ = ["HARMLESS", "check_data", "own_table", "reopen", "settings_of"]
+
+# keys that change no candidate and no figure; data are compared by their content
+HARMLESS = ("search.trials", "resources.", "cluster.", "data.")
+
+MOVED = "resume --set data.name=..., promote --data ..."
+
+
+def settings_of(config: SearchConfig) -> dict[str, Any]:
+    """The settings that ``run.json`` keeps: what ``search.toml`` says when the run is made."""
+    return tomllib.loads(config.to_toml())
+
+
+def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], None] | None = None) -> SearchConfig:
+    """Return the configuration of a run, as its ``search.toml`` says it now.
+
+    A ``search.toml`` that is lost or torn is written again from ``run.json``.
+
+    Args:
+        run: the run.
+        overrides: ``key.path=value``, of keys that change neither a candidate nor a figure (``HARMLESS``).
+        on_note: is told in a line for people what was written again.
+
+    Raises:
+        UserError: ``search.toml`` was edited, or an override would change the search.
+    """
+    settings = run.metadata().get("settings")  # runs of earlier versions have none
+    file = run / "search.toml"
+    made = None if settings is None else run_config(settings, str(run / "run.json"))
+    if made is not None and not _whole(file):
+        kept = f"kept as {set_aside(file).name}, and " if file.exists() else ""
+        write_text(file, made.to_toml())
+        if on_note:
+            on_note(f"{file} was torn or lost: {kept}written again as it was when the run was made")
+    found, wanted = load_run_config(run.path), load_run_config(run.path, overrides)
+    if changed := _changes(found, wanted):
+        raise UserError(
+            f"{run.path} was made with other settings, so its results would not compare:\n{changed}\n"
+            "start a new search (search.start_from takes over this one's front), or leave these keys as they are"
+        )
+    if made is not None and (changed := _changes(own_table(run, made), own_table(run, found))):
+        raise UserError(
+            f"{file} was edited since the run was made, so its results would not compare:\n{changed}\n"
+            "start a new search (search.start_from takes over this one's front), or set these keys back (without the "
+            "file, 'prunesweep resume' writes it again as it was)"
+        )
+    return own_table(run, wanted)
+
+
+def _whole(file: Path) -> bool:
+    """Whether a configuration is there, and is not torn; it may well be wrong."""
+    try:
+        return {"name", "data", "source"} <= tomllib.loads(file.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _changes(before: SearchConfig, after: SearchConfig) -> str:
+    """The keys that differ, but for those that may, in a line each."""
+    old, new = (dict(_leaves(config.model_dump(mode="json"))) for config in (before, after))
+    changed = [key for key in old | new if old.get(key) != new.get(key) and not key.startswith(HARMLESS)]
+    return "\n".join(f"  {key}: {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def own_table(run: Run, config: SearchConfig) -> SearchConfig:
+    """The configuration with the run's own copy of the latency table, wherever the run was moved to."""
+    if not run.latency_table.exists():
+        return config
+    space = config.space.model_copy(update={"latency_table": str(run.latency_table)})
+    return config.model_copy(update={"space": space})
+
+
+def check_data(run: Run, config: SearchConfig, source: Any = None) -> Data:
+    """Open the data of a run, and compare them with those that it was made on.
+
+    Args:
+        run: the run.
+        config: its configuration; ``data.name`` may be a new place of the same data.
+        source: the run's source, if it is loaded already.
+
+    Returns:
+        The data as the run's source expects them.
+
+    Raises:
+        UserError: the data are not there, or have changed; the message says what can be told of it.
+    """
+    source = load(run / "source") if source is None else source
+    try:
+        data = open_data(config.data.name, source.pretrained_cfg, **config.data.options)
+    except UserError as error:
+        raise UserError(f"{error}\nIf they were moved, give their new place: {MOVED}") from error
+    facts = run.metadata()
+    if data.info.fingerprint == facts.get("data"):
+        return data
+    if before := facts.get("content"):
+        lines = content_changes(before, content_of(data))
+    else:  # a run of an earlier version
+        lines = [f"fingerprint {facts.get('data')}, now {data.info.fingerprint}"]
+    raise UserError(
+        f"{config.data.name} is not what {run.path} was made on, so its results would not compare:\n"
+        + "\n".join(f"  {line}" for line in lines)
+        + f"\nput the data back as they were, say where those are ({MOVED}), or start a new search"
+    )
