@@ -185,6 +185,8 @@ class SearchTable(Table):
     rungs: tuple[Natural, ...] = ()
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
     screen_images: Count = 1024
+    recover: bool = True  # refit what a cut leaves, in closed form, where the source's family allows it
+    recover_images: Annotated[int, Field(ge=2)] = 512  # of the training split, whose labels are not read
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     start_from: str | None = None  # another run, whose front's points are begun with
     start_published: bool = False  # begin with what papers published for models of the source's family too
@@ -291,6 +293,7 @@ follow_axes()
 
 
 RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
+BEFORE = {"search.recover": False}  # what runs did before a key was there; every run's file has all keys
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -339,6 +342,9 @@ def run_config(data: dict[str, Any], where: str, overrides: Sequence[str] = ()) 
         table, _, key = old.partition(".")
         if key in data.get(table, {}):
             data[table][new.rpartition(".")[2]] = data[table].pop(key)
+    for name, value in BEFORE.items():
+        table, _, key = name.partition(".")
+        data.setdefault(table, {}).setdefault(key, value)
     for override in overrides:
         _apply(data, override)
     return parse_config(data, where)

@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
         "lr": [5e-4, 3e-3],
         "groups": {"embed": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 8},
     },
-    "search": {"trials": 4},
+    "search": {"trials": 4, "recover_images": 128},
     "finetune": {"epochs": 1, "batch_size": 128, "distill": [{}]},
 }
 

@@ -16,7 +16,7 @@ from prunesweep.models import UserError
 
 __all__ = ["NormalEquations"]
 
-ROUNDING = 1e-12  # of the features' mean square
+ROUNDING = 1e-10  # of the mean square of the features: variances below it are not told from rounding errors
 
 
 class NormalEquations:
@@ -86,9 +86,9 @@ class NormalEquations:
             mean_a, mean_y = torch.zeros_like(mean_a), torch.zeros_like(mean_y)
         covariance, start = self._aa / self.rows - torch.outer(mean_a, mean_a), start.to(self._aa)
         residual = self._ay / self.rows - torch.outer(mean_a, mean_y) - covariance @ start.T
+        # of features that hardly vary, the covariance is what rounding left of the moments
+        floor = ROUNDING * self._aa.diagonal().mean() / self.rows + torch.finfo(torch.float64).tiny
         ridge = covariance.clone()
-        lost = ROUNDING * self._aa.diagonal().mean() / self.rows  # what taking the means away costs
-        least = lost.clamp_min(torch.finfo(torch.float64).tiny)
-        ridge.diagonal().add_(torch.maximum(shrinkage * covariance.diagonal().mean(), least))
+        ridge.diagonal().add_(torch.maximum(shrinkage * covariance.diagonal().mean(), floor))
         weight = start + torch.cholesky_solve(residual, torch.linalg.cholesky(ridge)).T
         return weight, mean_y - weight @ mean_a

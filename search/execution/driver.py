@@ -23,6 +23,7 @@ from tensorboardX import SummaryWriter
 from prunesweep.models import Arch, LatencyTable, UserError, cost, read_arch
 from prunesweep.models.io.files import disk_full, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
+from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
@@ -104,6 +105,8 @@ def run_search(
             return None
         space = open_space(config.space, prepared)
         display.space(space, prepared.summary, EvalMetrics(prepared.top1, prepared.ppl), prepared.zero_shot)
+        if config.search.recover and (reason := can_recover(prepared.arch)):
+            display.note(f"candidates start as cut, not recovered: {reason}")
         if dry_run:
             display.plan(config, units)
             return None

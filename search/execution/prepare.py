@@ -12,18 +12,17 @@ from pathlib import Path
 import timm
 from huggingface_hub import try_to_load_from_cache
 
-from prunesweep.models import UserError, cut
-from prunesweep.models.recalibrate import recalibrate
+from prunesweep.models import UserError
 from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Range, Summary
-from prunesweep.training import EVAL_BATCH, evaluate
 
+from .cutting import Cutter
 from .source import LoadedSource, Progress, SourceArtifacts, prepare
 
 __all__ = ["SAMPLE", "PreparedSearch", "prepare_search"]
 
 SAMPLE = 256  # points of the space whose cost is shown before the search
-SCORED = 16  # of them, those that are also cut and evaluated without training
+SCORED = 8  # of them, those whose models are also made and evaluated without training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +64,11 @@ def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fe
 
 def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, progress: Progress) -> Range:
     """Measure top-1 without finetuning of a few points of the sample, as a rung of 0 epochs does."""
-    images = prepared.data.calibration(config.search.screen_images, EVAL_BATCH, config.seed)
-    found: list[float] = []
+    cutter, found = Cutter(prepared.model, prepared.data, config), list[float]()
     points = summary.points[:SCORED]
     for point in points:
         progress("sampling the space", len(found) / len(points), f"{len(found)}/{len(points)}")
-        model = cut(prepared.model, prepared.space.decode(point).decision)
-        recalibrate(model, images)
-        found.append(evaluate(model, images)["top1"])
+        found.append(cutter.screened(prepared.space.decode(point).decision).top1)
     progress("sampling the space", 1.0, f"{len(points)}/{len(points)}")
     return Range.of(found)
 

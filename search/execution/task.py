@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut, cut_arch, load, load_provenance, save
+from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, load_provenance, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
-from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
@@ -34,6 +33,7 @@ from prunesweep.training.jobs.run_job import run_job
 from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
 
 from .coordinator import RunBroken
+from .cutting import Cutter
 from .reopen import check_data
 
 __all__ = ["run_task"]
@@ -118,15 +118,10 @@ class WorkerContext:
             )
         return found
 
-    def images(self) -> Iterator[Any]:
-        """Iterate over ``screen``, which is loaded at the first item."""
-        yield from self.screen
-
     @cached_property
-    def screen(self) -> list[Any]:
-        """Images of the training split, for rungs that do not train and for BatchNorm."""
-        with _needed_by_all():
-            return self.data.calibration(self.config.search.screen_images, EVAL_BATCH, self.config.seed)
+    def cutter(self) -> Cutter:
+        """Makes the models that units start from."""
+        return Cutter(self.source, self.data, self.config, reading=_needed_by_all)
 
     def evaluate(self, model: nn.Module) -> EvalMetrics:
         """Of the validation split."""
@@ -219,7 +214,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
 
 
 def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[float, EvalMetrics, float]:
-    found = EvalMetrics.of(evaluate(_cut(context, candidate), context.screen))
+    found = context.cutter.screened(candidate.decision)
     with _log(context.run, unit) as log:
         log.event("end", **found.as_dict())
     return found.top1, found, 0.0
@@ -257,39 +252,32 @@ def _train(
 
 
 def _zero_shot(context: WorkerContext, unit: Task, model: nn.Module) -> float:
-    """Return the top-1 of a candidate as it was cut; ``model`` is what its unit starts from."""
-    if _starts_as_cut(context, unit):
+    """Return the top-1 of a candidate before any training; ``model`` is what its unit starts from."""
+    if _starts_untrained(context, unit):
         return context.evaluate(model).top1
     below = context.run.read_result(task_id(unit.number, unit.rung - 1))
     assert below is not None  # it was promoted for it
     return float(below["result"]["zero_shot"])
 
 
-def _starts_as_cut(context: WorkerContext, unit: Task) -> bool:
+def _starts_untrained(context: WorkerContext, unit: Task) -> bool:
     """Whether no rung below has trained the candidate."""
     return unit.rung == 0 or context.epochs(unit.rung - 1) == 0
 
 
-def _cut(context: WorkerContext, candidate: Candidate) -> nn.Module:
-    """Cut the source, and show images to the BatchNorms of new convolutions."""
-    model = cut(context.source, candidate.decision)
-    recalibrate(model, context.images())
-    return model
-
-
 def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Module | None:
-    """Return the model that a unit starts from: the cut source, or the model of the rung below.
+    """Return the model that a unit starts from: the cut and recovered source, or the model of the rung below.
 
     If that model was deleted because it was off the front when an earlier search ended, it is trained again; None where
-    that was asked to stop. Where training diverged below, it starts from the cut source.
+    that was asked to stop. Where training diverged below, it starts from the cut and recovered source.
     """
-    if _starts_as_cut(context, unit):
-        return _cut(context, candidate)
+    if _starts_untrained(context, unit):
+        return context.cutter.model(candidate.decision)
     below = context.run.trial(task_id(unit.number, unit.rung - 1))
     if not (below / "model").exists() and not _train(context, context.run.read_task(below.name), candidate, below):
         return None
     if not (below / "model").exists():
-        return _cut(context, candidate)
+        return context.cutter.model(candidate.decision)
     return load(below / "model").to(next(context.source.parameters()).device)
 
 

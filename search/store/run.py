@@ -75,7 +75,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished unit gave; ``top1`` in percent, after finetuning, and ``zero_shot``, of the model as it was cut.
+    """What a finished unit gave; ``top1`` in percent, after finetuning, and ``zero_shot``, of the model that
+    training began with: cut, and recovered where that is on.
 
     Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
     """

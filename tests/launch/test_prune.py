@@ -91,6 +91,8 @@ def test_a_cut_is_recovered_unless_it_is_to_stay_as_cut(trained: Path, tmp_path:
     assert arch_of(load(tmp_path / "refits" / "small")) == arch_of(load(tmp_path / "as cut" / "small"))
     assert found["refits"]["macs"] == found["as cut"]["macs"]
     assert found["projection"]["recovery"]["kl"] < found["refits"]["recovery"]["kl"]
+    for name in found:
+        assert load_provenance(tmp_path / name / "small")["budget"]["cost"] == found[name]["macs"]
 
 
 def test_what_cannot_be_recovered_stays_as_cut_and_says_so(tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_a_run_of_an_earlier_version_is_read_with_its_keys(tmp_path: Path, tiny)
         load_run_config(tmp_path, ["search.eta=3"])
 
 
+def test_a_run_from_before_recovery_starts_from_cut_models(tmp_path: Path, tiny) -> None:
+    config = tiny()
+    assert config.search.recover
+    text = config.to_toml()
+    assert "recover = true\n" in text
+    (tmp_path / "search.toml").write_text(text.replace("recover = true\n", ""))
+    assert not load_run_config(tmp_path).search.recover
+    (tmp_path / "search.toml").write_text(text)
+    assert load_run_config(tmp_path).search.recover
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the configuration"):
         load_config(tmp_path / "absent.toml")

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunesweep.models import Arch, UserError, build, load, num_params
 from prunesweep.search import SearchResult, resume_search, run_search
 from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.cutting import Cutter
 from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Run
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
@@ -281,6 +282,27 @@ def test_all_axes_and_rungs_at_once(runs: Path) -> None:
             assert found.zero_shot == by_place[trial, 1].zero_shot
     more = resume_search(run.path, trials=12)
     assert Run(more.path).status()["rungs"] == [12, 4, 1]
+
+
+def test_trials_start_from_recovered_models(runs: Path) -> None:
+    from prunesweep.search.config import parse_config
+    from tests.conftest import TINY
+
+    table = {"search": {"trials": 3, "recover_images": 400}, "resources": {"cpus": 2}, "name": "recovered"}
+    config = parse_config({**TINY, **table}, "recovered")
+    result = run_search(config, runs / "recovered")
+    assert result is not None
+    assert result.finished
+    run, data = Run(result.path), open_data("digits")
+    source = load(run / "source")
+    zero_shot = {r.trial: r.zero_shot for r in run.results()}
+    for recover in (True, False):
+        asked = config.model_copy(update={"search": config.search.model_copy(update={"recover": recover})})
+        cutter = Cutter(source, data, asked)
+        made = {t: cutter.model(cut) for t in zero_shot if (cut := run.read_cut(t)) is not None}
+        found = {t: evaluate(model, data.val_loader(EVAL_BATCH))["top1"] for t, model in made.items()}
+        assert len(found) == 3
+        assert (found == zero_shot) == recover
 
 
 def test_a_trial_of_two_workers(runs: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,9 @@ from prunesweep.pruners import (
     drop_order,
     get_method,
 )
+from prunesweep.pruners.reached import meets
 from prunesweep.pruners.scores import DEPTH
-from prunesweep.pruners.subspaces import can_recover
+from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, check_fits, evaluate, open_data
 
 from .recovery import Recovery
@@ -169,6 +171,8 @@ def prune_once(
     if drop:
         settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
     reached = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
+    if recovery is not None and recovery.project and can_recover(arch) is None:
+        reached = _projected(arch, reached, budget.measure)
     metadata = {"budget": budget.facts(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
@@ -276,6 +280,13 @@ def _make(
         recovery=facts,
         provenance={**metadata, "recovery": facts, "data": data.info.fingerprint, "versions": versions()},
     )
+
+
+def _projected(arch: Arch, reached: Reached, measure: Measure) -> Reached:
+    """Return what was reached with the cost of the projected model, whose heads all stay."""
+    spent = measure(compressed_arch(arch, projected_widths(arch, reached.cut)))
+    missed = "" if meets(spent, reached.budget) else "projected ranks are whole channels, shared out among all heads"
+    return dataclasses.replace(reached, cost=spent, hindrance=reached.hindrance or missed)
 
 
 def _path_settings(

@@ -236,3 +236,16 @@ def test_spaces_that_cannot_be_projected_are_refused() -> None:
         broken.get_parameter("blocks.0.mlp.fc2.weight").fill_(float("nan"))
     with pytest.raises(UserError, match="an activation is not finite"):
         SourceStatistics.collect(broken, images())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9])
+def test_features_that_do_not_vary_leave_the_map_as_it_was(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, noise = torch.randn(12, generator=generator), torch.randn(300, 12, generator=generator)
+    features, start = 5 + base + spread * noise, torch.randn(3, 12, generator=generator)
+    targets = torch.randn(300, 3, generator=generator, dtype=torch.float64)
+    sums = NormalEquations(12, 3)
+    sums.add(features, targets)
+    weight, bias = sums.solve(start, 1e-3)
+    torch.testing.assert_close(weight, start.double(), atol=1e-2, rtol=0)
+    torch.testing.assert_close((features.double() @ weight.T + bias).mean(0), targets.mean(0))

@@ -18,9 +18,9 @@ from prunesweep.models import UserError, load
 from prunesweep.models.latency.building import macs_table
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig, load_config
-from prunesweep.search.execution import prepare as opening
+from prunesweep.search.execution import cutting
 from prunesweep.search.execution.driver import create_run
-from prunesweep.search.execution.prepare import prepare_search
+from prunesweep.search.execution.prepare import SCORED, prepare_search
 from prunesweep.search.execution.source import open_space
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
@@ -39,10 +39,10 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
         looked.append(sum(len(labels) for _, labels in batches))
         return training.evaluate(model, batches)
 
-    monkeypatch.setattr(opening, "evaluate", evaluate)
+    monkeypatch.setattr(cutting, "evaluate", evaluate)
     seen: list[tuple[str, float]] = []
     found = prepare_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
-    assert looked == [96] * opening.SCORED
+    assert looked == [96] * SCORED
     assert 0 < found.zero_shot.low <= found.zero_shot.high <= 100
     assert {what for what, _ in seen} == {"sampling the space"}
     assert seen[-1][1] == 1

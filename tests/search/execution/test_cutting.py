@@ -1,0 +1,87 @@
+"""The models that candidates start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prunesweep.models import BlockCut, Cut, arch_of, cut, cut_arch, load
+from prunesweep.models.recalibrate import recalibrate
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.cutting import Cutter
+from prunesweep.search.execution.prepare import prepare_search
+from prunesweep.search.execution.task import run_task
+from prunesweep.training import EVAL_BATCH, Data, evaluate, open_data
+from tests.search.execution.test_task import begin, nothing
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return open_data("digits")
+
+
+@pytest.fixture
+def source(tiny: Callable[..., SearchConfig], runs: Path) -> nn.Module:
+    return load(prepare_search(tiny(), runs / "cache", nothing).folder)
+
+
+def decision(source: nn.Module) -> Cut:
+    """A quarter of the residual channels goes, the last attention becomes a convolution."""
+    arch = arch_of(source)
+    blocks = [*(BlockCut(),) * (arch.depth - 1), BlockCut(mixer="conv3x3")]
+    return Cut(embed=(tuple(range(0, arch.stages[0].width - 4)),), blocks=tuple(blocks))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    weights = b.state_dict()
+    return all(torch.equal(tensor, weights[name]) for name, tensor in a.state_dict().items())
+
+
+def test_what_a_cut_leaves_is_recovered(tiny: Callable[..., SearchConfig], source: Any, data: Data) -> None:
+    chosen = decision(source)
+    recovered = Cutter(source, data, tiny(search={"recover_images": 400})).model(chosen)
+    as_cut = Cutter(source, data, tiny(search={"recover": False})).model(chosen)
+    assert arch_of(recovered) == arch_of(as_cut) == cut_arch(arch_of(source), chosen)
+    plain = cut(source, chosen)
+    recalibrate(plain, data.calibration(1024, EVAL_BATCH, 0))
+    assert same(as_cut, plain)
+    found = [evaluate(m, data.val_loader(EVAL_BATCH), source=source)["kl"] for m in (recovered, as_cut)]
+    assert found[0] < 0.5 * found[1]
+
+
+def test_the_same_candidate_is_the_same_model_in_every_process(
+    tiny: Callable[..., SearchConfig], source: Any, data: Data
+) -> None:
+    chosen, config = decision(source), tiny()
+    first, again = (Cutter(source, open_data("digits"), config).model(chosen) for _ in range(2))
+    assert same(first, again)
+    other = Cutter(source, data, config.model_copy(update={"seed": 7})).model(chosen)
+    assert not same(first, other)
+
+
+def test_a_source_that_cannot_be_recovered_is_cut(tiny: Callable[..., SearchConfig], source: Any, data: Data) -> None:
+    arch = arch_of(source)
+    mixed = cut(source, Cut(blocks=(BlockCut(mixer="conv1x1"), *(BlockCut(),) * (arch.depth - 1))))
+    chosen = Cut(embed=(tuple(range(12)),), blocks=(BlockCut(),) * arch.depth)
+    models = [Cutter(mixed, data, tiny(search={"recover": on})).model(chosen) for on in (True, False)]
+    assert same(*models)
+
+
+def test_a_trial_starts_from_the_recovered_model(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path, data: Data
+) -> None:
+    config = tiny(search={"rungs": [0, 1], "screen_images": 200, "recover_images": 300})
+    run, coordinator = begin(config, runs / "cache", tmp_path / "run")
+    unit = coordinator.next()
+    assert unit is not None
+    cutter = Cutter(load(run / "source"), data, config)
+    kept = run.read_cut(unit.number)
+    assert kept is not None
+    assert run_task(run.path, unit)["result"]["top1"] == cutter.screened(kept).top1
+    assert len(torch.cat([labels for _, labels in cutter.screen])) == 200
+    assert len(torch.cat([labels for _, labels in cutter.calibration])) == 300
