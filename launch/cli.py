@@ -86,17 +86,19 @@ def resume(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="another value, e.g. resources.cpus=4")
     ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="do the trials again that have failed")] = False,
     address: AddressOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Continue a search that was stopped or killed."""
     if address is not None and address.startswith(("http://", "https://")):
-        resubmit(str(run), address, trials=trials, overrides=overrides or [])
+        resubmit(str(run), address, trials=trials, overrides=overrides or [], retry_failed=retry_failed)
         return
     from prunesweep.search import resume_search
 
     console = Console()
     options: dict[str, Any] = {"trials": trials, "overrides": overrides or [], "address": address, "verbose": verbose}
+    options["retry_failed"] = retry_failed
     _drive(lambda: resume_search(run, console=console, **options), console)
 
 

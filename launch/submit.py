@@ -101,13 +101,15 @@ def _start(
     pip: bool = False,
     trials: int | None = None,
     overrides: Sequence[str] = (),
+    retry_failed: bool = False,
 ) -> str:
     """Upload code and configuration, start the driver on the cluster, and return the job's name."""
     from prunesweep.launch.cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
     from prunesweep.search.config import ClusterTable
 
     table, job = config.cluster or ClusterTable(), f"{config.name}-a{attempt}"
-    command = driver(CONFIG, folder, again=again, trials=trials, overrides=overrides)
+    more: dict[str, Any] = {"trials": trials, "overrides": overrides, "retry_failed": retry_failed}
+    command = driver(CONFIG, folder, again=again, **more)
     facts = {
         "prunesweep": "search",
         "run": config.name,
@@ -123,7 +125,13 @@ def _start(
 
 
 def resubmit(
-    run: str, address: str, *, trials: int | None = None, overrides: Sequence[str] = (), follow: bool = False
+    run: str,
+    address: str,
+    *,
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+    retry_failed: bool = False,
+    follow: bool = False,
 ) -> None:
     """Start the next attempt of a search that this head knows: ``prunesweep resume RUN --address http://...``.
 
@@ -132,6 +140,7 @@ def resubmit(
         address: address of the cluster's head.
         trials: new number of trials, if it changes.
         overrides: settings to change, ``NAME=VALUE``.
+        retry_failed: do candidates that failed again.
         follow: show the job's output until it ends, and exit with its code.
 
     Raises:
@@ -145,7 +154,7 @@ def resubmit(
     cluster = Cluster(address)
     last = cluster.latest(run)
     config = parse_config(tomllib.loads(last.config), f"the configuration of {last.job}")
-    more: dict[str, Any] = {"trials": trials, "overrides": overrides, "pip": last.pip}
+    more: dict[str, Any] = {"trials": trials, "overrides": overrides, "retry_failed": retry_failed, "pip": last.pip}
     job = _start(cluster, config, last.folder, attempt=_next(cluster, run), again=True, **more)
     _watch(cluster, run, job, follow=follow)
 

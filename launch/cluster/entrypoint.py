@@ -11,7 +11,9 @@ from pathlib import Path
 __all__ = ["command"]
 
 
-def command(config: str, run: str, address: str, trials: int | None, overrides: list[str]) -> list[str]:
+def command(
+    config: str, run: str, address: str, trials: int | None, overrides: list[str], *, retry_failed: bool = False
+) -> list[str]:
     """Return the arguments of ``prunesweep``: ``resume`` if the run exists, otherwise ``search``.
 
     Args:
@@ -20,10 +22,12 @@ def command(config: str, run: str, address: str, trials: int | None, overrides: 
         address: address of the Ray cluster.
         trials: new number of trials, if it changes.
         overrides: settings to change, ``NAME=VALUE``.
+        retry_failed: do candidates that failed again.
     """
     settings = [part for text in overrides for part in ("--set", text)]
     if Path(run, "run.json").is_file():
         more = [] if trials is None else ["--trials", str(trials)]
+        more += ["--retry-failed"] if retry_failed else []
         return ["resume", run, "--address", address, *more, *settings]
     more = [] if trials is None else ["--set", f"search.trials={trials}"]
     return ["search", config, "--out", run, "--address", address, *settings, *more]
@@ -37,10 +41,12 @@ def main() -> None:
     parser.add_argument("--address", default="auto")
     parser.add_argument("--trials", type=int)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--retry-failed", action="store_true")
     given = parser.parse_args()
     from prunesweep.launch.cli import main as prunesweep
 
-    prunesweep(command(given.config, given.run, given.address, given.trials, given.overrides))
+    settings = {"trials": given.trials, "overrides": given.overrides, "retry_failed": given.retry_failed}
+    prunesweep(command(given.config, given.run, given.address, **settings))
 
 
 if __name__ == "__main__":

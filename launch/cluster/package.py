@@ -146,7 +146,15 @@ def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
     return found
 
 
-def driver(config: str, folder: str, *, again: bool, trials: int | None = None, overrides: Sequence[str] = ()) -> str:
+def driver(
+    config: str,
+    folder: str,
+    *,
+    again: bool,
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+    retry_failed: bool = False,
+) -> str:
     """Return the command line of a search's driver, quoted for a shell.
 
     Args:
@@ -155,9 +163,11 @@ def driver(config: str, folder: str, *, again: bool, trials: int | None = None, 
         again: continue the run if it exists; without it, an existing run is an error.
         trials: as for ``prunesweep resume``; only used with ``again``.
         overrides: as for ``prunesweep resume``; only used with ``again``.
+        retry_failed: as for ``prunesweep resume``; only used with ``again``.
     """
     if not again:
         return shlex.join(["python", "-m", "prunesweep", "search", config, "--out", folder, "--address", "auto"])
     more = [] if trials is None else ["--trials", str(trials)]
+    more += ["--retry-failed"] if retry_failed else []
     more += [part for text in overrides for part in ("--set", text)]
     return shlex.join(["python", "-m", "prunesweep.launch.cluster.entrypoint", config, folder, *more])

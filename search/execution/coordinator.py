@@ -9,6 +9,7 @@ another candidate than their task, are set aside, and their tasks are done again
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections import deque
@@ -194,6 +195,12 @@ class Coordinator:
     def current(self) -> list[Result]:
         """The latest result of every candidate, by which it is judged."""
         return list(self._latest.values())
+
+    @property
+    def measured(self) -> bool:
+        """Whether any result is a finite number in every objective."""
+        objectives = self.search.objectives
+        return any(all(map(math.isfinite, values(r, objectives))) for r in self.results)
 
     @property
     def live(self) -> int:

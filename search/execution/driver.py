@@ -30,12 +30,12 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
 from prunesweep.search.space.warm_start import start_points
 from prunesweep.search.store.front import hypervolume, latest, pareto_front
-from prunesweep.search.store.run import Run, RunLock
+from prunesweep.search.store.run import Run, RunLock, failure_reasons
 from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
 from prunesweep.training.signals import handling
 
-from .coordinator import Coordinator, RunBroken
+from .coordinator import Coordinator, RunBroken, SearchFailed
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
 from .reopen import check_data, reopen, settings_of
@@ -119,6 +119,7 @@ def resume_search(
     *,
     trials: int | None = None,
     overrides: Sequence[str] = (),
+    retry_failed: bool = False,
     console: Console | None = None,
     address: str | None = None,
     verbose: bool = False,
@@ -130,6 +131,7 @@ def resume_search(
         trials: a new number of trials; what the run was made with by default.
         overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure
             (``reopen.HARMLESS``), and the place of data that were moved.
+        retry_failed: do those trials again that have failed; what they failed by is kept beside their results.
         console: where to draw; nothing is drawn by default.
         address: of a running Ray cluster; a Ray of its own by default.
         verbose: show Ray's own log lines.
@@ -148,11 +150,11 @@ def resume_search(
     if address is None:
         max_concurrent(config.resources)
         check_data(run, config)
-        return _search(run, config, space, display, ray)
+        return _search(run, config, space, display, ray, retry_failed=retry_failed)
     with ray:
         with display.progress() as progress:
             run_on_worker(partial(_check_there, run.path, config), config.resources, progress)
-        return _search(run, config, space, display, contextlib.nullcontext(ray))
+        return _search(run, config, space, display, contextlib.nullcontext(ray), retry_failed=retry_failed)
 
 
 def _check_there(path: Path, config: SearchConfig, progress: Progress) -> None:
@@ -293,11 +295,20 @@ def _leaving(display: Display, text: str, lock: RunLock | None = None) -> Callab
 
 
 def _search(
-    run: Run, config: SearchConfig, space: Space, display: Display, ray: AbstractContextManager[RayConnection]
+    run: Run,
+    config: SearchConfig,
+    space: Space,
+    display: Display,
+    ray: AbstractContextManager[RayConnection],
+    *,
+    retry_failed: bool = False,
 ) -> SearchResult:
     """Run the trials of a run whose source, scores and space are there."""
     with RunLock(run.path) as lock:
         run.stop_file.unlink(missing_ok=True)
+        display.failures(run.failures(), again=retry_failed)
+        if retry_failed:
+            run.forget_failures()
         write_text(run / "search.toml", config.to_toml())
         study = Study(
             run / "study.journal",
@@ -349,9 +360,21 @@ def _search(
         finally:
             run.stop_file.unlink(missing_ok=True)
             _write_report(run)
+        if coordinator.finished and not coordinator.measured:
+            raise SearchFailed(_nothing_found(run, coordinator))
         if coordinator.finished:
             display.front(coordinator.front, source["macs"])
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
+
+
+def _nothing_found(run: Run, coordinator: Coordinator) -> str:
+    """Why a search has ended without any candidate that can be compared."""
+    reasons = failure_reasons(coordinator.failures)
+    if coordinator.results:
+        reasons.append(f"{len(coordinator.results)} x no number: training diverged; lower finetune.lr or space.lr")
+    text = "\n".join(f"  {reason}" for reason in reasons)
+    again = f"\nOnce that is mended: prunesweep resume {run.shown} --retry-failed" if coordinator.failures else ""
+    return f"no trial of {run.shown} has a result that can be compared:\n{text}{again}"
 
 
 def _room(connection: RayConnection, coordinator: Coordinator, display: Display) -> int:

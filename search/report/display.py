@@ -21,7 +21,7 @@ from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.space.space import Range, Space, Summary
 from prunesweep.search.store.front import hypervolume, values
-from prunesweep.search.store.run import Result
+from prunesweep.search.store.run import Result, failure_reasons, reason_of
 from prunesweep.training import EvalMetrics
 
 __all__ = ["Display", "clock", "print_front", "print_promoted"]
@@ -134,6 +134,19 @@ class Display:
         beside = "" if units is None else f"; {units} side by side here"
         self.note(f"plan: {', then '.join(parts)}: {epochs} epochs in all, each on {each}{beside}")
 
+    def failures(self, failures: Mapping[str, str], *, again: bool) -> None:
+        """Show how many trials of a run have failed so far, and why, in a line for every distinct reason.
+
+        Args:
+            failures: errors by the tasks' names.
+            again: whether they are done again.
+        """
+        if failures:
+            count = f"{len(failures)} trial{'s' if len(failures) > 1 else ''} failed before"
+            self.note(f"{count}: done again now" if again else f"{count} (--retry-failed does them again):")
+            for reason in failure_reasons(failures):
+                self.note(f"  {reason}")
+
     @contextlib.contextmanager
     def live(self, coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float]) -> Iterator[Any]:
         """Show the live table for the time of a ``with`` block; it also redraws itself, so that its clock moves.
@@ -157,7 +170,7 @@ class Display:
             for unit, error in coordinator.failures.items():
                 if unit not in failed:
                     failed.add(unit)
-                    self.note(f"trial {unit} failed: {error.strip().splitlines()[-1]}")
+                    self.note(f"trial {unit} failed: {reason_of(error)}")
             if not self.console.is_terminal:
                 for result in coordinator.results[seen:]:
                     self.note(_line(result, coordinator, source["macs"]))

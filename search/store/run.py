@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import tomllib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,9 +34,23 @@ from prunesweep.models.io.provenance import digest
 
 from .front import TWO, hypervolume, latest, pareto_front
 
-__all__ = ["Outcomes", "Result", "Run", "RunLock", "Task", "place_of", "read_json", "set_aside", "task_id"]
+__all__ = [
+    "Outcomes",
+    "Result",
+    "Run",
+    "RunLock",
+    "Task",
+    "failure_reasons",
+    "place_of",
+    "read_json",
+    "reason_of",
+    "set_aside",
+    "task_id",
+]
 
 FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
+MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
+SHOWN = 4  # names of tasks that failed by one reason
 
 
 def task_id(number: int, rung: int = 0) -> str:
@@ -174,6 +188,11 @@ class Run:
     def failures(self) -> dict[str, str]:
         """Unit and error of every unit that failed."""
         return self.outcomes().failures
+
+    def forget_failures(self) -> None:
+        """Set the results of failed tasks aside, so that they are done again."""
+        for unit in self.failures():
+            set_aside(self.trial(unit) / "result.json", "failed")
 
     def read_result(self, task_id: str) -> dict[str, Any] | None:
         """What ``write_result`` wrote; None where the task has not ended. Raises UserError for a damaged file."""
@@ -355,6 +374,29 @@ def set_aside(path: Path, word: str = "damaged") -> Path:
         number += 1
     os.replace(path, kept)
     return kept
+
+
+def failure_reasons(failures: Mapping[str, str]) -> list[str]:
+    """Return a line for every distinct reason, the most frequent first: how many tasks failed by it, and which.
+
+    Args:
+        failures: errors by the tasks' names, as in ``Run.failures``.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for unit, error in sorted(failures.items()):
+        by_reason.setdefault(reason_of(error), []).append(unit)
+    return [
+        f"{len(units)} x {reason} ({', '.join(units[:SHOWN])}{', ...' if len(units) > SHOWN else ''})"
+        for reason, units in sorted(by_reason.items(), key=lambda found: -len(found[1]))
+    ]
+
+
+def reason_of(error: str) -> str:
+    """Return the line that says what happened, of an error's text or of its traceback."""
+    *_, last = error.strip().split("Traceback (most recent call last):\n")
+    line = next((line for line in last.splitlines() if line and not line[0].isspace()), "no reason is known")
+    bare = MODULES.match(line)
+    return line[bare.end() if bare else 0 :].removeprefix("UserError: ")
 
 
 class RunLock:

@@ -201,16 +201,23 @@ class Study:
         return trial.number, dict(trial.params)
 
     def tell(self, number: int, values: Sequence[float]) -> None:
-        """Finish a trial; do nothing if it is finished already.
+        """Finish a trial; do nothing if it is finished already, unless it failed and was done again.
+
+        A finished trial cannot be changed, so the values of one that failed are added as another trial of its point.
 
         Args:
             number: the trial.
             values: its objectives; the trial has failed if one of them is not finite.
         """
-        if all(map(math.isfinite, values)):
-            self._study.tell(number, list(values), skip_if_finished=True)
-        else:
+        if not all(map(math.isfinite, values)):
             self.fail(number)
+            return
+        trial = self._study.get_trials(deepcopy=False)[number]
+        if trial.state == TrialState.FAIL:
+            of: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
+            self._study.add_trial(optuna.trial.create_trial(values=list(values), **of))
+        else:
+            self._study.tell(number, list(values), skip_if_finished=True)
 
     def fail(self, number: int) -> None:
         """Finish a trial as failed, without values."""

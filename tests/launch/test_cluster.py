@@ -146,6 +146,8 @@ def test_a_driver_begins_once_and_then_goes_on(tmp_path: Path) -> None:
         "a.b='x y'",
     ]
     assert "prunesweep search" in package.driver("c.toml", str(run), again=False)
+    assert entrypoint.command("c.toml", str(run), "auto", None, [], retry_failed=True)[-1] == "--retry-failed"
+    assert shlex.split(package.driver("c.toml", str(run), again=True, retry_failed=True))[-1] == "--retry-failed"
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):

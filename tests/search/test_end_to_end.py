@@ -243,6 +243,32 @@ def test_a_run_whose_data_are_gone_stops_and_nothing_is_booked(
     assert len(Run(run).results()) == 6
 
 
+def test_failed_trials_are_named_and_done_again_where_that_is_wanted(
+    finished: tuple[Run, SearchResult, str], runs: Path
+) -> None:
+    run = Run(runs / "failed")
+    shutil.copytree(finished[0].path, run.path)
+    for number, error in enumerate(["out of memory", "out of memory", "no such kernel", "out of memory"]):
+        run.write_result(
+            f"r0-{number:04d}", error=f"Traceback (most recent call last):\n  a line\nRuntimeError: {error}\n"
+        )
+    reasons = (
+        "  3 x RuntimeError: out of memory (r0-0000, r0-0001, r0-0003)\n  1 x RuntimeError: no such kernel (r0-0002)\n"
+    )
+    code, output = Search("resume", str(run.path)).end()
+    assert code == 1
+    assert f"4 trials failed before (--retry-failed does them again):\n{reasons}" in output
+    assert f"the search failed: no trial of {run.path} has a result that can be compared:\n{reasons}" in output
+    assert f"prunesweep resume {run.path} --retry-failed" in output
+    code, output = Search("resume", str(run.path), "--retry-failed").end()
+    assert code == 0, output
+    assert f"4 trials failed before: done again now\n{reasons}" in output
+    assert run.failures() == {}
+    assert [(r.trial, r.point, r.top1) for r in run.results()] == [
+        (r.trial, r.point, r.top1) for r in finished[0].results()
+    ]
+
+
 JOINT = {
     "space": {
         "budget": [0.3, 0.9],

@@ -205,6 +205,39 @@ def test_a_failed_unit_is_not_run_again_and_counts_as_one_of_those_asked_for(tmp
     assert len(again.results) == 11
 
 
+def test_failed_units_are_done_again_where_that_is_wanted(tmp_path: Path) -> None:
+    """With their own numbers, points and seeds, on any rung; Optuna's study learns what they gave in the end."""
+    run = make_run(tmp_path / "r", 9, **LADDER)
+    coordinator = start(run, 9, max_concurrent=1, **LADDER)
+    failed: dict[str, Task] = {}
+    while (unit := coordinator.next()) is not None:
+        if unit.number == 1 or unit.rung == 1:
+            failed[unit.id] = unit
+            coordinator.complete(unit.id, error="boom")
+        else:
+            work(run, unit)
+            coordinator.complete(unit.id)
+        if len(failed) == 2:
+            break
+    assert run.failures() == dict.fromkeys(failed, "boom")
+    assert start(run, 9, max_concurrent=1, **LADDER).failures == coordinator.failures
+    run.forget_failures()
+    again = start(run, 9, max_concurrent=1, **LADDER)
+    assert again.failures == {}
+    assert not again.notes
+    while (unit := again.next()) is not None:
+        if unit.id in failed:
+            assert unit == failed.pop(unit.id)
+        work(run, unit)
+        again.complete(unit.id)
+    assert failed == {}
+    assert run.status()["rungs"] == [9, 3, 1]
+    told = [t.values for t in trials(run / "study.journal") if t.state.name == "COMPLETE"]
+    assert sorted(told) == sorted([r.top1, float(r.macs)] for r in run.results() if r.rung == 0)
+    assert len(list(run.path.glob("trials/*/result.json.failed-1"))) == 2
+    assert not start(run, 9, **LADDER).notes
+
+
 def test_points_that_no_architecture_meets_are_taken_back(tmp_path: Path) -> None:
     coarse = make_space(groups={"embed": 0, "heads": 0, "qk": 0, "v": 0, "mlp": 8})
     run = make_run(tmp_path / "r")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prunesweep.models import UserError
-from prunesweep.search.store.run import Run, RunLock
+from prunesweep.search.store.run import Run, RunLock, failure_reasons, reason_of
 from tests.search.helpers import make_run
 
 
@@ -63,3 +63,25 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json is damaged"):
         run.metadata()
+
+
+def test_errors_are_told_by_the_line_that_says_what_happened() -> None:
+    inner = "Traceback (most recent call last):\n  File 'a.py', line 1, in f\n    g()\nKeyError: 'x'\n"
+    outer = (
+        "Traceback (most recent call last):\n  File 'b.py', line 2, in h\nprunesweep.models.errors.UserError: no\nway"
+    )
+    caused = f"{inner}\nDuring handling of the above exception, another exception occurred:\n\n{outer}\n"
+    plain = "the unit's process was lost 3 times"
+    assert [reason_of(error) for error in (inner, outer, caused, plain, "")] == [
+        "KeyError: 'x'",
+        "no",
+        "no",
+        plain,
+        "no reason is known",
+    ]
+    memory = "Traceback (most recent call last):\n  a\ntorch.OutOfMemoryError: 3 GiB\n"
+    failures = {f"r0-{number:04d}": memory for number in range(6)} | {"r1-0001": plain}
+    assert failure_reasons(failures) == [
+        "6 x OutOfMemoryError: 3 GiB (r0-0000, r0-0001, r0-0002, r0-0003, ...)",
+        f"1 x {plain} (r1-0001)",
+    ]
