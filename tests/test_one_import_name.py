@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -19,6 +19,7 @@ import pytest
 
 import prunesweep
 from prunesweep.models import save
+from prunesweep.search.config import SearchConfig
 from tests.generate import random_arch, random_model
 from tests.test_layering import LAYERS
 
@@ -71,7 +72,7 @@ def python(*arguments: str, folder: Path, **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=500,
     )
 
 
@@ -108,6 +109,24 @@ def test_the_command_line_starts_where_folders_have_our_names(hostile: Path) -> 
     done = python("-m", "prunesweep", "--help", folder=hostile)
     assert done.returncode == 0, done.stderr
     assert "resume" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_workers_import_nothing_from_the_users_folder(
+    hostile: Path, tiny: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    """Not even where it has names of the standard library and of what torch imports: trials, and their own workers."""
+    for name in ("types", "queue", "random", "datasets", "timm", "optuna"):
+        (hostile / f"{name}.py").write_text(HOSTILE)
+    config = tiny(search={"trials": 1}, resources={"cpus": 2, "workers_per_trial": 2})
+    (tmp_path / "tiny.toml").write_text(config.to_toml())
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # -P: as with the command that is installed, the current folder is not on the driver's path
+    command = ("-P", "-m", "prunesweep", "search", str(tmp_path / "tiny.toml"), "--out", "run")
+    done = python(*command, folder=hostile, **paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[1/1] trial 0" in done.stdout
 
 
 @pytest.mark.slow

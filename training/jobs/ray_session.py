@@ -7,9 +7,11 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import prunesweep
 from prunesweep.models import UserError
 
 from ..signals import deferred
@@ -21,14 +23,18 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import ray  # noqa: E402
+from ray.job_config import JobConfig  # noqa: E402
 
 __all__ = ["OBJECT_STORE_BYTES", "connected", "join", "own_token", "start"]
 
+SAFE_PATH = "PYTHONSAFEPATH"
 OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
 
 
 def start(**options: Any) -> Any:
     """Call ``ray.init`` so that no Ctrl-C is lost meanwhile, and none leaves processes of Ray behind.
+
+    Processes of Ray do not look for modules in the current folder: what the user has there may be ``datasets.py``.
 
     Args:
         options: arguments of ``ray.init``.
@@ -37,11 +43,44 @@ def start(**options: Any) -> Any:
         Ray's context.
     """
     try:
-        with deferred(signal.SIGINT):
-            return ray.init(**options)
+        with deferred(signal.SIGINT), _safe_path():
+            return ray.init(job_config=_job_config(), **options)
     except KeyboardInterrupt:
         ray.shutdown()
         raise
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that are started in the block do not look for modules in the current folder, nor do theirs.
+
+    Ray starts some with ``python -c``, which puts that folder first.
+    """
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
+
+
+class _SearchPath(list[str]):
+    """Folders that Ray puts before all others in its workers' module search path, without the current one."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        here = Path.cwd().resolve()
+        super().extend(folder for folder in folders if Path(folder).resolve() != here)
+
+
+def _job_config() -> JobConfig:
+    """Ray's settings of a job. Where this package itself is imported from the current folder, Ray's own ones."""
+    config = JobConfig()
+    if Path(prunesweep.__file__).resolve().parents[1] != Path.cwd().resolve():
+        config._py_driver_sys_path = _SearchPath()  # ``ray.init`` extends it by the current folder
+    return config
 
 
 def join(address: str, options: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from random import Random
 
 import optuna
 import pytest
@@ -182,6 +183,30 @@ def test_a_search_that_is_opened_again_proposes_as_one_that_was_not(
         found.append(points)
     assert found[0] == found[1]
     assert sum(p["skip"] == 0 for p in found[0][12:]) > 6  # it learned
+
+
+@pytest.mark.parametrize("objectives", [("top1", "macs"), ("ppl", "macs")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_candidate_without_a_number_does_not_switch_the_model_off(
+    tmp_path: Path, objectives: tuple[str, ...], value: float
+) -> None:
+    """Of 60 results one is no number: it counts as worst, which is said once, and the model goes on proposing."""
+    space = {"budget": SPACE["budget"], "skip": IntDistribution(0, 8), "width": FloatDistribution(0, 1)}
+    random, study = Random(0), Study(tmp_path / "j", space, seed=0, objectives=objectives)
+    for number in range(60):
+        point = {"budget": random.uniform(0.2, 0.9), "skip": random.randint(0, 8), "width": random.random()}
+        loss = (point["skip"] - 6) ** 2 / 4 + 20 * (point["width"] - 0.3) ** 2
+        quality = {"top1": value, "ppl": value} if number == 30 else {"top1": 90 - loss, "ppl": math.exp(1 + loss / 10)}
+        macs = int(1000 * point["budget"])
+        study.record(
+            [Result(number, zero_shot=0.0, macs=macs, params=1, arch_hash="", point=point, seconds=0.0, **quality)]
+        )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        points = [study.ask()[1] for _ in range(15)]
+    assert len([w for w in said if "not a finite number: it counts as worse than all others" in str(w.message)]) == 1
+    assert sum(abs(p["skip"] - 6) <= 1 for p in points) >= 11  # a third of random ones
+    assert sum(abs(p["width"] - 0.3) <= 0.2 for p in points) >= 11
 
 
 def test_values_that_are_no_numbers_fail_a_proposal(tmp_path: Path) -> None:
