@@ -1,8 +1,7 @@
 """Allocation of ranks and units to blocks: one-block losses propose, an exact cost decides.
 
-Every space of every block is narrowed alone to a few levels, refitted, and its KL to the source measured on images that
-the fits have not seen, with all other blocks whole. The sums of these losses are below the true KL but rank well, so
-for a given residual width the levels of all blocks follow from
+The sums of one-block losses (``pruners.subspaces.block_losses``) are below the true loss but rank well, so for a given
+residual width the levels of all blocks follow from
 
     minimise  sum_b,s loss_b,s(level)   subject to   cost(levels) <= budget
 
@@ -12,104 +11,16 @@ still fit. Costs are exact (``models.cost``) and add up over spaces once the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
 
-import torch
+from prunesweep.models import Arch, cost
 
-from prunesweep.models import Arch, block_views, cost
-from prunesweep.models.families import family_of
-from prunesweep.pruners.divergence import kl_divergence
+from .block_losses import SPACES, BlockLosses, Choice
+from .widths import BlockWidths, Embed, Widths, compressed_arch
 
-from .compression import Compression, folded
-from .refit import SHRINKAGE, tail
-from .source import SourceStatistics, open_source, to_model
-from .widths import BlockWidths, Embed, Widths, can_project, compressed_arch
+__all__ = ["allocate"]
 
-__all__ = ["BlockLosses", "allocate", "measure_losses"]
-
-SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-SPACES = ("qk", "v", "sr", "mlp")
-Choice = tuple[int, str]  # block and space
 Objective = Callable[[Arch], int]
-
-
-@dataclass(frozen=True)
-class BlockLosses:
-    """KL of every choice at every level, (block, space) -> {width: loss}; the full width has loss 0."""
-
-    losses: Mapping[Choice, Mapping[int, float]]
-
-
-def levels(full: int, align: int) -> list[int]:
-    """List widths to try for a space, the full one first, all others multiples of ``align``."""
-    rounded = {max(align, round(full * share / align) * align) for share in SHARES[1:]}
-    return [full, *sorted((width for width in rounded if width < full), reverse=True)]
-
-
-@torch.no_grad()
-def measure_losses(
-    model: Any,
-    fit: Sequence[torch.Tensor],
-    held_out: Sequence[torch.Tensor],
-    statistics: SourceStatistics,
-    *,
-    align: int = 1,
-    shrinkage: float = SHRINKAGE,
-    progress: Callable[[int, int], None] | None = None,
-) -> BlockLosses:
-    """Measure what narrowing one space of one block costs, for all of them.
-
-    Args:
-        model: the source, in evaluation mode.
-        fit: batches of images (B, C, rows, columns) or texts (B, T) for the fits.
-        held_out: batches that the losses are measured on.
-        statistics: of the source.
-        align: widths are multiples of it.
-        shrinkage: lambda of the fits.
-        progress: told of models done and of all.
-    """
-    arch, model = open_source(model), folded(model)
-    views, family = block_views(model, arch), family_of(arch)
-    streams = [family.stem(model, to_model(model, batch)) for batch in (*fit, *held_out)]
-    wanted = torch.cat([tail(model, arch, views, 0, stream) for stream in streams[len(fit) :]])
-    found: dict[Choice, dict[int, float]] = {}
-    tries = [(i, space, width) for i in range(arch.depth) for space, width in _tries(arch, i, align)]
-    for view in views:
-        i, stage = view.index, arch.stages[view.stage]
-        if i and views[i - 1].stage < view.stage:
-            streams = [family.entrance(model, arch, view.stage).run(stream) for stream in streams]
-        after = streams
-        for _, space, width in (own for own in tries if own[0] == i):
-            choice = found.setdefault((i, space), {getattr(view.record, space): 0.0})
-            own = BlockWidths(**{space: width})  # type: ignore[arg-type]
-            widths = Widths(blocks=tuple(own if n == i else BlockWidths() for n in range(arch.depth)))
-            work = Compression(model, widths, statistics, (), shrinkage=shrinkage, fitted=len(fit))
-            middle, after = work.halves(stage, view, streams)
-            small, z = work.small_views[i], middle
-            if space != "mlp":
-                assert small.attention is not None
-                z = work.attention(stage, small.attention, view, streams, streams, middle)
-            if small.mlp is not None:
-                z = work.mlp(stage, small.mlp, view, middle, z, after)
-            got = torch.cat([tail(model, arch, views, i + 1, one) for one in z[len(fit) :]])
-            choice[width] = kl_divergence(wanted, got).mean().item()
-            if progress:
-                progress(sum(len(own) - 1 for own in found.values()), len(tries))
-        if after is streams:
-            after = [family.run_block(arch, stage, view.module, stream) for stream in streams]
-        streams = after
-    return BlockLosses(found)
-
-
-def _tries(arch: Arch, i: int, align: int) -> list[tuple[str, int]]:
-    """Spaces of a block that can be narrowed evenly over heads, with the widths to try."""
-    block = arch.blocks[i]
-    spaces = [space for space in SPACES if getattr(block, space) and isinstance(getattr(block, space), int)]
-    if not can_project(arch, f"blocks.{i}.q"):
-        spaces = [space for space in spaces if space != "qk"]
-    return [(space, width) for space in spaces for width in levels(getattr(block, space), align)[1:]]
 
 
 def allocate(

@@ -31,7 +31,7 @@ from prunesweep.models.builder import build_with
 from prunesweep.models.cutting import gather
 from prunesweep.models.families import family_of
 from prunesweep.models.families.base import tensor_shapes
-from prunesweep.models.families.views import AttentionView, Reader
+from prunesweep.models.families.views import AttentionView, MlpView, Reader
 from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
 from .calibration import images_of, shrinkage_for
@@ -51,6 +51,7 @@ def compress(
     batches: Iterable[Any],
     *,
     statistics: SourceStatistics | None = None,
+    units: Mapping[int, torch.Tensor] | None = None,
     refit: bool = True,
     shrinkage: float = SHRINKAGE,
     progress: Callable[[int, int], None] | None = None,
@@ -64,6 +65,8 @@ def compress(
         batches: calibration images or texts in any form that ``images_of`` takes, from the training split and without
             augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for a width of 96.
         statistics: of the same source, where they are there already; collected from ``batches`` otherwise.
+        units: order of the hidden units by block, the most important first, as ``rank_units`` gives it; by energy
+            (variance times squared weights that read them) where there is none.
         refit: fit readers and writers; without it the model is what the projections alone give.
         shrinkage: lambda of the fits, in units of the features' mean variance; raised, with a warning, where images
             are too few.
@@ -81,7 +84,7 @@ def compress(
     images = images_of(batches, arch)
     shrinkage = shrinkage_for(small, images, shrinkage) if refit else shrinkage
     found = SourceStatistics.collect(model, images) if statistics is None else statistics
-    work = Compression(folded(model), widths, found, images, refit=refit, shrinkage=shrinkage)
+    work = Compression(folded(model), widths, found, images, units=units, refit=refit, shrinkage=shrinkage)
     work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
     return work.small
 
@@ -93,6 +96,7 @@ class Compression(Refit):
         model: the source as ``folded`` returns it, in evaluation mode.
         widths: of the small model.
         statistics: of the source.
+        units: as for ``compress``.
         inputs, refit, shrinkage, fitted: as for ``Refit``.
     """
 
@@ -103,11 +107,12 @@ class Compression(Refit):
         statistics: SourceStatistics,
         inputs: Sequence[torch.Tensor],
         *,
+        units: Mapping[int, torch.Tensor] | None = None,
         refit: bool = True,
         shrinkage: float = SHRINKAGE,
         fitted: int | None = None,
     ) -> None:
-        arch, self.statistics = arch_of(model), statistics
+        arch, self.statistics, self.units = arch_of(model), statistics, units or {}
         narrow = compressed_arch(arch, widths)
         device = next(model.parameters()).device
         self.embed: dict[str, Reduction] = {}
@@ -141,12 +146,16 @@ class Compression(Refit):
                 v = Choose([b + j for b, width in zip(begins, record.v_widths, strict=True) for j in range(width)])
                 reductions |= {f"blocks.{i}.q": qk, f"blocks.{i}.k": qk, f"blocks.{i}.v": v}
             if mlp is not None and 0 < record.mlp < source.mlp:
-                out = self._written(mlp.out.weight.double(), views[i].stage)
-                energy = self.statistics.unit_variance(i).to(out.device) * out.square().sum(0)
-                reductions[f"blocks.{i}.mlp"] = _best(energy, record.mlp)
+                reductions[f"blocks.{i}.mlp"] = self._kept_units(i, mlp, views[i].stage, record.mlp)
             if 0 < record.sr < source.sr:
                 reductions[f"blocks.{i}.sr"] = _best(_read_energy(model, arch, f"blocks.{i}.sr"), record.sr)
         return reductions
+
+    def _kept_units(self, i: int, mlp: MlpView, s: int, count: int) -> Choose:
+        if i in self.units:
+            return Choose(self.units[i][:count].sort().values.tolist())
+        out = self._written(mlp.out.weight.double(), s)
+        return _best(self.statistics.unit_variance(i).to(out.device) * out.square().sum(0), count)
 
     def _written(self, weight: torch.Tensor, s: int) -> torch.Tensor:
         """Project what a layer (D, F) of stage ``s`` writes, to (k, F)."""

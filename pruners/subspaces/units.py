@@ -1,0 +1,109 @@
+"""Order of an MLP's hidden units by Optimal Brain Surgeon: what the output loses when the others make up for a unit.
+
+With H the covariance of the hidden units and W the layer that reads them, taking unit j away and refitting all others
+costs |w_j|^2 / [H^-1]_jj, after which W and H^-1 have exact downdates (Hassibi and Stork 1993; OSSCAR, arXiv
+2403.12983, and ZipLM, arXiv 2302.04089, for structures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunesweep.models import block_views
+from prunesweep.models.families import family_of
+
+from .calibration import images_of
+from .source import open_source, to_model
+
+__all__ = ["moments", "rank_units", "unit_order"]
+
+SHRINKAGE = 1e-3  # of H, in units of its mean diagonal
+STEPS = 32  # a step takes this share of the units that are left, at least one
+
+
+def unit_order(covariance: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
+    """Order units from the most important to the first to go.
+
+    Args:
+        covariance: H (M, M), of the units behind their activation.
+        writer: W (D, M), float64.
+
+    Returns:
+        (M,), numbers of units; any first m of them are what an MLP of m units keeps.
+    """
+    M = len(covariance)
+    eye = torch.eye(M, dtype=torch.float64, device=covariance.device)
+    inverse = torch.linalg.inv(covariance + SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-30) * eye)
+    weight, left, gone = writer.double().clone(), torch.arange(M, device=covariance.device), []
+    while len(left) > 1:
+        losses = weight.square().sum(0) / inverse.diagonal()
+        worst = losses.argsort(stable=True)[: max(1, len(left) // STEPS)]
+        stay = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        stay[worst] = False
+        step = torch.linalg.solve(inverse[worst][:, worst], inverse[worst][:, stay])
+        weight = weight[:, stay] - weight[:, worst] @ step
+        inverse = inverse[stay][:, stay] - inverse[stay][:, worst] @ step
+        gone.append(left[worst])
+        left = left[stay]
+    return torch.cat([left, *(own.flip(0) for own in reversed(gone))])
+
+
+def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute covariance (F, F) and mean (F,) of rows (..., F); products in their own type, sums in float64."""
+    first: torch.Tensor | None = None
+    rows = 0
+    for batch in batches:
+        wide = batch.flatten(0, -2)
+        if first is None:
+            first = wide.mean(0)
+            square, total = first.new_zeros(len(first), len(first), dtype=torch.float64), first.double() * 0
+        centred = wide - first
+        square += (centred.T @ centred).double()
+        total += centred.double().sum(0)
+        rows += len(wide)
+    if first is None:
+        raise ValueError("no rows")
+    shift = total / rows
+    return square / rows - torch.outer(shift, shift), first.double() + shift
+
+
+@torch.no_grad()
+def rank_units(model: nn.Module, batches: Iterable[Any]) -> dict[int, torch.Tensor]:
+    """Order the units of every MLP of a source.
+
+    Args:
+        model: the source, for which ``can_recover`` has no reason.
+        batches: calibration images or texts in any form that ``images_of`` takes.
+
+    Returns:
+        The order of ``unit_order`` by block.
+    """
+    arch, found = open_source(model), dict[int, torch.Tensor]()
+    family, mode = family_of(arch), model.training
+    model.eval()
+    try:
+        streams = [family.stem(model, to_model(model, batch)) for batch in images_of(batches, arch)]
+        for view in block_views(model, arch):
+            stage = arch.stages[view.stage]
+            if view.index == sum(len(own.blocks) for own in arch.stages[: view.stage]) and view.stage:
+                streams = [family.entrance(model, arch, view.stage).run(x) for x in streams]
+            if view.attention is not None:
+                streams = [view.attention.after(x, stage.grid) for x in streams]
+            if view.mlp is not None:
+                covariance, _ = moments(view.mlp.hidden(view.mlp.norm(x), stage.grid[0]) for x in streams)
+                found[view.index] = unit_order(covariance, written_by(view.mlp))
+                streams = [view.mlp.after(x, stage.grid[0]) for x in streams]
+    finally:
+        model.train(mode)
+    return found
+
+
+def written_by(half: Any) -> torch.Tensor:
+    """Return the matrix (D, F) of a half's last layer with its LayerScale folded in, in float64."""
+    factors = getattr(half.scale, "gamma", None)
+    weight: torch.Tensor = half.out.weight.double()
+    return weight if factors is None else factors.double()[:, None] * weight
