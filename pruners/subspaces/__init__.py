@@ -11,6 +11,7 @@ from .projection import projected_widths
 from .recovery import recover
 from .source import SourceStatistics
 from .support import can_recover
+from .units import rank_units
 from .widths import BlockWidths, Widths, compressed_arch, equal_shares
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "equal_shares",
     "instant",
     "projected_widths",
+    "rank_units",
     "recover",
 ]

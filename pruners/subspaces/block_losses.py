@@ -180,10 +180,9 @@ class _Losses:
 
     def _reduced(self, view: BlockView, stage: Stage, width: int, middle: list[torch.Tensor]) -> list[torch.Tensor]:
         """Compute what a narrower reduced map changes of the held-out streams."""
-        blocks = (BlockWidths(sr=width) if n == view.index else BlockWidths() for n in range(self.arch.depth))
-        work = Compression(
-            self.model, Widths(blocks=tuple(blocks)), self.statistics, (), shrinkage=self.shrinkage, fitted=self.fitted
-        )
+        blocks = [BlockWidths(sr=width) if n == view.index else BlockWidths() for n in range(self.arch.depth)]
+        widths = Widths(blocks=tuple(blocks))
+        work = Compression(self.model, widths, self.statistics, (), shrinkage=self.shrinkage, fitted=self.fitted)
         small: Any = work.small_views[view.index].attention
         target, _ = work.halves(stage, view, self.x)
         found = work.attention(stage, small, view, self.x, self.x, target)[self.fitted :]

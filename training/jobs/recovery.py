@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import Cut, arch_of
-from prunesweep.pruners.subspaces import compress, projected_widths, recover
+from prunesweep.pruners.subspaces import compress, projected_widths, rank_units, recover
 
 from ..data import Data
 
@@ -56,4 +56,5 @@ class Recovery:
         """
         if not self.project:
             return recover(source, decision, batches, progress=progress)
-        return compress(source, projected_widths(arch_of(source), decision), batches, progress=progress)
+        widths = projected_widths(arch_of(source), decision)
+        return compress(source, widths, batches, units=rank_units(source, batches), progress=progress)
