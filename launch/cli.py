@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -200,6 +200,10 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="texts: how many of them are seen but not predicted")] = 0,
     test: Annotated[bool, typer.Option("--test", help="texts: the test split")] = False,
+    class_order: Annotated[
+        Literal["natural", "codepoint"],
+        typer.Option(help="of folders, for a model without class names: timm's order (natural) or torchvision's"),
+    ] = "natural",
     as_json: JsonOption = False,
 ) -> None:
     """Measure a saved model's accuracy, or perplexity."""
@@ -212,8 +216,8 @@ def evaluate(
     if length is not None or context or test:
         opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
     else:
-        opened = open_data(data, loaded.pretrained_cfg)
-    check_fits(arch, opened, all_classes=False)
+        opened = open_data(data, loaded.pretrained_cfg, class_order=class_order)
+    check_fits(arch, opened)
     if not as_json:
         Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))

@@ -39,7 +39,10 @@ class Finding:
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="a TOML file; its [cluster] names storage and data", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="a TOML file: its data are opened; cluster.storage and cluster.data are checked", show_default=False
+        ),
     ] = None,
     address: Annotated[
         str | None,
@@ -53,14 +56,17 @@ def doctor(
         str | None, typer.Option(help="folder of the data on the nodes  [default: cluster.data]", show_default=False)
     ] = None,
 ) -> None:
-    """Check what a search needs, here and on every node of a cluster."""
+    """Check what a search needs, here and on every node of a cluster; with a configuration, its data too."""
     from rich.console import Console
     from rich.table import Table
 
     from prunesweep.search.config import ClusterTable, load_config
 
-    table = (load_config(config).cluster if config is not None else None) or ClusterTable()
+    settings = None if config is None else load_config(config)
+    table = (settings and settings.cluster) or ClusterTable()
     findings = list(check_here())
+    if settings is not None:
+        findings.append(check_data(settings))
     if place := address or table.address:
         findings += check_cluster(place, table, storage or table.storage, data or table.data)
     shown = Table("", "what", "found", "what to do", box=None)
@@ -94,6 +100,20 @@ def check_here() -> Iterator[Finding]:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("GPUs here", "ok", ", ".join(names) or "none")
     yield _room(Path.cwd())
+
+
+def check_data(config: Any) -> Finding:
+    """Check that the data of a configuration can be opened here and fit its source; say what they are."""
+    from prunesweep.models import UserError
+    from prunesweep.models.errors import NotHere
+    from prunesweep.search.execution.source import open_source_data
+
+    try:
+        return Finding("data here", "ok", "\n".join(open_source_data(config).describe()))
+    except NotHere as error:
+        return Finding("data here", "warning", str(error), "only a search elsewhere can run without them")
+    except UserError as error:
+        return Finding("data here", "wrong", str(error), "mend the data, or [data] and [source] of the configuration")
 
 
 def _token_file() -> Finding:

@@ -94,6 +94,7 @@ def finetune(
     placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)
     console = Console(stderr=as_json)
     display = Display(console)
+    display.data(job.check().describe())
     with display.progress() as progress:
         train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one

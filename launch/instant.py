@@ -45,7 +45,7 @@ def instant(
         raise UserError(f"--out {out}: is there already; give a new folder")
     model = open_source(source)
     dataset = open_data(data, model.pretrained_cfg)
-    check_fits(arch_of(model), dataset, all_classes=False)
+    check_fits(arch_of(model), dataset)
     whole = cost(arch_of(model))
     batches = dataset.calibration(images, min(BATCH, max(1, images // 4)), seed)
     console = Console()

@@ -186,13 +186,15 @@ def score(
     from rich.console import Console
 
     from prunesweep.search.report.display import Display
-    from prunesweep.training import open_data
+    from prunesweep.training import open_fitting
     from prunesweep.training.jobs.one_shot import open_source
     from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
     model, console = open_source(source), Console()
-    opened = open_data(data, model.pretrained_cfg)
-    with Display(console).progress() as progress:
+    opened = open_fitting(data, model)
+    display = Display(console)
+    display.data(opened.describe())
+    with display.progress() as progress:
         path = cached_scores(model, method, opened, Calibration(images, batch_size, seed), cache, progress)
     console.print(str(path), highlight=False, soft_wrap=True)
 

@@ -14,7 +14,8 @@ from prunesweep.models import LatencyTable, UserError, arch_of
 from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, latency
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
-from prunesweep.training import absolute_name, load_recipe
+from prunesweep.search.report.display import Display
+from prunesweep.training import Data, absolute_name, load_recipe, open_fitting
 from prunesweep.training.jobs.one_shot import Budget
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.recovery import Recovery
@@ -91,6 +92,19 @@ class Request:
         if (self.recover or self.project) and (reason := can_recover(arch_of(model))):
             raise UserError(f"{asked}: {reason}")
         return Recovery(self.recover_images, self.calibration.seed, self.project)
+
+    def opened(self, model: Any) -> Data:
+        """Open the data, check that they fit, and say what they are.
+
+        Args:
+            model: the source, opened.
+
+        Raises:
+            UserError: they are not there, or do not fit.
+        """
+        data = open_fitting(self.data, model)
+        Display(self.console).data(data.describe())
+        return data
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,7 @@ from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import AppliedMethod, TrainedMethod
 from prunesweep.search.report.display import Display
-from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate, load_recipe, open_data
+from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate, load_recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.one_shot import Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.training.jobs.prune_training import TrainedPruning
@@ -44,7 +44,7 @@ def prune_widths(request: Request) -> None:
     with Display(request.console).progress() as progress:
         pruned = prune_once(
             model,
-            request.data,
+            request.opened(model),
             request.method.name,
             request.budget(model),
             drop=request.drop,
@@ -66,7 +66,7 @@ def prune_tokens(request: Request) -> None:
     with Display(request.console).progress() as progress:
         pruned = plan_once(
             model,
-            request.data,
+            request.opened(model),
             request.method.name,
             keep_rate=request.keep_rate,
             budget=request.budget(model) if request.budgets else None,
@@ -102,7 +102,7 @@ def prune_trained(request: Request) -> None:
     options, recipe, _ = request.options()
     chosen = load_recipe(request.recipe or method.recipe, recipe)
     after = request.finetune or method.finetune
-    data = open_data(request.data, model.pretrained_cfg)
+    data = request.opened(model)
     work = request.work(model, data.info.fingerprint)
     decided = request.folder if after == "none" else work.folder / "decided"
     run = TrainedPruning(
@@ -215,8 +215,9 @@ def apply_once(request: Request) -> None:
     arch = arch_of(model)
     method.check(arch)
     options, _, _ = request.options()
-    applied = method.apply(model, method.configure(options if request.r is None else {**options, "r": request.r}))
-    data = open_data(request.data, model.pretrained_cfg)
+    settings = method.configure(options if request.r is None else {**options, "r": request.r})
+    data = request.opened(model)
+    applied = method.apply(model, settings)
     before, after = (EvalMetrics.of(evaluate(m, data.val_loader(EVAL_BATCH))) for m in (model, applied.model))
     if not method.saved:
         _report_unsaved(request, cost(arch), before, after, applied.macs or cost(arch).macs)

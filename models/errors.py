@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["UserError", "explain", "nearest"]
+__all__ = ["NotHere", "UserError", "explain", "nearest"]
 
 
 class UserError(ValueError):
@@ -14,6 +14,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2. Every other exception is a defect of ours.
     """
+
+
+class NotHere(UserError):
+    """Data, weights or a package are not on this machine. Elsewhere, or later, the same command may run."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

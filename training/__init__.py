@@ -1,7 +1,7 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
-from .compatibility import check_fits, check_labels
+from .compatibility import check_fits, check_labels, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
 from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate
 from .loop import Diverged, Epoch, fit, seeded
@@ -34,6 +34,7 @@ __all__ = [
     "load_recipe",
     "load_state",
     "open_data",
+    "open_fitting",
     "open_text",
     "recipe_names",
     "save_state",

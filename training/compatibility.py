@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from prunesweep.models import Arch, UserError
+from typing import Any
 
-from .data import Data, check_words
+from prunesweep.models import Arch, UserError, arch_of
+
+from .data import Data, check_words, open_data
 from .recipe import Recipe
 
-__all__ = ["check_fits", "check_labels"]
+__all__ = ["check_fits", "check_labels", "open_fitting"]
 
 REMEDY = "take data of its classes, or give the model a new head"
 
 
-def check_fits(
-    arch: Arch, data: Data, *, name: str | None = None, remedy: str = REMEDY, all_classes: bool = True
-) -> None:
+def check_fits(arch: Arch, data: Data, *, name: str | None = None, remedy: str = REMEDY) -> None:
     """Check that a model's words, classes and image size are those of the data.
 
-    Only the words of a language model are checked: it reads texts of any length.
+    Only the words of a language model are checked: it reads texts of any length. Data without labels fit models of any
+    number of classes; where labels are numbers, of which not all need to occur, the model may have more classes.
 
     Args:
         arch: architecture of the model.
         data: the opened data set.
         name: the model's name in messages; ``arch.source`` by default.
         remedy: advice that the message gives when the classes differ.
-        all_classes: require equal numbers of classes. Without it the model may have more, which is enough where nothing
-            is trained. Data without labels fit models of any number.
 
     Raises:
         UserError: the model and the data do not fit.
@@ -34,12 +33,27 @@ def check_fits(
     if arch.text is not None:
         return
     info, name = data.info, name or arch.source
-    all_classes = all_classes and info.labelled
-    if arch.num_classes < info.num_classes or (all_classes and arch.num_classes != info.num_classes):
+    more_fit = info.open_ended or not info.labelled
+    if arch.num_classes < info.num_classes or (arch.num_classes > info.num_classes and not more_fit):
         raise UserError(f"{name} has {arch.num_classes} classes, {info.name} has {info.num_classes}: {remedy}")
     size = (arch.in_chans, *arch.img_size)
     if size != info.input_size:
         raise UserError(f"{name} takes images of {size}, {info.name} has {info.input_size}")
+
+
+def open_fitting(data: str | Data, model: Any) -> Data:
+    """Open data with a model's preprocessing, and check that they fit the model as it is.
+
+    Args:
+        data: name of the data set, as for ``open_data``; or the data set, which is only checked.
+        model: the model.
+
+    Raises:
+        UserError: as for ``open_data`` and ``check_fits``.
+    """
+    opened = open_data(data, model.pretrained_cfg) if isinstance(data, str) else data
+    check_fits(arch_of(model), opened)
+    return opened
 
 
 def check_labels(data: Data, recipe: Recipe) -> None:

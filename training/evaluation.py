@@ -127,11 +127,17 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
         return (
             f"{said}: the model's classes are named otherwise ({names[0]}, ..) than the data's ({info.classes[0]}, ..)"
         )
-    if info.classes and not names:
-        return (
-            f"{said}: the model may have been trained with its classes in another order than {info.classes[0]} .. "
-            f"{info.classes[-1]}; it has no names of its own. data.class_order = 'codepoint' is torchvision's order"
-        )
+    if not names and (other := data.in_other_order()) is not None:
+        order, listed = other
+        top1 = evaluate(model, listed.val_loader(EVAL_BATCH))["top1"]
+        between = f"{listed.info.classes[0]} .. {listed.info.classes[-1]} (class_order = {order!r})"
+        if top1 > chance:
+            return (
+                f"{said}, but {top1:.2f} % with the classes in the order {between}: the model has no class names of "
+                "its own and was trained in that order. Give --class-order or data.class_order, or save the model with "
+                "models.save(model, folder, classes=[...]), and data are matched with it by name"
+            )
+        said += f", nor is {top1:.2f} % with the classes in the order {between}"
     return f"{said}: it may be untrained, or trained on other data or with other preprocessing"
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from prunesweep.models import Arch, LatencyTable, UserError, cost, read_arch
+from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import disk_full, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners.subspaces import can_recover
@@ -98,12 +99,13 @@ def run_search(
         try:
             cache = run.path.parent / "cache"
             prepared = _prepare(config, cache, display, on_worker=address is not None, fetch=not dry_run)
-        except UserError as error:
+        except NotHere as error:
             if not dry_run:
                 raise
             _plan_without(config, error, display, units)
             return None
         space = open_space(config.space, prepared)
+        display.data(prepared.described)
         display.space(space, prepared.summary, EvalMetrics(prepared.top1, prepared.ppl), prepared.zero_shot)
         if config.search.recover and (reason := can_recover(prepared.arch)):
             display.note(f"candidates start as cut, not recovered: {reason}")
@@ -196,7 +198,7 @@ def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: 
     return prepared
 
 
-def _plan_without(config: SearchConfig, error: UserError, display: Display, units: int | None) -> None:
+def _plan_without(config: SearchConfig, error: NotHere, display: Display, units: int | None) -> None:
     """Show the space and the plan from the source's record alone. Raises ``error`` if timm does not know the source."""
     display.note(f"not here: {error}")
     try:

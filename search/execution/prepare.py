@@ -12,7 +12,7 @@ from pathlib import Path
 import timm
 from huggingface_hub import try_to_load_from_cache
 
-from prunesweep.models import UserError
+from prunesweep.models.errors import NotHere
 from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Range, Summary
 
@@ -49,7 +49,8 @@ def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fe
         fetch: download weights that this machine does not have from the hub.
 
     Raises:
-        UserError: as ``prepare``; or ``fetch`` is false and the weights are not on this machine.
+        UserError: as ``prepare``.
+        NotHere: ``fetch`` is false and the weights are not on this machine.
     """
     if not fetch:
         _check_downloaded(config.source)
@@ -74,11 +75,11 @@ def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, p
 
 
 def _check_downloaded(source: SourceTable) -> None:
-    """Raise UserError for weights from the hub that this machine does not have yet."""
+    """Raise NotHere for weights from the hub that this machine does not have yet."""
     cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False) if source.pretrained else None
     if cfg is None or not cfg.hf_hub_id:
         return
     repo = cfg.hf_hub_id + (source.model if cfg.hf_hub_id.endswith("/") else "")
     files = ("model.safetensors", "pytorch_model.bin")
     if not any(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
-        raise UserError(f"the weights {repo} are not on this machine yet; a search would fetch them from the hub")
+        raise NotHere(f"the weights {repo} are not on this machine yet; a search would fetch them from the hub")

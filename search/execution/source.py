@@ -33,7 +33,7 @@ from prunesweep.training import (
 from prunesweep.training.data import content_of
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 
-__all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_space", "prepare"]
+__all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_source_data", "open_space", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class SourceArtifacts:
         weights: digest of the source's weights.
         fingerprint: digest of the data.
         content: what the data hold (``training.data.content_of``).
+        described: what ``Data.describe`` says of the data.
         top1: the source's accuracy on the validation split, in percent.
         ppl: its perplexity, if it is a language model.
     """
@@ -57,6 +58,7 @@ class SourceArtifacts:
     weights: str
     fingerprint: str
     content: Mapping[str, Any]
+    described: tuple[str, ...] = ()
     top1: float
     ppl: float | None = None
 
@@ -135,6 +137,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         weights=weights,
         fingerprint=data.info.fingerprint,
         content=content_of(data),
+        described=tuple(data.describe()),
         top1=quality.top1,
         ppl=quality.ppl,
     )
@@ -152,11 +155,7 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
         data = open_data(config.data.name, preprocessing, **options)
         return _with_class_names(model, data), data
-    cfg = timm.get_pretrained_cfg(source.model)
-    preprocessing = cfg.to_dict() if cfg is not None else {}
-    if "img_size" in source.args:
-        preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))
-    data = open_data(config.data.name, preprocessing, **options)
+    data = open_data(config.data.name, _preprocessing(source), **options)
     channels, *size = data.info.input_size
     words = {"vocabulary": data.info.vocabulary} if data.info.vocabulary else {}
     args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **words, **source.args}
@@ -167,6 +166,39 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         if source.pos_embed_std is not None:
             trunc_normal_(model.pos_embed, std=source.pos_embed_std)
     return _with_class_names(model, data), data
+
+
+def _preprocessing(source: SourceTable) -> dict[str, Any]:
+    """Return what timm says of the preprocessing of a source that is made for the data."""
+    cfg = timm.get_pretrained_cfg(source.model)
+    preprocessing = cfg.to_dict() if cfg is not None else {}
+    if "img_size" in source.args:
+        preprocessing["input_size"] = (source.args.get("in_chans", 3), *to_2tuple(source.args["img_size"]))
+    return preprocessing
+
+
+def open_source_data(config: SearchConfig) -> Data:
+    """Open the data as a search does, and check that they fit the source, without its weights.
+
+    Raises:
+        UserError: the data or the source are not there, or do not fit.
+    """
+    source, options = config.source, config.data.options
+    local = source.model.startswith("local-dir:")
+    _check_name(source.model)
+    if source.train and not local:
+        return open_data(config.data.name, _preprocessing(source), **options)
+    if local:
+        model = _timm_model(source, dict(source.args), {})
+    else:
+        with torch.device("meta"):
+            model = timm.create_model(source.model, pretrained=False, **source.args)
+    arch = arch_of(model)
+    data = open_data(
+        config.data.name, {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}, **options
+    )
+    _check_fit(arch, data, config)
+    return data
 
 
 def _with_class_names(model: Any, data: Data) -> Any:

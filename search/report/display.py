@@ -40,6 +40,10 @@ class Display:
         """Print a line of plain text."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def data(self, lines: Sequence[str]) -> None:
+        """Print what ``Data.describe`` says of the data."""
+        self.note("\n".join(lines))
+
     @contextlib.contextmanager
     def progress(self) -> Iterator[Any]:
         """Show progress bars for the time of a ``with`` block.

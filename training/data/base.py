@@ -37,6 +37,7 @@ class DataInfo:
     fingerprint: str
     vocabulary: str = ""  # of a text: a digest of its words, which models record
     classes: tuple[str, ...] = ()  # names by label, where the data have names
+    open_ended: bool = False  # labels are numbers, and there may be more of them than occur here
     notes: tuple[str, ...] = ()  # lines for people: empty classes, files that are not used, sampled bytes
 
     @property
@@ -128,14 +129,23 @@ class Data(ABC):
         """
         return self.train_labels().tolist() if split == "train" else None
 
+    def in_other_order(self) -> tuple[ClassOrder, Data] | None:
+        """Return the other usual order of classes, and the data in it; None if that is this one, or there is none."""
+        return None
+
     def describe(self) -> list[str]:
         """Return lines for people: numbers of images and classes, the preprocessing, and notes on the files."""
         info = self.info
         val = len(self.split("val", augment=None))  # type: ignore[arg-type]
         named = f" ({info.classes[0]} .. {info.classes[-1]})" if info.classes else ""
         classes = f"{info.num_classes:,} classes{named}" if info.labelled else "without labels"
-        lines = [f"{info.name}: {self.train_images:,} train, {val:,} val, {classes}"]
-        return [*lines, *info.notes]
+        counted = f"{info.name}: {self.train_images:,} train, {val:,} val, {classes}"
+        return [counted, f"preprocessing: {self._prepared()}", *info.notes]
+
+    def _prepared(self) -> str:
+        """Say how images are prepared for evaluation."""
+        numbers = {name: ", ".join(f"{v:.4g}" for v in getattr(self.info, name)) for name in ("mean", "std")}
+        return f"mean {numbers['mean']}, std {numbers['std']}"
 
     def train_loader(
         self, batches: EpochBatches, recipe: Recipe, known: Mapping[str, Any] = MappingProxyType({})

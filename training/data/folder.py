@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +18,9 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
+from prunesweep.models.errors import NotHere
 
-from .base import OpenOptions
+from .base import ClassOrder, Data, OpenOptions
 from .images import IMAGE_ENDINGS, READ_ERRORS, ImageFiles, ListedImages, is_hidden, read_names
 from .index import (
     DIGEST,
@@ -302,12 +303,17 @@ class ImageFolder(ImageFiles):
         name = f"imagefolder:{path}"
         for split in ("train", "val"):
             if not (path / split).is_dir():
-                raise UserError(f"data {name!r}: no folder {path / split} with one folder per class in it")
-        self._path, self._found = path, _listings(name, path)
+                raise NotHere(f"data {name!r}: no folder {path / split} with one folder per class in it")
+        self._path, self._found, self._options = path, _listings(name, path), options
         notes = _check_classes(name, path, self._found)
         names = class_names(name, self._found["train"].classes, options)
         self._labels = {c: i for i, c in enumerate(names)}
         super().__init__(name, options, _facts(self._found, names), len(names), classes=names, notes=tuple(notes))
+
+    def in_other_order(self) -> tuple[ClassOrder, Data] | None:
+        order: ClassOrder = "codepoint" if self._options.class_order == "natural" else "natural"
+        other = type(self)(self._path, replace(self._options, class_order=order))
+        return None if other.info.classes == self.info.classes else (order, other)
 
     def labels(self, split: str) -> list[int]:
         """Return the labels of a split's images, without reading the images."""

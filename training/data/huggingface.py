@@ -9,7 +9,7 @@ import torch
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
-from prunesweep.models import UserError
+from prunesweep.models.errors import NotHere
 
 from .base import OpenOptions
 from .images import ImageFiles
@@ -42,9 +42,9 @@ class HuggingFace(ImageFiles):
         try:
             splits = {split: self._open(split) for split in ("train", "val")}
         except ImportError as error:
-            raise UserError(f"data 'hfds:{name}' needs the datasets package: pip install datasets") from error
+            raise NotHere(f"data 'hfds:{name}' needs the datasets package: pip install datasets") from error
         except Exception as error:  # datasets raises many kinds of errors for an unknown data set or a missing network
-            raise UserError(f"data 'hfds:{name}' cannot be opened: {error}") from error
+            raise NotHere(f"data 'hfds:{name}' cannot be opened: {error}") from error
         reader: Any = splits["train"].reader  # type: ignore[attr-defined]
         label = reader.dataset.features[reader.label_key]
         facts = {split: data.reader.dataset._fingerprint for split, data in splits.items()}  # type: ignore[attr-defined]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 import warnings
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
         channels: 1 for grey, otherwise RGB.
     """
     image: Image.Image = Image.open(file)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
@@ -82,6 +83,7 @@ class ImageFiles(Data):
         num_classes: int,
         *,
         classes: tuple[str, ...] = (),
+        open_ended: bool = False,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Keep the facts about the files, and make the fingerprint.
@@ -92,6 +94,7 @@ class ImageFiles(Data):
             facts: everything that determines images, labels and their order; it is hashed into the fingerprint.
             num_classes: number of classes; 0 where there are no labels.
             classes: class names by label, if they have names.
+            open_ended: there may be more classes than occur here.
             notes: lines for people.
         """
         super().__init__(loader_workers=options.loader_workers)
@@ -111,6 +114,7 @@ class ImageFiles(Data):
             std=tuple(config["std"]),
             fingerprint=content.hexdigest()[:16],
             classes=classes,
+            open_ended=open_ended,
             notes=notes,
         )
 
@@ -128,12 +132,16 @@ class ImageFiles(Data):
     def train_images(self) -> int:
         return len(self._images("train"))  # type: ignore[arg-type]
 
-    def describe(self) -> list[str]:
+    def _prepared(self) -> str:
         config = self._config
-        size = "x".join(map(str, config["input_size"][1:]))
-        numbers = ", ".join(f"{k} {tuple(round(v, 4) for v in config[k])}" for k in ("mean", "std"))
-        crop = f"{config['crop_mode']} crop of {config['crop_pct']:g}"
-        return [*super().describe(), f"preprocessing: {config['interpolation']}, {crop}, to {size}; {numbers}"]
+        size = config["input_size"][1:]
+        scaled = _shape([math.floor(side / config["crop_pct"]) for side in size])  # as timm does
+        how = config["interpolation"]
+        crop = {
+            "squash": f"squash to {scaled} {how}, centre crop {_shape(size)}",
+            "border": f"resize into {scaled} {how}, crop or pad to {_shape(size)}",
+        }.get(config["crop_mode"], f"resize {scaled} {how}, centre crop {_shape(size)}")
+        return f"{crop}, {super()._prepared()}"
 
     def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
         if augment is None:
@@ -172,9 +180,17 @@ class ListedImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def name_of(self, index: int) -> str:
+        """Return the path of a file."""
+        return f"{self.root}/{self.files[index]}"
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        with open(f"{self.root}/{self.files[index]}", "rb") as file:
+        with open(self.name_of(index), "rb") as file:
             return read_image(file, self.channels), self.labels[index]
+
+
+def _shape(sides: Sequence[int]) -> str:
+    return str(sides[0]) if len(set(sides)) == 1 else "x".join(map(str, sides))
 
 
 class Readable(Dataset[Batch]):
@@ -184,7 +200,7 @@ class Readable(Dataset[Batch]):
     and more than ``ALWAYS``, an error is raised.
 
     Args:
-        data: map-style data set of (PIL image, label).
+        data: map-style data set of (PIL image, label); its ``name_of`` an index, if it has one, is for messages.
         transform: function of an image.
         share: share of the images that may be unreadable.
         damaged: (N,) bool in shared memory, true for the images that could not be read.
@@ -217,12 +233,15 @@ class Readable(Dataset[Batch]):
 
     def _count(self, index: int, error: BaseException) -> None:
         known = bool(self.damaged[index])
-        self.reasons[index] = f"image {index}: {error}"
+        name = self.data.name_of(index) if hasattr(self.data, "name_of") else f"image {index}"
+        self.reasons[index] = f"{name}: {error}"
         self.damaged[index] = True
         if int(self.damaged.sum()) > self.limit:
             raise UserError(f"more than {self.limit} images cannot be read: {self._listed()}") from error
         if not known:
-            warnings.warn(f"an image cannot be read and is replaced by its neighbour: {error}", stacklevel=3)
+            warnings.warn(
+                f"an image cannot be read and is replaced by its neighbour: {self.reasons[index]}", stacklevel=3
+            )
 
     def _listed(self, most: int = 12) -> str:
         listed = list(self.reasons.values())

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
+from prunesweep.models.errors import NotHere
 
 from .base import OpenOptions
 from .images import IMAGE_ENDINGS, ImageFiles, is_hidden, read_image, read_names
@@ -76,7 +77,7 @@ def _scan(name: str, path: Path, shards: list[str], split: str) -> _Members:
             keys.append(key)
             rows.append((number, position, size, label))
     if not rows:
-        raise UserError(f"data {name!r}: no shard {path}/{split}*.tar with images in it")
+        raise NotHere(f"data {name!r}: no shard {path}/{split}*.tar with images in it")
     table = np.array(rows, dtype=np.int64)
     hashed = chosen_to_hash(table[:, 2].tolist())
     digests = [digest_of(_bytes(path / shards[row[0]], int(row[1]), int(row[2]))) for row in table[hashed]]
@@ -164,7 +165,8 @@ class Shards(ImageFiles):
                 listed = f"names, labels and sizes of {len(members.keys):,} images, bytes of {len(members.hashed):,}"
                 notes.append(f"fingerprint of {split}: {listed}")
         facts = ["\0".join(names), *_facts(self._found)] if names else _facts(self._found)
-        super().__init__(name, options, facts, len(names) or num_classes, classes=names, notes=tuple(notes))
+        known: dict[str, Any] = {"classes": names, "open_ended": not names, "notes": tuple(notes)}
+        super().__init__(name, options, facts, len(names) or num_classes, **known)
 
     def _open(self, split: str) -> Dataset[Any]:
         return _Images(self._path, self._found[split], self.info.input_size[0])
@@ -181,9 +183,14 @@ class _Images(Dataset[Any]):
 
     def __init__(self, path: Path, members: _Members, channels: int) -> None:
         self.path, self.shards, self.table, self.channels = path, members.shards, members.table, channels
+        self.keys = members.keys
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def name_of(self, index: int) -> str:
+        """Return the shard and the key of an image."""
+        return f"{self.path / self.shards[int(self.table[index, 0])]}, {self.keys[index]}"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         shard, position, size, label = self.table[index].tolist()

@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from prunesweep.models import Arch, UserError
+from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import publish_folder
 from prunesweep.training.recipe import Recipe
 from prunesweep.training.world import World
@@ -136,6 +137,12 @@ class TextData(Data):
         train = split == "train"
         return Windows(self.corpus.texts[split], self.length, 0 if train else self.context, whole=train)
 
+    def describe(self) -> list[str]:
+        counts = ", ".join(f"{len(text):,} {split}" for split, text in self.corpus.texts.items())
+        seen = f", {self.context} of them only seen in validation" if self.context else ""
+        pieces = f"{self.info.num_classes:,} different ones, in pieces of {self.length}{seen}"
+        return [f"{self.info.name}: words: {counts}; {pieces}", *self.info.notes]
+
     @property
     def train_images(self) -> int:
         """Number of pieces of the training text."""
@@ -221,7 +228,7 @@ def _wikitext(path: Path) -> Corpus:
     files = {split: path / f"wiki.{name}.tokens" for split, name in SPLITS.items()}
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
-        raise UserError(
+        raise NotHere(
             f"data 'wikitext:{path}': {', '.join(missing)} not there. It takes a folder with wiki.train.tokens, "
             "wiki.valid.tokens and wiki.test.tokens, one paragraph per line, words between blanks"
         )

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
+from prunesweep.models.errors import NotHere
 
 from .base import NO_LABEL, OpenOptions
 from .images import IMAGE_ENDINGS, ImageFiles, ListedImages, is_hidden
@@ -48,7 +49,7 @@ class UnlabelledImages(ImageFiles):
     def __init__(self, path: Path, options: OpenOptions) -> None:
         name = f"images:{path}"
         if not path.is_dir():
-            raise UserError(f"data {name!r}: no folder {path}")
+            raise NotHere(f"data {name!r}: no folder {path}")
         self._path = path
         files, unused = _find(path)
         self._files = _split(files)

@@ -30,7 +30,7 @@ from prunesweep.pruners import (
 from prunesweep.pruners.reached import meets
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
-from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, check_fits, evaluate, open_data
+from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate, open_fitting
 
 from .recovery import Recovery
 from .scoring import Calibration, Progress, cached_scores
@@ -115,7 +115,7 @@ def open_source(name: str) -> Any:
 
 def prune_once(
     model: nn.Module,
-    data_name: str,
+    data: str | Data,
     method: str,
     budget: Budget,
     *,
@@ -132,7 +132,7 @@ def prune_once(
 
     Args:
         model: the source, one of ours or one that ``Arch.from_timm`` accepts.
-        data_name: name of the data set for calibration images and accuracy, as for ``training.open_data``.
+        data: the data set for calibration images and accuracy, or its name.
         method: name of the width method.
         budget: what the result may cost.
         drop: number of blocks to drop first, by the least importance that ``pruners.score_depth`` measures.
@@ -156,15 +156,14 @@ def prune_once(
         raise UserError(f"drop = {drop}: the model has {arch.depth} blocks, at least one must stay")
     if drop > arch.depth - len(arch.stages):
         raise UserError(f"drop = {drop}: {arch.depth} blocks are in {len(arch.stages)} stages, each must keep one")
-    data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
-    check_fits(arch, data, all_classes=False)
+    opened = open_fitting(data, model)
     settings = {**_path_settings(entry, drop, groups, floors), **deciding}
     calibration = calibration or Calibration()
     weights = weights_digest(model)
     to_device(model)
 
     def scores(of: str, **how: Any) -> tuple[Scores, str]:
-        path = cached_scores(model, of, data, calibration, cache, progress, weights=weights, **how)
+        path = cached_scores(model, of, opened, calibration, cache, progress, weights=weights, **how)
         return Scores.load(path), path.name
 
     widths, name = scores(method, options=scoring)
@@ -176,12 +175,12 @@ def prune_once(
     metadata = {"budget": budget.facts(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
-    return _make(model, reached.cut, data, recovery, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(model, reached.cut, opened, recovery, {"method": method, "weights": weights, **metadata}, progress)
 
 
 def plan_once(
     model: nn.Module,
-    data_name: str,
+    data: str | Data,
     method: str = "pmvit",
     *,
     keep_rate: float | None = None,
@@ -196,7 +195,7 @@ def plan_once(
 
     Args:
         model: as for ``prune_once``.
-        data_name: as for ``prune_once``.
+        data: as for ``prune_once``.
         method: name of the token method.
         keep_rate: share of patches that are centres, in (0, 1].
         budget: what the result may cost; give either this or ``keep_rate``.
@@ -217,11 +216,10 @@ def plan_once(
     entry.configure(options, keep_rate=SMALLEST if keep_rate is None else keep_rate)  # a budget is valid with any
     scoring, deciding = entry.split(options)
     limit = None if budget is None else budget.limit(arch)
-    data = open_data(data_name, model.pretrained_cfg)  # type: ignore[arg-type]
-    check_fits(arch, data, all_classes=False)
+    opened = open_fitting(data, model)
     calibration = calibration or Calibration()
     weights = weights_digest(to_device(model))
-    path = cached_scores(model, method, data, calibration, cache, progress, weights=weights, options=scoring)
+    path = cached_scores(model, method, opened, calibration, cache, progress, weights=weights, options=scoring)
     scores = Scores.load(path)
     if budget is not None and limit is not None:
         decision = entry.plan_for_budget(arch, scores, limit, measure=budget.measure, **deciding)
@@ -235,7 +233,7 @@ def plan_once(
         "scores": path.name,
         "seed": calibration.seed,
     }
-    return _make(model, decision, data, recovery, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(model, decision, opened, recovery, {"method": method, "weights": weights, **metadata}, progress)
 
 
 def _make(

@@ -134,13 +134,16 @@ def test_images_that_cannot_be_read(image_folder: Path) -> None:
     data = open_data(f"imagefolder:{image_folder}", PREPROCESSING).split("val", augment=None)
     with pytest.warns(
         UserWarning,
-        match="an image cannot be read and is replaced by its neighbour: cannot identify image file .*1.jpg",
+        match="an image cannot be read and is replaced by its neighbour: .*1.jpg: cannot identify image file",
     ):
         assert len([x for x, _ in data]) == 5
     for k in range(12):
         (broken[0].parent / f"broken{k}.jpg").write_bytes(b"no image")
     data = open_data(f"imagefolder:{image_folder}", PREPROCESSING).split("val", augment=None)
-    with pytest.raises(UserError, match="more than 10 images cannot be read: image "), warnings.catch_warnings():
+    with (
+        pytest.raises(UserError, match="more than 10 images cannot be read: .*/val/.*jpg: "),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         list(data)
 

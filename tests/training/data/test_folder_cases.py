@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError
-from prunesweep.training import EvalMetrics, World, absolute_name, chance_warning, open_data, seeded
+from prunesweep.training import EvalMetrics, World, absolute_name, chance_warning, evaluate, open_data, seeded
 from prunesweep.training.batches import EpochBatches
 from prunesweep.training.data import KINDS, Data, register
 from prunesweep.training.data import folder as folder_module
@@ -105,7 +105,7 @@ def test_a_damaged_image_counts_once(four: Path) -> None:
     bad = four / "val" / "c2" / "0.png"
     bad.write_bytes(bad.read_bytes()[:40])
     split = opened(four).split("val", augment=None)
-    with pytest.warns(UserWarning, match="an image cannot be read") as caught:
+    with pytest.warns(UserWarning, match="an image cannot be read .*/val/c2/0.png: ") as caught:
         read = [len(list(split)) for _ in range(30)]
     assert read == [8] * 30
     assert len(caught) == 1
@@ -211,6 +211,8 @@ def test_grey_images_of_16_bits_are_scaled() -> None:
     file = io.BytesIO()
     Image.fromarray(values).save(file, "png")
     assert np.asarray(read_image(file))[0, :, 0].tolist() == [0, 1, 128, 255]
+    portable = io.BytesIO(b"P5 4 1 65535\n" + values.astype(">u2").tobytes())
+    assert np.asarray(read_image(portable))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_evaluation_prepares_images_as_timm_does(four: Path) -> None:
@@ -319,7 +321,7 @@ def test_persistent_workers_draw_what_fresh_ones_draw() -> None:
 def test_accuracy_at_chance_is_explained(four: Path) -> None:
     data, model = opened(four), torch.nn.Linear(1, 1)
     assert chance_warning(model, data, EvalMetrics(26.0)) is None
-    assert "'codepoint' is torchvision's order" in (chance_warning(model, data, EvalMetrics(8.0)) or "")
+    assert "may be untrained" in (chance_warning(model, data, EvalMetrics(8.0)) or "")  # one order as the other
     model.pretrained_cfg = {"label_names": ["a", "b", "c", "d"]}  # type: ignore[assignment]
     assert "named otherwise (a, ..)" in (chance_warning(model, data, EvalMetrics(25.0)) or "")
     model.pretrained_cfg = {"label_names": list(data.info.classes)}  # type: ignore[assignment]
@@ -329,4 +331,39 @@ def test_accuracy_at_chance_is_explained(four: Path) -> None:
 def test_a_data_set_is_described(four: Path) -> None:
     lines = opened(four).describe()
     assert lines[0].endswith("12 train, 8 val, 4 classes (c0 .. c3)")
-    assert "preprocessing: bicubic, center crop of 1, to 16x16; mean (0.5, 0.5, 0.5)" in lines[-1]
+    assert lines[1] == "preprocessing: resize 16 bicubic, centre crop 16, mean 0.5, 0.5, 0.5, std 0.25, 0.25, 0.25"
+    wide = {**PREPROCESSING, "input_size": (3, 16, 32), "crop_pct": 0.9, "crop_mode": "squash"}
+    text = open_data(f"imagefolder:{four}", wide).describe()[1]
+    assert text.startswith("preprocessing: squash to 17x35 bicubic, centre crop 16x32, mean")
+    assert open_data("digits").describe() == [
+        "digits: 1,347 train, 450 val, 10 classes",
+        "preprocessing: mean 0.3053, std 0.376",
+    ]
+
+
+def test_the_other_order_is_tried_where_accuracy_is_at_chance(tmp_path: Path) -> None:
+    """A model that was trained with torchvision's order of classes, and says nothing of their names."""
+    root = tmp_path / "names"
+    for split, n in (("train", 2), ("val", 3)):
+        for c, name in enumerate(sorted(NAMES)):
+            for i in range(n):
+                draw(root / split / name / f"{i}.png", 30 * c)
+    data = opened(root)
+
+    def brightness(x: torch.Tensor) -> torch.Tensor:
+        wanted = (torch.arange(8) * 30 / 255 - 0.5) / 0.25
+        return -(x[:, :1].mean((2, 3)) - wanted).abs()
+
+    class Trained(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return brightness(x)
+
+    model = Trained(1, 1)
+    found = EvalMetrics.of(evaluate(model, data.val_loader(8)))
+    assert found.top1 <= 12.5
+    assert "but 100.00 % with the classes in the order R .. k (class_order = 'codepoint')" in (
+        chance_warning(model, data, found) or ""
+    )
+    model.pretrained_cfg = {"label_names": sorted(NAMES)}  # type: ignore[assignment]
+    named = open_data(f"imagefolder:{root}", {**PREPROCESSING, **model.pretrained_cfg})
+    assert evaluate(model, named.val_loader(8))["top1"] == 100
