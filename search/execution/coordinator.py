@@ -20,7 +20,7 @@ import numpy as np
 
 from prunesweep.models import Cut, UserError
 from prunesweep.search.config import SearchTable
-from prunesweep.search.space.space import Candidate, Space, candidate_key
+from prunesweep.search.space.space import Candidate, Space, candidate_key, candidate_names
 from prunesweep.search.store.front import QUALITIES, comparable, directions, latest, pareto_front, values
 from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
@@ -55,13 +55,12 @@ class Coordinator:
         self.notes: list[str] = []  # lines for people: what of the run was damaged, and what was done about it
         self.results, self.failures = self._read()
         self._rungs = self._make_rungs()
-        self._candidates = {r.key: r.trial for r in self.results if r.rung == 0}
+        self._candidates: dict[str, int] = {}  # numbers by ``candidate_names``
+        self._remember(*(self._task_of(r) for r in self.results if r.rung == 0))
         self._at = {(r.trial, r.rung): r for r in self.results}
         self._waiting = deque(sorted(self._unfinished(), key=lambda unit: (not unit.rung, unit.rung, unit.number)))
-        self._candidates |= {u.key: u.number for u in self._waiting if u.rung == 0}
-        adopted = list(self._adopt())
-        self._candidates |= {u.key: u.number for u in adopted}
-        self._waiting.extend(adopted)
+        self._remember(*(unit for unit in self._waiting if unit.rung == 0))
+        self._waiting.extend(self._adopt())
         begun = {r.trial for r in self.results} | {number for rung, number in map(place_of, self.failures) if rung == 0}
         self._begun = len(begun | {u.number for u in self._waiting if u.rung == 0})
         self.duplicates = 0  # proposals of this driver that were candidates already
@@ -164,17 +163,18 @@ class Coordinator:
         Its own tasks are ``_unfinished``.
         """
         for number, point in self._study.running().items():
-            unit = task_id(number)
-            if found := self.run.read_result(unit):
+            name = task_id(number)
+            if found := self.run.read_result(name):
                 self._tell(number, found)
-            elif (self.run.trial(unit) / "spec.json").is_file():
+            elif (self.run.trial(name) / "spec.json").is_file():
                 continue
             elif point is None or (candidate := self._decode(point)) is None:
                 self._study.prune(number)  # the driver died while it asked
-            elif self._candidates.get(candidate.key, number) != number:
-                self._settle_duplicate(number, candidate)
+            elif (first := self._first(unit := self._unit(number, point, candidate))) is not None:
+                self._settle_duplicate(number, first)
             else:
-                yield self._unit(number, point, candidate)
+                self._remember(unit)
+                yield unit
 
     def _decode(self, point: Mapping[str, Any]) -> Candidate | None:
         """The candidate of a point, or None where no architecture meets its budget."""
@@ -287,13 +287,13 @@ class Coordinator:
             candidate = self._decode(point)
             if candidate is None:
                 self._study.prune(number)
-            elif candidate.key in self._candidates:
-                self._settle_duplicate(number, candidate)
+            elif (first := self._first(unit := self._unit(number, point, candidate))) is not None:
+                self._settle_duplicate(number, first)
                 self.duplicates += 1
             else:
-                self._candidates[candidate.key] = number
+                self._remember(unit)
                 self._begun += 1
-                return self._unit(number, point, candidate)
+                return unit
         if self.duplicates == known:
             raise UserError(
                 f"{MAX_REJECTED} proposals in a row cannot be built: raise space.budget or space.skip, or widen the "
@@ -302,13 +302,24 @@ class Coordinator:
         self._exhausted = True
         return None
 
-    def _settle_duplicate(self, number: int, candidate: Candidate) -> None:
+    def _remember(self, *units: Task) -> None:
+        for unit in units:
+            for name in candidate_names(unit.key, unit.arch_hash, unit.point):
+                self._candidates.setdefault(name, unit.number)
+
+    def _first(self, unit: Task) -> int | None:
+        """The number of an earlier candidate that is the same model, trained alike."""
+        names = candidate_names(unit.key, unit.arch_hash, unit.point)
+        return next((self._candidates[name] for name in names if name in self._candidates), None)
+
+    def _settle_duplicate(self, number: int, first: int) -> None:
         """Tell the study what the same candidate gave under its first number, where it is known already."""
-        first = self._at.get((self._candidates[candidate.key], 0))
-        if first is None:
+        self._decisions.pop(number, None)
+        result = self._at.get((first, 0))
+        if result is None:
             self._study.prune(number)
         else:
-            self._study.tell(number, values(first, self.search.objectives))
+            self._study.tell(number, values(result, self.search.objectives))
 
     def complete(self, task_id: str, *, error: str | None = None) -> None:
         """A unit ended: with the result in its folder; stopped, without one; or by ``error``, its process lost.

@@ -9,7 +9,7 @@ is a pure function of the point and the cached scores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -34,6 +34,7 @@ __all__ = [
     "Space",
     "Summary",
     "candidate_key",
+    "candidate_names",
     "read_scores",
     "score_names",
 ]
@@ -43,7 +44,7 @@ __all__ = [
 class Candidate:
     """A decoded point: the decision, the record it gives, that record's exact cost, and predicted latency.
 
-    Points with the same ``key`` are one candidate: the same decision, trained alike.
+    Points with the same ``key`` have the same decision, trained alike; see ``candidate_names``.
     """
 
     decision: Cut
@@ -97,8 +98,25 @@ def candidate_key(decision: Cut, point: Params) -> str:
         decision: the cut.
         point: values of all variables, fixed ones too.
     """
-    training = {axis.name: point[axis.name] for axis in AXES.values() if axis.trains}
-    return digest({"cut": decision.to_dict(), **training})
+    return digest({"cut": decision.to_dict(), **_training(point)})
+
+
+def candidate_names(key: str, arch_hash: str, point: Params) -> tuple[str, str]:
+    """Return digests of which candidates that are one and the same share at least one.
+
+    One decision trained alike is one candidate, and so is one architecture cut by one method and trained alike: what
+    other axes save lies below many budgets, and several keep rates keep equally many tokens.
+
+    Args:
+        key: ``candidate_key`` of the candidate.
+        arch_hash: hash of its architecture.
+        point: values of all variables, fixed ones too.
+    """
+    return key, digest({"arch": arch_hash, "method": point["method"], **_training(point)})
+
+
+def _training(point: Params) -> dict[str, float | int | str]:
+    return {axis.name: point[axis.name] for axis in AXES.values() if axis.trains}
 
 
 class Space:
@@ -266,11 +284,20 @@ class Space:
             macs=Range.of([c.cost.macs for c in found]),
             params=Range.of([c.cost.params for c in found]),
             latency_ms=Range.of(latencies) if latencies else None,
-            distinct=len({c.key for c in found}),
+            distinct=self._distinct(feasible, found),
             reachable=self.reachable,
             feasible=len(feasible) / sample,
             points=tuple(feasible),
         )
+
+    def _distinct(self, points: Sequence[Params], found: Sequence[Candidate]) -> int:
+        """Count the candidates that are not one and the same."""
+        seen, distinct = set[str](), 0
+        for point, candidate in zip(points, found, strict=True):
+            names = candidate_names(candidate.key, candidate.arch.hash, self.complete(point))
+            distinct += seen.isdisjoint(names)
+            seen.update(names)
+        return distinct
 
 
 def _whole(variable: Variable, value: float) -> float | int:

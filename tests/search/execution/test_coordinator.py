@@ -401,6 +401,38 @@ def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path) -> None:
     assert again.duplicates > 0
 
 
+def test_one_architecture_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other axes save more than many budgets ask for, and decisions may differ in their groups of tokens only."""
+    table = {"skip": (2, 3), "keep_rate": (0.4, 0.6), "budget": (0.5, 0.9), "lr": (1e-3, 1e-3)}
+    space = make_space(**table, groups={**dict.fromkeys(GROUP_SIZES, 0), "embed": 4})
+    decode = space.decode
+    monkeypatch.setattr(space, "decode", lambda point: replace(decode(point), key=f"decision of {point}"))
+    run = make_run(tmp_path / "r")
+    coordinator = start(run, space=space)
+    found = []
+    for _ in range(2):
+        while (unit := coordinator.next()) is not None:
+            candidate = space.decode(unit.point)
+            found.append(unit.arch_hash)
+            result = Result(
+                trial=unit.number,
+                key=unit.key,
+                top1=50.0,
+                zero_shot=0.0,
+                macs=candidate.cost.macs,
+                params=candidate.cost.params,
+                arch_hash=unit.arch_hash,
+                point=unit.point,
+                seconds=0.0,
+            )
+            run.write_result(unit.id, result=result)
+            (run.trial(unit.id) / "model").mkdir()
+            coordinator.complete(unit.id)
+        assert coordinator.duplicates > 0
+        coordinator = start(run, space=space)  # a driver that goes on knows them, too
+    assert len(found) == len(set(found)) < 12
+
+
 def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     wanted = [{"budget": 0.7, "skip": 1, "lr": 1e-3}, {"budget": 0.5, "skip": 2, "lr": 2e-3}]

@@ -10,7 +10,7 @@ from prunesweep.models import Arch, UserError, cost
 from prunesweep.pruners import GROUP_SIZES, Scores, WidthMethod, drop_order, get_method, score_depth, vector_sizes
 from prunesweep.pruners.nvit.saliency import KINDS
 from prunesweep.search.config import SpaceTable
-from prunesweep.search.space.space import Space
+from prunesweep.search.space.space import Space, candidate_names
 from tests.generate import random_arch, random_images, random_model
 from tests.search.helpers import ARCH, make_space
 
@@ -27,6 +27,29 @@ def test_a_point_decodes_to_the_same_architecture_within_its_budget() -> None:
         assert found.cost == cost(found.arch)
         assert found.cost.macs <= budget * source
         assert ARCH.depth - found.arch.depth == skip
+
+
+def test_a_budget_counts_what_other_axes_save_and_is_met() -> None:
+    """Widths are cut from the model that other axes leave, so what must still be saved ends just below the budget."""
+    space = make_space(**JOINT, groups=dict.fromkeys(GROUP_SIZES, 1))
+    source = cost(ARCH).macs
+    for axes in ({"skip": 1}, {"skip": 2}, {"keep_rate": 0.5}, {"conv": 2}, {"skip": 1, "keep_rate": 0.6, "conv3": 1}):
+        spared = space.decode(joint(**axes, budget=0.9)).cost.macs / source
+        for budget in (0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
+            met = space.decode(joint(**axes, budget=budget)).cost.macs / source
+            if budget < spared:
+                assert 0.97 * budget < met <= budget, (axes, budget)
+            elif spared < 0.9 * 0.97:
+                assert met == spared  # what is cut so is below the budget: nothing is left to do
+
+
+def test_candidates_that_share_a_name_are_one() -> None:
+    point = make_space().complete({"budget": 0.5, "skip": 1, "lr": 1e-3})
+    known = set(candidate_names("key", "arch", point))
+    assert known & set(candidate_names("another decision", "arch", {**point, "budget": 0.9}))
+    assert known & set(candidate_names("key", "arch", {**point, "method": "magnitude"}))  # nothing was cut by either
+    assert not known & set(candidate_names("another decision", "arch", {**point, "method": "magnitude"}))
+    assert not known & set(candidate_names("another decision", "arch", {**point, "lr": 2e-3}))
 
 
 def test_blocks_go_in_the_order_of_their_importance() -> None:
