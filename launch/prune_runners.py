@@ -15,11 +15,12 @@ from prunesweep.pruners import AppliedMethod, TrainedMethod
 from prunesweep.search.report.display import Display
 from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate, load_recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
-from prunesweep.training.jobs.one_shot import Pruned, open_source, plan_once, prune_once, save_pruned
+from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.training.jobs.prune_training import TrainedPruning
 
 from .finetune import reports
 from .prune_request import Request
+from .spent import spent_lines
 
 __all__ = ["apply_once", "prune_tokens", "prune_trained", "prune_widths"]
 
@@ -28,12 +29,13 @@ DECIDED = "decided.json"  # in the command's folder of work, once all models are
 
 @dataclass(frozen=True)
 class Row:
-    """One result: its folder and exact cost, its quality before and after finetuning, and how it was recovered."""
+    """One result: folder, exact cost, quality before and after finetuning, what its budget was, how it recovered."""
 
     folder: Path
     cost: Cost
     untrained: EvalMetrics
     final: EvalMetrics
+    spent: Mapping[str, Any] = field(default_factory=dict)  # as ``pruners.spent`` gives it
     recovery: Mapping[str, Any] = field(default_factory=dict)  # as in ``Pruned``
 
 
@@ -90,7 +92,11 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
         untrained = save_pruned(pruned, work.folder / "untrained")
         last = _finetune(request, model, untrained, request.folder, work.folder, str(request.finetune))
         work.release()
-    _report(request, pruned.source_cost, source, [Row(request.folder, pruned.cost, first, last, pruned.recovery)])
+    _report(request, pruned.source_cost, source, [_row(request, pruned, first, last)])
+
+
+def _row(request: Request, pruned: Pruned, first: EvalMetrics, last: EvalMetrics) -> Row:
+    return Row(request.folder, pruned.cost, first, last, pruned.provenance.get("budget", {}), pruned.recovery)
 
 
 def prune_trained(request: Request) -> None:
@@ -98,7 +104,7 @@ def prune_trained(request: Request) -> None:
     method, model = request.method, open_source(request.source)
     assert isinstance(method, TrainedMethod)
     whole = cost(arch_of(model))
-    shares = [b if b <= 1 else b / whole.macs for b in request.budgets]
+    shares = [Budget(budget).limit(arch_of(model)) / whole.macs for budget in request.budgets]
     options, recipe, _ = request.options()
     chosen = load_recipe(request.recipe or method.recipe, recipe)
     after = request.finetune or method.finetune
@@ -132,9 +138,13 @@ def prune_trained(request: Request) -> None:
         folder, last = request.folder / one.folder.relative_to(decided), EvalMetrics(one.top1)
         if after != "none":
             last = _finetune(request, model, one.folder, folder, work.folder, after)
-        rows.append(Row(folder, one.cost, EvalMetrics(one.top1), last))
+        rows.append(Row(folder, one.cost, EvalMetrics(one.top1), last, one.spent))
     work.release()
     _report(request, whole, EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
+    for missed in sorted({*shares}, reverse=True)[len(found) :]:  # the largest are reached first
+        request.console.print(
+            f"budget {missed:.4g}: was not reached in {chosen.epochs} epochs; nothing was saved", highlight=False
+        )
 
 
 def _finetune(request: Request, source: Any, start: Path, out: Path, work: Path, recipe: str) -> EvalMetrics:
@@ -167,6 +177,7 @@ def _report(request: Request, source: Cost, before: EvalMetrics, rows: Sequence[
         facts = [
             {**_named("source_", before), **row.final.as_dict(), **_named("untrained_", row.untrained)}
             | {"macs": row.cost.macs, "params": row.cost.params, "model": str(row.folder)}
+            | ({"budget": row.spent} if row.spent else {})
             | ({"recovery": row.recovery} if row.recovery else {})
             for row in rows
         ]
@@ -181,8 +192,8 @@ def _report(request: Request, source: Cost, before: EvalMetrics, rows: Sequence[
             highlight=False,
             soft_wrap=True,
         )
-        if row.recovery:
-            request.console.print(_recovered(row.recovery), highlight=False, soft_wrap=True, markup=False)
+        for line in (*spent_lines(row.spent), *([_recovered(row.recovery)] if row.recovery else [])):
+            request.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _recovered(facts: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, l
 from .divergence import kl_divergence
 from .method import AppliedMethod, Method, ScoredMethod, TokenMethod, TrainedMethod, WidthMethod, cheapest_first
 from .methods import METHODS, get_method, method_names, register
-from .reached import TOLERANCE, Reached
+from .reached import TOLERANCE, Reached, meets, spent, suggestion
 from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
 
 __all__ = [
@@ -37,12 +37,15 @@ __all__ = [
     "kind_of",
     "kl_divergence",
     "latency",
+    "meets",
     "merge",
     "method_names",
     "register",
     "score_blocks",
     "score_depth",
     "select",
+    "spent",
+    "suggestion",
     "unit_counts",
     "vector_sizes",
     "width_path",

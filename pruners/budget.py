@@ -32,7 +32,7 @@ from .measures import MACS, PARAMS, Measure, latency
 from .narrowing import Narrowing, place_of
 from .ranked import GROUP_SIZES, Ranked
 from .reached import Reached, meets
-from .scores import Scores, kind_of, unit_counts
+from .scores import Scores, check_scores_finite, kind_of, unit_counts
 
 __all__ = [
     "GROUP_SIZES",
@@ -253,6 +253,7 @@ def _check(arch: Arch, dropped: Sequence[int], groups: Mapping[str, int], floors
 
 
 def _check_scores(arch: Arch, scores: Scores) -> None:
+    check_scores_finite(scores)
     counts = unit_counts(arch)
     kinds = {kind_of(name) for name in scores.vectors}
     foreign = [name for name in scores.vectors if name not in counts]

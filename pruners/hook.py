@@ -91,6 +91,14 @@ class Hook:
         """Leave the model as it is."""
         pass
 
+    def check_length(self, epochs: int, updates: int) -> None:
+        """Raise UserError where a training is too short for this method, whatever it finds; called after ``wrap``.
+
+        Args:
+            epochs: of the training.
+            updates: of an epoch.
+        """
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return no groups."""
         return []

@@ -27,7 +27,7 @@ from .measures import MACS, Measure
 from .narrowing import Narrowing
 from .ranked import Ranked
 from .reached import Reached, meets
-from .scores import Scores, kind_of
+from .scores import Scores, check_scores_finite, kind_of
 
 __all__ = ["Ratios", "decide", "isomorphic_cut", "normalised"]
 
@@ -62,8 +62,9 @@ def normalised(arch: Arch, scores: Scores) -> dict[str, torch.Tensor]:
         Vectors by name, with ``blocks.I.heads`` (H,) and ``blocks.I.dim`` (E,) in place of ``blocks.I.attn``.
 
     Raises:
-        UserError: a vector has another number of entries than the block has channels.
+        UserError: a vector has another number of entries than the block has channels, or one that is not finite.
     """
+    check_scores_finite(scores)
     found: dict[str, torch.Tensor] = {}
     for name, raw in scores.vectors.items():
         vector = raw / raw.mean() if raw.any() else raw

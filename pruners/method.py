@@ -212,7 +212,7 @@ class TokenMethod(ScoredMethod):
     Args:
         plan: ``plan(arch, scores, keep_rate, **options)`` gives a cut with token plans.
         plan_for_budget: ``plan_for_budget(arch, scores, budget, *, measure, **options)`` gives the largest one within a
-            budget.
+            budget, as ``pruners.Reached``.
     """
 
     when: ClassVar[str] = "scores tokens once"
@@ -220,7 +220,7 @@ class TokenMethod(ScoredMethod):
     reserved: ClassVar[tuple[str, ...]] = ("keep_rate",)
 
     plan: Callable[..., Cut]
-    plan_for_budget: Callable[..., Cut]
+    plan_for_budget: Callable[..., Reached]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,11 +228,13 @@ class Decided:
     """One decision of a run, for ``budget``, which is a share of the source's MACs.
 
     ``model`` is cut from the trained weights; without one, the decision is for the source as it was before.
+    ``hindrance`` says what keeps its cost from the budget, where the method knows.
     """
 
     budget: float
     cut: Cut
     model: nn.Module | None
+    hindrance: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from .method import (
     TrainedMethod,
     WidthMethod,
 )
+from .reached import Reached
 from .scores import Scores
 from .snapshot import Snapshot
 
@@ -69,7 +70,7 @@ def _uvc(settings: Any, _: Arch) -> Hook:
 def _snapshots(_: Any, arch: Arch, found: Sequence[Snapshot]) -> list[Decided]:
     """Return what a UVC or NViT run has reached: cut models with their trained weights."""
     whole = cost(arch).macs
-    return [Decided(snapshot.budget / whole, snapshot.cut, snapshot.model) for snapshot in found]
+    return [Decided(one.budget / whole, one.cut, one.model, one.hindrance) for one in found]
 
 
 def _spvit_settings() -> type[BaseModel]:
@@ -133,7 +134,7 @@ def _plan(*arguments: Any, **options: Any) -> Cut:
     return pmvit.plan(*arguments, **options)
 
 
-def _plan_for_budget(*arguments: Any, **options: Any) -> Cut:
+def _plan_for_budget(*arguments: Any, **options: Any) -> Reached:
     from . import pmvit
 
     return pmvit.plan_for_budget(*arguments, **options)

@@ -118,6 +118,27 @@ class Scores:
         return cls(vectors, json.loads(metadata["provenance"]))
 
 
+def check_scores_finite(scores: Scores, method: str = "") -> None:
+    """Raise UserError where a score is no number, naming the vectors; only blocks that must stay may be infinite.
+
+    Args:
+        scores: those to check.
+        method: the name of the method that they are of.
+    """
+    bad = [
+        name
+        for name, v in scores.vectors.items()
+        if torch.isnan(v).any() or (kind_of(name) != "depth" and torch.isinf(v).any())
+    ]
+    if bad:
+        whose = f" of {method!r}" if method else ""
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"scores{whose} are not finite in {', '.join(bad[:3])}{more}: the model's outputs or gradients on the "
+            "calibration images are not; check the model with `prunesweep eval`"
+        )
+
+
 def _content(vectors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of names and numbers."""
     content = hashlib.sha256()

@@ -16,17 +16,22 @@ __all__ = ["Snapshot"]
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The first model of a run within ``budget``: the decision, and a cut copy on the CPU, in eval mode."""
+    """A model of a run within ``budget``: the decision, and a cut copy on the CPU, in eval mode.
+
+    ``hindrance`` says what keeps the cost from the budget; it is empty where nothing does.
+    """
 
     budget: float
     cost: float  # at most ``budget``, in the same unit
     step: int  # optimizer steps done
     cut: Cut
     model: nn.Module
+    hindrance: str = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the form for a hook's state, which itself knows the budget."""
-        return {"cost": self.cost, "step": self.step, "cut": self.cut.to_dict(), "weights": self.model.state_dict()}
+        facts = {"cost": self.cost, "step": self.step, "cut": self.cut.to_dict(), "hindrance": self.hindrance}
+        return {**facts, "weights": self.model.state_dict()}
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], budget: float, arch: Arch, cfg: Mapping[str, Any] | None) -> Snapshot:
@@ -40,4 +45,4 @@ class Snapshot:
         """
         decision = Cut.from_dict(state["cut"])
         model = build_with(cut_arch(arch, decision), state["weights"], pretrained_cfg=cfg).eval()
-        return cls(budget, state["cost"], state["step"], decision, model)
+        return cls(budget, state["cost"], state["step"], decision, model, state["hindrance"])

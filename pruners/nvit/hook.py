@@ -3,12 +3,13 @@
 Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
 sections 3 and 4, and the code that its published models were made with. Weights train on while groups of units go:
 saliency is gathered at every optimizer step, and every ``interval`` steps the lowest groups of the whole network are
-zeroed for good. Where the cost passes a budget, what is left is cut out and kept.
+zeroed for good. Where the cost passes a budget, what is left is cut out and kept; of the groups of that step, only as
+much goes as the budget asks for (``fill``).
 
 Different from that code: the average starts from the first saliency instead of zero, weights enter as they are when the
 gradient is taken, LayerNorms average over kept channels, the cost that ends the run is that of the current widths, and
 no step removes more than its share (``schedule``). ``layer_norm="full"`` and ``schedule="reference"`` give two of these
-back.
+back. There a snapshot has lost all groups of its step, which ``exact=False`` gives back.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, cut
 from prunesweep.models.latency.table import LatencyTable
-from prunesweep.pruners.budget import MACS, Measure
+from prunesweep.pruners.fill import fill
 from prunesweep.pruners.hook import Hook
 from prunesweep.pruners.masking import Masking
+from prunesweep.pruners.measures import MACS, Measure, latency
+from prunesweep.pruners.narrowing import Narrowing
+from prunesweep.pruners.ranked import Ranked
+from prunesweep.pruners.reached import meets
 from prunesweep.pruners.scores import kind_of, vector_sizes
 from prunesweep.pruners.snapshot import Snapshot
 
@@ -70,6 +75,7 @@ class NViTPruning(Hook):
         layer_norm: ``kept`` averages over kept channels, which makes the masked model and its cut the same function;
             ``full`` averages over all, so that a snapshot is another function than the model that was trained.
         distill_first: distil in the first interval too, in which the student is (nearly) its own teacher.
+        exact: a snapshot loses only as much of its step's groups as its budget asks for; otherwise all of them.
         eval_once_pruned: keep the model in eval mode (no stochastic depth) from the first pruning step on.
 
     Raises:
@@ -92,6 +98,7 @@ class NViTPruning(Hook):
         divide: Mapping[str, float] = MappingProxyType({}),
         layer_norm: str = "kept",
         distill_first: bool = False,
+        exact: bool = True,
         eval_once_pruned: bool = True,
     ) -> None:
         _among("eta_unit", eta_unit, ("relative", "absolute"))
@@ -109,6 +116,7 @@ class NViTPruning(Hook):
         self.interval, self.groups_per_step, self.schedule = interval, groups_per_step, schedule
         self.grouping, self.momentum, self.divide = Grouping(groups, floors), momentum, divide
         self.layer_norm, self.distill_first, self.eval_once_pruned = layer_norm, distill_first, eval_once_pruned
+        self.exact = exact
         self.keep: dict[str, torch.Tensor] = {}  # bool masks by vector
         self.scores: dict[str, torch.Tensor] = {}  # the average over pruning steps; empty before the first
         self.snapshots: list[Snapshot] = []
@@ -167,13 +175,15 @@ class NViTPruning(Hook):
         if self._steps % self.interval or self.done:
             return
         self._average()
-        self._prune()
-        if self.eval_once_pruned:
-            self.model.eval()
-        cost = total_cost(self.measure, self._narrowed())
+        before = self.keep
+        self._choose()
+        cost = total_cost(self.measure, self._narrowed(self.keep))
         for budget in self.budgets[len(self.snapshots) :]:
             if cost <= budget:
-                self.snapshots.append(self._snapshot(budget, cost))
+                self.snapshots.append(self._snapshot(budget, cost, before))
+        self._masking.set(self.keep)
+        if self.eval_once_pruned:
+            self.model.eval()
 
     def finish(self) -> tuple[Snapshot, ...]:
         """Return the snapshots, largest budget first.
@@ -183,8 +193,43 @@ class NViTPruning(Hook):
         self._masking.remove()
         return tuple(self.snapshots)
 
-    def _narrowed(self) -> Arch:
-        return narrow(self.arch, dims_of(self.keep))
+    def check_length(self, epochs: int, updates: int) -> None:
+        """Raise UserError where even the costliest groups of all do not reach the last budget in time."""
+        if self.schedule != "live":
+            return  # a step may remove many more groups than its share
+        needed = self.fewest_updates
+        if epochs * updates >= needed:
+            return
+        longer, share = -(-needed // max(updates, 1)), self.budgets[-1] / total_cost(self.measure, self.arch)
+        raise UserError(
+            f"budget = {share:.3g} of the source's cost: takes at least {needed:,} updates, {self.groups_per_step} "
+            f"groups every {self.interval}; {epochs} epochs have {epochs * updates:,}. Train at least {longer} epochs, "
+            "or set a smaller interval or more groups_per_step"
+        )
+
+    @property
+    def fewest_updates(self) -> int:
+        """Count the optimizer steps to the last budget if the groups that save most go first."""
+        model = Narrowing(self.arch, self._cost)
+        left = {name: self.grouping.removable(name, n, n) for name, n in self._full.items()}
+        gains = {name: model.gain(name, self.grouping.size(name)) for name, many in left.items() if many}
+        count = 0
+        while model.total > self.budgets[-1] and gains:
+            name = max(gains, key=gains.__getitem__)
+            model.remove(name, self.grouping.size(name))
+            left[name] -= 1
+            count += 1
+            for other in (name, *model.affected(name)):
+                if other in gains:
+                    gains[other] = model.gain(other, self.grouping.size(other)) if left[other] else -math.inf
+        return -(-count // self.groups_per_step) * self.interval
+
+    @property
+    def _cost(self) -> Measure:
+        return latency(self.measure, self.arch) if isinstance(self.measure, LatencyTable) else self.measure
+
+    def _narrowed(self, keep: Mapping[str, torch.Tensor]) -> Arch:
+        return narrow(self.arch, dims_of(keep))
 
     def _average(self) -> None:
         """Fold the interval's mean saliency into the average, and start a new interval."""
@@ -196,26 +241,49 @@ class NViTPruning(Hook):
             self.scores[name] = own if before is None else self.momentum * before + (1 - self.momentum) * own
         self._sums = {}
 
-    def _prune(self) -> None:
+    def _choose(self) -> None:
+        """Take the next step's groups out of ``keep``."""
         if self._rate is None:
             everything = float(torch.cat(list(self.scores.values())).sum())
             self._rate = self.eta * everything / total_cost(self.measure, self.arch)
-        gains = unit_gains(self.measure, self._narrowed(), self._full, self.grouping)
+        gains = unit_gains(self.measure, self._narrowed(self.keep), self._full, self.grouping)
         adjusted = adjust(self.scores, self.keep, gains, self._rate)
         if self.schedule == "live":
             step = live_step(adjusted, self.keep, self.grouping, self.groups_per_step)
         else:
             step = reference_step(adjusted, self.keep, self.grouping, self.groups_per_step, self._prunings)
+        self.keep = {name: mask.clone() for name, mask in self.keep.items()}
         for group in step.removed:
             self.keep[group.vector][list(group.units)] = False
-        self._masking.set(self.keep)
         self._prunings, self.last_step = self._prunings + 1, step
 
-    def _snapshot(self, budget: float, cost: float) -> Snapshot:
-        decision = cut_of(self.arch, self.keep)
+    def _snapshot(self, budget: float, cost: float, before: Mapping[str, torch.Tensor]) -> Snapshot:
+        """Cut out what a budget leaves of ``before``, whose weights the model still has."""
+        keep: Mapping[str, torch.Tensor] = self.keep
+        hindrance = ""
+        if self.exact and not meets(cost, budget):
+            keep, cost, hindrance = self._filled(budget, cost, before)
+        decision = cut_of(self.arch, keep)
         with self._masking.stock_norms():
             small = cut(self.model, decision)
-        return Snapshot(budget, cost, self._steps, decision, small.cpu().eval())
+        return Snapshot(budget, cost, self._steps, decision, small.cpu().eval(), hindrance)
+
+    def _filled(
+        self, budget: float, cost: float, before: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, torch.Tensor], float, str]:
+        """Return masks that meet a budget, starting from ``before``, with their cost and what keeps that from it."""
+        live = {name: torch.nonzero(mask)[:, 0] for name, mask in before.items()}
+        ranked = {}
+        for name, units in live.items():
+            floor = self.grouping.floor(name, self._full[name])
+            ranked[name] = Ranked.of(self.scores[name][units].numpy(), self.grouping.size(name), floor=floor)
+        filled = fill(Narrowing(self._narrowed(before), self._cost), ranked, {}, budget)
+        if not cost < filled.cost < math.inf:
+            return self.keep, cost, filled.hindrance
+        keep = {name: mask.clone() for name, mask in before.items()}
+        for name, gone in filled.gone.items():
+            keep[name][live[name][list(ranked[name].order[:gone])]] = False
+        return keep, filled.cost, filled.hindrance
 
     def state_dict(self) -> dict[str, Any]:
         return {

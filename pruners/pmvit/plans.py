@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.errors import explain
 from prunesweep.models.layers.token_merging import TokenPlan
-from prunesweep.pruners.budget import MACS, Measure
+from prunesweep.pruners.measures import MACS, Measure
+from prunesweep.pruners.reached import Reached, meets
 from prunesweep.pruners.scores import Scores, kind_of
 
 from .scores import FAMILIES, KINDS, score, served
@@ -114,8 +115,10 @@ def plan(arch: Arch, scores: Scores, keep_rate: float = 0.6, **settings: Any) ->
     return _plan(arch, scores, rule, blocks, [int(patches * rate) for rate in rates])
 
 
-def plan_for_budget(arch: Arch, scores: Scores, budget: float, *, measure: Measure = MACS, **settings: Any) -> Cut:
-    """Make the plan with the most centres whose cost is at most ``budget``; the next larger plan costs more.
+def plan_for_budget(arch: Arch, scores: Scores, budget: float, *, measure: Measure = MACS, **settings: Any) -> Reached:
+    """Make the plan with the most centres whose cost is at most ``budget``; with one centre more it costs more.
+
+    All blocks count on equally many centres, but for one more in the first of them.
 
     Args:
         arch, scores: as for ``plan``.
@@ -134,26 +137,30 @@ def plan_for_budget(arch: Arch, scores: Scores, budget: float, *, measure: Measu
     patches = arch.tokens - arch.prefix_tokens
 
     def at(centres: int) -> tuple[Cut, float]:
-        found = _plan(arch, scores, rule, blocks, [centres] * len(blocks))
+        each, more = divmod(centres, len(blocks))
+        found = _plan(arch, scores, rule, blocks, [each + (i < more) for i in range(len(blocks))])
         return found, measure(cut_arch(arch, found))
 
-    low, high = 1, patches - int(patches * rule.prune_rate)
-    (best, least), (largest, most) = at(low), at(high)
-    if least > budget:
+    low, high = len(blocks), (patches - int(patches * rule.prune_rate)) * len(blocks)
+    (best, below), (largest, most) = at(low), at(high)
+    if below > budget:
         raise UserError(
             f"{budget:,.6g} {measure.name} cannot be reached: one centre in each of blocks {list(blocks)} leaves "
-            f"{least:,.6g}. Raise the budget, let more blocks merge, or cut widths first"
+            f"{below:,.6g}. Raise the budget, let more blocks merge, or cut widths first"
         )
     if most <= budget:
-        return largest
+        hindrance = "" if meets(most, budget) else f"with all patches kept the model has {most:,.6g}"
+        return Reached(largest, most, budget, hindrance)
+    above = most
     while high - low > 1:  # the plan of low is within the budget, that of high is not
         middle = (low + high) // 2
         found, cost = at(middle)
         if cost <= budget:
-            best, low = found, middle
+            best, below, low = found, cost, middle
         else:
-            high = middle
-    return best
+            above, high = cost, middle
+    step = f"with one patch more kept in one block the model has {above / budget:.2%} of the budget"
+    return Reached(best, below, budget, "" if meets(below, budget) else step)
 
 
 def importance(

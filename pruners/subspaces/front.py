@@ -12,6 +12,7 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, cost
 from prunesweep.pruners.divergence import kl_divergence
+from prunesweep.pruners.reached import suggestion
 
 from .allocation import allocate
 from .block_losses import measure_losses
@@ -87,7 +88,9 @@ def instant(
     """
     for budget in budgets:
         if not 0 < budget <= 1:
-            raise UserError(f"budget {budget}: must be a share of the source's {objective}, above 0 and at most 1")
+            meant = suggestion(budget)
+            hint = f"; {meant} Divide it by the {objective} of the source" if meant else ""
+            raise UserError(f"budget {budget:g}: must be a share of the source's {objective}, in (0, 1]{hint}")
     if objective not in OBJECTIVES:
         raise UserError(f"objective {objective!r}: must be one of {', '.join(OBJECTIVES)}")
     fit, held_out = hold_out(images_of(batches, arch_of(model)), HELD_OUT)

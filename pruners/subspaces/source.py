@@ -12,6 +12,7 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockView, UserError, arch_of, block_views
 from prunesweep.models.families import family_of
+from prunesweep.models.finite import check_finite
 
 from .calibration import images_of
 from .support import can_recover
@@ -23,11 +24,13 @@ def open_source(model: nn.Module) -> Arch:
     """Return the record of a model whose parts can all be refitted.
 
     Raises:
-        UserError: another family, or a block with a convolution, a token plan or token factors.
+        UserError: another family, or a block with a convolution, a token plan or token factors;
+            or weights that are not finite.
     """
     arch = arch_of(model)
     if reason := can_recover(arch):
         raise UserError(reason)
+    check_finite(model, arch.source)
     return arch
 
 

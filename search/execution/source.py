@@ -14,6 +14,7 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.errors import nearest
+from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.pruners import Scores
 from prunesweep.pruners.scores import LEARNED
@@ -151,6 +152,7 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
     _check_name(source.model)
     if local or not source.train:
         model = _timm_model(source, dict(source.args), {})
+        check_finite(model, f"source.model = {source.model!r}")
         arch = arch_of(model)
         preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
         data = open_data(config.data.name, preprocessing, **options)

@@ -253,6 +253,7 @@ def run(case: Case, path: Path, trace: str) -> tuple[NViTPruning, Iterator[dict[
         momentum=config["momentum"],
         divide={kind_of(KINDS[kind]): d for kind, d in config["score_divisor"].items()},
         layer_norm=layer_norm,
+        exact=False,
     )
     hook.wrap(case.model)
 

@@ -75,7 +75,10 @@ def test_an_untrained_source_is_warned_of_in_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budgets", "1.5"], "budget 1.5: must be a share of the source's macs, above 0 and at most 1"),
+        (
+            ["--budgets", "1.5"],
+            "budget 1.5: must be a share of the source's macs, in (0, 1]; did you mean 1.5M or 1.5G?",
+        ),
         (["--budgets", "half"], "--budgets half: must be numbers separated by commas"),
         (["--objective", "top1"], "objective 'top1': must be one of macs, params"),
     ],

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from prunesweep.launch import prune_runners
 from prunesweep.launch.cli import app
 from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut, load, load_provenance, save
+from prunesweep.models.latency.building import macs_table
 from prunesweep.training import Recipe, fit, open_data, seeded
 from prunesweep.training.jobs.prune_training import TrainedPruning
 
@@ -59,6 +60,66 @@ def test_one_method_once(source: Path, tmp_path: Path) -> None:
     assert provenance["method"] == "nvit"
     assert (tmp_path / "scores" / provenance["scores"]).exists()
     assert len(list((tmp_path / "scores").iterdir())) == 2  # of widths and of blocks
+
+
+@pytest.mark.parametrize("method", ["nvit", "upvit", "isomorphic", "taylor", "magnitude", "random"])
+def test_what_was_asked_and_what_is_spent(trained: Path, tmp_path: Path, method: str) -> None:
+    """With the usual groups, two of which are the residual stream: the budget is met, or it is said by how much not."""
+    out, whole = tmp_path / "small", cost(arch_of(load(trained))).macs
+    result = by_method(trained, method, "--budget", "0.5", "--out", str(out), "--cache", str(tmp_path / "scores"))
+    assert result.exit_code == 0, (result.output, result.exception)
+    spent = load_provenance(out)["budget"]
+    assert spent["cost"] == cost(arch_of(load(out))).macs <= spent["limit"] == 0.5 * whole
+    assert (spent["measure"], spent["limit_share"]) == ("macs", 0.5)
+    assert spent["cost_share"] == spent["cost"] / whole
+    if method == "isomorphic":  # widths are even, a step of which is a per cent of this model
+        missed = f"the budget, 0.5 of the source's MACs, is not met, {spent['cost_share']:.3f} are spent: the smallest"
+        assert (missed in result.output) == ("hindrance" in spent) == (spent["cost_share"] < 0.995 * 0.5)
+    else:
+        assert spent["cost_share"] >= 0.995 * 0.5
+        assert "not met" not in result.output
+
+
+def test_predicted_latency_is_told(trained: Path, tmp_path: Path) -> None:
+    model = load(trained)
+    table = macs_table(arch_of(model), ms_per_gmac=500.0)
+    table.save(tmp_path / "table.json")
+    options = ("--measure", "latency_ms", "--table", str(tmp_path / "table.json"), "--no-recover")
+    result = prune(trained, tmp_path, *options, method="magnitude", budget="0.5")
+    assert result.exit_code == 0, (result.output, result.exception)
+    before, after = table.predict(arch_of(model)), table.predict(arch_of(load(tmp_path / "small")))
+    assert 0.4975 * before <= after <= 0.5 * before
+    share = f"({after / before:.3f} of the source's {before:.4g} ms)"
+    assert f"predicted {after:.4g} ms per batch {share}" in result.output
+
+
+def test_a_source_with_weights_that_are_no_numbers_is_refused(source: Path, tmp_path: Path) -> None:
+    model: Any = load(source)
+    model.blocks[0].attn.proj.weight.data[0, 0] = torch.nan
+    broken = save(model, tmp_path / "broken")
+    data, cache = ("--data", "digits"), ("--cache", str(tmp_path / "scores"))
+    for command in (
+        ("prune", str(broken), "--method", "magnitude", "--budget", "0.5", "--out", str(tmp_path / "small"), *cache),
+        ("prune", str(broken), "--method", "uvc", "--budget", "0.5", "--out", str(tmp_path / "small")),
+        ("score", str(broken), "--method", "nvit", *cache),
+        ("instant", str(broken), "--out", str(tmp_path / "front")),
+    ):
+        result = runner.invoke(app, [*command, *data])
+        assert isinstance(result.exception, UserError), (result.output, result.exception)
+        assert "broken: blocks.0.attn.proj.weight has 1 values that are NaN or infinite" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_scores_that_tell_nothing_are_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **SHAPE, init_values=0.1)
+    model.blocks[1].ls2.gamma.data.zero_()
+    source = save(model, tmp_path / "source")
+    with pytest.warns(
+        UserWarning, match="taylor: scores of 'mlp' are all 0 in blocks.1: their branch has a LayerScale"
+    ):
+        result = prune(source, tmp_path, "--no-recover", method="taylor")
+    assert result.exit_code == 0, (result.output, result.exception)
 
 
 def test_another_budget_costs_no_scoring(source: Path, tmp_path: Path) -> None:
@@ -237,8 +298,10 @@ def test_several_budgets_out_of_one_run(source: Path, tmp_path: Path) -> None:
     result = by_method(source, "nvit-iterative", "--budget", "0.8,0.6", *QUICK, *settings, "--out", str(out))
     assert result.exit_code == 0, (result.output, result.exception)
     for budget in (0.8, 0.6):
-        small = cost(arch_of(load(out / f"{budget}"))).macs
-        assert small <= budget * cost(arch_of(load(source))).macs
+        small, whole = cost(arch_of(load(out / f"{budget}"))).macs, cost(arch_of(load(source))).macs
+        assert 0.995 * budget * whole <= small <= budget * whole
+        spent = load_provenance(out / f"{budget}")["spent"]
+        assert (spent["cost"], spent["limit_share"]) == (small, pytest.approx(budget))
 
 
 def test_tokens_by_keep_rate_and_by_budget(source: Path, tmp_path: Path) -> None:
@@ -274,6 +337,9 @@ def test_tome_is_evaluated_only(source: Path) -> None:
         ("uvc", ("--budget", "0.6", "--set", "skpi=101"), "unknown setting 'skpi'. did you mean 'skip'?"),
         ("uvc", ("--budget", "0.6", "--set", "skip=1111"), "has 4 digits for 3 blocks"),
         ("uvc", ("--budget", "0.6", "--set", "recipe=quick"), "give --recipe quick, or fields"),
+        ("uvc", ("--budget", "1.5"), "did you mean 1.5M or 1.5G?"),
+        ("nvit-iterative", ("--budget", "0.5", *QUICK), "takes at least"),
+        ("pmvit", ("--budget", "2"), "did you mean 2M or 2G?"),
         ("uvc", ("--budget", "0.01"), "blocks at their narrowest have"),
         ("spvit", ("--budget", "0.6,0.5"), "serves one budget in a run"),
         ("spvit", ("--budget", "0.6", "--set", "alpha=-1"), "method 'spvit': alpha = -1"),

@@ -322,6 +322,9 @@ def test_errors_say_what_is_wrong() -> None:
     name = "stages.0.embed"
     with pytest.raises(UserError, match=r"embed has 1 entries, the model needs"):
         width_path(arch, Scores({**scores.vectors, name: torch.ones(1)}))
+    broken = {**scores.vectors, name: scores.vectors[name].index_fill(0, torch.tensor(1), torch.nan)}
+    with pytest.raises(UserError, match=r"scores are not finite in stages.0.embed: the model's outputs"):
+        width_path(arch, Scores(broken))
     with pytest.raises(UserError, match=r"stages.3.embed does not exist in random"):
         width_path(arch, Scores({**scores.vectors, "stages.3.embed": torch.ones(1)}))
     with pytest.raises(UserError, match=r"blocks.0.mlp is missing"):

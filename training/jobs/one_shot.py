@@ -14,6 +14,7 @@ from torch import nn
 
 from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
 from prunesweep.models.errors import nearest
+from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import (
     GROUP_SIZES,
@@ -26,8 +27,10 @@ from prunesweep.pruners import (
     WidthMethod,
     drop_order,
     get_method,
+    meets,
+    spent,
+    suggestion,
 )
-from prunesweep.pruners.reached import meets
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate, open_fitting
@@ -38,9 +41,6 @@ from .scoring import Calibration, Progress, cached_scores
 __all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
 
 SMALLEST = 1e-6  # a keep rate that is valid with any other setting
-
-
-LEAST_COUNT = 1000  # MACs or parameters: a smaller number was meant otherwise
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,18 @@ class Budget:
         """
         if not self.value > 0:
             raise UserError(f"budget = {self.value}: give a share of the source in (0, 1], or a number of MACs, ...")
-        if 1 < self.value < LEAST_COUNT and self.measure.name in (MACS.name, PARAMS.name):
+        meant = suggestion(self.value)
+        if meant and self.measure.name in (MACS.name, PARAMS.name):
             raise UserError(
                 f"budget = {self.value:g}: a share of the source lies in (0, 1], and no model has so few "
-                f"{self.measure.name}; did you mean {self.value:g}M or {self.value:g}G?"
+                f"{self.measure.name}; {meant}"
             )
         return self.value * self.measure(arch) if self.value <= 1 else self.value
 
-    def facts(self, arch: Arch, reached: Reached) -> dict[str, Any]:
-        """Tell what was asked for and what was reached, JSON-ready; shares are of the cost of ``arch``."""
+    def spent(self, arch: Arch, reached: Reached) -> dict[str, Any]:
+        """Say what was asked for and what is spent of the cost of ``arch``, JSON-ready."""
         whole = self.measure(arch)
-        costs = {"limit": reached.budget, "cost": reached.cost}
-        shares = {"limit_share": reached.budget / whole, "cost_share": reached.cost / whole}
-        hindrance = {"hindrance": reached.hindrance} if reached.hindrance else {}
-        return {"measure": self.measure.name, **costs, **shares, **hindrance}
+        return spent(self.measure.name, reached.budget, reached.cost, whole, reached.hindrance)
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,23 @@ def open_source(name: str) -> Any:
     """Load the model in a saved folder, or build a timm model with its pretrained weights.
 
     Raises:
-        UserError: ``name`` is neither, the architecture is not supported, or the weights cannot be loaded.
+        UserError: ``name`` is neither, the architecture is not supported, the weights cannot be loaded,
+            or a value of them is not finite.
     """
     if Path(name).exists():
-        return load(name)
+        model = load(name)
+        check_finite(model, name)
+        return model
     if not timm.is_model(name.split(".")[0]):
         hint = nearest(name.split(".")[0], timm.list_models())
         raise UserError(f"{name!r} is neither the folder of a saved model nor a timm model. {hint}".strip())
     Arch.from_timm(name)
     try:
-        return timm.create_model(name, pretrained=True).eval()
+        model = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm passes on all errors of its parts, mostly of downloads
         raise UserError(f"the weights of {name!r} cannot be had: {error}") from error
+    check_finite(model, name)
+    return model
 
 
 def prune_once(
@@ -172,7 +175,7 @@ def prune_once(
     reached = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
     if recovery is not None and recovery.project and can_recover(arch) is None:
         reached = _projected(arch, reached, budget.measure)
-    metadata = {"budget": budget.facts(arch, reached), "scores": name, "seed": calibration.seed}
+    metadata = {"budget": budget.spent(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
     return _make(model, reached.cut, opened, recovery, {"method": method, "weights": weights, **metadata}, progress)
@@ -221,14 +224,15 @@ def plan_once(
     weights = weights_digest(to_device(model))
     path = cached_scores(model, method, opened, calibration, cache, progress, weights=weights, options=scoring)
     scores = Scores.load(path)
+    metadata: dict[str, Any] = {}
     if budget is not None and limit is not None:
-        decision = entry.plan_for_budget(arch, scores, limit, measure=budget.measure, **deciding)
+        reached = entry.plan_for_budget(arch, scores, limit, measure=budget.measure, **deciding)
+        decision, metadata["budget"] = reached.cut, budget.spent(arch, reached)
     else:
         assert keep_rate is not None
         decision = entry.plan(arch, scores, keep_rate, **deciding)
-    metadata = {
+    metadata |= {
         "keep_rate": keep_rate,
-        "limit": limit,
         "settings": options,
         "scores": path.name,
         "seed": calibration.seed,

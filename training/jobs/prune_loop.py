@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Cut, UserError, arch_of, cut
+from prunesweep.models import Arch, Cut, UserError, arch_of, cost, cut, cut_arch
 from prunesweep.models.recalibrate import recalibrate
-from prunesweep.pruners import TrainedMethod, get_method
+from prunesweep.pruners import TrainedMethod, get_method, meets, spent
+from prunesweep.pruners.method import Decided
 
 from ..data import Data
 from ..evaluation import EVAL_BATCH, evaluate
@@ -85,8 +86,15 @@ def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob,
             recalibrate(small, data.calibration(job.images, job.batch_size, job.seed))
         small = small.to(device)
         top1 = evaluate(small, data.val_loader(EVAL_BATCH, world), world)["top1"]
-        metadata: dict[str, Any] = {"budget": one.budget, "top1": top1}
+        metadata: dict[str, Any] = {"budget": one.budget, "spent": _spent(job.method, arch, one), "top1": top1}
         if method.second_stage is not None and method.second_stage.needs_decision:
             metadata[DECISION] = one.cut.to_dict()
         found.append(Made(one.budget, one.cut, small, top1, metadata))
     return found
+
+
+def _spent(method: str, arch: Arch, one: Decided) -> dict[str, Any]:
+    """Say what a decision was asked to cost and what it costs, and name what is in the way if that is too little."""
+    whole, found = cost(arch).macs, cost(cut_arch(arch, one.cut)).macs
+    missed = "" if meets(found, one.budget * whole) else one.hindrance or f"{method} decides in coarser steps here"
+    return spent("macs", one.budget * whole, found, whole, missed)

@@ -19,6 +19,8 @@ from ..compatibility import check_fits, check_labels
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
+from ..trainer import batches_of
+from ..world import World
 from .metrics_log import MetricsLog
 from .one_shot import to_device
 from .placement import Placement
@@ -33,12 +35,13 @@ __all__ = ["SavedModel", "TrainedPruning"]
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved model: its budget, its exact cost, and its top-1 in percent without finetuning."""
+    """A saved model: its budget, its exact cost, its top-1 in percent without finetuning, and ``pruners.spent``."""
 
     budget: float
     folder: Path
     cost: Cost
     top1: float
+    spent: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,10 @@ class TrainedPruning:
         """Return the models saved so far, the largest budget first; a budget that was not reached has none."""
         folders = [self._folder(budget) for budget in sorted(set(self.budgets), reverse=True)]
         found = [(folder, load_provenance(folder)) for folder in folders if (folder / "config.json").is_file()]
-        return [SavedModel(f["budget"], folder, cost(read_arch(folder)), f["top1"]) for folder, f in found]
+        return [
+            SavedModel(f["budget"], folder, cost(read_arch(folder)), f["top1"], f.get("spent", {}))
+            for folder, f in found
+        ]
 
     def _folder(self, budget: float) -> Path:
         return self.out / f"{budget:.4g}" if len(set(self.budgets)) > 1 else self.out
@@ -184,9 +190,11 @@ class TrainedPruning:
         """Open the data. Raises UserError if the settings, the source or the data do not fit together."""
         method, arch = get_method(self.method, TrainedMethod), arch_of(self.model)
         settings = method.for_budgets(self.budgets, self.options)
-        method.hook(settings, arch).wrap(copy.deepcopy(self.model))
+        hook = method.hook(settings, arch)
+        hook.wrap(copy.deepcopy(self.model))
         check_fits(arch, self.opened)
         check_labels(self.opened, self.recipe)
+        hook.check_length(self.recipe.epochs, batches_of(self.opened, self.recipe, World()).updates)
         return self.opened
 
     @property

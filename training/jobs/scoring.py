@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from prunesweep.models import UserError, arch_of, weights_digest
 from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
-from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED
+from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED, check_scores_finite
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
+from prunesweep.pruners.zeros import zero_notes
 from prunesweep.training import Data, Recipe, fit
 
 __all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]
@@ -62,7 +64,7 @@ def cached_scores(
         options: settings of the method's scoring; those left out have their defaults.
 
     Raises:
-        UserError: the method is unknown, or cannot serve the model.
+        UserError: the method is unknown, or cannot serve the model, or scores are not finite.
     """
     entry = None if method == DEPTH else get_method(method, ScoredMethod)
     if entry is not None:
@@ -85,9 +87,12 @@ def cached_scores(
         else:
             seed = {"seed": calibration.seed} if entry.seeded else {}
             scores = entry.score(model, batches, progress=on_batch, **seed, **(options or {}))
+        check_scores_finite(scores, method)
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish_file(path) as scratch:
             Scores(scores.vectors, {**scores.provenance, **metadata}).save(scratch)
+    for note in zero_notes(model, Scores.load(path)):
+        warnings.warn(f"{method}: {note}", stacklevel=2)
     return path
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prunesweep.models import Arch, cost
+from prunesweep.pruners import suggestion
 
-from .base import SHARE, Axis
+from .base import Axis
+
+if TYPE_CHECKING:
+    from prunesweep.search.config import SpaceTable
 
 __all__ = ["AXIS", "Budget"]
 
@@ -15,6 +20,14 @@ __all__ = ["AXIS", "Budget"]
 @dataclass(frozen=True, kw_only=True)
 class Budget(Axis):
     """How far widths are cut once all else is decided (``Space.decode``), so it absorbs what other axes save."""
+
+    def check(self, table: SpaceTable) -> None:
+        """Ask what was meant where a share of the source is above 1."""
+        low, high = table.budget
+        if not 0 < low <= high <= 1:
+            meant = suggestion(high)
+            given = f"budget = [{low}, {high}]: must lie in (0, 1], shares of the source's MACs"
+            raise ValueError(f"{given}; {meant} Divide it by the MACs of the source" if meant else given)
 
     def published(self, arch: Arch, dense: Arch, target: Arch) -> Mapping[str, float | str]:
         """The published share of MACs."""
@@ -25,7 +38,6 @@ AXIS = Budget(
     name="budget",
     meaning="MACs of the result / MACs of the source",
     default=(0.25, 0.9),
-    limits=SHARE,
     neutral=1.0,
     alone=True,
 )

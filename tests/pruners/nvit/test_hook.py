@@ -18,7 +18,7 @@ from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
 from prunesweep.pruners import MACS, PARAMS, kind_of, nvit, vector_sizes
 from prunesweep.pruners.masking import KeptLayerNorm, space_masks
 from prunesweep.pruners.nvit.hook import NViTPruning
-from prunesweep.pruners.nvit.schedule import Grouping, narrow, total_cost
+from prunesweep.pruners.nvit.schedule import Grouping, dims_of, narrow, total_cost
 from prunesweep.pruners.snapshot import Snapshot
 from prunesweep.training import Distill, Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
@@ -66,7 +66,7 @@ def test_every_snapshot_is_the_masked_model_and_meets_its_budget(family: str, se
     random = Random(100 * seed)
     arch = random_arch(random, family, ragged=False)
     model = random_model(arch, seed)
-    hook = NViTPruning(ladder(arch, 0.8, 0.5, 0.0), groups=GROUPS, interval=2, groups_per_step=4)
+    hook = NViTPruning(ladder(arch, 0.8, 0.5, 0.0), groups=GROUPS, interval=2, groups_per_step=4, exact=False)
     hook.wrap(model)
     x, seen = random_images(arch, 1000), 0
     for _ in train(model, hook):
@@ -84,6 +84,50 @@ def test_every_snapshot_is_the_masked_model_and_meets_its_budget(family: str, se
     assert [s.budget for s in hook.finish()] == ladder(arch, 0.8, 0.5, 0.0)
     assert seen == 3
     assert not any(isinstance(m, KeptLayerNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_snapshot_gives_back_what_its_budget_allows(family: str, seed: int) -> None:
+    """It is the model of that moment, before the step's groups are zeroed, without what the snapshot lacks."""
+    arch = random_arch(Random(100 * seed), family, ragged=False)
+    model = random_model(arch, seed)
+    hook = NViTPruning(ladder(arch, 0.8, 0.5, 0.1), groups=GROUPS, interval=1, groups_per_step=4)
+    hook.wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, step = random_images(arch, 1000), 0
+    while not hook.done:
+        images = random_images(arch, step, batch=4)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), torch.arange(4) % arch.num_classes).backward()
+        hook.after_backward()
+        optimizer.step()
+        weights, seen = {name: t.clone() for name, t in model.state_dict().items()}, len(hook.snapshots)
+        before = total_cost(MACS, narrow(arch, dims_of(hook.keep)))
+        hook.after_step()
+        after = total_cost(MACS, narrow(arch, dims_of(hook.keep)))
+        for snapshot in hook.snapshots[seen:]:
+            assert after <= snapshot.cost == cost(arch_of(snapshot.model)).macs <= snapshot.budget < before
+            assert snapshot.cost >= 0.995 * snapshot.budget or "is" in snapshot.hindrance
+            copied = build(arch).double().eval()
+            copied.load_state_dict(weights, strict=True)
+            with torch.no_grad(), masked(copied, snapshot.cut) as by_the_oracle:
+                torch.testing.assert_close(by_the_oracle(x), snapshot.model(x), rtol=0, atol=1e-9)
+        step += 1
+
+
+def test_a_training_too_short_for_its_budget_is_refused() -> None:
+    arch = vit(width=16, mlp=24)
+    hook = NViTPruning(ladder(arch, 0.5), groups=GROUPS, interval=5, groups_per_step=1)
+    model = random_model(arch, 0)
+    hook.wrap(model)
+    fewest = hook.fewest_updates
+    assert fewest % 5 == 0
+    hook.check_length(1, fewest)
+    with pytest.raises(UserError, match=rf"{fewest} updates, 1 groups every 5; 2 epochs have 8. Train"):
+        hook.check_length(2, 4)
+    done = sum(1 for _ in train(model, hook))
+    assert done >= fewest
 
 
 def test_what_is_pruned_stays_zero_and_gets_no_gradient() -> None:

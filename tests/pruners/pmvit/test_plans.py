@@ -269,8 +269,10 @@ def test_budgets_are_met_tightly(seed: int, settings: dict[str, Any]) -> None:
         ladder.append(cost(cut_arch(arch, found)).macs)
     assert ladder == sorted(ladder)
     for limit in {ladder[0], (ladder[0] + ladder[-1]) // 2, ladder[-1] - 1, ladder[-1] + 1} - {ladder[0] - 1}:
-        found = cost(cut_arch(arch, pmvit.plan_for_budget(arch, scores, limit, **settings))).macs
-        assert found == max(macs for macs in ladder if macs <= limit)
+        found = pmvit.plan_for_budget(arch, scores, limit, **settings)
+        assert cost(cut_arch(arch, found.cut)).macs == found.cost <= limit
+        assert found.cost >= max(macs for macs in ladder if macs <= limit)  # whose blocks count on equally many centres
+        assert found.met or "the model has" in found.hindrance
     with pytest.raises(UserError, match=f"{ladder[0] - 1:,.6g} macs cannot be reached: one centre in each"):
         pmvit.plan_for_budget(arch, scores, ladder[0] - 1, **settings)
 
@@ -278,8 +280,11 @@ def test_budgets_are_met_tightly(seed: int, settings: dict[str, Any]) -> None:
 def test_budgets_in_another_measure() -> None:
     arch = square(4, 3)
     tokens = Measure("tokens", lambda _: 0.0, lambda _, __, block: block.tokens or 17)
-    decision = pmvit.plan_for_budget(arch, random_scores(arch), 25, measure=tokens)
-    assert sum(plan.kept for plan in plans_of(decision)) == 3 * (1 + 7)
+    found = pmvit.plan_for_budget(arch, random_scores(arch), 25, measure=tokens)
+    assert sum(plan.kept for plan in plans_of(found.cut)) == found.cost == 25
+    between = pmvit.plan_for_budget(arch, random_scores(arch), 25.5, measure=tokens)
+    assert between.cut == found.cut
+    assert between.hindrance == "with one patch more kept in one block the model has 101.96% of the budget"
     with pytest.raises(UserError, match="keep_rate: the budget decides"):
         pmvit.plan_for_budget(arch, random_scores(arch), 25, measure=tokens, keep_rate=0.5)
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 
-from prunesweep.models import load, load_provenance, save
+from prunesweep.models import UserError, load, load_provenance, save
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.source import prepare
 from tests.search.execution.test_task import nothing
@@ -51,3 +52,14 @@ def test_a_source_of_another_key_is_made_again(tiny: Callable[..., SearchConfig]
     again = prepare(config, cache, nothing)
     assert (again.folder, again.weights, again.top1) == (kept.folder, kept.weights, kept.top1)
     assert again.folder.name.endswith(load_provenance(again.folder)["key"])
+
+
+def test_weights_that_are_no_numbers_are_refused_before_any_work(
+    tiny: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    broken = model()
+    broken.norm.bias.data[2] = torch.nan
+    save(broken, tmp_path / "model")
+    with pytest.raises(UserError, match=r"source.model = 'local-dir:.*': norm.bias has 1 values that are NaN or inf"):
+        prepare(config_of(tiny, tmp_path / "model"), tmp_path / "cache", nothing)
+    assert not (tmp_path / "cache").exists()
