@@ -60,6 +60,7 @@ def instant(
     with publish_folder(out.absolute()) as folder:
         for point, row in zip(points, rows[1:], strict=True):
             row["model"] = f"{point.budget:g}"
+            row["spent"] = _spent(point.budget, row[objective], getattr(whole, objective), objective, align)
             provenance = {
                 "method": "subspaces",
                 "source": {"name": source, "weights": weights_digest(model)},
@@ -67,7 +68,7 @@ def instant(
                 "images": images,
                 "seed": seed,
                 "versions": versions(),
-                **{name: row[name] for name in ("budget", "kl", "agreement", "top1")},
+                **{name: row[name] for name in ("budget", "spent", "kl", "agreement", "top1")},
             }
             save(point.model, folder / row["model"], provenance)
         facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
@@ -85,6 +86,14 @@ def _shares(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--budgets {text}: must be numbers separated by commas, for example 0.5,0.3") from None
+
+
+def _spent(share: float, cost: int, whole: int, objective: str, align: int) -> dict[str, Any]:
+    """Say what a budget was and what is spent of it; ``share`` and costs are of the objective."""
+    from prunesweep.pruners import meets, spent
+
+    missed = "" if meets(cost, share * whole) else f"the next widths, in steps of {align}, cost more"
+    return spent(objective, share * whole, cost, whole, missed)
 
 
 def _measured(point: Any, model: Any, source: Any, data: Any, whole: Any, report: Any, what: str) -> dict[str, Any]:
@@ -125,6 +134,8 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     from rich import box
     from rich.table import Table
 
+    from .spent import spent_lines
+
     table = Table(box=box.SIMPLE)
     for name in ("MACs M", "share", "params M", "top-1 %", "KL", "agreement %", "model"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -139,6 +150,9 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
             "source" if row["model"] is None else row["model"],
         )
     console.print(table)
+    for row in rows[1:]:
+        for line in spent_lines(row["spent"]):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     for budget in missed:
         console.print(f"budget {budget:g}: the smallest widths cost more; nothing was computed", highlight=False)
     first = rows[-1]["model"] or "MODEL"

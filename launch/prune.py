@@ -49,7 +49,11 @@ def prune(
     drop: Annotated[int, typer.Option(min=0, help="blocks to drop before, the least important ones")] = 0,
     groups: Annotated[
         list[str] | None,
-        typer.Option("--group", metavar="KIND=UNITS", help="units removed at a time, e.g. mlp=8; 0 keeps a kind whole"),
+        typer.Option(
+            "--group",
+            metavar="KIND=UNITS",
+            help="units removed at a time, e.g. mlp=8, fewer where only that meets the budget; 0 keeps a kind whole",
+        ),
     ] = None,
     floors: Annotated[
         list[str] | None, typer.Option("--floor", metavar="KIND=SHARE", help="share that stays, e.g. mlp=0.25")

@@ -62,6 +62,19 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json"]
 
 
+def test_a_budget_that_is_missed_says_why(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    options = ("--data", "digits", "--images", "64", "--budgets", "0.6", "--align", "8", "--out", tmp_path / "front")
+    code, text, _ = call(capsys, "instant", source, *options)
+    assert code == 0
+    spent = load_provenance(tmp_path / "front" / "0.6")["spent"]
+    assert spent["cost"] == cost(arch_of(load(tmp_path / "front" / "0.6"))).macs < 0.995 * spent["limit"]
+    share = f"{spent['cost_share']:.3f}"
+    expected = (
+        f"the budget, 0.6 of the source's MACs, is not met, {share} are spent: the next widths, in steps of 8, cost"
+    )
+    assert expected in " ".join(text.split())
+
+
 def test_an_untrained_source_is_warned_of_in_one_line(
     capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
 ) -> None:
