@@ -228,6 +228,9 @@ def test_methods_that_decide_while_they_train(
     small = load(out)
     whole = cost(arch_of(load(source))).macs
     assert facts["macs"] == cost(arch_of(small)).macs <= 0.6 * whole
+    assert facts["budget"] == load_provenance(out)["spent"]
+    assert facts["budget"]["cost"] == facts["macs"]
+    assert facts["macs"] >= 0.995 * 0.6 * whole or facts["budget"]["hindrance"]
     assert facts["model"] == str(out)
     assert load_provenance(out)["top1"] == facts["top1"]
     assert {path.name for path in left_files(tmp_path)} <= {"metrics.jsonl"}  # but for logs, nothing is left

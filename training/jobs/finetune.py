@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import load, read_arch
+from prunesweep.models import load, load_provenance, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
 from ..compatibility import check_fits, check_labels
@@ -126,8 +126,10 @@ class Finetuning:
         )
 
     def provenance(self, data: Data) -> dict[str, Any]:
-        """Return the metadata for the result's ``config.json``."""
+        """Return the metadata for the result's ``config.json``; what the model was cut for stays with it."""
+        origin = load_provenance(self.model)
         return {
+            **{name: origin[name] for name in ("budget", "spent") if name in origin},
             "method": "finetune",
             "source": str(self.model),
             "teacher": None if self.teacher is None else str(self.teacher),
