@@ -29,7 +29,7 @@ def instant(
     seed: Annotated[int, typer.Option(min=0, help="of the choice of calibration images")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
-    """Compute a front of smaller models of a ViT from a few hundred unlabelled images; nothing is trained."""
+    """Compute a front of smaller models from a few hundred unlabelled images; nothing is trained."""
     from rich.console import Console
 
     from prunesweep.models import UserError, arch_of, cost, save, weights_digest

@@ -331,19 +331,32 @@ class Family(ABC):
         """Name the ways in which a space may be reduced so that the reduced model computes the same kind of function.
 
         ``choose`` keeps some of its channels, which every space allows. ``project`` puts a matrix on every axis of the
-        space; it needs that nothing but linear maps and, in the residual stream, the norm in front of a reader acts on
-        the channels. A residual stream that a norm *writes* to (behind a patch embedding) is not such a space: the
-        norm's gain acts in the source's basis, and no linear map follows in which it could be absorbed.
+        space; ``only_chosen`` says of which spaces not, and why.
+        """
+        return ("choose", "project") if self.only_chosen(arch, space) is None else ("choose",)
+
+    def only_chosen(self, arch: Arch, space: str) -> str | None:
+        """Say why the channels of a space can only be chosen; None where they can be projected.
+
+        That needs that nothing but linear maps and, in the residual stream, the norm in front of a reader acts on the
+        channels. A residual stream that a norm *writes* to (behind a patch embedding) is not such a space: the norm's
+        gain acts in the source's basis, and no linear map follows in which it could be absorbed.
+
+        Args:
+            arch: the model's record.
+            space: one of ``spaces``.
         """
         where, _, own = space.rpartition(".")
-        linear = own == "tail"
         if own in ("q", "k"):
-            linear = not arch.qk_norm
-        elif own == "v":
-            linear = arch.blocks[int(where.split(".")[1])].mixer == "attn"
-        elif own == "embed":
-            linear = not self.norm_writes(arch, int(where.split(".")[1]))
-        return ("choose", "project") if linear else ("choose",)
+            return "a norm acts on queries and keys" if arch.qk_norm else None
+        if own == "v":
+            attends = arch.blocks[int(where.split(".")[1])].mixer == "attn"
+            return None if attends else "an activation acts on the convolution's channels"
+        if own == "embed":
+            normed = self.norm_writes(arch, int(where.split(".")[1]))
+            return "the gain of the norm that writes the stream acts on single channels" if normed else None
+        reasons = {"mlp": "an activation acts on hidden units", "sr": "a norm acts on the reduced map"}
+        return None if own == "tail" else reasons.get(own, "it is no space of channels")
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
         """Whether a norm's output goes straight into a stage's residual stream."""

@@ -326,12 +326,11 @@ class LanguageModelFamily(Family):
         tails = {f"bands.{band}.tail": width for band, width in enumerate(arch.text.tails, start=1)}
         return super().spaces(arch) | tails
 
-    def reductions(self, arch: Arch, space: str) -> tuple[str, ...]:
-        """Name the ways to reduce a space.
-
-        Residual channels can only be chosen, because their positions are columns of the source's sinusoids.
-        """
-        return ("choose",) if space.endswith(".embed") else super().reductions(arch, space)
+    def only_chosen(self, arch: Arch, space: str) -> str | None:
+        """Say why a space's channels can only be chosen: of the residual stream, because of its positions."""
+        if space.endswith(".embed"):
+            return "positions are columns of the source's sinusoids"
+        return super().only_chosen(arch, space)
 
 
 LM = LanguageModelFamily()

@@ -37,7 +37,7 @@ from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tenso
 from .calibration import images_of, shrinkage_for
 from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import NormalEquations
-from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, solve_shift
+from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, rows_of, solve_shift
 from .source import SourceStatistics, open_source
 from .widths import Widths, can_project, compressed_arch
 
@@ -227,11 +227,10 @@ class Compression(Refit):
                 self.read(reader, outputs_of(full, x), z, f"{source.name}.{full.name}", single=False)
                 continue
             start = self._start(f"{source.name}.{full.name}", full, source.stage)
-            features = [reader.rows(one) for one in z[: self.fitted]]
             bias = start.new_zeros(len(start)) if full.bias is None else full.bias.double()
             if self.refit:
                 centred = full.bias is not None or _takes_shift(own, reader, stage)
-                start, bias = self.solve(start, features, outputs_of(full, x), centred=centred)
+                start, bias = self.solve(start, rows_of(reader, z), outputs_of(full, x), centred=centred)
             found[full.name] = start, bias
         self._take_ranks(stage, own, source, z, found)
         return self.write_attention(stage, own, source.stage, z, target)

@@ -35,13 +35,24 @@ from prunesweep.models.reduction import Reduction
 from .normal_equations import NormalEquations
 from .source import to_model
 
-__all__ = ["HEAD_SHRINKAGE", "SHRINKAGE", "Refit", "alone", "fold_scale", "outputs_of", "solve_shift", "tail"]
+__all__ = [
+    "HEAD_SHRINKAGE",
+    "SHRINKAGE",
+    "Refit",
+    "alone",
+    "fold_scale",
+    "outputs_of",
+    "rows_of",
+    "solve_shift",
+    "tail",
+]
 
 SHRINKAGE = 1e-3  # 1e-3 to 1e-5 are equal within noise, 1e-2 is 10 to 25 % worse
 HEAD_SHRINKAGE = 1e-2  # one row an image, not one a token
 
 Streams = list[torch.Tensor]
 Merge = Callable[[Streams], Streams]
+ByBatch = Callable[[int], torch.Tensor]
 
 
 class Refit:
@@ -160,9 +171,8 @@ class Refit:
 
     def write_attention(self, stage: Stage, own: AttentionView, s: int, z: Streams, target: Streams) -> Streams:
         """Fit the output projection of an attention whose readers are done; return the streams behind it."""
-        features = [own.mixed(one, stage.grid) for one in z]
         fold_scale(own.scale, own.out.layer)
-        return self._write(own.out.layer, features, z, target, s)
+        return self._write(own.out.layer, lambda n: own.mixed(z[n], stage.grid), z, target, s)
 
     def mlp(self, stage: Stage, own: MlpView, source: BlockView, m: Streams, z: Streams, target: Streams) -> Streams:
         """Refit a block's MLP; arguments and result as for ``attention``, ``m`` the source's streams in front of it."""
@@ -170,9 +180,8 @@ class Refit:
         rows = stage.grid[0]
         for reader, wanted in zip(own.readers(), source.mlp.readers(), strict=True):
             self.read(reader, outputs_of(wanted, m), z, f"{source.name}.{wanted.name}", single=True)
-        features = [own.hidden(own.norm(one), rows) for one in z]
         fold_scale(own.scale, own.out.layer)
-        return self._write(own.out.layer, features, z, target, source.stage)
+        return self._write(own.out.layer, lambda n: own.hidden(own.norm(z[n]), rows), z, target, source.stage)
 
     def _convolution(self, own: BlockView, s: int, z: Streams, target: Streams) -> Streams:
         """Refit the 1x1 layer behind the convolution; prefix tokens have no place on the grid."""
@@ -187,9 +196,11 @@ class Refit:
         norm.running_mean.copy_(maps.mean((0, 2, 3)))
         norm.running_var.copy_(maps.var((0, 2, 3)))
         if self.refit:
-            features = [attn.bconv[:3](one).flatten(2).mT for one in inside]
-            wanted = [(self.reduced(s, t) - one).flatten(1, -2)[:, prefix:] for t, one in zip(target, z, strict=True)]
-            self._fit(layer, features, lambda n: wanted[n])
+            self._fit(
+                layer,
+                lambda n: attn.bconv[:3](inside[n]).flatten(2).mT,
+                lambda n: (self.reduced(s, target[n]) - z[n]).flatten(1, -2)[:, prefix:],
+            )
         return [one + scale(attn(normed)).view_as(one) for one, normed in zip(z, tokens, strict=True)]
 
     def _stem(self) -> None:
@@ -251,7 +262,7 @@ class Refit:
     def read(
         self,
         reader: Reader,
-        target: Callable[[int], torch.Tensor],
+        target: ByBatch,
         z: Streams,
         name: str,
         *,
@@ -272,23 +283,23 @@ class Refit:
             norm = reader.norm if single and not reader.padded else None
             self._fit(
                 reader.layer,
-                [reader.rows(one) for one in z[: self.fitted]],
+                rows_of(reader, z),
                 lambda n: self.narrowed(name, target(n)),
                 norm=norm,
                 shrinkage=shrinkage,
             )
 
-    def _write(self, layer: nn.Module, features: Streams, z: Streams, target: Streams, s: int) -> Streams:
+    def _write(self, layer: nn.Module, features: ByBatch, z: Streams, target: Streams, s: int) -> Streams:
         """Fit a writer to the difference between the streams of source and small model, and add its output."""
         if self.refit:
             self._fit(layer, features, lambda n: self.reduced(s, target[n]) - z[n])
-        return [one + layer(feature) for one, feature in zip(z, features, strict=True)]
+        return [one + layer(features(n)) for n, one in enumerate(z)]
 
     def _fit(
         self,
         layer: nn.Module,
-        features: Streams,
-        target: Callable[[int], torch.Tensor],
+        features: ByBatch,
+        target: ByBatch,
         *,
         norm: nn.Module | None = None,
         shrinkage: float | None = None,
@@ -307,8 +318,8 @@ class Refit:
     def solve(
         self,
         start: torch.Tensor,
-        features: Streams,
-        target: Callable[[int], torch.Tensor],
+        features: ByBatch,
+        target: ByBatch,
         *,
         centred: bool = True,
         shrinkage: float | None = None,
@@ -317,7 +328,7 @@ class Refit:
 
         Args:
             start: what it is shrunk towards, (G, F).
-            features: (..., F), by batch.
+            features: gives (..., F), by batch.
             target: gives (..., G), by batch.
             centred: with a bias.
             shrinkage: lambda, where it is not that of all fits.
@@ -326,8 +337,8 @@ class Refit:
             The matrix (G, F) and the bias (G,), in float64.
         """
         sums = NormalEquations(start.shape[1], start.shape[0], start.device)
-        for n, feature in enumerate(features[: self.fitted]):
-            sums.add(feature, target(n))
+        for n in range(len(self.inputs))[: self.fitted]:
+            sums.add(features(n), target(n))
         return sums.solve(start, self.shrinkage if shrinkage is None else shrinkage, centred=centred)
 
     def _rescale(self, norm: nn.Module, z: Streams, s: int) -> None:
@@ -344,9 +355,14 @@ class Refit:
         bias.copy_((bias.double() * factor + b.mean(0) - factor * a.mean(0)).to(bias))
 
 
-def outputs_of(reader: Reader, streams: Streams) -> Callable[[int], torch.Tensor]:
+def outputs_of(reader: Reader, streams: Streams) -> ByBatch:
     """Compute the outputs of a source's layer when they are asked for, by batch."""
     return lambda n: reader(streams[n])
+
+
+def rows_of(reader: Reader, streams: Streams) -> ByBatch:
+    """Compute the rows that a layer reads when they are asked for, by batch."""
+    return lambda n: reader.rows(streams[n])
 
 
 def alone(reader: Reader, readers: Sequence[Reader]) -> bool:

@@ -149,7 +149,7 @@ def _narrow(arch: Arch, i: int, own: BlockWidths, where: str) -> Block:
         qk = block.qk if own.qk is None else own.qk
         _check(f"{where}.qk", qk, block.qk)
         if qk < block.qk and not can_project(arch, f"blocks.{i}.q"):
-            raise UserError(f"{where}.qk = {qk}: {arch.source} normalises queries and keys, which cannot be projected")
+            raise UserError(f"{where}.qk = {qk}: {family_of(arch).only_chosen(arch, f'blocks.{i}.q')} of {arch.source}")
         changes["qk"] = qk
         v = own.v if isinstance(own.v, tuple) else (own.v,) * block.heads
         if len(v) != block.heads:

@@ -229,7 +229,7 @@ def test_bad_input_is_named(widths: dict[str, Any], batches: list[torch.Tensor],
 
 def test_spaces_that_cannot_be_projected_are_refused() -> None:
     normed = made(vit(qk_norm=True))
-    with pytest.raises(UserError, match="normalises queries and keys"):
+    with pytest.raises(UserError, match=r"blocks\[0\].qk = 3: a norm acts on queries and keys of toy"):
         compress(normed, Widths.uniform(arch_of(normed), qk=3), images())
     broken = made(vit())
     with torch.no_grad():
