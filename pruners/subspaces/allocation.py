@@ -6,7 +6,8 @@ residual width the levels of all blocks follow from
     minimise  sum_b,s loss_b,s(level)   subject to   cost(levels) <= budget
 
 which is a multiple-choice knapsack: the lower convex hull by a multiplier found by bisection, then single steps up that
-still fit. Costs are exact (``models.cost``) and add up over spaces once the residual width is given.
+still fit. Costs are exact (``models.cost``) and add up over spaces once the residual width is given, but for PVTv2's
+reduced maps.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def allocate(
         embed: residual widths of the small model.
         losses: of ``measure_losses``.
         limit: the largest cost, in the objective's unit.
-        objective: the cost of a record, additive over spaces.
+        objective: the cost of a record, nearly additive over spaces.
         align: units of the MLPs are filled up in steps of it.
 
     Returns:
@@ -60,17 +61,22 @@ def allocate(
     def spent(widths: Mapping[Choice, int]) -> int:
         return full - sum(saved[choice][width] for choice, width in widths.items())
 
-    low, high = 0.0, 1e-12
-    while spent(chosen(high)) > limit:
-        low, high = high, high * 4
-        if high > 1e6:
-            return None
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(chosen(middle)) > limit else (low, middle)
-    found = chosen(high)
-    _step_up(found, losses, saved, limit - spent(found))
-    return _fill(arch, embed, found, limit, objective, align)
+    room = limit
+    while True:
+        low, high = 0.0, 1e-12
+        while spent(chosen(high)) > room:
+            low, high = high, high * 4
+            if high > 1e6:
+                return None
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(chosen(middle)) > room else (low, middle)
+        found = chosen(high)
+        _step_up(found, losses, saved, room - spent(found))
+        over = _objective_of(arch, embed, found, objective) - limit
+        if over <= 0:
+            return _fill(arch, embed, found, limit, objective, align)
+        room -= over  # a reduced map and what is read from it cost their product, so sums are not exact there
 
 
 def _step_up(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, BlockCut, Cut, arch_of, cost, cut, cut_arch, load, save
+from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, arch_of, cost, cut, cut_arch, load, save
 from prunesweep.pruners import kl_divergence
 from prunesweep.pruners.subspaces import (
     SourceStatistics,
@@ -23,6 +23,7 @@ from prunesweep.pruners.subspaces import (
     instant,
     recover,
 )
+from prunesweep.pruners.subspaces.allocation import BlockLosses, allocate
 from tests.generate import random_arch, random_cut, random_images, random_model
 
 by_family = pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2", "lm"])
@@ -178,5 +179,26 @@ def test_a_front_meets_its_budgets(family: str) -> None:
     source = source_of(family, 4)
     points = instant(source, batches_of(source), (0.9, 0.6))
     assert [point.budget for point in points] == [0.9, 0.6]
-    assert all(point.share <= point.budget for point in points)
     assert all(point.share == cost(arch_of(point.model)).macs / cost(arch_of(source)).macs for point in points)
+    assert all(0.8 * point.budget < point.share <= point.budget for point in points)
+
+
+def test_costs_that_are_products_of_two_widths_stay_within_the_budget() -> None:
+    """A reduced map and what is read from it: sums of single savings promise more than both together save."""
+    blocks = tuple(Block(src=i, heads=2, qk=8, v=8, scale=8**-0.5, mlp=16, sr=16) for i in range(2))
+    stage = Stage(width=16, grid=(8, 8), blocks=blocks, sr_ratio=2)
+    shape = {"img_size": (32, 32), "patch_size": (4, 4), "in_chans": 3, "num_classes": 5, "class_token": False}
+    arch = Arch(family="pvt_v2", source="toy", stages=(stage,), pool="avg", **shape)
+    levels = {"qk": (8, 4, 2), "v": (8, 4, 2), "sr": (16, 8, 4), "mlp": (16,)}
+    losses = BlockLosses(
+        {
+            (i, space): {width: 1e-3 * n for n, width in enumerate(own)}
+            for i in range(2)
+            for space, own in levels.items()
+        }
+    )
+    for share in (0.9, 0.8, 0.7):
+        limit = int(share * cost(arch).macs)
+        widths = allocate(arch, (16,), losses, limit)
+        assert widths is not None
+        assert cost(compressed_arch(arch, widths)).macs <= limit
