@@ -230,7 +230,7 @@ class Compression(Refit):
             bias = start.new_zeros(len(start)) if full.bias is None else full.bias.double()
             if self.refit:
                 centred = full.bias is not None or _takes_shift(own, reader, stage)
-                start, bias = self.solve(start, rows_of(reader, z), outputs_of(full, x), centred=centred)
+                start, bias = self.solve(start, rows_of(reader, z), outputs_of(full, x), len(z), centred=centred)
             found[full.name] = start, bias
         self._take_ranks(stage, own, source, z, found)
         return self.write_attention(stage, own, source.stage, z, target)

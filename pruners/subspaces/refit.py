@@ -200,6 +200,7 @@ class Refit:
                 layer,
                 lambda n: attn.bconv[:3](inside[n]).flatten(2).mT,
                 lambda n: (self.reduced(s, target[n]) - z[n]).flatten(1, -2)[:, prefix:],
+                len(z),
             )
         return [one + scale(attn(normed)).view_as(one) for one, normed in zip(z, tokens, strict=True)]
 
@@ -285,6 +286,7 @@ class Refit:
                 reader.layer,
                 rows_of(reader, z),
                 lambda n: self.narrowed(name, target(n)),
+                len(z),
                 norm=norm,
                 shrinkage=shrinkage,
             )
@@ -292,7 +294,7 @@ class Refit:
     def _write(self, layer: nn.Module, features: ByBatch, z: Streams, target: Streams, s: int) -> Streams:
         """Fit a writer to the difference between the streams of source and small model, and add its output."""
         if self.refit:
-            self._fit(layer, features, lambda n: self.reduced(s, target[n]) - z[n])
+            self._fit(layer, features, lambda n: self.reduced(s, target[n]) - z[n], len(z))
         return [one + layer(features(n)) for n, one in enumerate(z)]
 
     def _fit(
@@ -300,6 +302,7 @@ class Refit:
         layer: nn.Module,
         features: ByBatch,
         target: ByBatch,
+        count: int,
         *,
         norm: nn.Module | None = None,
         shrinkage: float | None = None,
@@ -307,7 +310,12 @@ class Refit:
         """Put the fitted weight and bias into a linear layer or a convolution that is one on its rows."""
         weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
         found, shift = self.solve(
-            weight.flatten(1), features, target, centred=bias is not None or norm is not None, shrinkage=shrinkage
+            weight.flatten(1),
+            features,
+            target,
+            count,
+            centred=bias is not None or norm is not None,
+            shrinkage=shrinkage,
         )
         weight.copy_(found.view_as(weight))
         if bias is not None:
@@ -320,6 +328,7 @@ class Refit:
         start: torch.Tensor,
         features: ByBatch,
         target: ByBatch,
+        count: int,
         *,
         centred: bool = True,
         shrinkage: float | None = None,
@@ -330,6 +339,7 @@ class Refit:
             start: what it is shrunk towards, (G, F).
             features: gives (..., F), by batch.
             target: gives (..., G), by batch.
+            count: number of batches.
             centred: with a bias.
             shrinkage: lambda, where it is not that of all fits.
 
@@ -337,7 +347,7 @@ class Refit:
             The matrix (G, F) and the bias (G,), in float64.
         """
         sums = NormalEquations(start.shape[1], start.shape[0], start.device)
-        for n in range(len(self.inputs))[: self.fitted]:
+        for n in range(count)[: self.fitted]:
             sums.add(features(n), target(n))
         return sums.solve(start, self.shrinkage if shrinkage is None else shrinkage, centred=centred)
 

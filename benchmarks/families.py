@@ -1,0 +1,142 @@
+"""What computed models of Swin and PVTv2 are worth: ``python -m benchmarks.families [--cache DIR]``.
+
+Small models of both families are trained here on the digits, enlarged. At every budget, on the validation split and
+without any training: channels and units chosen by Taylor importance, as cut; the same recovered; projected to the
+widths that Taylor leaves; equal shares, refitted; and the shares of ``prunesweep.instant``. KL is to the source, in
+nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from benchmarks.subspaces import uniform
+from benchmarks.upvit_exact import processor
+from prunesweep.models import Arch, Block, Stage, arch_of, build, cost, cut, load, save
+from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import versions
+from prunesweep.pruners import kl_divergence, taylor, width_path
+from prunesweep.pruners.subspaces import SourceStatistics, compress, instant, projected_widths, recover
+
+RESULT = Path(__file__).parent / "results" / "families.json"
+BUDGETS = (0.7, 0.5, 0.26, 0.15)
+IMAGES, BATCH = 684, 57  # of which a quarter is held out by ``instant``
+EPOCHS = {"swin": 80, "pvt_v2": 30}
+
+
+def record(family: str) -> Arch:
+    """A model of a few hundred thousand weights: two stages of windows, or three of reduced maps."""
+    shape: dict[str, Any] = {"in_chans": 1, "num_classes": 10, "class_token": False, "pool": "avg"}
+    if family == "swin":
+        stages = (
+            Stage(width=48, grid=(8, 8), window=(4, 4), blocks=(block(0, 48, 3), block(1, 48, 3, shifted=True))),
+            Stage(width=96, grid=(4, 4), window=(4, 4), blocks=tuple(block(i, 96, 6) for i in range(2, 6))),
+        )
+        sizes: dict[str, Any] = {"img_size": (16, 16), "patch_size": (2, 2), "norm_eps": 1e-5}
+    else:
+        stages = (
+            Stage(width=32, grid=(8, 8), sr_ratio=4, blocks=tuple(block(i, 32, 1, sr=32) for i in range(2))),
+            Stage(width=64, grid=(4, 4), sr_ratio=2, blocks=tuple(block(i, 64, 2, sr=64) for i in range(2, 4))),
+            Stage(width=128, grid=(2, 2), blocks=tuple(block(i, 128, 4) for i in range(4, 6))),
+        )
+        sizes = {"img_size": (32, 32), "patch_size": (4, 4)}
+    return Arch(family=family, source=f"digits-{family}", stages=stages, **sizes, **shape)
+
+
+def block(index: int, width: int, heads: int, **options: Any) -> Block:
+    """A stock block with an MLP of four times its width."""
+    own = width // heads
+    return Block(src=index, heads=heads, qk=own, v=own, scale=own**-0.5, mlp=4 * width, **options)
+
+
+def digits(size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images and labels of the training and the validation split, enlarged to ``size``."""
+    data = load_digits()
+    train, val = train_test_split(range(len(data.target)), test_size=0.25, random_state=0, stratify=data.target)
+    x = (torch.tensor(data.images).float().unsqueeze(1) / 16 - 0.3053) / 0.3760
+    x, y = F.interpolate(x, size=size, mode="bilinear", align_corners=False), torch.tensor(data.target)
+    return x[train], y[train], x[val], y[val]
+
+
+def trained(family: str, cache: Path) -> nn.Module:
+    """The source, trained once: AdamW, one cycle, shifts by one pixel of the small image."""
+    folder = cache / f"digits-{family}"
+    if folder.exists():
+        return load(folder).eval()
+    torch.manual_seed(0)
+    model = build(record(family))
+    x, y, _, _ = digits((8, 8))
+    size, steps = arch_of(model).img_size, EPOCHS[family] * (len(x) // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps)
+    for _ in range(EPOCHS[family]):
+        for own in torch.randperm(len(x)).split(64)[: len(x) // 64]:
+            down, right = torch.randint(-1, 2, (2,)).tolist()
+            images = F.interpolate(torch.roll(x[own], (down, right), (2, 3)), size=size, mode="bilinear")
+            loss = F.cross_entropy(model(images), y[own], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    save(model.eval(), folder)
+    return model
+
+
+def one_family(family: str, cache: Path) -> dict[str, Any]:
+    """All models of one family."""
+    source = trained(family, cache)
+    arch = arch_of(source)
+    x, y, images, labels = digits(arch.img_size)
+    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:IMAGES].split(BATCH)
+    batches, rows = [x[own] for own in drawn], list[dict[str, Any]]()
+
+    @torch.no_grad()
+    def measured(small: nn.Module) -> dict[str, float]:
+        wanted, got = source(images), small(images)
+        return {
+            "share": cost(arch_of(small)).macs / cost(arch).macs,
+            "kl": kl_divergence(wanted, got).mean().item(),
+            "top1": 100 * (got.argmax(1) == labels).double().mean().item(),
+        }
+
+    def add(how: str, budget: float, small: nn.Module) -> None:
+        rows.append({"how": how, "budget": budget, **measured(small)})
+        print(family, rows[-1], flush=True)
+
+    statistics = SourceStatistics.collect(source, batches)
+    path = width_path(arch, taylor.score(source, [(x[own], y[own]) for own in drawn]))
+    for budget in BUDGETS:
+        chosen = path.cut(path.step_for(budget * cost(arch).macs))
+        add("taylor, as cut", budget, cut(source, chosen).eval())
+        add("taylor, recovered", budget, recover(source, chosen, batches))
+        widths = projected_widths(arch, chosen)
+        add("taylor, projected", budget, compress(source, widths, batches, statistics=statistics))
+        add("equal shares", budget, compress(source, uniform(source, budget), batches, statistics=statistics))
+    begun = time.process_time()
+    for point in instant(source, batches, BUDGETS):
+        add("instant", point.budget, point.model)
+    return {"family": family, "source": measured(source), "instant_s": time.process_time() - begun, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = [one_family(family, given.cache) for family in EPOCHS]
+    facts = {"device": processor(), "threads": 1, "dtype": "float32", "batch": BATCH, "images": IMAGES}
+    write_text(RESULT, json.dumps({**facts, "versions": versions(), "families": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
