@@ -2,15 +2,13 @@
 
 Small models of both families are trained here on the digits, enlarged. At every budget, on the validation split and
 without any training: channels and units chosen by Taylor importance, as cut; the same recovered; projected to the
-widths that Taylor leaves; equal shares, refitted; and the shares of ``prunesweep.instant``. KL is to the source, in
-nats.
+widths that Taylor leaves; equal shares, refitted. KL is to the source, in nats.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from prunesweep.models import Arch, Block, Stage, arch_of, build, cost, cut, loa
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence, taylor, width_path
-from prunesweep.pruners.subspaces import SourceStatistics, compress, instant, projected_widths, recover
+from prunesweep.pruners.subspaces import SourceStatistics, compress, projected_widths, recover
 
 RESULT = Path(__file__).parent / "results" / "families.json"
 BUDGETS = (0.7, 0.5, 0.26, 0.15)
-IMAGES, BATCH = 684, 57  # of which a quarter is held out by ``instant``
+IMAGES, BATCH = 684, 57
 EPOCHS = {"swin": 80, "pvt_v2": 30}
 
 
@@ -122,10 +120,7 @@ def one_family(family: str, cache: Path) -> dict[str, Any]:
         widths = projected_widths(arch, chosen)
         add("taylor, projected", budget, compress(source, widths, batches, statistics=statistics))
         add("equal shares", budget, compress(source, uniform(source, budget), batches, statistics=statistics))
-    begun = time.process_time()
-    for point in instant(source, batches, BUDGETS):
-        add("instant", point.budget, point.model)
-    return {"family": family, "source": measured(source), "instant_s": time.process_time() - begun, "rows": rows}
+    return {"family": family, "source": measured(source), "rows": rows}
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from prunesweep.pruners.subspaces import (
     instant,
     recover,
 )
-from prunesweep.pruners.subspaces.allocation import BlockLosses, allocate
+from prunesweep.pruners.subspaces.allocation import allocate
+from prunesweep.pruners.subspaces.block_losses import BlockLosses
 from tests.generate import random_arch, random_cut, random_images, random_model
 
 by_family = pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2", "lm"])
