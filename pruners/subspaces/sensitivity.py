@@ -79,6 +79,8 @@ class Sensitivity:
     @torch.enable_grad()
     def _of(self, batch: torch.Tensor, generator: torch.Generator) -> dict[Half, torch.Tensor]:
         points, output = self._run(batch)
+        if not points:  # all blocks pass their input on
+            return {}
         found: dict[Half, list[torch.Tensor]] = {half: [] for half in points}
         for _ in range(PROBES):
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
