@@ -60,7 +60,7 @@ def bench(
     settings[0].require_device()
     chosen = list(dict.fromkeys([*([] if source is None else [source]), *names]))
     loaded = [open_model(name) for name in chosen]
-    console = Console()
+    console = Console(markup=False)
     timings = []
     with progress_bar(console) as bar:
         for setting in settings:

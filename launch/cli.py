@@ -74,7 +74,7 @@ def search(
     """Search for the Pareto front of accuracy against MACs."""
     from prunesweep.search import load_config, run_search
 
-    settings, console = load_config(config, overrides or []), Console()
+    settings, console = load_config(config, overrides or []), Console(markup=False)
     options: dict[str, Any] = {"address": address, "dry_run": dry_run, "verbose": verbose}
     _drive(lambda: run_search(settings, out, console=console, **options), console)
 
@@ -96,7 +96,7 @@ def resume(
         return
     from prunesweep.search import resume_search
 
-    console = Console()
+    console = Console(markup=False)
     options: dict[str, Any] = {"trials": trials, "overrides": overrides or [], "address": address, "verbose": verbose}
     options["retry_failed"] = retry_failed
     _drive(lambda: resume_search(run, console=console, **options), console)
@@ -144,7 +144,7 @@ def status(
         print(json.dumps(found))
         return
     trials, source = found["trials"], found["source"]
-    console = Console()
+    console = Console(markup=False)
     console.print(
         f"{trials['finished']} of {found['requested']} trials finished, {trials['running']} running, "
         f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
@@ -180,7 +180,7 @@ def front(
         writer.writeheader()
         writer.writerows(points)
     else:
-        console, source = Console(), found.metadata()["source"]
+        console, source = Console(markup=False), found.metadata()["source"]
         print_front(console, points, source["macs"])
         if further:
             print_promoted(console, list(further.values()), source["macs"], run)
@@ -208,10 +208,11 @@ def evaluate(
 ) -> None:
     """Measure a saved model's accuracy, or perplexity."""
     from prunesweep.models import arch_of, cost, load
+    from prunesweep.models.precision import to_float32
     from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, check_fits, open_data, open_text
     from prunesweep.training import evaluate as measure
 
-    loaded: Any = load(model)
+    loaded = to_float32(load(model))
     arch = arch_of(loaded)
     if length is not None or context or test:
         opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
@@ -225,7 +226,7 @@ def evaluate(
     if as_json:
         print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params}))
     else:
-        Console().print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
+        Console(markup=False).print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
     if warning := chance_warning(loaded, opened, found):
         Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
 

@@ -31,7 +31,7 @@ def export_model(
     from prunesweep.models.io.export import default_path, export
 
     path = default_path(model, to) if out is None else out
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with console.status(f"writing {path} and comparing it with the model"):
         error = export(load(model), path, to, opset=opset)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
@@ -39,7 +39,7 @@ def export_model(
         print(json.dumps({"path": str(path), "to": to, "bytes": size, "max_error": error}))
     else:
         text = f"{path}: {size:,} bytes; its logits differ from the model's by at most {error:.1e}"
-        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+        Console(markup=False).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def push_model(

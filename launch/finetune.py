@@ -92,7 +92,7 @@ def finetune(
         second_stage=None if second_stage is None else SecondStageJob(second_stage, stage),
     )
     placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     display = Display(console)
     display.data(job.check().describe())
     with display.progress() as progress:

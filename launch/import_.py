@@ -50,7 +50,7 @@ def import_model(
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     save(model, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
-    arch, console = arch_of(model), Console()
+    arch, console = arch_of(model), Console(markup=False)
     spent = cost(arch)
     console.print(_table(arch))
     console.print(f"{spent.macs:,} MACs, {spent.params:,} params; saved as {out}", highlight=False, soft_wrap=True)

@@ -35,6 +35,7 @@ def instant(
     from prunesweep.models import UserError, arch_of, cost, save, weights_digest
     from prunesweep.models.io.files import publish_folder, write_text
     from prunesweep.models.io.provenance import versions
+    from prunesweep.models.precision import as_stored
     from prunesweep.pruners.subspaces import instant as compute
     from prunesweep.search.report.display import Display
     from prunesweep.training import check_fits, open_data
@@ -48,13 +49,15 @@ def instant(
     check_fits(arch_of(model), dataset)
     whole = cost(arch_of(model))
     batches = dataset.calibration(images, min(BATCH, max(1, images // 4)), seed)
-    console = Console()
+    console = Console(markup=False)
     with Display(console).progress() as report:
 
         def progress(what: str, done: int, total: int) -> None:
             report(what, done / total, f"{done} of {total}")
 
         points = compute(model, batches, shares, objective=objective, align=align, progress=progress)
+        for point in points:
+            as_stored(point.model)
         rows = [_measured(None, model, model, dataset, whole, report, "evaluating")]
         rows += [_measured(p, p.model, model, dataset, whole, report, f"evaluating {p.budget:g}") for p in points]
     with publish_folder(out.absolute()) as folder:

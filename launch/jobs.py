@@ -49,7 +49,7 @@ def jobs(
         started = "" if a.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(a.started))
         took = "" if a.started is None else _clock((a.ended or time.time()) - a.started)
         table.add_row(a.run, a.job, a.status.lower(), started, took, a.folder)
-    Console().print(table if attempts else "no searches")
+    Console(markup=False).print(table if attempts else "no searches")
 
 
 def _clock(seconds: float) -> str:

@@ -68,7 +68,7 @@ def latency(
     if check == 1:
         raise UserError("--check 1: a rank correlation needs at least 2 models; 0 for none")
     setting = Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads)
-    arch, console = arch_of(open_model(source)), Console()
+    arch, console = arch_of(open_model(source)), Console(markup=False)
     if from_nvit is not None:
         table = _read_nvit(from_nvit, arch, setting)
         table.save(out)

@@ -64,7 +64,7 @@ def promote(
     fields = load_recipe(recipe, read_overrides(overrides or []))
     setting = Setting(batch=batch, device=device)
     setting.require_device()
-    console = Console()
+    console = Console(markup=False)
     display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, top-1 {point['top1']:.2f} % in the search")

@@ -171,7 +171,7 @@ def prune(
         seed=seed,
         placement=Placement(workers, cpus=cpus, gpus=gpus, address=address),
         as_json=as_json,
-        console=Console(stderr=as_json),
+        console=Console(stderr=as_json, markup=False),
     )
     request.check_stage()
     runner.run(request)
@@ -194,7 +194,7 @@ def score(
     from prunesweep.training.jobs.one_shot import open_source
     from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
-    model, console = open_source(source), Console()
+    model, console = open_source(source), Console(markup=False)
     opened = open_fitting(data, model)
     display = Display(console)
     display.data(opened.describe())

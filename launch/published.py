@@ -47,10 +47,10 @@ def published(
         print(json.dumps([_entry(row) for row in rows]))
         return
     marks: dict[str, int] = {}
-    table, console = _table(rows, marks), Console()
+    table, console = _table(rows, marks), Console(markup=False)
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     if console.width < width:  # rich would cut off numbers; the terminal wraps lines instead
-        console = Console(width=width)
+        console = Console(width=width, markup=False)
     footnotes = Table.grid(padding=(0, 1))
     for note, mark in marks.items():
         footnotes.add_row(str(mark), note)

@@ -26,9 +26,10 @@ def show(
 
     from prunesweep.models import UserError, cost, load, read_arch
     from prunesweep.models.counting import block_cost
+    from prunesweep.models.precision import to_float32
     from prunesweep.search.report.token_picture import draw_tokens
 
-    arch, console = read_arch(model), Console()
+    arch, console = read_arch(model), Console(markup=False)
     spent = cost(arch)
     table = Table(box=box.SIMPLE)
     for name in ("block", "of the source", "mixer", "heads", "qk", "v", "mlp", "tokens", "MACs (M)"):
@@ -65,5 +66,5 @@ def show(
         image = Image.open(tokens)
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"--tokens {tokens}: is no image that can be read: {error}") from error
-    draw_tokens(load(model), image, picture)
+    draw_tokens(to_float32(load(model)), image, picture)
     console.print(f"drawn: {picture}", highlight=False, soft_wrap=True)

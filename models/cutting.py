@@ -27,6 +27,7 @@ from .arch import Arch, Block, Text
 from .builder import arch_of, build_with
 from .errors import UserError, nearest
 from .families import family_of
+from .precision import keep_dtype
 from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
 
@@ -289,6 +290,7 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     weights = gather(arch, keep, reductions, model.state_dict())  # gathering makes copies, so nothing is shared
     weights = _replace(arch, decision, weights)
     small = build_with(small_arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
+    keep_dtype(small, model)
     return small.train(model.training)
 
 

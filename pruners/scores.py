@@ -15,7 +15,6 @@ stages), or ``depth`` (one entry per block). Larger is more important. The kinds
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.arch import Block
+from prunesweep.models.io.digest import tensors_digest
 
 __all__ = ["DEPTH", "FORMAT", "KINDS", "LEARNED", "TOKENS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
 
@@ -98,7 +98,7 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write one safetensors file; the caller names a scratch path and publishes it."""
         tensors = {name: v.detach().cpu().double().contiguous() for name, v in self.vectors.items()}
-        facts = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance)), CONTENT: _content(tensors)}
+        facts = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance)), CONTENT: tensors_digest(tensors)}
         save_file(tensors, path, metadata=facts)
 
     @classmethod
@@ -113,7 +113,7 @@ class Scores:
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
             raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; delete it to score again")
-        if CONTENT in metadata and metadata[CONTENT] != _content(vectors):
+        if CONTENT in metadata and metadata[CONTENT] != tensors_digest(vectors):
             raise UserError(f"{path} is damaged: its numbers are not those that were written; delete it to score again")
         return cls(vectors, json.loads(metadata["provenance"]))
 
@@ -137,12 +137,3 @@ def check_scores_finite(scores: Scores, method: str = "") -> None:
             f"scores{whose} are not finite in {', '.join(bad[:3])}{more}: the model's outputs or gradients on the "
             "calibration images are not; check the model with `prunesweep eval`"
         )
-
-
-def _content(vectors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names and numbers."""
-    content = hashlib.sha256()
-    for name, vector in sorted(vectors.items()):
-        content.update(f"{name} {tuple(vector.shape)} {vector.dtype}".encode())
-        content.update(vector.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()

@@ -1,8 +1,12 @@
-"""Save training state as one safetensors file of tensors, numbers, strings, lists and dicts, without pickle."""
+"""Save training state as one safetensors file of tensors, numbers, strings, lists and dicts, without pickle.
+
+The file carries a SHA-256 of all of it, so that damage is seen before any of it is used.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from prunesweep.models.io.digest import tensors_digest
 from prunesweep.models.io.files import publish_file
 
 __all__ = ["load_state", "save_state"]
 
-FORMAT = "prunesweep/state/1"
+FORMAT = "prunesweep/state/2"
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -30,19 +35,24 @@ def save_state(path: Path, state: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, tensors)
     with publish_file(path) as scratch:
-        save_file(tensors, scratch, metadata={"format": FORMAT, "tree": json.dumps(tree)})
+        text = json.dumps(tree)
+        facts = {"format": FORMAT, "tree": text, "sha256": tensors_digest(tensors, text)}
+        save_file(tensors, scratch, metadata=facts)
 
 
 def load_state(path: Path) -> Any | None:
-    """Read what ``save_state`` wrote, to the CPU; return None if the file is missing or cannot be read."""
+    """Read what ``save_state`` wrote, to the CPU; return None if the file is missing, damaged or of another version."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 return None
-            return _restore(json.loads(metadata["tree"]), file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError):
         return None
+    if tensors_digest(tensors, metadata["tree"]) != metadata["sha256"]:
+        return None
+    return _restore(json.loads(metadata["tree"]), tensors)
 
 
 def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -63,11 +73,11 @@ def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"a training state cannot hold a {type(node).__name__}")
 
 
-def _restore(node: Any, file: Any) -> Any:
+def _restore(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(node, list):
-        return [_restore(value, file) for value in node]
+        return [_restore(value, tensors) for value in node]
     if isinstance(node, dict):
         if "tensor" in node:
-            return file.get_tensor(node["tensor"])
-        return {key: _restore(value, file) for key, value in node["dict"]}
+            return tensors[node["tensor"]]
+        return {key: _restore(value, tensors) for key, value in node["dict"]}
     return node

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models.families.lm import LanguageModel
+from prunesweep.models.precision import in_float32
 from prunesweep.pruners import kl_divergence
 
 from .data import Data
@@ -33,7 +34,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure accuracy and loss over all images; leave the model's mode as it was.
 
-    A language model is measured over all words that it has to predict, images being words.
+    A language model is measured over all words that it has to predict, images being words. Models in half precision are
+    measured in float32.
 
     Args:
         model: a classifier or a ``LanguageModel``, on its device.
@@ -50,6 +52,7 @@ def evaluate(
     Raises:
         ValueError: there are no images.
     """
+    model, source = in_float32(model), None if source is None else in_float32(source)
     device = next(model.parameters()).device
     training = model.training
     model.eval()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunesweep.models import Cut, UserError, load, load_provenance, weights_digest
+from prunesweep.models.precision import to_float32
 from prunesweep.pruners import METHODS, Method, get_method
 from prunesweep.pruners.hook import Hook
 from prunesweep.pruners.method import SecondStage, validated
@@ -55,7 +56,7 @@ class SecondStageJob:
             )
         if dense is None:
             raise UserError(f"the second stage of {self.method!r} needs --teacher, the model that {model} was cut from")
-        source = load(dense)
+        source = to_float32(load(dense))
         if weights_digest(source) != facts["source"]["weights"]:
             raise UserError(f"--teacher {dense}: {model} was cut from {facts['source']['name']} with other weights")
         return stage.make(settings, source, Cut.from_dict(facts[DECISION]))
@@ -70,7 +71,7 @@ class SecondStageJob:
         Raises:
             UserError: as for ``hook``, or the hook cannot serve the model.
         """
-        self.hook(model, dense).wrap(load(model))
+        self.hook(model, dense).wrap(to_float32(load(model)))
 
     def _stage(self) -> SecondStage:
         stage = get_method(self.method, Method).second_stage

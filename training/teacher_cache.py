@@ -2,7 +2,8 @@
 
 This is right only if an image looks the same in every epoch; ``Recipe`` checks that (``fixed_view``, no mixing). On
 disk the logits lie in shards of ``SHARD`` images, in a folder named by the hash of the teacher's weights, the data and
-the input settings. A shard is written whole or not at all; later runs read it page by page.
+the input settings. A shard is written whole or not at all, and carries that hash and one of its numbers, both of which
+are compared before it is used.
 
 Source of the warning against it: a teacher that sees other views than the student, or always the same one, is a worse
 teacher (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, figure 3).
@@ -24,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError, arch_of, weights_digest
+from prunesweep.models.io.digest import tensors_digest
 from prunesweep.models.io.files import publish_file
 
 from .data import Data
@@ -33,6 +35,7 @@ from .world import World
 
 __all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers"]
 
+FORMAT = "prunesweep/teacher/1"  # to be counted up when the answers change, so that no older ones are believed
 SHARD = 8192  # images
 BATCH = 256  # images of all workers at a time
 
@@ -132,15 +135,18 @@ def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
     except UserError:  # a teacher of a family that is not pruned
         form = teacher.pretrained_cfg.get("architecture")
     normalised = [[cfg["mean"], cfg["std"]] for cfg in (teacher.pretrained_cfg, task.student_cfg)]
-    facts = [weights_digest(teacher), form, data.info.fingerprint, normalised, recipe.amp]
+    facts = [FORMAT, weights_digest(teacher), form, data.info.fingerprint, normalised, recipe.amp]
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 def _belongs(file: Path) -> bool:
-    """Whether a shard can be read and carries the key that its folder is named by."""
+    """Whether a shard carries the key that its folder is named by, and holds what was written."""
     try:
         with safe_open(file, "pt") as shard:
-            return (shard.metadata() or {}).get("key") == file.parent.name
+            facts = shard.metadata() or {}
+            if facts.get("key") != file.parent.name:
+                return False
+            return tensors_digest({"logits": shard.get_tensor("logits")}) == facts.get("sha256")
     except (SafetensorError, OSError):
         return False
 
@@ -169,7 +175,9 @@ def _shard(
         if world.first:
             file.parent.mkdir(parents=True, exist_ok=True)
             with publish_file(file) as scratch:
-                save_file({"logits": logits}, scratch, metadata={"key": file.parent.name})
+                tensors = {"logits": logits}
+                facts = {"key": file.parent.name, "sha256": tensors_digest(tensors)}
+                save_file(tensors, scratch, metadata=facts)
         world.all_reduce(known)  # nobody reads before it is written
     assert file is not None
     missing = world.all_reduce(torch.tensor(float(not file.exists()), device=task.device)).item()

@@ -264,7 +264,7 @@ class Trainer:
         """Load the state of the last whole epoch, and give all workers the same weights.
 
         Args:
-            path: file of the state; None, or a file that is not there, starts from the beginning.
+            path: file of the state; None, or a file that is not there or is damaged, starts from the beginning.
 
         Returns:
             The number of epochs done.
@@ -273,6 +273,8 @@ class Trainer:
             UserError: the state is from a run with another method of pruning or another recipe.
         """
         found = load_state(path) if path is not None else None
+        if found is None and path is not None and path.exists() and self.on_note:
+            self.on_note(f"{path} is damaged, or of another version: training begins anew")
         if found is not None:
             self._load(found, path)
         for model in self._models():

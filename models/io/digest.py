@@ -1,22 +1,37 @@
-"""A digest that identifies a model's weights."""
+"""Digests of tensors, which identify a model's weights and show whether a file holds what was written."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-__all__ = ["weights_digest"]
+from prunesweep.models.precision import stored_dtype
+
+__all__ = ["tensors_digest", "weights_digest"]
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """Return SHA-256, in hex digits, of names, shapes, dtypes and bytes, in the order of the names.
+
+    Args:
+        tensors: by name, on any device.
+        text: what else counts.
+    """
+    content = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
     """Return 16 hex digits that identify a model's weights.
 
-    They are a hash of the state dict's names, shapes, dtypes and bytes.
+    They are a hash of the state dict's names, shapes, dtypes and bytes, in the type that the weights are saved in.
     """
-    content = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()[:16]
+    dtype = stored_dtype(model)
+    weights = model.state_dict()
+    return tensors_digest({n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()})[:16]

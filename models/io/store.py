@@ -29,12 +29,14 @@ from prunesweep.models.families import family_of
 from prunesweep.models.families.lm import lm_arch
 from prunesweep.models.precision import stored_dtype
 
+from .digest import weights_digest
 from .files import publish_folder
 
 __all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt", "save"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST = "weights_sha256"  # absent from folders that older versions wrote
+FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement"})  # of provenance: what the weights achieve
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
 
 
@@ -58,7 +60,7 @@ def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
         arch, pretrained=pretrained, pretrained_cfg=cfg, drop_path=options.pop("drop_path_rate", 0.0), **options
     )
     if pretrained and isinstance(cfg, Mapping) and cfg.get("source") == "local-dir":
-        model.provenance = load_provenance(cfg["file"])  # type: ignore[assignment]  # nn.Module: Tensor | Module
+        _remember(model, load_provenance(cfg["file"]))
     return model
 
 
@@ -121,10 +123,11 @@ def save(
             (``models.precision``), in the type that they had.
         path: the folder; one that is there is replaced.
         provenance: JSON-ready facts about where the weights come from; ``load_provenance`` gives them back. By default
-            those of the model's own ``provenance``, which it has if it was loaded. Any key may be used. By convention,
-            each where it applies: ``method`` (the pruner's name, ``source``, ``import``), ``source`` (facts about the
-            dense model), ``scores`` (the cached scores' file names), ``point`` (the search's parameters), ``data``
-            (fingerprint of the data set), ``seed``, ``top1`` (per cent) and ``versions`` (package to version).
+            those of the model's own ``provenance``, which it has if it was loaded, without accuracies where its weights
+            were changed since. Any key may be used. By convention, each where it applies: ``method`` (the pruner's
+            name, ``source``, ``import``), ``source`` (facts about the dense model), ``scores`` (the cached scores' file
+            names), ``point`` (the search's parameters), ``data`` (fingerprint of the data set), ``seed``, ``top1`` (per
+            cent) and ``versions`` (package to version).
         classes: names of the classes by label, stored as timm's ``label_names``, by which data are matched with the
             model. By default those that the model has already.
 
@@ -138,7 +141,7 @@ def save(
         cfg: Any = ours.pretrained_cfg
         cfg["label_names"] = _class_names(classes, arch.num_classes)
     if provenance is None:
-        provenance = getattr(model, "provenance", {})
+        provenance = _carried(model)
     record, dtype = arch.to_dict(), stored_dtype(model)
     with publish_folder(path) as folder:
         timm.models.save_for_hf(
@@ -237,5 +240,19 @@ def load(path: str | Path) -> nn.Module:
         raise UserError(f"{weights_file} does not fit its record: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    model.provenance = dict(config.get("provenance", {}))  # type: ignore[assignment]  # nn.Module: Tensor | Module
+    _remember(model, dict(config.get("provenance", {})))
     return model.eval()
+
+
+def _remember(model: Any, provenance: dict[str, Any]) -> None:
+    """Let a model carry its provenance, and what its weights are if that says what they achieve."""
+    model.provenance = provenance
+    model.measured_weights = weights_digest(model) if FIGURES & provenance.keys() else None
+
+
+def _carried(model: Any) -> dict[str, Any]:
+    """Return the provenance that a model carries, without figures of weights that it no longer has."""
+    found: dict[str, Any] = getattr(model, "provenance", {})
+    if FIGURES & found.keys() and weights_digest(model) != model.measured_weights:
+        return {key: value for key, value in found.items() if key not in FIGURES}
+    return found

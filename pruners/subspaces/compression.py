@@ -32,6 +32,7 @@ from prunesweep.models.cutting import gather
 from prunesweep.models.families import family_of
 from prunesweep.models.families.base import tensor_shapes
 from prunesweep.models.families.views import AttentionView, MlpView, Reader
+from prunesweep.models.precision import narrowed, widened
 from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
 from .calibration import images_of, shrinkage_for
@@ -60,7 +61,7 @@ def compress(
 
     Args:
         model: the source, for which ``can_recover`` has no reason; it is not changed. Its dtype is that of features and
-            result.
+            result; features of a model in half precision are in float32.
         widths: of the small model.
         batches: calibration images or texts in any form that ``images_of`` takes, from the training split and without
             augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for a width of 96.
@@ -83,10 +84,11 @@ def compress(
     small = compressed_arch(arch, widths)
     images = images_of(batches, arch)
     shrinkage = shrinkage_for(small, images, shrinkage) if refit else shrinkage
+    given, model = model, widened(model)
     found = SourceStatistics.collect(model, images) if statistics is None else statistics
     work = Compression(folded(model), widths, found, images, units=units, refit=refit, shrinkage=shrinkage)
     work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
-    return work.small
+    return narrowed(work.small, given)
 
 
 class Compression(Refit):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, cost
+from prunesweep.models.precision import narrowed, widened
 from prunesweep.pruners.divergence import kl_divergence
 from prunesweep.pruners.reached import suggestion
 
@@ -99,7 +100,11 @@ def instant(
     mode = model.training
     model.eval()
     try:
-        return _Front(model, fit, held_out, objective, align, progress or (lambda *_: None)).points(budgets)
+        front = _Front(widened(model), fit, held_out, objective, align, progress or (lambda *_: None))
+        points = front.points(budgets)
+        for point in points:
+            narrowed(point.model, model)
+        return points
     finally:
         model.train(mode)
 

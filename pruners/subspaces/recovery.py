@@ -14,6 +14,7 @@ from torch import nn
 
 from prunesweep.models import Cut, arch_of, cut
 from prunesweep.models.cutting import space_reductions
+from prunesweep.models.precision import narrowed, widened
 
 from .calibration import images_of, shrinkage_for
 from .refit import SHRINKAGE, Refit
@@ -34,7 +35,8 @@ def recover(
     """Cut a model and refit what is left. The record and the cost are those of ``cut(model, decision)``.
 
     Args:
-        model: the source, for which ``can_recover`` has no reason; it is not changed.
+        model: the source, for which ``can_recover`` has no reason; it is not changed. Its dtype is that of the result,
+            computed in float32 where that is half precision.
         decision: what stays.
         batches: calibration images or texts in any form that ``images_of`` takes, without augmentation.
         shrinkage: lambda of the fits, in units of the features' mean variance; raised, with a warning, where images
@@ -50,6 +52,7 @@ def recover(
     """
     arch = open_source(model)
     images = images_of(batches, arch)
+    given, model = model, widened(model)
     small = cut(model, decision).eval()
     shrinkage = shrinkage_for(arch_of(small), images, shrinkage)
     mode = model.training
@@ -59,4 +62,4 @@ def recover(
         work.run([i for i, choice in enumerate(decision.blocks) if choice.keep], progress)
     finally:
         model.train(mode)
-    return small
+    return narrowed(small, given)

@@ -16,6 +16,8 @@ from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, r
 from prunesweep.models.errors import nearest
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import digest, versions
+from prunesweep.models.io.store import WEIGHTS
+from prunesweep.models.precision import as_stored, dtype_in, to_float32
 from prunesweep.pruners import Scores
 from prunesweep.pruners.scores import LEARNED
 from prunesweep.search.config import SearchConfig, SourceTable, SpaceTable
@@ -35,6 +37,8 @@ from prunesweep.training.data import content_of
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 
 __all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_source_data", "open_space", "prepare"]
+
+FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwise, so that no older one is believed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
     folder = cache / "sources" / _source_name(config, key)
     if not _is_kept(folder, key):
         _make(config, model.to(device), data, folder, key, progress)
-    source = load(folder)
+    source = to_float32(load(folder))
     weights = weights_digest(source)
     source.to(device)
 
@@ -227,11 +231,14 @@ def _check_name(name: str) -> None:
 def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[str, Any]) -> Any:
     pretrained = source.pretrained or source.model.startswith("local-dir:")
     try:
-        return timm.create_model(
+        model = timm.create_model(
             source.model, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args
         )
     except Exception as error:  # timm raises whatever its parts raise; all of it follows from what the user asked for
         raise UserError(f"source.model = {source.model!r} with args {dict(args)} cannot be made: {error}") from error
+    if source.model.startswith("local-dir:"):  # timm makes float32 of it
+        model.stored_dtype = dtype_in(Path(source.model.removeprefix("local-dir:"), WEIGHTS))
+    return model
 
 
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
@@ -245,7 +252,7 @@ def _source_key(config: SearchConfig, model: nn.Module, data: Data) -> str:
     """Digest of all that the source follows from: the model as created, the data, and how it is trained, if it is."""
     made = {"train": config.source.model_dump(mode="json"), "seed": config.seed} if config.source.train else {}
     of_model = {"weights": weights_digest(model), "arch": arch_of(model).hash}
-    return digest({**made, **of_model, "data": data.info.fingerprint})
+    return digest({"format": FORMAT, **made, **of_model, "data": data.info.fingerprint})
 
 
 def _source_name(config: SearchConfig, key: str) -> str:
@@ -273,6 +280,7 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
         folder.parent.mkdir(parents=True, exist_ok=True)
         state = folder.with_name(folder.name + ".state.safetensors")
         fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
+        as_stored(model)
     progress("evaluating the source", 0.0, "")
     found = EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH)))
     progress("evaluating the source", 1.0, str(found))

@@ -22,6 +22,7 @@ from torch import nn
 from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, load_provenance, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
+from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
@@ -69,7 +70,7 @@ class WorkerContext:
         self.run = run
         with _needed_by_all():
             self.config: SearchConfig = load_run_config(run.path)
-            source = load(run / "source")
+            source = to_float32(load(run / "source"))
             self.data: Data = check_data(run, self.config, source)
             self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")
             self.arch = arch_of(source)
@@ -278,7 +279,7 @@ def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Modul
         return None
     if not (below / "model").exists():
         return context.cutter.model(candidate.decision)
-    return load(below / "model").to(next(context.source.parameters()).device)
+    return to_float32(load(below / "model")).to(next(context.source.parameters()).device)
 
 
 def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path, log: MetricsLog) -> bool:

@@ -58,7 +58,7 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         tasks: dict[str, TaskID] = {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -93,6 +94,24 @@ def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found.keys() == {"top1", "macs", "params"}
     assert (found["macs"], found["params"]) == (cost(ARCH).macs, cost(ARCH).params)
     assert call(capsys, "eval", path, "--data", "digits")[1].startswith(f"top-1 {found['top1']:.2f} %")
+
+
+def test_brackets_in_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no markup of the terminal's."""
+    model, scores = dataclasses.replace(ARCH, source="[/x]"), tmp_path / "[bold]scores"
+    path = save(random_model(model, 0).float(), tmp_path / "model[/b]")
+    code, out, _ = call(capsys, "show", path)
+    assert code == 0
+    assert out.startswith("[/x], family vit")
+    options = ("--method", "magnitude", "--data", "digits", "--images", "16", "--cache", scores)
+    code, out, _ = call(capsys, "score", path, *options)
+    assert code == 0
+    assert f"{scores}/magnitude-" in out
+    groups = ("--group", "mlp=8", "--group", "embed=4", "--group", "heads=1")
+    options = (*options, "--budget", "0.6", *groups)
+    code, out, _ = call(capsys, "prune", path, *options, "--out", tmp_path / "[red]small")
+    assert code == 0
+    assert f"saved as {tmp_path}/[red]small" in out
 
 
 @pytest.mark.parametrize(

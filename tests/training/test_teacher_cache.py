@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from prunesweep.models import UserError
@@ -94,6 +95,18 @@ def test_a_shard_of_another_teacher_is_made_again(tmp_path: Path) -> None:
     found, _ = train(counted, recipe(True, epochs=1), tmp_path)
     assert counted.images == 1347
     assert found == wanted
+
+
+def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
+    wanted, _ = train(Counted(1), recipe(True, epochs=1), tmp_path)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    counted = Counted(1)
+    found, _ = train(counted, recipe(True, epochs=1), tmp_path)
+    assert counted.images == 1347
+    assert found == wanted
+    assert load_file(shard)["logits"].any(1).all()
 
 
 def test_another_teacher_data_or_precision_is_another_file(tmp_path: Path) -> None:

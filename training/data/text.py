@@ -7,12 +7,13 @@ published (arXiv 1609.07843).
 Words are numbered as by ``fairseq-preprocess``, so that its models find their words: four special ones, then words by
 falling frequency in the training text, ties in alphabetical order, filled up to a multiple of 8. If a ``dict.txt`` of
 fairseq lies beside the files, its numbers are used. Every line ends with ``</s>``. Encoded texts are kept in the
-user's cache.
+user's cache, found by the content of the files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pydoc_data.topics
 import re
 from collections import Counter
@@ -45,7 +46,8 @@ END, UNKNOWN = SPECIAL.index("</s>"), SPECIAL.index("<unk>")
 MULTIPLE = 8  # a vocabulary's size is a multiple of this
 SPLITS = {"train": "train", "val": "valid", "test": "test"}
 WORDS_AT_A_TIME = 2**15  # in a batch of evaluation, at most
-FORMAT = "1"  # version of cached texts
+FORMAT = "2"  # version of cached texts
+SUMS = "sums.json"  # of cached texts: SHA-256 of every file
 
 Numbers = npt.NDArray[np.int32]
 
@@ -233,18 +235,32 @@ def _wikitext(path: Path) -> Corpus:
             "wiki.valid.tokens and wiki.test.tokens, one paragraph per line, words between blanks"
         )
     dictionary = path / "dict.txt"
-    facts = [FORMAT, *(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files.values())]
-    if dictionary.is_file():
-        facts.append(hashlib.sha256(dictionary.read_bytes()).hexdigest())
+    facts = [FORMAT, *map(_sha256, [*files.values(), *([dictionary] if dictionary.is_file() else [])])]
     folder = cache_home("texts") / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-    if not folder.exists():
+    if not _is_sound(folder):
         words = _read_dictionary(dictionary) if dictionary.is_file() else make_vocabulary(_read(files["train"]))
         with publish_folder(folder) as scratch:
             (scratch / "words.txt").write_text("\n".join(words), encoding="utf-8")
             for split, file in files.items():
                 np.save(scratch / f"{split}.npy", encode(_read(file), words))
+            sums = {file.name: _sha256(file) for file in scratch.iterdir()}
+            (scratch / SUMS).write_text(json.dumps(sums), encoding="utf-8")
     words = tuple((folder / "words.txt").read_text(encoding="utf-8").split("\n"))
     return Corpus(words, {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in files})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a folder of cached texts is there and holds what was written."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        return all(_sha256(folder / name) == sums.get(name) for name in ("words.txt", *(f"{s}.npy" for s in SPLITS)))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def check_words(arch: Arch, data: Data) -> None:

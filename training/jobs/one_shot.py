@@ -16,6 +16,7 @@ from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, lo
 from prunesweep.models.errors import nearest
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import versions
+from prunesweep.models.precision import as_stored, in_float32, to_float32
 from prunesweep.pruners import (
     GROUP_SIZES,
     MACS,
@@ -94,14 +95,14 @@ class Pruned:
 
 
 def open_source(name: str) -> Any:
-    """Load the model in a saved folder, or build a timm model with its pretrained weights.
+    """Load the model in a saved folder, for work in float32, or build a timm model with its pretrained weights.
 
     Raises:
         UserError: ``name`` is neither, the architecture is not supported, the weights cannot be loaded,
             or a value of them is not finite.
     """
     if Path(name).exists():
-        model = load(name)
+        model = to_float32(load(name))
         check_finite(model, name)
         return model
     if not timm.is_model(name.split(".")[0]):
@@ -150,7 +151,7 @@ def prune_once(
     Raises:
         UserError: the method cannot serve the model, a setting does not fit, or the budget cannot be met.
     """
-    arch, entry = arch_of(model), get_method(method, WidthMethod)
+    model, arch, entry = in_float32(model), arch_of(model), get_method(method, WidthMethod)
     entry.check(arch)
     entry.configure(options or {})
     scoring, deciding = entry.split(options or {})
@@ -215,6 +216,7 @@ def plan_once(
     if (keep_rate is None) == (budget is None):
         raise UserError("give either a keep rate or a budget: each of them decides how many tokens stay")
     entry, arch, options = get_method(method, TokenMethod), arch_of(model), dict(settings or {})
+    model = in_float32(model)
     entry.check(arch)
     entry.configure(options, keep_rate=SMALLEST if keep_rate is None else keep_rate)  # a budget is valid with any
     scoring, deciding = entry.split(options)
@@ -250,6 +252,7 @@ def _make(
 ) -> Pruned:
     """Cut the model and refit what is left; measure the source, the cut model and the refitted one."""
     arch, small = arch_of(model), cut(model, decision)
+    as_stored(small)
     metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
     reason = None if recovery is None else can_recover(arch)
     before = _evaluate(model, data, progress, "evaluating the source")
@@ -263,6 +266,7 @@ def _make(
             progress("recovering", done / total, f"{done}/{total} blocks")
 
         small = recovery.model(model, decision, recovery.calibration(data), on_block)
+        as_stored(small)
         after = _evaluate(small, data, progress, "evaluating the recovered model", source=model)
         facts = {
             "by": "projection" if recovery.project else "refits",

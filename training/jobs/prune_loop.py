@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import Arch, Cut, UserError, arch_of, cost, cut, cut_arch
+from prunesweep.models.precision import as_stored, keep_dtype
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners import TrainedMethod, get_method, meets, spent
 from prunesweep.pruners.method import Decided
@@ -84,6 +85,8 @@ def prune_while_training(source: Any, data: Data, recipe: Recipe, job: PruneJob,
         if small is None:
             small = cut(source, one.cut)
             recalibrate(small, data.calibration(job.images, job.batch_size, job.seed))
+        keep_dtype(small, source)
+        as_stored(small)
         small = small.to(device)
         top1 = evaluate(small, data.val_loader(EVAL_BATCH, world), world)["top1"]
         metadata: dict[str, Any] = {"budget": one.budget, "spent": _spent(job.method, arch, one), "top1": top1}

@@ -13,6 +13,7 @@ from torch import nn
 
 from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.io.provenance import digest, versions
+from prunesweep.models.precision import in_float32
 from prunesweep.pruners import TrainedMethod, get_method
 
 from ..compatibility import check_fits, check_labels
@@ -138,7 +139,7 @@ class TrainedPruning:
         """
         data = self.check()
         self.unfinished.claim()
-        loaded = LoadedJob(to_device(self.model), None, data) if placement.here else None
+        loaded = LoadedJob(to_device(in_float32(self.model)), None, data) if placement.here else None
         if loaded is None and not self._source.exists():
             save(self.model.cpu(), self._source)
         with MetricsLog.beside(self.work) as log:

@@ -15,6 +15,7 @@ from torch import nn
 from prunesweep.models import UserError, arch_of, weights_digest
 from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
+from prunesweep.models.precision import in_float32
 from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
 from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED, check_scores_finite
 from prunesweep.pruners.uvc.hook import UVC
@@ -69,7 +70,7 @@ def cached_scores(
     entry = None if method == DEPTH else get_method(method, ScoredMethod)
     if entry is not None:
         entry.check(arch_of(model))
-    weights = weights or weights_digest(model)
+    weights, model = weights or weights_digest(model), in_float32(model)
     settings = asdict(calibration)
     metadata: dict[str, Any] = {**_facts(model, method, data, weights), **settings}
     if options:
@@ -124,7 +125,7 @@ def cached_gates(
     Raises:
         UserError: UVC cannot serve the model, a setting does not fit, or training failed.
     """
-    weights = weights or weights_digest(model)
+    weights, model = weights or weights_digest(model), in_float32(model)
     run = {"recipe": recipe.model_dump(mode="json"), "settings": dict(settings), "seed": seed}
     metadata = {**_facts(model, LEARNED, data, weights), **run}
     path = cache / f"{LEARNED}-{digest(metadata)}.safetensors"

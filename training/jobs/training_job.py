@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import load
+from prunesweep.models.precision import as_stored, to_float32
 from prunesweep.pruners.hook import Hook
 
 from ..data import Data, open_data
@@ -77,15 +78,15 @@ class Reports:
 
 
 def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = None) -> LoadedJob:
-    """Load a job's models and open its data.
+    """Load a job's models, for work in float32, and open its data.
 
     Args:
         job: the job.
         device: where the models go.
         data: the job's data, if it is open already.
     """
-    model: Any = load(job.model).to(device)
-    teacher = None if job.teacher is None else load(job.teacher).to(device)
+    model: Any = to_float32(load(job.model)).to(device)
+    teacher = None if job.teacher is None else to_float32(load(job.teacher)).to(device)
     data = data or open_data(job.data, model.pretrained_cfg, loader_workers=job.loader_workers)
     return LoadedJob(model, teacher, data)
 
@@ -136,6 +137,8 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
     if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, hook=hook, **options):
         return None
     hook.finish()
+    if as_stored(loaded.model):
+        latest = None  # it was of weights with more digits
     if latest is None or stage is not None:  # no epoch was left to do, or the last one was of the model with its hook
         world = World.current()
         latest = EvalMetrics.of(evaluate(loaded.model, loaded.data.val_loader(EVAL_BATCH, world), world))

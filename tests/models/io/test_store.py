@@ -153,6 +153,17 @@ def test_provenance_stays_with_a_model(saved: tuple[torch.nn.Module, Path], tmp_
         assert load_provenance(tmp_path / "again") == {"method": "other"}
 
 
+def test_accuracies_go_with_the_weights_that_had_them(saved: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    path = save(saved[0], tmp_path / "measured", {"method": "test", "top1": 98.0})
+    for model in (load(path), timm.create_model(f"local-dir:{path}", pretrained=True)):
+        save(model, tmp_path / "again")
+        assert load_provenance(tmp_path / "again") == {"method": "test", "top1": 98.0}
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        save(model, tmp_path / "again")
+        assert load_provenance(tmp_path / "again") == {"method": "test"}
+
+
 def test_the_record_cannot_be_overruled(saved: tuple[torch.nn.Module, Path]) -> None:
     with pytest.raises(UserError, match="this model's record says"):
         timm.create_model(f"local-dir:{saved[1]}", pretrained=True, img_size=64)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -10,7 +11,8 @@ from prunesweep.models import BlockCut, Cut, arch_of, cut, cut_arch
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners import kl_divergence
-from prunesweep.pruners.subspaces import can_recover, recover
+from prunesweep.pruners.subspaces import can_recover, compress, instant, recover
+from prunesweep.pruners.subspaces.widths import equal_shares
 from tests.pruners.subspaces.test_compress import VARIANTS, images, made, outputs, vit
 
 
@@ -69,6 +71,22 @@ def test_recovered_is_nearer_to_the_source_than_cut(decision: Cut, facts: dict[s
     as_cut, recovered = (kl_divergence(wanted, outputs(model)).mean() for model in (small, mended))
     assert recovered < 0.8 * as_cut
     assert all(torch.equal(before[name], t) for name, t in source.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    half, decision = made(vit()).to(dtype), dataclasses.replace(whole(), embed=(tuple(range(16)),))
+    wide, batches = copy.deepcopy(half).float(), [batch.float() for batch in images(400, 40)]
+    share = equal_shares(arch_of(half), 0.7)
+    pairs = [
+        (recover(half, decision, batches), recover(wide, decision, batches)),
+        (compress(half, share, batches), compress(wide, share, batches)),
+        (instant(half, batches, [0.6])[0].model, instant(wide, batches, [0.6])[0].model),
+    ]
+    for found, wanted in pairs:
+        weights = wanted.to(dtype).state_dict()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
+    assert {p.dtype for p in half.parameters()} == {dtype}
 
 
 def test_a_source_whose_first_block_has_no_mlp() -> None:

@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 
-from prunesweep.models import UserError, load, load_provenance, save
+from prunesweep.models import UserError, load, load_provenance, save, weights_digest
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.source import prepare
+from prunesweep.training import evaluate
 from tests.search.execution.test_task import nothing
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 2}
@@ -63,3 +64,15 @@ def test_weights_that_are_no_numbers_are_refused_before_any_work(
     with pytest.raises(UserError, match=r"source.model = 'local-dir:.*': norm.bias has 1 values that are NaN or inf"):
         prepare(config_of(tiny, tmp_path / "model"), tmp_path / "cache", nothing)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_source_in_half_precision_is_scored_in_float32_and_kept_as_it_is(
+    tiny: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    config = config_of(tiny, save(model().half(), tmp_path / "model"))
+    kept = prepare(config, tmp_path / "cache", nothing)
+    assert {p.dtype for p in kept.model.parameters()} == {torch.float32}
+    stored = load(kept.folder)
+    assert {p.dtype for p in stored.parameters()} == {torch.float16}
+    assert weights_digest(stored) == weights_digest(load(tmp_path / "model")) == kept.weights
+    assert evaluate(stored, kept.data.val_loader(256))["top1"] == kept.top1

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,6 +28,7 @@ from prunesweep.training import (
     open_data,
     open_text,
 )
+from prunesweep.training.data import text as text_module
 from prunesweep.training.data.text import IGNORED, Corpus, TextData, Windows, encode, make_vocabulary
 from prunesweep.training.task import make_task
 
@@ -133,18 +135,34 @@ def test_token_files(wiki: Path) -> None:
     assert open_data(f"wikitext:{wiki}", found).info.input_size == (1, 1, 5)  # as long as the model's texts
 
 
-def test_encoded_texts_are_cached_by_content(wiki: Path, tmp_path: Path) -> None:
+def test_encoded_texts_are_cached_by_content(wiki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_text(f"wikitext:{wiki}", {}, length=4)
+    monkeypatch.setattr(text_module, "encode", None)  # nothing is encoded again
+    moved = open_text(f"wikitext:{wiki.rename(tmp_path / 'moved')}", {}, length=4)
+    assert moved.info.fingerprint == first.info.fingerprint
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wiki, train = tmp_path / "moved", tmp_path / "moved" / "wiki.train.tokens"
+    times = train.stat().st_atime_ns, train.stat().st_mtime_ns
+    write(wiki, train="a c c\n\nb a c <unk>\n")
+    os.utime(train, ns=times)  # of equal size and time
+    changed = open_text(f"wikitext:{wiki}", {}, length=4)
+    assert changed.corpus.words[4:7] == ("c", "a", "b")
+    assert changed.info.vocabulary != first.info.vocabulary
+
+
+@pytest.mark.parametrize("file", ["val.npy", "words.txt", "sums.json"])
+def test_damaged_texts_of_the_cache_are_made_again(file: str, wiki: Path, tmp_path: Path) -> None:
     first = open_text(f"wikitext:{wiki}", {}, length=4)
     (folder,) = (tmp_path / "cache" / "prunesweep" / "texts").iterdir()
-    marked = np.load(folder / "val.npy")
-    np.save(folder / "val.npy", marked[::-1].copy())
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     again = open_text(f"wikitext:{wiki}", {}, length=4)
-    assert again.corpus.texts["val"].tolist() == marked[::-1].tolist()  # read, not made again
-    assert again.info.fingerprint != first.info.fingerprint
-    write(wiki, train="a b b c c c c\n")
-    changed = open_text(f"wikitext:{wiki}", {}, length=4)
-    assert changed.corpus.words[4:7] == ("c", "b", "a")
-    assert changed.info.vocabulary != first.info.vocabulary
+    assert again.info.fingerprint == first.info.fingerprint
+    assert again.corpus.words == first.corpus.words
+    assert file == "sums.json" or (folder / file).read_bytes() == whole
+    (folder / file).unlink()
+    assert open_text(f"wikitext:{wiki}", {}, length=4).info.fingerprint == first.info.fingerprint
 
 
 def test_a_dictionary_of_fairseqs_has_the_say(wiki: Path) -> None:
