@@ -252,8 +252,8 @@ FORMATS: dict[Callable[[Inputs], str], str] = {
 }
 
 
-def name_of(value: Any) -> str:
-    return value.__name__ if callable(value) else str(value)
+def name_of(cache: Any) -> str:
+    return str(cache.__name__)
 
 
 @pytest.fixture
@@ -289,7 +289,12 @@ def test_data_and_preprocessing_are_in_the_key(
 
 
 @pytest.mark.parametrize(
-    ("cache", "setting"), [(cache, s) for cache, all_of in SETTINGS.items() for s in all_of], ids=name_of
+    ("cache", "setting"),
+    [
+        pytest.param(cache, setting, id=f"{cache.__name__}-{i}-{next(iter(setting))}")  # equal in every process
+        for cache, settings in SETTINGS.items()
+        for i, setting in enumerate(settings)
+    ],
 )
 def test_every_setting_is_in_the_key(
     cache: Callable[[Inputs], str], setting: dict[str, Any], inputs: Callable[[], Inputs]
