@@ -192,7 +192,8 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, imagefolder:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH", show_default=False
+            help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH",
+            show_default=False,
         ),
     ],
     length: Annotated[
@@ -204,13 +205,20 @@ def evaluate(
         Literal["natural", "codepoint"],
         typer.Option(help="of folders, for a model without class names: timm's order (natural) or torchvision's"),
     ] = "natural",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="a source to compare with, a folder or a timm name; needed without labels", show_default=False
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a saved model's accuracy, or perplexity."""
-    from prunesweep.models import arch_of, cost, load
+    """Measure a saved model's accuracy or perplexity, and how far it agrees with a source."""
+    from prunesweep.models import UserError, arch_of, cost, load
     from prunesweep.models.precision import to_float32
     from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, check_fits, open_data, open_text
     from prunesweep.training import evaluate as measure
+    from prunesweep.training.jobs.one_shot import open_source
 
     loaded = to_float32(load(model))
     arch = arch_of(loaded)
@@ -219,14 +227,28 @@ def evaluate(
     else:
         opened = open_data(data, loaded.pretrained_cfg, class_order=class_order)
     check_fits(arch, opened)
+    if teacher is None and not opened.info.labelled:
+        raise UserError(f"{data} has no labels: give the model to compare with, --teacher SOURCE")
+    source: Any = None if teacher is None else to_float32(open_source(teacher))
+    if source is not None:
+        check_fits(arch_of(source), opened, name=teacher)
+        if source.num_classes != loaded.num_classes:
+            raise UserError(
+                f"--teacher {teacher}: has {source.num_classes} classes, {model} has {loaded.num_classes}: only models "
+                "of the same classes can agree"
+            )
     if not as_json:
         Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
-    found, spent = EvalMetrics.of(measure(loaded, batches)), cost(arch)
+    found, spent = EvalMetrics.of(measure(loaded, batches, source=source)), cost(arch)
     if as_json:
         print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params}))
     else:
-        Console(markup=False).print(f"{found}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False)
+        agreeing = found._replace(top1=None, ppl=None)
+        texts = [str(found), *([str(agreeing)] if source is not None and found != agreeing else [])]
+        Console(markup=False).print(
+            f"{', '.join(texts)}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False
+        )
     if warning := chance_warning(loaded, opened, found):
         Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
 

@@ -15,7 +15,9 @@ __all__ = ["finetune", "reports"]
 
 def finetune(
     model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
-    data: Annotated[str, typer.Option(help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False)
+    ],
     out: Annotated[
         Path, typer.Option(help="folder of the trained model, which must not exist yet", show_default=False)
     ],
@@ -141,8 +143,12 @@ def reports(
         nonlocal note
         rate.pause()
         facts = "".join(f"  {name} {f if isinstance(f, str) else f'{f:.4g}'}" for name, f in epoch.facts.items())
-        ppl = "" if epoch.ppl is None else f"  ppl {epoch.ppl:.2f}"
-        note = f"{ppl}  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %{facts}"
+        quality = "" if epoch.ppl is None else f"  ppl {epoch.ppl:.2f}"
+        if epoch.top1 is None:
+            quality += f"  agreement {epoch.agreement:.2f} %  KL {epoch.kl:.4g}"
+        else:
+            quality += f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %"
+        note = f"{quality}{facts}"
         line = f"loss {epoch.loss:.3f}{note}  {epoch.images_per_s:,.0f} images/s"
         progress(what, epoch.epoch / epoch.epochs, line)
         if not display.console.is_terminal and epoch.epoch < epoch.epochs:

@@ -16,7 +16,9 @@ BATCH = 64  # images per calibration batch
 
 def instant(
     source: Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)],
-    data: Annotated[str, typer.Option(help="digits, imagefolder:PATH, wds:PATH or hfds:NAME", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="folder of the front, which must not exist yet", show_default=False)],
     budgets: Annotated[
         str, typer.Option(help="shares of the source's cost, separated by commas")
@@ -71,7 +73,7 @@ def instant(
                 "images": images,
                 "seed": seed,
                 "versions": versions(),
-                **{name: row[name] for name in ("budget", "spent", "kl", "agreement", "top1")},
+                **{k: row[k] for k in ("budget", "spent", "kl", "agreement", "top1") if row[k] is not None},
             }
             save(point.model, folder / row["model"], provenance)
         facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
@@ -101,34 +103,23 @@ def _spent(share: float, cost: int, whole: int, objective: str, align: int) -> d
 
 def _measured(point: Any, model: Any, source: Any, data: Any, whole: Any, report: Any, what: str) -> dict[str, Any]:
     """Measure one point of the front on the validation split, by which nothing was chosen, and return its row."""
-    import torch
-
     from prunesweep.models import arch_of, cost
-    from prunesweep.pruners import kl_divergence
-    from prunesweep.training import EVAL_BATCH
+    from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate
 
-    right = same = seen = 0
-    divergence = 0.0
     loader = data.val_loader(EVAL_BATCH)
-    with torch.no_grad():
-        for images, labels in loader:
-            wanted, got = source(images), model(images)
-            right += int((got.argmax(-1) == labels).sum())
-            same += int((got.argmax(-1) == wanted.argmax(-1)).sum())
-            divergence += float(kl_divergence(wanted, got).sum())
-            seen += len(labels)
-            report(what, min(1.0, seen / max(1, len(loader) * EVAL_BATCH)), "")
-    report(what, 1.0, f"{100 * right / seen:.2f} % top-1")
+    report(what, 0.0, "")
+    found = evaluate(model, loader, source=source)
+    report(what, 1.0, str(EvalMetrics.of(found)))
     spent = cost(arch_of(model))
     return {
         "budget": 1.0 if point is None else point.budget,
         "macs": spent.macs,
         "params": spent.params,
         "macs_share": spent.macs / whole.macs,
-        "top1": 100 * right / seen,
-        "kl": divergence / seen,
-        "agreement": 100 * same / seen,
-        "images": seen,
+        "top1": found.get("top1"),
+        "kl": found["kl"],
+        "agreement": found["agreement"],
+        "images": len(data.split("val", augment=None)),
         "model": None,
     }
 
@@ -147,7 +138,7 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
             f"{row['macs'] / 1e6:.2f}",
             f"{row['macs_share']:.3f}",
             f"{row['params'] / 1e6:.3f}",
-            f"{row['top1']:.2f}",
+            "-" if row["top1"] is None else f"{row['top1']:.2f}",
             f"{row['kl']:.4f}",
             f"{row['agreement']:.2f}",
             "source" if row["model"] is None else row["model"],

@@ -47,7 +47,7 @@ def promote(
     from prunesweep.search.execution.promote import promote as promote_one
     from prunesweep.search.report.display import Display, print_promoted
     from prunesweep.search.report.page import write_report
-    from prunesweep.training import load_recipe
+    from prunesweep.training import EvalMetrics, load_recipe
     from prunesweep.training.jobs.placement import Placement
 
     from .finetune import reports
@@ -67,7 +67,7 @@ def promote(
     console = Console(markup=False)
     display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
-        display.note(f"{number}/{len(chosen)}: trial {point['trial']}, top-1 {point['top1']:.2f} % in the search")
+        display.note(f"{number}/{len(chosen)}: trial {point['trial']}, {EvalMetrics.of(point)} in the search")
         with display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)

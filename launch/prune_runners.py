@@ -13,7 +13,7 @@ from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import AppliedMethod, TrainedMethod
 from prunesweep.search.report.display import Display
-from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate, load_recipe
+from prunesweep.training import EvalMetrics, evaluate_on, load_recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
 from prunesweep.training.jobs.prune_training import TrainedPruning
@@ -82,8 +82,7 @@ def prune_tokens(request: Request) -> None:
 
 
 def _finish(request: Request, model: Any, pruned: Pruned) -> None:
-    source, first = EvalMetrics(pruned.source_top1, pruned.source_ppl), EvalMetrics(pruned.top1, pruned.ppl)
-    last = first
+    last = first = pruned.quality
     if request.finetune in (None, "none"):
         save_pruned(pruned, request.folder)
     else:
@@ -92,7 +91,7 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
         untrained = save_pruned(pruned, work.folder / "untrained")
         last = _finetune(request, model, untrained, request.folder, work.folder, str(request.finetune))
         work.release()
-    _report(request, pruned.source_cost, source, [_row(request, pruned, first, last)])
+    _report(request, pruned.source_cost, pruned.source, [_row(request, pruned, first, last)])
 
 
 def _row(request: Request, pruned: Pruned, first: EvalMetrics, last: EvalMetrics) -> Row:
@@ -140,7 +139,7 @@ def prune_trained(request: Request) -> None:
             last = _finetune(request, model, one.folder, folder, work.folder, after)
         rows.append(Row(folder, one.cost, EvalMetrics(one.top1), last, one.spent))
     work.release()
-    _report(request, whole, EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH))), rows)
+    _report(request, whole, EvalMetrics.of(evaluate_on(model, data, source=model)), rows)
     for missed in sorted({*shares}, reverse=True)[len(found) :]:  # the largest are reached first
         request.console.print(
             f"budget {missed:.4g}: was not reached in {chosen.epochs} epochs; nothing was saved", highlight=False
@@ -229,7 +228,7 @@ def apply_once(request: Request) -> None:
     settings = method.configure(options if request.r is None else {**options, "r": request.r})
     data = request.opened(model)
     applied = method.apply(model, settings)
-    before, after = (EvalMetrics.of(evaluate(m, data.val_loader(EVAL_BATCH))) for m in (model, applied.model))
+    before, after = (EvalMetrics.of(evaluate_on(m, data, source=model)) for m in (model, applied.model))
     if not method.saved:
         _report_unsaved(request, cost(arch), before, after, applied.macs or cost(arch).macs)
         return

@@ -170,12 +170,14 @@ class ScoredMethod(Method):
         kinds: of vectors, see ``pruners.KINDS``.
         score_options: names of the settings that ``score`` takes; the others are those of deciding.
         seeded: whether ``score`` draws random numbers, and takes a ``seed``.
+        labels: whether ``score`` reads labels; where data have none, they are drawn (``pruners.drawn_targets``).
     """
 
     score: Callable[..., Scores]
     kinds: tuple[str, ...]
     score_options: tuple[str, ...] = ()
     seeded: bool = False
+    labels: bool = True
 
     progress: ClassVar[str]  # what is being done while it scores
 

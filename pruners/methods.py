@@ -226,6 +226,7 @@ for _method in (
         settings=_upvit_settings,
         score_options=("importance", "labels_per_image", "memory_mb"),
         seeded=True,
+        labels=False,
     ),
     WidthMethod(
         name="isomorphic",
@@ -252,6 +253,7 @@ for _method in (
         families=baselines.FAMILIES,
         kinds=baselines.KINDS,
         score=baselines.score_magnitude,
+        labels=False,
     ),
     WidthMethod(
         name="random",
@@ -261,6 +263,7 @@ for _method in (
         kinds=baselines.KINDS,
         score=baselines.score_random,
         seeded=True,
+        labels=False,
     ),
     TrainedMethod(
         name="uvc",

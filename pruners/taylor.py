@@ -35,7 +35,7 @@ def score(model: nn.Module, batches: Batches, *, progress: Progress | None = Non
 
     Args:
         model: a ViT, Swin or PVTv2 that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B).
+        batches: (images B·C·H·W, labels B); without labels, those of ``pruners.drawn_targets.with_drawn_labels``.
         progress: called with (batches done, batches in all).
 
     Raises:

@@ -206,7 +206,8 @@ class SearchTable(Table):
                 raise ValueError(f"objectives: {name!r} is none; known: {', '.join(OBJECTIVES)}")
         if len(set(QUALITIES) & set(names)) != 1 or len(set(names)) < len(names) or len(names) < 2:
             raise ValueError(
-                f"objectives = {list(names)}: must be top1 and one or more costs, each once; of texts, ppl and costs"
+                f"objectives = {list(names)}: must be top1, or agreement with the source, and one or more costs, each "
+                "once; of texts, ppl and costs"
             )
         if 0 in self.rungs[1:] or self.rungs == (0,):
             raise ValueError(f"rungs = {list(self.rungs)}: only the first of several may have 0 epochs")

@@ -66,7 +66,7 @@ def check_labels(data: Data, recipe: Recipe) -> None:
     Raises:
         UserError: the recipe's loss needs labels, and the data have none.
     """
-    taught = any(term.weight for term in recipe.distill)
+    taught = any(term.weight and term.teacher == "source" for term in recipe.distill)
     if not data.info.labelled and (recipe.loss_weight or not taught):
         raise UserError(
             f"{data.info.name} has no labels to train on: set the recipe's loss_weight = 0 and "

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunesweep.models import UserError
 from prunesweep.models.families.lm import LanguageModel
 from prunesweep.models.precision import in_float32
 from prunesweep.pruners import kl_divergence
 
-from .data import Data
+from .data import NO_LABEL, Data
 from .data.text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate"]
+__all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate", "evaluate_on"]
 
 EVAL_BATCH = 256
 LOGITS_AT_A_TIME = 2**26  # words x vocabulary of a language model
@@ -32,7 +33,7 @@ def evaluate(
     *,
     source: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Measure accuracy and loss over all images; leave the model's mode as it was.
+    """Measure accuracy and loss over all images, and agreement with a source; leave the model's mode as it was.
 
     A language model is measured over all words that it has to predict, images being words. Models in half precision are
     measured in float32.
@@ -45,39 +46,58 @@ def evaluate(
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
-        perplexity exp(loss), infinite where that is too large for a float. With a ``source``, ``kl`` (mean KL
+        perplexity exp(loss), infinite where that is too large for a float; none of them where no image has a label.
+        With a ``source``, ``kl`` (mean KL
         divergence of its distribution to the model's, in nats) and ``agreement`` (equal answers, in percent). All are
         NaN where an answer of the model is NaN: the order of such answers says nothing.
 
     Raises:
+        UserError: no image has a label, and there is no source.
         ValueError: there are no images.
     """
     model, source = in_float32(model), None if source is None else in_float32(source)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    # sums of: right, right among five, loss, images, divergence, same answers
-    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    # sums of: right, right among five, loss, images with labels, images, divergence, same answers
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
     for (logits, *wanted), y in _answers([model] if source is None else [model, source], batches, device):
         best = logits.topk(min(5, logits.shape[1])).indices
         right = best == y[:, None]
-        loss = F.cross_entropy(logits, y, reduction="sum")
+        labelled = y != NO_LABEL
+        loss = F.cross_entropy(logits[labelled], y[labelled], reduction="sum")
         divergence = same = loss.new_zeros(())
         if wanted:
             divergence = kl_divergence(wanted[0], logits).sum()
             same = (best[:, 0] == wanted[0].argmax(1)).sum()
-        found = [right[:, 0].sum(), right.sum(), loss, y.new_tensor(len(y)), divergence, same]
+        found = [right[:, 0].sum(), right.sum(), loss, labelled.sum(), y.new_tensor(len(y)), divergence, same]
         sums += torch.stack([one.double() for one in found])
     model.train(training)
-    top1, top5, loss, images, divergence, same = (world or World()).all_reduce(sums).tolist()
+    top1, top5, loss, known, images, divergence, same = (world or World()).all_reduce(sums).tolist()
     if images == 0:
         raise ValueError("no images to evaluate on")
-    figures = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+    if not known and source is None:
+        raise UserError("the images have no labels to be right about: compare with a source model, its teacher")
+    figures = {"top1": 100 * top1 / known, "top5": 100 * top5 / known, "loss": loss / known} if known else {}
     if isinstance(model, LanguageModel):
         figures["ppl"] = _perplexity(figures["loss"])
     if source is not None:
         figures |= {"kl": divergence / images, "agreement": 100 * same / images}
-    return dict.fromkeys(figures, math.nan) if math.isnan(loss) else figures
+    return dict.fromkeys(figures, math.nan) if math.isnan(loss + divergence) else figures
+
+
+def evaluate_on(
+    model: nn.Module, data: Data, world: World | None = None, *, source: nn.Module | None
+) -> dict[str, float]:
+    """Measure a model on the validation split: by labels, or by its agreement with the source where there are none.
+
+    Args:
+        model, world: as for ``evaluate``.
+        data: the data set.
+        source: the model to compare with, as for ``evaluate``; not used where the data have labels.
+    """
+    batches = data.val_loader(EVAL_BATCH, world)
+    return evaluate(model, batches, world, source=None if data.info.labelled else source)
 
 
 def _perplexity(loss: float) -> float:
@@ -88,22 +108,33 @@ def _perplexity(loss: float) -> float:
 
 
 class EvalMetrics(NamedTuple):
-    """The figures of an evaluation that are kept: ``top1`` in percent and a language model's perplexity ``ppl``."""
+    """The figures of an evaluation that are kept.
 
-    top1: float
+    ``top1`` in percent, a language model's perplexity ``ppl``, ``agreement`` with the source's answers in percent and
+    the divergence ``kl`` from it in nats; None where it was not measured.
+    """
+
+    top1: float | None
     ppl: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
         """Read the figures from ``evaluate``'s result, or from a saved model's provenance."""
-        return cls(float(found["top1"]), found.get("ppl"))
+        return cls(*(found.get(name) for name in cls._fields))
 
     def as_dict(self) -> dict[str, float]:
-        """Return ``top1`` and, for a language model, ``ppl``."""
-        return {"top1": self.top1} if self.ppl is None else {"top1": self.top1, "ppl": self.ppl}
+        """Return the figures that were measured."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.2f} %" if self.ppl is None else f"ppl {self.ppl:.2f}"
+        if self.ppl is not None:
+            return f"ppl {self.ppl:.2f}"
+        if self.top1 is not None:
+            return f"top-1 {self.top1:.2f} %"
+        divergence = "" if self.kl is None else f", KL {self.kl:.4g}"
+        return f"agreement {self.agreement:.2f} %{divergence}"
 
 
 def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | None:
@@ -115,9 +146,11 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
         found: result of the evaluation.
 
     Returns:
-        The likely cause in words, also of an accuracy that is NaN; None for a language model, and for a model that is
-        better than chance.
+        The likely cause in words, also of an accuracy that is NaN; None for a language model, for a model that is
+        better than chance, and without labels.
     """
+    if found.top1 is None:
+        return None
     if math.isnan(found.top1):
         return "an answer of the model is NaN, so it has no accuracy: its training diverged, or its weights are damaged"
     info = data.info

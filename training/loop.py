@@ -24,7 +24,7 @@ from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .checkpoint import save_state
 from .data import Data, check_words
-from .evaluation import EVAL_BATCH, evaluate
+from .evaluation import evaluate_on
 from .recipe import Recipe
 from .trainer import Diverged, Trainer
 from .world import World
@@ -37,17 +37,20 @@ class Epoch:
     """Figures of one epoch: mean training ``loss``, validation accuracies in percent, ``images_per_s`` of training.
 
     For a language model, images are pieces of text, accuracy is that of the next word, and ``ppl`` is the perplexity.
+    Without labels there are ``agreement`` with the teacher's answers, in percent, and ``kl`` in place of accuracies.
     """
 
     epoch: int  # from 1
     epochs: int
     loss: float
-    top1: float
-    top5: float
+    top1: float | None
+    top5: float | None
     lr: float
     images_per_s: float
     facts: Mapping[str, float | str] = field(default_factory=dict)  # figures of a method that prunes meanwhile
     ppl: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
 
 
 @contextlib.contextmanager
@@ -124,10 +127,11 @@ def fit(
         if state is not None and trainer.world.first:
             save_state(state, trainer.state(epoch + 1))
         if on_epoch:
-            found = evaluate(trainer.kept_model(), data.val_loader(EVAL_BATCH, trainer.world), trainer.world)
+            found = evaluate_on(trainer.kept_model(), data, trainer.world, source=teacher)
+            figures = {name: found.get(name) for name in ("top1", "top5", "ppl", "agreement", "kl")}
             lr = trainer.optimizer.param_groups[0]["lr"]
-            accuracy = found["top1"], found["top5"]
-            on_epoch(Epoch(epoch + 1, recipe.epochs, loss, *accuracy, lr, rate, dict(hook.facts), found.get("ppl")))
+            facts = dict(hook.facts)
+            on_epoch(Epoch(epoch + 1, recipe.epochs, loss, lr=lr, images_per_s=rate, facts=facts, **figures))
         finished = epoch + 1 == recipe.epochs or hook.done
         stop = should_stop is not None and should_stop()
         if finished or trainer.world.all_reduce(torch.tensor(float(stop), device=trainer.device)) > 0:

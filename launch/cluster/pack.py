@@ -37,7 +37,7 @@ def chosen(run: Path, top: int | None) -> Iterator[Path]:
     for name in OF_TRIALS:
         yield from sorted(run.glob(f"trials/*/{name}"))
     front = json.loads((run / "front.json").read_text()) if (run / "front.json").exists() else []
-    for point in sorted(front, key=lambda p: -p["top1"])[:top]:
+    for point in sorted(front, key=lambda p: -p.get("agreement", p.get("top1")))[:top]:
         yield from sorted((run / point["model"]).glob("*"))
     if top != 0:
         yield from sorted(run.glob("promoted/*/promoted.json"))

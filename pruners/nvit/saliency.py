@@ -51,7 +51,8 @@ def score(
 
     Args:
         model: a ViT or Swin that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B). The batch size matters: scores are means of squared batch sums.
+        batches: (images B·C·H·W, labels B); without labels, those of ``pruners.drawn_targets.with_drawn_labels``. The
+            batch size matters: scores are means of squared batch sums.
         loss: mean loss of (logits, labels).
         progress: called with (batches done, batches in all).
 

@@ -60,7 +60,7 @@ def score(
 
     Args:
         model: a ViT that ``Arch.from_timm`` accepts, not planned yet; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B).
+        batches: (images B·C·H·W, labels B); without labels, those of ``pruners.drawn_targets.with_drawn_labels``.
         importance: ``grad_attn`` is the method's; ``cls_attn``: attention of the class token, mean over heads and
             images (EViT, arXiv 2202.07800); ``random``: uniform in [0, 1); ``uniform``: the same in all blocks, such
             that the k best patches are spread evenly over the raster, for every k.

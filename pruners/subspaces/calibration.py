@@ -15,7 +15,7 @@ __all__ = ["check_source", "hold_out", "images_of", "shrinkage_for"]
 
 BATCH = 64  # images at a time; what comes in larger batches is split
 ROWS_PER_FEATURE = 20  # token rows of a layer's fit for each of its features, from which on more help little
-FEW_ROWS = 1e-2  # lambda where rows are fewer than features: KL 5 to 20 % lower than with 1e-3 (digits, 2 to 16 images)
+FEW_ROWS = 1e-2  # lambda where rows are fewer than features: KL 6 % lower than with 1e-3 (digits, 2 to 16 images)
 UNTRAINED, ENOUGH = 0.01, 8  # of log K: what an answer says about the image, in nats; images to tell it from
 
 

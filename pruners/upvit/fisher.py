@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from prunesweep.pruners.drawn_targets import draw_labels
+
 from .forward import Forward
 
-__all__ = ["draw_labels", "fisher_sums"]
+__all__ = ["fisher_sums"]
 
 
 def fisher_sums(
@@ -57,22 +59,3 @@ def _labels(
         drawn = draw_labels(p, int(labels), uniform)
         for y in drawn.unbind(1):
             yield y, torch.full_like(p[:, 0], 1 / drawn.shape[1])
-
-
-def draw_labels(p: torch.Tensor, number: int, uniform: Sequence[float]) -> torch.Tensor:
-    """Draw labels distributed as ``p``, by systematic sampling.
-
-    They lie at equal steps of the distribution function from a random start, so that together they are closer to ``p``
-    than independent draws would be.
-
-    Args:
-        p: probabilities (B, K).
-        number: n, labels per image.
-        uniform: the start in [0, 1) of every image, B numbers.
-
-    Returns:
-        Labels (B, n), int64.
-    """
-    start = torch.tensor(uniform, dtype=p.dtype, device=p.device)[:, None]
-    steps = (torch.arange(number, dtype=p.dtype, device=p.device) + start) / number
-    return torch.searchsorted(p.cumsum(1), steps, right=True).clamp(max=p.shape[1] - 1)

@@ -23,7 +23,6 @@ work for one machine is (vectors x images), and a file of ``Scores`` is its resu
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from torch import nn
 from prunesweep.models import Arch, UserError, arch_of, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.families import FamiliesWith
+from prunesweep.pruners.drawn_targets import image_digest, uniform_of
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 from .exact import Exact
@@ -110,7 +110,7 @@ def score(
             trace = parts.exact(forward, x, memory_mb)
             yield from ({name: trace.score(name)} for name in exact)
         if fisher:
-            yield parts.fisher(forward, x, fisher, labels_per_image, [_uniform(seed, d) for d in digests])
+            yield parts.fisher(forward, x, fisher, labels_per_image, [uniform_of(seed, d) for d in digests])
 
     settings = {"importance": importance, "labels_per_image": labels_per_image, "seed": seed}
     steps = len(batches) * (len(exact) + bool(fisher))
@@ -268,7 +268,7 @@ def _accumulate(
     with torch.no_grad(), _evaluating(model):
         forward = _parts(arch_of(model)).forward(model)
         for x in _images(model, batches):
-            own = [_image_digest(image) for image in x]
+            own = [image_digest(image) for image in x]
             digests += own
             for part in of_batch(forward, x, own):
                 for name, vector in part.items():
@@ -299,17 +299,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for p in trained:
             p.requires_grad_(True)
         model.train(training)
-
-
-def _image_digest(image: torch.Tensor) -> int:
-    content = image.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-
-
-def _uniform(seed: int, digest: int) -> float:
-    """Derive a number in [0, 1) from a seed and an image."""
-    mixed = hashlib.blake2b(f"{seed} {digest}".encode(), digest_size=8).digest()
-    return (int.from_bytes(mixed, "big") >> 11) / 2**53
 
 
 def _hex(total: int) -> str:

@@ -39,6 +39,7 @@ class Cutter:
     ) -> None:
         self.source, self.data, self.search, self.seed = source, data, config.search, config.seed
         self.reading = reading
+        self.compared = source if "agreement" in config.search.objectives else None
         # another draw than the screen's, as far as there are images: those that were fitted to flatter
         recovery = Recovery(self.search.recover_images, self.seed + 1)
         self.recovery = recovery if self.search.recover and can_recover(arch_of(source)) is None else None
@@ -70,4 +71,10 @@ class Cutter:
 
     def screened(self, decision: Cut) -> EvalMetrics:
         """Measure a decision's model on ``screen``, untrained, as a rung of 0 epochs does."""
-        return EvalMetrics.of(evaluate(self.model(decision), self.screen))
+        return EvalMetrics.of(evaluate(self.model(decision), self.screen, source=self.compared))
+
+    def accuracy(self, found: EvalMetrics) -> float:
+        """Return the agreement with the source where that is an objective, otherwise the top-1; in percent."""
+        accuracy = found.top1 if self.compared is None else found.agreement
+        assert accuracy is not None
+        return accuracy

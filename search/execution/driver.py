@@ -30,10 +30,9 @@ from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
 from prunesweep.search.space.warm_start import start_points
-from prunesweep.search.store.front import hypervolume, latest, pareto_front
+from prunesweep.search.store.front import hypervolume, latest, pareto_front, quality_of
 from prunesweep.search.store.run import Run, RunLock, failure_reasons
 from prunesweep.search.store.study import Study
-from prunesweep.training import EvalMetrics
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -106,7 +105,7 @@ def run_search(
             return None
         space = open_space(config.space, prepared)
         display.data(prepared.described)
-        display.space(space, prepared.summary, EvalMetrics(prepared.top1, prepared.ppl), prepared.zero_shot)
+        display.space(space, prepared.summary, prepared.figures, prepared.zero_shot)
         if config.search.recover and (reason := can_recover(prepared.arch)):
             display.note(f"candidates start as cut, not recovered: {reason}")
         if dry_run:
@@ -245,7 +244,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         "source": {
             "name": arch.source,
             "weights": kept.weights,
-            **EvalMetrics(kept.top1, kept.ppl).as_dict(),
+            **kept.figures.as_dict(),
             "macs": spent.macs,
             "params": spent.params,
             **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(arch)}),
@@ -422,7 +421,8 @@ def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Ite
             best = pareto_front([r for r in known if r.has_model], objectives)
             writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
             writer.add_scalar("front_size", len(best), logged)
-            values = {"hparam/top1": result.top1, "hparam/macs": result.macs}
+            quality = quality_of(objectives)
+            values = {f"hparam/{quality}": getattr(result, quality), "hparam/macs": result.macs}
             writer.add_hparams(dict(result.point), values, name=result.id)
 
     try:

@@ -64,12 +64,15 @@ def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fe
 
 
 def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, progress: Progress) -> Range:
-    """Measure top-1 without finetuning of a few points of the sample, as a rung of 0 epochs does."""
+    """Measure a few points of the sample without finetuning, as a rung of 0 epochs does.
+
+    What is measured is top-1, or agreement with the source where that is an objective.
+    """
     cutter, found = Cutter(prepared.model, prepared.data, config), list[float]()
     points = summary.points[:SCORED]
     for point in points:
         progress("sampling the space", len(found) / len(points), f"{len(found)}/{len(points)}")
-        found.append(cutter.screened(prepared.space.decode(point).decision).top1)
+        found.append(cutter.accuracy(cutter.screened(prepared.space.decode(point).decision)))
     progress("sampling the space", 1.0, f"{len(points)}/{len(points)}")
     return Range.of(found)
 

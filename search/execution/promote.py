@@ -14,6 +14,7 @@ from typing import Any
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
+from prunesweep.search.store.front import quality_of
 from prunesweep.search.store.run import Run, read_json, task_id
 from prunesweep.training import Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
@@ -34,8 +35,8 @@ class Promoted:
     """
 
     unit: str
-    top1: float
-    searched_top1: float
+    top1: float | None
+    searched_top1: float | None
     ppl: float | None
     searched_ppl: float | None
     macs: int
@@ -43,6 +44,8 @@ class Promoted:
     recipe: str
     latency: dict[str, Any] | None
     model: str  # relative to the run
+    agreement: float | None = None  # with the source, where that was searched for
+    searched_agreement: float | None = None
 
 
 def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] = ()) -> list[dict[str, Any]]:
@@ -61,7 +64,8 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
         raise UserError(f"{run.path}: the front is empty; search first")
     if top is None and not at:
         return front
-    best = sorted(front, key=lambda p: p.get("ppl", -p["top1"]))
+    quality = quality_of(run.objectives)
+    best = sorted(front, key=lambda p: p[quality] if quality == "ppl" else -p[quality])
     chosen = best[: top or 0]
     for name, limit in at:
         if name not in COSTS or (name not in front[0]):
@@ -125,8 +129,8 @@ def promote(
         latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
     found = Promoted(
         unit=unit,
-        top1=facts["top1"],
-        searched_top1=point["top1"],
+        top1=facts.get("top1"),
+        searched_top1=point.get("top1"),
         ppl=facts.get("ppl"),
         searched_ppl=point.get("ppl"),
         macs=point["macs"],
@@ -134,6 +138,8 @@ def promote(
         recipe=recipe_name,
         latency=latency,
         model=str(Path("promoted") / unit / "model"),
+        agreement=facts.get("agreement"),
+        searched_agreement=point.get("agreement"),
     )
     write_text(folder / "promoted.json", json.dumps(asdict(found), indent=1))
     return found

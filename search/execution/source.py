@@ -23,12 +23,12 @@ from prunesweep.pruners.scores import LEARNED
 from prunesweep.search.config import SearchConfig, SourceTable, SpaceTable
 from prunesweep.search.space.space import Space, score_names
 from prunesweep.training import (
-    EVAL_BATCH,
     Data,
     EvalMetrics,
     cache_logits,
     check_fits,
-    evaluate,
+    check_labels,
+    evaluate_on,
     fit,
     open_data,
     seeded,
@@ -53,7 +53,7 @@ class SourceArtifacts:
         fingerprint: digest of the data.
         content: what the data hold (``training.data.content_of``).
         described: what ``Data.describe`` says of the data.
-        top1: the source's accuracy on the validation split, in percent.
+        top1: the source's accuracy on the validation split, in percent; None where there are no labels.
         ppl: its perplexity, if it is a language model.
     """
 
@@ -64,8 +64,14 @@ class SourceArtifacts:
     fingerprint: str
     content: Mapping[str, Any]
     described: tuple[str, ...] = ()
-    top1: float
+    top1: float | None
     ppl: float | None = None
+    agreement: float | None = None
+
+    @property
+    def figures(self) -> EvalMetrics:
+        """The source's figures."""
+        return EvalMetrics(self.top1, self.ppl, self.agreement)
 
     @property
     def arch(self) -> Arch:
@@ -145,6 +151,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         described=tuple(data.describe()),
         top1=quality.top1,
         ppl=quality.ppl,
+        agreement=100.0 if "agreement" in config.search.objectives else None,
     )
     return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
 
@@ -162,6 +169,8 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         data = open_data(config.data.name, preprocessing, **options)
         return _with_class_names(model, data), data
     data = open_data(config.data.name, _preprocessing(source), **options)
+    if not data.info.labelled:
+        raise UserError(f"data.name = {data.info.name!r}: has no labels to train a source on; drop [source.train]")
     channels, *size = data.info.input_size
     words = {"vocabulary": data.info.vocabulary} if data.info.vocabulary else {}
     args = {"img_size": tuple(size), "in_chans": channels, "num_classes": data.info.num_classes, **words, **source.args}
@@ -244,6 +253,13 @@ def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[s
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
     remedy = "use data that it was trained on, or train it with a [source.train] table"
     check_fits(arch, data, name="source.model", remedy=remedy)
+    if not data.info.labelled and "agreement" not in config.search.objectives:
+        raise UserError(
+            f"data.name = {data.info.name!r}: has no labels for objectives = {list(config.search.objectives)}: set "
+            'search.objectives = ["agreement", "macs"], the agreement with the source'
+        )
+    if any(config.search.rungs or [config.finetune.epochs]):
+        check_labels(data, config.finetune)
     if config.source.pos_embed_std is not None and not config.source.train:
         raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")
 
@@ -282,7 +298,7 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
         fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
         as_stored(model)
     progress("evaluating the source", 0.0, "")
-    found = EvalMetrics.of(evaluate(model, data.val_loader(EVAL_BATCH)))
+    found = EvalMetrics.of(evaluate_on(model, data, source=model))
     progress("evaluating the source", 1.0, str(found))
     facts = {"data": data.info.fingerprint, "seed": config.seed, **found.as_dict(), "versions": versions()}
     save(model, folder, {"method": "source", "source": config.source.model, "key": key, **facts})

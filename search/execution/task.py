@@ -125,8 +125,8 @@ class WorkerContext:
         return Cutter(self.source, self.data, self.config, reading=_needed_by_all)
 
     def evaluate(self, model: nn.Module) -> EvalMetrics:
-        """Of the validation split."""
-        return EvalMetrics.of(evaluate(model, self.data.val_loader(EVAL_BATCH)))
+        """Of the validation split; compared with the source where agreement is an objective."""
+        return EvalMetrics.of(evaluate(model, self.data.val_loader(EVAL_BATCH), source=self.cutter.compared))
 
     def epochs(self, rung: int) -> int:
         """Epochs of finetuning on a rung."""
@@ -211,6 +211,8 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         has_model=(folder / "model").exists(),
         training_seconds=training,
         ppl=after.ppl,
+        agreement=after.agreement,
+        kl=after.kl,
     )
 
 
@@ -218,7 +220,7 @@ def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[f
     found = context.cutter.screened(candidate.decision)
     with _log(context.run, unit) as log:
         log.event("end", **found.as_dict())
-    return found.top1, found, 0.0
+    return context.cutter.accuracy(found), found, 0.0
 
 
 def _train(
@@ -242,20 +244,23 @@ def _train(
             _remove_scratch(folder)
             (folder / STATE).unlink(missing_ok=True)
             ppl = None if context.arch.text is None else math.nan
-            return zero_shot, EvalMetrics(math.nan, ppl), time.monotonic() - begun
+            agreement = None if context.cutter.compared is None else math.nan
+            return zero_shot, EvalMetrics(math.nan, ppl, agreement), time.monotonic() - begun
         seconds = time.monotonic() - begun
         if not finished:
             log.event("stopped")
             return None
         after = EvalMetrics.of(load_provenance(folder / "model"))
+        if context.cutter.compared is not None and after.agreement is None:  # training has measured by labels
+            after = context.evaluate(load(folder / "model").to(next(context.source.parameters()).device))
         log.event("end", **after.as_dict())
     return zero_shot, after, seconds
 
 
 def _zero_shot(context: WorkerContext, unit: Task, model: nn.Module) -> float:
-    """Return the top-1 of a candidate before any training; ``model`` is what its unit starts from."""
+    """Return the accuracy of a candidate before any training; ``model`` is what its unit starts from."""
     if _starts_untrained(context, unit):
-        return context.evaluate(model).top1
+        return context.cutter.accuracy(context.evaluate(model))
     below = context.run.read_result(task_id(unit.number, unit.rung - 1))
     assert below is not None  # it was promoted for it
     return float(below["result"]["zero_shot"])

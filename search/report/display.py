@@ -27,6 +27,7 @@ from prunesweep.training import EvalMetrics
 __all__ = ["Display", "clock", "print_front", "print_promoted"]
 
 BANDS = 5
+HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "agreement": "agreement (%)"}  # of qualities
 
 
 class Display:
@@ -98,6 +99,7 @@ class Display:
                 variables.add_row(v.name, ", ".join(v.choices), "", v.meaning)
             else:
                 variables.add_row(v.name, f"{v.low:g}", f"{v.high:g}", v.meaning)
+        accuracy = HEADINGS["top1" if quality is None or quality.agreement is None else "agreement"]
         columns = ("objective", "min", "median", "max")
         objectives = Table(*columns, title="over a sample of the space", title_justify="left")
         for name, spread, unit, digits in (
@@ -105,7 +107,7 @@ class Display:
             ("macs / source", summary.macs, source.macs, 3),
             ("params (M)", summary.params, 1e6, 3),
             *([("latency (ms) ↓, predicted", summary.latency_ms, 1, 3)] if summary.latency_ms else []),
-            *([("top-1 (%) ↑, before finetuning, training images", zero_shot, 1, 2)] if zero_shot else []),
+            *([(f"{accuracy} ↑, before finetuning, training images", zero_shot, 1, 2)] if zero_shot else []),
         ):
             values = (spread.low, spread.median, spread.high)
             objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
@@ -235,7 +237,8 @@ def live_table(
         before: number of tasks that had ended by then.
     """
     failed, settled = len(coordinator.failures), coordinator.settled
-    results = [r for r in coordinator.current if r.has_model and math.isfinite(r.top1)]
+    quality = "agreement" if "agreement" in coordinator.search.objectives else "top1"
+    results = [r for r in coordinator.current if r.has_model and math.isfinite(getattr(r, quality))]
     eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
     state = Table(box=None, show_header=False)
     state.add_row(
@@ -249,10 +252,10 @@ def live_table(
     )
     bands = Table("MACs / source", *(f"{low:.2f}-{high:.2f}" for low, high in _bands(window)), box=None)
     best = [
-        max((r.top1 for r in results if low < r.macs / source["macs"] <= high), default=None)
+        max((getattr(r, quality) for r in results if low < r.macs / source["macs"] <= high), default=None)
         for low, high in _bands(window)
     ]
-    bands.add_row("best top-1 (%)", *("-" if b is None else f"{b:.2f}" for b in best))
+    bands.add_row(f"best {HEADINGS[quality]}", *("-" if b is None else f"{b:.2f}" for b in best))
     return Group(state, bands)
 
 
@@ -286,7 +289,8 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
         f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in result.point.items() if k in varying
     )
     rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
-    quality = str(EvalMetrics(result.top1, result.ppl))
+    agreeing = "agreement" in coordinator.search.objectives
+    quality = str(result.figures._replace(top1=None) if agreeing else result.figures)
     if not all(map(math.isfinite, values(result, coordinator.search.objectives))):
         quality = "diverged, which counts as worse than all others"
     return (
@@ -305,16 +309,14 @@ def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_mac
         run: folder of the run.
     """
     table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
-    texts = any(p["ppl"] is not None for p in found)
-    quality = ("ppl", "searched_ppl") if texts else ("top1", "searched_top1")
-    first = "ppl" if texts else "top-1 (%)"
-    for name in ("unit", first, "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
+    quality = next(name for name in ("ppl", "top1", "agreement") if all(p.get(name) is not None for p in found))
+    for name in ("unit", HEADINGS[quality], "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
     for p in found:
         latency = p["latency"]
         table.add_row(
             p["unit"],
-            *(f"{p[name]:.2f}" for name in quality),
+            *(f"{p[name]:.2f}" for name in (quality, f"searched_{quality}")),
             f"{p['macs'] / source_macs:.3f}",
             f"{p['params'] / 1e6:.3f}",
             "" if latency is None else f"{latency['median_ms']:.3f} (batch {latency['batch']})",
@@ -333,15 +335,15 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         source_macs: MACs of the source.
     """
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
-    texts, timed = (any(name in point for point in front) for name in ("ppl", "latency_ms"))
+    qualities = [name for name in ("ppl", "top1", "agreement") if any(name in point for point in front)]
+    timed = any("latency_ms" in point for point in front)
     costs = ("MACs (M)", "/ source", "params (M)", *(["latency (ms), predicted"] if timed else []))
-    for name in ("trial", "rung", "epochs", *(["ppl"] if texts else []), "top-1 (%)", *costs):
+    for name in ("trial", "rung", "epochs", *(HEADINGS[name] for name in qualities), *costs):
         table.add_column(name, justify="right")
     for point in front:
         table.add_row(
             *(str(point[name]) for name in ("trial", "rung", "epochs")),
-            *([f"{point['ppl']:.2f}"] if texts else []),
-            f"{point['top1']:.2f}",
+            *(f"{point[name]:.2f}" for name in qualities),
             f"{point['macs'] / 1e6:.2f}",
             f"{point['macs'] / source_macs:.3f}",
             f"{point['params'] / 1e6:.3f}",

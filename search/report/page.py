@@ -33,6 +33,7 @@ def write_report(run: Run) -> Path:
             "trial": r.trial,
             "top1": r.top1,
             "ppl": r.ppl,
+            "agreement": r.agreement,
             "latency_ms": r.latency_ms,
             "promoted": further.get(r.id),
             "zero_shot": r.zero_shot if math.isfinite(r.zero_shot) else None,

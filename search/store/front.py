@@ -21,17 +21,19 @@ __all__ = [
     "hypervolume",
     "latest",
     "pareto_front",
+    "quality_of",
     "values",
 ]
 
 OBJECTIVES: dict[str, Direction] = {
     "top1": "maximize",
     "ppl": "minimize",  # of language models
+    "agreement": "maximize",  # with the source's answers; needs no labels
     "macs": "minimize",
     "params": "minimize",
     "latency_ms": "minimize",
 }
-QUALITIES = ("top1", "ppl")
+QUALITIES = ("top1", "ppl", "agreement")
 TWO = ("top1", "macs")  # default objectives
 P = TypeVar("P")
 
@@ -44,6 +46,11 @@ class _OnRung(Protocol):
 
 
 R = TypeVar("R", bound=_OnRung)
+
+
+def quality_of(objectives: Sequence[str]) -> str:
+    """Return the objective that is a quality, not a cost."""
+    return next(name for name in objectives if name in QUALITIES)
 
 
 def directions(objectives: Sequence[str]) -> list[Direction]:
@@ -123,9 +130,9 @@ def pareto_front(points: Iterable[P], objectives: Sequence[str] = TWO) -> list[P
 def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: Sequence[str] = TWO) -> float:
     """Return the share of the unit cube that the points dominate, in [0, 1].
 
-    The cube's axes are top-1 / 100 and the saved share of the source's MACs, parameters or latency. Its worst corner is
-    a model that costs what the source costs and gives no correct answer. Points outside the cube add nothing. The axis
-    of a perplexity is the source's perplexity divided by it, at most 1.
+    The cube's axes are top-1 / 100, or agreement / 100, and the saved share of the source's MACs, parameters or
+    latency. Its worst corner is a model that costs what the source costs and gives no correct answer. Points outside
+    the cube add nothing. The axis of a perplexity is the source's perplexity divided by it, at most 1.
 
     Args:
         points: anything that has the objectives as attributes.
@@ -142,6 +149,6 @@ def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: 
 
 def _loss(name: str, found: pareto.Floats, source: Mapping[str, float]) -> pareto.Floats:
     """Return a column of values as shares of the cube's axis, where less is better."""
-    if name == "top1":
+    if name in ("top1", "agreement"):
         return -found / 100
     return -np.minimum(source["ppl"] / found, 1) if name == "ppl" else found / float(source[name])

@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
+from prunesweep.training import EvalMetrics
 
-from .front import TWO, hypervolume, latest, pareto_front
+from .front import QUALITIES, TWO, hypervolume, latest, pareto_front
 
 __all__ = [
     "Outcomes",
@@ -93,10 +94,12 @@ class Result:
     training began with: cut, and recovered where that is on.
 
     Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
+    A search for agreement has ``agreement`` with the source's answers in percent and the divergence ``kl``; its
+    ``zero_shot`` is an agreement, and ``top1`` is None where there are no labels.
     """
 
     trial: int
-    top1: float
+    top1: float | None
     zero_shot: float
     macs: int
     params: int
@@ -110,10 +113,17 @@ class Result:
     has_model: bool = True  # False on a rung that only screens
     training_seconds: float = 0.0  # of ``seconds``
     ppl: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
 
     @property
     def id(self) -> str:
         return task_id(self.trial, self.rung)
+
+    @property
+    def figures(self) -> EvalMetrics:
+        """The figures of the evaluation."""
+        return EvalMetrics(self.top1, self.ppl, self.agreement, self.kl)
 
 
 class Run:
@@ -266,7 +276,7 @@ class Run:
             },
             "rungs": rungs,
             "hypervolume": hypervolume([r for r in latest(results) if r.has_model], facts["source"], self.objectives),
-            "source": {k: v for k, v in facts["source"].items() if k in ("top1", "ppl", "macs", "params")},
+            "source": {k: v for k, v in facts["source"].items() if k in (*QUALITIES, "macs", "params")},
         }
 
     def search_table(self) -> dict[str, Any]:
@@ -298,8 +308,7 @@ class Run:
                 "trial": r.trial,
                 "rung": r.rung,
                 "epochs": r.epochs,
-                "top1": r.top1,
-                **({} if r.ppl is None else {"ppl": r.ppl}),
+                **r.figures.as_dict(),
                 "macs": r.macs,
                 "params": r.params,
                 **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),

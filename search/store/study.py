@@ -48,7 +48,7 @@ PROPOSALS, RESULTS = "proposals", "results"
 OLDER = "r0"  # former name of the study of proposals
 SAMPLERS = ("auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 MANY = 1500  # more trials than this make proposals of TPE too slow
-SCALES = {"top1": log_error, "ppl": log_perplexity}
+SCALES = {"top1": log_error, "ppl": log_perplexity, "agreement": log_error}
 NOTES = {
     PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a "
     "pruned trial was no new candidate. What candidates gave in the end is in the study `results`.",
@@ -346,8 +346,7 @@ class Study:
 def _attributes(result: Result) -> dict[str, Any]:
     """Return the user attributes of a result's trial; a figure that is not finite is None."""
     figures = {
-        "top1": result.top1,
-        **({} if result.ppl is None else {"ppl": result.ppl}),
+        **result.figures.as_dict(),
         "zero_shot": result.zero_shot,
         "macs": result.macs,
         "params": result.params,

@@ -16,7 +16,7 @@ from ..loop import Epoch
 
 __all__ = ["MetricsLog", "StepRate"]
 
-SCALARS = ("loss", "top1", "top5", "lr", "images_per_s")
+SCALARS = ("loss", "top1", "top5", "ppl", "agreement", "kl", "lr", "images_per_s")
 
 
 class MetricsLog:
@@ -63,8 +63,7 @@ class MetricsLog:
         self.event("epoch", **asdict(epoch))
         if self._writer is None:
             self._writer = SummaryWriter(str(self._board))
-        scalars = {name: getattr(epoch, name) for name in SCALARS}
-        scalars |= {} if epoch.ppl is None else {"ppl": epoch.ppl}
+        scalars = {name: value for name in SCALARS if (value := getattr(epoch, name)) is not None}
         scalars |= {f"facts/{name}": value for name, value in epoch.facts.items() if not isinstance(value, str)}
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, epoch.epoch)

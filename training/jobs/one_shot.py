@@ -75,9 +75,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A small model with its exact cost, and its accuracy in percent before and after, without any training.
+    """A small model with its exact cost, and what it is worth without any training.
 
     Args:
+        source: figures of the source on the validation split.
+        quality: figures of the small model; where there are no labels, its agreement with the source.
         recovery: ``by`` refits or projection, with the ``images`` and the ``seed`` of their draw; ``kl`` to the source
             on the validation split, and the figures of the model ``as_cut``. Where the family does not allow it,
             ``not_recovered`` is the reason; empty where none was asked for.
@@ -86,10 +88,8 @@ class Pruned:
     model: nn.Module
     source_cost: Cost
     cost: Cost
-    source_top1: float
-    top1: float
-    source_ppl: float | None = None  # of language models
-    ppl: float | None = None
+    source: EvalMetrics
+    quality: EvalMetrics
     recovery: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -255,9 +255,10 @@ def _make(
     as_stored(small)
     metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
     reason = None if recovery is None else can_recover(arch)
-    before = _evaluate(model, data, progress, "evaluating the source")
+    compared = None if data.info.labelled else model
+    before = _evaluate(model, data, progress, "evaluating the source", source=compared)
     if recovery is None or reason is not None:
-        after = _evaluate(small, data, progress, "evaluating the cut model")
+        after = _evaluate(small, data, progress, "evaluating the cut model", source=compared)
         facts: dict[str, Any] = {} if reason is None else {"not_recovered": reason}
     else:
         as_cut = _evaluate(small, data, progress, "evaluating the cut model", source=model)
@@ -279,10 +280,8 @@ def _make(
         model=small,
         source_cost=cost(arch),
         cost=cost(arch_of(small)),
-        source_top1=before["top1"],
-        top1=after["top1"],
-        source_ppl=before.get("ppl"),
-        ppl=after.get("ppl"),
+        source=EvalMetrics.of(before),
+        quality=EvalMetrics.of(after),
         recovery=facts,
         provenance={**metadata, "recovery": facts, "data": data.info.fingerprint, "versions": versions()},
     )
@@ -322,4 +321,4 @@ def _evaluate(
 
 def save_pruned(pruned: Pruned, out: Path) -> Path:
     """Save the cut model with its provenance in the folder ``out``, and return the folder."""
-    return save(pruned.model.cpu(), out, {**pruned.provenance, **EvalMetrics(pruned.top1, pruned.ppl).as_dict()})
+    return save(pruned.model.cpu(), out, {**pruned.provenance, **pruned.quality.as_dict()})

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Cost, arch_of, cost, load_provenance, read_arch, save, weights_digest
+from prunesweep.models import Cost, UserError, arch_of, cost, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.models.precision import in_float32
-from prunesweep.pruners import TrainedMethod, get_method
+from prunesweep.pruners import ScoredMethod, TrainedMethod, get_method, method_names
 
-from ..compatibility import check_fits, check_labels
+from ..compatibility import check_fits
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
@@ -194,7 +194,11 @@ class TrainedPruning:
         hook = method.hook(settings, arch)
         hook.wrap(copy.deepcopy(self.model))
         check_fits(arch, self.opened)
-        check_labels(self.opened, self.recipe)
+        if not self.opened.info.labelled:
+            raise UserError(
+                f"method {method.name!r} decides while it trains on labels, {self.opened.info.name} has none: give "
+                f"data with labels, or take a method that scores: {', '.join(method_names(ScoredMethod))}"
+            )
         hook.check_length(self.recipe.epochs, batches_of(self.opened, self.recipe, World()).updates)
         return self.opened
 

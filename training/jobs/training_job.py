@@ -15,7 +15,7 @@ from prunesweep.models.precision import as_stored, to_float32
 from prunesweep.pruners.hook import Hook
 
 from ..data import Data, open_data
-from ..evaluation import EVAL_BATCH, EvalMetrics, evaluate
+from ..evaluation import EvalMetrics, evaluate_on
 from ..loop import Epoch, fit
 from ..recipe import Recipe
 from ..second_stage import SecondStageJob
@@ -112,7 +112,7 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
 
     def on_epoch(epoch: Epoch) -> None:
         nonlocal latest
-        latest = EvalMetrics(epoch.top1, epoch.ppl)
+        latest = EvalMetrics(epoch.top1, epoch.ppl, epoch.agreement, epoch.kl)
         if reports.on_epoch:
             reports.on_epoch(epoch)
 
@@ -141,5 +141,5 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
         latest = None  # it was of weights with more digits
     if latest is None or stage is not None:  # no epoch was left to do, or the last one was of the model with its hook
         world = World.current()
-        latest = EvalMetrics.of(evaluate(loaded.model, loaded.data.val_loader(EVAL_BATCH, world), world))
+        latest = EvalMetrics.of(evaluate_on(loaded.model, loaded.data, world, source=loaded.teacher))
     return {"": (loaded.model, latest.as_dict())}

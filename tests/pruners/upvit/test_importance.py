@@ -12,7 +12,7 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
 from prunesweep.pruners import Scores, kind_of, kl_divergence, upvit, vector_sizes
-from prunesweep.pruners.upvit.fisher import draw_labels
+from prunesweep.pruners.drawn_targets import draw_labels
 from prunesweep.pruners.upvit.forward import Forward
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked

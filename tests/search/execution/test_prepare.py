@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -35,9 +36,11 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
     prepare_search(config, runs / "cache", nothing)  # source and scores are there from now on
     looked: list[int] = []
 
-    def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    def evaluate(
+        model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], **options: Any
+    ) -> dict[str, float]:
         looked.append(sum(len(labels) for _, labels in batches))
-        return training.evaluate(model, batches)
+        return training.evaluate(model, batches, **options)
 
     monkeypatch.setattr(cutting, "evaluate", evaluate)
     seen: list[tuple[str, float]] = []
