@@ -364,6 +364,7 @@ def _search(
         if coordinator.finished and not coordinator.measured:
             raise SearchFailed(_nothing_found(run, coordinator))
         if coordinator.finished:
+            study.settle(coordinator.results)
             display.front(coordinator.front, source["macs"])
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 

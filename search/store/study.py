@@ -39,7 +39,7 @@ from prunesweep.models.io.files import publish_file
 from prunesweep.search.proposals.budget_gp import CANDIDATE, RUNG, BudgetGPSampler, log_error, log_perplexity
 from prunesweep.search.space.variables import Params
 
-from .front import QUALITIES, TWO, directions, values
+from .front import QUALITIES, TWO, directions, latest, values
 from .run import Result, Task, set_aside
 
 __all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
@@ -55,7 +55,8 @@ NOTES = {
     RESULTS: "Every result of search **{run}**, on every rung. The best trials are the front, as `prunesweep front` "
     "shows it. User attributes say which candidate and rung a trial is of, how long it was finetuned, and where its "
     "model is: models that are on no front are deleted as the search goes. A pruned trial only screened its candidate, "
-    "and has no model; a failed one gave no number.",
+    "and has no model, or, once the search has ended, a later one of its candidate replaced it; a failed "
+    "one gave no number.",
 }
 
 
@@ -234,6 +235,24 @@ class Study:
                 self._results.add_trial(self._trial_of(result))
                 self._known.add(result.id)
 
+    def settle(self, results: Sequence[Result]) -> None:
+        """Make the best trials of ``results`` the front, once a search has ended.
+
+        A trial that was complete when its candidate went on to the next rung cannot be changed. If one is best that its
+        candidate's later result replaces, the study is made anew, with all that are replaced as pruned trials.
+
+        Args:
+            results: all results of the search.
+        """
+        current = {r.id for r in latest(results)}
+        if all(trial.user_attrs["unit"] in current for trial in self._results.best_trials):
+            return
+        storage = self._results._storage
+        optuna.delete_study(study_name=RESULTS, storage=storage)
+        self._results = _open(storage, RESULTS, RESULTS, self._objectives, self._run)
+        for result in results:
+            self._results.add_trial(self._trial_of(result, replaced=result.id not in current))
+
     def follow(
         self, tasks: Mapping[int, Task], results: Sequence[Result], failed: Collection[int], next_number: int
     ) -> None:
@@ -313,10 +332,10 @@ class Study:
             number = "" if task is None else f" {task.number}"
             raise UserError(f"trial{number} of {self._run} is not in the space of its search.toml: {error}") from error
 
-    def _trial_of(self, result: Result) -> FrozenTrial:
-        """Return a finished trial with everything that is known about a result."""
+    def _trial_of(self, result: Result, *, replaced: bool = False) -> FrozenTrial:
+        """Return a finished trial with everything that is known about a result; pruned if a later one replaces it."""
         found = values(result, self._objectives)
-        state = TrialState.COMPLETE if result.has_model else TrialState.PRUNED
+        state = TrialState.COMPLETE if result.has_model and not replaced else TrialState.PRUNED
         state = state if all(map(math.isfinite, found)) else TrialState.FAIL
         trial = optuna.trial.create_trial(
             state=state,

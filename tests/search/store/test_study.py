@@ -131,6 +131,23 @@ def test_best_trials_of_the_results_are_the_front(tmp_path: Path) -> None:
     assert best[0].duration.total_seconds() == pytest.approx(2.0, abs=0.1)
 
 
+def test_best_trials_follow_a_candidate_that_got_worse(tmp_path: Path) -> None:
+    """The better result of its first rung is no longer best once the search has ended, and stays to be learned from."""
+    journal = tmp_path / "j"
+    study = Study(journal, SPACE, seed=0)
+    results = [result(0, 99.11, 100), result(1, 60.0, 90), result(0, 98.0, 100, rung=1), result(2, 98.5, 110)]
+    study.record(results)
+    study.settle(results)
+    found = load(journal, RESULTS)
+    assert [t.state.name for t in found.trials] == ["PRUNED", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert found.trials[0].values == [99.11, 100]
+    assert {t.user_attrs["unit"] for t in found.best_trials} == {"r0-0001", "r1-0000", "r0-0002"}
+    again = Study(journal, SPACE, seed=0)
+    again.record(results)
+    again.settle(results)
+    assert len(load(journal, RESULTS).trials) == 4
+
+
 def test_both_studies_say_whose_they_are_and_what_they_show(tmp_path: Path) -> None:
     for _ in range(2):
         Study(tmp_path / "j", SPACE, seed=0, name="digits")
