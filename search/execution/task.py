@@ -31,7 +31,7 @@ from prunesweep.training import EVAL_BATCH, Data, Diverged, EvalMetrics, Recipe,
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.run_job import run_job
-from prunesweep.training.jobs.training_job import STATE, LoadedJob, TrainingJob
+from prunesweep.training.jobs.training_job import STATE, CannotBegin, LoadedJob, TrainingJob
 
 from .coordinator import RunBroken
 from .cutting import Cutter
@@ -162,7 +162,7 @@ def run_task(path: Path, unit: Task) -> dict[str, Any]:
     try:
         result = _work(WorkerContext.of(path), unit)
         return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
-    except RunBroken as broken:
+    except (RunBroken, CannotBegin) as broken:  # the second one by a worker of its own, on another node maybe
         return {"state": "broken", "reason": str(broken)}
     except Exception as error:
         if disk_full(error):  # it is no fault of the unit's, which goes on once there is room

@@ -27,6 +27,7 @@ for _name, _value in {
 
 import ray  # noqa: E402
 import ray.train  # noqa: E402
+import torch  # noqa: E402
 from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # noqa: E402
 from ray.train import (  # noqa: E402
     Checkpoint,
@@ -40,14 +41,23 @@ from ray.train import (  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer, get_device  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-from prunesweep.models import save  # noqa: E402
+from prunesweep.models import UserError, save  # noqa: E402
 from prunesweep.models.io.files import publish_folder  # noqa: E402
 from prunesweep.pruners.hook import Collapsed  # noqa: E402
 
 from ..loop import Epoch  # noqa: E402
 from ..trainer import Diverged, DoesNotFit  # noqa: E402
 from .placement import Placement  # noqa: E402
-from .training_job import STATE, Reports, TrainedModels, TrainingJob, load_job, train_models  # noqa: E402
+from .training_job import (  # noqa: E402
+    STATE,
+    CannotBegin,
+    LoadedJob,
+    Reports,
+    TrainedModels,
+    TrainingJob,
+    load_job,
+    train_models,
+)
 
 __all__ = ["TrainingFailed", "train_on_ray"]
 
@@ -88,7 +98,9 @@ def train_on_ray(
         False if the job's stop file ended training.
 
     Raises:
-        TrainingFailed: the loss diverged, memory is too small, or the attempts are used up.
+        Diverged: the loss is not finite.
+        CannotBegin: a worker misses the models or the data.
+        TrainingFailed: memory is too small, or the attempts are used up.
     """
     least = placement.min_workers
     with _listening(reports) as log:
@@ -113,6 +125,10 @@ def train_on_ray(
             result = trainer.fit()
         except Exception as error:  # Ray wraps the error of a worker
             raise TrainingFailed(str(error)) from error
+    if "missing" in result.return_value:
+        raise CannotBegin(result.return_value["missing"])
+    if "diverged" in result.return_value:
+        raise Diverged(result.return_value["diverged"])
     if "failed" in result.return_value:
         raise TrainingFailed(result.return_value["failed"])
     if "stopped" in result.return_value:
@@ -139,7 +155,9 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     first = context.get_world_rank() == 0
     where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
     log.started.remote(context.get_world_rank(), context.get_world_size(), where)
-    loaded = load_job(job, get_device())
+    loaded, missing = _load(job, where)
+    if loaded is None:
+        return {"missing": missing}
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch) / STATE
         _restore(state)
@@ -154,7 +172,9 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             reports = Reports(_seldom(log.step.remote), on_epoch, log.note.remote)
         try:
             models = train_models(job, loaded, state=state, reports=reports)
-        except (Collapsed, Diverged, DoesNotFit) as error:  # on all workers; another attempt would end the same way
+        except Diverged as error:  # on all workers; another attempt would end the same way
+            return {"diverged": str(error)}
+        except (Collapsed, DoesNotFit) as error:  # likewise
             return {"failed": str(error)}
         if models is None:
             return {"stopped": True}
@@ -162,6 +182,20 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         figures = next(iter(models.values()))[1]
         _report(figures, state, described)
     return figures
+
+
+def _load(job: TrainingJob, where: str) -> tuple[LoadedJob | None, str | None]:
+    """Load the job on all workers, or learn on all of them what one misses: alone it would leave the others waiting."""
+    loaded, missing = None, None
+    try:
+        loaded = load_job(job, get_device())
+    except UserError as error:
+        missing = f"{where}: {error}"
+    found = [missing] * ray.train.get_context().get_world_size()
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, missing)
+    first = next((text for text in found if text), None)
+    return (loaded, None) if first is None else (None, first)
 
 
 def _restore(state: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import load
+from prunesweep.models import UserError, load
 from prunesweep.models.precision import as_stored, to_float32
 from prunesweep.pruners.hook import Hook
 
@@ -22,12 +22,16 @@ from ..second_stage import SecondStageJob
 from ..world import World
 from .prune_loop import PruneJob, prune_while_training
 
-__all__ = ["STATE", "LoadedJob", "Reports", "TrainedModels", "TrainingJob", "load_job", "train_models"]
+__all__ = ["STATE", "CannotBegin", "LoadedJob", "Reports", "TrainedModels", "TrainingJob", "load_job", "train_models"]
 
 STATE = "state.safetensors"  # file name of the state of a training that is not done
 
 # by folder below the result's ("" is the result itself): a model, and further entries of its ``config.json``
 TrainedModels = dict[str, tuple[nn.Module, dict[str, Any]]]
+
+
+class CannotBegin(UserError):
+    """A process of a job misses what the job is about, its models or its data: no other job of the kind could begin."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ from ray.cluster_utils import Cluster
 from torch import nn
 
 from prunesweep.models import load, save
-from prunesweep.training import Epoch, Recipe, fit, open_data
+from prunesweep.training import Diverged, Epoch, Recipe, fit, open_data
 from prunesweep.training.jobs.finetune import Finetuning, finetune
+from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
+from prunesweep.training.jobs.run_job import run_job
+from prunesweep.training.jobs.training_job import CannotBegin, TrainingJob
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +89,21 @@ def test_weights_tell_what_was_lost(source: Path, undisturbed: nn.Module) -> Non
     model = load(source)
     fit(model, open_data("digits"), RECIPE.model_copy(update={"epochs": 5}))
     assert (model.head.weight - undisturbed.head.weight).abs().max() > 1e-3
+
+
+def test_a_worker_that_misses_its_model_says_so_and_divergence_keeps_its_name(source: Path, tmp_path: Path) -> None:
+    """Neither is a fault of the workers, which are many kinds and end alike."""
+    data, log = open_data("digits"), MetricsLog.beside(tmp_path)
+    options: dict[str, Any] = {"data": data, "placement": Placement(2), "log": log, "provenance": {}}
+    gone = TrainingJob(str(source), "digits", RECIPE.model_dump(mode="json"), teacher=str(tmp_path / "gone"))
+    with pytest.raises(CannotBegin, match=r"process \d+: .*gone"):
+        run_job(gone, tmp_path / "model", tmp_path / "work", **options)
+    wild = RECIPE.model_copy(update={"lr": 1e30, "epochs": 2})
+    with pytest.raises(Diverged, match="the loss is nan"):
+        run_job(
+            TrainingJob(str(source), "digits", wild.model_dump(mode="json")), tmp_path / "model", tmp_path, **options
+        )
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_killed_worker_and_storage_by_uri(source: Path, undisturbed: nn.Module, tmp_path: Path) -> None:
