@@ -314,17 +314,17 @@ def test_trials_start_from_recovered_models(runs: Path) -> None:
     from prunesweep.search.config import parse_config
     from tests.conftest import TINY
 
-    table = {"search": {"trials": 3, "recover_images": 400}, "resources": {"cpus": 2}, "name": "recovered"}
-    config = parse_config({**TINY, **table}, "recovered")
+    source = {**TINY["source"], "train": {"epochs": 8, "lr": 3e-3, "batch_size": 64}}  # better than chance
+    table = {"source": source, "search": {"trials": 3, "recover_images": 400}, "resources": {"cpus": 2}}
+    config = parse_config({**TINY, **table, "name": "recovered"}, "recovered")
     result = run_search(config, runs / "recovered")
     assert result is not None
     assert result.finished
     run, data = Run(result.path), open_data("digits")
-    source = load(run / "source")
     zero_shot = {r.trial: r.zero_shot for r in run.results()}
     for recover in (True, False):
         asked = config.model_copy(update={"search": config.search.model_copy(update={"recover": recover})})
-        cutter = Cutter(source, data, asked)
+        cutter = Cutter(load(run / "source"), data, asked)
         made = {t: cutter.model(cut) for t in zero_shot if (cut := run.read_cut(t)) is not None}
         found = {t: evaluate(model, data.val_loader(EVAL_BATCH))["top1"] for t, model in made.items()}
         assert len(found) == 3
