@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -147,5 +147,10 @@ def promote(
 
 def promoted(run: Run) -> list[dict[str, Any]]:
     """What was promoted in a run, ascending MACs."""
-    found = [read_json(path) for path in sorted((run / "promoted").glob("*/promoted.json"))]
+    found = []
+    for path in sorted((run / "promoted").glob("*/promoted.json")):
+        entry = read_json(path)
+        if lost := {field.name for field in fields(Promoted)} - entry.keys():
+            raise UserError(f"{path} is damaged: it has no {', '.join(sorted(lost))}. Delete it, and promote again")
+        found.append(entry)
     return sorted(found, key=lambda p: p["macs"])

@@ -10,11 +10,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from prunesweep.models import Arch, read_arch
+from prunesweep.models import Arch, UserError, cut_arch, read_arch
 from prunesweep.models.io.files import write_text
 from prunesweep.search.execution.promote import promoted
 from prunesweep.search.store.front import latest, values
-from prunesweep.search.store.run import Run
+from prunesweep.search.store.run import Result, Run
 
 __all__ = ["write_report"]
 
@@ -45,7 +45,7 @@ def write_report(run: Run) -> Path:
             "front": (r.trial, r.rung) in front,
             "rung": r.rung,
             "epochs": r.epochs,
-            "arch": _picture(Arch.from_json((run.trial(r.id) / "arch.json").read_text()), source),
+            "arch": _picture(_record(run, r, source), source),
         }
         for r in latest(run.results())
         if r.has_model and all(map(math.isfinite, values(r, run.objectives)))
@@ -67,6 +67,18 @@ def write_report(run: Run) -> Path:
     path = run / "report.html"
     write_text(path, page)
     return path
+
+
+def _record(run: Run, result: Result, source: Arch) -> Arch:
+    """The record of a candidate; made again from its decision where its file is damaged."""
+    path = run.trial(result.id) / "arch.json"
+    try:
+        return Arch.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        decision = run.read_cut(result.trial)
+        if decision is None:
+            raise UserError(f"{path} is damaged or missing, and so is the decision (cut.json): {error}") from error
+        return cut_arch(source, decision)
 
 
 def _picture(arch: Arch, source: Arch) -> dict[str, Any]:

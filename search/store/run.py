@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 import tomllib
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 
-from .front import QUALITIES, TWO, hypervolume, latest, pareto_front
+from .front import OBJECTIVES, QUALITIES, TWO, hypervolume, latest, pareto_front
 
 __all__ = [
     "Outcomes",
@@ -137,11 +138,12 @@ class Run:
 
     @classmethod
     def existing(cls, path: str | Path) -> Run:
-        """Raises UserError where ``path`` is not a run."""
-        run = cls(path)
-        for name in ("search.toml", "run.json"):
-            if not (run / name).is_file():
-                raise UserError(f"{path} is not a run: {name} is missing. A run is made by 'prunesweep search'")
+        """Raises UserError where ``path`` is not a run. One of its two main files may be lost."""
+        run, names = cls(path), ("search.toml", "run.json")
+        if not any((run / name).is_file() for name in names):
+            raise UserError(
+                f"{path} is not a run: {' and '.join(names)} are missing. A run is made by 'prunesweep search'"
+            )
         return run
 
     @property
@@ -169,8 +171,21 @@ class Run:
         return self.path / ".stop"
 
     def metadata(self) -> dict[str, Any]:
-        """``run.json``."""
-        return read_json(self / "run.json")
+        """``run.json``. Raises UserError where it is damaged."""
+        path = self / "run.json"
+        try:
+            facts = read_json(path)
+            for name, kind in (("source", dict), ("scores", dict), ("versions", dict)):
+                if not isinstance(facts.get(name), kind):
+                    raise UserError(f"{path} is damaged: it has no {name}")
+            if not all(isinstance(facts["source"].get(cost), int) for cost in ("macs", "params")):
+                raise UserError(f"{path} is damaged: its source has no macs or no params")
+        except UserError as error:
+            raise UserError(
+                f"{error}\nResults and models in {self / 'trials'} do not need it: 'prunesweep eval' takes each "
+                "trials/*/model. All else does: put the file back from a copy of the run, or start a new search"
+            ) from error
+        return facts
 
     def _trial_files(self, name: str) -> Iterator[Path]:
         return iter(sorted((self.path / "trials").glob(f"*/{name}")))
@@ -192,8 +207,14 @@ class Run:
         return Outcomes(sorted(results, key=lambda r: (r.trial, r.rung)), failures, damaged)
 
     def results(self) -> list[Result]:
-        """Every finished unit's result, by trial number and rung; without those that are damaged."""
-        return self.outcomes().results
+        """Every finished unit's result, by trial number and rung; without those that are damaged, with a warning."""
+        results, _, damaged = self.outcomes()
+        self._warn(damaged)
+        return results
+
+    def _warn(self, damaged: Mapping[str, str]) -> None:
+        for reason in damaged.values():
+            warnings.warn(f"{reason}; left out, 'prunesweep resume {self.shown}' does the trial again", stacklevel=3)
 
     def failures(self) -> dict[str, str]:
         """Unit and error of every unit that failed."""
@@ -261,8 +282,9 @@ class Run:
         """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
         facts = self.metadata()
         table = self.search_table()
-        results, failures, _ = self.outcomes()
-        rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table.get("rungs", [])), 1))]
+        results, failures, damaged = self.outcomes()
+        self._warn(damaged)
+        rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table["rungs"]), 1))]
         failed = sum(unit.startswith("r0-") for unit in failures)
         started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
         running = started - rungs[0] - failed if RunLock.holder(self.path) else 0
@@ -280,12 +302,26 @@ class Run:
         }
 
     def search_table(self) -> dict[str, Any]:
-        """``[search]`` of the configuration."""
-        return dict(tomllib.loads((self / "search.toml").read_text(encoding="utf-8"))["search"])
+        """``trials``, ``rungs`` and ``objectives`` of the configuration. Raises UserError where it is damaged."""
+        path = self / "search.toml"
+        found: dict[str, Any] = {"rungs": [], "objectives": list(TWO)}
+        try:
+            found |= tomllib.loads(path.read_text(encoding="utf-8"))["search"]
+            if type(found["trials"]) is not int or not all(type(epochs) is int for epochs in found["rungs"]):
+                raise ValueError("search.trials or search.rungs are no numbers")
+            if unknown := [name for name in found["objectives"] if name not in OBJECTIVES]:
+                raise ValueError(f"search.objectives has {unknown[0]!r}")
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"{path} is damaged: {reason}\nResults and models in {self / 'trials'} do not need it. Where the file "
+                f"is torn, empty or lost, 'prunesweep resume {self.shown}' writes it again as it was at first"
+            ) from error
+        return found
 
     @cached_property
     def objectives(self) -> tuple[str, ...]:
-        return tuple(self.search_table().get("objectives", TWO))
+        return tuple(self.search_table()["objectives"])
 
     def unfinished(self) -> Iterator[Task]:
         """Tasks that were handed out and have no result, on any rung; without those whose file is damaged."""
@@ -421,7 +457,8 @@ class RunLock:
         """Host and pid of the live driver, or None."""
         try:
             held = json.loads((folder / "lease.json").read_text())
-        except (OSError, json.JSONDecodeError):
+            held = {key: held[key] for key in ("host", "pid", "started")}
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         if held["host"] == socket.gethostname():
             return held if _alive(held["pid"], held["started"]) else None

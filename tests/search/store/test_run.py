@@ -56,7 +56,7 @@ def test_another_hosts_lease_ends_without_its_heartbeat(tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a run: search.toml is missing"):
+    with pytest.raises(UserError, match="is not a run: search.toml and run.json are missing"):
         Run.existing(tmp_path)
     run = make_run(tmp_path / "r")
     assert Run.existing(run.path).metadata()["source"]["top1"] == 90.0
