@@ -49,10 +49,17 @@ def publish_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
+def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a scratch folder beside ``path``, and move it to ``path`` once the block ends well.
 
-    A folder that exists is replaced. If the block fails, ``path`` is left as it was and the scratch folder is removed.
+    If the block fails, ``path`` is left as it was and the scratch folder is removed.
+
+    Args:
+        path: the folder.
+        replace: replace a folder that exists.
+
+    Raises:
+        FileExistsError: there is a folder with something in it, and it is not to be replaced.
     """
     scratch = _scratch(path)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -62,7 +69,15 @@ def publish_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    if path.exists():
+    if not replace:
+        try:
+            os.rename(scratch, path)  # in one step, whoever else is making the folder
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+    elif path.exists():
         old = _scratch(path).with_suffix(".old")
         os.replace(path, old)
         os.replace(scratch, path)

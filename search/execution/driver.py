@@ -254,7 +254,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         "scores": {kind: path.name for kind, path in kept.score_files.items()},
         "versions": versions(),
     }
-    with publish_folder(run.path) as folder:
+    with _first(run), publish_folder(run.path, replace=False) as folder:
         if table is not None:
             shutil.copy2(table, folder / run.latency_table.name)
             config = _with_table(config, run.latency_table)
@@ -268,6 +268,20 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         (folder / "trials").mkdir()
         write_text(folder / "run.json", json.dumps({**facts, "settings": settings_of(config)}, indent=1))
     return config
+
+
+@contextlib.contextmanager
+def _first(run: Run) -> Iterator[None]:
+    """Say what a run's folder that is there all of a sudden means."""
+    try:
+        yield
+    except FileExistsError as error:
+        if error.filename != str(run.path):
+            raise
+        raise UserError(
+            f"{run.shown} has just been made by another process: when that has ended, go on with 'prunesweep resume "
+            f"{run.shown}', or choose another folder with --out"
+        ) from error
 
 
 def _link(source: str, target: str) -> None:

@@ -14,6 +14,7 @@ on rung 0; a trial that was promoted has a folder on every rung that it reached,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -450,38 +451,40 @@ class RunLock:
     BEAT, STALE = 10.0, 60.0  # seconds
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._stop = folder, threading.Event()
+        self.folder, self._stop, self._mine = folder, threading.Event(), ""
 
     @staticmethod
     def holder(folder: Path) -> dict[str, Any] | None:
         """Host and pid of the live driver, or None."""
+        lease = folder / "lease.json"
         try:
-            held = json.loads((folder / "lease.json").read_text())
-            held = {key: held[key] for key in ("host", "pid", "started")}
-        except (OSError, ValueError, TypeError, KeyError):
+            held = json.loads(lease.read_text())
+            held = {"host": held["host"], "pid": int(held["pid"]), "started": held["started"]}
+            if held["host"] == socket.gethostname():
+                return held if _alive(held["pid"], held["started"]) else None
+            return held if time.time() - lease.stat().st_mtime < RunLock.STALE else None
+        except (OSError, ValueError, TypeError, KeyError):  # none, or damaged
             return None
-        if held["host"] == socket.gethostname():
-            return held if _alive(held["pid"], held["started"]) else None
-        return held if time.time() - (folder / "lease.json").stat().st_mtime < RunLock.STALE else None
 
     def __enter__(self) -> RunLock:
-        held = self.holder(self.folder)
-        if held:
-            raise UserError(
-                f"{self.folder} is in use by process {held['pid']} on {held['host']}; "
-                "wait for it or stop it (Ctrl-C there, or kill that process)"
-            )
         lease = self.folder / "lease.json"
-        lease.unlink(missing_ok=True)
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        scratch = self.folder / f".lease.{os.getpid()}"
-        scratch.write_text(json.dumps(me))
-        try:
-            os.link(scratch, lease)  # unlike a rename it fails where another driver was quicker
-        except FileExistsError as error:
-            raise UserError(f"{self.folder} has just been taken by another process") from error
-        finally:
-            scratch.unlink()
+        self._mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
+        with _alone(self.folder):  # or the lease that takes a dead driver's place would be taken for the dead one's
+            held = self.holder(self.folder)
+            if held:
+                raise UserError(
+                    f"{self.folder} is in use by process {held['pid']} on {held['host']}; "
+                    "wait for it or stop it (Ctrl-C there, or kill that process)"
+                )
+            lease.unlink(missing_ok=True)
+            scratch = self.folder / f".lease.{os.getpid()}"
+            scratch.write_text(self._mine)
+            try:
+                os.link(scratch, lease)  # unlike a rename it fails where another host's driver was quicker
+            except FileExistsError as error:
+                raise UserError(f"{self.folder} has just been taken by another process") from error
+            finally:
+                scratch.unlink()
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -491,12 +494,27 @@ class RunLock:
     def release(self) -> None:
         """Let another driver in."""
         self._stop.set()
-        (self.folder / "lease.json").unlink(missing_ok=True)
+        lease = self.folder / "lease.json"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if lease.read_text() == self._mine:  # not that of a driver that took this one for dead
+                lease.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(self.BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.folder / "lease.json")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only process of this host in the block (of all hosts, where the file system locks across them)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
 
 
 def _started(pid: int) -> str:

@@ -66,6 +66,10 @@ def test_what_a_worker_sends_back_is_small_and_enough(
     assert run.metadata()["source"]["macs"] == space.source_cost.macs
     assert set(run.metadata()["scores"]) == set(begun.score_files)
     load(run / "source")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="has just been made by another process"):
+        create_run(run, config, begun)  # of two searches with one --out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_point_of_another_space_is_refused_before_there_is_a_run(

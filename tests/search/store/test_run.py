@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,38 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
             pass
     assert RunLock.holder(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def enter_together(folder: Path, rounds: int, barrier: Any) -> None:
+    """In every round find a dead driver's lease, at the same time as another process, and note whether it was taken."""
+    dead = json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "started": ""})
+    for number in range(rounds):
+        (folder / "lease.json").write_text(dead)
+        barrier.wait(30)
+        with contextlib.suppress(UserError), RunLock(folder):
+            (folder / f"{number}-{os.getpid()}").touch()
+            barrier.wait(30)
+            continue
+        barrier.wait(30)
+
+
+def test_of_two_processes_that_find_a_dead_drivers_lease_one_takes_it(tmp_path: Path) -> None:
+    started, rounds = multiprocessing.get_context("fork"), 200
+    barrier = started.Barrier(2)
+    processes = [started.Process(target=enter_together, args=(tmp_path, rounds, barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len({path.name.split("-")[0] for path in tmp_path.glob("*-*")}) == rounds
+    assert len(list(tmp_path.glob("*-*"))) == rounds
+
+
+def test_a_lease_that_another_driver_took_over_is_left_to_it(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        (tmp_path / "lease.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": ""}))
+    assert RunLock.holder(tmp_path)["host"] == "elsewhere"
 
 
 def test_a_dead_drivers_lease_is_taken_over(tmp_path: Path) -> None:
