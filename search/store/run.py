@@ -243,7 +243,8 @@ class Run:
                 if not all(isinstance(n, int) for n in (result.macs, result.params)):
                     raise ValueError("it has no cost")
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} is damaged: {reason}") from error
         return data
 
     def write_result(self, task_id: str, *, result: Result | None = None, error: str | None = None) -> dict[str, Any]:

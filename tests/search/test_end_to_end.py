@@ -269,6 +269,29 @@ def test_failed_trials_are_named_and_done_again_where_that_is_wanted(
     ]
 
 
+def test_a_run_with_half_a_journal_and_a_damaged_result_goes_on(
+    finished: tuple[Run, SearchResult, str], runs: Path
+) -> None:
+    """As where its folder was copied while it ran, to a disk that then failed."""
+    run = Run(runs / "copied")
+    shutil.copytree(finished[0].path, run.path)
+    journal = run / "study.journal"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-20]))
+    damaged = run.trial("r0-0001") / "result.json"
+    before = {r.trial: r for r in run.results()}
+    damaged.write_bytes(damaged.read_bytes()[:100] + bytes(200))
+    text = StringIO()
+    assert resume_search(run.path, trials=6, console=Console(file=text, width=500)).finished
+    assert f"{damaged} is damaged" in text.getvalue()
+    assert "kept as study.journal.outdated-1" in text.getvalue()
+    after = {r.trial: r for r in run.results()}
+    assert sorted(after) == [0, 1, 2, 3, 4, 5]
+    assert all(after[trial] == result for trial, result in before.items() if trial != 1)
+    assert (after[1].point, after[1].top1, after[1].key) == (before[1].point, before[1].top1, before[1].key)
+    told = {t.number: t.values for t in trials(journal)}
+    assert told == {r.trial: [r.top1, float(r.macs)] for r in after.values()}
+
+
 JOINT = {
     "space": {
         "budget": [0.3, 0.9],
