@@ -127,7 +127,8 @@ class _Losses:
         weight = attention.out.weight.double()
         whole = [attention.mixed(x, stage.grid) for x in self._held()]
         if isinstance(record.v, int):
-            covariance, mean = moments(attention.mixed(x, stage.grid) for x in self._rows(record.total_v))
+            # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
+            covariance, mean = moments(attention.mixed(x, stage.grid).double() for x in self._rows(record.total_v))
             reached = covariance @ weight.T  # (V, D)
             own = self._choice(i, "v", record.v)
             for rank in levels(record.v, self.align)[1:]:
@@ -205,12 +206,15 @@ class _Losses:
             covariance: of what it reads, (F, F).
             reached: covariance of the target with what it reads, (D, F).
         """
+        lam = (self.shrinkage * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
         ridge = covariance.clone()
-        ridge.diagonal().add_(
-            (self.shrinkage * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
-        )
+        ridge.diagonal().add_(lam)
         residual = reached - start @ covariance
-        return start + torch.cholesky_solve(residual.T, torch.linalg.cholesky(ridge)).T
+        factor, failed = torch.linalg.cholesky_ex(ridge)
+        if not failed:
+            return start + torch.cholesky_solve(residual.T, factor).T
+        values, vectors = torch.linalg.eigh(covariance)  # rounding of products in float32 left it indefinite
+        return start + residual @ vectors / (values.clamp_min(0) + lam) @ vectors.T
 
     def _choice(self, i: int, space: str, full: int) -> dict[int, float]:
         return self.losses.setdefault((i, space), {full: 0.0})

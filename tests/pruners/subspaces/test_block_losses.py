@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -14,6 +16,7 @@ from prunesweep.pruners.subspaces.block_losses import levels, measure_losses
 from prunesweep.pruners.subspaces.refit import tail
 from prunesweep.pruners.subspaces.sensitivity import Sensitivity, logit_error
 from prunesweep.pruners.subspaces.units import moments, unit_order, written_by
+from tests.pruners.subspaces.test_compress import images, made, vit
 from tests.pruners.subspaces.test_families import batches_of, by_family, source_of
 
 
@@ -121,3 +124,21 @@ def test_the_model_of_a_point_is_fitted_to_all_images() -> None:
     with torch.no_grad():
         torch.testing.assert_close(point.model(batches[0]), again(batches[0]))
     assert point.images == sum(map(len, batches[6:]))
+
+
+def test_values_that_do_not_use_their_width_in_float32() -> None:
+    """Rounding leaves the covariance of such values indefinite; narrowing them to what they use costs nothing."""
+    source: Any = made(vit())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for block in source.blocks:
+            for h in range(2):
+                rows = slice(24 + h * 6, 24 + h * 6 + 6)
+                low = torch.randn(6, 1, generator=generator) @ torch.randn(1, 24, generator=generator)
+                block.attn.qkv.weight[rows] = low
+    source = source.float()
+    batches = [batch.float() for batch in images(80, 8)]
+    found = measure_losses(source, batches[:6], batches[6:], SourceStatistics.collect(source, batches[:6]))
+    for i in range(3):
+        own = found.losses[i, "v"]
+        assert all(0 <= loss < 1e-6 * found.losses[i, "mlp"][2] for loss in own.values())
