@@ -20,6 +20,7 @@ from rich.console import Console
 
 from .bench import bench
 from .doctor import doctor
+from .eval_run import evaluate_run, is_run
 from .export import export_model, push_model
 from .finetune import finetune
 from .import_ import import_model
@@ -188,14 +189,17 @@ def front(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="folder of a saved model, or of a run, whose front is measured", show_default=False)
+    ],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH",
+            help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH; a run "
+            "has its own",
             show_default=False,
         ),
-    ],
+    ] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="texts: words that are seen at a time  [default: the model's]")
     ] = None,
@@ -213,16 +217,24 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a saved model's accuracy or perplexity, and how far it agrees with a source."""
+    """Measure a saved model's accuracy or perplexity, and how far it agrees with a source; or a run's front again."""
     from prunesweep.models import UserError, arch_of, cost, load
     from prunesweep.models.precision import to_float32
     from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, check_fits, open_data, open_text
     from prunesweep.training import evaluate as measure
     from prunesweep.training.jobs.one_shot import open_source
 
+    other = length is not None or context or test
+    if is_run(model):
+        if other or class_order != "natural" or teacher is not None:
+            raise UserError(f"of a run only --data and --json may be given: {model} is measured as it was searched")
+        evaluate_run(model, data, as_json=as_json)
+        return
+    if data is None:
+        raise UserError("--data is missing: name what the model is measured on, e.g. digits or imagefolder:PATH")
     loaded = to_float32(load(model))
     arch = arch_of(loaded)
-    if length is not None or context or test:
+    if other:
         opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
     else:
         opened = open_data(data, loaded.pretrained_cfg, class_order=class_order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -248,7 +249,9 @@ def test_data_are_the_same_for_every_form_of_the_source(image_folder: Path, tmp_
         check_data(run, reopen(run))
 
 
-def test_promoting_takes_moved_data(on_folder: Run, image_folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_promoting_and_measuring_take_moved_data(
+    on_folder: Run, image_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
 
     config = reopen(on_folder)
     space = Space(
@@ -260,7 +263,18 @@ def test_promoting_takes_moved_data(on_folder: Run, image_folder: Path, tmp_path
     assert unit is not None
     run_task(on_folder.path, unit)
     coordinator.complete(unit.id)
+    code, out, error = call(capsys, "eval", on_folder.path, "--json")
+    assert code == 0, error
+    (measured,) = json.loads(out)
+    assert measured["measured"]["top1"] == measured["top1"] == coordinator.results[0].top1
+    assert call(capsys, "eval", on_folder.path, "--data", "digits")[0] == 2
+    for option in (["--test"], ["--class-order", "codepoint"], ["--teacher", "x"]):
+        assert "of a run only --data and --json" in call(capsys, "eval", on_folder.path, *option)[2]
+    assert "--data is missing" in call(capsys, "eval", on_folder.path / "source")[2]
     image_folder.rename(tmp_path / "moved")
+    code, out, _ = call(capsys, "eval", on_folder.path, "--data", f"imagefolder:{tmp_path / 'moved'}")
+    assert code == 0
+    assert re.match(r"trial 0, rung 0: (top-1 .* %); \1 in the search; [\d,]+ MACs", out)
     command = ["promote", on_folder.path, "--recipe", "quick", "--set", "epochs=1", "--set", "batch_size=4"]
     code, _, error = call(capsys, *command)
     assert code == 2

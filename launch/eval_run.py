@@ -1,0 +1,58 @@
+"""``prunesweep eval RUN``: measure the models of a run's front again, on the data that the run was made on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["evaluate_run", "is_run"]
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, not a saved model's."""
+    return any((path / name).is_file() for name in ("run.json", "search.toml"))
+
+
+def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
+    """Print a line for every member of the front: what it gives now, and what it gave in the search.
+
+    Args:
+        path: the run's folder.
+        data: name of the run's data, if they were moved.
+        as_json: print a list of all figures instead.
+
+    Raises:
+        UserError: the run's settings were edited, the data are not those that it was made on, or a model is damaged.
+    """
+    from rich.console import Console
+
+    from prunesweep.models import load
+    from prunesweep.models.precision import to_float32
+    from prunesweep.search import Run
+    from prunesweep.search.execution.reopen import check_data, reopen
+    from prunesweep.training import EVAL_BATCH, EvalMetrics
+    from prunesweep.training import evaluate as measure
+
+    run = Run.existing(path)
+    notes = Console(stderr=True)
+
+    def note(text: str) -> None:
+        notes.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    config = reopen(run, () if data is None else [f"data.name={data}"], on_note=note)
+    opened = check_data(run, config)
+    if not as_json:
+        note("\n".join(opened.describe()))
+    source = None if opened.info.labelled else to_float32(load(run / "source"))
+    found = []
+    for point in run.front():
+        model = to_float32(load(run / point["model"]))
+        now = EvalMetrics.of(measure(model, opened.val_loader(EVAL_BATCH), source=source))
+        found.append({**point, "model": str(path / point["model"]), "measured": now.as_dict()})
+        if not as_json:
+            where, before = f"trial {point['trial']}, rung {point['rung']}", EvalMetrics.of(point)
+            print(f"{where}: {now}; {before} in the search; {point['macs']:,} MACs, {point['params']:,} params")
+    if as_json:
+        print(json.dumps(found))
+    elif not found:
+        print("the front is empty")
