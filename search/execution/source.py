@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from prunesweep.training import (
     Data,
     EvalMetrics,
     cache_logits,
+    chance_warning,
     check_fits,
     check_labels,
     evaluate_on,
@@ -141,6 +143,8 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
 
         logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
     quality = EvalMetrics.of(load_provenance(folder))
+    if warning := chance_warning(source, data, quality):
+        warnings.warn(f"source.model = {config.source.model!r}: {warning}", stacklevel=2)
     kept = SourceArtifacts(
         folder=folder,
         score_files=files,
@@ -166,8 +170,7 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         check_finite(model, f"source.model = {source.model!r}")
         arch = arch_of(model)
         preprocessing = {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}
-        data = open_data(config.data.name, preprocessing, **options)
-        return _with_class_names(model, data), data
+        return model, open_data(config.data.name, preprocessing, **options)
     data = open_data(config.data.name, _preprocessing(source), **options)
     if not data.info.labelled:
         raise UserError(f"data.name = {data.info.name!r}: has no labels to train a source on; drop [source.train]")
@@ -301,6 +304,8 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
     found = EvalMetrics.of(evaluate_on(model, data, source=model))
     progress("evaluating the source", 1.0, str(found))
     facts = {"data": data.info.fingerprint, "seed": config.seed, **found.as_dict(), "versions": versions()}
+    if data.info.labelled and found.top1 is not None and found.top1 > 100 / data.info.num_classes:
+        _with_class_names(model, data)  # at chance the order may be another one, which must not become the model's own
     save(model, folder, {"method": "source", "source": config.source.model, "key": key, **facts})
     if recipe is not None:
         state.unlink(missing_ok=True)

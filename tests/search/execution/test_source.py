@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from prunesweep.models import UserError, load, load_provenance, save, weights_digest
 from prunesweep.search.config import SearchConfig
@@ -76,3 +78,24 @@ def test_a_source_in_half_precision_is_scored_in_float32_and_kept_as_it_is(
     assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert weights_digest(stored) == weights_digest(load(tmp_path / "model")) == kept.weights
     assert evaluate(stored, kept.data.val_loader(256))["top1"] == kept.top1
+
+
+@pytest.mark.parametrize(("answer", "known"), [(0, False), (1, True)])
+def test_classes_are_named_only_after_a_source_that_is_better_than_chance(
+    tiny: Callable[..., SearchConfig], tmp_path: Path, answer: int, known: bool
+) -> None:
+    """At chance, the order of classes may be another one than the source was trained with."""
+    for split, name, count in (("train", "a", 9), ("train", "B", 9), ("val", "a", 2), ("val", "B", 6)):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / "data" / split / name / f"{i}.png")
+    constant = model(num_classes=2)
+    constant.head.weight.data.zero_()
+    constant.head.bias.data[answer] = 5.0
+    config = config_of(tiny, save(constant, tmp_path / "model"))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"name": f"imagefolder:{tmp_path}/data"})})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        kept = prepare(config, tmp_path / "cache", nothing)
+    assert any("no better than chance" in str(one.message) for one in said) != known
+    assert load(kept.folder).pretrained_cfg.get("label_names") == (["a", "B"] if known else None)
