@@ -147,7 +147,10 @@ class Coordinator:
                 if candidate is None:
                     self._study.prune(task.number)
                 else:
-                    yield self._unit(task.number, task.point, candidate)
+                    again = self._unit(task.number, task.point, candidate)
+                    self.run.trial(again.id).mkdir()
+                    self.run.write_task(again)
+                    yield again
 
     def _decided(self, task: Task) -> bool:
         """Whether the decision of a task is there, and is that of its candidate."""
