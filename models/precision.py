@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 __all__ = [
+    "HALF",
     "TYPES",
     "as_stored",
     "dtype_in",

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunesweep.models import UserError
 from prunesweep.models.families.lm import LanguageModel
-from prunesweep.models.precision import in_float32
+from prunesweep.models.precision import widened
 from prunesweep.pruners import kl_divergence
 
 from .data import NO_LABEL, Data
@@ -36,7 +36,7 @@ def evaluate(
     """Measure accuracy and loss over all images, and agreement with a source; leave the model's mode as it was.
 
     A language model is measured over all words that it has to predict, images being words. Models in half precision are
-    measured in float32.
+    measured in float32, one in double precision as it is.
 
     Args:
         model: a classifier or a ``LanguageModel``, on its device.
@@ -55,7 +55,7 @@ def evaluate(
         UserError: no image has a label, and there is no source.
         ValueError: there are no images.
     """
-    model, source = in_float32(model), None if source is None else in_float32(source)
+    model, source = widened(model), None if source is None else widened(source)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -184,7 +184,7 @@ def _answers(
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         if not isinstance(models[0], LanguageModel):
-            yield [model(x) for model in models], y
+            yield [model(x.to(next(model.parameters(), x).dtype)) for model in models], y
             continue
         wanted = y != IGNORED
         hidden, words = [model.hidden(x)[wanted] for model in models], y[wanted]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import arch_of
-from prunesweep.models.precision import in_float32, to_float32
+from prunesweep.models.precision import HALF, stored_dtype, to_float32, widened
 from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .checkpoint import save_state
@@ -83,12 +83,12 @@ def fit(
     on_note: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> bool:
-    """Train ``model`` in place, in float32.
+    """Train ``model`` in place, in float32 where its weights are in half precision.
 
     In a process group, every worker calls this with the same model, data and recipe.
 
     Args:
-        model: a classifier with timm's ``pretrained_cfg``; ends in eval mode, and in float32 whatever type it had.
+        model: a classifier with timm's ``pretrained_cfg``; ends in eval mode. Images are in its type.
         data: data set to train and evaluate on.
         recipe: epochs, optimizer, augmentation and losses.
         teacher: the model that the recipe's distillation terms call the source; moved to the model's device.
@@ -115,7 +115,8 @@ def fit(
     """
     hook = Hook() if hook is None else hook
     check_words(arch_of(model), data)
-    model, teacher = to_float32(model), None if teacher is None else in_float32(teacher)
+    model = to_float32(model) if stored_dtype(model) in HALF else model
+    teacher = None if teacher is None else widened(teacher)
     reports: dict[str, Any] = {"on_step": on_step, "on_note": on_note}
     trainer = Trainer(model, data, recipe, hook, teacher, World.current(), teacher_cache=teacher_cache, **reports)
     done = trainer.resume(state)

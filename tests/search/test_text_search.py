@@ -79,7 +79,9 @@ def test_a_source_that_does_not_fit_is_named(source: dict, message: str, tmp_pat
 
 @pytest.mark.parametrize("objectives", [["macs", "params"], ["top1", "ppl"], ["ppl"], ["top1", "ppl", "macs"]])
 def test_objectives_are_one_quality_and_costs(objectives: list[str]) -> None:
-    with pytest.raises(UserError, match="must be top1 and one or more costs, each once; of texts, ppl and costs"):
+    with pytest.raises(
+        UserError, match="must be top1, or agreement .*, and one or more costs, each once; of texts, ppl"
+    ):
         parse_config({**config().model_dump(exclude_none=True), "search": {"objectives": objectives}}, "tiny")
 
 

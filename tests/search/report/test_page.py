@@ -53,7 +53,7 @@ def make_run(path: Path, **quality: float) -> Run:
     facts = {"name": "small", "top1": 95.0, "macs": spent.macs, "params": spent.params, **quality}
     (path / "run.json").write_text(json.dumps({"source": facts, "scores": {}, "versions": {"torch": "2"}}))
     objectives = ["ppl", "macs"] if quality else ["top1", "macs"]
-    (path / "search.toml").write_text(f"[search]\nobjectives = {json.dumps(objectives)}\n")
+    (path / "search.toml").write_text(f"[search]\ntrials = 9\nobjectives = {json.dumps(objectives)}\n")
     run = Run(path)
     for trial, rung, share in ((0, 0, 0.8), (0, 1, 0.8), (1, 0, 0.5)):
         add(run, arch, trial, rung, share, {name: value + share for name, value in quality.items()})
