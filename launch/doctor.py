@@ -58,6 +58,7 @@ def doctor(
 ) -> None:
     """Check what a search needs, here and on every node of a cluster; with a configuration, its data too."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from prunesweep.search.config import ClusterTable, load_config
@@ -72,7 +73,7 @@ def doctor(
     shown = Table("", "what", "found", "what to do", box=None)
     signs = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "wrong": "[red]wrong[/]"}
     for finding in findings:
-        shown.add_row(signs[finding.state], finding.what, finding.found, finding.fix)
+        shown.add_row(signs[finding.state], *map(escape, (finding.what, finding.found, finding.fix)))
     Console().print(shown)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)

@@ -88,7 +88,8 @@ def fit(
     In a process group, every worker calls this with the same model, data and recipe.
 
     Args:
-        model: a classifier with timm's ``pretrained_cfg``; ends in eval mode. Images are in its type.
+        model: a classifier with timm's ``pretrained_cfg``; ends in eval mode, with the data's class names. Images are
+            in its type.
         data: data set to train and evaluate on.
         recipe: epochs, optimizer, augmentation and losses.
         teacher: the model that the recipe's distillation terms call the source; moved to the model's device.
@@ -139,8 +140,17 @@ def fit(
             break
     if finished:
         trainer.keep_average()
+        if recipe.epochs:
+            _name_classes(model, data)
     model.eval()
     return finished
+
+
+def _name_classes(model: Any, data: Data) -> None:
+    """Give a model the names of the classes that it was trained on, by which later data are matched with it."""
+    names = data.info.classes
+    if names and data.info.labelled and len(names) == getattr(model, "num_classes", 0):
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(names)}
 
 
 def _mix(seed: int, epoch: int, rank: int) -> int:

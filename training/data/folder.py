@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -222,8 +223,15 @@ def class_names(name: str, folders: Sequence[str], options: OpenOptions) -> tupl
         return given
     own = options.preprocessing.get("label_names")
     own = tuple(map(str, own)) if isinstance(own, list | tuple) else ()
-    if len(own) == len(folders) and set(own) == set(folders):
-        return own
+    if len(own) == len(folders):
+        differ = sorted(set(own) ^ set(folders))
+        if not differ:
+            return own
+        warnings.warn(
+            f"data {name!r}: the model's classes are named otherwise ({', '.join(differ[:6])}): labels are its classes "
+            f"by position, {options.class_order} order of the folders; data.classes gives another order",
+            stacklevel=2,
+        )
     # sorted by code point first, so that names which differ in case only have one order everywhere
     return tuple(sorted(sorted(folders), key=natural_key) if options.class_order == "natural" else sorted(folders))
 

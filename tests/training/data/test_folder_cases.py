@@ -18,7 +18,17 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError
-from prunesweep.training import EvalMetrics, World, absolute_name, chance_warning, evaluate, open_data, seeded
+from prunesweep.training import (
+    EvalMetrics,
+    Recipe,
+    World,
+    absolute_name,
+    chance_warning,
+    evaluate,
+    fit,
+    open_data,
+    seeded,
+)
 from prunesweep.training.batches import EpochBatches
 from prunesweep.training.data import KINDS, Data, register
 from prunesweep.training.data import folder as folder_module
@@ -367,3 +377,24 @@ def test_the_other_order_is_tried_where_accuracy_is_at_chance(tmp_path: Path) ->
     model.pretrained_cfg = {"label_names": sorted(NAMES)}  # type: ignore[assignment]
     named = open_data(f"imagefolder:{root}", {**PREPROCESSING, **model.pretrained_cfg})
     assert evaluate(model, named.val_loader(8))["top1"] == 100
+
+
+def test_other_names_of_as_many_classes_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "names"
+    for split in ("train", "val"):
+        for name in ("a", "B", "c"):
+            draw(root / split / name / "0.png", 30)
+    with pytest.warns(
+        UserWarning, match=r"named otherwise \(c, d\): labels are its classes by position, natural order"
+    ):
+        data = open_data(f"imagefolder:{root}", {**PREPROCESSING, "label_names": ["B", "a", "d"]})
+    assert data.info.classes == ("a", "B", "c")
+
+
+def test_a_trained_model_carries_the_names_of_the_classes_it_was_trained_on(four: Path) -> None:
+    data = opened(four)
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **shape)
+    model.pretrained_cfg |= {"label_names": ["of", "another", "data", "set"]}
+    fit(model, data, Recipe(epochs=1, batch_size=4))
+    assert model.pretrained_cfg["label_names"] == ["c0", "c1", "c2", "c3"]
