@@ -102,19 +102,19 @@ class Scores:
         save_file(tensors, path, metadata=facts)
 
     @classmethod
-    def load(cls, path: Path) -> Scores:
-        """Read what ``save`` wrote. Raises UserError for a damaged file or one of another kind."""
+    def load(cls, path: Path, remedy: str = "delete it to score again") -> Scores:
+        """Read what ``save`` wrote. Raises UserError, ending with ``remedy``, if it is damaged or of another kind."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {error}; delete it to score again") from error
+            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
-            raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; delete it to score again")
+            raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; {remedy}")
         if CONTENT in metadata and metadata[CONTENT] != tensors_digest(vectors):
-            raise UserError(f"{path} is damaged: its numbers are not those that were written; delete it to score again")
+            raise UserError(f"{path} is damaged: its numbers are not those that were written; {remedy}")
         return cls(vectors, json.loads(metadata["provenance"]))
 
 

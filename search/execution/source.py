@@ -263,6 +263,11 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
         )
     if any(config.search.rungs or [config.finetune.epochs]):
         check_labels(data, config.finetune)
+        if config.finetune.batch_size > data.train_images:
+            raise UserError(
+                f"finetune.batch_size = {config.finetune.batch_size}: data.name = {data.info.name!r} has only "
+                f"{data.train_images:,} training images; lower it"
+            )
     if config.source.pos_embed_std is not None and not config.source.train:
         raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")
 

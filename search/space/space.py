@@ -314,4 +314,5 @@ def read_scores(folder: Path, files: Mapping[str, str]) -> dict[str, Scores]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    return {name: Scores.load(folder / file) for name, file in files.items()}
+    remedy = "put a file of that name from scores/ of the cache (--cache) in its place, or start a new search"
+    return {name: Scores.load(folder / file, remedy) for name, file in files.items()}

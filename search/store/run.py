@@ -181,6 +181,8 @@ class Run:
                     raise UserError(f"{path} is damaged: it has no {name}")
             if not all(isinstance(facts["source"].get(cost), int) for cost in ("macs", "params")):
                 raise UserError(f"{path} is damaged: its source has no macs or no params")
+            if any(not isinstance(facts["source"].get(one), float | int | None) for one in QUALITIES):
+                raise UserError(f"{path} is damaged: a figure of its source is no number")
         except UserError as error:
             raise UserError(
                 f"{error}\nResults and models in {self / 'trials'} do not need it: 'prunesweep eval' takes each "

@@ -40,6 +40,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no source": (facts(lambda data: data.pop("source")), "run.json is damaged: it has no source"),
     "no scores": (facts(lambda data: data.pop("scores")), "run.json is damaged: it has no scores"),
     "no macs": (facts(lambda data: data["source"].pop("macs")), "run.json is damaged: its source has no macs"),
+    "no number": (facts(lambda data: data["source"].update(top1="x")), "run.json is damaged: a figure of its source"),
     "null scores": (facts(lambda data: data.update(scores=None)), "run.json is damaged: it has no scores"),
     "settings lost": (lambda run: (run / "search.toml").unlink(), "search.toml"),
     "settings empty": (settings(""), "search.toml"),

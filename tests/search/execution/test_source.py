@@ -85,10 +85,10 @@ def test_classes_are_named_only_after_a_source_that_is_better_than_chance(
     tiny: Callable[..., SearchConfig], tmp_path: Path, answer: int, known: bool
 ) -> None:
     """At chance, the order of classes may be another one than the source was trained with."""
-    for split, name, count in (("train", "a", 9), ("train", "B", 9), ("val", "a", 2), ("val", "B", 6)):
+    for split, name, count in (("train", "a", 70), ("train", "B", 70), ("val", "a", 2), ("val", "B", 6)):
         (tmp_path / "data" / split / name).mkdir(parents=True)
         for i in range(count):
-            Image.new("L", (8, 8), 20 * i).save(tmp_path / "data" / split / name / f"{i}.png")
+            Image.new("L", (8, 8), 3 * i).save(tmp_path / "data" / split / name / f"{i}.png")
     constant = model(num_classes=2)
     constant.head.weight.data.zero_()
     constant.head.bias.data[answer] = 5.0
@@ -99,3 +99,15 @@ def test_classes_are_named_only_after_a_source_that_is_better_than_chance(
         kept = prepare(config, tmp_path / "cache", nothing)
     assert any("no better than chance" in str(one.message) for one in said) != known
     assert load(kept.folder).pretrained_cfg.get("label_names") == (["a", "B"] if known else None)
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused_before_any_work(
+    tiny: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    config = config_of(tiny, save(model(), tmp_path / "model"))
+    finetune = config.finetune.model_copy(update={"batch_size": 5000, "epochs": 1})
+    with pytest.raises(
+        UserError, match="finetune.batch_size = 5000: data.name = 'digits' has only 1,347 training images"
+    ):
+        prepare(config.model_copy(update={"finetune": finetune}), tmp_path / "cache", nothing)
+    assert not (tmp_path / "cache").exists()
