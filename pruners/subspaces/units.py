@@ -37,19 +37,24 @@ def unit_order(covariance: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
     """
     M = len(covariance)
     eye = torch.eye(M, dtype=torch.float64, device=covariance.device)
-    inverse = torch.linalg.inv(covariance + SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-30) * eye)
-    weight, left, gone = writer.double().clone(), torch.arange(M, device=covariance.device), []
-    while len(left) > 1:
+    inverse = torch.linalg.inv(covariance.double() + SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-30) * eye)
+    weight, units, gone = writer.double().clone(), torch.arange(M, device=covariance.device), list[torch.Tensor]()
+    alive = torch.ones(M, dtype=torch.bool, device=covariance.device)
+    left = M
+    while left > 1:
         losses = weight.square().sum(0) / inverse.diagonal()
-        worst = losses.argsort(stable=True)[: max(1, len(left) // STEPS)]
-        stay = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stay[worst] = False
-        step = torch.linalg.solve(inverse[worst][:, worst], inverse[worst][:, stay])
-        weight = weight[:, stay] - weight[:, worst] @ step
-        inverse = inverse[stay][:, stay] - inverse[stay][:, worst] @ step
-        gone.append(left[worst])
-        left = left[stay]
-    return torch.cat([left, *(own.flip(0) for own in reversed(gone))])
+        worst = losses.masked_fill(~alive, torch.inf).argsort(stable=True)[: max(1, left // STEPS)]
+        step = torch.linalg.solve(inverse[worst][:, worst], inverse[worst])
+        weight -= weight[:, worst] @ step
+        inverse -= inverse[:, worst] @ step
+        inverse.diagonal()[worst] = 1.0  # rows and columns of what is gone are zero now
+        gone.append(units[worst])
+        alive[worst] = False
+        left -= len(worst)
+        if left <= len(alive) // 2:  # carry on with what is left
+            weight, inverse, units = weight[:, alive], inverse[alive][:, alive], units[alive]
+            alive = alive[alive]
+    return torch.cat([units[alive], *(own.flip(0) for own in reversed(gone))])
 
 
 def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
