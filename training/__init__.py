@@ -4,7 +4,7 @@ from .checkpoint import load_state, save_state
 from .compatibility import check_fits, check_labels, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
 from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_on
-from .loop import Diverged, Epoch, fit, seeded
+from .loop import Diverged, Epoch, fit, name_classes, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
 from .trainer import DoesNotFit, batches_of
@@ -34,6 +34,7 @@ __all__ = [
     "images_only",
     "load_recipe",
     "load_state",
+    "name_classes",
     "open_data",
     "open_fitting",
     "open_text",

@@ -29,7 +29,7 @@ from .recipe import Recipe
 from .trainer import Diverged, Trainer
 from .world import World
 
-__all__ = ["Diverged", "Epoch", "fit", "seeded"]
+__all__ = ["Diverged", "Epoch", "fit", "name_classes", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ def fit(
     if finished:
         trainer.keep_average()
         if recipe.epochs:
-            _name_classes(model, data)
+            name_classes(model, data)
     model.eval()
     return finished
 
 
-def _name_classes(model: Any, data: Data) -> None:
+def name_classes(model: Any, data: Data) -> None:
     """Give a model the names of the classes that it was trained on, by which later data are matched with it."""
     names = data.info.classes
     if names and data.info.labelled and len(names) == getattr(model, "num_classes", 0):

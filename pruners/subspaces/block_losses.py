@@ -149,7 +149,7 @@ class _Losses:
         queries, keys = self.statistics.heads[i].to(weight.device)
         fit = list(self._rows(record.total_v))
         parts = [attention.projected(x, stage.grid) for x in (*fit, *self._held())]
-        full = [attention.attended(*part, x) for part, x in zip(parts, (*fit, *self._held()), strict=True)][: len(fit)]
+        full = [attention.attended(*part, x) for part, x in zip(parts, fit, strict=False)]
         own = self._choice(i, "qk", record.qk)
         for rank in levels(record.qk, self.align)[1:]:
             maps = [query_key_maps(queries[h], keys[h], rank) for h in range(record.heads)]

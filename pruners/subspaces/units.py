@@ -94,7 +94,7 @@ def rank_units(model: nn.Module, batches: Iterable[Any]) -> dict[int, torch.Tens
         streams = [family.stem(model, to_model(model, batch)) for batch in images_of(batches, arch)]
         for view in block_views(model, arch):
             stage = arch.stages[view.stage]
-            if view.index == sum(len(own.blocks) for own in arch.stages[: view.stage]) and view.stage:
+            if view.stage and view.record is stage.blocks[0]:
                 streams = [family.entrance(model, arch, view.stage).run(x) for x in streams]
             if view.attention is not None:
                 streams = [view.attention.after(x, stage.grid) for x in streams]

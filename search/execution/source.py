@@ -32,6 +32,7 @@ from prunesweep.training import (
     check_labels,
     evaluate_on,
     fit,
+    name_classes,
     open_data,
     seeded,
 )
@@ -183,7 +184,7 @@ def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
         model = _timm_model(source, args, overlay)
         if source.pos_embed_std is not None:
             trunc_normal_(model.pos_embed, std=source.pos_embed_std)
-    return _with_class_names(model, data), data
+    return model, data
 
 
 def _preprocessing(source: SourceTable) -> dict[str, Any]:
@@ -217,14 +218,6 @@ def open_source_data(config: SearchConfig) -> Data:
     )
     _check_fit(arch, data, config)
     return data
-
-
-def _with_class_names(model: Any, data: Data) -> Any:
-    """The model, which keeps the names of its classes, so that any later data are matched with them by name."""
-    names = data.info.classes
-    if names and len(names) == model.num_classes:
-        model.pretrained_cfg["label_names"] = list(names)
-    return model
 
 
 def _check_name(name: str) -> None:
@@ -310,7 +303,7 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
     progress("evaluating the source", 1.0, str(found))
     facts = {"data": data.info.fingerprint, "seed": config.seed, **found.as_dict(), "versions": versions()}
     if data.info.labelled and found.top1 is not None and found.top1 > 100 / data.info.num_classes:
-        _with_class_names(model, data)  # at chance the order may be another one, which must not become the model's own
+        name_classes(model, data)  # at chance the order may be another one, which must not become the model's own
     save(model, folder, {"method": "source", "source": config.source.model, "key": key, **facts})
     if recipe is not None:
         state.unlink(missing_ok=True)
