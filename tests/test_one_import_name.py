@@ -121,7 +121,8 @@ def test_workers_import_nothing_from_the_users_folder(
         (hostile / f"{name}.py").write_text(HOSTILE)
     config = tiny(search={"trials": 1}, resources={"cpus": 2, "workers_per_trial": 2})
     (tmp_path / "tiny.toml").write_text(config.to_toml())
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # an empty entry would put the current folder on the path
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     # -P: as with the command that is installed, the current folder is not on the driver's path
     command = ("-P", "-m", "prunesweep", "search", str(tmp_path / "tiny.toml"), "--out", "run")
     done = python(*command, folder=hostile, **paths)

@@ -44,6 +44,7 @@ def test_blocks_of_a_pyramid_are_scored_and_dropped(images: Path, tmp_path: Path
         "source": {"model": f"local-dir:{source}"},
         "scores": {"method": "taylor", "images": 8, "batch_size": 4},
         "space": {"budget": [0.3, 1.0], "skip": [0, 3], "groups": dict.fromkeys(("embed", "dim", "mlp", "sr"), 2)},
+        "finetune": {"batch_size": 8},
         "search": {"screen_images": 8},
     }
     begun = prepare_search(parse_config(table, "test"), tmp_path / "cache", lambda *_: None)
