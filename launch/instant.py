@@ -41,7 +41,7 @@ def instant(
     from prunesweep.pruners.subspaces import instant as compute
     from prunesweep.search.report.display import Display
     from prunesweep.training import check_fits, open_data
-    from prunesweep.training.jobs.one_shot import open_source
+    from prunesweep.training.jobs.one_shot import evaluate_shown, open_source
 
     shares = _shares(budgets)
     if out.exists():
@@ -60,8 +60,11 @@ def instant(
         points = compute(model, batches, shares, objective=objective, align=align, progress=progress)
         for point in points:
             as_stored(point.model)
-        rows = [_measured(None, model, model, dataset, whole, report, "evaluating")]
-        rows += [_measured(p, p.model, model, dataset, whole, report, f"evaluating {p.budget:g}") for p in points]
+        found = evaluate_shown([model, *(point.model for point in points)], dataset, report, source=model)
+    held_out: Any = dataset.split("val", augment=None)
+    seen = len(held_out)
+    rows = [_row(1.0, model, found[0], whole, seen)]
+    rows += [_row(p.budget, p.model, own, whole, seen) for p, own in zip(points, found[1:], strict=True)]
     with publish_folder(out.absolute()) as folder:
         for point, row in zip(points, rows[1:], strict=True):
             row["model"] = f"{point.budget:g}"
@@ -101,25 +104,20 @@ def _spent(share: float, cost: int, whole: int, objective: str, align: int) -> d
     return spent(objective, share * whole, cost, whole, missed)
 
 
-def _measured(point: Any, model: Any, source: Any, data: Any, whole: Any, report: Any, what: str) -> dict[str, Any]:
-    """Measure one point of the front on the validation split, by which nothing was chosen, and return its row."""
+def _row(budget: float, model: Any, found: dict[str, float], whole: Any, images: int) -> dict[str, Any]:
+    """Return the row of a model of the front: cost, and what it gave on the validation split, which chose nothing."""
     from prunesweep.models import arch_of, cost
-    from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate
 
-    loader = data.val_loader(EVAL_BATCH)
-    report(what, 0.0, "")
-    found = evaluate(model, loader, source=source)
-    report(what, 1.0, str(EvalMetrics.of(found)))
     spent = cost(arch_of(model))
     return {
-        "budget": 1.0 if point is None else point.budget,
+        "budget": budget,
         "macs": spent.macs,
         "params": spent.params,
         "macs_share": spent.macs / whole.macs,
         "top1": found.get("top1"),
         "kl": found["kl"],
         "agreement": found["agreement"],
-        "images": len(data.split("val", augment=None)),
+        "images": images,
         "model": None,
     }
 

@@ -15,7 +15,15 @@ from prunesweep.pruners import AppliedMethod, TrainedMethod
 from prunesweep.search.report.display import Display
 from prunesweep.training import EvalMetrics, evaluate_on, load_recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
-from prunesweep.training.jobs.one_shot import Budget, Pruned, open_source, plan_once, prune_once, save_pruned
+from prunesweep.training.jobs.one_shot import (
+    Budget,
+    Pruned,
+    evaluate_shown,
+    open_source,
+    plan_once,
+    prune_once,
+    save_pruned,
+)
 from prunesweep.training.jobs.prune_training import TrainedPruning
 
 from .finetune import reports
@@ -228,7 +236,9 @@ def apply_once(request: Request) -> None:
     settings = method.configure(options if request.r is None else {**options, "r": request.r})
     data = request.opened(model)
     applied = method.apply(model, settings)
-    before, after = (EvalMetrics.of(evaluate_on(m, data, source=model)) for m in (model, applied.model))
+    with Display(request.console).progress() as progress:
+        found = evaluate_shown([model, applied.model], data, progress, source=model)
+    before, after = map(EvalMetrics.of, found)
     if not method.saved:
         _report_unsaved(request, cost(arch), before, after, applied.macs or cost(arch).macs)
         return

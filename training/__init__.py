@@ -3,7 +3,7 @@
 from .checkpoint import load_state, save_state
 from .compatibility import check_fits, check_labels, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
-from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_on
+from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_all, evaluate_on
 from .loop import Diverged, Epoch, fit, name_classes, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
@@ -29,6 +29,7 @@ __all__ = [
     "check_labels",
     "check_words",
     "evaluate",
+    "evaluate_all",
     "evaluate_on",
     "fit",
     "images_only",

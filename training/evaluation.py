@@ -19,13 +19,12 @@ from .data import NO_LABEL, Data
 from .data.text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate", "evaluate_on"]
+__all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate", "evaluate_all", "evaluate_on"]
 
 EVAL_BATCH = 256
-LOGITS_AT_A_TIME = 2**26  # words x vocabulary of a language model
+LOGITS_AT_A_TIME = 2**26  # words x vocabulary of language models, all together
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
@@ -47,41 +46,79 @@ def evaluate(
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
         perplexity exp(loss), infinite where that is too large for a float; none of them where no image has a label.
-        With a ``source``, ``kl`` (mean KL
-        divergence of its distribution to the model's, in nats) and ``agreement`` (equal answers, in percent). All are
-        NaN where an answer of the model is NaN: the order of such answers says nothing.
+        With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats) and ``agreement``
+        (equal answers, in percent). All are NaN where an answer of the model is NaN: the order of such answers says
+        nothing.
 
     Raises:
         UserError: no image has a label, and there is no source.
         ValueError: there are no images.
     """
-    model, source = widened(model), None if source is None else widened(source)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    return evaluate_all([model], batches, world, source=source)[0]
+
+
+@torch.inference_mode()
+def evaluate_all(
+    models: Sequence[nn.Module],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    world: World | None = None,
+    *,
+    source: nn.Module | None = None,
+) -> list[dict[str, float]]:
+    """Measure several models of the same classes in one pass over the images, as ``evaluate`` measures one.
+
+    Args:
+        models: on one device; the source may be among them, and is run once a batch all the same.
+        batches, world, source: as for ``evaluate``.
+
+    Returns:
+        ``evaluate``'s figures of every model.
+
+    Raises:
+        UserError, ValueError: as ``evaluate``.
+    """
+    own = {id(model): widened(model) for model in (*models, *([] if source is None else [source]))}
+    place = {key: i for i, key in enumerate(own)}
+    run: list[Any] = list(own.values())
+    modes = [model.training for model in run]
+    for model in run:
+        model.eval()
+    device = next(run[0].parameters()).device
     # sums of: right, right among five, loss, images with labels, images, divergence, same answers
-    sums = torch.zeros(7, dtype=torch.float64, device=device)
-    for (logits, *wanted), y in _answers([model] if source is None else [model, source], batches, device):
-        best = logits.topk(min(5, logits.shape[1])).indices
-        right = best == y[:, None]
-        labelled = y != NO_LABEL
-        loss = F.cross_entropy(logits[labelled], y[labelled], reduction="sum")
-        divergence = same = loss.new_zeros(())
-        if wanted:
-            divergence = kl_divergence(wanted[0], logits).sum()
-            same = (best[:, 0] == wanted[0].argmax(1)).sum()
-        found = [right[:, 0].sum(), right.sum(), loss, labelled.sum(), y.new_tensor(len(y)), divergence, same]
-        sums += torch.stack([one.double() for one in found])
-    model.train(training)
-    top1, top5, loss, known, images, divergence, same = (world or World()).all_reduce(sums).tolist()
+    sums = torch.zeros(len(models), 7, dtype=torch.float64, device=device)
+    for answers, y in _answers(run, batches, device):
+        wanted = None if source is None else answers[place[id(source)]]
+        for row, model in zip(sums, models, strict=True):
+            row += _sums(answers[place[id(model)]], y, wanted)
+    for model, training in zip(run, modes, strict=True):
+        model.train(training)
+    totals = (world or World()).all_reduce(sums).tolist()
+    return [_figures(total, texts=isinstance(run[0], LanguageModel), compared=source is not None) for total in totals]
+
+
+def _sums(logits: torch.Tensor, y: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    best = logits.topk(min(5, logits.shape[1])).indices
+    right = best == y[:, None]
+    labelled = y != NO_LABEL
+    loss = F.cross_entropy(logits[labelled], y[labelled], reduction="sum")
+    divergence = same = loss.new_zeros(())
+    if wanted is not None:
+        divergence = kl_divergence(wanted, logits).sum()
+        same = (best[:, 0] == wanted.argmax(1)).sum()
+    found = [right[:, 0].sum(), right.sum(), loss, labelled.sum(), y.new_tensor(len(y)), divergence, same]
+    return torch.stack([one.double() for one in found])
+
+
+def _figures(sums: Sequence[float], *, texts: bool, compared: bool) -> dict[str, float]:
+    top1, top5, loss, known, images, divergence, same = sums
     if images == 0:
         raise ValueError("no images to evaluate on")
-    if not known and source is None:
+    if not known and not compared:
         raise UserError("the images have no labels to be right about: compare with a source model, its teacher")
     figures = {"top1": 100 * top1 / known, "top5": 100 * top5 / known, "loss": loss / known} if known else {}
-    if isinstance(model, LanguageModel):
+    if texts:
         figures["ppl"] = _perplexity(figures["loss"])
-    if source is not None:
+    if compared:
         figures |= {"kl": divergence / images, "agreement": 100 * same / images}
     return dict.fromkeys(figures, math.nan) if math.isnan(loss + divergence) else figures
 
@@ -188,7 +225,7 @@ def _answers(
             continue
         wanted = y != IGNORED
         hidden, words = [model.hidden(x)[wanted] for model in models], y[wanted]
-        step = max(1, LOGITS_AT_A_TIME // models[0].num_classes)
+        step = max(1, LOGITS_AT_A_TIME // (models[0].num_classes * len(models)))
         for own in range(0, len(words), step):
             logits = [m.log_prob(h[own : own + step]) for m, h in zip(models, hidden, strict=True)]
             yield logits, words[own : own + step]

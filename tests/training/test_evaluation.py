@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, open_data
+from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_all, open_data
 from tests.generate import random_arch, random_model
 from tests.training.data.test_text import tiny_data, tiny_model
 
@@ -37,3 +37,32 @@ def test_a_perplexity_too_large_for_a_float_is_infinite(scale: float) -> None:
     found = evaluate(model, data.val_loader(EVAL_BATCH))
     assert found["ppl"] == (math.exp(found["loss"]) if scale == 1 else math.inf)
     assert math.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_models_measured_together_are_measured_as_alone(with_source: bool) -> None:
+    arch = random_arch(Random(0), "vit")
+    source, small = (random_model(arch, seed, torch.float32).eval() for seed in (0, 1))
+    small.train()
+    images, labels = torch.randn(7, arch.in_chans, *arch.img_size), torch.arange(7) % arch.num_classes
+    batches, calls = list(zip(images.split(3), labels.split(3), strict=True)), list[int]()
+    source.register_forward_hook(lambda *_: calls.append(1))
+    compared = source if with_source else None
+    found = evaluate_all([source, small], batches, source=compared)
+    assert len(calls) == len(batches)
+    assert found == [evaluate(model, batches, source=compared) for model in (source, small)]
+    assert found[0] != found[1]
+    assert small.training
+    if with_source:
+        assert (found[0]["kl"], found[0]["agreement"]) == (0, 100)
+
+
+def test_language_models_measured_together_are_measured_as_alone() -> None:
+    data = tiny_data()
+    models = [tiny_model(data), tiny_model(data)]
+    with torch.no_grad():
+        for weight in models[1].parameters():
+            weight *= 0.5
+    batches = list(data.val_loader(EVAL_BATCH))
+    for own, model in zip(evaluate_all(models, batches, source=models[0]), models, strict=True):
+        assert own == pytest.approx(evaluate(model, batches, source=models[0]), rel=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ from prunesweep.pruners import (
 )
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
-from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate, open_fitting
+from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate_all, open_fitting
 
 from .recovery import Recovery
 from .scoring import Calibration, Progress, cached_scores
 
-__all__ = ["Budget", "Pruned", "open_source", "plan_once", "prune_once", "to_device"]
+__all__ = ["Budget", "Pruned", "evaluate_shown", "open_source", "plan_once", "prune_once", "save_pruned", "to_device"]
 
 SMALLEST = 1e-6  # a keep rate that is valid with any other setting
 
@@ -79,7 +79,7 @@ class Pruned:
 
     Args:
         source: figures of the source on the validation split.
-        quality: figures of the small model; where there are no labels, its agreement with the source.
+        quality: figures of the small model on it, agreement with the source and KL among them.
         recovery: ``by`` refits or projection, with the ``images`` and the ``seed`` of their draw; ``kl`` to the source
             on the validation split, and the figures of the model ``as_cut``. Where the family does not allow it,
             ``not_recovered`` is the reason; empty where none was asked for.
@@ -255,25 +255,22 @@ def _make(
     as_stored(small)
     metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
     reason = None if recovery is None else can_recover(arch)
-    compared = None if data.info.labelled else model
-    before = _evaluate(model, data, progress, "evaluating the source", source=compared)
     if recovery is None or reason is not None:
-        after = _evaluate(small, data, progress, "evaluating the cut model", source=compared)
+        before, after = evaluate_shown([model, small], data, progress, source=model)
         facts: dict[str, Any] = {} if reason is None else {"not_recovered": reason}
     else:
-        as_cut = _evaluate(small, data, progress, "evaluating the cut model", source=model)
 
         def on_block(done: int, total: int) -> None:
             progress("recovering", done / total, f"{done}/{total} blocks")
 
-        small = recovery.model(model, decision, recovery.calibration(data), on_block)
+        plain, small = small, recovery.model(model, decision, recovery.calibration(data), on_block)
         as_stored(small)
-        after = _evaluate(small, data, progress, "evaluating the recovered model", source=model)
+        before, as_cut, after = evaluate_shown([model, plain, small], data, progress, source=model)
         facts = {
             "by": "projection" if recovery.project else "refits",
             "images": min(recovery.images, data.train_images),
             "seed": recovery.seed,
-            "as_cut": {**EvalMetrics.of(as_cut).as_dict(), "kl": as_cut["kl"]},
+            "as_cut": EvalMetrics.of(as_cut).as_dict(),
             "kl": after["kl"],
         }
     return Pruned(
@@ -310,12 +307,29 @@ def to_device(model: nn.Module) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _evaluate(
-    model: nn.Module, data: Data, progress: Progress, what: str, source: nn.Module | None = None
-) -> dict[str, float]:
-    progress(what, 0.0, "")
-    found = evaluate(model, data.val_loader(EVAL_BATCH), source=source)
-    progress(what, 1.0, str(EvalMetrics.of(found)))
+def evaluate_shown(
+    models: Sequence[nn.Module], data: Data, progress: Progress, *, source: nn.Module
+) -> list[dict[str, float]]:
+    """Measure models on the validation split in one pass, in which the source runs once, and show how far it is.
+
+    Args:
+        models: as for ``evaluate_all``; the source may be among them.
+        data: the data set.
+        progress: called with (what is being done, share done, note).
+        source: the model to compare with.
+
+    Returns:
+        ``evaluate``'s figures of every model.
+    """
+    loader = data.val_loader(EVAL_BATCH)
+
+    def batches() -> Iterator[Any]:
+        for number, batch in enumerate(loader):
+            progress("evaluating", number / len(loader), f"batch {number + 1} of {len(loader)}")
+            yield batch
+
+    found = evaluate_all(models, batches(), source=source)
+    progress("evaluating", 1.0, ", ".join(str(EvalMetrics.of(one)) for one in found))
     return found
 
 
