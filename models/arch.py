@@ -7,6 +7,9 @@ describes a model. A block that is skipped is not in the record; ``mixer`` is "n
 
 Dimensions: D residual width, H heads, E query/key width of a head, V value width of a head, M MLP width, N tokens.
 
+A backbone without a head has ``num_classes`` 0 and gives its pooled features; one with ``feature_head`` maps narrower
+ones to ``num_classes`` features, as many as its source's.
+
 The record of a language model (family ``lm``) describes a text of T words as a grid of 1 x T places; ``num_classes`` is
 the number of words, and ``Text`` holds what image models do not need.
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -127,6 +130,7 @@ class Arch:
     layer_scale: bool = False
     norm_eps: float = 1e-6
     act: str = "gelu"
+    feature_head: bool = False  # the head is a linear map to ``num_classes`` features, not a classifier
     text: Text | None = None  # of family lm
 
     @property
@@ -149,6 +153,25 @@ class Arch:
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of all stages, in order."""
         return tuple(block for stage in self.stages for block in stage.blocks)
+
+    @property
+    def headless(self) -> bool:
+        """Whether the model gives features, not answers."""
+        return self.feature_head or not self.num_classes
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits, or of features."""
+        return self.num_classes or self.stages[-1].width
+
+    def with_stages(self, stages: tuple[Stage, ...]) -> Arch:
+        """Return the record with other stages, narrower or not.
+
+        A backbone without a head gets a linear map to its features where the last stage's width changes.
+        """
+        if self.num_classes or stages[-1].width == self.stages[-1].width:
+            return replace(self, stages=stages)
+        return replace(self, stages=stages, num_classes=self.outputs, feature_head=True)
 
     @property
     def bands(self) -> tuple[range, ...]:

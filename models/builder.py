@@ -81,7 +81,8 @@ def create(
                 f"unknown model argument {', '.join(given)}: the record alone says what the model is; num_classes, "
                 "drop_rate, drop_path_rate, features_only and out_indices may be given"
             )
-        arch = dataclasses.replace(arch, num_classes=classes)
+        mapped = arch.feature_head and classes == arch.num_classes
+        arch = dataclasses.replace(arch, num_classes=classes, feature_head=mapped)
         model = family.build(arch, drop_path=drop_path)
         if drop_rate:
             family.set_drop_rate(model, drop_rate)

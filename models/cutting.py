@@ -27,6 +27,7 @@ from .arch import Arch, Block, Text
 from .builder import arch_of, build_with
 from .errors import UserError, nearest
 from .families import family_of
+from .feature_head import with_feature_head
 from .precision import keep_dtype
 from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
@@ -187,7 +188,7 @@ def cut_arch(arch: Arch, decision: Cut) -> Arch:
         pairs = [(block, *next(choices)) for block in stage.blocks]
         blocks = tuple(_cut_block(arch, block, choice, f"cut.blocks[{i}]") for block, i, choice in pairs if choice.keep)
         stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
-    small = dataclasses.replace(arch, stages=tuple(stages), text=_cut_text(arch, decision))
+    small = dataclasses.replace(arch.with_stages(tuple(stages)), text=_cut_text(arch, decision))
     small.validate()
     return small
 
@@ -284,8 +285,10 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     Raises:
         UserError: an index does not exist, or nothing would be left.
     """
+    small_arch = cut_arch(arch_of(model), decision)
+    if small_arch.feature_head:
+        model = with_feature_head(model)
     arch = arch_of(model)
-    small_arch = cut_arch(arch, decision)
     keep, reductions = [choice.keep for choice in decision.blocks], space_reductions(arch, decision)
     weights = gather(arch, keep, reductions, model.state_dict())  # gathering makes copies, so nothing is shared
     weights = _replace(arch, decision, weights)

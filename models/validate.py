@@ -24,8 +24,8 @@ def validate(arch: Arch) -> None:
     family = family_of(arch)
     check_one_of("pool", arch.pool, POOLS)
     check_one_of("head_norm", arch.head_norm, HEAD_NORMS)
-    for name in ("in_chans", "num_classes"):
-        check_at_least(name, getattr(arch, name), 1)
+    check_at_least("in_chans", arch.in_chans, 1)
+    check_at_least("num_classes", arch.num_classes, 1 if arch.feature_head or family.supports("text") else 0)
     check_at_least("reg_tokens", arch.reg_tokens, 0)
     for i, (image, patch) in enumerate(zip(arch.img_size, arch.patch_size, strict=True)):
         check_at_least(f"patch_size[{i}]", patch, 1)

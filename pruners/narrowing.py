@@ -121,7 +121,7 @@ class Narrowing:
         return self.measure.block(self.arch, stage, block)
 
     def _outside(self, stages: Sequence[Stage], arch: Arch | None = None) -> float:
-        return self.measure.outside(dataclasses.replace(arch or self.arch, stages=tuple(stages)))
+        return self.measure.outside((arch or self.arch).with_stages(tuple(stages)))
 
 
 def _shorter_tail(arch: Arch, band: int, units: int) -> Arch:

@@ -30,7 +30,7 @@ __all__ = ["CAPABILITIES", "Family", "Place", "tensor_shapes"]
 
 CAPABILITIES: Mapping[str, str] = MappingProxyType(
     {
-        "images": "takes images B x C x rows x columns and gives one vector of logits for each",
+        "images": "takes images B x C x rows x columns and gives one vector of logits, or of features, for each",
         "text": "takes word numbers and predicts every next word; its record has a ``text``",
         "width": "channels of the residual streams, of queries, keys and values, and MLP units can be cut",
         "depth": "blocks can be dropped",
@@ -124,8 +124,9 @@ class Family(ABC):
         changes: dict[str, Any] = {}
         if (classifiers := self.classifiers(arch)) is not None:
             head = model.get_submodule(classifiers if isinstance(classifiers, str) else classifiers[0])
-            if isinstance(head, nn.Linear) and head.out_features != arch.num_classes:
-                changes["num_classes"] = head.out_features
+            classes = head.out_features if isinstance(head, nn.Linear) else 0
+            if classes != arch.num_classes:
+                changes |= {"num_classes": classes, "feature_head": False}
         if (pool := getattr(model, "global_pool", arch.pool)) != arch.pool:
             changes["pool"] = pool
         return dataclasses.replace(arch, **changes) if changes else arch
@@ -179,7 +180,10 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} has one stage")
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
-        """List the layers that read the last stream; there may be others that share their weights with the stem."""
+        """List the layers that read the last stream, none where ``num_classes`` is 0.
+
+        There may be others that share their weights with the stem.
+        """
         raise NotImplementedError(f"{self.name} has no streams")
 
     def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:

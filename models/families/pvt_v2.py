@@ -179,7 +179,6 @@ class PVTv2Family(Family):
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
         """Read the record of a PyramidVisionTransformerV2 for images of ``img_size``."""
         needs = partial(require, name)
-        needs(isinstance(model.head, nn.Linear), "it has no classifier (num_classes = 0)")
         needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
         embeds = [model.patch_embed, *(layer.downsample for layer in model.stages[1:])]
         layer_norms(model, needs)
@@ -248,7 +247,9 @@ class PVTv2Family(Family):
         return Entrance(reader, embed.norm, run)
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
-        """List the classifier, which reads the average of the last tokens."""
+        """List the classifier, which reads the average of the last tokens; none of a backbone without a head."""
+        if not arch.num_classes:
+            return ()
         norm = model.stages[-1].norm
         return (Reader("head", model.head, norm, lambda x: norm(x).mean(1)),)
 

@@ -196,7 +196,6 @@ class SwinFamily(Family):
         needs(isinstance(embed.norm, nn.LayerNorm), "it has no LayerNorm in the patch embedding")
         needs(not model.dynamic_img_size, "it is built for images of any size (strict_img_size = False)")
         needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
-        needs(isinstance(model.head.fc, nn.Linear), "it has no classifier (num_classes = 0)")
         eps = shared_eps(layer_norms(model, needs), needs)
         grid, index, stages, biases = tuple(embed.grid_size), 0, [], set()
         for s, layer in enumerate(model.layers):
@@ -251,7 +250,9 @@ class SwinFamily(Family):
         return Entrance(Reader(name, merging.reduction, merging.norm, rows), None, merging)
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
-        """List the classifier, which reads the average of the last map."""
+        """List the classifier, which reads the average of the last map; none of a backbone without a head."""
+        if not arch.num_classes:
+            return ()
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = model.head(model.norm(x), pre_logits=True)

@@ -184,7 +184,6 @@ class VisionTransformerFamily(Family):
         needs(model.global_pool in ("token", "avg"), f"its pooling is {model.global_pool!r}, not 'token' or 'avg'")
         needs(not model.pool_include_prefix, "its pooling includes the prefix tokens")
         needs(model.pos_embed is not None, "it has no learned position embedding")
-        needs(isinstance(model.head, nn.Linear), "it has no classifier (num_classes = 0)")
         eps = shared_eps(layer_norms(model, needs), needs)
         blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in bias, q/k norm, layer scale or activation")
@@ -229,7 +228,9 @@ class VisionTransformerFamily(Family):
         return None if isinstance(norm, nn.Identity) else norm
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
-        """List the classifier, and that of the distillation token."""
+        """List the classifier, and that of the distillation token; none of a backbone without a head."""
+        if not arch.num_classes:
+            return ()
         if arch.dist_token:
             return (
                 Reader("head", model.head, model.norm, lambda x: model.norm(x)[:, 0]),

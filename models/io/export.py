@@ -4,10 +4,10 @@
 
 ``torch-export`` is a ``.pt2`` file that loads with torch alone, ``onnx`` an ONNX file for ONNX Runtime, ``timm`` the
 folder of ``models.save``. All take any number of images, (B, C, rows, columns) float32 normalised as the model's
-``pretrained_cfg`` says, and return logits (B, K). The first two carry the record and the preprocessing as JSON:
-``arch.json`` and ``preprocessing.json`` among the extra files of the ``.pt2``, ``arch`` and ``preprocessing`` in the
-metadata of the ONNX file. A language model's take any number of texts, (B, T) int64 word numbers, T being the length
-that its record says, and return log-probabilities (B, T, V).
+``pretrained_cfg`` says, and return logits (B, K), or features of a backbone without a head. The first two carry the
+record and the preprocessing as JSON: ``arch.json`` and ``preprocessing.json`` among the extra files of the ``.pt2``,
+``arch`` and ``preprocessing`` in the metadata of the ONNX file. A language model's take any number of texts, (B, T)
+int64 word numbers, T being the length that its record says, and return log-probabilities (B, T, V).
 """
 
 from __future__ import annotations
@@ -165,12 +165,13 @@ def _write_onnx(model: nn.Module, path: Path, opset: int) -> None:
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size >= ONNX_LIMIT:
         raise UserError(f"the weights are {size:,} bytes, an ONNX file holds {ONNX_LIMIT:,}; export to torch-export")
+    arch = arch_of(model)
     program = torch.onnx.export(
         model,
-        (example_input(arch_of(model), 2, seed=2),),
+        (example_input(arch, 2, seed=2),),
         dynamic_shapes=({0: "batch"},),
-        input_names=["images" if arch_of(model).text is None else "words"],
-        output_names=["logits"],
+        input_names=["images" if arch.text is None else "words"],
+        output_names=["features" if arch.headless else "logits"],
         opset_version=opset,
         dynamo=True,
         verbose=False,
@@ -189,7 +190,7 @@ def _open_onnx(path: Path) -> Run:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        (logits,) = session.run(["logits"], {session.get_inputs()[0].name: images.numpy()})
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         return torch.from_numpy(logits)
 
     return run

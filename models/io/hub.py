@@ -88,7 +88,7 @@ def card(repo_id: str, arch: Arch, provenance: dict[str, object]) -> str:
     facts = {
         "source model": arch.source,
         "images": f"{arch.img_size[0]} x {arch.img_size[1]}, {arch.in_chans} channels",
-        "classes": f"{arch.num_classes:,}",
+        ("features" if arch.headless else "classes"): f"{arch.outputs:,}",
         "MACs": f"{spent.macs:,}",
         "params": f"{spent.params:,}",
         "method": provenance.get("method"),

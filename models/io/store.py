@@ -25,7 +25,6 @@ from torch import nn
 from prunesweep.models.arch import Arch
 from prunesweep.models.builder import ENTRY_POINT, arch_of, build_with, create
 from prunesweep.models.errors import UserError
-from prunesweep.models.families import family_of
 from prunesweep.models.families.lm import lm_arch
 from prunesweep.models.precision import stored_dtype
 
@@ -99,10 +98,6 @@ def rebuilt(model: nn.Module) -> nn.Module:
         UserError: the model cannot be represented, or was changed after it was built.
     """
     arch, weights = arch_of(model), model.state_dict()
-    classifiers = family_of(arch).classifiers(arch) or ()
-    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
-        if isinstance(model.get_submodule(name), nn.Identity):
-            raise UserError("the model has no classifier (num_classes = 0): give it one with reset_classifier(N)")
     try:
         return build_with(arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
     except RuntimeError as error:

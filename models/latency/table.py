@@ -39,7 +39,7 @@ GRIDS: Mapping[str, tuple[str, ...]] = {  # axes in order
     "merge_sparse": ("embed", "tokens"),
     "merge_dense": ("embed", "tokens"),
 }
-FREE = ("source", "num_classes", "stages", "norm_eps")  # fields of a record that do not bear on a table's use
+FREE = ("source", "num_classes", "feature_head", "stages", "norm_eps")  # fields that do not bear on a table's use
 
 
 @dataclass(frozen=True, eq=False)

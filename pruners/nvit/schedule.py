@@ -133,7 +133,7 @@ def narrow(arch: Arch, dims: Mapping[str, int]) -> Arch:
             i += 1
         width = dims.get(f"stages.{s}.embed", stage.width)
         stages.append(dataclasses.replace(stage, width=width, blocks=tuple(blocks)))
-    return dataclasses.replace(arch, stages=tuple(stages))
+    return arch.with_stages(tuple(stages))
 
 
 def _own(block: int, vectors: Mapping[str, Any]) -> dict[str, Any]:

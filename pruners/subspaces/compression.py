@@ -32,6 +32,7 @@ from prunesweep.models.cutting import gather
 from prunesweep.models.families import family_of
 from prunesweep.models.families.base import tensor_shapes
 from prunesweep.models.families.views import AttentionView, MlpView, Reader
+from prunesweep.models.feature_head import with_feature_head
 from prunesweep.models.precision import narrowed, widened
 from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
@@ -84,7 +85,7 @@ def compress(
     small = compressed_arch(arch, widths)
     images = images_of(batches, arch)
     shrinkage = shrinkage_for(small, images, shrinkage) if refit else shrinkage
-    given, model = model, widened(model)
+    given, model = model, widened(with_feature_head(model) if small.feature_head else model)
     found = SourceStatistics.collect(model, images) if statistics is None else statistics
     work = Compression(folded(model), widths, found, images, units=units, refit=refit, shrinkage=shrinkage)
     work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
@@ -354,8 +355,8 @@ def folded(model: nn.Module) -> nn.Module:
     for s in range(1, len(arch.stages)):
         if projected[s - 1]:
             _fold((family.entrance(model, arch, s).reader,))
-    if projected[-1]:
-        _fold(family.heads(model, arch))
+    if projected[-1] and (heads := family.heads(model, arch)):
+        _fold(heads)
     return model
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from prunesweep.models import Cut, arch_of, cut
 from prunesweep.models.cutting import space_reductions
+from prunesweep.models.feature_head import with_feature_head
 from prunesweep.models.precision import narrowed, widened
 
 from .calibration import images_of, shrinkage_for
@@ -54,6 +55,8 @@ def recover(
     images = images_of(batches, arch)
     given, model = model, widened(model)
     small = cut(model, decision).eval()
+    if arch_of(small).feature_head:
+        model = with_feature_head(model)
     shrinkage = shrinkage_for(arch_of(small), images, shrinkage)
     mode = model.training
     model.eval()

@@ -120,7 +120,7 @@ def compressed_arch(arch: Arch, widths: Widths) -> Arch:
         pairs = [next(own) for _ in stage.blocks]
         blocks = tuple(_narrow(arch, i, block, f"widths.blocks[{i}]") for i, block in pairs if block.keep)
         stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
-    small = dataclasses.replace(arch, stages=tuple(stages))
+    small = arch.with_stages(tuple(stages))
     small.validate()
     return small
 

@@ -155,7 +155,6 @@ def test_full_record_is_the_same_function(name: str, options: dict) -> None:
         ("pvt_v2_b2_li", "linear attention"),
         ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock"),
         ("vit_base_patch16_siglip_224", "attention pool"),
-        ("vit_small_patch14_dinov2", "no classifier"),
         ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'?"),
     ],
 )

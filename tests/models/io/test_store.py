@@ -83,9 +83,6 @@ def test_the_record_follows_a_new_classifier(family: str, tmp_path: Path) -> Non
     x = random_images(arch, 0, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
-    model.reset_classifier(0)
-    with pytest.raises(UserError, match=r"no classifier \(num_classes = 0\): give it one with reset_classifier"):
-        save(model, tmp_path / "other")
 
 
 @pytest.mark.parametrize(("family", "seed"), [("vit", 3), ("vit", 4), *(("swin", seed) for seed in range(6))])
