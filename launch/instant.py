@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from prunesweep.models import Arch, LatencyTable
+
 __all__ = ["instant"]
 
-BATCH = 64  # images per calibration batch
+BATCH = 64  # images per calibration batch, and per batch whose latency is measured
+KEPT = ("budget", "spent", "kl", "agreement", "top1", "latency_ms", "latency")  # of a row, in a model's provenance
 
 
 def instant(
@@ -23,7 +28,16 @@ def instant(
     budgets: Annotated[
         str, typer.Option(help="shares of the source's cost, separated by commas")
     ] = "0.9,0.7,0.5,0.3,0.15",
-    objective: Annotated[str, typer.Option(help="what the budgets are counted in: macs or params")] = "macs",
+    objective: Annotated[
+        str, typer.Option(help="what the budgets are counted in: macs, params or latency_ms")
+    ] = "macs",
+    table: Annotated[
+        Path | None, typer.Option(help="latency table of `prunesweep latency`, for latency_ms", show_default=False)
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="latency_ms: measure the latency of the source and of every point here", show_default=False),
+    ] = None,
     align: Annotated[int, typer.Option(min=1, help="widths are multiples of it; 8 suits GPUs")] = 1,
     images: Annotated[
         int, typer.Option(min=2, help="calibration images, from the training split, without labels")
@@ -34,55 +48,59 @@ def instant(
     """Compute a front of smaller models from a few hundred unlabelled images; nothing is trained."""
     from rich.console import Console
 
-    from prunesweep.models import UserError, arch_of, cost, save, weights_digest
-    from prunesweep.models.io.files import publish_folder, write_text
-    from prunesweep.models.io.provenance import versions
+    from prunesweep.models import LatencyTable, UserError, arch_of
+    from prunesweep.models.io.files import publish_folder
     from prunesweep.models.precision import as_stored
+    from prunesweep.pruners import latency
     from prunesweep.pruners.subspaces import instant as compute
     from prunesweep.search.report.display import Display
-    from prunesweep.training import check_fits, open_data
+    from prunesweep.training import open_fitting
     from prunesweep.training.jobs.one_shot import evaluate_shown, open_source
 
     shares = _shares(budgets)
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
+    if objective not in ("macs", "params", "latency_ms"):
+        raise UserError(f"--objective {objective}: must be one of macs, params, latency_ms")
+    if (table is None) == (objective == "latency_ms"):
+        raise UserError("--objective latency_ms and --table TABLE go together; `prunesweep latency` measures a table")
+    if measure not in (None, "latency_ms"):
+        raise UserError(f"--measure {measure}: must be latency_ms; what budgets are counted in is --objective")
+    predictor = None if table is None else LatencyTable.load(table)
     model = open_source(source)
-    dataset = open_data(data, model.pretrained_cfg)
-    check_fits(arch_of(model), dataset)
-    whole = cost(arch_of(model))
+    budgeted: Any = objective if predictor is None else latency(predictor, arch_of(model))
+    dataset = open_fitting(data, model)
+    console = Console(stderr=as_json, markup=False)
+    display = Display(console)
+    display.data(dataset.describe())
+    if images > dataset.train_images:
+        display.note(f"--images {images}: there are {dataset.train_images:,} training images, all are used")
+        images = dataset.train_images
     batches = dataset.calibration(images, min(BATCH, max(1, images // 4)), seed)
-    console = Console(markup=False)
-    with Display(console).progress() as report:
+    with display.progress() as report:
 
         def progress(what: str, done: int, total: int) -> None:
-            report(what, done / total, f"{done} of {total}")
+            report(what, done / total, "done" if done == total else "")
 
-        points = compute(model, batches, shares, objective=objective, align=align, progress=progress)
+        points = compute(model, batches, shares, objective=budgeted, align=align, progress=progress)
         for point in points:
             as_stored(point.model)
-        found = evaluate_shown([model, *(point.model for point in points)], dataset, report, source=model)
+        models = [model, *(point.model for point in points)]
+        found = evaluate_shown(models, dataset, report, source=model)
+        timings = _timed(models, predictor, progress) if measure else [None] * len(models)
     held_out: Any = dataset.split("val", augment=None)
-    seen = len(held_out)
-    rows = [_row(1.0, model, found[0], whole, seen)]
-    rows += [_row(p.budget, p.model, own, whole, seen) for p, own in zip(points, found[1:], strict=True)]
+    rows = [
+        _row(budget, own, arch_of(model), figures, len(held_out), timing, predictor)
+        for budget, own, figures, timing in zip([1.0, *(p.budget for p in points)], models, found, timings, strict=True)
+    ]
+    for row in rows[1:]:
+        row["model"] = f"{row['budget']:g}"
+        row["spent"] = _spent(row, rows[0], objective, align)
+    facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed, "points": rows}
     with publish_folder(out.absolute()) as folder:
-        for point, row in zip(points, rows[1:], strict=True):
-            row["model"] = f"{point.budget:g}"
-            row["spent"] = _spent(point.budget, row[objective], getattr(whole, objective), objective, align)
-            provenance = {
-                "method": "subspaces",
-                "source": {"name": source, "weights": weights_digest(model)},
-                "data": dataset.info.fingerprint,
-                "images": images,
-                "seed": seed,
-                "versions": versions(),
-                **{k: row[k] for k in ("budget", "spent", "kl", "agreement", "top1") if row[k] is not None},
-            }
-            save(point.model, folder / row["model"], provenance)
-        facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
-        write_text(folder / "front.json", json.dumps({**facts, "points": rows}, indent=1))
+        _save(folder, facts, models, dataset.info.fingerprint)
     if as_json:
-        print(json.dumps({**facts, "points": rows}))
+        print(json.dumps(facts))
         return
     _show(console, rows, out, [share for share in shares if share not in {p.budget for p in points}])
 
@@ -91,29 +109,77 @@ def _shares(text: str) -> list[float]:
     from prunesweep.models import UserError
 
     try:
-        return [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--budgets {text}: must be numbers separated by commas, for example 0.5,0.3") from None
+    if len({f"{share:g}" for share in shares}) < len(shares):
+        raise UserError(f"--budgets {text}: names one twice, and every model's folder has its budget's name")
+    return shares
 
 
-def _spent(share: float, cost: int, whole: int, objective: str, align: int) -> dict[str, Any]:
-    """Say what a budget was and what is spent of it; ``share`` and costs are of the objective."""
+def _spent(row: dict[str, Any], source: dict[str, Any], objective: str, align: int) -> dict[str, Any]:
+    """Say what a budget was and what is spent of it."""
     from prunesweep.pruners import meets, spent
 
-    missed = "" if meets(cost, share * whole) else f"the next widths, in steps of {align}, cost more"
-    return spent(objective, share * whole, cost, whole, missed)
+    whole = source[objective]
+    limit = row["budget"] * whole
+    missed = "" if meets(row[objective], limit) else f"the next widths, in steps of {align}, cost more"
+    return spent(objective, limit, row[objective], whole, missed)
 
 
-def _row(budget: float, model: Any, found: dict[str, float], whole: Any, images: int) -> dict[str, Any]:
-    """Return the row of a model of the front: cost, and what it gave on the validation split, which chose nothing."""
+def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprint: str) -> None:
+    """Save the models of a front, the source first of them and not saved, and ``front.json``."""
+    from prunesweep.models import save, weights_digest
+    from prunesweep.models.io.files import write_text
+    from prunesweep.models.io.provenance import versions
+
+    shared = {
+        "method": "subspaces",
+        "source": {"name": facts["source"], "weights": weights_digest(models[0])},
+        "data": fingerprint,
+        "images": facts["images"],
+        "seed": facts["seed"],
+        "versions": versions(),
+    }
+    for model, row in zip(models[1:], facts["points"][1:], strict=True):
+        save(model, folder / row["model"], {**shared, **{k: row[k] for k in KEPT if row[k] is not None}})
+    write_text(folder / "front.json", json.dumps(facts, indent=1))
+
+
+def _timed(models: Sequence[Any], table: LatencyTable | None, progress: Callable[[str, int, int], None]) -> list[Any]:
+    """Measure the models' latency side by side, under the conditions of the table if there is one."""
+    import torch
+
+    from prunesweep.models.latency.timing import Setting, device_name, measure_all
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = Setting(batch=BATCH, device=device) if table is None else table.setting
+    timings = measure_all(models, setting, progress=lambda done, total: progress("measuring latency", done, total))
+    shared = {**asdict(setting), "device_name": device_name(setting.device)}
+    return [{**shared, **asdict(timing)} for timing in timings]
+
+
+def _row(
+    budget: float,
+    model: Any,
+    source: Arch,
+    found: dict[str, float],
+    images: int,
+    timing: dict[str, Any] | None,
+    table: LatencyTable | None,
+) -> dict[str, Any]:
+    """Return the row of a model of the front: costs, and what it gave on the validation split, which chose nothing."""
     from prunesweep.models import arch_of, cost
 
-    spent = cost(arch_of(model))
+    arch = arch_of(model)
+    spent = cost(arch)
     return {
         "budget": budget,
         "macs": spent.macs,
         "params": spent.params,
-        "macs_share": spent.macs / whole.macs,
+        "macs_share": spent.macs / cost(source).macs,
+        "latency_ms": None if table is None else table.predict(arch),  # per batch, predicted
+        "latency": timing,  # measured
         "top1": found.get("top1"),
         "kl": found["kl"],
         "agreement": found["agreement"],
@@ -129,13 +195,17 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     from .spent import spent_lines
 
     table = Table(box=box.SIMPLE)
-    for name in ("MACs M", "share", "params M", "top-1 %", "KL", "agreement %", "model"):
+    timed, predicted = rows[0]["latency"], rows[0]["latency_ms"] is not None
+    times = [*(["ms, predicted"] if predicted else []), *(["ms, measured"] if timed else [])]
+    for name in ("MACs M", "share", "params M", *times, "top-1 %", "KL", "agreement %", "model"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row['macs'] / 1e6:.2f}",
             f"{row['macs_share']:.3f}",
             f"{row['params'] / 1e6:.3f}",
+            *([f"{row['latency_ms']:.3f}"] if predicted else []),
+            *([f"{row['latency']['median_ms']:.3f}"] if timed else []),
             "-" if row["top1"] is None else f"{row['top1']:.2f}",
             f"{row['kl']:.4f}",
             f"{row['agreement']:.2f}",
@@ -145,6 +215,11 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     for row in rows[1:]:
         for line in spent_lines(row["spent"]):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if timed:
+        console.print(
+            f"measured: milliseconds per batch of {timed['batch']}, {timed['dtype']}, on {timed['device_name']}",
+            highlight=False,
+        )
     for budget in missed:
         console.print(f"budget {budget:g}: the smallest widths cost more; nothing was computed", highlight=False)
     first = rows[-1]["model"] or "MODEL"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, UserError, arch_of, cost
+from prunesweep.models import UserError, arch_of
 from prunesweep.models.precision import narrowed, widened
 from prunesweep.pruners.divergence import kl_divergence
+from prunesweep.pruners.measures import MACS, PARAMS, Measure
 from prunesweep.pruners.reached import suggestion
 
 from .allocation import allocate
@@ -26,10 +27,7 @@ from .widths import Widths, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
 
-OBJECTIVES: dict[str, Callable[[Arch], int]] = {
-    "macs": lambda arch: cost(arch).macs,
-    "params": lambda arch: cost(arch).params,
-}
+OBJECTIVES: Mapping[str, Measure] = {measure.name: measure for measure in (MACS, PARAMS)}
 BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
 STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
 HELD_OUT = 0.25  # of the images: chosen by, not fitted to
@@ -62,7 +60,7 @@ def instant(
     batches: Iterable[Any],
     budgets: Sequence[float] = BUDGETS,
     *,
-    objective: str = "macs",
+    objective: str | Measure = "macs",
     align: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Point]:
@@ -76,7 +74,8 @@ def instant(
         batches: images (B, C, rows, columns) or texts (B, T): one tensor, or a list or loader of tensors or of pairs of
             these and labels, which are not read; 256 images or more, without augmentation.
         budgets: shares of the source's cost, each above 0 and at most 1.
-        objective: ``macs`` or ``params``.
+        objective: ``macs``, ``params``, or a measure such as ``pruners.latency(table, arch_of(model))``, predicted
+            milliseconds per batch.
         align: widths are multiples of it; 8 suits GPUs.
         progress: told what goes on, how much of it is done, and of how much.
 
@@ -87,20 +86,21 @@ def instant(
         UserError: a budget or the objective is none, the source cannot be projected, an image is not one of its, or an
             activation is not finite.
     """
+    measure = objective if isinstance(objective, Measure) else OBJECTIVES.get(objective)
+    if measure is None:
+        raise UserError(f"objective {objective!r}: must be one of {', '.join(OBJECTIVES)}, or a measure of latency")
     for budget in budgets:
         if not 0 < budget <= 1:
             meant = suggestion(budget)
-            hint = f"; {meant} Divide it by the {objective} of the source" if meant else ""
-            raise UserError(f"budget {budget:g}: must be a share of the source's {objective}, in (0, 1]{hint}")
-    if objective not in OBJECTIVES:
-        raise UserError(f"objective {objective!r}: must be one of {', '.join(OBJECTIVES)}")
+            hint = f"; {meant} Divide it by the {measure.name} of the source" if meant else ""
+            raise UserError(f"budget {budget:g}: must be a share of the source's {measure.name}, in (0, 1]{hint}")
     fit, held_out = hold_out(images_of(batches, arch_of(model)), HELD_OUT)
     if sum(map(len, fit)) < 2:
         raise UserError("2 calibration images: give at least 3, of which one is held out; better 256 or more")
     mode = model.training
     model.eval()
     try:
-        front = _Front(widened(model), fit, held_out, objective, align, progress or (lambda *_: None))
+        front = _Front(widened(model), fit, held_out, measure, align, progress or (lambda *_: None))
         points = front.points(budgets)
         for point in points:
             narrowed(point.model, model)
@@ -127,12 +127,12 @@ class _Front:
         model: nn.Module,
         fit: list[torch.Tensor],
         held_out: list[torch.Tensor],
-        objective: str,
+        objective: Measure,
         align: int,
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.model, self.fit, self.held_out, self.align, self.progress = model, fit, held_out, align, progress
-        self.arch, self.objective = arch_of(model), OBJECTIVES[objective]
+        self.arch, self.objective = arch_of(model), objective
         self.whole = self.objective(self.arch)
         self.statistics = SourceStatistics.collect(
             model, fit, progress=lambda done, total: progress("reading the source", done, total)
@@ -162,7 +162,7 @@ class _Front:
         found: list[Point] = []
         begin = 0
         for number, budget in enumerate(sorted(budgets, reverse=True)):
-            limit = int(budget * self.whole)
+            limit = budget * self.whole
             begin, best = self._downhill(limit, begin)
             # sums of one-block losses rank well but are no measurement: equal shares are the baseline to beat
             even = self._even(limit)
@@ -172,7 +172,7 @@ class _Front:
             self.progress("computing models", number + 1, len(budgets))
         return found
 
-    def _downhill(self, limit: int, begin: int) -> tuple[int, _Scout | None]:
+    def _downhill(self, limit: float, begin: int) -> tuple[int, _Scout | None]:
         """Find the residual width of the least error, from where the budget before ended."""
         tried: dict[int, _Scout | None] = {}
         at = begin
@@ -193,7 +193,7 @@ class _Front:
             else:
                 return begin, None
 
-    def _even(self, limit: int) -> _Scout | None:
+    def _even(self, limit: float) -> _Scout | None:
         """Try the largest model of equal shares of all widths within a limit."""
         for step in range(256, 0, -1):
             widths = equal_shares(self.arch, step / 256, self.align)

@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import prunesweep
 from prunesweep.models import arch_of, build, cost, load, load_provenance, save
+from prunesweep.models.latency.building import macs_table
+from prunesweep.models.latency.table import Grid
+from prunesweep.pruners import latency
 from prunesweep.training import open_data
 from tests.launch.test_cli import call
 from tests.pruners.subspaces.test_compress import vit
+from tests.pruners.subspaces.test_families import source_of
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,76 @@ def test_a_budget_that_is_missed_says_why(capsys: pytest.CaptureFixture[str], so
     assert expected in " ".join(text.split())
 
 
+def test_budgets_in_latency_are_met_and_latency_is_measured_where_asked(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    arch = arch_of(load(source))
+    table = macs_table(arch, ms_per_gmac=1000, batch=8)
+    table.save(tmp_path / "table.json")
+    latency = ("--objective", "latency_ms", "--table", tmp_path / "table.json", "--measure", "latency_ms")
+    options = ("--data", "digits", "--images", "64", "--budgets", "0.7,0.4", "--out", tmp_path / "front")
+    code, text, _ = call(capsys, "instant", source, *options, *latency)
+    assert code == 0
+    for share in ("0.7", "0.4"):
+        small, kept = arch_of(load(tmp_path / "front" / share)), load_provenance(tmp_path / "front" / share)
+        assert float(share) * 0.97 * table.predict(arch) < table.predict(small) <= float(share) * table.predict(arch)
+        assert kept["spent"]["cost"] == kept["latency_ms"] == pytest.approx(table.predict(small))
+        assert (kept["latency"]["batch"], kept["latency"]["device"]) == (8, "cpu")
+        assert f"{kept['latency']['median_ms']:.3f}" in text
+    assert "predicted" in text
+    assert "measured: milliseconds per batch of 8, float32" in text
+
+
+def test_widths_outside_a_latency_table_are_never_chosen() -> None:
+    torch.manual_seed(0)
+    model = build(vit()).eval()
+    arch = arch_of(model)
+    whole = macs_table(arch, ms_per_gmac=1000)
+    narrow = dataclasses.replace(whole, stages=tuple(_from(grids, mlp=12) for grids in whole.stages))
+    batches = list(torch.randn(48, 3, 12, 12).split(12))
+    for table, least in ((whole, 1), (narrow, 12)):
+        (point,) = prunesweep.instant(model, batches, budgets=(0.5,), objective=latency(table, arch))
+        widths = [block.mlp for block in arch_of(point.model).blocks]
+        assert min(widths) >= least
+        assert table.predict(arch_of(point.model)) <= 0.5 * table.predict(arch)
+    assert prunesweep.instant(model, batches, budgets=(0.001,), objective=latency(narrow, arch)) == []
+
+
+def _from(grids: Mapping[str, Grid], mlp: int) -> dict[str, Grid]:
+    """Grids whose hidden units begin at ``mlp``."""
+    found = {}
+    for name, grid in grids.items():
+        low = {axis: mlp if axis == "mlp" else points[0] for axis, points in grid.axes.items()}
+        axes = {axis: (low[axis], points[-1]) for axis, points in grid.axes.items()}
+        values = [grid("", dict(zip(axes, at, strict=True))) for at in product(*axes.values())]
+        found[name] = Grid(axes, np.array(values).reshape([2] * len(axes)))
+    return found
+
+
+@pytest.mark.parametrize("align", [1, 4, 8])
+@pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2"])
+def test_widths_are_multiples_or_whole(align: int, family: str) -> None:
+    model = source_of(family, 0)
+    arch = arch_of(model)
+    images = list(torch.randn(24, arch.in_chans, *arch.img_size).split(8))
+    for point in prunesweep.instant(model, images, budgets=(0.7, 0.35), align=align):
+        small = arch_of(point.model)
+        pairs = [(stage.width, own.width) for stage, own in zip(arch.stages, small.stages, strict=True)]
+        for block, own in zip(arch.blocks, small.blocks, strict=True):
+            pairs += [(getattr(block, name), getattr(own, name)) for name in ("qk", "mlp", "sr")]
+            pairs += zip(block.v_widths, own.v_widths, strict=True)
+        assert all(width == full or width % align == 0 for full, width in pairs)
+        assert point.share <= point.budget
+
+
+def test_more_images_than_there_are_is_said(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    options = ("--data", "digits", "--images", "5000", "--budgets", "0.5", "--out", tmp_path / "front")
+    code, text, _ = call(capsys, "instant", source, *options)
+    assert code == 0
+    assert "--images 5000: there are 1,347 training images, all are used" in text
+    assert json.loads((tmp_path / "front" / "front.json").read_text())["images"] == 1347
+
+
 def test_an_untrained_source_is_warned_of_in_one_line(
     capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
 ) -> None:
@@ -93,7 +170,11 @@ def test_an_untrained_source_is_warned_of_in_one_line(
             "budget 1.5: must be a share of the source's macs, in (0, 1]; did you mean 1.5M or 1.5G?",
         ),
         (["--budgets", "half"], "--budgets half: must be numbers separated by commas"),
-        (["--objective", "top1"], "objective 'top1': must be one of macs, params"),
+        (["--budgets", "0.5,0.50"], "--budgets 0.5,0.50: names one twice"),
+        (["--objective", "top1"], "--objective top1: must be one of macs, params, latency_ms"),
+        (["--objective", "latency_ms"], "--objective latency_ms and --table TABLE go together"),
+        (["--table", "t.json"], "--objective latency_ms and --table TABLE go together"),
+        (["--measure", "params"], "--measure params: must be latency_ms; what budgets are counted in is --objective"),
     ],
 )
 def test_bad_options_write_nothing(
