@@ -241,13 +241,18 @@ def evaluate(
     check_fits(arch, opened)
     if teacher is None and not opened.info.labelled:
         raise UserError(f"{data} has no labels: give the model to compare with, --teacher SOURCE")
+    if teacher is None and arch.headless:
+        raise UserError(
+            f"{model} has no head, so it gives features: give the model to compare them with, --teacher SOURCE"
+        )
     source: Any = None if teacher is None else to_float32(open_source(teacher))
     if source is not None:
         check_fits(arch_of(source), opened, name=teacher)
-        if source.num_classes != loaded.num_classes:
+        given, own = _outputs(arch_of(source)), _outputs(arch)
+        if given != own:
             raise UserError(
-                f"--teacher {teacher}: has {source.num_classes} classes, {model} has {loaded.num_classes}: only models "
-                "of the same classes can agree"
+                f"--teacher {teacher}: has {given}, {model} has {own}: only models of the same classes can agree, and "
+                "features be compared with as many of the model's own source"
             )
     if not as_json:
         Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
@@ -263,6 +268,10 @@ def evaluate(
         )
     if warning := chance_warning(loaded, opened, found):
         Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _outputs(arch: Any) -> str:
+    return f"{arch.outputs} {'features' if arch.headless else 'classes'}"
 
 
 @app.command()

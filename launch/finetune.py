@@ -144,7 +144,9 @@ def reports(
         rate.pause()
         facts = "".join(f"  {name} {f if isinstance(f, str) else f'{f:.4g}'}" for name, f in epoch.facts.items())
         quality = "" if epoch.ppl is None else f"  ppl {epoch.ppl:.2f}"
-        if epoch.top1 is None:
+        if epoch.cosine is not None:
+            quality += f"  cosine {epoch.cosine:.4f}  relative error {epoch.relative_error:.4g}"
+        elif epoch.top1 is None:
             quality += f"  agreement {epoch.agreement:.2f} %  KL {epoch.kl:.4g}"
         else:
             quality += f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %"

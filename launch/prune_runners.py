@@ -208,9 +208,10 @@ def _recovered(facts: Mapping[str, Any]) -> str:
     if "not_recovered" in facts:
         return f"left as cut, not recovered: {facts['not_recovered']}"
     cut = facts["as_cut"]
+    name, what = ("kl", "KL to the source") if "kl" in facts else ("cosine", "cosine to the source's features")
     return (
-        f"recovered by {facts['by']} on {facts['images']:,} images: KL to the source {cut['kl']:.4g} -> "
-        f"{facts['kl']:.4g}, as cut {EvalMetrics.of(cut)}"
+        f"recovered by {facts['by']} on {facts['images']:,} images: {what} {cut[name]:.4g} -> {facts[name]:.4g}, "
+        f"as cut {EvalMetrics.of(cut)}"
     )
 
 

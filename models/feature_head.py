@@ -7,11 +7,18 @@ import dataclasses
 import torch
 from torch import nn
 
+from .arch import Arch
 from .builder import arch_of, build_with
 from .families import family_of
 from .precision import keep_dtype
 
-__all__ = ["with_feature_head"]
+__all__ = ["is_headless", "with_feature_head"]
+
+
+def is_headless(model: nn.Module) -> bool:
+    """Whether a model gives features, not answers; its record is not read, so blocks may be wrapped meanwhile."""
+    arch, classes = getattr(model, "arch", None), getattr(model, "num_classes", None)
+    return classes == 0 or (isinstance(arch, Arch) and arch.feature_head and arch.num_classes == classes)
 
 
 def with_feature_head(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from prunesweep.pruners.upvit.importance import merge, score_blocks, score_depth
 from prunesweep.pruners.upvit.rules import Target, select
 
 from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
-from .divergence import kl_divergence
+from .divergence import FeatureQuality, feature_quality, kl_divergence
 from .method import AppliedMethod, Method, ScoredMethod, TokenMethod, TrainedMethod, WidthMethod, cheapest_first
 from .methods import METHODS, get_method, method_names, register
 from .reached import TOLERANCE, Reached, meets, spent, suggestion
@@ -21,6 +21,7 @@ __all__ = [
     "PARAMS",
     "TOLERANCE",
     "AppliedMethod",
+    "FeatureQuality",
     "Measure",
     "Method",
     "Reached",
@@ -33,6 +34,7 @@ __all__ = [
     "WidthPath",
     "cheapest_first",
     "drop_order",
+    "feature_quality",
     "get_method",
     "kind_of",
     "kl_divergence",

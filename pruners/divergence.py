@@ -1,10 +1,13 @@
-"""The divergence between the output distributions of a model before and after a change."""
+"""How far the outputs of a model are from those before a change: distributions of answers, or features."""
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-__all__ = ["kl_divergence"]
+import torch
+import torch.nn.functional as F
+
+__all__ = ["FeatureQuality", "feature_quality", "feature_sums", "kl_divergence"]
 
 
 def kl_divergence(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
@@ -28,3 +31,46 @@ def kl_divergence(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     series = d * d * (0.5 + d / 6 + d * d / 24)
     excess = torch.where(d.abs() < 1e-3, series, torch.expm1(d) - d)
     return torch.log1p((p * excess).sum(-1))
+
+
+class FeatureQuality(NamedTuple):
+    """How close features are to those of a source.
+
+    Args:
+        cosine: mean over images of the cosine between both, the source's mean feature taken off.
+        relative_error: squared distance between both, as a share of the variance of the source's.
+    """
+
+    cosine: float
+    relative_error: float
+
+    @classmethod
+    def of(cls, sums: torch.Tensor, images: int) -> FeatureQuality:
+        """Take the means of ``feature_sums`` over so many images."""
+        cosine, error, energy = sums.tolist()
+        return cls(cosine / images, error / energy if error else 0.0)
+
+
+def feature_quality(source: torch.Tensor, changed: torch.Tensor) -> FeatureQuality:
+    """Compare features of the same images, at least two.
+
+    Args:
+        source: features (B, D).
+        changed: features (B, D).
+    """
+    return FeatureQuality.of(feature_sums(source, changed, source.double().mean(0)), len(source))
+
+
+def feature_sums(source: torch.Tensor, changed: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Sum over images: the centred cosines, the squared distances, the squared lengths of centred source features.
+
+    Args:
+        source: features (B, D).
+        changed: features (B, D).
+        mean: of the source's features over all images, (D,).
+
+    Returns:
+        (3,) in float64; sums of several parts of the images add up.
+    """
+    a, b = source.double() - mean, changed.double() - mean
+    return torch.stack([F.cosine_similarity(a, b).sum(), (a - b).square().sum(), a.square().sum()])

@@ -1,7 +1,7 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
-from .compatibility import check_fits, check_labels, open_fitting
+from .compatibility import check_features, check_fits, check_labels, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
 from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_all, evaluate_on
 from .loop import Diverged, Epoch, fit, name_classes, seeded
@@ -25,6 +25,7 @@ __all__ = [
     "batches_of",
     "cache_logits",
     "chance_warning",
+    "check_features",
     "check_fits",
     "check_labels",
     "check_words",

@@ -9,7 +9,7 @@ from prunesweep.models import Arch, UserError, arch_of
 from .data import Data, check_words, open_data
 from .recipe import Recipe
 
-__all__ = ["check_fits", "check_labels", "open_fitting"]
+__all__ = ["check_features", "check_fits", "check_labels", "open_fitting"]
 
 REMEDY = "take data of its classes, or give the model a new head"
 
@@ -18,7 +18,8 @@ def check_fits(arch: Arch, data: Data, *, name: str | None = None, remedy: str =
     """Check that a model's words, classes and image size are those of the data.
 
     Only the words of a language model are checked: it reads texts of any length. Data without labels fit models of any
-    number of classes; where labels are numbers, of which not all need to occur, the model may have more classes.
+    number of classes, and data of any classes a backbone without a head; where labels are numbers, of which not all
+    need to occur, the model may have more classes.
 
     Args:
         arch: architecture of the model.
@@ -33,8 +34,10 @@ def check_fits(arch: Arch, data: Data, *, name: str | None = None, remedy: str =
     if arch.text is not None:
         return
     info, name = data.info, name or arch.source
-    more_fit = info.open_ended or not info.labelled
-    if arch.num_classes < info.num_classes or (arch.num_classes > info.num_classes and not more_fit):
+    more_fit = info.open_ended or not info.labelled or arch.headless
+    if (arch.num_classes < info.num_classes and not arch.headless) or (
+        arch.num_classes > info.num_classes and not more_fit
+    ):
         raise UserError(f"{name} has {arch.num_classes} classes, {info.name} has {info.num_classes}: {remedy}")
     size = (arch.in_chans, *arch.img_size)
     if size != info.input_size:
@@ -71,4 +74,22 @@ def check_labels(data: Data, recipe: Recipe) -> None:
         raise UserError(
             f"{data.info.name} has no labels to train on: set the recipe's loss_weight = 0 and "
             'distill = [{kind = "soft"}], so that the model learns from the source\'s answers, or give data with labels'
+        )
+
+
+def check_features(recipe: Recipe, name: str) -> None:
+    """Check that a backbone without a head, which gives no answers, is trained by its features alone.
+
+    Args:
+        recipe: gives the losses.
+        name: the model's, for the message.
+
+    Raises:
+        UserError: a loss of the recipe needs answers, or it has none.
+    """
+    terms = [term for term in recipe.distill if term.weight]
+    if recipe.loss_weight or not terms or any(term.kind != "feature" for term in terms):
+        raise UserError(
+            f"{name} has no head, so it gives features and no answers: set the recipe's loss_weight = 0 and distill = "
+            '[{kind = "feature"}], so that it learns its source\'s features, or give it a classifier'
         )

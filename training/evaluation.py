@@ -12,8 +12,9 @@ from torch import nn
 
 from prunesweep.models import UserError
 from prunesweep.models.families.lm import LanguageModel
+from prunesweep.models.feature_head import is_headless
 from prunesweep.models.precision import widened
-from prunesweep.pruners import kl_divergence
+from prunesweep.pruners.divergence import FeatureQuality, feature_sums, kl_divergence
 
 from .data import NO_LABEL, Data
 from .data.text import IGNORED
@@ -35,23 +36,25 @@ def evaluate(
     """Measure accuracy and loss over all images, and agreement with a source; leave the model's mode as it was.
 
     A language model is measured over all words that it has to predict, images being words. Models in half precision are
-    measured in float32, one in double precision as it is.
+    measured in float32, one in double precision as it is. A backbone without a head has no answers: its features are
+    compared with the source's.
 
     Args:
-        model: a classifier or a ``LanguageModel``, on its device.
+        model: a classifier, a ``LanguageModel`` or a backbone, on its device.
         batches: (images, labels) or (words, next words) per batch; with a ``world``, only this worker's share.
         world: the workers that evaluate together; every one of them gets the result over all shares.
-        source: a model in evaluation mode, on the same device and of the same classes, to compare with.
+        source: a model in evaluation mode, on the same device and of the same classes or as many features, to compare
+            with.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
         perplexity exp(loss), infinite where that is too large for a float; none of them where no image has a label.
         With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats) and ``agreement``
-        (equal answers, in percent). All are NaN where an answer of the model is NaN: the order of such answers says
-        nothing.
+        (equal answers, in percent). Of features, ``cosine`` and ``relative_error`` (``pruners.FeatureQuality``) alone.
+        All are NaN where an answer of the model is NaN: the order of such answers says nothing.
 
     Raises:
-        UserError: no image has a label, and there is no source.
+        UserError: no image has a label, or the model has no head, and there is no source.
         ValueError: there are no images.
     """
     return evaluate_all([model], batches, world, source=source)[0]
@@ -84,6 +87,12 @@ def evaluate_all(
     for model in run:
         model.eval()
     device = next(run[0].parameters()).device
+    if is_headless(run[0]):
+        features = _features(run, batches, device)
+        for model, training in zip(run, modes, strict=True):
+            model.train(training)
+        wanted = None if source is None else features[place[id(source)]]
+        return [_feature_figures(features[place[id(model)]], wanted, world or World(), device) for model in models]
     # sums of: right, right among five, loss, images with labels, images, divergence, same answers
     sums = torch.zeros(len(models), 7, dtype=torch.float64, device=device)
     for answers, y in _answers(run, batches, device):
@@ -123,18 +132,48 @@ def _figures(sums: Sequence[float], *, texts: bool, compared: bool) -> dict[str,
     return dict.fromkeys(figures, math.nan) if math.isnan(loss + divergence) else figures
 
 
+def _features(
+    models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> list[torch.Tensor]:
+    """Compute every model's features (images, D), kept on the CPU: they are centred by the mean over all images."""
+    parts = [[torch.empty(0, model.num_classes or model.num_features)] for model in models]  # a share may be empty
+    for answers, _ in _answers(models, batches, device):
+        for own, one in zip(parts, answers, strict=True):
+            own.append(one.cpu())
+    return [torch.cat(own) for own in parts]
+
+
+def _feature_figures(
+    features: torch.Tensor, wanted: torch.Tensor | None, world: World, device: torch.device
+) -> dict[str, float]:
+    if wanted is None:
+        raise UserError(
+            "the model has no head, so it gives features and no answers: compare them with its source's, the teacher"
+        )
+    if features.shape[1] != wanted.shape[1]:
+        raise UserError(
+            f"the model gives {features.shape[1]} features, the source {wanted.shape[1]}: give its own source"
+        )
+    total = torch.cat([wanted.double().sum(0), wanted.new_tensor([len(wanted)], dtype=torch.float64)])
+    *mean, images = world.all_reduce(total.to(device)).tolist()
+    if images == 0:
+        raise ValueError("no images to evaluate on")
+    sums = feature_sums(wanted, features, torch.tensor(mean, dtype=torch.float64) / images)
+    return FeatureQuality.of(world.all_reduce(sums.to(device)), int(images))._asdict()
+
+
 def evaluate_on(
     model: nn.Module, data: Data, world: World | None = None, *, source: nn.Module | None
 ) -> dict[str, float]:
-    """Measure a model on the validation split: by labels, or by its agreement with the source where there are none.
+    """Measure a model on the validation split: by labels, or by comparison with the source where there are none.
 
     Args:
         model, world: as for ``evaluate``.
         data: the data set.
-        source: the model to compare with, as for ``evaluate``; not used where the data have labels.
+        source: the model to compare with, as for ``evaluate``; not used for answers where the data have labels.
     """
     batches = data.val_loader(EVAL_BATCH, world)
-    return evaluate(model, batches, world, source=None if data.info.labelled else source)
+    return evaluate(model, batches, world, source=None if data.info.labelled and not is_headless(model) else source)
 
 
 def _perplexity(loss: float) -> float:
@@ -148,13 +187,16 @@ class EvalMetrics(NamedTuple):
     """The figures of an evaluation that are kept.
 
     ``top1`` in percent, a language model's perplexity ``ppl``, ``agreement`` with the source's answers in percent and
-    the divergence ``kl`` from it in nats; None where it was not measured.
+    the divergence ``kl`` from it in nats; of features, ``cosine`` and ``relative_error``; None where it was not
+    measured.
     """
 
     top1: float | None
     ppl: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
@@ -166,6 +208,8 @@ class EvalMetrics(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def __str__(self) -> str:
+        if self.cosine is not None:
+            return f"cosine {self.cosine:.4f}, relative error {self.relative_error:.4g}"
         if self.ppl is not None:
             return f"ppl {self.ppl:.2f}"
         if self.top1 is not None:

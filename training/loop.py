@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import arch_of
+from prunesweep.models.feature_head import is_headless
 from prunesweep.models.precision import HALF, stored_dtype, to_float32, widened
 from prunesweep.pruners.hook import Hook, TrainingHook
 
@@ -31,13 +32,16 @@ from .world import World
 
 __all__ = ["Diverged", "Epoch", "fit", "name_classes", "seeded"]
 
+FIGURES = ("top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error")  # of an evaluation
+
 
 @dataclass(frozen=True)
 class Epoch:
     """Figures of one epoch: mean training ``loss``, validation accuracies in percent, ``images_per_s`` of training.
 
     For a language model, images are pieces of text, accuracy is that of the next word, and ``ppl`` is the perplexity.
-    Without labels there are ``agreement`` with the teacher's answers, in percent, and ``kl`` in place of accuracies.
+    Without labels there are ``agreement`` with the teacher's answers, in percent, and ``kl`` in place of accuracies; of
+    a backbone without a head, ``cosine`` and ``relative_error`` of its features to the teacher's.
     """
 
     epoch: int  # from 1
@@ -51,6 +55,8 @@ class Epoch:
     ppl: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
 
 
 @contextlib.contextmanager
@@ -130,7 +136,7 @@ def fit(
             save_state(state, trainer.state(epoch + 1))
         if on_epoch:
             found = evaluate_on(trainer.kept_model(), data, trainer.world, source=teacher)
-            figures = {name: found.get(name) for name in ("top1", "top5", "ppl", "agreement", "kl")}
+            figures = {name: found.get(name) for name in FIGURES}
             lr = trainer.optimizer.param_groups[0]["lr"]
             facts = dict(hook.facts)
             on_epoch(Epoch(epoch + 1, recipe.epochs, loss, lr=lr, images_per_s=rate, facts=facts, **figures))
@@ -149,7 +155,7 @@ def fit(
 def name_classes(model: Any, data: Data) -> None:
     """Give a model the names of the classes that it was trained on, by which later data are matched with it."""
     names = data.info.classes
-    if names and data.info.labelled and len(names) == getattr(model, "num_classes", 0):
+    if names and data.info.labelled and len(names) == getattr(model, "num_classes", 0) and not is_headless(model):
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(names)}
 
 

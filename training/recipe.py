@@ -33,8 +33,8 @@ class _Table(BaseModel):
 class Distill(_Table):
     """One term of distillation, added to the loss with ``weight``.
 
-    With student's and teacher's logits z and z', pooled features f and f' before the classifier, and temperature T, the
-    term is, as a mean over images,
+    With student's and teacher's logits z and z', pooled features f and f' before the classifier (of a backbone without
+    a head, its output), and temperature T, the term is, as a mean over images,
 
         soft       T^2 KL(softmax(z' / T) || softmax(z / T))    Hinton et al. 2015, arXiv 1503.02531
         hard       cross-entropy of z to the class argmax z'    Touvron et al. 2021 (DeiT), arXiv 2012.12877

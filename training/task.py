@@ -18,6 +18,7 @@ from torch import nn
 
 from prunesweep.models import UserError
 from prunesweep.models.families.lm import LanguageModel
+from prunesweep.models.feature_head import is_headless
 
 from .losses import full_model_kl, hard_distillation
 from .recipe import Distill, Recipe
@@ -66,12 +67,23 @@ def _teacher(name: str, source: nn.Module | None, student: Any) -> nn.Module:
             found = timm.create_model(name, pretrained=True)
         except Exception as error:  # timm passes on all errors of its parts, mostly of downloads
             raise UserError(f"recipe: the weights of distill.teacher = {name!r} cannot be had: {error}") from error
-    if found.num_classes != student.num_classes:
+    if is_headless(student):
+        given, wanted = (_width(own) for own in (found, student))
+        if given != wanted:
+            raise UserError(
+                f"recipe: teacher {name!r} has {given} features, the model {wanted}: distil from the model's own source"
+            )
+    elif found.num_classes != student.num_classes:
         raise UserError(
             f"recipe: teacher {name!r} has {found.num_classes} classes, the model {student.num_classes}: "
             "distil from a teacher of the same classes, or drop the term"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _width(model: Any) -> int:
+    """Number of the features that a backbone gives, or that a classifier reads."""
+    return int(model.num_classes if is_headless(model) and model.num_classes else model.num_features)
 
 
 def _check_of_text(recipe: Recipe, terms: list[Distill]) -> None:
@@ -182,10 +194,13 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
         self.teachers = nn.ModuleList(DistillationTeacher(module) for module in teachers.values())
         self.by_token = any(term.on == "token" for term in terms)
         self._features: torch.Tensor | None = None
+        self.headless = is_headless(model)  # its output are the features
         if self.by_token and not hasattr(model, "set_distilled_training"):
             raise UserError("recipe: a distill term is on the 'token', but the model has no distillation head")
         student: Any = model
-        if any(term.kind == "feature" for term in terms):  # one forward pass gives logits and features, under DDP too
+        if (
+            any(term.kind == "feature" for term in terms) and not self.headless
+        ):  # one forward pass gives logits and features, under DDP too
             if isinstance(student.get_classifier(), tuple):
                 raise UserError("recipe: features of a model with two heads cannot be distilled")
             student.get_classifier().register_forward_pre_hook(self._keep_features)
@@ -262,8 +277,9 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
         self, term: Distill, x: torch.Tensor, logits: torch.Tensor, answers: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         if term.kind == "feature":
-            wanted = self.answers(term.teacher, x, features=True)
-            features = self._features
+            given = is_headless(self.teacher(term.teacher).model)
+            wanted = self.answers(term.teacher, x, features=not given)
+            features = logits if self.headless else self._features
             assert features is not None
             if features.shape != wanted.shape:
                 raise UserError(

@@ -18,11 +18,12 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from prunesweep.models import UserError, arch_of, blocks_of
+from prunesweep.models.feature_head import is_headless
 from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .batches import EpochBatches
 from .checkpoint import load_state
-from .compatibility import check_labels
+from .compatibility import check_features, check_labels
 from .data import Data
 from .optim import make_optimizer, make_scheduler
 from .recipe import Recipe
@@ -70,6 +71,8 @@ class Trainer:
     ) -> None:
         self.model, self.recipe, self.hook, self.world = model, recipe, hook, world
         self.on_step, self.on_note = on_step, on_note
+        if is_headless(model):
+            check_features(recipe, arch_of(model).source)
         check_labels(data, recipe)
         self.device = next(model.parameters()).device
         self.batches = batches_of(data, recipe, world)
@@ -91,7 +94,7 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, recipe, self.batches.updates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.labelled = data.info.labelled
-        self.mixup = _mixup(recipe, data.info.num_classes or arch_of(model).num_classes)
+        self.mixup = _mixup(recipe, data.info.num_classes or arch_of(model).outputs)
 
     def train_epoch(self, epoch: int) -> tuple[float, float]:
         """Train for one epoch; return the mean loss, and images per second, over all workers."""

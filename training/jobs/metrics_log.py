@@ -16,7 +16,7 @@ from ..loop import Epoch
 
 __all__ = ["MetricsLog", "StepRate"]
 
-SCALARS = ("loss", "top1", "top5", "ppl", "agreement", "kl", "lr", "images_per_s")
+SCALARS = ("loss", "top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error", "lr", "images_per_s")
 
 
 class MetricsLog:

@@ -81,8 +81,8 @@ class Pruned:
         source: figures of the source on the validation split.
         quality: figures of the small model on it, agreement with the source and KL among them.
         recovery: ``by`` refits or projection, with the ``images`` and the ``seed`` of their draw; ``kl`` to the source
-            on the validation split, and the figures of the model ``as_cut``. Where the family does not allow it,
-            ``not_recovered`` is the reason; empty where none was asked for.
+            on the validation split, or ``cosine`` of features, and the figures of the model ``as_cut``. Where the
+            family does not allow it, ``not_recovered`` is the reason; empty where none was asked for.
     """
 
     model: nn.Module
@@ -271,7 +271,7 @@ def _make(
             "images": min(recovery.images, data.train_images),
             "seed": recovery.seed,
             "as_cut": EvalMetrics.of(as_cut).as_dict(),
-            "kl": after["kl"],
+            **{name: after[name] for name in ("kl", "cosine") if name in after},
         }
     return Pruned(
         model=small,

@@ -116,7 +116,8 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
 
     def on_epoch(epoch: Epoch) -> None:
         nonlocal latest
-        latest = EvalMetrics(epoch.top1, epoch.ppl, epoch.agreement, epoch.kl)
+        features = {"cosine": epoch.cosine, "relative_error": epoch.relative_error}
+        latest = EvalMetrics(epoch.top1, epoch.ppl, epoch.agreement, epoch.kl, **features)
         if reports.on_epoch:
             reports.on_epoch(epoch)
 
