@@ -13,12 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from .bench import bench
+from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
 from .doctor import doctor
 from .eval_run import evaluate_run, is_run
 from .export import export_model, push_model
@@ -205,10 +206,9 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="texts: how many of them are seen but not predicted")] = 0,
     test: Annotated[bool, typer.Option("--test", help="texts: the test split")] = False,
-    class_order: Annotated[
-        Literal["natural", "codepoint"],
-        typer.Option(help="of folders, for a model without class names: timm's order (natural) or torchvision's"),
-    ] = "natural",
+    class_order: ClassOrderOption = None,
+    classes: ClassesOption = None,
+    unreadable: UnreadableOption = UNREADABLE,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -226,7 +226,7 @@ def evaluate(
 
     other = length is not None or context or test
     if is_run(model):
-        if other or class_order != "natural" or teacher is not None:
+        if other or (class_order, classes, teacher, unreadable) != (None, None, None, UNREADABLE):
             raise UserError(f"of a run only --data and --json may be given: {model} is measured as it was searched")
         evaluate_run(model, data, as_json=as_json)
         return
@@ -234,10 +234,13 @@ def evaluate(
         raise UserError("--data is missing: name what the model is measured on, e.g. digits or imagefolder:PATH")
     loaded = to_float32(load(model))
     arch = arch_of(loaded)
+    options = data_options(class_order, classes, unreadable)
     if other:
+        if class_order is not None or classes is not None:
+            raise UserError("--class-order, --classes: texts have no classes")
         opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
     else:
-        opened = open_data(data, loaded.pretrained_cfg, class_order=class_order)
+        opened = open_data(data, loaded.pretrained_cfg, **options)
     check_fits(arch, opened)
     if teacher is None and not opened.info.labelled:
         raise UserError(f"{data} has no labels: give the model to compare with, --teacher SOURCE")
@@ -256,13 +259,16 @@ def evaluate(
             )
     if not as_json:
         Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
+    listed = opened.val_images
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
     found, spent = EvalMetrics.of(measure(loaded, batches, source=source)), cost(arch)
+    counted = {} if opened.val_images == listed else {"images": opened.val_images}  # some of them cannot be read
     if as_json:
-        print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params}))
+        print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params, **counted}))
     else:
         agreeing = found._replace(top1=None, ppl=None)
         texts = [str(found), *([str(agreeing)] if source is not None and found != agreeing else [])]
+        texts += [f"{n:,} of {listed:,} images" for n in counted.values()]
         Console(markup=False).print(
             f"{', '.join(texts)}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False
         )

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
+
 __all__ = ["finetune", "reports"]
 
 
@@ -59,6 +61,9 @@ def finetune(
         typer.Option(help="path or URI that all nodes can write to  [default: beside --out]", show_default=False),
     ] = None,
     loader_workers: Annotated[int, typer.Option(min=0, help="processes per worker that load images")] = 0,
+    class_order: ClassOrderOption = None,
+    classes: ClassesOption = None,
+    unreadable: UnreadableOption = UNREADABLE,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Train a saved model; the same command continues a run that was stopped."""
@@ -90,7 +95,7 @@ def finetune(
         out=out.absolute(),
         teacher=None if teacher is None else teacher.absolute(),
         seed=seed,
-        loader_workers=loader_workers,
+        data_options={**data_options(class_order, classes, unreadable), "loader_workers": loader_workers},
         second_stage=None if second_stage is None else SecondStageJob(second_stage, stage),
     )
     placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)

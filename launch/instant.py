@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
+
 if TYPE_CHECKING:
     from prunesweep.models import Arch, LatencyTable
 
@@ -43,6 +45,9 @@ def instant(
         int, typer.Option(min=2, help="calibration images, from the training split, without labels")
     ] = 512,
     seed: Annotated[int, typer.Option(min=0, help="of the choice of calibration images")] = 0,
+    class_order: ClassOrderOption = None,
+    classes: ClassesOption = None,
+    unreadable: UnreadableOption = UNREADABLE,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Compute a front of smaller models from a few hundred unlabelled images; nothing is trained."""
@@ -69,7 +74,7 @@ def instant(
     predictor = None if table is None else LatencyTable.load(table)
     model = open_source(source)
     budgeted: Any = objective if predictor is None else latency(predictor, arch_of(model))
-    dataset = open_fitting(data, model)
+    dataset = open_fitting(data, model, **data_options(class_order, classes, unreadable))
     console = Console(stderr=as_json, markup=False)
     display = Display(console)
     display.data(dataset.describe())
@@ -88,9 +93,8 @@ def instant(
         models = [model, *(point.model for point in points)]
         found = evaluate_shown(models, dataset, report, source=model)
         timings = _timed(models, predictor, progress) if measure else [None] * len(models)
-    held_out: Any = dataset.split("val", augment=None)
     rows = [
-        _row(budget, own, arch_of(model), figures, len(held_out), timing, predictor)
+        _row(budget, own, arch_of(model), figures, dataset.val_images, timing, predictor)
         for budget, own, figures, timing in zip([1.0, *(p.budget for p in points)], models, found, timings, strict=True)
     ]
     for row in rows[1:]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
+
 __all__ = ["prune", "score"]
 
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
@@ -108,6 +110,9 @@ def prune(
     address: Annotated[
         str | None, typer.Option(help="of a running Ray cluster; a Ray of its own by default", show_default=False)
     ] = None,
+    class_order: ClassOrderOption = None,
+    classes: ClassesOption = None,
+    unreadable: UnreadableOption = UNREADABLE,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Make a model smaller by one method: cut it, plan its tokens, or search while it trains, and finetune."""
@@ -150,6 +155,7 @@ def prune(
         source=source,
         method=chosen,
         data=data,
+        data_options=data_options(class_order, classes, unreadable),
         out=out,
         budgets=[_cost(part) for part in budget.split(",")] if budget is not None else [],
         keep_rate=keep_rate,
@@ -185,6 +191,9 @@ def score(
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     cache: Cache = CACHE,
+    class_order: ClassOrderOption = None,
+    classes: ClassesOption = None,
+    unreadable: UnreadableOption = UNREADABLE,
 ) -> None:
     """Score a model's units by one method and keep the scores; any later budget is then solved without scoring."""
     from rich.console import Console
@@ -195,7 +204,7 @@ def score(
     from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
     model, console = open_source(source), Console(markup=False)
-    opened = open_fitting(data, model)
+    opened = open_fitting(data, model, **data_options(class_order, classes, unreadable))
     display = Display(console)
     display.data(opened.describe())
     with display.progress() as progress:

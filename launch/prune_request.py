@@ -35,6 +35,7 @@ class Request:
     source: str
     method: Method
     data: str
+    data_options: Mapping[str, Any]
     out: Path | None
     budgets: Sequence[float]
     keep_rate: float | None
@@ -102,7 +103,7 @@ class Request:
         Raises:
             UserError: they are not there, or do not fit.
         """
-        data = open_fitting(self.data, model)
+        data = open_fitting(self.data, model, **self.data_options)
         Display(self.console).data(data.describe())
         return data
 

@@ -128,6 +128,7 @@ def prune_trained(request: Request) -> None:
         options=options,
         calibration=request.calibration,
         seed=request.seed,
+        data_options=request.data_options,
         work_folder=work.folder / "deciding",
     )
     run.check()
@@ -168,6 +169,7 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, work: Path,
         out,
         teacher=teacher,
         seed=request.seed,
+        data_options=request.data_options,
         second_stage=request.stage,
         work_folder=work / f"finetuning{part}",
         teacher_logits=work / "teacher_logits",

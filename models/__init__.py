@@ -15,7 +15,7 @@ from prunesweep.models.latency.timing import Setting, measure
 from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
 from .arch import Arch, Block, Stage, Text
-from .builder import arch_of, blocks_of, build, num_params
+from .builder import arch_of, blocks_of, build, num_params, preprocessing_of
 from .counting import Cost, cost
 from .cutting import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
@@ -47,6 +47,7 @@ __all__ = [
     "load_provenance",
     "measure",
     "num_params",
+    "preprocessing_of",
     "published_arch",
     "push",
     "read_arch",

@@ -18,9 +18,22 @@ from .errors import UserError, nearest
 from .families import FAMILIES, family_of
 from .precision import TYPES
 
-__all__ = ["ENTRY_POINT", "arch_of", "blocks_of", "build", "build_with", "create", "example_input", "num_params"]
+__all__ = [
+    "ENTRY_POINT",
+    "arch_of",
+    "blocks_of",
+    "build",
+    "build_with",
+    "check_preprocessing",
+    "create",
+    "example_input",
+    "num_params",
+    "preprocessing_of",
+    "set_label_names",
+]
 
 ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.io.store registers it)
+CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")  # timm's
 CLASS_NAMES = ("label_names", "label_descriptions")  # of the classes, in timm's ``pretrained_cfg``
 
@@ -95,7 +108,34 @@ def create(
     if options.get("num_classes", arch.num_classes) != arch.num_classes:
         for name in CLASS_NAMES:  # of the classifier that was there
             model.pretrained_cfg.pop(name, None)
+    if not features and model.pretrained_cfg.get("label_names"):
+        set_label_names(model, model.pretrained_cfg["label_names"])
     return model
+
+
+def set_label_names(model: Any, names: Sequence[str]) -> None:
+    """Give a model the names of its classes, timm's ``label_names``; it loses them when its classifier is replaced.
+
+    Args:
+        model: a classifier with timm's ``pretrained_cfg``.
+        names: the names by label.
+    """
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(names)}
+    model.named_classifiers = _classifiers(model)  # in a list, torch does not take them for modules of its own
+
+
+def preprocessing_of(model: Any) -> dict[str, Any]:
+    """Return a model's ``pretrained_cfg``, without names of classes that were those of a classifier since replaced."""
+    cfg, named = dict(getattr(model, "pretrained_cfg", None) or {}), getattr(model, "named_classifiers", [])
+    if named and any(own is not now for own, now in zip(named, _classifiers(model), strict=True)):
+        return {key: value for key, value in cfg.items() if key not in CLASS_NAMES}
+    return cfg
+
+
+def _classifiers(model: Any) -> list[nn.Module]:
+    """List the layers of a model that depend on the number of classes, as they are now."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return [model.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
 
 
 def build_with(
@@ -144,7 +184,7 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in known:
             raise UserError(f"pretrained_cfg has an unknown key {key!r}. {nearest(key, known)}".strip())
-    _check_preprocessing(given)
+    check_preprocessing(given)
     if len(given.get("label_names") or ()) != arch.num_classes:  # the classifier was replaced
         given = {key: value for key, value in given.items() if key not in CLASS_NAMES}
     half = (0.5,) * arch.in_chans
@@ -164,8 +204,15 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_preprocessing(given: Mapping[str, Any]) -> None:
-    """Raise UserError for values that no image could be prepared by, and for class names that are no list."""
+def check_preprocessing(given: Mapping[str, Any]) -> None:
+    """Check timm's description of the preprocessing.
+
+    Args:
+        given: a ``pretrained_cfg``.
+
+    Raises:
+        UserError: no image could be prepared by it, or class names are no list, or one of them is there twice.
+    """
 
     def check(name: str, right: Callable[[Any], bool], allowed: str) -> None:
         value = given.get(name)
@@ -179,7 +226,11 @@ def _check_preprocessing(given: Mapping[str, Any]) -> None:
     check("std", lambda v: numbers(v) and min(v) > 0, "a list of finite numbers above 0, one per channel")
     check("crop_pct", lambda v: _is_number(v) and v > 0, "a number above 0")
     check("interpolation", lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
+    check("crop_mode", lambda v: v in CROP_MODES, f"one of {', '.join(CROP_MODES)}")
     check("label_names", lambda v: isinstance(v, (list, tuple)), "a list of names")
+    for name, times in Counter(map(str, given.get("label_names") or ())).items():
+        if times > 1:
+            raise UserError(f"pretrained_cfg.label_names: {name!r} is there {times} times; every class needs its own")
 
 
 def _is_number(value: Any) -> bool:

@@ -24,7 +24,7 @@ from torch import nn
 from prunesweep.models.layers.token_merging import TokenPlan
 
 from .arch import Arch, Block, Text
-from .builder import arch_of, build_with
+from .builder import arch_of, build_with, preprocessing_of
 from .errors import UserError, nearest
 from .families import family_of
 from .feature_head import with_feature_head
@@ -292,7 +292,7 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     keep, reductions = [choice.keep for choice in decision.blocks], space_reductions(arch, decision)
     weights = gather(arch, keep, reductions, model.state_dict())  # gathering makes copies, so nothing is shared
     weights = _replace(arch, decision, weights)
-    small = build_with(small_arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
+    small = build_with(small_arch, weights, pretrained_cfg=preprocessing_of(model))
     keep_dtype(small, model)
     return small.train(model.training)
 

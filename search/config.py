@@ -19,7 +19,7 @@ from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_meth
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
 from prunesweep.training import Recipe, absolute_name
-from prunesweep.training.data import ClassOrder
+from prunesweep.training.data import ClassOrder, read_names
 
 __all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config", "run_config"]
 
@@ -43,7 +43,7 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 class DataTable(Table):
     name: PathName  # digits | imagefolder:PATH
     loader_workers: Natural = 0
-    class_order: ClassOrder = "natural"  # of class folders: timm's, or torchvision's "codepoint"
+    class_order: ClassOrder | None = None  # of class folders: timm's "natural", or torchvision's "codepoint"
     classes: list[str] | str | None = None  # names by label, or a file with one per line
     unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
 
@@ -54,8 +54,9 @@ class DataTable(Table):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``open_data``."""
-        return self.model_dump(exclude={"name"})
+        """Keyword arguments of ``open_data``, JSON-ready; a file of names is read here, for processes elsewhere too."""
+        names = None if self.classes is None else list(read_names(self.classes))
+        return {**self.model_dump(exclude={"name"}), "classes": names}
 
 
 class SourceTable(Table):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunesweep.models import Arch, UserError, arch_of
+from prunesweep.models import Arch, UserError, arch_of, preprocessing_of
 
 from .data import Data, check_words, open_data
 from .recipe import Recipe
@@ -44,17 +44,18 @@ def check_fits(arch: Arch, data: Data, *, name: str | None = None, remedy: str =
         raise UserError(f"{name} takes images of {size}, {info.name} has {info.input_size}")
 
 
-def open_fitting(data: str | Data, model: Any) -> Data:
+def open_fitting(data: str | Data, model: Any, **options: Any) -> Data:
     """Open data with a model's preprocessing, and check that they fit the model as it is.
 
     Args:
         data: name of the data set, as for ``open_data``; or the data set, which is only checked.
         model: the model.
+        options: keyword arguments of ``open_data``.
 
     Raises:
         UserError: as for ``open_data`` and ``check_fits``.
     """
-    opened = open_data(data, model.pretrained_cfg) if isinstance(data, str) else data
+    opened = open_data(data, preprocessing_of(model), **options) if isinstance(data, str) else data
     check_fits(arch_of(model), opened)
     return opened
 

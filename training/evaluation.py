@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunesweep.models import UserError
+from prunesweep.models import UserError, preprocessing_of
 from prunesweep.models.families.lm import LanguageModel
 from prunesweep.models.feature_head import is_headless
 from prunesweep.models.precision import widened
@@ -239,7 +239,7 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
     if isinstance(model, LanguageModel) or found.top1 > chance:
         return None
     said = f"top-1 of {found.top1:.2f} % is no better than chance ({chance:.2f} % for {info.num_classes} classes)"
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    names = preprocessing_of(model).get("label_names")
     if info.classes and names and set(names) != set(info.classes):
         return (
             f"{said}: the model's classes are named otherwise ({names[0]}, ..) than the data's ({info.classes[0]}, ..)"
@@ -263,6 +263,8 @@ def _answers(
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
     """Yield every model's logits (B, K), and labels (B,); for language models, of some words at a time."""
     for x, y in batches:
+        if not len(y):  # all of them cannot be read
+            continue
         x, y = x.to(device), y.to(device)
         if not isinstance(models[0], LanguageModel):
             yield [model(x.to(next(model.parameters(), x).dtype)) for model in models], y

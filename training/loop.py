@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import arch_of
+from prunesweep.models.builder import set_label_names
 from prunesweep.models.feature_head import is_headless
 from prunesweep.models.precision import HALF, stored_dtype, to_float32, widened
 from prunesweep.pruners.hook import Hook, TrainingHook
@@ -156,7 +157,7 @@ def name_classes(model: Any, data: Data) -> None:
     """Give a model the names of the classes that it was trained on, by which later data are matched with it."""
     names = data.info.classes
     if names and data.info.labelled and len(names) == getattr(model, "num_classes", 0) and not is_headless(model):
-        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(names)}
+        set_label_names(model, names)
 
 
 def _mix(seed: int, epoch: int, rank: int) -> int:

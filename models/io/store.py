@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prunesweep.models.arch import Arch
-from prunesweep.models.builder import ENTRY_POINT, arch_of, build_with, create
+from prunesweep.models.builder import ENTRY_POINT, arch_of, build_with, create, preprocessing_of, set_label_names
 from prunesweep.models.errors import UserError
 from prunesweep.models.families.lm import lm_arch
 from prunesweep.models.precision import stored_dtype
@@ -99,7 +99,7 @@ def rebuilt(model: nn.Module) -> nn.Module:
     """
     arch, weights = arch_of(model), model.state_dict()
     try:
-        return build_with(arch, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None))
+        return build_with(arch, weights, pretrained_cfg=preprocessing_of(model))
     except RuntimeError as error:
         raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
 
@@ -133,8 +133,7 @@ def save(
     path, ours = Path(path), rebuilt(model)
     arch = arch_of(ours)
     if classes is not None:
-        cfg: Any = ours.pretrained_cfg
-        cfg["label_names"] = _class_names(classes, arch.num_classes)
+        set_label_names(ours, _class_names(classes, arch.num_classes))
     if provenance is None:
         provenance = _carried(model)
     record, dtype = arch.to_dict(), stored_dtype(model)

@@ -27,7 +27,7 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockView, arch_of, block_views
 from prunesweep.models.arch import Block, Stage
-from prunesweep.models.builder import build_with
+from prunesweep.models.builder import build_with, preprocessing_of
 from prunesweep.models.cutting import gather
 from prunesweep.models.families import family_of
 from prunesweep.models.families.base import tensor_shapes
@@ -175,7 +175,7 @@ class Compression(Refit):
             if name in scalers:
                 tensor = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=tensor.device)
             weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        return build_with(narrow, weights, pretrained_cfg=getattr(model, "pretrained_cfg", None)).eval()
+        return build_with(narrow, weights, pretrained_cfg=preprocessing_of(model)).eval()
 
     def _project_readers(self, kept: Sequence[int]) -> None:
         """Finish the readers of projected streams: the factor sqrt(D/k), and the norms' biases that are left."""

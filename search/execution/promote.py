@@ -118,7 +118,7 @@ def promote(
         out=folder / "model",
         teacher=run / "source",
         seed=config.seed,
-        loader_workers=config.data.loader_workers,
+        data_options=config.data.options,
     )
     if not job.out.exists():
         finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)

@@ -307,7 +307,7 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         teacher=str(run / "source"),
         teacher_cache=str(run.teacher_logits),
         seed=unit.seed,
-        loader_workers=context.config.data.loader_workers,
+        data_options=context.config.data.options,
         stop_file=str(run.stop_file),
     )
     finished = run_job(

@@ -7,7 +7,8 @@ these use timm's transforms. ``pydocs`` and ``wikitext:PATH`` are texts. All are
 workers sees every image once, in an order that a seed gives.
 """
 
-from .base import NO_LABEL, Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only
+from .base import NO_LABEL, UNREADABLE, Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only
+from .classes import read_names
 from .content import content_changes, content_of
 from .digits import Digits
 from .folder import ImageFolder
@@ -20,6 +21,7 @@ from .unlabelled import UnlabelledImages
 __all__ = [
     "KINDS",
     "NO_LABEL",
+    "UNREADABLE",
     "Batch",
     "ClassOrder",
     "Data",
@@ -38,5 +40,6 @@ __all__ = [
     "images_only",
     "open_data",
     "open_text",
+    "read_names",
     "register",
 ]

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset, default_collate
 
 from prunesweep.training.batches import EpochBatches, WithRows, own_share
 from prunesweep.training.recipe import Recipe
@@ -18,11 +18,22 @@ from prunesweep.training.world import World
 
 from .loader import PersistentLoader
 
-__all__ = ["NO_LABEL", "Batch", "ClassOrder", "Data", "DataInfo", "OpenOptions", "Transformed", "images_only"]
+__all__ = [
+    "NO_LABEL",
+    "UNREADABLE",
+    "Batch",
+    "ClassOrder",
+    "Data",
+    "DataInfo",
+    "OpenOptions",
+    "Transformed",
+    "images_only",
+]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 ClassOrder = Literal["natural", "codepoint"]
 NO_LABEL = -1  # stands where data have no labels; every loss on labels refuses it
+UNREADABLE = -2  # "label" of a validation image that cannot be read; loaders leave such images out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +64,8 @@ class OpenOptions:
     Attributes:
         preprocessing: a timm model's ``pretrained_cfg``; its ``label_names`` put the classes in the model's order.
         loader_workers: processes that load and augment images; 0 does it in this process.
-        class_order: order of class folders: timm's ("natural": case-insensitive, 2 before 10) or torchvision's
-            ("codepoint").
+        class_order: order in which class folders are numbered: timm's ("natural": case-insensitive, 2 before 10) or
+            torchvision's ("codepoint"). None: by name where the model has names, otherwise timm's.
         classes: class names by label, or a file with one name per line; overrides every other order.
         unreadable: share of a split's images that may be unreadable; 10 images always may.
         length: words in a piece of text; None takes the model's or the kind's default.
@@ -63,7 +74,7 @@ class OpenOptions:
 
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     loader_workers: int = 0
-    class_order: ClassOrder = "natural"
+    class_order: ClassOrder | None = None
     classes: Sequence[str] | str | Path | None = None
     unreadable: float = 0.001
     length: int | None = None
@@ -78,6 +89,7 @@ class Data(ABC):
 
     kind: ClassVar[str]  # part of a data set's name before the colon
     argument: ClassVar[Literal["", "PATH", "NAME"]] = ""  # what follows the colon
+    class_options: ClassVar[frozenset[str]] = frozenset()  # of "class_order" and "classes", those that concern it
     info: DataInfo
 
     def __init__(self, *, loader_workers: int = 0) -> None:
@@ -133,13 +145,17 @@ class Data(ABC):
         """Return the other usual order of classes, and the data in it; None if that is this one, or there is none."""
         return None
 
+    @property
+    def val_images(self) -> int:
+        """Number of validation images, without those that were found to be unreadable so far."""
+        return len(self.split("val", augment=None))  # type: ignore[arg-type]
+
     def describe(self) -> list[str]:
         """Return lines for people: numbers of images and classes, the preprocessing, and notes on the files."""
         info = self.info
-        val = len(self.split("val", augment=None))  # type: ignore[arg-type]
         named = f" ({info.classes[0]} .. {info.classes[-1]})" if info.classes else ""
         classes = f"{info.num_classes:,} classes{named}" if info.labelled else "without labels"
-        counted = f"{info.name}: {self.train_images:,} train, {val:,} val, {classes}"
+        counted = f"{info.name}: {self.train_images:,} train, {self.val_images:,} val, {classes}"
         return [counted, f"preprocessing: {self._prepared()}", *info.notes]
 
     def _prepared(self) -> str:
@@ -168,6 +184,8 @@ class Data(ABC):
     def val_loader(self, batch_size: int, world: World | None = None) -> DataLoader[Batch]:
         """Return a loader of every validation image once, in a fixed order; with a ``world``, of this worker's share.
 
+        Images that cannot be read are left out, so a batch may be smaller, or empty.
+
         Args:
             batch_size: images per batch of this worker.
             world: the workers that share the images.
@@ -183,11 +201,12 @@ class Data(ABC):
             if world is not None:
                 data = Subset(data, own_share(len(data), world))  # type: ignore[arg-type]
             order = BatchSampler(SequentialSampler(data), batch_size, drop_last=False)  # type: ignore[arg-type]
-            kept[key] = self._loader(data, order)
+            kept[key] = self._loader(data, order, _readable)
         return kept[key]
 
-    def _loader(self, data: Dataset[Any], batches: Any) -> DataLoader[Any]:
-        return PersistentLoader.make(data, batches, workers=self.loader_workers, pin_memory=torch.cuda.is_available())
+    def _loader(self, data: Dataset[Any], batches: Any, collate: Any = None) -> DataLoader[Any]:
+        pinned = torch.cuda.is_available()
+        return PersistentLoader.make(data, batches, workers=self.loader_workers, pin_memory=pinned, collate=collate)
 
     def calibration(self, images: int, batch_size: int, seed: int, *, per_class: bool = False) -> list[Batch]:
         """Draw training images without augmentation.
@@ -225,6 +244,14 @@ class Transformed(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         image, label = self.data[index]
         return self.transform(image), label
+
+
+def _readable(items: list[Batch]) -> list[torch.Tensor]:
+    """Make a batch of the images that could be read."""
+    x, y = default_collate(items)
+    if y.ndim > 1 or not (bad := y == UNREADABLE).any():  # next words of texts, or nothing to leave out
+        return [x, y]
+    return [x[~bad], y[~bad]]
 
 
 def images_only(batches: Iterable[Batch]) -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from prunesweep.models import UserError
 from prunesweep.models.errors import NotHere
 
 from .base import ClassOrder, Data, OpenOptions
-from .images import IMAGE_ENDINGS, READ_ERRORS, ImageFiles, ListedImages, is_hidden, read_names
+from .classes import matched_names, model_names, read_names
+from .images import IMAGE_ENDINGS, READ_ERRORS, ImageFiles, ListedImages, check_range, is_hidden
 from .index import (
     DIGEST,
     Stamp,
@@ -213,7 +213,8 @@ def class_names(name: str, folders: Sequence[str], options: OpenOptions) -> tupl
         options: how the data set is opened.
 
     Raises:
-        UserError: ``options.classes`` are not the names of the class folders.
+        UserError: ``options.classes`` are not the names of the class folders; or only some of the folders have names
+            of the model's classes, and no order is given; or the order given is not that of the model's names.
     """
     if options.classes is not None:
         given = read_names(options.classes)
@@ -221,44 +222,50 @@ def class_names(name: str, folders: Sequence[str], options: OpenOptions) -> tupl
         if differ:
             raise UserError(f"data.classes: not the class folders of data {name!r}: {', '.join(differ[:5])}")
         return given
-    own = options.preprocessing.get("label_names")
-    own = tuple(map(str, own)) if isinstance(own, list | tuple) else ()
-    if len(own) == len(folders):
-        differ = sorted(set(own) ^ set(folders))
-        if not differ:
-            return own
-        warnings.warn(
-            f"data {name!r}: the model's classes are named otherwise ({', '.join(differ[:6])}): labels are its classes "
-            f"by position, {options.class_order} order of the folders; data.classes gives another order",
-            stacklevel=2,
-        )
     # sorted by code point first, so that names which differ in case only have one order everywhere
-    return tuple(sorted(sorted(folders), key=natural_key) if options.class_order == "natural" else sorted(folders))
+    ordered = sorted(folders) if options.class_order == "codepoint" else sorted(sorted(folders), key=natural_key)
+    if options.class_order is None:
+        remedy = (
+            "list the folders in the order of the model's classes (data.classes or --classes), or give an order "
+            "(data.class_order or --class-order, natural or codepoint) to number them by position"
+        )
+        return matched_names(name, folders, options.preprocessing, remedy) or tuple(ordered)
+    own = model_names(options.preprocessing)
+    if set(own) == set(folders) and own != tuple(ordered):
+        raise UserError(
+            f"data.class_order (--class-order) = {options.class_order!r}: the model names its classes as data {name!r} "
+            f"does, but in another order, from {own[0]!r} to {own[-1]!r}; leave it out to match them by name, or list "
+            "the folders in the order you want (data.classes or --classes)"
+        )
+    return tuple(ordered)
 
 
 def _check_classes(name: str, path: Path, found: Mapping[str, _Listing]) -> list[str]:
-    """Return notes on classes. Raises UserError if the splits differ, or a class cannot be trained on."""
+    """Return notes on classes. Raises UserError if val has others than train, or a class cannot be trained on."""
     train, val = found["train"], found["val"]
-    if train.classes != val.classes:
-        differ = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"data {name!r}: train and val have different classes: {', '.join(differ[:5])}")
     if not train.classes:
         raise UserError(f"data {name!r}: {path / 'train'} has no folder per class in it")
+    if more := sorted(set(val.classes) - set(train.classes)):
+        raise UserError(
+            f"data {name!r}: no folder in {path / 'train'} for class {_named(more)}, which {path / 'val'} has; the "
+            "classes are the folders of train"
+        )
     notes = []
     for split, listing in found.items():
-        images: dict[str, list[str]] = {c: [] for c in listing.classes}
+        images: dict[str, list[str]] = {c: [] for c in train.classes}
         for file in listing.files:
             images[file.split("/", 1)[0]].append(file)
-        empty = [c for c in listing.classes if not images[c]]
         if split == "train":
-            dead = [c for c in listing.classes if not any(_opens(path / split / file) for file in images[c])]
+            dead = {c: why for c in train.classes if (why := _unreadable(path / split, images[c])) is not None}
             if dead:
-                which = ", ".join(map(repr, dead[:5])) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
-                raise UserError(f"data {name!r}: no image that can be read in {path / split} for class {which}")
+                why = next(filter(None, dead.values()), "")
+                raise UserError(
+                    f"data {name!r}: no image that can be read in {path / split} for class {_named(list(dead))}{why}"
+                )
         elif not listing.files:
             raise UserError(f"data {name!r}: no images in {path / split}")
-        elif empty:
-            notes.append(f"no images in {path / split} for class {', '.join(map(repr, empty[:5]))}")
+        elif empty := [c for c in train.classes if not images[c]]:
+            notes.append(f"no images in {path / split} for class {_named(empty)}")
         if listing.unused:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(listing.unused.items()))
             notes.append(f"not used in {path / split}: {reasons}")
@@ -270,12 +277,22 @@ def _check_classes(name: str, path: Path, found: Mapping[str, _Listing]) -> list
     return notes
 
 
-def _opens(file: Path) -> bool:
-    try:
-        with Image.open(file):
-            return True
-    except READ_ERRORS:
-        return False
+def _named(classes: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(classes) - most} more" if len(classes) > most else ""
+    return ", ".join(map(repr, classes[:most])) + more
+
+
+def _unreadable(root: Path, files: Sequence[str]) -> str | None:
+    """Say why the first of a class's images cannot be read; None if one can be, as far as its header tells."""
+    first = ""
+    for file in files:
+        try:
+            with Image.open(root / file) as image:
+                check_range(image)
+                return None
+        except READ_ERRORS as error:
+            first = first or f" ({file}: {error})"
+    return first
 
 
 def _facts(found: Mapping[str, _Listing], names: Sequence[str]) -> Iterator[str | bytes]:
@@ -297,11 +314,13 @@ class ImageFolder(ImageFiles):
         options: how it is opened.
 
     Raises:
-        UserError: a folder is missing, the splits' classes differ, or a class cannot be trained on.
+        UserError: a folder is missing, ``val`` has a class that ``train`` lacks, a class cannot be trained on, or
+            classes are not those of the model (``class_names``).
     """
 
     kind = "imagefolder"
     argument = "PATH"
+    class_options = frozenset({"class_order", "classes"})
 
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:
@@ -319,7 +338,9 @@ class ImageFolder(ImageFiles):
         super().__init__(name, options, _facts(self._found, names), len(names), classes=names, notes=tuple(notes))
 
     def in_other_order(self) -> tuple[ClassOrder, Data] | None:
-        order: ClassOrder = "codepoint" if self._options.class_order == "natural" else "natural"
+        if self._options.classes is not None:
+            return None
+        order: ClassOrder = "natural" if self._options.class_order == "codepoint" else "codepoint"
         other = type(self)(self._path, replace(self._options, class_order=order))
         return None if other.info.classes == self.info.classes else (order, other)
 

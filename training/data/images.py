@@ -20,9 +20,10 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
+from prunesweep.models.builder import check_preprocessing
 from prunesweep.training.recipe import Recipe
 
-from .base import Batch, Data, DataInfo, OpenOptions
+from .base import UNREADABLE, Batch, Data, DataInfo, OpenOptions
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -30,9 +31,9 @@ __all__ = [
     "ImageFiles",
     "ListedImages",
     "Readable",
+    "check_range",
     "is_hidden",
     "read_image",
-    "read_names",
 ]
 
 # what PIL raises for damaged files
@@ -65,11 +66,22 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
     Args:
         file: path or open file.
         channels: 1 for grey, otherwise RGB.
+
+    Raises:
+        ValueError: pixels are 32-bit or signed numbers, or floats, of which no file says what is black and white.
     """
     image: Image.Image = Image.open(file)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    check_range(image)
+    if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def check_range(image: Image.Image) -> None:
+    """Raise ValueError for an opened image whose range of values is not known."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # in these it is 16 bits
+        kind = "floats" if image.mode == "F" else "32-bit or signed numbers"
+        raise ValueError(f"its pixels are {kind}, whose black and white are not known; save it with 8 or 16 bits")
 
 
 class ImageFiles(Data):
@@ -98,6 +110,7 @@ class ImageFiles(Data):
             notes: lines for people.
         """
         super().__init__(loader_workers=options.loader_workers)
+        check_preprocessing(options.preprocessing)
         self._config = dict(resolve_data_config(pretrained_cfg=dict(options.preprocessing)))
         self._unreadable = options.unreadable
         self._splits: dict[str, Dataset[Any]] = {}
@@ -161,7 +174,14 @@ class ImageFiles(Data):
         images: Any = self._images(split)
         if split not in self._damaged:  # one list for all views of a split, and all processes that load it
             self._damaged[split] = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
-        return Readable(images, transform, share=self._unreadable, damaged=self._damaged[split])
+        given: dict[str, Any] = {"share": self._unreadable, "damaged": self._damaged[split]}
+        blank = torch.zeros(self.info.input_size) if split == "val" else None
+        return Readable(images, transform, blank=blank, **given)
+
+    @property
+    def val_images(self) -> int:
+        damaged = self._damaged.get("val")
+        return super().val_images - (0 if damaged is None else int(damaged.sum()))
 
 
 class ListedImages(Dataset[Any]):
@@ -194,22 +214,26 @@ def _shape(sides: Sequence[int]) -> str:
 
 
 class Readable(Dataset[Batch]):
-    """Transformed images; an image that cannot be read is replaced by its neighbour.
+    """Transformed images; one that cannot be read is replaced by its neighbour, or by ``blank`` with no valid label.
 
-    Distinct damaged images are counted over all processes and epochs. If they are more than ``share`` of the images,
-    and more than ``ALWAYS``, an error is raised.
+    Distinct damaged images are counted over all processes and epochs, and each is named once. If they are more than
+    ``share`` of the images, and more than ``ALWAYS``, an error is raised.
 
     Args:
         data: map-style data set of (PIL image, label); its ``name_of`` an index, if it has one, is for messages.
         transform: function of an image.
         share: share of the images that may be unreadable.
         damaged: (N,) bool in shared memory, true for the images that could not be read.
+        blank: what stands for a damaged image, C·H·W, with the label ``UNREADABLE``, so that it can be left out; by
+            default such an image is replaced by the next one that can be read, with that one's label.
     """
 
     ALWAYS = 10
 
-    def __init__(self, data: Any, transform: Any, *, share: float, damaged: torch.Tensor) -> None:
-        self.data, self.transform, self.damaged = data, transform, damaged
+    def __init__(
+        self, data: Any, transform: Any, *, share: float, damaged: torch.Tensor, blank: torch.Tensor | None = None
+    ) -> None:
+        self.data, self.transform, self.damaged, self.blank = data, transform, damaged, blank
         self.limit = max(self.ALWAYS, int(share * len(data)))
         self.reasons: dict[int, str] = {}
 
@@ -221,15 +245,19 @@ class Readable(Dataset[Batch]):
             raise IndexError(index)  # ends an iteration
         for step in range(len(self)):
             at = (index + step) % len(self)
-            if at in self.reasons:
-                continue
-            try:
-                image, label = self.data[at]
-            except READ_ERRORS as error:
-                self._count(at, error)
-                continue
-            return self.transform(image), label
-        raise UserError(f"none of {len(self)} images can be read: {self._listed()}")
+            if at not in self.reasons:
+                try:
+                    image, label = self.data[at]
+                except READ_ERRORS as error:
+                    self._count(at, error)
+                else:
+                    return self.transform(image), label
+            if self.blank is not None:
+                return self.blank, UNREADABLE  # type: ignore[return-value]  # labels become tensors in batches
+        raise self._none_can()
+
+    def _none_can(self) -> UserError:
+        return UserError(f"none of {len(self)} images can be read: {self._listed()}")
 
     def _count(self, index: int, error: BaseException) -> None:
         known = bool(self.damaged[index])
@@ -238,34 +266,12 @@ class Readable(Dataset[Batch]):
         self.damaged[index] = True
         if int(self.damaged.sum()) > self.limit:
             raise UserError(f"more than {self.limit} images cannot be read: {self._listed()}") from error
+        if self.damaged.all():
+            raise self._none_can() from error
         if not known:
-            warnings.warn(
-                f"an image cannot be read and is replaced by its neighbour: {self.reasons[index]}", stacklevel=3
-            )
+            what = "is replaced by its neighbour" if self.blank is None else "is left out of validation"
+            warnings.warn(f"an image cannot be read and {what}: {self.reasons[index]}", stacklevel=1)
 
     def _listed(self, most: int = 12) -> str:
         listed = list(self.reasons.values())
         return "; ".join(listed[:most]) + (f"; and {len(listed) - most} more" if len(listed) > most else "")
-
-
-def read_names(given: Any) -> tuple[str, ...]:
-    """Read class names by label.
-
-    Args:
-        given: a list of names, or a file with one name per line.
-
-    Raises:
-        UserError: the file cannot be read, there are no names, or one is there twice.
-    """
-    if isinstance(given, str | Path):
-        file = Path(given).expanduser()
-        try:
-            names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.classes = {str(given)!r}: cannot be read: {error}") from error
-    else:
-        names = tuple(map(str, given))
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice or not names:
-        raise UserError(f"data.classes: {f'{twice[0]!r} is there twice' if twice else 'no names'}")
-    return names

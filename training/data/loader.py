@@ -25,7 +25,9 @@ class PersistentLoader(DataLoader[Any]):
     _batches: _WithSeed
 
     @classmethod
-    def make(cls, data: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    def make(
+        cls, data: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool, collate: Any = None
+    ) -> DataLoader[Any]:
         """Make a loader of ``batches``: a persistent one, or a plain one without worker processes.
 
         Args:
@@ -33,15 +35,17 @@ class PersistentLoader(DataLoader[Any]):
             batches: iterable of lists of indices, with a length.
             workers: number of worker processes; 0 loads in this process.
             pin_memory: as for torch's ``DataLoader``.
+            collate: its ``collate_fn``, a function of a module.
         """
         if workers == 0:
-            return DataLoader(data, batch_sampler=batches, pin_memory=pin_memory)
+            return DataLoader(data, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
         seeded = _WithSeed(batches)
         loader = cls(
             _Seeding(data),
             batch_sampler=seeded,
             num_workers=workers,
             pin_memory=pin_memory,
+            collate_fn=collate,
             persistent_workers=True,
             generator=torch.Generator(),  # torch's own draw must not touch the default generator
         )

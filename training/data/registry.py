@@ -56,7 +56,11 @@ def _forms(*, texts: bool) -> str:
 
     kinds = [kind for kind in KINDS.values() if issubclass(kind, TextData) is texts]
     kinds.sort(key=lambda kind: ("", "PATH", "NAME").index(kind.argument))
-    return ", ".join(f"'{k.kind}:{k.argument}'" if k.argument else f"'{k.kind}'" for k in kinds)
+    return ", ".join(map(_form, kinds))
+
+
+def _form(kind: type[Data]) -> str:
+    return f"'{kind.kind}:{kind.argument}'" if kind.argument else f"'{kind.kind}'"
 
 
 def _listed(forms: str, word: str) -> str:
@@ -68,7 +72,7 @@ def open_data(
     preprocessing: Mapping[str, Any] | None = None,
     *,
     loader_workers: int = 0,
-    class_order: ClassOrder = "natural",
+    class_order: ClassOrder | None = None,
     classes: Sequence[str] | str | Path | None = None,
     unreadable: float = 0.001,
 ) -> Data:
@@ -79,18 +83,27 @@ def open_data(
             ``wikitext:PATH``.
         preprocessing: a timm model's ``pretrained_cfg``, which gives the preprocessing; ``digits`` has its own.
         loader_workers: processes that load and augment images; 0 does it in this process.
-        class_order: order of class folders if neither ``classes`` nor the model's ``label_names`` give one: ``natural``
-            (timm's) or ``codepoint`` (torchvision's).
-        classes: class names by label, or a file with one name per line.
+        class_order: order in which class folders are numbered: ``natural`` (timm's) or ``codepoint`` (torchvision's).
+            By default folders are matched with the model's ``label_names`` by name; where it has none, or none of them
+            is a folder's, the order is timm's. Where only some are folders' names, an order must be given.
+        classes: class names by label, or a file with one name per line. Of data whose labels are numbers, names of
+            these numbers.
         unreadable: share of a split's images that may be unreadable (10 images always may).
 
     Raises:
-        UserError: the name is unknown, or the data are not there or not as they must be.
+        UserError: the name is unknown, or the data are not there or not as they must be, or an option does not concern
+            this kind of data.
     """
     found = _find(name)
     if found is None:
         known = f"{_listed(_forms(texts=False), 'or')}; of texts, {_listed(_forms(texts=True), 'or')}"
         raise UserError(f"data.name = {name!r}: must be {known}")
+    given = {"class_order": class_order, "classes": classes}
+    for option, value in given.items():
+        if value is not None and option not in found[0].class_options:
+            for_it = [_form(kind) for kind in KINDS.values() if option in kind.class_options]
+            flag = f"--{option.replace('_', '-')}"
+            raise UserError(f"data.{option} ({flag}): is for {_listed(', '.join(for_it), 'and')}, not for {name!r}")
     options = OpenOptions(
         preprocessing=preprocessing or {},
         loader_workers=loader_workers,

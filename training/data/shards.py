@@ -19,7 +19,8 @@ from prunesweep.models import UserError
 from prunesweep.models.errors import NotHere
 
 from .base import OpenOptions
-from .images import IMAGE_ENDINGS, ImageFiles, is_hidden, read_image, read_names
+from .classes import read_names, renumbered
+from .images import IMAGE_ENDINGS, ImageFiles, is_hidden, read_image
 from .index import chosen_to_hash, digest_of, join_names, load_index, save_index, settled, split_names, stamp_of
 from .registry import register
 
@@ -147,6 +148,7 @@ class Shards(ImageFiles):
 
     kind = "wds"
     argument = "PATH"
+    class_options = frozenset({"classes"})
 
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:
@@ -164,26 +166,28 @@ class Shards(ImageFiles):
             if len(members.hashed) < len(members.keys):
                 listed = f"names, labels and sizes of {len(members.keys):,} images, bytes of {len(members.hashed):,}"
                 notes.append(f"fingerprint of {split}: {listed}")
-        facts = ["\0".join(names), *_facts(self._found)] if names else _facts(self._found)
+        names, self._numbers = renumbered(name, names, options.preprocessing)
+        facts = ["\0".join(names), str(self._numbers or ""), *_facts(self._found)] if names else _facts(self._found)
         known: dict[str, Any] = {"classes": names, "open_ended": not names, "notes": tuple(notes)}
         super().__init__(name, options, facts, len(names) or num_classes, **known)
 
     def _open(self, split: str) -> Dataset[Any]:
-        return _Images(self._path, self._found[split], self.info.input_size[0])
+        return _Images(self._path, self._found[split], self.labels(split), self.info.input_size[0])
 
     def labels(self, split: str) -> list[int]:
-        return self._found[split].table[:, 3].tolist()  # type: ignore[no-any-return]
+        numbers = self._found[split].table[:, 3].tolist()
+        return numbers if self._numbers is None else [self._numbers[number] for number in numbers]
 
     def train_labels(self) -> torch.Tensor:
-        return torch.from_numpy(self._found["train"].table[:, 3].copy())
+        return torch.tensor(self.labels("train"))
 
 
 class _Images(Dataset[Any]):
     """Images of shards by index."""
 
-    def __init__(self, path: Path, members: _Members, channels: int) -> None:
+    def __init__(self, path: Path, members: _Members, labels: list[int], channels: int) -> None:
         self.path, self.shards, self.table, self.channels = path, members.shards, members.table, channels
-        self.keys = members.keys
+        self.keys, self.labels = members.keys, labels
 
     def __len__(self) -> int:
         return len(self.table)
@@ -193,5 +197,6 @@ class _Images(Dataset[Any]):
         return f"{self.path / self.shards[int(self.table[index, 0])]}, {self.keys[index]}"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        shard, position, size, label = self.table[index].tolist()
-        return read_image(io.BytesIO(_bytes(self.path / self.shards[shard], position, size)), self.channels), label
+        shard, position, size, _ = self.table[index].tolist()
+        content = _bytes(self.path / self.shards[shard], position, size)
+        return read_image(io.BytesIO(content), self.channels), self.labels[index]

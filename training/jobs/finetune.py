@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Finetuning:
         out: folder of the result.
         teacher: folder of the model that distillation calls the source, if any.
         seed: seed of the training.
-        loader_workers: processes per worker that load images.
+        data_options: keyword arguments of ``open_data``.
         second_stage: the pruning method whose own way of finetuning is used, if any.
         work_folder: folder to use as ``work``, for a job that is part of another one.
         teacher_logits: folder to use as ``teacher_cache``, for a job that is part of another one.
@@ -50,7 +50,7 @@ class Finetuning:
     out: Path
     teacher: Path | None = None
     seed: int = 0
-    loader_workers: int = 0
+    data_options: Mapping[str, Any] = field(default_factory=dict)
     second_stage: SecondStageJob | None = None
     work_folder: Path | None = None
     teacher_logits: Path | None = None
@@ -59,7 +59,7 @@ class Finetuning:
     def opened(self) -> Data:
         """The data as the model expects them."""
         model: Any = load(self.model)
-        return open_data(self.data, model.pretrained_cfg, loader_workers=self.loader_workers)
+        return open_data(self.data, model.pretrained_cfg, **self.data_options)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Finetuning:
             teacher=None if self.teacher is None else str(self.teacher),
             teacher_cache=str(self.teacher_cache),
             seed=self.seed,
-            loader_workers=self.loader_workers,
+            data_options=dict(self.data_options),
             second_stage=None if self.second_stage is None else asdict(self.second_stage),
         )
 

@@ -11,7 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Cost, UserError, arch_of, cost, load_provenance, read_arch, save, weights_digest
+from prunesweep.models import (
+    Cost,
+    UserError,
+    arch_of,
+    cost,
+    load_provenance,
+    preprocessing_of,
+    read_arch,
+    save,
+    weights_digest,
+)
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.models.precision import in_float32
 from prunesweep.pruners import ScoredMethod, TrainedMethod, get_method, method_names
@@ -61,7 +71,7 @@ class TrainedPruning:
         options: the method's settings, except for the budgets.
         calibration: images that BatchNorms of new convolutions are estimated on.
         seed: seed of the training.
-        loader_workers: processes per worker that load images.
+        data_options: keyword arguments of ``open_data``.
         work_folder: folder to use as ``work``, for a run that is part of another job.
     """
 
@@ -74,7 +84,7 @@ class TrainedPruning:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = Calibration()  # noqa: RUF009 (frozen)
     seed: int = 0
-    loader_workers: int = 0
+    data_options: Mapping[str, Any] = field(default_factory=dict)
     work_folder: Path | None = None
 
     @cached_property
@@ -103,7 +113,7 @@ class TrainedPruning:
     @cached_property
     def opened(self) -> Data:
         """The data as the source expects them."""
-        return open_data(self.data_name, self.model.pretrained_cfg, loader_workers=self.loader_workers)  # type: ignore[arg-type]
+        return open_data(self.data_name, preprocessing_of(self.model), **self.data_options)
 
     @property
     def unfinished(self) -> Work:
@@ -171,7 +181,7 @@ class TrainedPruning:
             recipe=self.recipe.model_dump(mode="json"),
             teacher_cache=None if placement.here else str(self.work / "teacher_logits"),
             seed=self.seed,
-            loader_workers=self.loader_workers,
+            data_options=dict(self.data_options),
             prune=asdict(self._job),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class TrainingJob:
         teacher: folder of the model that distillation calls the source, if any.
         teacher_cache: as for ``fit``.
         seed: as for ``fit``.
-        loader_workers: processes per worker that load images.
+        data_options: keyword arguments of ``open_data``, so that workers open the same data.
         stop_file: path; training ends after an epoch once this file exists.
         prune: a ``PruneJob`` as JSON, for a method that decides while training; the published models are then cut.
         second_stage: a ``SecondStageJob`` as JSON, for finetuning in a pruning method's own way.
@@ -57,7 +57,7 @@ class TrainingJob:
     teacher: str | None = None
     teacher_cache: str | None = None
     seed: int = 0
-    loader_workers: int = 0
+    data_options: Mapping[str, Any] = field(default_factory=dict)
     stop_file: str | None = None
     prune: Mapping[str, Any] | None = None
     second_stage: Mapping[str, Any] | None = None
@@ -91,7 +91,7 @@ def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = N
     """
     model: Any = to_float32(load(job.model)).to(device)
     teacher = None if job.teacher is None else to_float32(load(job.teacher)).to(device)
-    data = data or open_data(job.data, model.pretrained_cfg, loader_workers=job.loader_workers)
+    data = data or open_data(job.data, model.pretrained_cfg, **job.data_options)
     return LoadedJob(model, teacher, data)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import arch_of, weights_digest
+from prunesweep.models import arch_of, preprocessing_of, weights_digest
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
 
@@ -29,7 +29,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
     Equal weights do not tell the number of heads; and teacher and student may want images normalised unlike.
     """
-    known = getattr(model, "pretrained_cfg", {})
+    known = preprocessing_of(model)
     wanted = {key: known[key] for key in PREPROCESSING if known.get(key) is not None}
     return {"weights": weights_digest(model), "arch": arch_of(model).hash, "preprocessing": wanted}
 

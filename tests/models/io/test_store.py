@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prunesweep.models import UserError, arch_of, cut, load, load_provenance, read_arch, save
+from prunesweep.models import UserError, arch_of, cut, load, load_provenance, preprocessing_of, read_arch, save
+from prunesweep.models.builder import set_label_names
 from prunesweep.models.io.files import publish_folder, write_text
 from tests.generate import FAMILIES, random_arch, random_cut, random_images, random_model
 
@@ -83,6 +85,24 @@ def test_the_record_follows_a_new_classifier(family: str, tmp_path: Path) -> Non
     x = random_images(arch, 0, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_replaced_classifier_of_as_many_classes_has_no_names(family: str, copied: bool, tmp_path: Path) -> None:
+    arch = random_arch(Random(1), family)
+    names = [f"class {k}" for k in range(arch.num_classes)]
+    save(random_model(arch, 1, torch.float32), tmp_path / "model", classes=names)
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    model = copy.deepcopy(model) if copied else model
+    assert preprocessing_of(model)["label_names"] == names
+    model.reset_classifier(arch.num_classes)
+    assert "label_names" not in preprocessing_of(model)
+    save(model, tmp_path / "other")
+    assert "label_names" not in load(tmp_path / "other").pretrained_cfg  # type: ignore[operator]
+    set_label_names(model, names)  # as training on data of these classes does
+    save(model, tmp_path / "other")
+    assert load(tmp_path / "other").pretrained_cfg["label_names"] == names  # type: ignore[index]
 
 
 @pytest.mark.parametrize(("family", "seed"), [("vit", 3), ("vit", 4), *(("swin", seed) for seed in range(6))])
@@ -252,6 +272,8 @@ def test_an_odd_record_is_refused_by_its_field(
         ({"crop_pct": "all"}, "pretrained_cfg.crop_pct = 'all': must be"),
         ({"interpolation": "cubic"}, "pretrained_cfg.interpolation = 'cubic': must be"),
         ({"label_names": 7}, "pretrained_cfg.label_names = 7: must be"),
+        ({"label_names": ["a", "b", "a"]}, "pretrained_cfg.label_names: 'a' is there 2 times"),
+        ({"crop_mode": "foo"}, "pretrained_cfg.crop_mode = 'foo': must be one of center, squash, border"),
     ],
 )
 def test_odd_preprocessing_is_refused_by_its_key(

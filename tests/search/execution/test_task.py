@@ -25,6 +25,7 @@ from prunesweep.search.space.space import Space
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
+from prunesweep.training.jobs.training_job import TrainingJob
 
 
 def nothing(what: str, share: float, note: str) -> None:
@@ -65,6 +66,23 @@ def test_a_unit_gives_a_model_and_its_measurements(started: tuple[Run, Coordinat
     assert events(run, unit.id) == ["start", "epoch", "epoch", "epoch", "end"]
     coordinator.complete(unit.id)
     assert coordinator.results[0].top1 == result["top1"]
+
+
+def test_workers_of_a_unit_open_the_data_that_the_run_has(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"name": "digits", "loader_workers": 1, "unreadable": 0.25}
+    run, coordinator = begin(tiny(data=options), runs / "cache", tmp_path / "run")
+    unit, sent = coordinator.next(), list[TrainingJob]()
+    assert unit is not None
+
+    def stopped(job: TrainingJob, *_: Any, **__: Any) -> bool:
+        sent.append(job)
+        return False
+
+    monkeypatch.setattr(task, "run_job", stopped)
+    assert run_task(run.path, unit) == {"state": "stopped"}
+    assert sent[0].data_options == {"class_order": None, "classes": None, "loader_workers": 1, "unreadable": 0.25}
 
 
 def test_a_finished_unit_is_not_done_again(started: tuple[Run, Coordinator]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import shutil
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -74,6 +75,17 @@ def test_an_empty_class_of_validation_shifts_no_label(four: Path) -> None:
     assert any("no images in" in note and "'c1'" in note for note in data.info.notes)
 
 
+def test_a_class_may_lack_its_folder_in_validation_but_not_in_training(four: Path) -> None:
+    shutil.rmtree(four / "val" / "c1")
+    data = opened(four)
+    assert val_labels(data) == [0, 0, 2, 2, 3, 3]
+    assert data.info.classes == ("c0", "c1", "c2", "c3")
+    assert any("no images in" in note and "'c1'" in note for note in data.info.notes)
+    shutil.rmtree(four / "train" / "c2")
+    with pytest.raises(UserError, match="no folder in .*/train for class 'c2', which .*/val has"):
+        opened(four)
+
+
 def test_an_empty_class_of_training_is_refused(four: Path) -> None:
     for file in (four / "train" / "c1").iterdir():
         file.write_bytes(b"no image")
@@ -114,10 +126,10 @@ def test_nested_folders_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_image_counts_once(four: Path) -> None:
     bad = four / "val" / "c2" / "0.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    split = opened(four).split("val", augment=None)
+    data = opened(four)
     with pytest.warns(UserWarning, match="an image cannot be read .*/val/c2/0.png: ") as caught:
-        read = [len(list(split)) for _ in range(30)]
-    assert read == [8] * 30
+        read = [torch.cat([y for _, y in data.val_loader(3)]).tolist() for _ in range(30)]
+    assert read == [[0, 0, 1, 1, 2, 3, 3]] * 30
     assert len(caught) == 1
     for file in (four / "val").rglob("*.png"):
         file.write_bytes(b"no image")
@@ -131,7 +143,7 @@ def test_a_decompression_bomb_is_unreadable(four: Path, monkeypatch: pytest.Monk
     data = opened(four)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.warns(UserWarning, match="exceeds limit"):
-        assert len(list(data.split("val", augment=None))) == 9
+        assert sum(len(y) for _, y in data.val_loader(4)) == 8
 
 
 def test_links_are_known_by_what_they_lead_to(four: Path) -> None:
@@ -223,6 +235,43 @@ def test_grey_images_of_16_bits_are_scaled() -> None:
     assert np.asarray(read_image(file))[0, :, 0].tolist() == [0, 1, 128, 255]
     portable = io.BytesIO(b"P5 4 1 65535\n" + values.astype(">u2").tobytes())
     assert np.asarray(read_image(portable))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("F", "floats"), ("I", "32-bit or signed numbers")])
+def test_pixels_of_unknown_range_are_not_read(mode: str, kind: str, four: Path) -> None:
+    """Clipped to 8 bits, they would be black or white."""
+    pixels = np.array([[0, 1], [300, 70_000]], dtype={"F": np.float32, "I": np.int32}[mode])
+    Image.fromarray(pixels).save(four / "val" / "c0" / "0.tif")
+    data = opened(four)
+    with pytest.warns(UserWarning, match=f"val/c0/0.tif: its pixels are {kind}, whose black and white are not known"):
+        assert sum(len(y) for _, y in data.val_loader(4)) == 8
+    for file in (four / "train" / "c0").iterdir():
+        Image.fromarray(pixels).save(file.with_suffix(".tif"))
+        file.unlink()
+    with pytest.raises(UserError, match=f"no image that can be read in .* class 'c0' .*its pixels are {kind}"):
+        opened(four)
+
+
+def test_a_damaged_image_of_training_is_replaced_by_another(four: Path) -> None:
+    (four / "train" / "c1" / "2.png").write_bytes(b"no image")
+    data = opened(four)
+    with pytest.warns(UserWarning, match=r"is replaced by its neighbour: .*/train/c1/2.png: "):
+        assert [int(y) for _, y in data.split("train", augment=None)] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_whole_batch_that_cannot_be_read_is_left_out(four: Path) -> None:
+    for i in range(2):
+        (four / "val" / "c3" / f"{i}.png").write_bytes(b"no image")
+    data = opened(four)
+
+    class First(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert len(x)
+            return torch.eye(4)[:1].repeat(len(x), 1)
+
+    with pytest.warns(UserWarning, match="is left out of validation"):
+        found = evaluate(First(1, 1), data.val_loader(2))
+    assert found["top1"] == pytest.approx(100 * 2 / 6)
 
 
 def test_evaluation_prepares_images_as_timm_does(four: Path) -> None:
@@ -377,18 +426,6 @@ def test_the_other_order_is_tried_where_accuracy_is_at_chance(tmp_path: Path) ->
     model.pretrained_cfg = {"label_names": sorted(NAMES)}  # type: ignore[assignment]
     named = open_data(f"imagefolder:{root}", {**PREPROCESSING, **model.pretrained_cfg})
     assert evaluate(model, named.val_loader(8))["top1"] == 100
-
-
-def test_other_names_of_as_many_classes_are_named(tmp_path: Path) -> None:
-    root = tmp_path / "names"
-    for split in ("train", "val"):
-        for name in ("a", "B", "c"):
-            draw(root / split / name / "0.png", 30)
-    with pytest.warns(
-        UserWarning, match=r"named otherwise \(c, d\): labels are its classes by position, natural order"
-    ):
-        data = open_data(f"imagefolder:{root}", {**PREPROCESSING, "label_names": ["B", "a", "d"]})
-    assert data.info.classes == ("a", "B", "c")
 
 
 def test_a_trained_model_carries_the_names_of_the_classes_it_was_trained_on(four: Path) -> None:

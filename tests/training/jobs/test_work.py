@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import timm
 import torch
 
-from prunesweep.models import save
+from prunesweep.models import load, save
+from prunesweep.training.data import Data, open_data
 from prunesweep.training.jobs.finetune import Finetuning
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.prune_training import TrainedPruning
 from prunesweep.training.jobs.scoring import Calibration
+from prunesweep.training.jobs.training_job import TrainingJob, load_job
 from prunesweep.training.jobs.work import FACTS, Work
 from prunesweep.training.recipe import Recipe
 from prunesweep.training.second_stage import SecondStageJob
@@ -80,6 +83,32 @@ def test_workers_find_data_that_were_named_from_another_folder(
     assert job.described.data == run.described(Placement()).data == name
     assert job.work == dataclasses.replace(job, data=name).work
     assert run.work == dataclasses.replace(run, data_name=name).work
+
+
+@pytest.mark.parametrize(
+    "options", [{"class_order": "codepoint"}, {"classes": ["Violet", "red"]}, {"unreadable": 0.5, "loader_workers": 1}]
+)
+def test_workers_open_the_data_that_the_driver_has(
+    options: dict[str, Any], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        (image_folder / split / "blue").rename(image_folder / split / "Violet")  # timm sorts it behind red
+    shape = {"img_size": 32, "patch_size": 8, "num_heads": 2, "num_classes": 2, "embed_dim": 16, "depth": 1}
+    model: Any = timm.create_model("vit_tiny_patch16_224", **shape)
+    folder, name = save(model, tmp_path / "model"), f"imagefolder:{image_folder}"
+    job = Finetuning(folder, name, Recipe(), tmp_path / "out", data_options=options)
+    run = TrainedPruning(load(folder), name, "uvc", [0.6], Recipe(), tmp_path / "out", data_options=options)
+    asked = []
+
+    def opened(*given: Any, **options: Any) -> Data:
+        asked.append(options)
+        return open_data(*given, **options)
+
+    monkeypatch.setattr("prunesweep.training.jobs.training_job.open_data", opened)
+    for described, here in ((job.described, job.opened), (run.described(Placement()), run.opened)):
+        sent = json.loads(json.dumps(dataclasses.asdict(described))) | {"model": str(folder)}
+        assert load_job(TrainingJob(**sent), "cpu").data.info == here.info
+    assert asked == [options, options]
 
 
 def test_everything_that_a_deciding_run_depends_on_is_in_the_key(tmp_path: Path) -> None:
