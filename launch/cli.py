@@ -152,7 +152,7 @@ def status(
         f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
         highlight=False,
     )
-    console.print(f"source: {EvalMetrics.of(source)}, {source['macs']:,} MACs, {source['params']:,} params")
+    console.print(f"source: {EvalMetrics.of(source).full}, {source['macs']:,} MACs, {source['params']:,} params")
 
 
 @app.command()
@@ -262,15 +262,12 @@ def evaluate(
     listed = opened.val_images
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
     found, spent = EvalMetrics.of(measure(loaded, batches, source=source)), cost(arch)
-    counted = {} if opened.val_images == listed else {"images": opened.val_images}  # some of them cannot be read
     if as_json:
-        print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params, **counted}))
+        print(json.dumps({**found.with_interval(), "macs": spent.macs, "params": spent.params}))
     else:
-        agreeing = found._replace(top1=None, ppl=None)
-        texts = [str(found), *([str(agreeing)] if source is not None and found != agreeing else [])]
-        texts += [f"{n:,} of {listed:,} images" for n in counted.values()]
+        listed_too = f" of {listed:,}" if opened.val_images != listed else ""  # some of them cannot be read
         Console(markup=False).print(
-            f"{', '.join(texts)}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False
+            f"{found.full}{listed_too}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False
         )
     if warning := chance_warning(loaded, opened, found):
         Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)

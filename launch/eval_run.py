@@ -43,15 +43,15 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     opened = check_data(run, config)
     if not as_json:
         note("\n".join(opened.describe()))
-    source = None if opened.info.labelled else to_float32(load(run / "source"))
+    source = to_float32(load(run / "source"))
     found = []
     for point in run.front():
         model = to_float32(load(run / point["model"]))
         now = EvalMetrics.of(measure(model, opened.val_loader(EVAL_BATCH), source=source))
-        found.append({**point, "model": str(path / point["model"]), "measured": now.as_dict()})
+        found.append({**point, "model": str(path / point["model"]), "measured": now.with_interval()})
         if not as_json:
             where, before = f"trial {point['trial']}, rung {point['rung']}", EvalMetrics.of(point)
-            print(f"{where}: {now}; {before} in the search; {point['macs']:,} MACs, {point['params']:,} params")
+            print(f"{where}: {now.full}; {before} in the search; {point['macs']:,} MACs, {point['params']:,} params")
     if as_json:
         print(json.dumps(found))
     elif not found:

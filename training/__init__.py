@@ -3,7 +3,7 @@
 from .checkpoint import load_state, save_state
 from .compatibility import check_features, check_fits, check_labels, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
-from .evaluation import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_all, evaluate_on
+from .evaluation import EVAL_BATCH, Compared, EvalMetrics, chance_warning, evaluate, evaluate_all, evaluate_on
 from .loop import Diverged, Epoch, fit, name_classes, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
@@ -12,6 +12,7 @@ from .world import World
 
 __all__ = [
     "EVAL_BATCH",
+    "Compared",
     "Data",
     "DataInfo",
     "Distill",

@@ -20,15 +20,26 @@ from .data import NO_LABEL, Data
 from .data.text import IGNORED
 from .world import World
 
-__all__ = ["EVAL_BATCH", "EvalMetrics", "chance_warning", "evaluate", "evaluate_all", "evaluate_on"]
+__all__ = [
+    "EVAL_BATCH",
+    "Compared",
+    "EvalMetrics",
+    "chance_warning",
+    "evaluate",
+    "evaluate_all",
+    "evaluate_on",
+    "wilson_interval",
+]
 
 EVAL_BATCH = 256
+Z95 = 1.959964  # of the standard normal distribution: 95 % lie within
 LOGITS_AT_A_TIME = 2**26  # words x vocabulary of language models, all together
+LOGITS_KEPT = 2**25  # images x classes: 128 MiB
 
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, ...]],
     world: World | None = None,
     *,
     source: nn.Module | None = None,
@@ -41,17 +52,19 @@ def evaluate(
 
     Args:
         model: a classifier, a ``LanguageModel`` or a backbone, on its device.
-        batches: (images, labels) or (words, next words) per batch; with a ``world``, only this worker's share.
+        batches: (images, labels) or (words, next words) per batch; with a ``world``, only this worker's share. A third
+            item, a source's logits (B, K) (``Compared``), stands for ``source``.
         world: the workers that evaluate together; every one of them gets the result over all shares.
         source: a model in evaluation mode, on the same device and of the same classes or as many features, to compare
             with.
 
     Returns:
-        ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language model, ``ppl``, the
-        perplexity exp(loss), infinite where that is too large for a float; none of them where no image has a label.
-        With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats) and ``agreement``
-        (equal answers, in percent). Of features, ``cosine`` and ``relative_error`` (``pruners.FeatureQuality``) alone.
-        All are NaN where an answer of the model is NaN: the order of such answers says nothing.
+        ``images``, their number. ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language
+        model, ``ppl``, the perplexity exp(loss), infinite where that is too large for a float; none of them where no
+        image has a label. With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats)
+        and ``agreement`` (equal answers, in percent). Of features, ``cosine`` and ``relative_error``
+        (``pruners.FeatureQuality``) alone. All but the number are NaN where an answer of the model is NaN: the order of
+        such answers says nothing.
 
     Raises:
         UserError: no image has a label, or the model has no head, and there is no source.
@@ -63,7 +76,7 @@ def evaluate(
 @torch.inference_mode()
 def evaluate_all(
     models: Sequence[nn.Module],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, ...]],
     world: World | None = None,
     *,
     source: nn.Module | None = None,
@@ -95,14 +108,16 @@ def evaluate_all(
         return [_feature_figures(features[place[id(model)]], wanted, world or World(), device) for model in models]
     # sums of: right, right among five, loss, images with labels, images, divergence, same answers
     sums = torch.zeros(len(models), 7, dtype=torch.float64, device=device)
-    for answers, y in _answers(run, batches, device):
-        wanted = None if source is None else answers[place[id(source)]]
+    compared = source is not None
+    for answers, y, known in _answers(run, batches, device):
+        wanted = known if source is None else answers[place[id(source)]]
+        compared = compared or wanted is not None
         for row, model in zip(sums, models, strict=True):
             row += _sums(answers[place[id(model)]], y, wanted)
     for model, training in zip(run, modes, strict=True):
         model.train(training)
     totals = (world or World()).all_reduce(sums).tolist()
-    return [_figures(total, texts=isinstance(run[0], LanguageModel), compared=source is not None) for total in totals]
+    return [_figures(total, texts=isinstance(run[0], LanguageModel), compared=compared) for total in totals]
 
 
 def _sums(logits: torch.Tensor, y: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
@@ -129,15 +144,16 @@ def _figures(sums: Sequence[float], *, texts: bool, compared: bool) -> dict[str,
         figures["ppl"] = _perplexity(figures["loss"])
     if compared:
         figures |= {"kl": divergence / images, "agreement": 100 * same / images}
-    return dict.fromkeys(figures, math.nan) if math.isnan(loss + divergence) else figures
+    figures = dict.fromkeys(figures, math.nan) if math.isnan(loss + divergence) else figures
+    return {**figures, "images": int(images)}
 
 
 def _features(
-    models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, ...]], device: torch.device
 ) -> list[torch.Tensor]:
     """Compute every model's features (images, D), kept on the CPU: they are centred by the mean over all images."""
     parts = [[torch.empty(0, model.num_classes or model.num_features)] for model in models]  # a share may be empty
-    for answers, _ in _answers(models, batches, device):
+    for answers, *_ in _answers(models, batches, device):
         for own, one in zip(parts, answers, strict=True):
             own.append(one.cpu())
     return [torch.cat(own) for own in parts]
@@ -176,6 +192,54 @@ def evaluate_on(
     return evaluate(model, batches, world, source=None if data.info.labelled and not is_headless(model) else source)
 
 
+class Compared:
+    """Batches of images that stay the same, with a source's logits as a third item, for ``evaluate``.
+
+    The logits are computed once, at the first iteration, as far as ``LOGITS_KEPT`` of them may be kept in memory.
+
+    Args:
+        batches: (images, labels) per batch, the same ones in every iteration.
+        source: a classifier in evaluation mode.
+    """
+
+    def __init__(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], source: nn.Module) -> None:
+        self.batches, self.source = batches, source
+        self._kept: list[torch.Tensor] = []
+        self._room = LOGITS_KEPT
+
+    @torch.inference_mode()
+    def _logits(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        if index < len(self._kept):
+            return self._kept[index]
+        like = next(self.source.parameters())
+        logits: torch.Tensor = self.source(images.to(like.device, like.dtype))
+        if index == len(self._kept) and logits.numel() <= self._room:
+            self._kept.append(logits)
+            self._room -= logits.numel()
+        return logits
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        for index, (x, y) in enumerate(batch for batch in self.batches if len(batch[1])):
+            yield x, y, self._logits(index, x)
+
+
+def wilson_interval(share: float, number: int) -> tuple[float, float]:
+    """Return the interval in which the true share lies with 95 % confidence, where a share was seen in a sample.
+
+        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)        z = 1.96
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+
+    Args:
+        share: p in [0, 1].
+        number: size n of the sample, at least 1.
+    """
+    square = Z95**2 / number
+    middle = share + square / 2
+    spread = Z95 * math.sqrt(share * (1 - share) / number + square / (4 * number))
+    return max((middle - spread) / (1 + square), 0.0), min((middle + spread) / (1 + square), 1.0)
+
+
 def _perplexity(loss: float) -> float:
     try:
         return math.exp(loss)
@@ -187,8 +251,9 @@ class EvalMetrics(NamedTuple):
     """The figures of an evaluation that are kept.
 
     ``top1`` in percent, a language model's perplexity ``ppl``, ``agreement`` with the source's answers in percent and
-    the divergence ``kl`` from it in nats; of features, ``cosine`` and ``relative_error``; None where it was not
-    measured.
+    the divergence ``kl`` from it in nats; of features, ``cosine`` and ``relative_error``; ``loss``, the mean
+    cross-entropy in nats, and ``images``, the number of images (words of a text) that all of them were measured on;
+    None where it was not measured.
     """
 
     top1: float | None
@@ -197,6 +262,8 @@ class EvalMetrics(NamedTuple):
     kl: float | None = None
     cosine: float | None = None
     relative_error: float | None = None
+    loss: float | None = None
+    images: int | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
@@ -207,6 +274,26 @@ class EvalMetrics(NamedTuple):
         """Return the figures that were measured."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
+    def with_interval(self) -> dict[str, float]:
+        """Return the figures that were measured, and the ends of ``interval`` as ``top1_low`` and ``top1_high``.
+
+        They are ``agreement_low`` and ``agreement_high`` where there is no top-1.
+        """
+        name, ends = "agreement" if self.top1 is None else "top1", self.interval
+        return {**self.as_dict(), **({} if ends is None else {f"{name}_low": ends[0], f"{name}_high": ends[1]})}
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the top-1, or of the agreement where there is no top-1, in percent (Wilson 1927).
+
+        None for a perplexity, where the number of images is not known, and where the accuracy is NaN.
+        """
+        share = self.agreement if self.top1 is None else self.top1
+        if share is None or not math.isfinite(share) or not self.images or self.ppl is not None:
+            return None
+        low, high = wilson_interval(share / 100, self.images)
+        return 100 * low, 100 * high
+
     def __str__(self) -> str:
         if self.cosine is not None:
             return f"cosine {self.cosine:.4f}, relative error {self.relative_error:.4g}"
@@ -216,6 +303,20 @@ class EvalMetrics(NamedTuple):
             return f"top-1 {self.top1:.2f} %"
         divergence = "" if self.kl is None else f", KL {self.kl:.4g}"
         return f"agreement {self.agreement:.2f} %{divergence}"
+
+    @property
+    def full(self) -> str:
+        """All figures in words, and the interval of the accuracy: for where there is room for them."""
+        between = "" if self.interval is None else " ({:.2f} to {:.2f})".format(*self.interval)
+        compared = self.top1 is not None or self.ppl is not None
+        parts = [
+            f"{self._replace(kl=None)}{between}",
+            "" if self.loss is None else f"loss {self.loss:.4g}",
+            "" if self.kl is None else f"KL {self.kl:.4g}",
+            f"agreement {self.agreement:.2f} %" if compared and self.agreement is not None else "",
+            "" if self.images is None else f"{self.images:,} {'images' if self.ppl is None else 'words'}",
+        ]
+        return ", ".join(part for part in parts if part)
 
 
 def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | None:
@@ -259,19 +360,23 @@ def chance_warning(model: nn.Module, data: Data, found: EvalMetrics) -> str | No
 
 
 def _answers(
-    models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
-) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-    """Yield every model's logits (B, K), and labels (B,); for language models, of some words at a time."""
-    for x, y in batches:
+    models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, ...]], device: torch.device
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]]:
+    """Yield every model's logits (B, K), labels (B,), and logits that come with the batch, if any.
+
+    For language models, some words at a time.
+    """
+    for x, y, *known in batches:
         if not len(y):  # all of them cannot be read
             continue
         x, y = x.to(device), y.to(device)
         if not isinstance(models[0], LanguageModel):
-            yield [model(x.to(next(model.parameters(), x).dtype)) for model in models], y
+            answers = [model(x.to(next(model.parameters(), x).dtype)) for model in models]
+            yield answers, y, known[0].to(device) if known else None
             continue
         wanted = y != IGNORED
         hidden, words = [model.hidden(x)[wanted] for model in models], y[wanted]
         step = max(1, LOGITS_AT_A_TIME // (models[0].num_classes * len(models)))
         for own in range(0, len(words), step):
             logits = [m.log_prob(h[own : own + step]) for m, h in zip(models, hidden, strict=True)]
-            yield logits, words[own : own + step]
+            yield logits, words[own : own + step], None

@@ -33,7 +33,7 @@ from .world import World
 
 __all__ = ["Diverged", "Epoch", "fit", "name_classes", "seeded"]
 
-FIGURES = ("top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error")  # of an evaluation
+FIGURES = ("top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error", "images")  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Epoch:
     kl: float | None = None
     cosine: float | None = None
     relative_error: float | None = None
+    val_loss: float | None = None  # mean cross-entropy of the evaluation
+    images: int | None = None  # that it is of
 
 
 @contextlib.contextmanager
@@ -137,7 +139,8 @@ def fit(
             save_state(state, trainer.state(epoch + 1))
         if on_epoch:
             found = evaluate_on(trainer.kept_model(), data, trainer.world, source=teacher)
-            figures = {name: found.get(name) for name in FIGURES}
+            figures: dict[str, Any] = {name: found.get(name) for name in FIGURES}
+            figures["val_loss"] = found.get("loss")
             lr = trainer.optimizer.param_groups[0]["lr"]
             facts = dict(hook.facts)
             on_epoch(Epoch(epoch + 1, recipe.epochs, loss, lr=lr, images_per_s=rate, facts=facts, **figures))

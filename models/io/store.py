@@ -35,7 +35,8 @@ __all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST = "weights_sha256"  # absent from folders that older versions wrote
-FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement"})  # of provenance: what the weights achieve
+# of provenance: what the weights achieve
+FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement", "images"})
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
 
 

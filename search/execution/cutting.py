@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import Cut, arch_of, cut
+from prunesweep.models.families.lm import LanguageModel
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig
-from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate
+from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics, evaluate
 from prunesweep.training.jobs.recovery import Recovery
 
 __all__ = ["Cutter"]
@@ -39,7 +40,7 @@ class Cutter:
     ) -> None:
         self.source, self.data, self.search, self.seed = source, data, config.search, config.seed
         self.reading = reading
-        self.compared = source if "agreement" in config.search.objectives else None
+        self.agreeing = "agreement" in config.search.objectives
         # another draw than the screen's, as far as there are images: those that were fitted to flatter
         recovery = Recovery(self.search.recover_images, self.seed + 1)
         self.recovery = recovery if self.search.recover and can_recover(arch_of(source)) is None else None
@@ -71,10 +72,27 @@ class Cutter:
 
     def screened(self, decision: Cut) -> EvalMetrics:
         """Measure a decision's model on ``screen``, untrained, as a rung of 0 epochs does."""
-        return EvalMetrics.of(evaluate(self.model(decision), self.screen, source=self.compared))
+        return self._measured(self.model(decision), self._compared_screen)
+
+    def measured(self, model: nn.Module) -> EvalMetrics:
+        """Measure a model on the validation split, and its agreement with the source."""
+        return self._measured(model, self._compared)
+
+    @cached_property
+    def _compared_screen(self) -> Compared:
+        return Compared(self.screen, self.source)
+
+    @cached_property
+    def _compared(self) -> Compared:
+        return Compared(self.data.val_loader(EVAL_BATCH), self.source)
+
+    def _measured(self, model: nn.Module, compared: Compared) -> EvalMetrics:
+        if isinstance(model, LanguageModel):  # logits of all words are too many to keep
+            return EvalMetrics.of(evaluate(model, compared.batches, source=self.source))
+        return EvalMetrics.of(evaluate(model, compared))
 
     def accuracy(self, found: EvalMetrics) -> float:
         """Return the agreement with the source where that is an objective, otherwise the top-1; in percent."""
-        accuracy = found.top1 if self.compared is None else found.agreement
+        accuracy = found.agreement if self.agreeing else found.top1
         assert accuracy is not None
         return accuracy

@@ -56,8 +56,7 @@ class SourceArtifacts:
         fingerprint: digest of the data.
         content: what the data hold (``training.data.content_of``).
         described: what ``Data.describe`` says of the data.
-        top1: the source's accuracy on the validation split, in percent; None where there are no labels.
-        ppl: its perplexity, if it is a language model.
+        figures: the source's figures on the validation split.
     """
 
     folder: Path
@@ -67,14 +66,7 @@ class SourceArtifacts:
     fingerprint: str
     content: Mapping[str, Any]
     described: tuple[str, ...] = ()
-    top1: float | None
-    ppl: float | None = None
-    agreement: float | None = None
-
-    @property
-    def figures(self) -> EvalMetrics:
-        """The source's figures."""
-        return EvalMetrics(self.top1, self.ppl, self.agreement)
+    figures: EvalMetrics
 
     @property
     def arch(self) -> Arch:
@@ -154,9 +146,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         fingerprint=data.info.fingerprint,
         content=content_of(data),
         described=tuple(data.describe()),
-        top1=quality.top1,
-        ppl=quality.ppl,
-        agreement=100.0 if "agreement" in config.search.objectives else None,
+        figures=quality._replace(kl=None, agreement=100.0 if "agreement" in config.search.objectives else None),
     )
     return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
 

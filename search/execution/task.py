@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, load_provenance, save
+from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.precision import to_float32
@@ -27,7 +27,7 @@ from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
 from prunesweep.search.store.run import Result, Run, Task, task_id
-from prunesweep.training import EVAL_BATCH, Data, Diverged, EvalMetrics, Recipe, evaluate
+from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.run_job import run_job
@@ -124,10 +124,6 @@ class WorkerContext:
         """Makes the models that units start from."""
         return Cutter(self.source, self.data, self.config, reading=_needed_by_all)
 
-    def evaluate(self, model: nn.Module) -> EvalMetrics:
-        """Of the validation split; compared with the source where agreement is an objective."""
-        return EvalMetrics.of(evaluate(model, self.data.val_loader(EVAL_BATCH), source=self.cutter.compared))
-
     def epochs(self, rung: int) -> int:
         """Epochs of finetuning on a rung."""
         return self.config.search.rungs[rung] if self.config.search.rungs else self.config.finetune.epochs
@@ -213,6 +209,8 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         ppl=after.ppl,
         agreement=after.agreement,
         kl=after.kl,
+        loss=after.loss,
+        images=after.images,
     )
 
 
@@ -244,15 +242,14 @@ def _train(
             _remove_scratch(folder)
             (folder / STATE).unlink(missing_ok=True)
             ppl = None if context.arch.text is None else math.nan
-            agreement = None if context.cutter.compared is None else math.nan
-            return zero_shot, EvalMetrics(math.nan, ppl, agreement), time.monotonic() - begun
+            nothing = EvalMetrics(math.nan, ppl, agreement=math.nan, kl=math.nan, loss=math.nan)
+            return zero_shot, nothing, time.monotonic() - begun
         seconds = time.monotonic() - begun
         if not finished:
             log.event("stopped")
             return None
-        after = EvalMetrics.of(load_provenance(folder / "model"))
-        if context.cutter.compared is not None and after.agreement is None:  # training has measured by labels
-            after = context.evaluate(load(folder / "model").to(next(context.source.parameters()).device))
+        # training has measured by labels, without the source
+        after = context.cutter.measured(load(folder / "model").to(next(context.source.parameters()).device))
         log.event("end", **after.as_dict())
     return zero_shot, after, seconds
 
@@ -260,7 +257,7 @@ def _train(
 def _zero_shot(context: WorkerContext, unit: Task, model: nn.Module) -> float:
     """Return the accuracy of a candidate before any training; ``model`` is what its unit starts from."""
     if _starts_untrained(context, unit):
-        return context.cutter.accuracy(context.evaluate(model))
+        return context.cutter.accuracy(context.cutter.measured(model))
     below = context.run.read_result(task_id(unit.number, unit.rung - 1))
     assert below is not None  # it was promoted for it
     return float(below["result"]["zero_shot"])

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -334,23 +334,45 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         front: the contents of ``front.json``.
         source_macs: MACs of the source.
     """
-    table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE)
-    qualities = [name for name in ("ppl", "top1", "agreement") if any(name in point for point in front)]
-    timed = any("latency_ms" in point for point in front)
-    costs = ("MACs (M)", "/ source", "params (M)", *(["latency (ms), predicted"] if timed else []))
-    for name in ("trial", "rung", "epochs", *(HEADINGS[name] for name in qualities), *costs):
+    table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE, padding=0)
+    columns: dict[str, Callable[[Any], str]] = {
+        **{name: lambda p, name=name: str(p[name]) for name in ("trial", "rung", "epochs")},  # type: ignore[misc]
+        "ppl": lambda p: f"{p['ppl']:.2f}",
+        "top-1\n(%)": lambda p: f"{p['top1']:.2f}",
+        "95 %\ninterval": _between,
+        "loss": lambda p: f"{p['loss']:.4f}",
+        "KL": lambda p: f"{p['kl']:.4f}",
+        "agree\n(%)": lambda p: f"{p['agreement']:.2f}",
+        "MACs\n(M)": lambda p: f"{p['macs'] / 1e6:.2f}",
+        "/\nsource": lambda p: f"{p['macs'] / source_macs:.3f}",
+        "params\n(M)": lambda p: f"{p['params'] / 1e6:.3f}",
+        "latency\n(ms),\npredicted": lambda p: f"{p['latency_ms']:.3f}",
+    }
+    if any("latency_ms" in point for point in front):
+        del columns["agree\n(%)"]  # eighty columns have no room for both
+    rows = {name: [_cell(point, cell) for point in front] for name, cell in columns.items()}
+    shown = {name: cells for name, cells in rows.items() if any(cells)}  # runs of earlier versions have fewer figures
+    for name in shown:
         table.add_column(name, justify="right")
-    for point in front:
-        table.add_row(
-            *(str(point[name]) for name in ("trial", "rung", "epochs")),
-            *(f"{point[name]:.2f}" for name in qualities),
-            f"{point['macs'] / 1e6:.2f}",
-            f"{point['macs'] / source_macs:.3f}",
-            f"{point['params'] / 1e6:.3f}",
-            *([f"{point['latency_ms']:.3f}"] if timed else []),
-        )
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*cells)
     console.print(table)
+    if counts := sorted({point["images"] for point in front if "images" in point}):
+        console.print(f"figures of {' or '.join(f'{n:,}' for n in counts)} images", highlight=False)
     _print_folders(console, [(f"trial {point['trial']}", point["model"]) for point in front])
+
+
+def _between(point: Mapping[str, Any]) -> str:
+    name = "top1" if "top1" in point else "agreement"
+    return f"{point[f'{name}_low']:.1f}-{point[f'{name}_high']:.1f}"
+
+
+def _cell(point: Mapping[str, Any], cell: Callable[[Any], str]) -> str:
+    """A cell of a row; empty where the point lacks the figure."""
+    try:
+        return cell(point)
+    except KeyError:
+        return ""
 
 
 def _print_folders(console: Console, folders: Sequence[tuple[str, str]]) -> None:

@@ -31,9 +31,8 @@ def write_report(run: Run) -> Path:
         {
             "unit": r.id,
             "trial": r.trial,
-            "top1": r.top1,
-            "ppl": r.ppl,
-            "agreement": r.agreement,
+            **r.figures._asdict(),
+            "interval": r.figures.interval,
             "latency_ms": r.latency_ms,
             "promoted": further.get(r.id),
             "zero_shot": r.zero_shot if math.isfinite(r.zero_shot) else None,

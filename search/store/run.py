@@ -96,8 +96,10 @@ class Result:
     training began with: cut, and recovered where that is on.
 
     Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
-    A search for agreement has ``agreement`` with the source's answers in percent and the divergence ``kl``; its
-    ``zero_shot`` is an agreement, and ``top1`` is None where there are no labels.
+    ``loss`` is the mean cross-entropy, ``agreement`` with the source's answers is in percent, ``kl`` the divergence
+    from them; ``images`` is the number of images (words) that all of them are of. The ``zero_shot`` of a search for
+    agreement is an agreement; ``top1`` and ``loss`` are None where there are no labels. Runs of earlier versions lack
+    what was not an objective.
     """
 
     trial: int
@@ -117,6 +119,8 @@ class Result:
     ppl: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    loss: float | None = None
+    images: int | None = None
 
     @property
     def id(self) -> str:
@@ -125,7 +129,7 @@ class Result:
     @property
     def figures(self) -> EvalMetrics:
         """The figures of the evaluation."""
-        return EvalMetrics(self.top1, self.ppl, self.agreement, self.kl)
+        return EvalMetrics(self.top1, self.ppl, self.agreement, self.kl, loss=self.loss, images=self.images)
 
 
 class Run:
@@ -302,7 +306,7 @@ class Run:
             },
             "rungs": rungs,
             "hypervolume": hypervolume([r for r in latest(results) if r.has_model], facts["source"], self.objectives),
-            "source": {k: v for k, v in facts["source"].items() if k in (*QUALITIES, "macs", "params")},
+            "source": {k: v for k, v in facts["source"].items() if k in (*EvalMetrics._fields, "macs", "params")},
         }
 
     def search_table(self) -> dict[str, Any]:
@@ -348,7 +352,7 @@ class Run:
                 "trial": r.trial,
                 "rung": r.rung,
                 "epochs": r.epochs,
-                **r.figures.as_dict(),
+                **r.figures.with_interval(),
                 "macs": r.macs,
                 "params": r.params,
                 **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),

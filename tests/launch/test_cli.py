@@ -91,7 +91,8 @@ def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "eval", path, "--data", "digits", "--json")
     assert code == 0
     found = json.loads(out)
-    assert found.keys() == {"top1", "macs", "params"}
+    assert found.keys() == {"top1", "top1_low", "top1_high", "loss", "images", "macs", "params"}
+    assert found["top1_low"] < found["top1"] < found["top1_high"]
     assert (found["macs"], found["params"]) == (cost(ARCH).macs, cost(ARCH).params)
     assert call(capsys, "eval", path, "--data", "digits")[1].startswith(f"top-1 {found['top1']:.2f} %")
 

@@ -7,9 +7,11 @@ from random import Random
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
-from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, evaluate, evaluate_all, open_data
+from prunesweep.training import EVAL_BATCH, Compared, EvalMetrics, chance_warning, evaluate, evaluate_all, open_data
 from tests.generate import random_arch, random_model
+from tests.search.helpers import ARCH
 from tests.training.data.test_text import tiny_data, tiny_model
 
 
@@ -66,3 +68,37 @@ def test_language_models_measured_together_are_measured_as_alone() -> None:
     batches = list(data.val_loader(EVAL_BATCH))
     for own, model in zip(evaluate_all(models, batches, source=models[0]), models, strict=True):
         assert own == pytest.approx(evaluate(model, batches, source=models[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("right", "images"), [(441, 450), (0, 7), (7, 7), (1, 1)])
+def test_the_interval_of_an_accuracy_is_wilsons(right: int, images: int) -> None:
+    interval = EvalMetrics(100 * right / images, images=images).interval
+    assert interval is not None
+    wanted = binomtest(right, images).proportion_ci(method="wilson")
+    assert [end / 100 for end in interval] == pytest.approx([wanted.low, wanted.high], abs=1e-6)
+
+
+def test_an_interval_is_of_an_accuracy_that_was_measured() -> None:
+    """Older figures have no number of images; a perplexity is no share, and NaN lies nowhere."""
+    assert EvalMetrics(98.0).interval is None
+    assert EvalMetrics(30.0, ppl=80.0, images=500).interval is None
+    assert EvalMetrics(math.nan, images=500).interval is None
+    assert EvalMetrics(None, agreement=90.0, images=100).with_interval().keys() >= {"agreement_low", "agreement_high"}
+
+
+def test_a_source_is_asked_once_for_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data("digits")
+    model, source = (random_model(ARCH, seed, torch.float32) for seed in (0, 1))
+    asked: list[int] = []
+    source.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    batches = [(x, y) for x, y in data.val_loader(EVAL_BATCH)]
+    wanted = evaluate(model, batches, source=source)
+    assert (wanted["images"], sum(asked)) == (450, 450)
+    compared = Compared(batches, source)
+    asked.clear()
+    assert evaluate(model, compared) == evaluate(model, compared) == wanted
+    assert sum(asked) == 450
+    monkeypatch.setattr("prunesweep.training.evaluation.LOGITS_KEPT", 2560)  # room for one batch
+    small = Compared(batches, source)
+    assert evaluate(model, small) == evaluate(model, small) == wanted
+    assert sum(asked) == 450 + 450 + 194

@@ -16,7 +16,8 @@ from ..loop import Epoch
 
 __all__ = ["MetricsLog", "StepRate"]
 
-SCALARS = ("loss", "top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error", "lr", "images_per_s")
+QUALITIES = ("val_loss", "top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error")
+SCALARS = ("loss", *QUALITIES, "lr", "images_per_s")
 
 
 class MetricsLog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,7 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
 
     def on_epoch(epoch: Epoch) -> None:
         nonlocal latest
-        features = {"cosine": epoch.cosine, "relative_error": epoch.relative_error}
-        latest = EvalMetrics(epoch.top1, epoch.ppl, epoch.agreement, epoch.kl, **features)
+        latest = EvalMetrics.of({**asdict(epoch), "loss": epoch.val_loss})
         if reports.on_epoch:
             reports.on_epoch(epoch)
 

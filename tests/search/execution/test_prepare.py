@@ -39,7 +39,7 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
     def evaluate(
         model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], **options: Any
     ) -> dict[str, float]:
-        looked.append(sum(len(labels) for _, labels in batches))
+        looked.append(sum(len(labels) for _, labels, *_ in batches))
         return training.evaluate(model, batches, **options)
 
     monkeypatch.setattr(cutting, "evaluate", evaluate)
@@ -62,7 +62,7 @@ def test_what_a_worker_sends_back_is_small_and_enough(
     assert space.summarise(len(begun.summary.points), config.seed) == begun.summary
     run = Run(tmp_path / "run")
     create_run(run, config, begun)
-    assert run.metadata()["source"]["top1"] == begun.top1
+    assert run.metadata()["source"]["top1"] == begun.figures.top1
     assert run.metadata()["source"]["macs"] == space.source_cost.macs
     assert set(run.metadata()["scores"]) == set(begun.score_files)
     load(run / "source")

@@ -274,7 +274,7 @@ def test_promoting_and_measuring_take_moved_data(
     image_folder.rename(tmp_path / "moved")
     code, out, _ = call(capsys, "eval", on_folder.path, "--data", f"imagefolder:{tmp_path / 'moved'}")
     assert code == 0
-    assert re.match(r"trial 0, rung 0: (top-1 .* %); \1 in the search; [\d,]+ MACs", out)
+    assert re.match(r"trial 0, rung 0: (top-1 [\d.]+ %) \(.*, 5 images; \1 in the search; [\d,]+ MACs", out)
     command = ["promote", on_folder.path, "--recipe", "quick", "--set", "epochs=1", "--set", "batch_size=4"]
     code, _, error = call(capsys, *command)
     assert code == 2

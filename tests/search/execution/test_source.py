@@ -53,7 +53,7 @@ def test_a_source_of_another_key_is_made_again(tiny: Callable[..., SearchConfig]
         other.head.bias[0] += 1.0
     save(other, kept.folder, {"method": "source", "top1": 100.0, "key": "of another"})
     again = prepare(config, cache, nothing)
-    assert (again.folder, again.weights, again.top1) == (kept.folder, kept.weights, kept.top1)
+    assert (again.folder, again.weights, again.figures) == (kept.folder, kept.weights, kept.figures)
     assert again.folder.name.endswith(load_provenance(again.folder)["key"])
 
 
@@ -77,7 +77,7 @@ def test_a_source_in_half_precision_is_scored_in_float32_and_kept_as_it_is(
     stored = load(kept.folder)
     assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert weights_digest(stored) == weights_digest(load(tmp_path / "model")) == kept.weights
-    assert evaluate(stored, kept.data.val_loader(256))["top1"] == kept.top1
+    assert evaluate(stored, kept.data.val_loader(256))["top1"] == kept.figures.top1
 
 
 @pytest.mark.parametrize(("answer", "known"), [(0, False), (1, True)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prunesweep.search.report.display import print_front, print_promoted
+from prunesweep.training import EvalMetrics
 
 FOLDER = (
     "/a/rather long/path of somebody's/runs/with a name that fills more than one line of eighty/trials/r1-0003/model"
@@ -33,3 +34,17 @@ def test_promoted_models_have_paths_that_can_be_copied() -> None:
     run = Path(FOLDER).parents[2]
     print_promoted(console, [entry], 1_000_000, run)
     assert f"r1-0003: {run}/promoted/r1-0003/model" in console.file.getvalue().splitlines()
+
+
+def test_the_front_has_intervals_and_figures_of_low_noise_within_eighty_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    figures = EvalMetrics(98.0, agreement=99.25, kl=0.01234, loss=0.05678, images=450)
+    timed = {**POINT, **figures.with_interval(), "model": "m"}
+    plain = {name: value for name, value in timed.items() if name != "latency_ms"}
+    for point, last in ((plain, ["99.25", "0.50", "0.500", "0.001"]), (timed, ["0.50", "0.500", "0.001", "1.500"])):
+        print_front(console, [point, {**POINT, "model": "older"} if point is timed else point], 1_000_000)
+        lines = console.file.getvalue().splitlines()
+        row = [line.split() for line in lines if "98.00" in line][-2]
+        assert row == ["3", "1", "4", "98.00", "96.2-98.9", "0.0568", "0.0123", *last]
+        assert "figures of 450 images" in lines
+    assert max(map(len, lines)) <= 80

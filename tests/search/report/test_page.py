@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,21 @@ def test_a_point_and_a_row_show_their_blocks(tmp_path: Path) -> None:
     assert first["plots"]["blocks"]["traces"][0]["y"] == [1, 1]
     assert then["text"]["chosen"] == "Trial 1 on rung 0, block by block"
     assert then["plots"]["scatter"]["layout"]["xaxis"]["title"]["text"] == "params (M)"
+
+
+def test_figures_of_low_noise_are_shown_where_they_are_known(tmp_path: Path) -> None:
+    heads = ["95 % interval", "loss", "KL", "agreement (%)", "images"]
+    older = shown(make_run(tmp_path / "older"))[0]
+    assert not {*heads} & {*older["heads"]}
+    run = make_run(tmp_path / "run")
+    (result,) = (r for r in run.results() if r.trial == 1)
+    run.write_result(result.id, result=replace(result, loss=0.512345, kl=0.0123, agreement=96.5, images=400))
+    first, _ = shown(run)
+    assert first["heads"][5:10] == heads
+    assert [row[5:10] for row in first["rows"]] == [
+        ["81.2-88.2", "0.5123", "0.0123", "96.50", 400],
+        ["", "", "", "", ""],
+    ]
 
 
 def test_texts_have_perplexity(tmp_path: Path) -> None:
