@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ["FeatureQuality", "feature_quality", "feature_sums", "kl_divergence"]
+__all__ = ["FeatureQuality", "feature_error", "feature_quality", "feature_sums", "kl_divergence"]
 
 
 def kl_divergence(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
@@ -31,6 +31,11 @@ def kl_divergence(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     series = d * d * (0.5 + d / 6 + d * d / 24)
     excess = torch.where(d.abs() < 1e-3, series, torch.expm1(d) - d)
     return torch.log1p((p * excess).sum(-1))
+
+
+def feature_error(source: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """Compute half the squared distance of features (..., D) per image, in float64, (...,)."""
+    return 0.5 * (changed.double() - source.double()).square().sum(-1)
 
 
 class FeatureQuality(NamedTuple):

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models import BlockView, UserError, arch_of
 from prunesweep.models.families import FamiliesWith
 
 from .coupled import KINDS, coupled_sums
+from .drawn_targets import target_loss
 from .scores import Scores
 
 __all__ = ["FAMILIES", "KINDS", "attention_pairs", "score", "summed_gradients", "taylor_terms"]
@@ -35,7 +35,7 @@ def score(model: nn.Module, batches: Batches, *, progress: Progress | None = Non
 
     Args:
         model: a ViT, Swin or PVTv2 that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B); without labels, those of ``pruners.drawn_targets.with_drawn_labels``.
+        batches: (images B·C·H·W, labels B); without labels, targets of ``pruners.drawn_targets``.
         progress: called with (batches done, batches in all).
 
     Raises:
@@ -71,7 +71,7 @@ def summed_gradients(
     try:
         for done, (x, y) in enumerate(batches, 1):
             with torch.enable_grad():
-                torch.autograd.backward(F.cross_entropy(model(x.to(device)), y.to(device)))
+                torch.autograd.backward(target_loss(model(x.to(device)), y.to(device)))
             if progress:
                 progress(done, len(batches))
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models import Arch, arch_of, block_views
 from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.views import LinearView
+from prunesweep.pruners.drawn_targets import target_loss
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 __all__ = ["FAMILIES", "KINDS", "raw_saliency", "score"]
@@ -44,14 +44,14 @@ def score(
     model: nn.Module,
     batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     *,
-    loss: Loss = F.cross_entropy,
+    loss: Loss = target_loss,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Compute the saliency of every unit of ``model`` by one forward and backward pass per batch.
 
     Args:
         model: a ViT or Swin that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B); without labels, those of ``pruners.drawn_targets.with_drawn_labels``. The
+        batches: (images B·C·H·W, labels B); without labels, targets of ``pruners.drawn_targets``. The
             batch size matters: scores are means of squared batch sums.
         loss: mean loss of (logits, labels).
         progress: called with (batches done, batches in all).

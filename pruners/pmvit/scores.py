@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views
 from prunesweep.models.errors import nearest
 from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.views import AttentionView
+from prunesweep.pruners.drawn_targets import target_loss
 from prunesweep.pruners.scores import Scores
 
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "scorable", "score", "served"]
@@ -60,7 +60,7 @@ def score(
 
     Args:
         model: a ViT that ``Arch.from_timm`` accepts, not planned yet; left in the mode it came in, without gradients.
-        batches: (images B·C·H·W, labels B); without labels, those of ``pruners.drawn_targets.with_drawn_labels``.
+        batches: (images B·C·H·W, labels B); without labels, targets of ``pruners.drawn_targets``.
         importance: ``grad_attn`` is the method's; ``cls_attn``: attention of the class token, mean over heads and
             images (EViT, arXiv 2202.07800); ``random``: uniform in [0, 1); ``uniform``: the same in all blocks, such
             that the k best patches are spread evenly over the raster, for every k.
@@ -160,7 +160,7 @@ def _grad_attn(
 ) -> torch.Tensor:
     """Compute (L, P): mean over images, heads and queries of dL/dA * A, L the mean loss; a factor on V cancels."""
     with torch.enable_grad():
-        loss = F.cross_entropy(model(x), y, reduction="sum")
+        loss = target_loss(model(x), y, reduction="sum")
     values = [outputs[view.v.layer] for view in views]
     gradients = torch.autograd.grad(loss, values)
     rows = []

@@ -1,9 +1,10 @@
 """Exact scores: every unit is removed on its own, and only the layers behind it are run again.
 
-A unit's score is KL(source || without the unit), summed over the images. The source runs once per batch and keeps the
-residual stream around every sublayer. Removing an MLP unit is a rank-1 change of the MLP's output, removing a channel
-of query, key and value changes one head, so both resume behind their sublayer; residual channels resume where their
-stage begins, with LayerNorms over the channels that are left. Many units are stacked on the batch axis, unit by unit.
+A unit's score is KL(source || without the unit), or half the squared error of features, summed over the images. The
+source runs once per batch and keeps the residual stream around every sublayer. Removing an MLP unit is a rank-1 change
+of the MLP's output, removing a channel of query, key and value changes one head, so both resume behind their sublayer;
+residual channels resume where their stage begins, with LayerNorms over the channels that are left. Many units are
+stacked on the batch axis, unit by unit.
 
 In multiply-adds of N·C² for L blocks of width C, an MLP unit of block l costs 12 (L - 2 - l) + 2, because the last
 block needs queries, projection and MLP of the class token only.
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from prunesweep.models import Arch
-from prunesweep.pruners.divergence import kl_divergence
+from prunesweep.pruners.divergence import feature_error, kl_divergence
 from prunesweep.pruners.scores import kind_of
 
 from .forward import UNGATED, Forward, normed, normed_over
@@ -100,7 +101,8 @@ class Exact:
     def _divergence(self, logits: torch.Tensor) -> torch.Tensor:
         """Compute the divergence (units,) of stacked logits (units·B, K)."""
         changed = logits.view(-1, *self.logits.shape)
-        return kl_divergence(self.logits, changed).sum(1).cpu()
+        measure = feature_error if self.forward.arch.headless else kl_divergence
+        return measure(self.logits, changed).sum(1).cpu()
 
     def _chunks(self, units: int) -> Iterator[torch.Tensor]:
         return iter(torch.split(torch.arange(units, device=self.logits.device), self.units_at_once))

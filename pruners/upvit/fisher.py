@@ -6,7 +6,10 @@ unit (1 in the source) and p the source's distribution of labels y,
     score = 1/2 · sum over images of E_{y ~ p} [ (d log p(y) / d m)² ]
 
 the expected Fisher information of the gate, with labels drawn from the model. Every image has gates of its own, so one
-backward pass per label gives every unit's gradient for every image.
+backward pass per label gives every unit's gradient for every image. Of features f in place of answers, the score is the
+second-order term of half their squared error, with random signs e in place of labels:
+
+    score = 1/2 · sum over images of E_e [ (d e'f / d m)² ]
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from prunesweep.pruners.drawn_targets import draw_labels
+from prunesweep.pruners.drawn_targets import draw_labels, draw_signs
 
 from .forward import Forward
 
@@ -31,31 +34,50 @@ def fisher_sums(
         forward: the model.
         images: B·C·H·W.
         units: the number of units of every vector to be scored.
-        labels: drawn per image, or "all" for the exact expectation over the classes.
+        labels: drawn per image, or "all" for the exact expectation over the classes; of features, random sums of them,
+            or "all" for each of them.
         uniform: a number in [0, 1) of every image's own, from which its labels follow.
     """
     shape = {"dtype": images.dtype, "device": images.device}
     with torch.enable_grad():
         gates = {name: torch.ones(len(images), 1, size, **shape, requires_grad=True) for name, size in units.items()}  # type: ignore[call-overload]
-        log_p = forward(images, gates).double().log_softmax(-1)
+        output = forward(images, gates).double()
+        values = output if forward.arch.headless else output.log_softmax(-1)
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in units.items()}
-    for y, weight in _labels(log_p.detach().exp(), labels, uniform):
-        with torch.enable_grad():
-            of_labels = log_p.gather(1, y[:, None]).sum()
-        gradients = torch.autograd.grad(of_labels, list(gates.values()), retain_graph=True)
+    draws = _signs if forward.arch.headless else _labels
+    for direction, weight in draws(values.detach(), labels, uniform):
+        gradients = torch.autograd.grad(values, list(gates.values()), direction, retain_graph=True)
         for name, gradient in zip(sums, gradients, strict=True):
             sums[name] += 0.5 * (weight @ gradient[:, 0].double().square()).cpu()
     return sums
 
 
 def _labels(
-    p: torch.Tensor, labels: int | str, uniform: Sequence[float]
+    log_p: torch.Tensor, labels: int | str, uniform: Sequence[float]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield labels (B,) with weights (B,) that sum to 1."""
+    """Yield labels as rows of (B, K) that are 1 there, with weights (B,) that sum to 1."""
+    p = log_p.exp()
     if labels == "all":
         for k in range(p.shape[1]):
-            yield torch.full(p.shape[:1], k, device=p.device), p[:, k]
+            yield _one_hot(p, torch.full(p.shape[:1], k, device=p.device)), p[:, k]
     else:
         drawn = draw_labels(p, int(labels), uniform)
         for y in drawn.unbind(1):
-            yield y, torch.full_like(p[:, 0], 1 / drawn.shape[1])
+            yield _one_hot(p, y), torch.full_like(p[:, 0], 1 / drawn.shape[1])
+
+
+def _one_hot(p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(p).scatter(1, y[:, None], 1)
+
+
+def _signs(
+    features: torch.Tensor, labels: int | str, uniform: Sequence[float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield directions (B, D) with weights (B,), by which squared derivatives add up to those of all features."""
+    if labels == "all":
+        for direction in torch.eye(features.shape[1]).to(features):
+            yield direction.expand_as(features), torch.ones_like(features[:, 0])
+    else:
+        drawn = draw_signs(features.shape[1], int(labels), uniform).to(features)
+        for signs in drawn.unbind(1):
+            yield signs, torch.full_like(features[:, 0], 1 / drawn.shape[1])

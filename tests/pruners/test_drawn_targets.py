@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from prunesweep.models import build
-from prunesweep.pruners import METHODS, nvit, taylor
-from prunesweep.pruners.drawn_targets import with_drawn_labels
+from prunesweep.pruners import METHODS, nvit, taylor, upvit
+from prunesweep.pruners.drawn_targets import with_drawn_features, with_drawn_labels
 from prunesweep.training.data import NO_LABEL
 from tests.pruners.subspaces.test_compress import vit
 
@@ -86,3 +87,69 @@ def test_without_labels_the_sum_of_gradients_is_no_zero() -> None:
     model = source()
     gradients = taylor.summed_gradients(model, with_drawn_labels(model, unlabelled(64, 16)))
     assert min(g.abs().max().item() for name, g in gradients.items() if name.endswith("weight")) > 1e-6
+
+
+def backbone() -> Any:
+    torch.manual_seed(0)
+    return build(dataclasses.replace(vit(width=12, depth=1), num_classes=0)).double().eval()
+
+
+def test_a_target_of_features_follows_from_seed_and_image() -> None:
+    model = backbone()
+    some = torch.cat([y for _, y in with_drawn_features(model, unlabelled(60, 20), seed=3)])
+    again = torch.cat([y for _, y in with_drawn_features(model, unlabelled(60, 7), seed=3)])
+    torch.testing.assert_close(again, some)
+    with torch.no_grad():
+        signs = some - model(torch.cat([x for x, _ in unlabelled(60, 20)]))
+    torch.testing.assert_close(signs.abs(), torch.ones(60, 12, dtype=torch.float64))
+    assert signs.mean().abs() < 0.2
+    other = torch.cat([y for _, y in with_drawn_features(model, unlabelled(60, 20), seed=4)])
+    assert (other - some).abs().max() > 1
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if hasattr(method, "score")])
+def test_methods_score_features(name: str) -> None:
+    method: Any = METHODS[name]
+    model, batches = backbone().float(), [(x.float(), y) for x, y in unlabelled(8, 4)]
+    scores = method.score(model, with_drawn_features(model, batches))
+    assert all(torch.isfinite(vector).all() and vector.any() for vector in scores.vectors.values())
+
+
+def test_saliency_of_drawn_features_is_that_of_their_squared_error() -> None:
+    """Of single images, its mean over draws is the sum over all features."""
+    model, images = backbone(), unlabelled(2, 1)
+    exact: dict[str, torch.Tensor] = {}
+    for x, _ in images:
+        with torch.no_grad():
+            features = model(x)
+        for step in torch.eye(12, dtype=torch.float64):
+            found = nvit.score(model, [(x, features + step)]).vectors
+            exact = {name: exact.get(name, 0) + vector / len(images) for name, vector in found.items()}
+    draws = 150
+    mean = {name: torch.zeros_like(vector) for name, vector in exact.items()}
+    for seed in range(draws):
+        for name, vector in nvit.score(model, with_drawn_features(model, images, seed)).vectors.items():
+            mean[name] += vector / draws
+    for name, vector in exact.items():
+        assert 0.7 < (mean[name].sum() / vector.sum()).item() < 1.4
+        assert torch.corrcoef(torch.stack([mean[name], vector]))[0, 1] > 0.9
+
+
+def test_upvit_scores_are_the_squared_error_of_features() -> None:
+    """Exactly without the unit; by Fisher, whose signs draw what the sum over all features is."""
+    model, batches = backbone(), unlabelled(6, 3)
+    exact = upvit.score(model, batches, importance="exact").vectors
+    x = torch.cat([x for x, _ in batches])
+    with torch.no_grad():
+        whole = model(x)
+        model.blocks[0].mlp.fc2.weight[:, 3] = 0
+        error = 0.5 * (model(x) - whole).square().sum()
+    torch.testing.assert_close(exact["blocks.0.mlp"][3], error)
+    model = backbone()
+    every, drawn = (
+        upvit.score(model, batches, importance="fisher", labels_per_image=labels).vectors for labels in ("all", 64)
+    )
+    for name, vector in every.items():
+        assert torch.corrcoef(torch.stack([drawn[name], vector]))[0, 1] > 0.95
+        assert 0.8 < (drawn[name].sum() / vector.sum()).item() < 1.25
+    assert torch.corrcoef(torch.stack([exact["blocks.0.mlp"], every["blocks.0.mlp"]]))[0, 1] > 0.9

@@ -204,6 +204,11 @@ class TrainedPruning:
         hook = method.hook(settings, arch)
         hook.wrap(copy.deepcopy(self.model))
         check_fits(arch, self.opened)
+        if arch.headless:
+            raise UserError(
+                f"method {method.name!r} decides while it trains on labels, {arch.source} has no head: give it a "
+                f"classifier, or take a method that scores: {', '.join(method_names(ScoredMethod))}"
+            )
         if not self.opened.info.labelled:
             raise UserError(
                 f"method {method.name!r} decides while it trains on labels, {self.opened.info.name} has none: give "

@@ -17,7 +17,7 @@ from prunesweep.models.io.files import publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.precision import in_float32
 from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
-from prunesweep.pruners.drawn_targets import with_drawn_labels
+from prunesweep.pruners.drawn_targets import with_drawn_features, with_drawn_labels
 from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED, check_scores_finite
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
@@ -54,7 +54,8 @@ def cached_scores(
 ) -> Path:
     """Return the file of a method's scores of ``model``; compute them if the cache does not have it.
 
-    Where the data have no labels, a method that reads some gets labels drawn from the model's own answers.
+    Where the data have no labels, a method that reads some gets labels drawn from the model's own answers; of a
+    backbone without a head, features (``pruners.drawn_targets``).
 
     Args:
         model: the scored model, on its device.
@@ -78,14 +79,15 @@ def cached_scores(
     metadata: dict[str, Any] = {**_facts(model, method, data, weights), **settings}
     if options:
         metadata["settings"] = dict(options)
-    if drawn := entry is not None and entry.labels and not data.info.labelled:
+    headless = arch_of(model).headless
+    if drawn := entry is not None and entry.labels and (headless or not data.info.labelled):
         metadata["labels"] = "drawn"
     path = cache / f"{method}-{digest(metadata)}.safetensors"
     if not _holds(path, metadata):
         what = "measuring blocks" if entry is None else entry.progress
         batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
         if drawn:
-            batches = with_drawn_labels(model, batches, calibration.seed)
+            batches = (with_drawn_features if headless else with_drawn_labels)(model, batches, calibration.seed)
 
         def on_batch(done: int, total: int) -> None:
             progress(what, done / total, f"{done}/{total}")
