@@ -14,7 +14,7 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from types import NoneType
 from typing import Any
 
@@ -32,9 +32,10 @@ from .precision import keep_dtype
 from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
 
-__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "gather", "space_reductions", "tensor_axes"]
+__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "gather", "replaced", "space_reductions", "tensor_axes"]
 
 Indices = tuple[int, ...]
+Change = tuple[Block, str | None, TokenPlan | None]
 FORMAT = "prunesweep/cut/1"
 
 
@@ -291,7 +292,7 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     arch = arch_of(model)
     keep, reductions = [choice.keep for choice in decision.blocks], space_reductions(arch, decision)
     weights = gather(arch, keep, reductions, model.state_dict())  # gathering makes copies, so nothing is shared
-    weights = _replace(arch, decision, weights)
+    weights = replaced(arch, [_change(arch, i, decision.blocks[i]) for i in range(arch.depth)], weights)
     small = build_with(small_arch, weights, pretrained_cfg=preprocessing_of(model))
     keep_dtype(small, model)
     return small.train(model.training)
@@ -384,18 +385,31 @@ def _chosen(block: Block, choice: BlockCut) -> dict[str, Indices]:
     return chosen | {space: indices for space, indices in own if indices is not None}
 
 
-def _replace(arch: Arch, decision: Cut, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give blocks their new mixers and token plans; ``weights`` are those of the narrowed model."""
-    family = family_of(arch)
-    choices = iter(enumerate(decision.blocks))
+def _change(arch: Arch, i: int, choice: BlockCut) -> Change | None:
+    if not choice.keep:
+        return None
+    return _narrow_block(arch, arch.blocks[i], choice, f"cut.blocks[{i}]"), choice.mixer, choice.tokens
+
+
+def replaced(
+    arch: Arch, changes: Sequence[Change | None], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Give blocks their new mixers and token plans.
+
+    Args:
+        arch: the record of the model that was narrowed.
+        changes: of each of its blocks, the record of the narrowed block with its attention, and what
+            ``models.replace.replace_tensors`` takes as mixer and plan; ``None`` for a block that is gone.
+        weights: the narrowed model's state dict, as ``gather`` returns it.
+    """
+    family, found, rest = family_of(arch), dict(weights), iter(changes)
     for s, stage in enumerate(arch.stages):
-        pairs = [(block, *next(choices)) for block in stage.blocks]
-        for b, (block, i, choice) in enumerate(pair for pair in pairs if pair[2].keep):
-            if choice.mixer is None and choice.tokens is None:
+        alive = [change for change in islice(rest, len(stage.blocks)) if change is not None]
+        for b, (narrow, mixer, plan) in enumerate(alive):
+            if mixer is None and plan is None:
                 continue
             prefix = family.block_prefix(s, b)
-            own = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
-            narrow = _narrow_block(arch, block, choice, f"cut.blocks[{i}]")
-            new = replace_tensors(arch, narrow, own, choice.mixer, choice.tokens)
-            weights |= {prefix + name: tensor for name, tensor in new.items()}
-    return weights
+            own = {name.removeprefix(prefix): found.pop(name) for name in list(found) if name.startswith(prefix)}
+            new = replace_tensors(arch, narrow, own, mixer, plan)
+            found |= {prefix + name: tensor for name, tensor in new.items()}
+    return found

@@ -28,7 +28,7 @@ from torch import nn
 from prunesweep.models import Arch, BlockView, arch_of, block_views
 from prunesweep.models.arch import Block, Stage
 from prunesweep.models.builder import build_with, preprocessing_of
-from prunesweep.models.cutting import gather
+from prunesweep.models.cutting import gather, replaced
 from prunesweep.models.families import family_of
 from prunesweep.models.families.base import tensor_shapes
 from prunesweep.models.families.views import AttentionView, MlpView, Reader
@@ -41,7 +41,7 @@ from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import NormalEquations
 from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, rows_of, solve_shift
 from .source import SourceStatistics, open_source
-from .widths import Widths, can_project, compressed_arch
+from .widths import Widths, can_project, compressed_arch, narrow_block
 
 __all__ = ["Compression", "compress", "folded"]
 
@@ -128,19 +128,20 @@ class Compression(Refit):
             elif own.width < stage.width:
                 energy = statistics.streams[s].diagonal().to(device) * _read_energy(model, arch, space)
                 self.embed[space] = _best(energy, own.width)
-        pairs = list(zip([i for i, own in enumerate(widths.blocks) if own.keep], narrow.blocks, strict=True))
+        records = {i: narrow_block(arch, i, own) for i, own in enumerate(widths.blocks) if own.keep}
         weights = {name: t.double() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-        reductions = self._reductions(model, pairs)
+        reductions = self._reductions(model, records)
         kept = gather(arch, [own.keep for own in widths.blocks], reductions, weights)
-        small = self._built(narrow, kept, model)
+        changes = [(records[i], own.mixer, own.tokens) if own.keep else None for i, own in enumerate(widths.blocks)]
+        small = self._built(narrow, replaced(arch, changes, kept), model)
         super().__init__(model, small, reductions, inputs, refit=refit, shrinkage=shrinkage, fitted=fitted)
-        self._project_readers([i for i, _ in pairs])
+        self._project_readers(list(records))
 
-    def _reductions(self, model: nn.Module, pairs: Sequence[tuple[int, Block]]) -> dict[str, Reduction]:
+    def _reductions(self, model: nn.Module, records: Mapping[int, Block]) -> dict[str, Reduction]:
         """Reduce spaces to their widths: streams by projection, MLP units by energy, ranks by the first channels."""
         arch, reductions = arch_of(model), dict(self.embed)
         views = block_views(model, arch)
-        for i, record in pairs:
+        for i, record in records.items():
             source, mlp = arch.blocks[i], views[i].mlp
             if record.mixer == "attn" and (record.qk, record.v) != (source.qk, source.v):  # weights are fitted later
                 heads = range(source.heads)

@@ -17,16 +17,17 @@ def projected_widths(arch: Arch, decision: Cut) -> Widths:
 
     Every head of the source stays: the query/key and value channels that the cut keeps of a block are shared out among
     all of its heads, so that logits and values cost what they cost in the cut model, or up to one channel a head less.
+    Convolutions in place of attention, of as many bottleneck channels, and token plans are the cut's.
 
     Args:
         arch: the source's record.
-        decision: a cut of the source: widths, heads, and blocks or attentions that go.
+        decision: a cut of the source.
 
     Returns:
         The widths for ``compress``.
 
     Raises:
-        UserError: the cut does not fit the source, replaces a mixer by a convolution, or plans tokens.
+        UserError: the cut does not fit the source.
     """
     if len(decision.blocks) != arch.depth:
         raise UserError(f"the cut has {len(decision.blocks)} blocks, {arch.source} has {arch.depth}")
@@ -36,17 +37,18 @@ def projected_widths(arch: Arch, decision: Cut) -> Widths:
 
 def _block(arch: Arch, i: int, own: BlockCut) -> BlockWidths:
     block = arch.blocks[i]
-    if own.tokens is not None or own.mixer not in (None, "none"):
-        raise UserError(
-            f"blocks[{i}] of {arch.source} gets a convolution or a token plan: only widths and depth can be projected"
-        )
+    v: int | tuple[int, ...] | None = None
+    if own.v is not None:
+        convolution = own.mixer is not None
+        v = min(max(map(len, own.v)), min(block.v_widths)) if convolution else _shares(block, _total(own.v))
     return BlockWidths(
         keep=own.keep,
-        attention=own.mixer is None,
+        mixer=own.mixer,
         qk=None if own.qk is None else max(1, _total(own.qk) // block.heads),
-        v=None if own.v is None else _shares(block, _total(own.v)),
+        v=v,
         mlp=None if own.mlp is None else len(own.mlp),
         sr=None if own.sr is None else len(own.sr),
+        tokens=own.tokens,
     )
 
 

@@ -9,30 +9,35 @@ from dataclasses import dataclass
 from prunesweep.models import Arch, UserError
 from prunesweep.models.arch import Block
 from prunesweep.models.families import family_of
+from prunesweep.models.layers.token_merging import TokenPlan
+from prunesweep.models.replace import replace_block
 
-__all__ = ["BlockWidths", "Widths", "compressed_arch", "equal_shares"]
+__all__ = ["BlockWidths", "Widths", "compressed_arch", "equal_shares", "narrow_block"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWidths:
-    """Ranks and units of one block; ``None`` keeps what the source has.
+    """Ranks and units of one block, and what takes its attention's place; ``None`` keeps what the source has.
 
     Args:
         keep: ``False`` drops the block.
-        attention, mlp_half: ``False`` drops this half of the block alone.
+        mixer: in place of attention: ``"conv1x1"`` or ``"conv3x3"``, or ``"none"``, which drops this half of the block.
+        mlp_half: ``False`` drops this half of the block.
         qk: query/key rank of every head.
-        v: value rank of every head, or one per head.
+        v: value rank of every head, or one per head; of a convolution, its bottleneck channels.
         mlp: hidden units.
         sr: channels of PVTv2's reduced map.
+        tokens: which tokens the block works on.
     """
 
     keep: bool = True
-    attention: bool = True
+    mixer: str | None = None
     mlp_half: bool = True
     qk: int | None = None
     v: int | tuple[int, ...] | None = None
     mlp: int | None = None
     sr: int | None = None
+    tokens: TokenPlan | None = None
 
 
 Embed = int | tuple[int | None, ...] | None
@@ -111,14 +116,15 @@ def compressed_arch(arch: Arch, widths: Widths) -> Arch:
         widths: of the small model.
 
     Raises:
-        UserError: a width is larger than the source's or below 1, or this space of the source cannot be projected.
+        UserError: a width is larger than the source's or below 1, this space of the source cannot be projected, or a
+            block cannot have this mixer or these tokens.
     """
     if len(widths.blocks) != arch.depth:
         raise UserError(f"widths.blocks has {len(widths.blocks)} entries, {arch.source} has {arch.depth} blocks")
     stages, own = [], iter(enumerate(widths.blocks))
     for stage, width in zip(arch.stages, _stream_widths(arch, widths.embed), strict=True):
         pairs = [next(own) for _ in stage.blocks]
-        blocks = tuple(_narrow(arch, i, block, f"widths.blocks[{i}]") for i, block in pairs if block.keep)
+        blocks = tuple(_block(arch, i, block) for i, block in pairs if block.keep)
         stages.append(dataclasses.replace(stage, width=width, blocks=blocks))
     small = arch.with_stages(tuple(stages))
     small.validate()
@@ -143,10 +149,22 @@ def _stream_widths(arch: Arch, embed: Embed) -> list[int]:
     return [most if width is None else width for width, most in zip(embed, full, strict=True)]
 
 
-def _narrow(arch: Arch, i: int, own: BlockWidths, where: str) -> Block:
-    block, changes = arch.blocks[i], dict[str, object]()
-    if block.mixer == "attn" and own.attention:
-        qk = block.qk if own.qk is None else own.qk
+def _block(arch: Arch, i: int, own: BlockWidths) -> Block:
+    where = f"widths.blocks[{i}]"
+    if own.mixer == "norm":
+        raise UserError(f"{where}.mixer = 'norm': a norm in the place of attention cannot be fitted; use 'none'")
+    return replace_block(arch, narrow_block(arch, i, own), own.mixer, own.tokens, where)
+
+
+def narrow_block(arch: Arch, i: int, own: BlockWidths) -> Block:
+    """Make the record of block ``i`` of a source with its own mixer and all tokens, in the widths of ``own``.
+
+    Raises:
+        UserError: a width is larger than the source's or below 1, or this space of the source cannot be projected.
+    """
+    block, where, changes = arch.blocks[i], f"widths.blocks[{i}]", dict[str, object]()
+    if block.mixer == "attn" and own.mixer != "none":
+        qk = block.qk if own.qk is None or own.mixer is not None else own.qk
         _check(f"{where}.qk", qk, block.qk)
         if qk < block.qk and not can_project(arch, f"blocks.{i}.q"):
             raise UserError(f"{where}.qk = {qk}: {family_of(arch).only_chosen(arch, f'blocks.{i}.q')} of {arch.source}")
@@ -161,8 +179,6 @@ def _narrow(arch: Arch, i: int, own: BlockWidths, where: str) -> Block:
         if own.sr is not None:
             _check(f"{where}.sr", own.sr, block.sr)
             changes["sr"] = own.sr
-    elif not own.attention:
-        changes |= {"mixer": "none", "heads": 0, "qk": 0, "v": 0, "scale": 0.0, "sr": 0}
     mlp = (block.mlp if own.mlp is None else own.mlp) if own.mlp_half else 0
     if block.mlp and own.mlp_half:
         _check(f"{where}.mlp", mlp, block.mlp)

@@ -137,7 +137,7 @@ def test_record_and_cost_are_those_of_a_chosen_cut() -> None:
 def test_ragged_values_and_halves_of_blocks() -> None:
     source = made(vit())
     arch = arch_of(source)
-    blocks = (BlockWidths(v=(2, 5)), BlockWidths(attention=False), BlockWidths(mlp_half=False, qk=2))
+    blocks = (BlockWidths(v=(2, 5)), BlockWidths(mixer="none"), BlockWidths(mlp_half=False, qk=2))
     small = compress(source, Widths(blocks=blocks), images())
     record = arch_of(small)
     assert record.blocks[0].v == (2, 5)

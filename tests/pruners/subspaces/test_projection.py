@@ -3,14 +3,16 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from torch import nn
 
-from prunesweep.models import BlockCut, Cut, UserError, cost, cut, cut_arch
+from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut, cut_arch
 from prunesweep.pruners import kl_divergence
-from prunesweep.pruners.subspaces import compress, compressed_arch, projected_widths, recover
+from prunesweep.pruners.subspaces import BlockWidths, Widths, compress, compressed_arch, projected_widths, recover
 from tests.pruners.subspaces.test_compress import images, made, outputs, vit
 from tests.pruners.subspaces.test_recovery import DECISIONS, aligned, whole
 
-SAME = ("stream", "ranks", "units", "blocks", "no attention")  # decisions that keep all heads
+SAME = ("stream", "ranks", "units", "blocks", "no attention", "convolution", "tokens")  # decisions that keep all heads
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -40,9 +42,24 @@ def test_the_subspace_knows_better_which_channels() -> None:
 
 
 @pytest.mark.parametrize("name", ["convolution", "tokens"])
-def test_mixers_and_tokens_have_no_subspace(name: str) -> None:
-    with pytest.raises(UserError, match="only widths and depth can be projected"):
-        projected_widths(vit(), DECISIONS[name])
+def test_mixers_and_tokens_are_refitted_in_the_projected_stream(name: str) -> None:
+    source = made(vit(width=48))
+    decision = dataclasses.replace(DECISIONS[name], embed=(tuple(range(24)),))
+    widths, wanted, batches = projected_widths(arch_of(source), decision), outputs(source), images(200, 20)
+    plain, fitted = (compress(source, widths, batches, refit=refit) for refit in (False, True))
+    assert arch_of(fitted) == cut_arch(arch_of(source), decision)
+    chosen = recover(source, decision, batches)
+    assert error(fitted, wanted) < 0.7 * error(plain, wanted)
+    assert error(fitted, wanted) < error(chosen, wanted)
+
+
+def error(model: nn.Module, wanted: torch.Tensor) -> torch.Tensor:
+    return (outputs(model) - wanted).square().mean()
+
+
+def test_a_norm_cannot_take_the_place_of_attention() -> None:
+    with pytest.raises(UserError, match=r"blocks\[1\].mixer = 'norm': a norm in the place of attention cannot be"):
+        compressed_arch(vit(), Widths(blocks=(BlockWidths(), BlockWidths(mixer="norm"), BlockWidths())))
 
 
 def test_a_cut_of_another_depth_is_refused() -> None:
