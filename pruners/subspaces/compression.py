@@ -38,7 +38,7 @@ from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tenso
 
 from .calibration import images_of, shrinkage_for
 from .maps import query_key_maps, residual_map, value_map
-from .normal_equations import NormalEquations
+from .normal_equations import Moments
 from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, rows_of, solve_shift
 from .source import SourceStatistics, open_source
 from .widths import Widths, can_project, compressed_arch, narrow_block
@@ -297,17 +297,18 @@ class Compression(Refit):
         if own.record.v_widths == widths:
             return []
         readers = {reader.name: reader for reader in own.readers(stage.grid)}
-        sums = NormalEquations(sum(widths), 1, own.out.weight.device)
+        sums = Moments(sum(widths), own.out.weight.device)
         for one in z[: self.fitted]:
             outputs = {
                 name: F.linear(readers[name].rows(one), weight.to(one), bias.to(one))
                 for name, (weight, bias) in found.items()
             }
             q, k, v = (outputs[part.name][..., part.rows] for part in (wanted.q, wanted.k, wanted.v))
-            out = own.attended(q, k, v, one, widths)
-            sums.add(out, out[..., :1])
+            # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
+            sums.add(own.attended(q, k, v, one, widths).double())
+        covariance = sums.covariance
         ends = list(accumulate(widths))
-        return [sums.covariance[end - width : end, end - width : end] for end, width in zip(ends, widths, strict=True)]
+        return [covariance[end - width : end, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _best(energy: torch.Tensor, count: int) -> Choose:

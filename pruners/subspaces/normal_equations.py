@@ -4,19 +4,83 @@ Notation: n rows, a (F) features of a row, y (G) targets of a row; C = cov(a), R
 
     W = W_0 + R' (C + lambda mean(diag C) I)^-1,    b = mean(y) - W mean(a)
 
-The solution is shrunk towards ``W_0``, not towards zero. Features may be in any floating type; sums and solves are in
-float64, because float32 normal equations lose a model's smaller directions.
+The solution is shrunk towards ``W_0``, not towards zero. Sums and solves are in float64, because float32 normal
+equations lose a model's smaller directions. Products within a batch are in the features' own type, of rows without the
+batch's mean: what rounding takes from them is as little as what it took from the features.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from prunesweep.models import UserError
 
-__all__ = ["NormalEquations"]
+__all__ = ["Moments", "NormalEquations"]
 
 ROUNDING = 1e-10  # of the mean square of the features: variances below it are not told from rounding errors
+PANEL = 256  # rows of a Gram matrix at a time, from the diagonal on: the rest is mirrored
+
+
+class _Rows(NamedTuple):
+    """Rows of a batch: without their mean (n, G), the mean, and what rounding left of the sum of the centred ones."""
+
+    centred: torch.Tensor
+    mean: torch.Tensor
+    rest: torch.Tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Rows:
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        mean = rows.mean(0)
+        centred = rows - mean
+        return cls(centred, mean.double(), centred.sum(0).double())
+
+    @property
+    def sum(self) -> torch.Tensor:
+        """(G,)."""
+        return len(self.centred) * self.mean + self.rest
+
+
+class Moments:
+    """Sums of rows and of their products; memory does not depend on the number of rows.
+
+    Args:
+        features: F, the width of a row.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.rows = 0
+        self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def add(self, features: torch.Tensor) -> None:
+        """Add rows (..., F) to the sums."""
+        self._add(_Rows.of(features))
+
+    def _add(self, own: _Rows) -> None:
+        self.rows += len(own.centred)
+        self.products += _gram(own.centred)
+        self.products.addr_(own.mean, own.sum).addr_(own.rest, own.mean)
+        self.sum += own.sum
+
+    def merge(self, other: Moments) -> None:
+        """Add the sums of another worker, or of other batches."""
+        self.rows += other.rows
+        self.products += other.products
+        self.sum += other.sum
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(F,)."""
+        return self.sum / self.rows
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """(F, F), divided by the number of rows."""
+        return self.products / self.rows - torch.outer(self.mean, self.mean)
 
 
 class NormalEquations:
@@ -28,14 +92,9 @@ class NormalEquations:
     """
 
     def __init__(self, features: int, targets: int, device: torch.device | str = "cpu") -> None:
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        self.rows = 0
-        self._aa = zeros(features, features)
-        self._ay = zeros(features, targets)
-        self._a = zeros(features)
-        self._y = zeros(targets)
+        self.features = Moments(features, device)
+        self._ay = torch.zeros(features, targets, dtype=torch.float64, device=device)
+        self._y = torch.zeros(targets, dtype=torch.float64, device=device)
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         """Add rows to the sums.
@@ -44,24 +103,18 @@ class NormalEquations:
             features: (..., F).
             targets: (..., G), the same leading axes.
         """
-        a, y = (t.reshape(-1, t.shape[-1]).to(torch.float64) for t in (features, targets))
-        self.rows += len(a)
-        self._aa += a.T @ a
-        self._ay += a.T @ y
-        self._a += a.sum(0)
-        self._y += y.sum(0)
+        a, y = _Rows.of(features), _Rows.of(targets)
+        self.features._add(a)
+        dtype = torch.promote_types(a.centred.dtype, y.centred.dtype)
+        self._ay += a.centred.T.to(dtype) @ y.centred.to(dtype)
+        self._ay.addr_(a.mean, y.sum).addr_(a.rest, y.mean)
+        self._y += y.sum
 
     def merge(self, other: NormalEquations) -> None:
         """Add the sums of another worker, or of other batches."""
-        self.rows += other.rows
-        for name in ("_aa", "_ay", "_a", "_y"):
-            getattr(self, name).add_(getattr(other, name))
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """(F, F): covariance of the features, divided by the number of rows."""
-        mean = self._a / self.rows
-        return self._aa / self.rows - torch.outer(mean, mean)
+        self.features.merge(other.features)
+        self._ay += other._ay
+        self._y += other._y
 
     def solve(
         self, start: torch.Tensor, shrinkage: float, *, centred: bool = True
@@ -79,16 +132,27 @@ class NormalEquations:
         Raises:
             UserError: a feature or a target was not finite.
         """
-        if not bool(torch.isfinite(self._aa).all() and torch.isfinite(self._ay).all()):
+        a = self.features
+        if not bool(torch.isfinite(a.products).all() and torch.isfinite(self._ay).all()):
             raise UserError("an activation is not finite on these images; nothing can be computed from it")
-        mean_a, mean_y = self._a / self.rows, self._y / self.rows
+        mean_a, mean_y, covariance = a.mean, self._y / a.rows, a.covariance
         if not centred:
-            mean_a, mean_y = torch.zeros_like(mean_a), torch.zeros_like(mean_y)
-        covariance, start = self._aa / self.rows - torch.outer(mean_a, mean_a), start.to(self._aa)
-        residual = self._ay / self.rows - torch.outer(mean_a, mean_y) - covariance @ start.T
+            mean_a, mean_y, covariance = torch.zeros_like(mean_a), torch.zeros_like(mean_y), a.products / a.rows
+        start = start.to(covariance)
+        residual = self._ay / a.rows - torch.outer(mean_a, mean_y) - covariance @ start.T
         # of features that hardly vary, the covariance is what rounding left of the moments
-        floor = ROUNDING * self._aa.diagonal().mean() / self.rows + torch.finfo(torch.float64).tiny
+        floor = ROUNDING * a.products.diagonal().mean() / a.rows + torch.finfo(torch.float64).tiny
         ridge = covariance.clone()
         ridge.diagonal().add_(torch.maximum(shrinkage * covariance.diagonal().mean(), floor))
         weight = start + torch.cholesky_solve(residual, torch.linalg.cholesky(ridge)).T
         return weight, mean_y - weight @ mean_a
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """Compute A'A (F, F) of rows A (n, F)."""
+    found = rows.new_empty(rows.shape[1], rows.shape[1])
+    for begin in range(0, len(found), PANEL):
+        end = begin + PANEL
+        found[begin:end, begin:] = rows[:, begin:end].T @ rows[:, begin:]
+        found[end:, begin:end] = found[begin:end, end:].T
+    return found

@@ -17,6 +17,7 @@ from prunesweep.models import block_views
 from prunesweep.models.families import family_of
 
 from .calibration import images_of
+from .normal_equations import Moments
 from .source import open_source, to_model
 
 __all__ = ["moments", "rank_units", "unit_order"]
@@ -59,21 +60,13 @@ def unit_order(covariance: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
 
 def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute covariance (F, F) and mean (F,) of rows (..., F); products in their own type, sums in float64."""
-    first: torch.Tensor | None = None
-    rows = 0
+    sums: Moments | None = None
     for batch in batches:
-        wide = batch.flatten(0, -2)
-        if first is None:
-            first = wide.mean(0)
-            square, total = first.new_zeros(len(first), len(first), dtype=torch.float64), first.double() * 0
-        centred = wide - first
-        square += (centred.T @ centred).double()
-        total += centred.double().sum(0)
-        rows += len(wide)
-    if first is None:
+        sums = sums or Moments(batch.shape[-1], batch.device)
+        sums.add(batch)
+    if sums is None:
         raise ValueError("no rows")
-    shift = total / rows
-    return square / rows - torch.outer(shift, shift), first.double() + shift
+    return sums.covariance, sums.mean
 
 
 @torch.no_grad()
