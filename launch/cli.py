@@ -220,7 +220,15 @@ def evaluate(
     """Measure a saved model's accuracy or perplexity, and how far it agrees with a source; or a run's front again."""
     from prunesweep.models import UserError, arch_of, cost, load
     from prunesweep.models.precision import to_float32
-    from prunesweep.training import EVAL_BATCH, EvalMetrics, chance_warning, check_fits, open_data, open_text
+    from prunesweep.training import (
+        EVAL_BATCH,
+        EvalMetrics,
+        chance_warning,
+        check_fits,
+        check_order,
+        open_data,
+        open_text,
+    )
     from prunesweep.training import evaluate as measure
     from prunesweep.training.jobs.one_shot import open_source
 
@@ -251,6 +259,8 @@ def evaluate(
     source: Any = None if teacher is None else to_float32(open_source(teacher))
     if source is not None:
         check_fits(arch_of(source), opened, name=teacher)
+        if classes is None:
+            check_order(source.pretrained_cfg, opened, f"--teacher {teacher}")
         given, own = _outputs(arch_of(source)), _outputs(arch)
         if given != own:
             raise UserError(

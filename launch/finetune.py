@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +70,11 @@ def finetune(
     """Train a saved model; the same command continues a run that was stopped."""
     from rich.console import Console
 
-    from prunesweep.models import UserError, cost, load_provenance, read_arch
+    from prunesweep.models import UserError, cost, load, load_provenance, read_arch
+    from prunesweep.models.precision import to_float32
     from prunesweep.search.config import read_overrides
     from prunesweep.search.report.display import Display
-    from prunesweep.training import EvalMetrics, load_recipe
+    from prunesweep.training import EvalMetrics, load_recipe, warn_at_chance
     from prunesweep.training.jobs.finetune import Finetuning
     from prunesweep.training.jobs.finetune import finetune as train
     from prunesweep.training.jobs.placement import Placement, worker_range
@@ -101,7 +103,11 @@ def finetune(
     placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)
     console = Console(stderr=as_json, markup=False)
     display = Display(console)
-    display.data(job.check().describe())
+    opened = job.check()
+    display.data(opened.describe())
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
+        start = job.teacher or job.model
+        warn_at_chance(str(teacher or model), to_float32(load(start)), opened, untrained=teacher is None)
     with display.progress() as progress:
         train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one

@@ -199,7 +199,7 @@ def score(
     from rich.console import Console
 
     from prunesweep.search.report.display import Display
-    from prunesweep.training import open_fitting
+    from prunesweep.training import open_fitting, warn_at_chance
     from prunesweep.training.jobs.one_shot import open_source
     from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
@@ -207,6 +207,7 @@ def score(
     opened = open_fitting(data, model, **data_options(class_order, classes, unreadable))
     display = Display(console)
     display.data(opened.describe())
+    warn_at_chance(source, model, opened)
     with display.progress() as progress:
         path = cached_scores(model, method, opened, Calibration(images, batch_size, seed), cache, progress)
     console.print(str(path), highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import AppliedMethod, TrainedMethod
 from prunesweep.search.report.display import Display
-from prunesweep.training import EvalMetrics, evaluate_on, load_recipe
+from prunesweep.training import EvalMetrics, evaluate_on, load_recipe, warn_at_chance
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.one_shot import (
     Budget,
@@ -132,6 +132,8 @@ def prune_trained(request: Request) -> None:
         work_folder=work.folder / "deciding",
     )
     run.check()
+    before = EvalMetrics.of(evaluate_on(model, data, source=model))
+    warn_at_chance(request.source, model, data, before)
     work.claim()
     display = Display(request.console)
     if (work.folder / DECIDED).exists() and after != "none":
@@ -148,7 +150,7 @@ def prune_trained(request: Request) -> None:
             last = _finetune(request, model, one.folder, folder, work.folder, after)
         rows.append(Row(folder, one.cost, EvalMetrics(one.top1), last, one.spent))
     work.release()
-    _report(request, whole, EvalMetrics.of(evaluate_on(model, data, source=model)), rows)
+    _report(request, whole, before, rows)
     for missed in sorted({*shares}, reverse=True)[len(found) :]:  # the largest are reached first
         request.console.print(
             f"budget {missed:.4g}: was not reached in {chosen.epochs} epochs; nothing was saved", highlight=False

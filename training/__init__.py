@@ -1,9 +1,18 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
-from .compatibility import check_features, check_fits, check_labels, open_fitting
+from .compatibility import check_features, check_fits, check_labels, check_order, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
-from .evaluation import EVAL_BATCH, Compared, EvalMetrics, chance_warning, evaluate, evaluate_all, evaluate_on
+from .evaluation import (
+    EVAL_BATCH,
+    Compared,
+    EvalMetrics,
+    chance_warning,
+    evaluate,
+    evaluate_all,
+    evaluate_on,
+    warn_at_chance,
+)
 from .loop import Diverged, Epoch, fit, name_classes, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names
 from .teacher_cache import cache_logits
@@ -29,6 +38,7 @@ __all__ = [
     "check_features",
     "check_fits",
     "check_labels",
+    "check_order",
     "check_words",
     "evaluate",
     "evaluate_all",
@@ -44,4 +54,5 @@ __all__ = [
     "recipe_names",
     "save_state",
     "seeded",
+    "warn_at_chance",
 ]

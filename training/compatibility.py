@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prunesweep.models import Arch, UserError, arch_of, preprocessing_of
@@ -9,7 +10,7 @@ from prunesweep.models import Arch, UserError, arch_of, preprocessing_of
 from .data import Data, check_words, open_data
 from .recipe import Recipe
 
-__all__ = ["check_features", "check_fits", "check_labels", "open_fitting"]
+__all__ = ["check_features", "check_fits", "check_labels", "check_order", "open_fitting"]
 
 REMEDY = "take data of its classes, or give the model a new head"
 
@@ -58,6 +59,25 @@ def open_fitting(data: str | Data, model: Any, **options: Any) -> Data:
     opened = open_data(data, preprocessing_of(model), **options) if isinstance(data, str) else data
     check_fits(arch_of(model), opened)
     return opened
+
+
+def check_order(preprocessing: Mapping[str, Any], data: Data, name: str) -> None:
+    """Check that a model that others are compared with or learn from numbers the classes as the data do.
+
+    Args:
+        preprocessing: the model's ``pretrained_cfg``; its ``label_names`` are compared, if it has any.
+        data: the data set, opened for another model.
+        name: the model's name in messages.
+
+    Raises:
+        UserError: the model's classes have the data's names in another order.
+    """
+    names, own = tuple(preprocessing.get("label_names") or ()), data.info.classes
+    if set(names) == set(own) and names != own:
+        raise UserError(
+            f"{name}: its classes are those of {data.info.name} in another order, from {names[0]!r} to {names[-1]!r} "
+            f"instead of from {own[0]!r} to {own[-1]!r}: list the classes in its order (data.classes or --classes)"
+        )
 
 
 def check_labels(data: Data, recipe: Recipe) -> None:

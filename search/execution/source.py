@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from prunesweep.training import (
     Data,
     EvalMetrics,
     cache_logits,
-    chance_warning,
     check_fits,
     check_labels,
     evaluate_on,
@@ -35,6 +33,7 @@ from prunesweep.training import (
     name_classes,
     open_data,
     seeded,
+    warn_at_chance,
 )
 from prunesweep.training.data import content_of
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
@@ -136,8 +135,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
 
         logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
     quality = EvalMetrics.of(load_provenance(folder))
-    if warning := chance_warning(source, data, quality):
-        warnings.warn(f"source.model = {config.source.model!r}: {warning}", stacklevel=2)
+    warn_at_chance(f"source.model = {config.source.model!r}", source, data, quality)
     kept = SourceArtifacts(
         folder=folder,
         score_files=files,

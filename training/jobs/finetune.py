@@ -11,7 +11,7 @@ from typing import Any
 from prunesweep.models import load, load_provenance, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
-from ..compatibility import check_features, check_fits, check_labels
+from ..compatibility import check_features, check_fits, check_labels, check_order
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
@@ -106,6 +106,9 @@ class Finetuning:
             head = f"timm.create_model('local-dir:{path}', pretrained=True, num_classes={data.info.num_classes})"
             remedy = f"give it a new head with {head} and models.save, or take data of its classes"
             check_fits(read_arch(path), data, name=f"{what} {path}", remedy=remedy)
+        if self.teacher is not None and self.data_options.get("classes") is None:
+            teacher: Any = load(self.teacher)
+            check_order(teacher.pretrained_cfg, data, f"teacher {self.teacher}")
         if read_arch(self.model).headless:
             check_features(self.recipe, f"model {self.model}")
         check_labels(data, self.recipe)

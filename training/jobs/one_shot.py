@@ -34,7 +34,7 @@ from prunesweep.pruners import (
 )
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
-from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate_all, open_fitting
+from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate_all, open_fitting, warn_at_chance
 
 from .recovery import Recovery
 from .scoring import Calibration, Progress, cached_scores
@@ -312,6 +312,8 @@ def evaluate_shown(
 ) -> list[dict[str, float]]:
     """Measure models on the validation split in one pass, in which the source runs once, and show how far it is.
 
+    A source that is no better than chance is warned of.
+
     Args:
         models: as for ``evaluate_all``; the source may be among them.
         data: the data set.
@@ -330,6 +332,9 @@ def evaluate_shown(
 
     found = evaluate_all(models, batches(), source=source)
     progress("evaluating", 1.0, ", ".join(str(EvalMetrics.of(one)) for one in found))
+    for model, figures in zip(models, found, strict=True):
+        if model is source:
+            warn_at_chance(arch_of(model).source, model, data, EvalMetrics.of(figures))
     return found
 
 
