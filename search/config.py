@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from prunesweep.models import UserError
@@ -18,7 +27,7 @@ from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
-from prunesweep.training import Recipe, absolute_name
+from prunesweep.training import Recipe, absolute_name, load_recipe
 from prunesweep.training.data import ClassOrder, read_names
 
 __all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config", "run_config"]
@@ -285,6 +294,28 @@ class SearchConfig(Table):
     finetune: Recipe = Recipe()
     resources: ResourcesTable = ResourcesTable()
     cluster: ClusterTable | None = None
+
+    @field_validator("finetune", mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        """Fill in the fields of a named recipe: ``recipe = "gentle"``."""
+        if not isinstance(fields, dict) or "recipe" not in fields:
+            return fields
+        try:
+            return load_recipe(str(fields["recipe"]), {name: v for name, v in fields.items() if name != "recipe"})
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("finetune")
+    @classmethod
+    def _one_rate(cls, recipe: Recipe, others: ValidationInfo) -> Recipe:
+        searched = getattr(others.data.get("space"), "lr", None)
+        if recipe.lr_by_share and searched and searched != AXES["lr"].default:
+            raise ValueError(
+                "lr_by_share makes the learning rate follow from what is removed, but there is space.lr = "
+                f"{list(searched)}: drop that, or set finetune.lr_by_share = [] to search for the rate"
+            )
+        return recipe
 
     def to_toml(self) -> str:
         """The resolved configuration, defaults filled in; keys that are unset are left out."""

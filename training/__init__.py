@@ -1,6 +1,7 @@
 """Data, recipes, losses and the one training loop."""
 
 from .checkpoint import load_state, save_state
+from .closest import Kept
 from .compatibility import check_features, check_fits, check_labels, check_order, open_fitting
 from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
 from .evaluation import (
@@ -29,6 +30,7 @@ __all__ = [
     "DoesNotFit",
     "Epoch",
     "EvalMetrics",
+    "Kept",
     "Recipe",
     "World",
     "absolute_name",

@@ -29,11 +29,21 @@ class EpochBatches(Sampler[list[int]]):
         world: this worker among all workers.
         accumulate: pieces per batch and worker.
         repeats: places that an image has in an epoch.
+        only: indices of the images that are trained on, as many as ``images``; all of them by default.
     """
 
-    def __init__(self, images: int, batch_size: int, world: World, *, accumulate: int = 1, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        world: World,
+        *,
+        accumulate: int = 1,
+        repeats: int = 1,
+        only: torch.Tensor | None = None,
+    ) -> None:
         self.images, self.batch_size, self.world = images, batch_size, world
-        self.accumulate, self.repeats = accumulate, repeats
+        self.accumulate, self.repeats, self.only = accumulate, repeats, only
         self.generator = torch.Generator()
 
     @property
@@ -50,6 +60,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.images, generator=self.generator)
+        order = order if self.only is None else self.only[order]
         order = order.repeat_interleave(self.repeats)[: self.updates * self.batch_size]
         for batch in order.view(self.updates, self.batch_size):
             own = batch[self.world.rank :: self.world.size]

@@ -94,7 +94,8 @@ def check_labels(data: Data, recipe: Recipe) -> None:
     if not data.info.labelled and (recipe.loss_weight or not taught):
         raise UserError(
             f"{data.info.name} has no labels to train on: set the recipe's loss_weight = 0 and "
-            'distill = [{kind = "soft"}], so that the model learns from the source\'s answers, or give data with labels'
+            'distill = [{kind = "soft"}], so that the model learns from the source\'s answers, take recipe "gentle", '
+            "which does without them, or give data with labels"
         )
 
 
@@ -112,5 +113,6 @@ def check_features(recipe: Recipe, name: str) -> None:
     if recipe.loss_weight or not terms or any(term.kind != "feature" for term in terms):
         raise UserError(
             f"{name} has no head, so it gives features and no answers: set the recipe's loss_weight = 0 and distill = "
-            '[{kind = "feature"}], so that it learns its source\'s features, or give it a classifier'
+            '[{kind = "feature"}], so that it learns its source\'s features, take recipe "gentle", '
+            "which then does so, or give it a classifier"
         )

@@ -25,9 +25,11 @@ from prunesweep.models.precision import HALF, stored_dtype, to_float32, widened
 from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .checkpoint import save_state
+from .closest import Kept
 from .data import Data, check_words
 from .evaluation import evaluate_on
 from .recipe import Recipe
+from .settling import settled
 from .trainer import Diverged, Trainer
 from .world import World
 
@@ -90,6 +92,7 @@ def fit(
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_kept: Callable[[Kept], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> bool:
     """Train ``model`` in place, in float32 where its weights are in half precision.
@@ -113,6 +116,7 @@ def fit(
         on_epoch: called after every epoch's evaluation, on every worker, with the same numbers.
         on_note: called with a line for people, such as that a batch did not fit into the device's memory and goes
             through the model in smaller parts from now on.
+        on_kept: told, on every worker, which epoch's model it is in the end, if the recipe says ``keep = "best"``.
         should_stop: called after every epoch; training ends if it returns True on any worker.
 
     Returns:
@@ -123,6 +127,7 @@ def fit(
             not even one image fits into memory, or ``state`` is from a run with another kind of hook.
         Diverged: the loss is not finite; ``state`` has the last epoch before.
     """
+    recipe = settled(recipe, data, model, teacher)
     hook = Hook() if hook is None else hook
     check_words(arch_of(model), data)
     model = to_float32(model) if stored_dtype(model) in HALF else model
@@ -131,10 +136,16 @@ def fit(
     trainer = Trainer(model, data, recipe, hook, teacher, World.current(), teacher_cache=teacher_cache, **reports)
     done = trainer.resume(state)
     finished = done == recipe.epochs or hook.done
+    closest = trainer.closest
+    if closest is not None and done == 0:
+        closest.consider(trainer.kept_model())
     for epoch in range(recipe.epochs if finished else done, recipe.epochs):
         with seeded(_mix(seed, epoch, trainer.world.rank)):
             trainer.batches.start(_mix(seed, epoch, 0))
             loss, rate = trainer.train_epoch(epoch)
+        facts = dict(hook.facts)
+        if closest is not None:
+            facts[f"held_out_{closest.measure}"] = closest.consider(trainer.kept_model())
         if state is not None and trainer.world.first:
             save_state(state, trainer.state(epoch + 1))
         if on_epoch:
@@ -142,7 +153,6 @@ def fit(
             figures: dict[str, Any] = {name: found.get(name) for name in FIGURES}
             figures["val_loss"] = found.get("loss")
             lr = trainer.optimizer.param_groups[0]["lr"]
-            facts = dict(hook.facts)
             on_epoch(Epoch(epoch + 1, recipe.epochs, loss, lr=lr, images_per_s=rate, facts=facts, **figures))
         finished = epoch + 1 == recipe.epochs or hook.done
         stop = should_stop is not None and should_stop()
@@ -150,6 +160,8 @@ def fit(
             break
     if finished:
         trainer.keep_average()
+        if closest is not None:
+            closest.restore(model, on_kept)
         if recipe.epochs:
             name_classes(model, data)
     model.eval()

@@ -62,13 +62,16 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: in
     Returns:
         timm's scheduler.
     """
+    warmup: float = recipe.warmup_epochs
+    if recipe.warmup_updates:
+        warmup = min(recipe.warmup_updates, recipe.epochs * updates // 4) / updates
     start = recipe.peak_lr / 100 if recipe.warmup_lr is None else recipe.warmup_lr
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "step" if recipe.schedule == "constant" else "cosine",
         decay_rate=1.0,
         num_epochs=max(recipe.epochs, 1),
-        warmup_epochs=recipe.warmup_epochs,
+        warmup_epochs=warmup,
         warmup_lr=start,
         min_lr=recipe.min_lr,
         step_on_epochs=False,

@@ -24,6 +24,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Table(BaseModel):
@@ -60,10 +61,12 @@ class Recipe(_Table):
     accumulate: Annotated[int, Field(ge=1)] = 1  # parts in which a worker does its share of a batch
     optimizer: str = "adamw"  # name of a timm optimizer
     lr: Positive = 5e-4
+    lr_by_share: tuple[tuple[Part, Positive], ...] = ()  # (share of the source's MACs, rate) in place of lr
     lr_batch: Annotated[int, Field(ge=1)] | None = None  # lr is for this batch size, and proportional to the real one
     min_lr: NotNegative = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"  # per update
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_updates: Annotated[int, Field(ge=0)] = 0  # instead of epochs; a quarter of all updates at most
     warmup_lr: NotNegative | None = None  # rate at the start of warm-up; a hundredth of lr by default
     weight_decay: NotNegative = 0.05
     decay_all: bool = False  # decay biases, norms, tokens and position embeddings too
@@ -84,13 +87,23 @@ class Recipe(_Table):
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = False
     compile: bool = False
+    keep: Literal["last", "best"] = "last"  # best: lowest KL to the source on held-out images, the model as given too
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training images, at most 2,000, for keep = "best"
     loss_weight: NotNegative = 1.0  # weight of cross-entropy
+    adapts: bool = False  # no labels or no head: no cross-entropy; no head: soft terms compare features
     distill: tuple[Distill, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be below epochs = {self.epochs}")
+        if self.warmup_updates and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_updates = {self.warmup_updates} with warmup_epochs = {self.warmup_epochs}: set one to 0"
+            )
+        shares = [share for share, _ in self.lr_by_share]
+        if len(set(shares)) < len(shares):
+            raise ValueError(f"lr_by_share = {[list(pair) for pair in self.lr_by_share]}: each share once")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of accumulate = {self.accumulate}")
         if self.fixed_view and (self.auto_augment or self.random_erasing):
@@ -125,7 +138,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
     Args:
         name: name of a recipe that comes with the package, or the path of a file that ends in ``.toml``.
-        overrides: fields to replace, by name.
+        overrides: fields to replace, by name; an ``lr`` takes the place of ``lr_by_share``, too.
 
     Raises:
         UserError: there is no such recipe, a field is unknown, or a value is not allowed.
@@ -141,7 +154,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         known = ", ".join(recipe_names())
         raise UserError(f"unknown recipe {name!r}; known: {known}. {nearest(name, recipe_names())}".strip())
     try:
-        return Recipe.model_validate({**tomllib.loads(text), **(overrides or {})})
+        fields = {**tomllib.loads(text), **(overrides or {})}
+        if "lr" in (overrides or {}) and "lr_by_share" not in (overrides or {}):
+            fields.pop("lr_by_share", None)
+        return Recipe.model_validate(fields)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {name}: {error}") from error
     except ValidationError as error:

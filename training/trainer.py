@@ -23,10 +23,12 @@ from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .batches import EpochBatches
 from .checkpoint import load_state
+from .closest import ClosestModel, trained_images
 from .compatibility import check_features, check_labels
 from .data import Data
 from .optim import make_optimizer, make_scheduler
 from .recipe import Recipe
+from .settling import check_settles
 from .task import make_task
 from .teacher_cache import cache_teachers
 from .world import World
@@ -74,6 +76,7 @@ class Trainer:
         if is_headless(model):
             check_features(recipe, arch_of(model).source)
         check_labels(data, recipe)
+        check_settles(recipe, source=teacher is not None, method=type(hook) is not Hook)
         self.device = next(model.parameters()).device
         self.batches = batches_of(data, recipe, world)
         self.micro_batch = recipe.batch_size // (world.size * recipe.accumulate)  # images of one forward pass
@@ -93,6 +96,10 @@ class Trainer:
         self.manual_sync_steps: float = 0 if alone else MANUAL_SYNC_STEPS if plain else math.inf  # left to do
         self.scheduler = make_scheduler(self.optimizer, recipe, self.batches.updates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.closest: ClosestModel | None = None
+        if recipe.keep == "best" and recipe.epochs:
+            assert teacher is not None  # the recipe was settled
+            self.closest = ClosestModel(data, recipe, teacher.to(self.device), world)
         self.labelled = data.info.labelled
         self.mixup = _mixup(recipe, data.info.num_classes or arch_of(model).outputs)
 
@@ -261,6 +268,8 @@ class Trainer:
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.recipe.ema is not None:
             parts["average"] = self.kept_model().state_dict()
+        if self.closest is not None:
+            parts["closest"] = self.closest.state_dict()
         return {"epoch": epoch, **parts, "scaler": self.scaler.state_dict(), "hook": self.hook.state_dict()}
 
     def resume(self, path: Path | None) -> int:
@@ -290,10 +299,14 @@ class Trainer:
             raise UserError(f"{path}: this run was started with another method of pruning; delete it, or use that one")
         if ("average" in found) != (self.recipe.ema is not None):
             raise UserError(f"{path}: this run was started with another recipe (ema); delete it, or use that one")
+        if ("closest" in found) != (self.closest is not None):
+            raise UserError(f"{path}: this run was started with another recipe (keep); delete it, or use that one")
         self.model.load_state_dict(found["model"], strict=True)
         self.optimizer.load_state_dict(found["optimizer"])
         if self.recipe.ema is not None:
             self.kept_model().load_state_dict(found["average"], strict=True)
+        if self.closest is not None:
+            self.closest.load_state_dict(found["closest"])
         self.scaler.load_state_dict(found["scaler"])
         self.hook.load_state_dict(found["hook"])
 
@@ -323,9 +336,13 @@ def batches_of(data: Data, recipe: Recipe, world: World) -> EpochBatches:
     Raises:
         UserError: the batch size does not fit the data or the workers.
     """
-    images, parts = data.train_images, world.size * recipe.accumulate
+    only, parts = trained_images(data.train_images, recipe), world.size * recipe.accumulate
+    images = data.train_images if only is None else len(only)
     if recipe.batch_size > images:
-        raise UserError(f"recipe: batch_size = {recipe.batch_size}, but {data.info.name} has {images} training images")
+        held = "" if only is None else f" that are not held out (held_out = {recipe.held_out:g})"
+        raise UserError(
+            f"recipe: batch_size = {recipe.batch_size}, but {data.info.name} has {images} training images{held}"
+        )
     if recipe.batch_size % parts:
         raise UserError(
             f"recipe: batch_size = {recipe.batch_size} cannot be shared by {world.size} workers with accumulate = "
@@ -333,7 +350,8 @@ def batches_of(data: Data, recipe: Recipe, world: World) -> EpochBatches:
         )
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
         raise UserError(f"recipe: mixup needs an even number of images at a time, not {recipe.batch_size // parts}")
-    return EpochBatches(images, recipe.batch_size, world, accumulate=recipe.accumulate, repeats=recipe.repeats)
+    options: dict[str, Any] = {"accumulate": recipe.accumulate, "repeats": recipe.repeats, "only": only}
+    return EpochBatches(images, recipe.batch_size, world, **options)
 
 
 def _mixup(recipe: Recipe, classes: int) -> Mixup | None:

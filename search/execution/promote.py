@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
@@ -122,7 +124,7 @@ def promote(
     )
     if not job.out.exists():
         finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
-    elif load_provenance(job.out).get("recipe") != recipe.model_dump(mode="json"):
+    elif not _promoted_by(job.out, recipe):
         raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
     latency, facts = None, load_provenance(job.out)
     if setting is not None:
@@ -143,6 +145,14 @@ def promote(
     )
     write_text(folder / "promoted.json", json.dumps(asdict(found), indent=1))
     return found
+
+
+def _promoted_by(folder: Path, recipe: Recipe) -> bool:
+    """Whether a model was promoted with a recipe; fields that came later have their defaults in older models."""
+    try:
+        return Recipe.model_validate(load_provenance(folder).get("recipe")) == recipe
+    except ValidationError:
+        return False
 
 
 def promoted(run: Run) -> list[dict[str, Any]]:

@@ -35,8 +35,10 @@ from prunesweep.training import (
     seeded,
     warn_at_chance,
 )
+from prunesweep.training.closest import trained_images
 from prunesweep.training.data import content_of
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
+from prunesweep.training.settling import settled
 
 __all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_source_data", "open_space", "prepare"]
 
@@ -243,11 +245,14 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
             'search.objectives = ["agreement", "macs"], the agreement with the source'
         )
     if any(config.search.rungs or [config.finetune.epochs]):
-        check_labels(data, config.finetune)
-        if config.finetune.batch_size > data.train_images:
+        check_labels(data, settled(config.finetune, data, arch, arch))
+        only = trained_images(data.train_images, config.finetune)
+        images = data.train_images if only is None else len(only)
+        if config.finetune.batch_size > images:
+            held = "" if only is None else " beside those held out"
             raise UserError(
                 f"finetune.batch_size = {config.finetune.batch_size}: data.name = {data.info.name!r} has only "
-                f"{data.train_images:,} training images; lower it"
+                f"{images:,} training images{held}; lower it"
             )
     if config.source.pos_embed_std is not None and not config.source.train:
         raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")

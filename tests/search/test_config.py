@@ -109,3 +109,18 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("name = \n")
     with pytest.raises(UserError, match=r"bad.toml is not TOML: .*line 1"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_a_named_recipe_fills_in_finetuning(tmp_path: Path, tiny) -> None:
+    tables = tomllib.loads(tiny().to_toml()) | {"finetune": {"recipe": "gentle", "epochs": 4}}
+    del tables["space"]["lr"]
+    config = parse_config(tables, "here")
+    assert (config.finetune.epochs, config.finetune.keep, config.finetune.loss_weight) == (4, "best", 0.5)
+    assert parse_config(tomllib.loads(config.to_toml()), "again") == config
+    for fields, message in {
+        ("finetune", "recipe", "gentel"): "unknown recipe 'gentel'; known: .* did you mean 'gentle'",
+        ("space", "lr", (1e-4, 1e-3)): r"finetune: lr_by_share .* there is space.lr = \[0.0001, 0.001\]: drop",
+    }.items():
+        table, key, value = fields
+        with pytest.raises(UserError, match=message):
+            parse_config({**tables, table: {**tables[table], key: value}}, "here")

@@ -128,6 +128,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hook": {},
     "convolution": {},
     "own weights": {},
+    "closest": {"lr": 0.3, "keep": "best", "held_out": 0.2, "distill": [{}]},
     "cached": {"fixed_view": True, "distill": [{"cache_teacher": True, "weight": 3.0}]},
 }
 
@@ -156,7 +157,7 @@ def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["plain", "accumulated", "averaged", "unused"])
+@pytest.mark.parametrize("case", ["plain", "accumulated", "averaged", "unused", "closest"])
 def test_two_workers_equal_one(workers: list[dict[str, Any]], case: str) -> None:
     wanted = train(case, **{**CASES[case], "accumulate": 1})
     for found in workers:

@@ -192,6 +192,16 @@ class Data(ABC):
         """
         return self._val_loader("val", batch_size, world)
 
+    def plain_loader(self, images: Sequence[int], batch_size: int) -> DataLoader[Batch]:
+        """Return a loader of some training images, prepared as for evaluation, in a fixed order.
+
+        Args:
+            images: their indices.
+            batch_size: images per batch.
+        """
+        data = Subset(self.split("train", augment=None), images)
+        return self._loader(data, BatchSampler(SequentialSampler(data), batch_size, drop_last=False))
+
     def _val_loader(self, split: str, batch_size: int, world: World | None) -> DataLoader[Batch]:
         """Return the one loader of a split, batch size and share; its workers persist from evaluation to evaluation."""
         kept: dict[tuple[Any, ...], DataLoader[Any]] = self.__dict__.setdefault("_val_loaders", {})

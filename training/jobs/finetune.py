@@ -16,6 +16,7 @@ from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
 from ..second_stage import SecondStageJob
+from ..settling import check_settles, settled
 from .metrics_log import MetricsLog
 from .placement import Placement
 from .run_job import run_job
@@ -109,9 +110,12 @@ class Finetuning:
         if self.teacher is not None and self.data_options.get("classes") is None:
             teacher: Any = load(self.teacher)
             check_order(teacher.pretrained_cfg, data, f"teacher {self.teacher}")
-        if read_arch(self.model).headless:
-            check_features(self.recipe, f"model {self.model}")
-        check_labels(data, self.recipe)
+        check_settles(self.recipe, source=self.teacher is not None, method=self.second_stage is not None)
+        arch, source = read_arch(self.model), None if self.teacher is None else read_arch(self.teacher)
+        recipe = settled(self.recipe, data, arch, source)
+        if arch.headless:
+            check_features(recipe, f"model {self.model}")
+        check_labels(data, recipe)
         if self.second_stage is not None:
             self.second_stage.check(self.model, self.teacher)
         return data

@@ -30,6 +30,7 @@ from ..compatibility import check_fits
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
+from ..settling import check_settles
 from ..trainer import batches_of
 from ..world import World
 from .metrics_log import MetricsLog
@@ -203,6 +204,7 @@ class TrainedPruning:
         settings = method.for_budgets(self.budgets, self.options)
         hook = method.hook(settings, arch)
         hook.wrap(copy.deepcopy(self.model))
+        check_settles(self.recipe, source=True, method=True)
         check_fits(arch, self.opened)
         if arch.headless:
             raise UserError(

@@ -14,11 +14,13 @@ from prunesweep.models import UserError, load
 from prunesweep.models.precision import as_stored, to_float32
 from prunesweep.pruners.hook import Hook
 
+from ..closest import Kept
 from ..data import Data, open_data
 from ..evaluation import EvalMetrics, evaluate_on
 from ..loop import Epoch, fit
 from ..recipe import Recipe
 from ..second_stage import SecondStageJob
+from ..settling import settled
 from ..world import World
 from .prune_loop import PruneJob, prune_while_training
 
@@ -120,6 +122,14 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
         if reports.on_epoch:
             reports.on_epoch(epoch)
 
+    kept: Kept | None = None
+
+    def on_kept(choice: Kept) -> None:
+        nonlocal kept
+        kept = choice
+        if reports.on_note:
+            reports.on_note(str(choice))
+
     recipe = Recipe.model_validate(job.recipe)
     options: dict[str, Any] = {
         "seed": job.seed,
@@ -138,12 +148,14 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
         return {f"{m.budget:.4g}" if several else "": (m.model, dict(m.metadata)) for m in made}
     stage = None if job.second_stage is None else SecondStageJob(**job.second_stage)
     hook = Hook() if stage is None else stage.hook(job.model, job.teacher)
-    if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, hook=hook, **options):
+    by_share, recipe = bool(recipe.lr_by_share), settled(recipe, loaded.data, loaded.model, loaded.teacher)
+    if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, hook=hook, on_kept=on_kept, **options):
         return None
     hook.finish()
-    if as_stored(loaded.model):
-        latest = None  # it was of weights with more digits
-    if latest is None or stage is not None:  # no epoch was left to do, or the last one was of the model with its hook
+    rounded, earlier = as_stored(loaded.model), kept is not None and kept.epoch < recipe.epochs
+    if latest is None or stage is not None or rounded or earlier:  # what was measured last is another model
         world = World.current()
         latest = EvalMetrics.of(evaluate_on(loaded.model, loaded.data, world, source=loaded.teacher))
-    return {"": (loaded.model, latest.as_dict())}
+    rate = {"lr": recipe.lr} if by_share else {}
+    choice = {"kept": kept.as_dict()} if kept else {}
+    return {"": (loaded.model, {**latest.as_dict(), **rate, **choice})}
