@@ -58,14 +58,17 @@ class DataTable(Table):
 
     @field_validator("classes")
     @classmethod
-    def _absolute_file(cls, given: list[str] | str | None) -> list[str] | str | None:
-        return str(Path(given).expanduser().absolute()) if isinstance(given, str) else given
+    def _names(cls, given: list[str] | str | None) -> list[str] | None:
+        """The names themselves: a run is read again on machines that do not have the file, and after it has changed."""
+        try:
+            return None if given is None else list(read_names(given))
+        except UserError as error:
+            raise ValueError(str(error).partition(": ")[2]) from error
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``open_data``, JSON-ready; a file of names is read here, for processes elsewhere too."""
-        names = None if self.classes is None else list(read_names(self.classes))
-        return {**self.model_dump(exclude={"name"}), "classes": names}
+        """Keyword arguments of ``open_data``, JSON-ready."""
+        return self.model_dump(exclude={"name"})
 
 
 class SourceTable(Table):

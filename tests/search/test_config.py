@@ -111,6 +111,23 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_config(tmp_path / "bad.toml")
 
 
+def test_a_file_of_class_names_is_read_once(tmp_path: Path, tiny) -> None:
+    """What a run keeps are the names: the file may change, and nodes of a cluster may not have it."""
+    file = tmp_path / "classes.txt"
+    file.write_text("b\n\na\n")
+    config = tiny(data={"name": "digits", "classes": str(file)})
+    assert config.data.options["classes"] == ["b", "a"]
+    file.unlink()
+    assert parse_config(tomllib.loads(config.to_toml()), "again") == config
+    for classes, message in (
+        (str(file), "cannot be read: "),
+        (["a", "b", "a"], "'a' is there twice"),
+        ([], "no names"),
+    ):
+        with pytest.raises(UserError, match=f"  data.classes = .*: {message}"):
+            tiny(data={"name": "digits", "classes": classes})
+
+
 def test_a_named_recipe_fills_in_finetuning(tmp_path: Path, tiny) -> None:
     tables = tomllib.loads(tiny().to_toml()) | {"finetune": {"recipe": "gentle", "epochs": 4}}
     del tables["space"]["lr"]
