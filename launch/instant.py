@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["instant"]
 
 BATCH = 64  # images per calibration batch, and per batch whose latency is measured
-KEPT = ("budget", "spent", "kl", "agreement", "top1", "latency_ms", "latency")  # of a row, in a model's provenance
+FEATURES = ("cosine", "relative_error")  # of a backbone without a head, in place of KL and agreement
+KEPT = ("budget", "spent", "kl", "agreement", "top1", *FEATURES, "latency_ms", "latency")  # in a model's provenance
 
 
 def instant(
@@ -185,11 +186,16 @@ def _row(
         "latency_ms": None if table is None else table.predict(arch),  # per batch, predicted
         "latency": timing,  # measured
         "top1": found.get("top1"),
-        "kl": found["kl"],
-        "agreement": found["agreement"],
+        "kl": found.get("kl"),
+        "agreement": found.get("agreement"),
+        **{name: found.get(name) for name in FEATURES},
         "images": images,
         "model": None,
     }
+
+
+def _answers(row: dict[str, Any]) -> list[str]:
+    return ["-" if row["top1"] is None else f"{row['top1']:.2f}", f"{row['kl']:.4f}", f"{row['agreement']:.2f}"]
 
 
 def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Sequence[float]) -> None:
@@ -201,7 +207,9 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     table = Table(box=box.SIMPLE)
     timed, predicted = rows[0]["latency"], rows[0]["latency_ms"] is not None
     times = [*(["ms, predicted"] if predicted else []), *(["ms, measured"] if timed else [])]
-    for name in ("MACs M", "share", "params M", *times, "top-1 %", "KL", "agreement %", "model"):
+    features = rows[0]["cosine"] is not None
+    figures = ("cosine", "relative error") if features else ("top-1 %", "KL", "agreement %")
+    for name in ("MACs M", "share", "params M", *times, *figures, "model"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -210,9 +218,7 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
             f"{row['params'] / 1e6:.3f}",
             *([f"{row['latency_ms']:.3f}"] if predicted else []),
             *([f"{row['latency']['median_ms']:.3f}"] if timed else []),
-            "-" if row["top1"] is None else f"{row['top1']:.2f}",
-            f"{row['kl']:.4f}",
-            f"{row['agreement']:.2f}",
+            *([f"{row[name]:.4f}" for name in FEATURES] if features else _answers(row)),
             "source" if row["model"] is None else row["model"],
         )
     console.print(table)
@@ -227,8 +233,9 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     for budget in missed:
         console.print(f"budget {budget:g}: the smallest widths cost more; nothing was computed", highlight=False)
     first = rows[-1]["model"] or "MODEL"
+    compared = "features against the source's" if features else "top-1, KL and agreement with the source"
     console.print(
-        f"top-1, KL and agreement with the source on {rows[0]['images']:,} validation images; models in {out}\n"
+        f"{compared} on {rows[0]['images']:,} validation images; models in {out}\n"
         f"load one: import prunesweep, timm; timm.create_model('local-dir:{out / first}', pretrained=True)",
         highlight=False,
         soft_wrap=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class FeatureQuality(NamedTuple):
     def of(cls, sums: torch.Tensor, images: int) -> FeatureQuality:
         """Take the means of ``feature_sums`` over so many images."""
         cosine, error, energy = sums.tolist()
-        return cls(cosine / images, error / energy if error else 0.0)
+        return cls(cosine / images, error / energy if energy else math.inf if error else 0.0)
 
 
 def feature_quality(source: torch.Tensor, changed: torch.Tensor) -> FeatureQuality:

@@ -11,12 +11,13 @@ import torch
 
 from prunesweep.models import Arch, UserError
 
-__all__ = ["check_source", "hold_out", "images_of", "shrinkage_for"]
+__all__ = ["check_features", "check_source", "hold_out", "images_of", "shrinkage_for"]
 
 BATCH = 64  # images at a time; what comes in larger batches is split
 ROWS_PER_FEATURE = 20  # token rows of a layer's fit for each of its features, from which on more help little
 FEW_ROWS = 1e-2  # lambda where rows are fewer than features: KL 6 % lower than with 1e-3 (digits, 2 to 16 images)
 UNTRAINED, ENOUGH = 0.01, 8  # of log K: what an answer says about the image, in nats; images to tell it from
+CONSTANT = 1e-4  # of the features' squared length: their variance
 
 
 def images_of(batches: Any, arch: Arch) -> list[torch.Tensor]:
@@ -162,5 +163,22 @@ def check_source(logits: torch.Tensor, source: str) -> None:
         warnings.warn(
             f"{source}: its answers hardly depend on the image ({known:.2g} of {most:.2g} nats): KL and agreement mean "
             "little. It may be untrained, or all images of one kind",
+            stacklevel=3,
+        )
+
+
+def check_features(features: torch.Tensor, source: str) -> None:
+    """Warn where a backbone's features hardly depend on the image, so that being close to them means little.
+
+    Args:
+        features: the source's, (B, D).
+        source: its name in the message.
+    """
+    wide = features.double()
+    share = ((wide - wide.mean(0)).square().sum() / wide.square().sum().clamp_min(1e-300)).item()
+    if len(wide) >= ENOUGH and share < CONSTANT:
+        warnings.warn(
+            f"{source}: its features hardly depend on the image (their variance is {share:.2g} of their squared "
+            "length): cosine and relative error mean little. It may be untrained, or all images of one kind",
             stacklevel=3,
         )

@@ -12,13 +12,13 @@ from torch import nn
 
 from prunesweep.models import UserError, arch_of
 from prunesweep.models.precision import narrowed, widened
-from prunesweep.pruners.divergence import kl_divergence
+from prunesweep.pruners.divergence import feature_error, feature_quality, kl_divergence
 from prunesweep.pruners.measures import MACS, PARAMS, Measure
 from prunesweep.pruners.reached import suggestion
 
 from .allocation import allocate
 from .block_losses import measure_losses
-from .calibration import check_source, hold_out, images_of, shrinkage_for
+from .calibration import check_features, check_source, hold_out, images_of, shrinkage_for
 from .compression import compress
 from .refit import SHRINKAGE
 from .sensitivity import logit_error
@@ -41,18 +41,21 @@ class Point:
     Args:
         budget: share of the source's cost that was asked for.
         share: share of it that the model has.
-        kl, agreement: to the source on the images that were held out, before the last fit, which reads them too: mean
-            KL divergence, and per cent of equal answers.
-        images: how many these were.
+        images: how many were held out, on which these were measured, before the last fit, which reads them too:
+        kl, agreement: to the source, mean KL divergence, and per cent of equal answers.
+        cosine, relative_error: of a backbone without a head, ``pruners.FeatureQuality`` of its features, in place of
+            these.
     """
 
     budget: float
     share: float
     model: nn.Module
     widths: Widths
-    kl: float
-    agreement: float
     images: int
+    kl: float | None = None
+    agreement: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
 
 
 def instant(
@@ -67,7 +70,7 @@ def instant(
     """Compute a front of smaller models from unlabelled images, without training.
 
     A quarter of the images is held out: shares of blocks and the residual width are chosen by the squared error of the
-    logits on them. The model that is chosen is then fitted to all images.
+    logits, or features, on them. The model that is chosen is then fitted to all images.
 
     Args:
         model: the source, from timm or of ours.
@@ -115,8 +118,7 @@ class _Scout:
 
     widths: Widths
     error: float
-    kl: float
-    agreement: float
+    figures: Mapping[str, float]  # as in ``Point``
 
 
 class _Front:
@@ -137,9 +139,9 @@ class _Front:
         self.statistics = SourceStatistics.collect(
             model, fit, progress=lambda done, total: progress("reading the source", done, total)
         )
-        self.wanted = self._logits(model)
+        self.wanted = self._outputs(model)
         if self.arch.text is None:
-            check_source(self.wanted, self.arch.source)
+            (check_features if self.arch.headless else check_source)(self.wanted, self.arch.source)
         self.shrinkage = shrinkage_for(self.arch, fit, SHRINKAGE)
         self.losses = measure_losses(
             model,
@@ -202,14 +204,14 @@ class _Front:
         return None
 
     def _scout(self, widths: Widths) -> _Scout:
-        got = self._logits(self._compressed(widths, self.scouted))
+        got = self._outputs(self._compressed(widths, self.scouted))
+        if self.arch.headless:
+            figures: Mapping[str, float] = feature_quality(self.wanted, got)._asdict()
+            return _Scout(widths, feature_error(self.wanted, got).mean().item(), figures)
         same = self.wanted.argmax(-1) == got.argmax(-1)
-        return _Scout(
-            widths=widths,
-            error=logit_error(self.wanted, got),
-            kl=kl_divergence(self.wanted, got).mean().item(),
-            agreement=100 * same.double().mean().item(),
-        )
+        divergence = kl_divergence(self.wanted, got).mean().item()
+        figures = {"kl": divergence, "agreement": 100 * same.double().mean().item()}
+        return _Scout(widths, logit_error(self.wanted, got), figures)
 
     def _point(self, budget: float, chosen: _Scout) -> Point:
         small = self._compressed(chosen.widths, [*self.fit, *self.held_out])
@@ -218,9 +220,8 @@ class _Front:
             share=self.objective(arch_of(small)) / self.whole,
             model=small,
             widths=chosen.widths,
-            kl=chosen.kl,
-            agreement=chosen.agreement,
             images=len(self.wanted),
+            **chosen.figures,
         )
 
     def _compressed(self, widths: Widths, batches: Sequence[torch.Tensor]) -> nn.Module:
@@ -234,5 +235,5 @@ class _Front:
         )
 
     @torch.no_grad()
-    def _logits(self, model: nn.Module) -> torch.Tensor:
+    def _outputs(self, model: nn.Module) -> torch.Tensor:
         return torch.cat([model(to_model(model, images)) for images in self.held_out])

@@ -4,8 +4,8 @@ For random signs r, one per output, E_r[(sum_k r_k d_k)^2] = |d|^2 (Hutchinson's
 sum_k r_k logit_k by a stream, a change delta of that stream changes the sum by g . delta, in first order, so the mean
 of (g . delta)^2 over images and draws of r estimates the squared change of the logits: one inner product per candidate
 change in place of a forward pass through the rest of the model. Signs are centred over the classes, since softmax
-forgets what all logits have in common. On the digits example this ranks 191 narrowed spaces as true forward passes do
-(Spearman's correlation 0.998).
+forgets what all logits have in common; over features, of which nothing is forgotten, they are not. On the digits
+example this ranks 191 narrowed spaces as true forward passes do (Spearman's correlation 0.998).
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Sensitivity:
         found: dict[Half, list[torch.Tensor]] = {half: [] for half in points}
         for _ in range(PROBES):
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            signs = signs - signs.mean(-1, keepdim=True)
+            if not self.arch.headless:
+                signs = signs - signs.mean(-1, keepdim=True)
             gradients = torch.autograd.grad((output * signs).sum(), list(points.values()), retain_graph=True)
             for half, gradient in zip(points, gradients, strict=True):
                 found[half].append(gradient)

@@ -78,6 +78,28 @@ def test_a_pruned_backbone_says_how_it_recovered(
     assert "top-1" not in text
 
 
+def test_a_front_of_features_is_computed_from_a_tree(
+    capsys: pytest.CaptureFixture[str], source: Path, tree: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "front"
+    code, text, err = call(capsys, "instant", source, "--data", tree, "--budgets", "0.6,0.3", "--out", out)
+    assert code == 0, err
+    assert "features against the source's on 75 validation images" in " ".join(text.split())
+    assert "relative error" in text
+    assert "KL" not in text
+    whole, *points = json.loads((out / "front.json").read_text())["points"]
+    assert (whole["cosine"], whole["relative_error"], whole["kl"]) == (pytest.approx(1), 0, None)
+    for point in points:
+        folder = out / point["model"]
+        assert (point["cosine"], point["relative_error"]) == pytest.approx(quality(source, folder, tree), rel=1e-4)
+        assert point["cosine"] > 0.9
+        provenance, small = load_provenance(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert provenance["cosine"] == point["cosine"]
+        assert "kl" not in provenance
+        assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 24)
+        assert 0.98 < point["macs"] / (point["budget"] * whole["macs"]) <= 1
+
+
 def test_eval_compares_features_with_the_source_s(
     capsys: pytest.CaptureFixture[str], source: Path, tree: str, tmp_path: Path
 ) -> None:
