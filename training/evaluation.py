@@ -66,8 +66,8 @@ def evaluate(
         model, ``ppl``, the perplexity exp(loss), infinite where that is too large for a float; none of them where no
         image has a label. With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats)
         and ``agreement`` (equal answers, in percent). Of features, ``cosine`` and ``relative_error``
-        (``pruners.FeatureQuality``) alone. All but the number are NaN where an answer of the model is NaN: the order of
-        such answers says nothing.
+        (``pruners.FeatureQuality``) in place of all of them. All but the number are NaN where an answer of the model is
+        NaN: the order of such answers says nothing.
 
     Raises:
         UserError: no image has a label, or the model has no head, and there is no source.
@@ -104,10 +104,10 @@ def evaluate_all(
         model.eval()
     device = next(run[0].parameters()).device
     if is_headless(run[0]):
-        features = _features(run, batches, device)
+        features, wanted = _features(run, batches, device)
         for model, training in zip(run, modes, strict=True):
             model.train(training)
-        wanted = None if source is None else features[place[id(source)]]
+        wanted = wanted if source is None else features[place[id(source)]]
         return [_feature_figures(features[place[id(model)]], wanted, world or World(), device) for model in models]
     # sums of: right, right among five, loss, images with labels, images, divergence, same answers
     sums = torch.zeros(len(models), 7, dtype=torch.float64, device=device)
@@ -153,13 +153,19 @@ def _figures(sums: Sequence[float], *, texts: bool, compared: bool) -> dict[str,
 
 def _features(
     models: Sequence[Any], batches: Iterable[tuple[torch.Tensor, ...]], device: torch.device
-) -> list[torch.Tensor]:
-    """Compute every model's features (images, D), kept on the CPU: they are centred by the mean over all images."""
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Compute every model's features (images, D), kept on the CPU: they are centred by the mean over all images.
+
+    Returns:
+        The features, and those of a source that came with the images.
+    """
     parts = [[torch.empty(0, model.num_classes or model.num_features)] for model in models]  # a share may be empty
-    for answers, *_ in _answers(models, batches, device):
+    given = list[torch.Tensor]()
+    for answers, _, known in _answers(models, batches, device):
         for own, one in zip(parts, answers, strict=True):
             own.append(one.cpu())
-    return [torch.cat(own) for own in parts]
+        given += [] if known is None else [known.cpu()]
+    return [torch.cat(own) for own in parts], torch.cat(given) if given else None
 
 
 def _feature_figures(
@@ -178,7 +184,8 @@ def _feature_figures(
     if images == 0:
         raise ValueError("no images to evaluate on")
     sums = feature_sums(wanted, features, torch.tensor(mean, dtype=torch.float64) / images)
-    return FeatureQuality.of(world.all_reduce(sums.to(device)), int(images))._asdict()
+    quality = FeatureQuality.of(world.all_reduce(sums.to(device)), int(images))
+    return {**quality._asdict(), "images": int(images)}
 
 
 def evaluate_on(

@@ -239,6 +239,11 @@ def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[s
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
     remedy = "use data that it was trained on, or train it with a [source.train] table"
     check_fits(arch, data, name="source.model", remedy=remedy)
+    if arch.headless:
+        raise UserError(
+            f"source.model = {config.source.model!r}: has no head, so it gives features, which no objective measures: "
+            "compute a front of it with `prunesweep instant`, or search with a classifier on it"
+        )
     if not data.info.labelled and "agreement" not in config.search.objectives:
         raise UserError(
             f"data.name = {data.info.name!r}: has no labels for objectives = {list(config.search.objectives)}: set "

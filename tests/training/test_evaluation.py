@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from random import Random
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from prunesweep.models import UserError
 from prunesweep.training import EVAL_BATCH, Compared, EvalMetrics, chance_warning, evaluate, evaluate_all, open_data
-from tests.generate import random_arch, random_model
+from tests.generate import random_arch, random_images, random_model
 from tests.search.helpers import ARCH
 from tests.training.data.test_text import tiny_data, tiny_model
 
@@ -102,3 +104,21 @@ def test_a_source_is_asked_once_for_its_answers(monkeypatch: pytest.MonkeyPatch)
     small = Compared(batches, source)
     assert evaluate(model, small) == evaluate(model, small) == wanted
     assert sum(asked) == 450 + 450 + 194
+
+
+def test_features_are_compared_in_one_pass_however_they_come() -> None:
+    """With the source among the models, beside them, or its features with the images; batches do not matter."""
+    arch = dataclasses.replace(random_arch(Random(0), "vit"), num_classes=0)
+    source, small = (random_model(arch, seed).eval() for seed in (0, 1))
+    images = random_images(arch, 0, batch=9)
+    batches = [(x, torch.zeros(len(x), dtype=torch.long)) for x in images.split(4)]
+    itself, found = evaluate_all([source, small], batches, source=source)
+    assert (itself["cosine"], itself["relative_error"], itself["images"]) == (pytest.approx(1), 0, 9)
+    with torch.no_grad():
+        a, b = source(images), small(images)
+    assert found["relative_error"] == pytest.approx(((a - b).square().sum() / (a - a.mean(0)).square().sum()).item())
+    assert found == evaluate(small, batches, source=source) == evaluate(small, Compared(batches, source))
+    assert evaluate(small, [(images, torch.zeros(9, dtype=torch.long))], source=source) == pytest.approx(found)
+    assert str(EvalMetrics.of(found)).startswith(f"cosine {found['cosine']:.4f}, relative error ")
+    with pytest.raises(UserError, match="the model has no head, so it gives features and no answers"):
+        evaluate(small, batches)

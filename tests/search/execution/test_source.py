@@ -111,3 +111,12 @@ def test_a_batch_of_more_images_than_there_are_is_refused_before_any_work(
     ):
         prepare(config.model_copy(update={"finetune": finetune}), tmp_path / "cache", nothing)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_backbone_without_a_head_is_refused_before_any_work(
+    tiny: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    config = config_of(tiny, save(model(num_classes=0), tmp_path / "model"))
+    with pytest.raises(UserError, match="has no head, so it gives features, which no objective measures"):
+        prepare(config, tmp_path / "cache", nothing)
+    assert not (tmp_path / "cache").exists()
