@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -201,7 +202,8 @@ class SearchTable(Table):
     recover: bool = True  # refit what a cut leaves, in closed form, where the source's family allows it
     recover_images: Annotated[int, Field(ge=2)] = 512  # of the training split, whose labels are not read
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
-    start_from: str | None = None  # another run, whose front's points are begun with
+    # runs and folders of computed or saved models: their fronts' points, and the models themselves, are begun with
+    start_from: Annotated[tuple[str, ...], BeforeValidator(lambda own: (own,) if isinstance(own, str) else own)] = ()
     start_published: bool = False  # begin with what papers published for models of the source's family too
 
     @field_validator("sampler", mode="before")

@@ -21,6 +21,7 @@ import numpy as np
 from prunesweep.models import Cut, UserError
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space, candidate_key, candidate_names
+from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.front import QUALITIES, comparable, directions, latest, pareto_front, values
 from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
@@ -126,18 +127,19 @@ class Coordinator:
     def _task_of(self, result: Result) -> Task:
         """The task that gave a result."""
         seed = self._seed_of(result.rung, result.trial)
-        return Task(result.trial, result.point, result.arch_hash, result.key, seed, result.rung)
+        return Task(result.trial, result.point, result.arch_hash, result.key, seed, result.rung, result.given)
 
     def _unfinished(self) -> Iterator[Task]:
         """Tasks that were handed out and have no result. Where its decision is lost, a point is decoded again."""
         for task in self.run.unfinished():
             if task.rung:
                 self._rungs.promoted(task.rung, task.number)
-            if self._decided(task):
+            if task.given is not None or self._decided(task):
                 yield task
                 continue
             candidate = self._decode(task.point)
             if candidate is not None and candidate.key == task.key:
+                assert isinstance(candidate.decision, Cut)
                 self.run.write_cut(task.number, candidate.decision)
                 yield task
                 continue
@@ -181,15 +183,18 @@ class Coordinator:
 
     def _decode(self, point: Mapping[str, Any]) -> Candidate | None:
         """The candidate of a point, or None where no architecture meets its budget."""
+        if MODEL in point:
+            point = {**point, MODEL: str(self.run / str(point[MODEL]))}
         try:
             return self.space.decode(point)
         except UserError:
             return None
 
     def _unit(self, number: int, point: Mapping[str, Any], candidate: Candidate) -> Task:
-        full = self.space.complete(point)
-        self._decisions[number] = candidate.decision
-        return Task(number, full, candidate.arch.hash, candidate.key, self._seed_of(0, number))
+        if isinstance(candidate.decision, Cut):
+            self._decisions[number] = candidate.decision
+        full, seed, given = self.space.complete(point), self._seed_of(0, number), point.get(MODEL)
+        return Task(number, full, candidate.arch.hash, candidate.key, seed, given=None if given is None else str(given))
 
     def _seed_of(self, rung: int, number: int) -> int:
         return int(np.random.SeedSequence([self._seed, rung, number]).generate_state(1)[0])
@@ -274,7 +279,7 @@ class Coordinator:
         rung, number = found
         self._rungs.promoted(rung, number)
         below = self._at[number, rung - 1]
-        return Task(number, below.point, below.arch_hash, below.key, self._seed_of(rung, number), rung)
+        return Task(number, below.point, below.arch_hash, below.key, self._seed_of(rung, number), rung, below.given)
 
     def _proposal(self) -> Task | None:
         """A new candidate, or None where enough are found, or no more can be.
@@ -307,13 +312,17 @@ class Coordinator:
 
     def _remember(self, *units: Task) -> None:
         for unit in units:
-            for name in candidate_names(unit.key, unit.arch_hash, unit.point):
+            for name in self._names(unit):
                 self._candidates.setdefault(name, unit.number)
+
+    @staticmethod
+    def _names(unit: Task) -> tuple[str, ...]:
+        """Names that units of one and the same candidate share; a saved model is like no other."""
+        return candidate_names(unit.key, unit.arch_hash, unit.point) if unit.given is None else (unit.key,)
 
     def _first(self, unit: Task) -> int | None:
         """The number of an earlier candidate that is the same model, trained alike."""
-        names = candidate_names(unit.key, unit.arch_hash, unit.point)
-        return next((self._candidates[name] for name in names if name in self._candidates), None)
+        return next((self._candidates[name] for name in self._names(unit) if name in self._candidates), None)
 
     def _settle_duplicate(self, number: int, first: int) -> None:
         """Tell the study what the same candidate gave under its first number, where it is known already."""

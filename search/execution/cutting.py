@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Cut, arch_of, cut
+from prunesweep.models import Cut, arch_of, cut, load
 from prunesweep.models.families.lm import LanguageModel
+from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig
@@ -58,8 +60,13 @@ class Cutter:
         with self.reading():
             return self.recovery.calibration(self.data)
 
-    def model(self, decision: Cut) -> nn.Module:
-        """Return the recovered model of a decision; where there is no recovery, the cut one with its BatchNorms set."""
+    def model(self, decision: Cut | Path) -> nn.Module:
+        """Return the recovered model of a decision; where there is no recovery, the cut one with its BatchNorms set.
+
+        A saved model, of which the decision is the folder, stays as it is.
+        """
+        if isinstance(decision, Path):
+            return to_float32(load(decision)).to(next(self.source.parameters()).device)
         if self.recovery is not None:
             return self.recovery.model(self.source, decision, self.calibration)
         model = cut(self.source, decision)
@@ -70,7 +77,7 @@ class Cutter:
         """Iterate over ``screen``, which is read at the first item: a model without BatchNorm needs none."""
         yield from self.screen
 
-    def screened(self, decision: Cut) -> EvalMetrics:
+    def screened(self, decision: Cut | Path) -> EvalMetrics:
         """Measure a decision's model on ``screen``, untrained, as a rung of 0 epochs does."""
         return self._measured(self.model(decision), self._compared_screen)
 

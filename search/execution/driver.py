@@ -29,6 +29,7 @@ from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space, read_scores
+from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import start_points
 from prunesweep.search.store.front import hypervolume, latest, pareto_front, quality_of
 from prunesweep.search.store.run import Run, RunLock, failure_reasons
@@ -45,6 +46,7 @@ from .source import Progress, SourceArtifacts, open_space
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
 RAY_DIED = 3  # exit code
+GIVEN = "given"  # folder in a run's, of the saved models that it started from
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,20 @@ def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
         UserError: a point is not in the space.
     """
     points = tuple(dict(point) for point in start_points(config, space))
-    changes = {"start": points, "start_from": None, "start_published": False}
+    changes = {"start": points, "start_from": (), "start_published": False}
     return config.model_copy(update={"search": config.search.model_copy(update=changes)})
+
+
+def _with_models(config: SearchConfig, folder: Path) -> SearchConfig:
+    """Copy the saved models that a search starts from into the run's ``folder``, where its points then find them."""
+    points = list[dict[str, float | int | str]]()
+    for point in config.search.start:
+        if MODEL in point:
+            name = f"{GIVEN}/{len(points)}"
+            shutil.copytree(str(point[MODEL]), folder / name)
+            point = {**point, MODEL: name}
+        points.append(point)
+    return config.model_copy(update={"search": config.search.model_copy(update={"start": tuple(points)})})
 
 
 def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> PreparedSearch:
@@ -258,6 +272,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         if table is not None:
             shutil.copy2(table, folder / run.latency_table.name)
             config = _with_table(config, run.latency_table)
+        config = _with_models(config, folder)
         write_text(folder / "search.toml", config.to_toml())
         shutil.copytree(kept.folder, folder / "source")
         (folder / "scores").mkdir()

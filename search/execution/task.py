@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, save
+from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, load_provenance, read_arch, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.precision import to_float32
@@ -96,7 +96,7 @@ class WorkerContext:
             return None if table is None else LatencyTable.load(Path(table))
 
     def candidate(self, unit: Task) -> Candidate:
-        """Return the candidate of a unit, from the decision that the driver made and kept.
+        """Return the candidate of a unit, from the decision that the driver made and kept, or the model it was given.
 
         In a run from before decisions were kept, the point is decoded again.
 
@@ -104,14 +104,14 @@ class WorkerContext:
             RuntimeError: it is not the candidate that the driver handed out.
             RunBroken: the latency table or the scores cannot be read.
         """
-        decision = self.run.read_cut(unit.number)
+        decision = self.run.read_cut(unit.number) if unit.given is None else self.run / unit.given
         if decision is None:
             found, how = self.space.decode(unit.point), "the point decodes to"
         else:
-            arch = cut_arch(self.arch, decision)
+            arch = read_arch(decision) if isinstance(decision, Path) else cut_arch(self.arch, decision)
             latency = None if self.latency is None else self.latency.predict(arch)
             found = Candidate(decision, arch, cost(arch), latency, candidate_key(decision, unit.point))
-            how = "cut.json is"
+            how = "cut.json is" if unit.given is None else f"{unit.given} is"
         if (found.key, found.arch.hash) != (unit.key, unit.arch_hash):
             raise RuntimeError(
                 f"{how} {found.key} of architecture {found.arch.hash}, the driver decoded {unit.key} of architecture "
@@ -211,6 +211,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         kl=after.kl,
         loss=after.loss,
         images=after.images,
+        given=unit.given,
     )
 
 
@@ -331,8 +332,11 @@ def _remove_scratch(folder: Path) -> None:
 
 def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
+    given: dict[str, Any] = {"method": unit.point["method"]}
+    if unit.given is not None:
+        given = {"method": load_provenance(context.run / unit.given).get("method"), "given": unit.given}
     return {
-        "method": unit.point["method"],
+        **given,
         "source": context.facts["source"],
         "scores": context.facts["scores"],
         "data": context.data.info.fingerprint,

@@ -18,14 +18,15 @@ from random import Random
 
 from optuna.distributions import BaseDistribution
 
-from prunesweep.models import Arch, Cost, Cut, LatencyTable, UserError, cost, cut_arch
+from prunesweep.models import Arch, Cost, Cut, LatencyTable, UserError, cost, cut_arch, read_arch
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import Scores, WidthPath, kind_of, pmvit, width_path
+from prunesweep.pruners.reached import TOLERANCE
 from prunesweep.search.config import SpaceTable
 
 from .axes import AXES, TOKENS, Draft, ScoredSource, active_axes, variables
-from .variables import Params, Variable
+from .variables import MODEL, Params, Variable
 
 __all__ = [
     "Candidate",
@@ -44,10 +45,11 @@ __all__ = [
 class Candidate:
     """A decoded point: the decision, the record it gives, that record's exact cost, and predicted latency.
 
-    Points with the same ``key`` have the same decision, trained alike; see ``candidate_names``.
+    The decision of a saved model that the search was given is that model's folder. Points with the same ``key`` have
+    the same decision, trained alike; see ``candidate_names``.
     """
 
-    decision: Cut
+    decision: Cut | Path
     arch: Arch
     cost: Cost
     latency_ms: float | None
@@ -91,14 +93,15 @@ def score_names(table: SpaceTable, method: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for axis in AXES.values() for name in axis.needs(table, method)))
 
 
-def candidate_key(decision: Cut, point: Params) -> str:
+def candidate_key(decision: Cut | Path, point: Params) -> str:
     """Return a digest of a decision and of the values of a point that change its training.
 
     Args:
-        decision: the cut.
+        decision: the cut, or the folder of a saved model, whose name tells it from others.
         point: values of all variables, fixed ones too.
     """
-    return digest({"cut": decision.to_dict(), **_training(point)})
+    own = {"given": decision.name} if isinstance(decision, Path) else {"cut": decision.to_dict()}
+    return digest({**own, **_training(point)})
 
 
 def candidate_names(key: str, arch_hash: str, point: Params) -> tuple[str, str]:
@@ -169,8 +172,12 @@ class Space:
         return {v.name: v.distribution for v in self.variables if not v.fixed}
 
     def complete(self, point: Params) -> dict[str, float | int | str]:
-        """``point`` with the values of fixed variables. Raises UserError for a name or a value that is not allowed."""
+        """``point`` with the values of fixed variables, without ``MODEL``.
+
+        Raises UserError for a name or a value that is not allowed.
+        """
         known = {v.name: v for v in self.variables}
+        point = {name: value for name, value in point.items() if name != MODEL}
         for name, value in point.items():
             if name not in known:
                 raise UserError(f"{name}: no variable of this space; there are {', '.join(known)}")
@@ -182,15 +189,17 @@ class Space:
         return full
 
     def decode(self, point: Params) -> Candidate:
-        """The candidate of a point.
+        """The candidate of a point; of one with ``MODEL``, that model.
 
         Raises:
-            UserError: its budget is below the narrowest architecture, it leaves no block, or a window excludes it.
+            UserError: its budget is below the narrowest architecture, it leaves no block, a window excludes it, or its
+                model is not there, or of another kind than the source.
         """
         full = self.complete(point)
-        path = self._path(self._draft(full))
-        decision = path.reach(float(full["budget"]) * self.source_cost.macs).cut
-        arch = cut_arch(self.arch, decision)
+        decision = self._decision(point, full)
+        arch = read_arch(decision) if isinstance(decision, Path) else cut_arch(self.arch, decision)
+        if isinstance(decision, Path):
+            self._check_given(arch)
         found = cost(arch)
         predicted = None if self._latency is None else self._latency(arch)
         for name, value in (("params", found.params), ("latency_ms", predicted)):
@@ -198,6 +207,22 @@ class Space:
             if window is not None and not window[0] <= value <= window[1]:
                 raise UserError(f"{name} = {value:g}: outside the window {list(window)}")
         return Candidate(decision, arch, found, predicted, candidate_key(decision, full))
+
+    def _decision(self, point: Params, full: Params) -> Cut | Path:
+        if MODEL in point:
+            return Path(str(point[MODEL]))
+        return self._path(self._draft(full)).reach(float(full["budget"]) * self.source_cost.macs).cut
+
+    def _check_given(self, arch: Arch) -> None:
+        """Raise UserError where a saved model cannot be a candidate, by its kind or by its MACs."""
+        for name in ("family", "img_size", "in_chans", "num_classes", "text"):
+            own, wanted = getattr(arch, name), getattr(self.arch, name)
+            if own != wanted:
+                raise UserError(f"{name} = {own!r}: the search's source has {wanted!r}")
+        low, high = self.table.budget
+        share = cost(arch).macs / self.source_cost.macs
+        if not (1 - TOLERANCE) * low <= share <= high:
+            raise UserError(f"{share:.4g} of the source's MACs: outside space.budget = {list(self.table.budget)}")
 
     def _draft(self, full: Params) -> Draft:
         draft = Draft()

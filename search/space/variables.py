@@ -17,9 +17,10 @@ from prunesweep.models import UserError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-__all__ = ["Params", "Variable"]
+__all__ = ["MODEL", "Params", "Variable"]
 
 Params = Mapping[str, float | int | str]
+MODEL = "model"  # in a point to start from: the folder of a saved model, which takes the place of what the point means
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,27 @@
 """Points that a search starts from, before its sampler has learned anything.
 
-They come from the user, from another run's front and from architectures that papers have published. After them come
-points along single axes with all others neutral, which are what a search over that axis alone would find. Where every
-block is decided by itself, points come from a prior: evenly drawn mixers would make nearly every candidate worthless.
+They come from the user, from another run's front, from computed or other saved models, which are then themselves the
+candidates, and from architectures that papers have published. After them come points along single axes with all others
+neutral, which are what a search over that axis alone would find. Where every block is decided by itself, points come
+from a prior: evenly drawn mixers would make nearly every candidate worthless.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
 from random import Random
 
-from prunesweep.models import Arch, UserError
+from prunesweep.models import Arch, UserError, read_arch
+from prunesweep.models.io.store import CONFIG
 from prunesweep.search.config import SearchConfig
+from prunesweep.search.store.computed import ComputedFront
 from prunesweep.search.store.run import Run
 
 from .axes import AXES, active_axes
 from .space import Space
-from .variables import Params, Variable
+from .variables import MODEL, Params, Variable
 
 __all__ = ["axis_points", "nearest_point", "prior_points", "published_points", "start_points"]
 
@@ -35,21 +40,54 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
         UserError: a point is not in the space.
     """
     search = config.search
-    points: list[Params] = list(search.start)
-    if search.start_from is not None:
-        points += Run.existing(search.start_from).front_points()
-    for i, point in enumerate(points):
-        try:
-            space.complete(point)
-        except UserError as error:
-            where = "search.start" if i < len(search.start) else f"search.start_from {search.start_from}"
-            raise UserError(f"{where}: {error}") from error
+    points = [_checked("search.start", space, point) for point in search.start]
+    for name in dict.fromkeys(search.start_from):
+        points += _points_of(name, space)
     if search.start_published:
         points += published_points(space).values()
     points += axis_points(space, search.trials // 3)
     if space.table.encoding == "full":
         points += prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
     return points
+
+
+def _points_of(name: str, space: Space) -> list[Params]:
+    """Return the points of a run's front, or saved models with the points nearest to them.
+
+    Computed models outside of the space's windows are left out with a warning, unless none is left.
+    """
+    path = Path(name).expanduser().absolute()
+    if ComputedFront.is_one(path):
+        folders = ComputedFront(path).folders
+    elif (path / CONFIG).is_file():
+        folders = [path]
+    else:
+        return [_checked(f"search.start_from {name}", space, point) for point in Run.existing(name).front_points()]
+    points, reasons = list[Params](), list[str]()
+    for folder in folders:
+        try:
+            points.append(_checked(f"search.start_from {folder}", space, {MODEL: str(folder)}))
+        except UserError as error:
+            reasons.append(str(error))
+    if not points:
+        raise UserError("\n".join(reasons) or f"search.start_from {name}: has no models")
+    for reason in reasons:
+        warnings.warn(f"left out: {reason}", stacklevel=3)
+    return points
+
+
+def _checked(where: str, space: Space, point: Params) -> Params:
+    """Return a point that is in the space; of a saved model, with the variables nearest to it that it does not name."""
+    try:
+        if MODEL not in point:
+            space.complete(point)
+            return point
+        folder = Path(str(point[MODEL])).expanduser().absolute()
+        point = {**nearest_point(space, read_arch(folder), space.arch), **point, MODEL: str(folder)}
+        space.decode(point)
+        return point
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def axis_points(space: Space, count: int) -> list[Params]:

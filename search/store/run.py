@@ -3,6 +3,7 @@
     search.toml      the resolved configuration
     run.json         facts fixed when the run was made: the source's accuracy and cost, the scores in use
     source/          the source model          scores/    cached scores
+    given/           saved models that the search started from
     teacher_logits/, latency_table.json        where the search uses them
     study.journal    Optuna's journal          front.json, report.html, tb/
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
@@ -84,6 +85,7 @@ class Task:
     key: str  # of the candidate
     seed: int
     rung: int = 0
+    given: str | None = None  # folder in the run's, of the saved model that it starts from in place of a cut
 
     @property
     def id(self) -> str:
@@ -121,6 +123,7 @@ class Result:
     kl: float | None = None
     loss: float | None = None
     images: int | None = None
+    given: str | None = None  # as of the task
 
     @property
     def id(self) -> str:

@@ -37,7 +37,7 @@ from optuna.trial import FrozenTrial, TrialState
 from prunesweep.models import UserError
 from prunesweep.models.io.files import publish_file
 from prunesweep.search.proposals.budget_gp import CANDIDATE, RUNG, BudgetGPSampler, log_error, log_perplexity
-from prunesweep.search.space.variables import Params
+from prunesweep.search.space.variables import MODEL, Params
 
 from .front import QUALITIES, TWO, directions, latest, values
 from .run import Result, Task, set_aside
@@ -175,9 +175,13 @@ class Study:
 
     def _queue(self) -> None:
         """Put the points to start from before all others, once."""
+        proposed = {trial.user_attrs.get(MODEL) for trial in self._study.get_trials(deepcopy=False)}
         for point in () if self._queued else self._start:
             own = {n: v for n, v in point.items() if n in self._distributions}
-            self._study.enqueue_trial(own, skip_if_exists=True)
+            if MODEL not in point:
+                self._study.enqueue_trial(own, skip_if_exists=True)
+            elif point[MODEL] not in proposed:  # several models may have one nearest point
+                self._study.enqueue_trial(own, user_attrs={MODEL: point[MODEL]})
         self._queued = True
 
     def _make_sampler(self, name: str, trials: int, seed: int) -> BaseSampler:
@@ -196,10 +200,10 @@ class Study:
         )
 
     def ask(self) -> tuple[int, dict[str, float | int | str]]:
-        """Start a trial; return its number and its point."""
+        """Start a trial; return its number and its point, with ``MODEL`` where a saved model goes with it."""
         self._queue()
         trial = self._study.ask(self._distributions)
-        return trial.number, dict(trial.params)
+        return trial.number, {**trial.params, **_model(trial.user_attrs)}
 
     def tell(self, number: int, values: Sequence[float]) -> None:
         """Finish a trial; do nothing if it is finished already, unless it failed and was done again.
@@ -327,7 +331,13 @@ class Study:
         point = {} if task is None else self._own(task.point)
         of = {name: self._distributions[name] for name in point}
         try:
-            return optuna.trial.create_trial(state=state, values=told, params=point, distributions=of)
+            return optuna.trial.create_trial(
+                state=state,
+                values=told,
+                params=point,
+                distributions=of,
+                user_attrs={} if task is None or task.given is None else {MODEL: task.given},
+            )
         except (TypeError, ValueError) as error:
             number = "" if task is None else f" {task.number}"
             raise UserError(f"trial{number} of {self._run} is not in the space of its search.toml: {error}") from error
@@ -359,7 +369,12 @@ class Study:
         """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         complete = set(self._distributions)
-        return {t.number: dict(t.params) if set(t.params) == complete else None for t in trials}
+        return {t.number: {**t.params, **_model(t.user_attrs)} if set(t.params) == complete else None for t in trials}
+
+
+def _model(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the attributes of a proposal say of the saved model that goes with its point."""
+    return {MODEL: attributes[MODEL]} if MODEL in attributes else {}
 
 
 def _attributes(result: Result) -> dict[str, Any]:

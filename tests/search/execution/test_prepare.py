@@ -154,4 +154,4 @@ def test_a_run_needs_nothing_outside_its_folder(
     assert all(r.latency_ms for r in run.results())
     now = load_config(run / "search.toml")
     assert now.space.latency_table == str(run.latency_table)
-    assert now.search.start_from is None
+    assert now.search.start_from == ()
