@@ -23,7 +23,7 @@ HOW = {
     "CORP": "CORP: MLP and q/k chosen",
     "taylor, as cut": "Taylor, as cut",
 }
-WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 60, 190, 44, 48  # of a picture and its margins
+WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 68, 200, 44, 48  # of a picture and its margins
 STYLE = (
     "<style>text{fill:#333}.grid{stroke:#ddd}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}</style>"
@@ -61,7 +61,7 @@ def plot(title: str, across: str, series: Series, ticks: Sequence[float]) -> str
     for power in range(low, high + 1):
         x, y = place(x_low, 10**power)
         parts.append(f'<path class="grid" d="M{x:.1f} {y:.1f}H{WIDE - RIGHT}"/>')
-        parts.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+        parts.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:.{max(0, -power)}f}</text>')
     middle = (LEFT + WIDE - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HIGH - 10}" text-anchor="middle">{across}</text>')
     labels = _spread({label: place(*max(own))[1] for label, own in series.items()})

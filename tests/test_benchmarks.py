@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from xml.etree import ElementTree
 
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 
 from benchmarks.corp import corp
 from benchmarks.int8 import at_random, in_basis, principal
-from benchmarks.pictures import plot
-from benchmarks.subspaces import narrowed, peak_memory, with_writers, within
+from benchmarks.pictures import DOCS, pictures, plot
+from benchmarks.subspaces import RESULT, narrowed, peak_memory, with_writers, within
 from prunesweep.models import Arch, Block, Stage, arch_of, block_views, build, cost
 from prunesweep.pruners.subspaces import SourceStatistics, compress, compressed_arch
 
@@ -134,3 +135,8 @@ def test_a_plot_has_every_series_with_all_its_points_inside() -> None:
     assert len(dots) == 3
     assert all(0 < float(own["cx"]) < wide and 0 < float(own["cy"]) < high for own in dots)
     assert float(dots[0]["cy"]) < float(dots[2]["cy"]) < float(dots[1]["cy"])  # the larger KL is higher
+
+
+def test_the_pictures_are_those_of_the_results() -> None:
+    drawn = pictures(json.loads(RESULT.read_text())["seeds"])
+    assert {name: (DOCS / name).read_text() for name in drawn} == drawn
