@@ -113,6 +113,9 @@ class Coordinator:
                 run.write_task(tasks[result.id])
             elif result.key != tasks[result.id].key:
                 damaged[result.id] = f"{run.trial(result.id) / 'result.json'} is the result of another candidate"
+        for result in run.without_model(latest(r for r in results if r.id not in damaged)):
+            if (above := task_id(result.trial, result.rung + 1)) not in tasks or above in failures:
+                damaged[result.id] = f"{run.model(result)} is gone, so its result.json is of no use"
         for unit, reason in damaged.items():
             kept = set_aside(run.trial(unit) / "result.json")
             again = "" if unit in lost else "; the trial is done again"

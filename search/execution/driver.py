@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from prunesweep.models import Arch, LatencyTable, UserError, cost, read_arch
+from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import disk_full, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
@@ -28,10 +27,11 @@ from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
-from prunesweep.search.space.space import Space, read_scores
+from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import start_points
 from prunesweep.search.store.front import hypervolume, latest, pareto_front, quality_of
+from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, RunLock, failure_reasons
 from prunesweep.search.store.study import Study
 from prunesweep.training.signals import handling
@@ -39,7 +39,7 @@ from prunesweep.training.signals import handling
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
-from .reopen import check_data, reopen, settings_of
+from .reopen import check_data, reopen, settings_of, space_of
 from .runtime import RayConnection, execute, max_concurrent
 from .source import Progress, SourceArtifacts, open_space
 
@@ -71,7 +71,7 @@ def run_search(
 
     Args:
         config: the configuration, or the path of a TOML file.
-        out: the run's folder, which must not exist yet; ``runs/NAME`` by default.
+        out: the run's folder, which must not exist yet (unless ``dry_run``); ``runs/NAME`` by default.
         console: where to draw; nothing is drawn by default.
         address: of a running Ray cluster, all of whose nodes see ``out``; a Ray of its own by default.
         dry_run: stop, and return None, after the space was shown. Where data or weights are not there, that is said,
@@ -86,7 +86,7 @@ def run_search(
         config = load_config(config)
     display = Display(console or Console(quiet=True))
     run = Run(out if out is not None else Path("runs") / config.name)
-    if run.path.exists():
+    if run.path.exists() and not dry_run:
         raise UserError(
             f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
         )
@@ -148,7 +148,7 @@ def resume_search(
     display = Display(console or Console(quiet=True))
     more = [] if trials is None else [f"search.trials={trials}"]
     config = reopen(run, [*overrides, *more], on_note=display.note)
-    space = Space(config.space, read_arch(run / "source"), read_scores(run / "scores", run.metadata()["scores"]))
+    space = space_of(run, config)
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
     if address is None:
         max_concurrent(config.resources)
@@ -281,7 +281,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         for path in kept.teacher_logits:  # large, and never written again
             shutil.copytree(path, folder / run.teacher_logits.name / path.name, copy_function=_link)
         (folder / "trials").mkdir()
-        write_text(folder / "run.json", json.dumps({**facts, "settings": settings_of(config)}, indent=1))
+        write_text(folder / "run.json", sealed({**facts, "settings": settings_of(config)}))
     return config
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import UserError, load
+from prunesweep.models import UserError, load, read_arch
 from prunesweep.models.io.files import write_text
 from prunesweep.search.config import SearchConfig, load_run_config, run_config
+from prunesweep.search.space.space import Space, read_scores, score_names
 from prunesweep.search.store.run import Run, set_aside
 from prunesweep.training.data import Data, content_changes, content_of, open_data
 
-__all__ = ["HARMLESS", "check_data", "own_table", "reopen", "settings_of"]
+__all__ = ["HARMLESS", "check_data", "own_table", "reopen", "settings_of", "space_of"]
 
 # keys that change no candidate and no figure; data are compared by their content
 HARMLESS = ("search.trials", "resources.", "cluster.", "data.")
@@ -91,6 +92,22 @@ def own_table(run: Run, config: SearchConfig) -> SearchConfig:
         return config
     space = config.space.model_copy(update={"latency_table": str(run.latency_table)})
     return config.model_copy(update={"space": space})
+
+
+def space_of(run: Run, config: SearchConfig) -> Space:
+    """Return the space of a run, by its source's record and its scores.
+
+    Args:
+        run: the run.
+        config: its configuration.
+
+    Raises:
+        UserError: the source's record, a score or the latency table is lost or damaged.
+    """
+    files = run.metadata()["scores"]
+    if lost := [name for name in score_names(config.space, config.scores.method) if name not in files]:
+        raise run.unusable(f"{run / 'run.json'} is damaged: scores does not name the file of {', '.join(lost)}")
+    return Space(config.space, read_arch(run / "source"), read_scores(run / "scores", files))
 
 
 def check_data(run: Run, config: SearchConfig, source: Any = None) -> Data:

@@ -25,7 +25,7 @@ from prunesweep.models.io.provenance import versions
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
-from prunesweep.search.space.space import Candidate, Space, candidate_key, read_scores
+from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.store.run import Result, Run, Task, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.jobs.metrics_log import MetricsLog
@@ -35,7 +35,7 @@ from prunesweep.training.jobs.training_job import STATE, CannotBegin, LoadedJob,
 
 from .coordinator import RunBroken
 from .cutting import Cutter
-from .reopen import check_data
+from .reopen import check_data, space_of
 
 __all__ = ["run_task"]
 
@@ -86,7 +86,7 @@ class WorkerContext:
     def space(self) -> Space:
         """The space, for points whose decision is not kept."""
         with _needed_by_all():
-            return Space(self.config.space, self.arch, read_scores(self.run / "scores", self.facts["scores"]))
+            return space_of(self.run, self.config)
 
     @cached_property
     def latency(self) -> LatencyTable | None:

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from prunesweep.models import Arch, UserError, cut_arch, read_arch
 from prunesweep.models.io.files import write_text
 from prunesweep.search.execution.promote import promoted
-from prunesweep.search.store.front import latest, values
+from prunesweep.search.store.front import values
 from prunesweep.search.store.run import Result, Run
 
 __all__ = ["write_report"]
@@ -47,7 +47,7 @@ def write_report(run: Run) -> Path:
             "epochs": r.epochs,
             "arch": _picture(_record(run, r, source), source),
         }
-        for r in latest(run.results())
+        for r in run.current()
         if r.has_model and all(map(math.isfinite, values(r, run.objectives)))
     ]
     data = {

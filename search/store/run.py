@@ -26,17 +26,17 @@ import time
 import tomllib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 
-from .front import OBJECTIVES, QUALITIES, TWO, hypervolume, latest, pareto_front
+from .front import OBJECTIVES, TWO, hypervolume, latest, pareto_front
+from .records import Ending, Result, RunFacts, Task, read_json, read_sealed, sealed, task_id
 
 __all__ = [
     "Outcomes",
@@ -57,82 +57,12 @@ MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
 SHOWN = 4  # names of tasks that failed by one reason
 
 
-def task_id(number: int, rung: int = 0) -> str:
-    """Return the name of a task's folder.
-
-    Args:
-        number: of the candidate.
-        rung: on which it is evaluated.
-    """
-    return f"r{rung}-{number:04d}"
-
-
 def place_of(task_id: str) -> tuple[int, int]:
     """Return the rung and the number of a task, from its name. Raises ValueError for a name that is none."""
     found = FOLDER.fullmatch(task_id)
     if found is None:
         raise ValueError(f"{task_id!r} is not the name of a task")
     return int(found[1]), int(found[2])
-
-
-@dataclass(frozen=True)
-class Task:
-    """One piece of work: (rung, candidate). It ends by itself and can be started again at any time."""
-
-    number: int  # the Optuna trial
-    point: dict[str, Any]  # values of all variables, fixed ones too
-    arch_hash: str
-    key: str  # of the candidate
-    seed: int
-    rung: int = 0
-    given: str | None = None  # folder in the run's, of the saved model that it starts from in place of a cut
-
-    @property
-    def id(self) -> str:
-        return task_id(self.number, self.rung)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished unit gave; ``top1`` in percent, after finetuning, and ``zero_shot``, of the model that
-    training began with: cut, and recovered where that is on.
-
-    Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
-    ``loss`` is the mean cross-entropy, ``agreement`` with the source's answers is in percent, ``kl`` the divergence
-    from them; ``images`` is the number of images (words) that all of them are of. The ``zero_shot`` of a search for
-    agreement is an agreement; ``top1`` and ``loss`` are None where there are no labels. Runs of earlier versions lack
-    what was not an objective.
-    """
-
-    trial: int
-    top1: float | None
-    zero_shot: float
-    macs: int
-    params: int
-    arch_hash: str
-    point: dict[str, Any]
-    seconds: float
-    key: str = ""
-    rung: int = 0
-    epochs: int = 0  # of finetuning, on this rung and those below
-    latency_ms: float | None = None  # predicted
-    has_model: bool = True  # False on a rung that only screens
-    training_seconds: float = 0.0  # of ``seconds``
-    ppl: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    loss: float | None = None
-    images: int | None = None
-    given: str | None = None  # as of the task
-
-    @property
-    def id(self) -> str:
-        return task_id(self.trial, self.rung)
-
-    @property
-    def figures(self) -> EvalMetrics:
-        """The figures of the evaluation."""
-        return EvalMetrics(self.top1, self.ppl, self.agreement, self.kl, loss=self.loss, images=self.images)
 
 
 class Run:
@@ -182,20 +112,16 @@ class Run:
         """``run.json``. Raises UserError where it is damaged."""
         path = self / "run.json"
         try:
-            facts = read_json(path)
-            for name, kind in (("source", dict), ("scores", dict), ("versions", dict)):
-                if not isinstance(facts.get(name), kind):
-                    raise UserError(f"{path} is damaged: it has no {name}")
-            if not all(isinstance(facts["source"].get(cost), int) for cost in ("macs", "params")):
-                raise UserError(f"{path} is damaged: its source has no macs or no params")
-            if any(not isinstance(facts["source"].get(one), float | int | None) for one in QUALITIES):
-                raise UserError(f"{path} is damaged: a figure of its source is no number")
+            return read_sealed(path, RunFacts)
         except UserError as error:
-            raise UserError(
-                f"{error}\nResults and models in {self / 'trials'} do not need it: 'prunesweep eval' takes each "
-                "trials/*/model. All else does: put the file back from a copy of the run, or start a new search"
-            ) from error
-        return facts
+            raise self.unusable(error) from error
+
+    def unusable(self, reason: object) -> UserError:
+        """The error of a run whose ``run.json`` cannot be used, with what can be done."""
+        return UserError(
+            f"{reason}\nResults and models in {self / 'trials'} do not need it: 'prunesweep eval' takes each "
+            "trials/*/model. All else does: put the file back from a copy of the run, or start a new search"
+        )
 
     def _trial_files(self, name: str) -> Iterator[Path]:
         return iter(sorted((self.path / "trials").glob(f"*/{name}")))
@@ -240,20 +166,9 @@ class Run:
         path = self.trial(task_id) / "result.json"
         if not path.is_file():
             return None
-        data = _unsealed(path)
-        try:
-            failed, other = data["state"] == "failed", data["state"] not in ("failed", "finished")
-            if other or (failed and not isinstance(data["error"], str)):
-                raise ValueError("neither finished nor failed")
-            if not failed:
-                result = Result(**data["result"])
-                if result.id != task_id:
-                    raise ValueError(f"it is the result of {result.id}")
-                if not all(isinstance(n, int) for n in (result.macs, result.params)):
-                    raise ValueError("it has no cost")
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{path} is damaged: {reason}") from error
+        data = read_sealed(path, Ending)
+        if data["state"] == "finished" and (found := Result(**data["result"])).id != task_id:
+            raise UserError(f"{path} is damaged: it is the result of {found.id}")
         return data
 
     def write_result(self, task_id: str, *, result: Result | None = None, error: str | None = None) -> dict[str, Any]:
@@ -261,23 +176,20 @@ class Run:
         data: dict[str, Any] = {"state": "failed", "error": error}
         if result is not None:
             data = {"state": "finished", "result": asdict(result)}
-        write_text(self.trial(task_id) / "result.json", _sealed(data))
+        write_text(self.trial(task_id) / "result.json", sealed(data))
         return data
 
     def read_task(self, task_id: str) -> Task:
         """The task that was handed out under a name. Raises UserError where its file is missing or damaged."""
         path = self.trial(task_id) / "spec.json"
-        try:
-            task = Task(**_unsealed(path))
-            if task.id != task_id or not isinstance(task.point, dict):
-                raise ValueError(f"it is task {task.id}")
-        except (TypeError, ValueError) as error:
-            raise error if isinstance(error, UserError) else UserError(f"{path} is damaged: {error}") from error
+        task = Task(**read_sealed(path, Task))
+        if task.id != task_id:
+            raise UserError(f"{path} is damaged: it is task {task.id}")
         return task
 
     def write_task(self, task: Task) -> None:
         """Keep a task, before it is handed out."""
-        write_text(self.trial(task.id) / "spec.json", _sealed(asdict(task)))
+        write_text(self.trial(task.id) / "spec.json", sealed(asdict(task)))
 
     def write_cut(self, number: int, decision: Cut) -> None:
         """Keep what a candidate keeps of the source, as its point was decoded: for all of its units."""
@@ -293,7 +205,8 @@ class Run:
         """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
         facts = self.metadata()
         table = self.search_table()
-        results, failures, damaged = self.outcomes()
+        outcomes = self.outcomes()
+        results, failures, damaged = outcomes
         self._warn(damaged)
         rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table["rungs"]), 1))]
         failed = sum(unit.startswith("r0-") for unit in failures)
@@ -308,7 +221,7 @@ class Run:
                 "failed": len(failures),
             },
             "rungs": rungs,
-            "hypervolume": hypervolume([r for r in latest(results) if r.has_model], facts["source"], self.objectives),
+            "hypervolume": hypervolume(self.members(outcomes.current), facts["source"], self.objectives),
             "source": {k: v for k, v in facts["source"].items() if k in (*EvalMetrics._fields, "macs", "params")},
         }
 
@@ -346,10 +259,38 @@ class Run:
         found = (FOLDER.fullmatch(path.name) for path in (self.path / "trials").glob("r*-*"))
         return max((int(match[2]) + 1 for match in found if match), default=0)
 
+    def current(self) -> list[Result]:
+        """What every candidate is worth, its latest result; without those whose latest is damaged, with a warning."""
+        outcomes = self.outcomes()
+        self._warn(outcomes.damaged)
+        return outcomes.current
+
+    def members(self, results: Sequence[Result] | None = None) -> list[Result]:
+        """The Pareto set of the candidates that have a model, each with its latest result, ascending in cost.
+
+        Args:
+            results: by default ``current``; then there is a warning for a member whose model is gone.
+        """
+        found = self.current() if results is None else latest(results)
+        for gone in () if results is not None else self.without_model(found):
+            warnings.warn(
+                f"{self.model(gone)} is gone: trial {gone.trial} is not shown, 'prunesweep resume {self.shown}' does "
+                "it again",
+                stacklevel=2,
+            )
+        return pareto_front([r for r in found if r.has_model and self.model(r).is_dir()], self.objectives)
+
+    def without_model(self, results: Sequence[Result]) -> list[Result]:
+        """Those of some results that ``front.json`` has and whose models are gone; others' are deleted by purpose."""
+        try:
+            front = {(point["trial"], point["rung"]) for point in json.loads((self / "front.json").read_text())}
+        except (OSError, ValueError, TypeError, KeyError):
+            return []
+        return [r for r in results if (r.trial, r.rung) in front and not self.model(r).is_dir()]
+
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
-        """The Pareto set of the candidates with a model, each with its latest result; relative paths by default."""
+        """The entries of ``front.json`` for ``members``; paths of models are relative by default."""
         base = self.path if absolute else Path()
-        found = [r for r in latest(self.results() if results is None else results) if r.has_model]
         return [
             {
                 "trial": r.trial,
@@ -362,13 +303,16 @@ class Run:
                 "arch_hash": r.arch_hash,
                 "model": str(base / "trials" / r.id / "model"),
             }
-            for r in pareto_front(found, self.objectives)
+            for r in self.members(results)
         ]
 
     def front_points(self) -> list[dict[str, Any]]:
-        """The points of the front's members."""
-        found = {(r.trial, r.rung): r.point for r in self.results()}
-        return [found[p["trial"], p["rung"]] for p in self.front()]
+        """The points of the front's members, whose models may be gone."""
+        return [r.point for r in pareto_front([r for r in self.current() if r.has_model], self.objectives)]
+
+    def model(self, result: Result) -> Path:
+        """The folder of a result's model."""
+        return self.trial(result.id) / "model"
 
     def models(self) -> set[str]:
         """The units that have a model."""
@@ -398,29 +342,11 @@ class Outcomes(NamedTuple):
     failures: dict[str, str]
     damaged: dict[str, str]
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of ours. Raises UserError where it is damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: no JSON object")
-    return data
-
-
-def _sealed(data: dict[str, Any]) -> str:
-    """``data`` as JSON, with its own digest."""
-    return json.dumps({**data, "digest": digest(data)}, indent=1)
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    """What ``_sealed`` wrote, or files of before there were digests. Raises UserError where they are damaged."""
-    data = read_json(path)
-    if "digest" in data and data.pop("digest") != digest(data):
-        raise UserError(f"{path} is damaged: it has changed since it was written")
-    return data
+    @property
+    def current(self) -> list[Result]:
+        """The latest result of every candidate; of none whose latest one is damaged: one below is not its worth."""
+        lost = {(number, rung) for rung, number in map(place_of, self.damaged)}
+        return [r for r in latest(self.results) if all(n != r.trial or rung < r.rung for n, rung in lost)]
 
 
 def set_aside(path: Path, word: str = "damaged") -> Path:

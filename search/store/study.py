@@ -39,7 +39,7 @@ from prunesweep.models.io.files import publish_file
 from prunesweep.search.proposals.budget_gp import CANDIDATE, RUNG, BudgetGPSampler, log_error, log_perplexity
 from prunesweep.search.space.variables import MODEL, Params
 
-from .front import QUALITIES, TWO, directions, latest, values
+from .front import QUALITIES, TWO, comparable, directions, latest, values
 from .run import Result, Task, set_aside
 
 __all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
@@ -202,7 +202,9 @@ class Study:
     def ask(self) -> tuple[int, dict[str, float | int | str]]:
         """Start a trial; return its number and its point, with ``MODEL`` where a saved model goes with it."""
         self._queue()
-        trial = self._study.ask(self._distributions)
+        with warnings.catch_warnings():  # what is told of candidates without a number is said elsewhere
+            warnings.filterwarnings("ignore", message="Clip non-finite values")
+            trial = self._study.ask(self._distributions)
         return trial.number, {**trial.params, **_model(trial.user_attrs)}
 
     def tell(self, number: int, values: Sequence[float]) -> None:
@@ -212,17 +214,20 @@ class Study:
 
         Args:
             number: the trial.
-            values: its objectives; the trial has failed if one of them is not finite.
+            values: its objectives; where one of them is not finite, the trial is worse than all others.
         """
-        if not all(map(math.isfinite, values)):
-            self.fail(number)
-            return
+        told = self._told(values)
         trial = self._study.get_trials(deepcopy=False)[number]
         if trial.state == TrialState.FAIL:
             of: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
-            self._study.add_trial(optuna.trial.create_trial(values=list(values), **of))
+            self._study.add_trial(optuna.trial.create_trial(values=told, **of))
         else:
-            self._study.tell(number, list(values), skip_if_finished=True)
+            self._study.tell(number, told, skip_if_finished=True)
+
+    def _told(self, found: Sequence[float]) -> list[float]:
+        """What samplers learn from: infinitely bad in every objective, costs too, where one of them is not finite."""
+        whole = all(map(math.isfinite, found))
+        return list(found) if whole else list(comparable([math.nan] * len(found), self._objectives))
 
     def fail(self, number: int) -> None:
         """Finish a trial as failed, without values."""
@@ -282,7 +287,7 @@ class Study:
         if len(proposed) < next_number:
             last = f"ends with trial {len(proposed) - 1}" if proposed else "has no trials"
             return f"{last}, but there are results or folders up to trial {next_number - 1}"
-        ended = {r.trial: values(r, self._objectives) for r in results if r.rung == 0}
+        ended = {r.trial: self._told(values(r, self._objectives)) for r in results if r.rung == 0}
         for number, task in tasks.items():
             trial = proposed[number]
             if trial.params != self._own(task.point):
@@ -309,13 +314,13 @@ class Study:
         reason: str,
     ) -> None:
         """Make the proposals again, each under its number; numbers without a task are withdrawn."""
-        ended = {r.trial: values(r, self._objectives) for r in results if r.rung == 0}
+        ended = {r.trial: self._told(values(r, self._objectives)) for r in results if r.rung == 0}
         with publish_file(self._journal) as scratch:
             scratch.unlink(missing_ok=True)  # of a driver that died here
             study, _ = self._open(scratch)
             for number in range(next_number):
                 state, told = TrialState.RUNNING, ended.get(number)
-                if number in failed or (told is not None and not all(map(math.isfinite, told))):
+                if number in failed:
                     state, told = TrialState.FAIL, None
                 elif told is not None:
                     state = TrialState.COMPLETE

@@ -38,6 +38,7 @@ def run(tmp_path: Path) -> Path:
         folder.mkdir()
         (folder / "spec.json").write_text("{}")
         (folder / "arch.json").write_text(cut_arch(ARCH, candidate.decision).to_json())
+        (folder / "model").mkdir()
         found.write_result(f"r0-{number:04d}", result=result)
     found.trial("r0-0003").mkdir()
     (found.trial("r0-0003") / "spec.json").write_text("{}")
@@ -168,3 +169,9 @@ def test_a_dry_run_shows_the_space_and_makes_no_run(
     assert code == 0
     assert "distinct candidates" in out
     assert not (runs / "dry").exists()
+    (runs / "dry").mkdir()
+    assert call(capsys, "search", toml, "--out", runs / "dry", "--dry-run")[0] == 0
+    assert list((runs / "dry").iterdir()) == []
+    code, _, error = call(capsys, "search", toml, "--out", runs / "dry")
+    assert (code, "dry exists: go on with 'prunesweep resume" in error) == (2, True)
+    (runs / "dry").rmdir()

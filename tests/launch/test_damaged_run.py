@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prunesweep.models import cut_arch
+from prunesweep.search.store.records import sealed
 from tests.launch import test_cli
 from tests.launch.test_cli import call
 from tests.search.helpers import ARCH, make_space
@@ -28,6 +29,14 @@ def facts(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
+def reseal(run: Path, **source: Any) -> None:
+    """``run.json`` with its digest, and then with other facts of the source."""
+    file = run / "run.json"
+    data = json.loads(sealed(json.loads(file.read_text())))
+    data["source"] |= source
+    file.write_text(json.dumps(data))
+
+
 def settings(text: str | bytes) -> Callable[[Path], Any]:
     return lambda run: (run / "search.toml").write_bytes(text.encode() if isinstance(text, str) else text)
 
@@ -39,9 +48,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "facts zeros": (lambda run: (run / "run.json").write_bytes(bytes(100)), "run.json is damaged"),
     "no source": (facts(lambda data: data.pop("source")), "run.json is damaged: it has no source"),
     "no scores": (facts(lambda data: data.pop("scores")), "run.json is damaged: it has no scores"),
-    "no macs": (facts(lambda data: data["source"].pop("macs")), "run.json is damaged: its source has no macs"),
-    "no number": (facts(lambda data: data["source"].update(top1="x")), "run.json is damaged: a figure of its source"),
-    "null scores": (facts(lambda data: data.update(scores=None)), "run.json is damaged: it has no scores"),
+    "no macs": (facts(lambda data: data["source"].pop("macs")), "run.json is damaged: it has no source.macs"),
+    "no number": (facts(lambda data: data["source"].update(top1="x")), "run.json is damaged: source.top1 = 'x': "),
+    "null scores": (facts(lambda data: data.update(scores=None)), "run.json is damaged: scores = None: "),
+    "a score": (facts(lambda data: data["scores"].update(nvit=3)), "run.json is damaged: scores.nvit = 3: "),
+    "no versions": (facts(lambda data: data.pop("versions")), "run.json is damaged: it has no versions"),
+    "data": (facts(lambda data: data.update(data=["digits"])), "run.json is damaged: data = ['digits']: "),
+    "content": (facts(lambda data: data.update(content=None)), "run.json is damaged: content = None: "),
+    "null settings": (facts(lambda data: data.update(settings=None)), "run.json is damaged: settings = None: "),
+    "edited": (lambda run: reseal(run, macs=7), "run.json is damaged: it has changed since it was written"),
     "settings lost": (lambda run: (run / "search.toml").unlink(), "search.toml"),
     "settings empty": (settings(""), "search.toml"),
     "settings torn": (settings('[search]\ntrials = 6\nobjectives = ["to'), "search.toml"),
@@ -79,6 +94,7 @@ def test_the_damaged_file_is_named(
         (["status"], ""),
         (["front"], "null"),
         (["front", "--json"], '{"state": "finished", "result": {"rung": null}}'),
+        (["front"], '{"state": "lost", "error": "x"}'),
         (["report"], "\0\0\0"),
     ],
 )

@@ -451,7 +451,7 @@ def test_points_to_begin_with_come_first_and_once(tmp_path: Path) -> None:
 
 
 def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -> None:
-    """Every third one diverges: none of them is promoted, on the front, or told as a value."""
+    """Every third one diverges: none of them is promoted or on the front, and all are told as the worst."""
     run = make_run(tmp_path / "r", 18, **LADDER)
     coordinator = start(run, 18, max_concurrent=2, **LADDER)
     bad = set()
@@ -469,4 +469,7 @@ def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -
     assert bad
     assert not bad & {r.trial for r in results if r.rung}
     assert not bad & {p["trial"] for p in run.front()}
-    assert {t.number for t in trials(run / "study.journal") if t.state.name == "FAIL"} == bad
+    assert {t.number for t in trials(run / "study.journal") if t.values == [-math.inf, math.inf]} == bad
+    journal = (run / "study.journal").read_bytes()
+    assert start(run, 18, **LADDER).notes == []
+    assert (run / "study.journal").read_bytes() == journal

@@ -194,6 +194,55 @@ def test_a_damaged_result_is_named_and_made_again(run: Run, name: str) -> None:
     check(run)
 
 
+@pytest.fixture
+def ladder(tmp_path: Path) -> Run:
+    """A search over rungs that has ended."""
+    run = make_run(tmp_path / "r", ASKED, **LADDER)
+    go_on(start(run, ASKED, **LADDER))
+    return run
+
+
+def top(run: Run) -> Any:
+    return max(run.front(), key=lambda point: point["rung"])
+
+
+@pytest.mark.parametrize("spec", [True, False])
+def test_what_a_rung_below_gave_does_not_stand_for_a_damaged_result(ladder: Run, *, spec: bool) -> None:
+    before, member, whole = ladder.front(), top(ladder), ladder.status()["hypervolume"]
+    unit = f"r{member['rung']}-{member['trial']:04d}"
+    assert member["rung"] > 0
+    zeros(ladder.trial(unit) / "result.json")
+    if not spec:
+        zeros(ladder.trial(unit) / "spec.json")
+    with pytest.warns(
+        UserWarning, match=rf"{unit}/result.json is damaged.*'prunesweep resume .*' does the trial again"
+    ):
+        shown = ladder.front()
+    assert member["trial"] not in {point["trial"] for point in shown}
+    assert all((ladder / point["model"]).is_dir() for point in shown)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert member["trial"] not in {result.trial for result in ladder.current()}
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert 0 < ladder.status()["hypervolume"] < whole
+    coordinator = start(ladder, ASKED, **LADDER)
+    assert all((ladder / point["model"]).is_dir() for point in coordinator.front)
+    assert unit in {task.id for task in go_on(coordinator)}
+    assert ladder.front() == before
+
+
+def test_a_member_of_the_front_whose_model_is_gone_is_named_and_made_again(ladder: Run) -> None:
+    before, member = ladder.front(), top(ladder)
+    shutil.rmtree(ladder / member["model"])
+    with pytest.warns(UserWarning, match=f"{member['model']} is gone: trial {member['trial']} is not shown"):
+        shown = ladder.front()
+    assert [point for point in before if point != member] == [point for point in shown if point in before]
+    assert all((ladder / point["model"]).is_dir() for point in shown)
+    coordinator = start(ladder, ASKED, **LADDER)
+    assert "is gone, so its result.json is of no use: kept as result.json.damaged-1" in coordinator.notes[0]
+    assert [(task.number, task.rung) for task in go_on(coordinator)] == [(member["trial"], member["rung"])]
+    assert ladder.front() == before
+
+
 def test_a_result_of_another_candidate_than_its_task_is_refused(run: Run) -> None:
     of_another_candidate(run.trial("r0-0003") / "result.json")
     coordinator = start(run, ASKED, max_concurrent=1)

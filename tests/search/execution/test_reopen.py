@@ -92,7 +92,7 @@ def test_what_changes_no_result_may_be_edited_and_overridden(run: Run) -> None:
 
 def torn(run: Run) -> None:
     file = run / "search.toml"
-    file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2] + b'"')
+    file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2] + b'\n"')
 
 
 FILES: dict[str, Callable[[Run], Any]] = {
@@ -121,6 +121,23 @@ def test_a_run_of_before_settings_were_kept_goes_on(run: Run) -> None:
     (run / "run.json").write_text(json.dumps(facts))
     assert reopen(run) == load_run_config(run.path)
     check_data(run, reopen(run))
+
+
+def test_a_score_that_the_facts_do_not_name_is_missed_before_any_work(run: Run) -> None:
+    facts = run.metadata()
+    (run / "run.json").write_text(json.dumps({**facts, "scores": {}}))
+    with pytest.raises(UserError, match=r"run.json is damaged: scores does not name the file of nvit") as refused:
+        resume_search(run.path)
+    assert "put the file back from a copy of the run" in str(refused.value)
+
+
+def test_facts_without_settings_do_not_hide_an_edit(run: Run) -> None:
+    edit(run, "qk = 2", "qk = 4")
+    facts = json.loads((run / "run.json").read_text())
+    for settings in ({"settings": None}, {}):
+        (run / "run.json").write_text(json.dumps({**{k: v for k, v in facts.items() if k != "settings"}, **settings}))
+        with pytest.raises(UserError, match=r"run.json is damaged: (settings = None|it has changed since)"):
+            resume_search(run.path)
 
 
 def test_a_latency_table_moves_with_its_run(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def add(run: Run, arch: Arch, trial: int, rung: int, share: float, quality: dict
         has_model=True,
         **quality,
     )
-    run.trial(result.id).mkdir(parents=True)
+    run.model(result).mkdir(parents=True)
     (run.trial(result.id) / "arch.json").write_text(arch.to_json())
     run.write_result(result.id, result=result)
 

@@ -226,11 +226,35 @@ def test_one_candidate_without_a_number_does_not_switch_the_model_off(
     assert sum(abs(p["width"] - 0.3) <= 0.2 for p in points) >= 11
 
 
-def test_values_that_are_no_numbers_fail_a_proposal(tmp_path: Path) -> None:
-    study = Study(tmp_path / "j", SPACE, seed=0)
-    for values in ([math.nan, 1.0], [math.inf, 1.0]):
-        study.tell(study.ask()[0], values)
-    assert [t.state for t in trials(tmp_path / "j")] == [TrialState.FAIL] * 2
+WORST = {"top1": [-math.inf, math.inf], "ppl": [math.inf, math.inf]}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "quality"),
+    [("tpe", "top1"), ("tpe", "ppl"), ("nsga2", "top1"), ("nsga3", "ppl"), ("gp", "top1"), ("random", "top1")],
+)
+def test_candidates_without_a_number_are_the_worst_for_every_sampler(
+    tmp_path: Path, quality: str, sampler: str
+) -> None:
+    """Candidates with many skipped blocks, the cheapest ones, diverge: a sampler that learns keeps away from them."""
+    objectives, number_of = (quality, "macs"), 60 if sampler != "gp" else 18
+    study = Study(tmp_path / "j", SPACE, 0, objectives=objectives, sampler=sampler, trials=number_of)
+    bad = []
+    for number in range(number_of):
+        asked, point = study.ask()
+        bad.append(number < 3 or point["skip"] >= 2)
+        figure = (
+            (math.nan, math.inf)[number % 2]
+            if bad[-1]
+            else {"top1": 90 * point["budget"], "ppl": 9 / point["budget"]}[quality]
+        )
+        macs = int(1000 * point["budget"]) - 100 * int(point["skip"])
+        study.tell(asked, [figure, macs])
+    told = trials(tmp_path / "j")
+    assert [t.number for t in told if t.values == WORST[quality]] == [n for n, one in enumerate(bad) if one]
+    assert {t.state for t in told} == {TrialState.COMPLETE}
+    if sampler in ("tpe", "gp"):
+        assert sum(bad[-number_of // 3 :]) <= number_of // 10  # a half of random ones
 
 
 def test_a_sampler_that_is_none_is_named(tmp_path: Path) -> None:

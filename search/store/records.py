@@ -1,0 +1,191 @@
+"""What the JSON files of a run hold, and how they are read: every field is checked, and a file has its own digest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, model_validator
+
+from prunesweep.models import UserError
+from prunesweep.models.io.provenance import digest
+from prunesweep.training import EvalMetrics
+
+__all__ = ["Ending", "Result", "RunFacts", "Task", "read_json", "read_sealed", "sealed", "task_id"]
+
+EXACT = ConfigDict(strict=True, extra="forbid")
+
+
+def task_id(number: int, rung: int = 0) -> str:
+    """Return the name of a task's folder.
+
+    Args:
+        number: of the candidate.
+        rung: on which it is evaluated.
+    """
+    return f"r{rung}-{number:04d}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work: (rung, candidate). It ends by itself and can be started again at any time."""
+
+    __pydantic_config__: ClassVar = EXACT
+
+    number: NonNegativeInt  # the Optuna trial
+    point: dict[str, float | int | str]  # values of all variables, fixed ones too
+    arch_hash: str
+    key: str  # of the candidate
+    seed: NonNegativeInt
+    rung: NonNegativeInt = 0
+    given: str | None = None  # folder in the run's, of the saved model that it starts from in place of a cut
+
+    @property
+    def id(self) -> str:
+        return task_id(self.number, self.rung)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished unit gave; ``top1`` in percent, after finetuning, and ``zero_shot``, of the model that
+    training began with: cut, and recovered where that is on.
+
+    Of a language model that is the accuracy of the next word, and there is its perplexity after finetuning, ``ppl``.
+    ``loss`` is the mean cross-entropy, ``agreement`` with the source's answers is in percent, ``kl`` the divergence
+    from them; ``images`` is the number of images (words) that all of them are of. The ``zero_shot`` of a search for
+    agreement is an agreement; ``top1`` and ``loss`` are None where there are no labels. Runs of earlier versions lack
+    what was not an objective.
+    """
+
+    __pydantic_config__: ClassVar = EXACT
+
+    trial: NonNegativeInt
+    top1: float | None
+    zero_shot: float
+    macs: PositiveInt
+    params: PositiveInt
+    arch_hash: str
+    point: dict[str, float | int | str]
+    seconds: float
+    key: str = ""
+    rung: NonNegativeInt = 0
+    epochs: NonNegativeInt = 0  # of finetuning, on this rung and those below
+    latency_ms: float | None = None  # predicted
+    has_model: bool = True  # False on a rung that only screens
+    training_seconds: float = 0.0  # of ``seconds``
+    ppl: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    loss: float | None = None
+    images: int | None = None
+    given: str | None = None  # as of the task
+
+    @property
+    def id(self) -> str:
+        return task_id(self.trial, self.rung)
+
+    @property
+    def figures(self) -> EvalMetrics:
+        """The figures of the evaluation."""
+        return EvalMetrics(self.top1, self.ppl, self.agreement, self.kl, loss=self.loss, images=self.images)
+
+
+class Ending(BaseModel):
+    """What ``result.json`` says of a unit that has ended."""
+
+    model_config = EXACT
+
+    state: Literal["finished", "failed"]
+    result: Result | None = None
+    error: str | None = None
+
+    @model_validator(mode="after")
+    def _told(self) -> Self:
+        told = "result" if self.state == "finished" else "error"
+        if getattr(self, told) is None:
+            raise ValueError(f"it has no {told}")
+        return self
+
+
+class SourceFacts(BaseModel):
+    """What ``run.json`` says of the source."""
+
+    model_config = ConfigDict(strict=True)
+
+    macs: PositiveInt
+    params: PositiveInt
+    name: str = ""
+    weights: str = ""
+    top1: float | None = None
+    ppl: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    loss: float | None = None
+    images: int | None = None
+    latency_ms: float | None = None
+
+
+class RunFacts(BaseModel):
+    """What ``run.json`` says; runs of earlier versions have no ``content`` and no ``settings``."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: SourceFacts
+    scores: dict[str, str]  # names of files
+    versions: dict[str, str | None]
+    data: str = ""  # fingerprint
+    content: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of ours. Raises UserError where it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or missing: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is damaged: no JSON object")
+    return data
+
+
+def sealed(data: Mapping[str, Any]) -> str:
+    """``data`` as JSON, with its own digest."""
+    return json.dumps({**data, "digest": digest(data)}, indent=1)
+
+
+def read_sealed(path: Path, form: type) -> dict[str, Any]:
+    """What ``sealed`` wrote, or files of before there were digests.
+
+    Args:
+        path: the file.
+        form: what the object must be; the object itself is returned.
+
+    Raises:
+        UserError: the file is damaged; the message names the field if one is wrong.
+    """
+    data = read_json(path)
+    seal = data.pop("digest", None)
+    try:
+        _adapter(form).validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {_wrong(error.errors()[0])}") from error
+    if seal is not None and seal != digest(data):
+        raise UserError(f"{path} is damaged: it has changed since it was written")
+    return data
+
+
+@cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(form)
+
+
+def _wrong(problem: Any) -> str:
+    name, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"it has no {name}"
+    return f"{name} = {problem['input']!r}: {message}" if name else message
