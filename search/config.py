@@ -27,7 +27,7 @@ from prunesweep.models import UserError
 from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
 from prunesweep.search.space.axes import AXES
-from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO
+from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO, RankBy, Ranking
 from prunesweep.training import Recipe, absolute_name, load_recipe
 from prunesweep.training.data import ClassOrder, read_names
 
@@ -195,6 +195,7 @@ class SearchTable(Table):
 
     trials: Count = 24
     objectives: tuple[str, ...] = TWO
+    rank_by: RankBy = "auto"  # what stands for the objectives' quality where candidates are compared
     sampler: Literal["auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
     rungs: tuple[Natural, ...] = ()
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
@@ -226,7 +227,14 @@ class SearchTable(Table):
             )
         if 0 in self.rungs[1:] or self.rungs == (0,):
             raise ValueError(f"rungs = {list(self.rungs)}: only the first of several may have 0 epochs")
+        if self.rank_by == "loss" and "agreement" in names:
+            raise ValueError("rank_by = 'loss': objectives has agreement, which needs no labels; take 'kl' or 'auto'")
         return self
+
+    @property
+    def ranking(self) -> Ranking:
+        """What candidates are compared by."""
+        return Ranking(self.objectives, self.rank_by)
 
 
 class ResourcesTable(Table):
@@ -331,7 +339,8 @@ follow_axes()
 
 
 RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
-BEFORE = {"search.recover": False}  # what runs did before a key was there; every run's file has all keys
+# what runs did before a key was there; every run's file has all keys
+BEFORE = {"search.recover": False, "search.rank_by": "objective"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:

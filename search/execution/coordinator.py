@@ -22,7 +22,7 @@ from prunesweep.models import Cut, UserError
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space, candidate_key, candidate_names
 from prunesweep.search.space.variables import MODEL
-from prunesweep.search.store.front import QUALITIES, comparable, directions, latest, pareto_front, values
+from prunesweep.search.store.front import QUALITIES, latest
 from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
 
@@ -49,7 +49,7 @@ class Coordinator:
         self, run: Run, study: Study, space: Space, search: SearchTable, *, max_concurrent: int, seed: int
     ) -> None:
         self.run, self.search, self.max_concurrent = run, search, max_concurrent
-        self.space, self._study, self._seed = space, study, seed
+        self.space, self._study, self._seed, self._ranking = space, study, seed, study.ranking
         self._live: dict[str, Task] = {}
         self._decisions: dict[int, Cut] = {}  # of candidates that are to be handed out for the first time
         self._stopping = self._exhausted = False
@@ -85,12 +85,12 @@ class Coordinator:
         asha = MultiObjectiveASHA(
             max(len(self.search.rungs), 1),
             self.search.reduction_factor,
-            directions(objectives),
+            self._ranking.directions,
             bands=[edge * whole for edge in edges],
             banded=objectives.index(cost),
         )
         for r in self.results:
-            asha.add(r.rung, r.trial, comparable(values(r, objectives), objectives))
+            asha.add(r.rung, r.trial, self._ranking.comparable(r))
         for rung, number in [(r.rung, r.trial) for r in self.results] + [place_of(name) for name in self.failures]:
             if rung:
                 asha.promoted(rung, number)
@@ -210,8 +210,7 @@ class Coordinator:
     @property
     def measured(self) -> bool:
         """Whether any result is a finite number in every objective."""
-        objectives = self.search.objectives
-        return any(all(map(math.isfinite, values(r, objectives))) for r in self.results)
+        return any(all(map(math.isfinite, self._ranking.values(r))) for r in self.results)
 
     @property
     def live(self) -> int:
@@ -334,7 +333,7 @@ class Coordinator:
         if result is None:
             self._study.prune(number)
         else:
-            self._study.tell(number, values(result, self.search.objectives))
+            self._study.tell(number, self._ranking.values(result))
 
     def complete(self, task_id: str, *, error: str | None = None) -> None:
         """A unit ended: with the result in its folder; stopped, without one; or by ``error``, its process lost.
@@ -358,8 +357,7 @@ class Coordinator:
             result = Result(**found["result"])
             self.results.append(result)
             self._at[result.trial, result.rung] = result
-            objectives = self.search.objectives
-            self._rungs.add(result.rung, result.trial, comparable(values(result, objectives), objectives))
+            self._rungs.add(result.rung, result.trial, self._ranking.comparable(result))
             self._study.record([result])
             self._models |= {result.id} if result.has_model else set()
             self.front = self._update_front([result])
@@ -385,15 +383,15 @@ class Coordinator:
         if top < 1:
             return set()
         final = [r for r in self.current if r.rung == top and r.has_model]
-        unbeaten = pareto_front(final, self.search.objectives)
-        below = [r for r in self.current if r.rung < top]
+        unbeaten = self._ranking.front(final)
+        below = [r for r in self.current if r.rung < top and r.has_model]
         if self.finished:  # more trials may be asked for later, and then promotions go on
-            below = [r for r in below if r in pareto_front([*unbeaten, r], self.search.objectives)]
+            below = [r for r in below if r in self._ranking.front([*unbeaten, r])]
         return {r.id for r in [*unbeaten, *below]}
 
     def _tell(self, number: int, found: Mapping[str, Any]) -> None:
         if found["state"] == "finished":
-            self._study.tell(number, values(Result(**found["result"]), self.search.objectives))
+            self._study.tell(number, self._ranking.values(Result(**found["result"])))
         else:
             self._study.fail(number)
 

@@ -30,7 +30,7 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import start_points
-from prunesweep.search.store.front import hypervolume, latest, pareto_front, quality_of
+from prunesweep.search.store.front import hypervolume, latest, quality_of
 from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, RunLock, failure_reasons
 from prunesweep.search.store.study import Study
@@ -345,6 +345,8 @@ def _search(
             space.distributions,
             config.seed,
             objectives=config.search.objectives,
+            rank_by=config.search.rank_by,
+            rungs=config.search.rungs,
             sampler=config.search.sampler,
             trials=config.search.trials,
             start=config.search.start,
@@ -448,7 +450,7 @@ def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Ite
         for result in coordinator.results[logged:]:
             logged += 1
             known = latest(coordinator.results[:logged])
-            best = pareto_front([r for r in known if r.has_model], objectives)
+            best = coordinator.search.ranking.front(r for r in known if r.has_model)
             writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
             writer.add_scalar("front_size", len(best), logged)
             quality = quality_of(objectives)

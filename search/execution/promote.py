@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
-from prunesweep.search.store.front import quality_of
 from prunesweep.search.store.run import Run, read_json, task_id
 from prunesweep.training import Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
@@ -51,12 +50,12 @@ class Promoted:
 
 
 def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] = ()) -> list[dict[str, Any]]:
-    """Members of a run's front, by accuracy or by what they may cost.
+    """Members of a run's front, by what the search compared them by (``Ranking``), or by what they may cost.
 
     Args:
         run: with a front.
-        top: the most accurate ones.
-        at: (cost, limit) pairs, a limit of at most 1 being a share of the source's: the most accurate one within each.
+        top: the best ones.
+        at: (cost, limit) pairs, a limit of at most 1 being a share of the source's: the best one within each.
 
     Raises:
         UserError: the front is empty, a cost is unknown, or nothing is within a limit.
@@ -66,13 +65,13 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
         raise UserError(f"{run.path}: the front is empty; search first")
     if top is None and not at:
         return front
-    quality = quality_of(run.objectives)
-    best = sorted(front, key=lambda p: p[quality] if quality == "ppl" else -p[quality])
+    known = {(r.trial, r.rung): run.ranking.goodness(r) for r in run.current()}
+    best = sorted(front, key=lambda p: -known[p["trial"], p["rung"]])
     chosen = best[: top or 0]
     for name, limit in at:
         if name not in COSTS or (name not in front[0]):
-            known = ", ".join(c for c in COSTS if c in front[0])
-            raise UserError(f"--at {name}={limit:g}: this front has {known}")
+            costs = ", ".join(c for c in COSTS if c in front[0])
+            raise UserError(f"--at {name}={limit:g}: this front has {costs}")
         most = limit * source[name] if limit <= 1 else limit
         within = [p for p in best if p[name] <= most]
         if not within:

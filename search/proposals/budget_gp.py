@@ -28,7 +28,17 @@ from .encoder import SearchSpaceEncoder
 from .evaluations import FEW, Evaluations, standardised, thinned
 from .gaussian_process import GaussianProcess, Observations, learn
 
-__all__ = ["CANDIDATE", "EXPLORE", "GOLDEN", "RUNG", "BudgetGPSampler", "log_error", "log_perplexity", "propose"]
+__all__ = [
+    "CANDIDATE",
+    "EXPLORE",
+    "GOLDEN",
+    "RUNG",
+    "BudgetGPSampler",
+    "log_error",
+    "log_nats",
+    "log_perplexity",
+    "propose",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -46,6 +56,11 @@ SUM_WEIGHT = 0.05  # weight of the sum in Knowles' augmented Chebyshev function
 def log_error(top1: Floats) -> Floats:
     """Return -log(max(100 - top1, 0.1)) of accuracies in percent, an (n,) array: the negated log error."""
     return np.asarray(-np.log(np.maximum(100 - top1, 0.1)))
+
+
+def log_nats(nats: Floats) -> Floats:
+    """Return -log(max(x, 1e-4)) of losses or divergences in nats, an (n,) array."""
+    return np.asarray(-np.log(np.maximum(nats, 1e-4)))
 
 
 def log_perplexity(ppl: Floats) -> Floats:

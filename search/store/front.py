@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ __all__ = [
     "OBJECTIVES",
     "QUALITIES",
     "TWO",
+    "RankBy",
+    "Ranking",
     "comparable",
     "directions",
     "hypervolume",
@@ -34,7 +37,10 @@ OBJECTIVES: dict[str, Direction] = {
     "latency_ms": "minimize",
 }
 QUALITIES = ("top1", "ppl", "agreement")
+COSTS = ("macs", "params", "latency_ms")
 TWO = ("top1", "macs")  # default objectives
+RankBy = Literal["auto", "kl", "loss", "objective"]
+MEASURES: dict[str, Direction] = {**OBJECTIVES, "kl": "minimize", "loss": "minimize"}
 P = TypeVar("P")
 
 
@@ -55,7 +61,7 @@ def quality_of(objectives: Sequence[str]) -> str:
 
 def directions(objectives: Sequence[str]) -> list[Direction]:
     """Return the direction of every objective."""
-    return [OBJECTIVES[name] for name in objectives]
+    return [MEASURES[name] for name in objectives]
 
 
 def values(point: Any, objectives: Sequence[str]) -> list[float]:
@@ -113,18 +119,78 @@ def pareto_front(points: Iterable[P], objectives: Sequence[str] = TWO) -> list[P
     Returns:
         The points, ascending in the first objective that is a cost.
     """
+    return _front([(values(point, objectives), point) for point in points], objectives)
+
+
+def _front(points: Iterable[tuple[Sequence[float], P]], objectives: Sequence[str]) -> list[P]:
+    """The points that are not dominated, each given with its values."""
     found: dict[tuple[float, ...], P] = {}
-    for point in points:
-        if all(map(math.isfinite, key := tuple(values(point, objectives)))):
-            found.setdefault(key, point)
+    for key, point in points:
+        if all(map(math.isfinite, key)):
+            found.setdefault(tuple(key), point)
     if not found:
         return []
     losses = as_losses(list(found), directions(objectives))
     best = [
         (key, point) for (key, point), stays in zip(found.items(), pareto.non_dominated(losses), strict=True) if stays
     ]
-    first = next(i for i, name in enumerate(objectives) if name not in QUALITIES)
+    first = next(i for i, name in enumerate(objectives) if name in COSTS)
     return [point for _, point in sorted(best, key=lambda pair: pair[0][first])]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What candidates are compared by: the costs among the objectives, and a measure in place of the quality.
+
+    The loss and the KL divergence from the source are smooth; top-1 on few images mostly is noise.
+
+    Args:
+        objectives: names in ``OBJECTIVES``.
+        rank_by: the measure: "objective", the quality itself; "loss", the mean cross-entropy; "kl"; "auto", the loss of
+            trained candidates and the KL of untrained ones, as of all where the quality is agreement with the source.
+    """
+
+    objectives: tuple[str, ...] = TWO
+    rank_by: RankBy = "objective"
+
+    def names(self, epochs: int) -> tuple[str, ...]:
+        """Return the objectives with the measure of candidates that were trained for so many epochs."""
+        quality = quality_of(self.objectives)
+        measure: str = self.rank_by
+        if self.rank_by == "auto":
+            measure = "loss" if epochs and quality != "agreement" else "kl"
+        return tuple(measure if name == quality and measure != "objective" else name for name in self.objectives)
+
+    @property
+    def directions(self) -> list[Direction]:
+        """The directions of ``values``, the same for all epochs."""
+        return directions(self.names(0))
+
+    def values(self, result: Any) -> list[float]:
+        """Return what a result is compared by; NaN for what was not measured.
+
+        Args:
+            result: anything that has the objectives, ``epochs``, ``kl`` and ``loss`` as attributes.
+        """
+        found = [getattr(result, name) for name in self.names(result.epochs)]
+        return [math.nan if value is None else float(value) for value in found]
+
+    def comparable(self, result: Any) -> tuple[float, ...]:
+        """Return ``values``, in which those that are not finite are infinitely bad."""
+        return comparable(self.values(result), self.names(result.epochs))
+
+    def goodness(self, result: Any) -> float:
+        """Return what a result is compared by besides costs, negated where less is better."""
+        names = self.names(result.epochs)
+        place = self.objectives.index(quality_of(self.objectives))
+        return self.values(result)[place] * (1 if MEASURES[names[place]] == "maximize" else -1)
+
+    def front(self, results: Iterable[P]) -> list[P]:
+        """Return the results that no other one dominates, as ``pareto_front`` does.
+
+        Those of trained and of untrained candidates are on different scales: give one kind.
+        """
+        return _front([(self.values(result), result) for result in results], self.names(0))
 
 
 def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: Sequence[str] = TWO) -> float:

@@ -29,13 +29,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.training import EvalMetrics
 
-from .front import OBJECTIVES, TWO, hypervolume, latest, pareto_front
+from .front import OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
 from .records import Ending, Result, RunFacts, Task, read_json, read_sealed, sealed, task_id
 
 __all__ = [
@@ -226,15 +226,21 @@ class Run:
         }
 
     def search_table(self) -> dict[str, Any]:
-        """``trials``, ``rungs`` and ``objectives`` of the configuration. Raises UserError where it is damaged."""
+        """``trials``, ``rungs``, ``objectives`` and ``rank_by`` of the configuration.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self / "search.toml"
-        found: dict[str, Any] = {"rungs": [], "objectives": list(TWO)}
+        found: dict[str, Any] = {"rungs": [], "objectives": list(TWO), "rank_by": "objective"}  # as of earlier versions
         try:
             found |= tomllib.loads(path.read_text(encoding="utf-8"))["search"]
             if type(found["trials"]) is not int or not all(type(epochs) is int for epochs in found["rungs"]):
                 raise ValueError("search.trials or search.rungs are no numbers")
             if unknown := [name for name in found["objectives"] if name not in OBJECTIVES]:
                 raise ValueError(f"search.objectives has {unknown[0]!r}")
+            if found["rank_by"] not in get_args(RankBy):
+                raise ValueError(f"search.rank_by is {found['rank_by']!r}")
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UserError(
@@ -246,6 +252,11 @@ class Run:
     @cached_property
     def objectives(self) -> tuple[str, ...]:
         return tuple(self.search_table()["objectives"])
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """What candidates are compared by."""
+        return Ranking(self.objectives, self.search_table()["rank_by"])
 
     def unfinished(self) -> Iterator[Task]:
         """Tasks that were handed out and have no result, on any rung; without those whose file is damaged."""
@@ -278,7 +289,7 @@ class Run:
                 "it again",
                 stacklevel=2,
             )
-        return pareto_front([r for r in found if r.has_model and self.model(r).is_dir()], self.objectives)
+        return self.ranking.front(r for r in found if r.has_model and self.model(r).is_dir())
 
     def without_model(self, results: Sequence[Result]) -> list[Result]:
         """Those of some results that ``front.json`` has and whose models are gone; others' are deleted by purpose."""
@@ -308,7 +319,7 @@ class Run:
 
     def front_points(self) -> list[dict[str, Any]]:
         """The points of the front's members, whose models may be gone."""
-        return [r.point for r in pareto_front([r for r in self.current() if r.has_model], self.objectives)]
+        return [r.point for r in self.ranking.front(r for r in self.current() if r.has_model)]
 
     def model(self, result: Result) -> Path:
         """The folder of a result's model."""

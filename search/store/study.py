@@ -1,10 +1,10 @@
 """Keep Optuna's studies of a search on disk. One driver writes them; tasks never open them.
 
 The journal has two studies. ``proposals`` has a trial for every point that the sampler proposed. Its number is the
-candidate's, it is running while the candidate's first task is, and its values are those of the first rung, from which
-Optuna's own samplers learn. ``results`` has a finished trial for every result on every rung, with the result's figures
-as user attributes. It is the study to look at in optuna-dashboard, where its best trials are the front of the search,
-and our own sampler learns from it.
+candidate's, it is running while the candidate's first task is, and its values are what candidates are compared by
+(``Ranking``) on the first rung, from which Optuna's own samplers learn. ``results`` has a finished trial for every
+result on every rung, with the result's figures as user attributes. It is the study to look at in optuna-dashboard,
+where its best trials are the front of the search, and our own sampler learns from it.
 
 There are two studies because a finished trial cannot be changed. If a candidate's trial stayed running until its last
 rung, samplers would learn nothing before the search ends, as promotions are due at any time. If results of higher
@@ -36,10 +36,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from prunesweep.models import UserError
 from prunesweep.models.io.files import publish_file
-from prunesweep.search.proposals.budget_gp import CANDIDATE, RUNG, BudgetGPSampler, log_error, log_perplexity
+from prunesweep.search.proposals.budget_gp import (
+    CANDIDATE,
+    RUNG,
+    BudgetGPSampler,
+    log_error,
+    log_nats,
+    log_perplexity,
+)
 from prunesweep.search.space.variables import MODEL, Params
 
-from .front import QUALITIES, TWO, comparable, directions, latest, values
+from .front import TWO, RankBy, Ranking, comparable, directions, latest, quality_of
 from .run import Result, Task, set_aside
 
 __all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
@@ -48,7 +55,7 @@ PROPOSALS, RESULTS = "proposals", "results"
 OLDER = "r0"  # former name of the study of proposals
 SAMPLERS = ("auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 MANY = 1500  # more trials than this make proposals of TPE too slow
-SCALES = {"top1": log_error, "ppl": log_perplexity, "agreement": log_error}
+SCALES = {"top1": log_error, "ppl": log_perplexity, "agreement": log_error, "kl": log_nats, "loss": log_nats}
 NOTES = {
     PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a "
     "pruned trial was no new candidate. What candidates gave in the end is in the study `results`.",
@@ -121,6 +128,8 @@ class Study:
         distributions: the variables.
         seed: seed of the proposals; Optuna's samplers combine it with the number of existing trials.
         objectives: names, in the order of ``tell``'s values.
+        rank_by: what stands in ``tell``'s values for the quality among them, as for ``Ranking``.
+        rungs: epochs of the rungs; say which measure is shown as the value of a trial.
         sampler: one of ``SAMPLERS``.
         trials: how many proposals are planned.
         start: points to propose first, by variables; those that were proposed already are left out.
@@ -128,6 +137,7 @@ class Study:
 
     Attributes:
         notes: lines for people: what was wrong with the journal, and what was done about it.
+        ranking: what candidates are compared by.
 
     Raises:
         UserError: there is no such sampler.
@@ -140,6 +150,8 @@ class Study:
         seed: int,
         *,
         objectives: Sequence[str] = TWO,
+        rank_by: RankBy = "objective",
+        rungs: Sequence[int] = (),
         sampler: str = "auto",
         trials: int = 0,
         start: Sequence[Params] = (),
@@ -147,7 +159,12 @@ class Study:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._journal, self._seed, self._sampler, self._planned = journal, seed, sampler, trials
-        self._distributions, self._objectives, self._start = dict(distributions), tuple(objectives), start
+        self._distributions, self._start = dict(distributions), start
+        self.ranking = Ranking(tuple(objectives), rank_by)
+        ends = (rungs[0], rungs[-1]) if rungs else (1, 1)
+        self._names = {
+            kind: self.ranking.names(epochs) for kind, epochs in zip((PROPOSALS, RESULTS), ends, strict=True)
+        }
         self._run = journal.absolute().parent.name if name is None else name
         self.notes = _repair(journal)
         try:
@@ -170,8 +187,9 @@ class Study:
         """Open or create proposals and results."""
         storage = JournalStorage(JournalFileBackend(str(journal)))
         names = {study.study_name for study in storage.get_all_studies()}
-        results = _open(storage, RESULTS, RESULTS, self._objectives, self._run)
-        return _open(storage, OLDER if OLDER in names else PROPOSALS, PROPOSALS, self._objectives, self._run), results
+        results = _open(storage, RESULTS, RESULTS, self._names[RESULTS], self._run)
+        stored = OLDER if OLDER in names else PROPOSALS
+        return _open(storage, stored, PROPOSALS, self._names[PROPOSALS], self._run), results
 
     def _queue(self) -> None:
         """Put the points to start from before all others, once."""
@@ -189,13 +207,13 @@ class Study:
             # these keep their random state in memory: after a resume they must not draw the same points again
             state = np.random.SeedSequence([seed, len(self._study.get_trials(deepcopy=False))])
             return make_sampler(name, self._distributions, trials, int(state.generate_state(1)[0]))
-        quality = next(i for i, objective in enumerate(self._objectives) if objective in QUALITIES)
+        quality = self.ranking.objectives.index(quality_of(self.ranking.objectives))
         return BudgetGPSampler(
             self._distributions,
             seed=seed,
             budget="budget",
             quality=quality,
-            scale=SCALES[self._objectives[quality]],
+            scale=SCALES[self._names[RESULTS][quality]],
             results=self._results,
         )
 
@@ -214,7 +232,7 @@ class Study:
 
         Args:
             number: the trial.
-            values: its objectives; where one of them is not finite, the trial is worse than all others.
+            values: ``ranking.values`` of its result; where one is not finite, the trial is worse than all others.
         """
         told = self._told(values)
         trial = self._study.get_trials(deepcopy=False)[number]
@@ -227,7 +245,7 @@ class Study:
     def _told(self, found: Sequence[float]) -> list[float]:
         """What samplers learn from: infinitely bad in every objective, costs too, where one of them is not finite."""
         whole = all(map(math.isfinite, found))
-        return list(found) if whole else list(comparable([math.nan] * len(found), self._objectives))
+        return list(found) if whole else list(comparable([math.nan] * len(found), self._names[PROPOSALS]))
 
     def fail(self, number: int) -> None:
         """Finish a trial as failed, without values."""
@@ -258,7 +276,7 @@ class Study:
             return
         storage = self._results._storage
         optuna.delete_study(study_name=RESULTS, storage=storage)
-        self._results = _open(storage, RESULTS, RESULTS, self._objectives, self._run)
+        self._results = _open(storage, RESULTS, RESULTS, self._names[RESULTS], self._run)
         for result in results:
             self._results.add_trial(self._trial_of(result, replaced=result.id not in current))
 
@@ -287,14 +305,14 @@ class Study:
         if len(proposed) < next_number:
             last = f"ends with trial {len(proposed) - 1}" if proposed else "has no trials"
             return f"{last}, but there are results or folders up to trial {next_number - 1}"
-        ended = {r.trial: self._told(values(r, self._objectives)) for r in results if r.rung == 0}
+        ended = {r.trial: self._told(self.ranking.values(r)) for r in results if r.rung == 0}
         for number, task in tasks.items():
             trial = proposed[number]
             if trial.params != self._own(task.point):
                 return f"has another point as trial {number}"
             if trial.state == TrialState.COMPLETE and trial.values != ended.get(number):
                 return f"has a result of trial {number} that its files do not have"
-        found = {r.id: values(r, self._objectives) for r in results}
+        found = {r.id: self.ranking.values(r) for r in results}
         for trial in self._results.get_trials(deepcopy=False):
             unit = trial.user_attrs.get("unit")
             if unit not in found or trial.values not in (None, found[unit]):
@@ -314,7 +332,7 @@ class Study:
         reason: str,
     ) -> None:
         """Make the proposals again, each under its number; numbers without a task are withdrawn."""
-        ended = {r.trial: self._told(values(r, self._objectives)) for r in results if r.rung == 0}
+        ended = {r.trial: self._told(self.ranking.values(r)) for r in results if r.rung == 0}
         with publish_file(self._journal) as scratch:
             scratch.unlink(missing_ok=True)  # of a driver that died here
             study, _ = self._open(scratch)
@@ -349,7 +367,7 @@ class Study:
 
     def _trial_of(self, result: Result, *, replaced: bool = False) -> FrozenTrial:
         """Return a finished trial with everything that is known about a result; pruned if a later one replaces it."""
-        found = values(result, self._objectives)
+        found = self.ranking.values(result)
         state = TrialState.COMPLETE if result.has_model and not replaced else TrialState.PRUNED
         state = state if all(map(math.isfinite, found)) else TrialState.FAIL
         trial = optuna.trial.create_trial(
@@ -403,17 +421,17 @@ def _attributes(result: Result) -> dict[str, Any]:
     }
 
 
-def _open(storage: BaseStorage, stored: str, kind: str, objectives: Sequence[str], run: str) -> optuna.Study:
+def _open(storage: BaseStorage, stored: str, kind: str, names: Sequence[str], run: str) -> optuna.Study:
     """Open a study of the journal, or create it, with the notes that dashboards show."""
     if stored in {study.study_name for study in storage.get_all_studies()}:
         study = optuna.load_study(study_name=stored, storage=storage)
     else:
-        study = optuna.create_study(study_name=stored, storage=storage, directions=directions(objectives))
+        study = optuna.create_study(study_name=stored, storage=storage, directions=directions(names))
     if study.user_attrs.get("run") == run:
         return study
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names(list(objectives))
+        study.set_metric_names(list(names))
     study.set_user_attr("run", run)
     # optuna-dashboard keeps its notes under these keys
     storage.set_study_system_attr(study._study_id, "dashboard:note_ver", 1)

@@ -7,6 +7,7 @@ import pytest
 
 from prunesweep.models import UserError
 from prunesweep.search.config import load_config, load_run_config, parse_config
+from prunesweep.search.store.run import Run
 from tests.conftest import TINY
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
@@ -90,6 +91,20 @@ def test_a_run_of_an_earlier_version_is_read_with_its_keys(tmp_path: Path, tiny)
     assert load_run_config(tmp_path, ["search.trials=9"]).search.trials == 9
     with pytest.raises(UserError, match="is called search.reduction_factor now"):
         load_run_config(tmp_path, ["search.eta=3"])
+
+
+def test_a_run_from_before_ranking_ranks_by_its_objective(tmp_path: Path, tiny) -> None:
+    text = tiny().to_toml()
+    assert 'rank_by = "auto"\n' in text
+    for kept, expected in ((text, "auto"), (text.replace('rank_by = "auto"\n', ""), "objective")):
+        (tmp_path / "search.toml").write_text(kept)
+        assert load_run_config(tmp_path).search.rank_by == expected
+        assert Run(tmp_path).ranking == load_run_config(tmp_path).search.ranking
+    (tmp_path / "search.toml").write_text(text.replace('"auto"', '"luck"', 1))
+    with pytest.raises(UserError, match="rank_by is 'luck'"):
+        Run(tmp_path).search_table()
+    with pytest.raises(UserError, match="rank_by = 'loss': objectives has agreement"):
+        tiny(search={"objectives": ["agreement", "macs"], "rank_by": "loss"})
 
 
 def test_a_run_from_before_recovery_starts_from_cut_models(tmp_path: Path, tiny) -> None:

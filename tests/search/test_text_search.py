@@ -43,12 +43,18 @@ def config(**source: object) -> SearchConfig:
 def test_a_unit_gives_a_perplexity(runs: Path, tmp_path: Path) -> None:
     settings = config()
     prepared = prepare(settings, runs / "cache", lambda *_: None)
-    assert prepared.ppl == load_provenance(prepared.folder)["ppl"]
+    assert prepared.figures.ppl == load_provenance(prepared.folder)["ppl"]
     assert prepared.arch.text.vocabulary == open_data("pydocs").info.vocabulary
     assert set(Scores.load(prepared.score_files["upvit"]).vectors) >= {"stages.0.embed", "bands.1.tail", "bands.2.tail"}
     run = Run(tmp_path / "run")
     create_run(run, settings, prepared)
-    study = Study(run / "study.journal", prepared.space.distributions, 0, objectives=("ppl", "params"))
+    study = Study(
+        run / "study.journal",
+        prepared.space.distributions,
+        0,
+        objectives=("ppl", "params"),
+        rank_by=settings.search.rank_by,
+    )
     coordinator = Coordinator(run, study, prepared.space, settings.search, max_concurrent=1, seed=0)
     unit = coordinator.next()
     assert unit is not None
@@ -61,7 +67,7 @@ def test_a_unit_gives_a_perplexity(runs: Path, tmp_path: Path) -> None:
     (point,) = json.loads((run / "front.json").read_text())
     assert point["ppl"] == result["ppl"] == load_provenance(run / point["model"])["ppl"]
     assert 0 < run.status()["hypervolume"] < 1
-    assert run.status()["source"]["ppl"] == prepared.ppl
+    assert run.status()["source"]["ppl"] == prepared.figures.ppl
 
 
 @pytest.mark.parametrize(

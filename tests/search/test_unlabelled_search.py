@@ -54,11 +54,17 @@ def test_a_unit_gives_an_agreement(source: Path, tree: str, tmp_path: Path, labe
     data = "digits" if labelled else tree
     settings = config(source, data)
     prepared = prepare(settings, tmp_path / "cache", lambda *_: None)
-    assert prepared.agreement == 100
-    assert (prepared.top1 is None) is not labelled
+    assert prepared.figures.agreement == 100
+    assert (prepared.figures.top1 is None) is not labelled
     run = Run(tmp_path / "run")
     create_run(run, settings, prepared)
-    study = Study(run / "study.journal", prepared.space.distributions, 0, objectives=("agreement", "macs"))
+    study = Study(
+        run / "study.journal",
+        prepared.space.distributions,
+        0,
+        objectives=("agreement", "macs"),
+        rank_by=settings.search.rank_by,
+    )
     coordinator = Coordinator(run, study, prepared.space, settings.search, max_concurrent=1, seed=0)
     unit = coordinator.next()
     assert unit is not None

@@ -16,7 +16,7 @@ from prunesweep.pruners import GROUP_SIZES
 from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
 from prunesweep.search.store.front import hypervolume, latest, pareto_front
-from prunesweep.search.store.run import Result, Run, Task
+from prunesweep.search.store.run import Result, Run, Task, task_id
 from prunesweep.search.store.study import RESULTS, Study
 from tests.search.helpers import make_run, make_space
 from tests.search.store.test_study import die_while_asking, load, trials
@@ -27,7 +27,7 @@ SPACE = make_space()
 def start(
     run: Run, requested: int = 12, max_concurrent: int = 3, seed: int = 0, space: Any = SPACE, **search: Any
 ) -> Coordinator:
-    study = Study(run / "study.journal", space.distributions, seed)
+    study = Study(run / "study.journal", space.distributions, seed, rank_by=search.get("rank_by", "objective"))
     return Coordinator(
         run, study, space, SearchTable(trials=requested, **search), max_concurrent=max_concurrent, seed=seed
     )
@@ -49,6 +49,8 @@ def work(run: Run, unit: Task) -> Result:
         arch_hash=unit.arch_hash,
         point=unit.point,
         seconds=1.0,
+        epochs=1,
+        loss=1 + unit.point["skip"],  # not what its top-1 says
     )
     (run.trial(unit.id) / "model").mkdir(exist_ok=True)
     run.write_result(unit.id, result=result)
@@ -473,3 +475,19 @@ def test_candidates_without_a_number_are_worst_and_end_nothing(tmp_path: Path) -
     journal = (run / "study.journal").read_bytes()
     assert start(run, 18, **LADDER).notes == []
     assert (run / "study.journal").read_bytes() == journal
+
+
+def test_the_front_and_promotions_are_best_by_what_ranks(tmp_path: Path) -> None:
+    """Made-up losses are lowest where nothing is skipped; top-1 mostly follows the budget."""
+    promoted = []
+    for rank_by, badness in (("auto", lambda r: r.loss), ("objective", lambda r: -r.top1)):
+        search = {"rungs": [1, 3], "rank_by": rank_by}
+        run = make_run(tmp_path / rank_by, 12, **search)
+        climb(start(run, 12, max_concurrent=1, **search), run, Random(0), 0.0)
+        current = [(badness(r), r.macs, r) for r in latest(run.results())]
+        unbeaten = {
+            r.id for bad, macs, r in current if not any(b <= bad and m <= macs and o != r for b, m, o in current)
+        }
+        assert {task_id(p["trial"], p["rung"]) for p in run.front()} == unbeaten
+        promoted.append({r.trial for r in run.results() if r.rung == 1})
+    assert promoted[0] != promoted[1]

@@ -31,7 +31,7 @@ def run(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> Run:
     prepared = prepare(config, runs / "cache", lambda *_: None)
     run = Run(tmp_path / "run")
     create_run(run, config, prepared)
-    study = Study(run / "study.journal", prepared.space.distributions, 0)
+    study = Study(run / "study.journal", prepared.space.distributions, 0, rank_by=config.search.rank_by)
     coordinator = Coordinator(run, study, prepared.space, config.search, max_concurrent=1, seed=0)
     while (unit := coordinator.next()) is not None:
         assert run_task(run.path, unit)["state"] == "finished"
@@ -43,7 +43,7 @@ def test_the_best_within_a_limit_is_promoted(run: Run) -> None:
     front, source = run.front(), run.metadata()["source"]
     limit = (front[0]["macs"] + 1) / source["macs"]
     assert [p["trial"] for p in choose(run, at=[("macs", limit)])] == [front[0]["trial"]]
-    assert choose(run, top=1)[0]["top1"] == max(p["top1"] for p in front)
+    assert choose(run, top=1)[0]["loss"] == min(p["loss"] for p in front)  # which candidates are ranked by
     assert choose(run) == front
     for at, message in (
         ([("macs", 1e-6)], "no model costs that little"),

@@ -274,7 +274,7 @@ def test_promoting_and_measuring_take_moved_data(
     space = Space(
         config.space, read_arch(on_folder / "source"), read_scores(on_folder / "scores", on_folder.metadata()["scores"])
     )
-    study = Study(on_folder / "study.journal", space.distributions, 0)
+    study = Study(on_folder / "study.journal", space.distributions, 0, rank_by=config.search.rank_by)
     coordinator = Coordinator(on_folder, study, space, SearchTable(trials=1), max_concurrent=1, seed=0)
     unit = coordinator.next()
     assert unit is not None

@@ -36,7 +36,7 @@ def begin(config: SearchConfig, cache: Path, path: Path) -> tuple[Run, Coordinat
     prepared = prepare(config, cache, nothing)
     run = Run(path)
     create_run(run, config, prepared)
-    study = Study(run / "study.journal", prepared.space.distributions, 0)
+    study = Study(run / "study.journal", prepared.space.distributions, 0, rank_by=config.search.rank_by)
     return run, Coordinator(run, study, prepared.space, config.search, max_concurrent=3, seed=0)
 
 

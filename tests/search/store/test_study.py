@@ -264,3 +264,23 @@ def test_a_sampler_that_is_none_is_named(tmp_path: Path) -> None:
         make_sampler("cma", SPACE, 10, 0)
     with pytest.raises(ValueError, match="'excess' is now called 'budget_gp'; change it in the file"):
         SearchTable.model_validate({"sampler": "excess"})
+
+
+def test_values_are_what_candidates_are_ranked_by(tmp_path: Path) -> None:
+    """Of a ladder that screens first: the divergence of untrained candidates, the loss of trained ones."""
+    journal = tmp_path / "j"
+    study = Study(journal, SPACE, seed=0, rank_by="auto", rungs=(0, 3))
+    screened = result(0, 90.0, 100, kl=0.5, loss=2.0, has_model=False)
+    trained = [
+        result(0, 98.0, 100, rung=1, epochs=3, kl=0.4, loss=0.1),
+        result(1, 99.0, 100, rung=1, epochs=3, kl=0.1, loss=0.2),
+    ]
+    number, _ = study.ask()
+    study.tell(number, study.ranking.values(screened))
+    study.record([screened, *trained])
+    proposals, results = load(journal, PROPOSALS), load(journal, RESULTS)
+    assert (proposals.metric_names, results.metric_names) == (["kl", "macs"], ["loss", "macs"])
+    assert proposals.trials[0].values == [0.5, 100]
+    assert [t.values for t in results.trials] == [[0.5, 100], [0.1, 100], [0.2, 100]]
+    assert [t.user_attrs["unit"] for t in results.best_trials] == ["r1-0000"]
+    assert results.best_trials[0].user_attrs["top1"] == 98.0
