@@ -41,6 +41,7 @@ from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import Moments
 from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, rows_of, solve_shift
 from .source import SourceStatistics, open_source
+from .streams import SourceStreams
 from .widths import Widths, can_project, compressed_arch, narrow_block
 
 __all__ = ["Compression", "compress", "folded"]
@@ -87,7 +88,9 @@ def compress(
     shrinkage = shrinkage_for(small, images, shrinkage) if refit else shrinkage
     given, model = model, widened(with_feature_head(model) if small.feature_head else model)
     found = SourceStatistics.collect(model, images) if statistics is None else statistics
-    work = Compression(folded(model), widths, found, images, units=units, refit=refit, shrinkage=shrinkage)
+    source = folded(model)
+    streams = SourceStreams(source, images)
+    work = Compression(source, widths, found, streams, units=units, refit=refit, shrinkage=shrinkage)
     work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
     return narrowed(work.small, given)
 
@@ -100,7 +103,7 @@ class Compression(Refit):
         widths: of the small model.
         statistics: of the source.
         units: as for ``compress``.
-        inputs, refit, shrinkage, fitted: as for ``Refit``.
+        streams, refit, shrinkage, fitted: as for ``Refit``.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class Compression(Refit):
         model: nn.Module,
         widths: Widths,
         statistics: SourceStatistics,
-        inputs: Sequence[torch.Tensor],
+        streams: SourceStreams,
         *,
         units: Mapping[int, torch.Tensor] | None = None,
         refit: bool = True,
@@ -134,7 +137,7 @@ class Compression(Refit):
         kept = gather(arch, [own.keep for own in widths.blocks], reductions, weights)
         changes = [(records[i], own.mixer, own.tokens) if own.keep else None for i, own in enumerate(widths.blocks)]
         small = self._built(narrow, replaced(arch, changes, kept), model)
-        super().__init__(model, small, reductions, inputs, refit=refit, shrinkage=shrinkage, fitted=fitted)
+        super().__init__(model, small, reductions, streams, refit=refit, shrinkage=shrinkage, fitted=fitted)
         self._project_readers(list(records))
 
     def _reductions(self, model: nn.Module, records: Mapping[int, Block]) -> dict[str, Reduction]:

@@ -20,6 +20,7 @@ from prunesweep.models.precision import narrowed, widened
 from .calibration import images_of, shrinkage_for
 from .refit import SHRINKAGE, Refit
 from .source import open_source
+from .streams import SourceStreams
 
 __all__ = ["recover"]
 
@@ -61,7 +62,8 @@ def recover(
     mode = model.training
     model.eval()
     try:
-        work = Refit(model, small, space_reductions(arch, decision), images, shrinkage=shrinkage)
+        streams = SourceStreams(model, images)
+        work = Refit(model, small, space_reductions(arch, decision), streams, shrinkage=shrinkage)
         work.run([i for i, choice in enumerate(decision.blocks) if choice.keep], progress)
     finally:
         model.train(mode)

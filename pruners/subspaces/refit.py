@@ -19,7 +19,7 @@ it, if nothing else reads that norm: W shift = b in the least squares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,10 @@ from prunesweep.models.families import family_of
 from prunesweep.models.families.views import AttentionView, MlpView, Reader
 from prunesweep.models.reduction import Reduction
 
+from .batches import Batches
 from .normal_equations import NormalEquations
 from .source import to_model
+from .streams import SourceStreams
 
 __all__ = [
     "HEAD_SHRINKAGE",
@@ -50,7 +52,7 @@ __all__ = [
 SHRINKAGE = 1e-3  # 1e-3 to 1e-5 are equal within noise, 1e-2 is 10 to 25 % worse
 HEAD_SHRINKAGE = 1e-2  # one row an image, not one a token
 
-Streams = list[torch.Tensor]
+Streams = Sequence[torch.Tensor]
 Merge = Callable[[Streams], Streams]
 ByBatch = Callable[[int], torch.Tensor]
 
@@ -62,7 +64,7 @@ class Refit:
         model: the source, in evaluation mode.
         small: the small model, in evaluation mode; its weights are what every fit is shrunk towards.
         reductions: of the source's spaces, by which the small model was made.
-        inputs: batches of what the models take.
+        streams: of the source.
         refit: fit at all; without it streams are computed only.
         shrinkage: lambda of the fits, in units of the features' mean variance.
         fitted: fits read the first so many batches; the streams of all others are carried along. All by default.
@@ -73,19 +75,18 @@ class Refit:
         model: nn.Module,
         small: nn.Module,
         reductions: Mapping[str, Reduction],
-        inputs: Sequence[torch.Tensor],
+        streams: SourceStreams,
         *,
         refit: bool = True,
         shrinkage: float = SHRINKAGE,
         fitted: int | None = None,
     ) -> None:
-        self.model, self.small, self.reductions, self.inputs = model, small, reductions, inputs
+        self.model, self.small, self.reductions, self.source = model, small, reductions, streams
         self.refit, self.shrinkage, self.fitted = refit, shrinkage, fitted
         self.arch, self.family = arch_of(model), family_of(arch_of(model))
         self.views, self.small_views = block_views(model, self.arch), block_views(small)
         self.sizes = self.family.spaces(self.arch)
-        self.x: Streams = []
-        self.z: Streams = []
+        self.z: Streams = Batches()
 
     def run(self, kept: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Refit everything.
@@ -99,11 +100,9 @@ class Refit:
         for s, stage in enumerate(self.arch.stages):
             if s:
                 self._enter(s)
-            own = [view.index for view in self.views if view.stage == s]
-            alive = [i for i in own if i in set(kept)]
-            end = own[-1] + 1 if own else 0
-            self.x = self._passed(own[: own.index(alive[0])] if alive else own, self.x)
-            for i, after in zip(alive, [*alive[1:], end], strict=True):
+            alive = [i for i in kept if self.views[i].stage == s]
+            for i, after in zip(alive, [*alive[1:], None], strict=True):
+                self.source.forget(i)
                 self.block(stage, self.small_views[done], self.views[i], after)
                 done += 1
                 if progress:
@@ -112,39 +111,31 @@ class Refit:
 
     # --- parts of the model ---
 
-    def block(self, stage: Stage, own: BlockView, source: BlockView, after: int) -> None:
+    def block(self, stage: Stage, own: BlockView, source: BlockView, after: int | None) -> None:
         """Refit a block, and go on to the stream in front of the next kept one.
 
         Args:
             stage: of the source.
             own: the small model's block.
             source: the source's.
-            after: number in the source of the next kept block of the stage; that behind its last one, if there is none.
+            after: number in the source of the next kept block of the stage; None behind its last one.
         """
         module: Any = own.module
         plan = getattr(module, "token_merge", None)
-        merged: Merge = (lambda s: s) if plan is None else (lambda s: [plan.merge(one) for one in s])
-        middle, following = self.halves(stage, source, self.x)
-        following = self._passed(range(source.index + 1, after), following)
+        merged: Merge = (lambda s: s) if plan is None else (lambda s: Batches(map(plan.merge, s)))
+        x, middle = self.source.front(source.index), self.source.middle(source.index)
+        following = self.source.last(source.stage) if after is None else self.source.front(after)
         target = merged(middle if own.mlp else following)
         z = merged(self.z)
         if own.attention is not None and source.attention is not None:
-            z = self.attention(stage, own.attention, source, merged(self.x), z, target)
+            z = self.attention(stage, own.attention, source, merged(x), z, target)
         elif own.record.conv_kernel:
             z = self._convolution(own, source.stage, z, target)
         elif own.record.norm_residual:
-            z = [one + module.norm1(one) for one in z]
+            z = Batches(one + module.norm1(one) for one in z)
         if own.mlp is not None and source.mlp is not None:
             z = self.mlp(stage, own.mlp, source, merged(middle), z, merged(following))
-        self.z = z if plan is None else [plan.spread(new, old) for new, old in zip(z, self.z, strict=True)]
-        self.x = following
-
-    def halves(self, stage: Stage, source: BlockView, x: Streams) -> tuple[Streams, Streams]:
-        """Compute the source's stream between the halves of a block, and behind it."""
-        middle = x if source.attention is None else [source.attention.after(one, stage.grid) for one in x]
-        if source.mlp is None:
-            return middle, middle
-        return middle, [source.mlp.after(one, stage.grid[0]) for one in middle]
+        self.z = z if plan is None else Batches(plan.spread(new, old) for new, old in zip(z, self.z, strict=True))
 
     def attention(
         self, stage: Stage, own: AttentionView, source: BlockView, x: Streams, z: Streams, target: Streams
@@ -172,7 +163,7 @@ class Refit:
     def write_attention(self, stage: Stage, own: AttentionView, s: int, z: Streams, target: Streams) -> Streams:
         """Fit the output projection of an attention whose readers are done; return the streams behind it."""
         fold_scale(own.scale, own.out.layer)
-        return self._write(own.out.layer, lambda n: own.mixed(z[n], stage.grid), z, target, s)
+        return self._write(own.out.layer, Batches(own.mixed(one, stage.grid) for one in z), z, target, s)
 
     def mlp(self, stage: Stage, own: MlpView, source: BlockView, m: Streams, z: Streams, target: Streams) -> Streams:
         """Refit a block's MLP; arguments and result as for ``attention``, ``m`` the source's streams in front of it."""
@@ -181,7 +172,8 @@ class Refit:
         for reader, wanted in zip(own.readers(), source.mlp.readers(), strict=True):
             self.read(reader, outputs_of(wanted, m), z, f"{source.name}.{wanted.name}", single=True)
         fold_scale(own.scale, own.out.layer)
-        return self._write(own.out.layer, lambda n: own.hidden(own.norm(z[n]), rows), z, target, source.stage)
+        hidden = Batches(own.hidden(own.norm(one), rows) for one in z)
+        return self._write(own.out.layer, hidden, z, target, source.stage)
 
     def _convolution(self, own: BlockView, s: int, z: Streams, target: Streams) -> Streams:
         """Refit the 1x1 layer behind the convolution; prefix tokens have no place on the grid."""
@@ -190,56 +182,63 @@ class Refit:
         rows, columns = attn.grid
         layer, scale = attn.bconv[3], getattr(module, "ls1", nn.Identity())
         fold_scale(scale, layer)
-        tokens = [module.norm1(one).flatten(1, -2) for one in z]
-        inside = [rearrange(one[:, prefix:], "b (h w) d -> b d h w", h=rows, w=columns) for one in tokens]
-        norm, maps = attn.bconv[1], torch.cat([attn.bconv[0](one) for one in inside[: self.fitted]])
-        norm.running_mean.copy_(maps.mean((0, 2, 3)))
-        norm.running_var.copy_(maps.var((0, 2, 3)))
+        tokens = Batches(module.norm1(one).flatten(1, -2) for one in z)
+
+        def inside(n: int) -> torch.Tensor:
+            return rearrange(tokens[n][:, prefix:], "b (h w) d -> b d h w", h=rows, w=columns)
+
+        self._set_batch_norm(attn.bconv[1], (attn.bconv[0](inside(n)) for n in range(len(z))[: self.fitted]))
         if self.refit:
             self._fit(
                 layer,
-                lambda n: attn.bconv[:3](inside[n]).flatten(2).mT,
+                lambda n: attn.bconv[:3](inside(n)).flatten(2).mT,
                 lambda n: (self.reduced(s, target[n]) - z[n]).flatten(1, -2)[:, prefix:],
                 len(z),
             )
-        return [one + scale(attn(normed)).view_as(one) for one, normed in zip(z, tokens, strict=True)]
+        return Batches(one + scale(attn(normed)).view_as(one) for one, normed in zip(z, tokens, strict=True))
+
+    def _set_batch_norm(self, norm: nn.Module, maps: Iterable[torch.Tensor]) -> None:
+        """Set the statistics of a BatchNorm to those of all maps (B, C, rows, columns)."""
+        running = norm.get_buffer("running_mean")
+        count, total = 0, torch.zeros_like(running, dtype=torch.float64)
+        square = total.clone()
+        for one in maps:
+            wide = one.double().transpose(0, 1).flatten(1)
+            count, total, square = count + wide.shape[1], total + wide.sum(1), square + wide.square().sum(1)
+        mean = total / count
+        running.copy_(mean)
+        norm.get_buffer("running_var").copy_((square - count * mean**2) / (count - 1))
 
     def _stem(self) -> None:
-        batches = [to_model(self.model, batch) for batch in self.inputs]
-        self.x = [self.family.stem(self.model, batch) for batch in batches]
-        norm = self.family.stem_norm(self.small)
+        def streams() -> Batches:
+            return Batches(self.family.stem(self.small, to_model(self.model, batch)) for batch in self.source.inputs)
+
+        self.z, norm = streams(), self.family.stem_norm(self.small)
         if norm is not None:
-            self._rescale(norm, [self.family.stem(self.small, batch) for batch in batches], 0)
-        self.z = [self.family.stem(self.small, batch) for batch in batches]
+            self._rescale(norm, self.z, 0)
+            self.z = streams()
 
     def _enter(self, s: int) -> None:
         """Refit the entrance of a stage other than the first."""
         wanted = self.family.entrance(self.model, self.arch, s)
         own = self.family.entrance(self.small, self.arch, s)
-        self.read(own.reader, outputs_of(wanted.reader, self.x), self.z, wanted.reader.name, single=True)
-        self.x = [wanted.run(x) for x in self.x]
+        x = self.source.last(s - 1)
+        self.read(own.reader, outputs_of(wanted.reader, x), self.z, wanted.reader.name, single=True)
         if own.norm is not None:
-            self._rescale(own.norm, [own.run(z) for z in self.z], s)
-        self.z = [own.run(z) for z in self.z]
+            self._rescale(own.norm, Batches(map(own.run, self.z)), s)
+        self.z = Batches(map(own.run, self.z))
 
     def _heads(self) -> None:
-        wanted = self.family.heads(self.model, self.arch)
+        wanted, x = self.family.heads(self.model, self.arch), self.source.last(len(self.arch.stages) - 1)
         for reader, target in zip(self.family.heads(self.small, self.arch), wanted, strict=True):
             self.read(
                 reader,
-                outputs_of(target, self.x),
+                outputs_of(target, x),
                 self.z,
                 target.name,
                 single=False,
                 shrinkage=HEAD_SHRINKAGE,
             )
-
-    def _passed(self, blocks: Sequence[int], x: Streams) -> Streams:
-        """Carry the source's streams through blocks that the small model lacks."""
-        for i in blocks:
-            view = self.views[i]
-            x = [self.family.run_block(self.arch, self.arch.stages[view.stage], view.module, one) for one in x]
-        return x
 
     # --- fits ---
 
@@ -291,11 +290,11 @@ class Refit:
                 shrinkage=shrinkage,
             )
 
-    def _write(self, layer: nn.Module, features: ByBatch, z: Streams, target: Streams, s: int) -> Streams:
+    def _write(self, layer: nn.Module, features: Streams, z: Streams, target: Streams, s: int) -> Streams:
         """Fit a writer to the difference between the streams of source and small model, and add its output."""
         if self.refit:
-            self._fit(layer, features, lambda n: self.reduced(s, target[n]) - z[n], len(z))
-        return [one + layer(features(n)) for n, one in enumerate(z)]
+            self._fit(layer, features.__getitem__, lambda n: self.reduced(s, target[n]) - z[n], len(z))
+        return Batches(one + layer(own) for one, own in zip(z, features, strict=True))
 
     def _fit(
         self,
@@ -355,14 +354,23 @@ class Refit:
         """Refit gain and bias of a norm that writes the stream of stage ``s``, channel by channel."""
         if not self.refit or f"stages.{s}.embed" not in self.reductions:
             return
-        pairs = zip(z[: self.fitted], self.x[: self.fitted], strict=True)
-        own, wanted = zip(*((a.flatten(0, -2), self.reduced(s, b).flatten(0, -2)) for a, b in pairs), strict=True)
-        a, b = torch.cat(own).double(), torch.cat(wanted).double()
-        spread = (a - a.mean(0)).square().mean(0)
-        factor = 1 + ((a - a.mean(0)) * (b - a)).mean(0) / (spread * (1 + self.shrinkage)).clamp_min(1e-12)
+        x = self.source.entry(s)
+
+        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for n in range(len(z))[: self.fitted]:
+                yield z[n].flatten(0, -2).double(), self.reduced(s, x[n]).flatten(0, -2).double()
+
         weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
+        rows, zero = 0, torch.zeros_like(bias, dtype=torch.float64)
+        own, wanted, spread, shared = zero, zero, zero, zero
+        for a, b in pairs():
+            rows, own, wanted = rows + len(a), own + a.sum(0), wanted + b.sum(0)
+        own, wanted = own / rows, wanted / rows
+        for a, b in pairs():
+            spread, shared = spread + (a - own).square().sum(0), shared + ((a - own) * (b - a)).sum(0)
+        factor = 1 + shared / rows / (spread / rows * (1 + self.shrinkage)).clamp_min(1e-12)
         weight.mul_(factor.to(weight))
-        bias.copy_((bias.double() * factor + b.mean(0) - factor * a.mean(0)).to(bias))
+        bias.copy_((bias.double() * factor + wanted - factor * own).to(bias))
 
 
 def outputs_of(reader: Reader, streams: Streams) -> ByBatch:

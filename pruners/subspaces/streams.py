@@ -1,0 +1,105 @@
+"""A source's residual stream, half a block after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from prunesweep.models import Arch, BlockView, arch_of, block_views
+from prunesweep.models.families import family_of
+
+from .batches import IN_MEMORY, Batches
+from .source import to_model
+
+__all__ = ["SourceStreams", "Step", "steps"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What leads from one stream to the next: half a block, or the entrance of a stage other than the first.
+
+    Args:
+        run: computes the next stream from this one, (B, ..., D).
+        stage: number of the stage of the next stream.
+        half: ``attention`` or ``mlp``; None for an entrance.
+        view: the block; None for an entrance.
+    """
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    stage: int
+    half: str | None = None
+    view: BlockView | None = None
+
+
+def steps(model: nn.Module, arch: Arch) -> Iterator[Step]:
+    """List all steps of a model, from its first stream to its last."""
+    views = block_views(model, arch)
+    for s, stage in enumerate(arch.stages):
+        if s:
+            yield Step(family_of(arch).entrance(model, arch, s).run, s)
+        for view in (view for view in views if view.stage == s):
+            if view.attention is not None:
+                yield Step(partial(view.attention.after, grid=stage.grid), s, "attention", view)
+            if view.mlp is not None:
+                yield Step(partial(view.mlp.after, rows=stage.grid[0]), s, "mlp", view)
+
+
+class SourceStreams:
+    """The streams of a source on calibration images, each computed when it is asked for, from the one before.
+
+    Args:
+        model: the source, in evaluation mode.
+        inputs: batches of what it takes.
+        keep: keep all of them, for other models of the same source; otherwise those in front of the block that is
+            worked on are forgotten.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[torch.Tensor], *, keep: bool = False) -> None:
+        self.model, self.inputs, self.keep = model, inputs, keep
+        self.arch = arch_of(model)
+        self.views = block_views(model, self.arch)
+        self._steps = list(steps(model, self.arch))
+        self._found: dict[int, Batches] = {}  # by number of steps
+
+    def entry(self, stage: int) -> Batches:
+        """Return the first stream of a stage."""
+        return self._after(sum(step.stage < stage or (step.stage == stage and not step.view) for step in self._steps))
+
+    def last(self, stage: int) -> Batches:
+        """Return the last stream of a stage."""
+        return self._after(sum(step.stage <= stage for step in self._steps))
+
+    def front(self, block: int) -> Batches:
+        """Return the stream in front of a block."""
+        return self._after(self._in_front(block))
+
+    def middle(self, block: int) -> Batches:
+        """Return the stream between the halves of a block; that in front of it, where it has no attention."""
+        return self._after(self._in_front(block) + (self.views[block].attention is not None))
+
+    def forget(self, block: int) -> None:
+        """Let go of the streams in front of a block, unless they are kept."""
+        if not self.keep:
+            self._found = {n: own for n, own in self._found.items() if n >= self._in_front(block)}
+
+    def _in_front(self, block: int) -> int:
+        stage = self.views[block].stage
+        return sum(step.stage <= stage and (not step.view or step.view.index < block) for step in self._steps)
+
+    def _after(self, count: int) -> Batches:
+        have = max((n for n in self._found if n <= count), default=0)
+        if not have and have not in self._found:
+            stem = family_of(self.arch).stem
+            self._found[0] = self._stored(stem(self.model, to_model(self.model, batch)) for batch in self.inputs)
+        for n in range(have, count):
+            self._found[n + 1] = self._stored(map(self._steps[n].run, self._found[n]))
+            if not self.keep and n > have:  # of blocks that are passed
+                del self._found[n]
+        return self._found[count]
+
+    def _stored(self, stream: Iterable[torch.Tensor]) -> Batches:
+        return Batches(stream, limit=IN_MEMORY - sum(own.in_memory for own in self._found.values()))
