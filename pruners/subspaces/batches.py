@@ -9,9 +9,7 @@ from typing import IO, Any, NamedTuple, overload
 
 import torch
 
-__all__ = ["IN_MEMORY", "Batches"]
-
-IN_MEMORY = 32 * 2**20  # bytes that one of them keeps in memory, at most
+__all__ = ["Batches"]
 
 
 class _Written(NamedTuple):
@@ -37,13 +35,15 @@ class Batches(Sequence[torch.Tensor]):
 
     Args:
         tensors: one per batch; taken one after the other, so they may be computed as they are asked for.
-        limit: bytes that stay in memory.
+        limit: bytes that stay in memory; ``IN_MEMORY`` by default.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor] = (), limit: int = IN_MEMORY) -> None:
+    IN_MEMORY = 32 * 2**20
+
+    def __init__(self, tensors: Iterable[torch.Tensor] = (), limit: int | None = None) -> None:
         self._items: list[torch.Tensor | _Written] = []
         self._file: IO[bytes] | None = None
-        self.limit, self.in_memory = limit, 0
+        self.limit, self.in_memory = self.IN_MEMORY if limit is None else limit, 0
         for tensor in tensors:
             self.append(tensor)
 
@@ -56,8 +56,13 @@ class Batches(Sequence[torch.Tensor]):
         self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (as long as a tensor lies in it)
         begin = self._file.seek(0, os.SEEK_END)
         flat = tensor.detach().cpu().contiguous().flatten()
-        self._file.write(flat.view(torch.uint8).numpy())
+        self._file.write(flat.view(torch.uint8).numpy().data)
         self._items.append(_Written(self._file, begin, torch.empty_like(tensor, device="meta"), tensor.device))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length of every tensor along its first axis."""
+        return [len(item.like if isinstance(item, _Written) else item) for item in self._items]
 
     def __len__(self) -> int:
         return len(self._items)

@@ -12,23 +12,24 @@ With C the covariance of what the layer reads, W its weight, and P what takes C'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, BlockView, block_views
+from prunesweep.models import Arch, BlockView
 from prunesweep.models.arch import Stage
 from prunesweep.models.families import family_of
 from prunesweep.models.families.views import AttentionView, MlpView
 
+from .batches import Batches
 from .compression import Compression, folded
 from .maps import query_key_maps, value_map
-from .refit import SHRINKAGE
+from .refit import SHRINKAGE, Streams
 from .sensitivity import Sensitivity
 from .source import SourceStatistics, open_source, to_model
+from .streams import SourceStreams, steps
 from .units import moments, unit_order
 from .widths import BlockWidths, Widths, can_project
 
@@ -79,7 +80,7 @@ def measure_losses(
         statistics: of the source.
         align: widths are multiples of it.
         shrinkage: lambda of the fits.
-        progress: told of blocks done and of all.
+        progress: told of halves of blocks done and of all.
     """
     return _Losses(folded(model), open_source(model), fit, held_out, statistics, align, shrinkage).run(progress)
 
@@ -102,30 +103,27 @@ class _Losses:
         self.family, self.fitted = family_of(arch), len(fit)
         self.sensitivity = Sensitivity(model, held_out)
         batches = [*fit, *self.sensitivity.batches]
-        self.x = [self.family.stem(model, to_model(model, batch)) for batch in batches]
+        self.x = Batches(self.family.stem(model, to_model(model, batch)) for batch in batches)
         self.losses: dict[Choice, dict[int, float]] = {}
         self.units: dict[int, torch.Tensor] = {}
 
     def run(self, progress: Callable[[int, int], None] | None) -> BlockLosses:
-        for view in block_views(self.model, self.arch):
-            stage = self.arch.stages[view.stage]
-            if view.stage and view.record is stage.blocks[0]:
-                entrance = self.family.entrance(self.model, self.arch, view.stage)
-                self.x = [entrance.run(x) for x in self.x]
-            if view.attention is not None:
-                self._attention(view, view.attention, stage)
-                self.x = [view.attention.after(x, stage.grid) for x in self.x]
-            if view.mlp is not None:
-                self._mlp(view.index, view.mlp, stage.grid[0])
-                self.x = [view.mlp.after(x, stage.grid[0]) for x in self.x]
+        walk = list(steps(self.model, self.arch))
+        for done, step in enumerate(walk):
+            stage = self.arch.stages[step.stage]
+            if step.view is not None and step.attention is not None:
+                self._attention(step.view, step.attention, stage)
+            if step.view is not None and step.mlp is not None:
+                self._mlp(step.view.index, step.mlp, stage.grid[0])
+            self.x = Batches(map(step.run, self.x))
             if progress:
-                progress(view.index + 1, self.arch.depth)
+                progress(done + 1, len(walk))
         return BlockLosses(self.losses, self.units)
 
     def _attention(self, view: BlockView, attention: AttentionView, stage: Stage) -> None:
         i, record = view.index, view.record
         weight = attention.out.weight.double()
-        whole = [attention.mixed(x, stage.grid) for x in self._held()]
+        whole = Batches(attention.mixed(x, stage.grid) for x in self._held())
         if isinstance(record.v, int):
             # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
             covariance, mean = moments(attention.mixed(x, stage.grid).double() for x in self._rows(record.total_v))
@@ -135,16 +133,16 @@ class _Losses:
                 down, columns = self._values(record.heads, record.v, covariance, weight, rank)
                 fitted = self._refitted(columns, down @ covariance @ down.T, (down @ reached).T)
                 change = fitted @ down - weight
-                own[rank] = self._loss(i, "attention", [_apply(change, one, mean) for one in whole])
+                own[rank] = self._loss(i, "attention", (_apply(change, one, mean) for one in whole))
         if can_project(self.arch, f"blocks.{i}.q"):
             self._queries(view, attention, stage, whole)
         if record.sr:
             own = self._choice(i, "sr", record.sr)
-            middle = [x + attention.out(one) for x, one in zip(self._held(), whole, strict=True)]
+            middle = Batches(x + attention.out(one) for x, one in zip(self._held(), whole, strict=True))
             for width in levels(record.sr, self.align)[1:]:
                 own[width] = self._loss(i, "attention", self._reduced(view, stage, width, middle))
 
-    def _queries(self, view: BlockView, attention: AttentionView, stage: Stage, whole: list[torch.Tensor]) -> None:
+    def _queries(self, view: BlockView, attention: AttentionView, stage: Stage, whole: Streams) -> None:
         i, record, weight = view.index, view.record, attention.out.weight.double()
         queries, keys = self.statistics.heads[i].to(weight.device)
         fit = list(self._rows(record.total_v))
@@ -163,31 +161,34 @@ class _Losses:
             fitted = self._refitted(weight, joint[:V, :V], weight @ joint[V:, :V])
             change = torch.cat([fitted, -weight], 1)
             pairs = zip(narrow[len(fit) :], whole, strict=True)
-            own[rank] = self._loss(i, "attention", [_apply(change, torch.cat(pair, -1), mean) for pair in pairs])
+            own[rank] = self._loss(i, "attention", (_apply(change, torch.cat(pair, -1), mean) for pair in pairs))
 
     def _mlp(self, i: int, mlp: MlpView, rows: int) -> None:
         weight = mlp.out.weight.double()
         units = weight.shape[1]
         covariance, mean = moments(mlp.hidden(mlp.norm(x), rows) for x in self._rows(units))
         self.units[i] = order = unit_order(covariance, weight)
-        hidden = [mlp.hidden(mlp.norm(x), rows) for x in self._held()]
+        hidden = Batches(mlp.hidden(mlp.norm(x), rows) for x in self._held())
         own = self._choice(i, "mlp", units)
         for width in levels(units, self.align)[1:]:
             kept = order[:width]
             fitted = self._refitted(weight[:, kept], covariance[kept][:, kept], weight @ covariance[:, kept])
             change = -weight
             change[:, kept] += fitted
-            own[width] = self._loss(i, "mlp", [_apply(change, one, mean) for one in hidden])
+            own[width] = self._loss(i, "mlp", (_apply(change, one, mean) for one in hidden))
 
-    def _reduced(self, view: BlockView, stage: Stage, width: int, middle: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _reduced(self, view: BlockView, stage: Stage, width: int, middle: Streams) -> Iterator[torch.Tensor]:
         """Compute what a narrower reduced map changes of the held-out streams."""
         blocks = [BlockWidths(sr=width) if n == view.index else BlockWidths() for n in range(self.arch.depth)]
         widths = Widths(blocks=tuple(blocks))
-        work = Compression(self.model, widths, self.statistics, (), shrinkage=self.shrinkage, fitted=self.fitted)
-        small: Any = work.small_views[view.index].attention
-        target, _ = work.halves(stage, view, self.x)
+        streams = SourceStreams(self.model, ())  # none is asked for
+        work = Compression(self.model, widths, self.statistics, streams, shrinkage=self.shrinkage, fitted=self.fitted)
+        small, whole = work.small_views[view.index].attention, view.attention
+        assert small is not None
+        assert whole is not None
+        target = Batches(whole.after(x, stage.grid) for x in self.x)
         found = work.attention(stage, small, view, self.x, self.x, target)[self.fitted :]
-        return [z - one for z, one in zip(found, middle, strict=True)]
+        return (z - one for z, one in zip(found, middle, strict=True))
 
     def _values(
         self, heads: int, full: int, covariance: torch.Tensor, weight: torch.Tensor, rank: int
@@ -219,10 +220,10 @@ class _Losses:
     def _choice(self, i: int, space: str, full: int) -> dict[int, float]:
         return self.losses.setdefault((i, space), {full: 0.0})
 
-    def _loss(self, i: int, half: str, changes: Sequence[torch.Tensor]) -> float:
+    def _loss(self, i: int, half: str, changes: Iterable[torch.Tensor]) -> float:
         return self.sensitivity.loss(i, half, changes)
 
-    def _held(self) -> list[torch.Tensor]:
+    def _held(self) -> Streams:
         return self.x[self.fitted :]
 
     def _rows(self, features: int) -> Iterator[torch.Tensor]:

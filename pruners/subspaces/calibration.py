@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from prunesweep.models import Arch, UserError
+
+from .batches import Batches
 
 __all__ = ["check_features", "check_source", "hold_out", "images_of", "shrinkage_for"]
 
@@ -20,8 +24,11 @@ UNTRAINED, ENOUGH = 0.01, 8  # of log K: what an answer says about the image, in
 CONSTANT = 1e-4  # of the features' squared length: their variance
 
 
-def images_of(batches: Any, arch: Arch) -> list[torch.Tensor]:
+def images_of(batches: Any, arch: Arch) -> Batches:
     """Return calibration images in batches of at most ``BATCH``; labels that come with them are not read.
+
+    Images that are in memory already stay there; of those that a loader gives, most are written to a temporary file.
+    What has been checked is returned as it is.
 
     Args:
         batches: one tensor (B, C, rows, columns); or a list, a loader or a data set of such tensors, of single images
@@ -33,8 +40,11 @@ def images_of(batches: Any, arch: Arch) -> list[torch.Tensor]:
             number of channels than the model's, not in floating point, or has a value that is not finite; or a batch is
             no tensor.
     """
-    found = list(_tensors(batches, arch))
-    count = sum(map(len, found))
+    if isinstance(batches, Batches):
+        return batches
+    in_memory = isinstance(batches, (torch.Tensor, list, tuple))
+    found = Batches(_tensors(batches, arch), limit=sys.maxsize if in_memory else None)
+    count = sum(found.lengths)
     if count < 2:
         raise UserError(f"{count} calibration images: give at least 2, better 256 or more")
     if arch.text is None:
@@ -61,7 +71,11 @@ def _tensors(batches: Any, arch: Arch) -> Iterator[torch.Tensor]:
             single.append(images)
         else:
             yield from torch.split(images, BATCH)
-    yield from (torch.stack(single[i : i + BATCH]) for i in range(0, len(single), BATCH))
+        if len(single) == BATCH:
+            yield torch.stack(single)
+            single = []
+    if single:
+        yield torch.stack(single)
 
 
 def _iterated(batches: Any) -> Iterator[Any]:
@@ -88,7 +102,7 @@ def _check_form(images: torch.Tensor, number: int, arch: Arch) -> None:
         )
 
 
-def _check_values(found: Sequence[torch.Tensor], count: int) -> None:
+def _check_values(found: Batches, count: int) -> None:
     if not all(bool(torch.isfinite(images).all()) for images in found):
         raise UserError("a calibration image has a value that is not finite")
     first = found[0][:1]
@@ -98,7 +112,7 @@ def _check_values(found: Sequence[torch.Tensor], count: int) -> None:
         raise UserError(f"each of the {count} calibration images is of one colour: nothing can be computed from them")
 
 
-def hold_out(images: Sequence[torch.Tensor], share: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def hold_out(images: Batches, share: float) -> tuple[Batches, Batches]:
     """Split batches of images in two; the last ones are held out, at least one.
 
     Args:
@@ -108,18 +122,17 @@ def hold_out(images: Sequence[torch.Tensor], share: float) -> tuple[list[torch.T
     Returns:
         The others, and those that are held out.
     """
-    count = sum(map(len, images))
+    count = sum(images.lengths)
     left = count - min(max(1, round(share * count)), count - 1)
-    fit, held_out = list[torch.Tensor](), list[torch.Tensor]()
-    for batch in images:
-        own = min(left, len(batch))
-        left -= own
-        fit += [batch[:own]] if own else []
-        held_out += [batch[own:]] if own < len(batch) else []
-    return fit, held_out
+    whole = sum(end <= left for end in accumulate(images.lengths))  # batches
+    left -= sum(images.lengths[:whole])
+    if not left:
+        return images[:whole], images[whole:]
+    split = images[whole]
+    return images[:whole] + Batches([split[:left]]), Batches([split[left:]]) + images[whole + 1 :]
 
 
-def shrinkage_for(arch: Arch, images: Sequence[torch.Tensor], shrinkage: float) -> float:
+def shrinkage_for(arch: Arch, images: Batches, shrinkage: float) -> float:
     """Return the lambda of the fits; it is raised, with a warning, where a layer has more features than token rows.
 
     Args:
@@ -127,7 +140,7 @@ def shrinkage_for(arch: Arch, images: Sequence[torch.Tensor], shrinkage: float) 
         images: batches that it is fitted on.
         shrinkage: lambda where there are rows enough.
     """
-    count = sum(map(len, images))
+    count = sum(images.lengths)
     tokens, features = max(
         (
             (arch.prefix_tokens + math.prod(stage.grid), max(stage.width, block.mlp, block.total_v))

@@ -17,6 +17,7 @@ from prunesweep.pruners.measures import MACS, PARAMS, Measure
 from prunesweep.pruners.reached import suggestion
 
 from .allocation import allocate
+from .batches import Batches
 from .block_losses import measure_losses
 from .calibration import check_features, check_source, hold_out, images_of, shrinkage_for
 from .compression import compress
@@ -98,7 +99,7 @@ def instant(
             hint = f"; {meant} Divide it by the {measure.name} of the source" if meant else ""
             raise UserError(f"budget {budget:g}: must be a share of the source's {measure.name}, in (0, 1]{hint}")
     fit, held_out = hold_out(images_of(batches, arch_of(model)), HELD_OUT)
-    if sum(map(len, fit)) < 2:
+    if sum(fit.lengths) < 2:
         raise UserError("2 calibration images: give at least 3, of which one is held out; better 256 or more")
     mode = model.training
     model.eval()
@@ -127,8 +128,8 @@ class _Front:
     def __init__(
         self,
         model: nn.Module,
-        fit: list[torch.Tensor],
-        held_out: list[torch.Tensor],
+        fit: Batches,
+        held_out: Batches,
         objective: Measure,
         align: int,
         progress: Callable[[str, int, int], None],
@@ -153,8 +154,8 @@ class _Front:
             progress=lambda done, total: progress("narrowing block by block", done, total),
         )
         per_image = self.statistics.rows / self.statistics.images
-        seen = [0, *accumulate(len(batch) * per_image for batch in fit)]
-        self.scouted = [batch for batch, before in zip(fit, seen, strict=False) if before < SCOUT_ROWS]
+        seen = [0, *accumulate(images * per_image for images in fit.lengths[:-1])]
+        self.scouted = fit[: sum(before < SCOUT_ROWS for before in seen)]
         full = tuple(stage.width for stage in self.arch.stages)
         rounded = [tuple(min(width, round(width * share / align) * align) for width in full) for share in STREAM]
         narrower = {widths for widths in rounded if min(widths) >= 2}
@@ -214,7 +215,7 @@ class _Front:
         return _Scout(widths, logit_error(self.wanted, got), figures)
 
     def _point(self, budget: float, chosen: _Scout) -> Point:
-        small = self._compressed(chosen.widths, [*self.fit, *self.held_out])
+        small = self._compressed(chosen.widths, self.fit + self.held_out)
         return Point(
             budget=budget,
             share=self.objective(arch_of(small)) / self.whole,
@@ -224,7 +225,7 @@ class _Front:
             **chosen.figures,
         )
 
-    def _compressed(self, widths: Widths, batches: Sequence[torch.Tensor]) -> nn.Module:
+    def _compressed(self, widths: Widths, batches: Batches) -> nn.Module:
         return compress(
             self.model,
             widths,

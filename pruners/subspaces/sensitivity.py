@@ -10,21 +10,22 @@ example this ranks 191 narrowed spaces as true forward passes do (Spearman's cor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from prunesweep.models import arch_of, block_views
+from prunesweep.models import arch_of
 from prunesweep.models.families import family_of
 
+from .batches import Batches
 from .source import to_model
+from .streams import Half, steps
 
 __all__ = ["Sensitivity", "logit_error"]
 
 PROBES = 2  # draws of signs per image
-MEMORY = 512 * 2**20  # bytes of gradients that are kept, at most, beyond the first batch
-Half = tuple[int, str]  # number of a block, and "attention" or "mlp"
+KEPT = 512 * 2**20  # bytes of gradients, at most, beyond the first batch
 
 
 def logit_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -43,25 +44,28 @@ class Sensitivity:
 
     Args:
         model: the source, in evaluation mode.
-        batches: images (B, C, rows, columns) or texts (B, T); the first ones are read, as many as memory allows.
+        batches: images (B, C, rows, columns) or texts (B, T); the first ones are read, up to ``KEPT``.
         seed: of the signs.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor], seed: int = 0) -> None:
         self.model, self.arch = model, arch_of(model)
-        self.views = block_views(model, self.arch)
         generator = torch.Generator().manual_seed(seed)
+        halves = [step.half for step in steps(model, self.arch) if step.half is not None]
+        self.gradients = {
+            half: Batches(limit=Batches.IN_MEMORY // len(halves)) for half in halves
+        }  # of (PROBES, B, ..., D)
         self.batches: list[torch.Tensor] = []
-        self.gradients: list[dict[Half, torch.Tensor]] = []  # (PROBES, B, ..., D) by batch
         used = 0
         for batch in batches:
-            if used > MEMORY:
+            if used > KEPT:
                 break
             self.batches.append(batch)
-            self.gradients.append(self._of(to_model(model, batch), generator))
-            used += sum(one.nbytes for one in self.gradients[-1].values())
+            for half, gradient in self._of(to_model(model, batch), generator).items():
+                self.gradients[half].append(gradient)
+                used += gradient.nbytes
 
-    def loss(self, block: int, half: str, changes: Sequence[torch.Tensor]) -> float:
+    def loss(self, block: int, half: str, changes: Iterable[torch.Tensor]) -> float:
         """Estimate the squared change of the logits, per image.
 
         Args:
@@ -70,8 +74,8 @@ class Sensitivity:
             changes: of the stream, (B, ..., D), for every batch that is in ``batches``.
         """
         total, images = 0.0, 0
-        for gradients, change in zip(self.gradients, changes, strict=True):
-            found = (gradients[block, half] * change).flatten(2).double().sum(-1)
+        for gradient, change in zip(self.gradients[block, half], changes, strict=True):
+            found = (gradient * change).flatten(2).double().sum(-1)
             total += found.square().mean(0).sum().item()
             images += len(change)
         return total / images
@@ -95,11 +99,8 @@ class Sensitivity:
         """Compute the streams behind all halves, and the output, with a graph from the first stream on."""
         family, points = family_of(self.arch), dict[Half, torch.Tensor]()
         x = family.stem(self.model, batch).detach().requires_grad_()
-        for s, stage in enumerate(self.arch.stages):
-            x = family.entrance(self.model, self.arch, s).run(x) if s else x
-            for view in (view for view in self.views if view.stage == s):
-                if view.attention is not None:
-                    x = points[view.index, "attention"] = view.attention.after(x, stage.grid)
-                if view.mlp is not None:
-                    x = points[view.index, "mlp"] = view.mlp.after(x, stage.grid[0])
+        for step in steps(self.model, self.arch):
+            x = step.run(x)
+            if step.half is not None:
+                points[step.half] = x
         return points, family.finish(self.model, self.arch, x)

@@ -11,11 +11,15 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockView, arch_of, block_views
 from prunesweep.models.families import family_of
+from prunesweep.models.families.views import AttentionView, MlpView
 
-from .batches import IN_MEMORY, Batches
+from .batches import Batches
 from .source import to_model
 
-__all__ = ["SourceStreams", "Step", "steps"]
+__all__ = ["Half", "SourceStreams", "Step", "steps"]
+
+
+Half = tuple[int, str]  # number of a block, and "attention" or "mlp"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +29,20 @@ class Step:
     Args:
         run: computes the next stream from this one, (B, ..., D).
         stage: number of the stage of the next stream.
-        half: ``attention`` or ``mlp``; None for an entrance.
         view: the block; None for an entrance.
+        attention, mlp: the half of the block that is run; the other one is None.
     """
 
     run: Callable[[torch.Tensor], torch.Tensor]
     stage: int
-    half: str | None = None
     view: BlockView | None = None
+    attention: AttentionView | None = None
+    mlp: MlpView | None = None
+
+    @property
+    def half(self) -> Half | None:
+        """The half of a block; None for an entrance."""
+        return None if self.view is None else (self.view.index, "mlp" if self.attention is None else "attention")
 
 
 def steps(model: nn.Module, arch: Arch) -> Iterator[Step]:
@@ -43,9 +53,9 @@ def steps(model: nn.Module, arch: Arch) -> Iterator[Step]:
             yield Step(family_of(arch).entrance(model, arch, s).run, s)
         for view in (view for view in views if view.stage == s):
             if view.attention is not None:
-                yield Step(partial(view.attention.after, grid=stage.grid), s, "attention", view)
+                yield Step(partial(view.attention.after, grid=stage.grid), s, view, attention=view.attention)
             if view.mlp is not None:
-                yield Step(partial(view.mlp.after, rows=stage.grid[0]), s, "mlp", view)
+                yield Step(partial(view.mlp.after, rows=stage.grid[0]), s, view, mlp=view.mlp)
 
 
 class SourceStreams:
@@ -102,4 +112,4 @@ class SourceStreams:
         return self._found[count]
 
     def _stored(self, stream: Iterable[torch.Tensor]) -> Batches:
-        return Batches(stream, limit=IN_MEMORY - sum(own.in_memory for own in self._found.values()))
+        return Batches(stream, limit=Batches.IN_MEMORY - sum(own.in_memory for own in self._found.values()))

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import block_views
 from prunesweep.models.families import family_of
 
+from .batches import Batches
 from .calibration import images_of
 from .normal_equations import Moments
 from .source import open_source, to_model
+from .streams import steps
 
 __all__ = ["moments", "rank_units", "unit_order"]
 
@@ -84,17 +85,13 @@ def rank_units(model: nn.Module, batches: Iterable[Any]) -> dict[int, torch.Tens
     family, mode = family_of(arch), model.training
     model.eval()
     try:
-        streams = [family.stem(model, to_model(model, batch)) for batch in images_of(batches, arch)]
-        for view in block_views(model, arch):
-            stage = arch.stages[view.stage]
-            if view.stage and view.record is stage.blocks[0]:
-                streams = [family.entrance(model, arch, view.stage).run(x) for x in streams]
-            if view.attention is not None:
-                streams = [view.attention.after(x, stage.grid) for x in streams]
-            if view.mlp is not None:
-                covariance, _ = moments(view.mlp.hidden(view.mlp.norm(x), stage.grid[0]) for x in streams)
-                found[view.index] = unit_order(covariance, written_by(view.mlp))
-                streams = [view.mlp.after(x, stage.grid[0]) for x in streams]
+        streams = Batches(family.stem(model, to_model(model, batch)) for batch in images_of(batches, arch))
+        for step in steps(model, arch):
+            if step.view is not None and step.mlp is not None:
+                mlp, rows = step.mlp, arch.stages[step.stage].grid[0]
+                covariance, _ = moments(mlp.hidden(mlp.norm(x), rows) for x in streams)
+                found[step.view.index] = unit_order(covariance, written_by(mlp))
+            streams = Batches(map(step.run, streams))
     finally:
         model.train(mode)
     return found

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import prunesweep
 from prunesweep.models import UserError, arch_of, build
 from prunesweep.pruners.subspaces import Widths, compress, recover
+from prunesweep.pruners.subspaces.batches import Batches
 from prunesweep.pruners.subspaces.calibration import BATCH, hold_out, images_of
 from tests.pruners.subspaces.test_compress import DTYPE, images, made, vit
 from tests.pruners.subspaces.test_recovery import whole
@@ -35,7 +36,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_gives_the_same_images(form: Callable[[], Any]) -> None:
     found = images_of(form(), vit())
-    assert torch.equal(torch.cat(found), X)
+    assert torch.equal(torch.cat([*found]), X)
     assert max(map(len, found)) <= BATCH
 
 
@@ -44,15 +45,15 @@ def test_word_numbers_are_taken_for_a_language_model() -> None:
 
     arch = random_arch(Random(0), "lm")
     words = torch.randint(5, (9, 4))
-    assert torch.equal(torch.cat(images_of([words[:4], words[4:]], arch)), words)
+    assert torch.equal(torch.cat([*images_of([words[:4], words[4:]], arch)]), words)
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.25, 38), (0.001, 1), (1.0, 149)])
 def test_some_are_held_out_whatever_the_batches(share: float, held: int) -> None:
     for batches in ([X], list(X.split(64)), list(X.split(1))):
-        fit, held_out = hold_out(batches, share)
+        fit, held_out = hold_out(Batches(batches), share)
         assert torch.equal(torch.cat([*fit, *held_out]), X)
-        assert sum(map(len, held_out)) == held
+        assert sum(map(len, held_out)) == sum(held_out.lengths) == held
 
 
 def test_a_front_follows_from_one_tensor() -> None:
