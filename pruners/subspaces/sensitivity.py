@@ -52,9 +52,8 @@ class Sensitivity:
         self.model, self.arch = model, arch_of(model)
         generator = torch.Generator().manual_seed(seed)
         halves = [step.half for step in steps(model, self.arch) if step.half is not None]
-        self.gradients = {
-            half: Batches(limit=Batches.IN_MEMORY // len(halves)) for half in halves
-        }  # of (PROBES, B, ..., D)
+        # (PROBES, B, ..., D) by batch
+        self.gradients = {half: Batches(limit=Batches.IN_MEMORY // len(halves)) for half in halves}
         self.batches: list[torch.Tensor] = []
         used = 0
         for batch in batches:
