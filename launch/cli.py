@@ -25,7 +25,7 @@ from .eval_run import evaluate_run, is_run
 from .export import export_model, push_model
 from .finetune import finetune
 from .import_ import import_model
-from .instant import instant
+from .instant import instant, print_computed
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
@@ -161,7 +161,12 @@ def front(
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")] = False,
 ) -> None:
-    """Show the Pareto front of a run; each model is a folder that loads in one line."""
+    """Show the front of a run or of `prunesweep instant`; each model is a folder that loads in one line."""
+    from prunesweep.search.store.computed import ComputedFront
+
+    if ComputedFront.is_one(run):
+        print_computed(run, as_json=as_json, as_csv=as_csv)
+        return
     from prunesweep.search import Run
     from prunesweep.search.execution.promote import promoted
     from prunesweep.search.report.display import print_front, print_promoted

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +15,11 @@ import typer
 from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from prunesweep.models import Arch, LatencyTable
 
-__all__ = ["instant"]
+__all__ = ["instant", "print_computed", "show_front"]
 
 BATCH = 64  # images per calibration batch, and per batch whose latency is measured
 FEATURES = ("cosine", "relative_error")  # of a backbone without a head, in place of KL and agreement
@@ -107,7 +111,7 @@ def instant(
     if as_json:
         print(json.dumps(facts))
         return
-    _show(console, rows, out, [share for share in shares if share not in {p.budget for p in points}])
+    show_front(console, facts, out, [share for share in shares if share not in {p.budget for p in points}])
 
 
 def _shares(text: str) -> list[float]:
@@ -133,10 +137,11 @@ def _spent(row: dict[str, Any], source: dict[str, Any], objective: str, align: i
 
 
 def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprint: str) -> None:
-    """Save the models of a front, the source first of them and not saved, and ``front.json``."""
-    from prunesweep.models import save, weights_digest
+    """Save the models of a front, the source first of them and not saved, ``front.json`` and the report."""
+    from prunesweep.models import arch_of, save, weights_digest
     from prunesweep.models.io.files import write_text
     from prunesweep.models.io.provenance import versions
+    from prunesweep.search.report.computed_page import write_computed_report
 
     shared = {
         "method": "subspaces",
@@ -149,6 +154,7 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
     for model, row in zip(models[1:], facts["points"][1:], strict=True):
         save(model, folder / row["model"], {**shared, **{k: row[k] for k in KEPT if row[k] is not None}})
     write_text(folder / "front.json", json.dumps(facts, indent=1))
+    write_computed_report(folder, facts, [arch_of(model) for model in models])
 
 
 def _timed(models: Sequence[Any], table: LatencyTable | None, progress: Callable[[str, int, int], None]) -> list[Any]:
@@ -198,13 +204,45 @@ def _answers(row: dict[str, Any]) -> list[str]:
     return ["-" if row["top1"] is None else f"{row['top1']:.2f}", f"{row['kl']:.4f}", f"{row['agreement']:.2f}"]
 
 
-def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Sequence[float]) -> None:
+def print_computed(path: Path, *, as_json: bool = False, as_csv: bool = False) -> None:
+    """Print the front in a folder of computed models again.
+
+    Args:
+        path: the folder, of which ``ComputedFront.is_one`` holds.
+        as_json, as_csv: a form for scripts, of the models alone, with the paths of their folders.
+    """
+    from rich.console import Console
+
+    from prunesweep.search.store.computed import ComputedFront
+
+    front = ComputedFront(path)
+    points = [{**point, "model": str(folder)} for point, folder in zip(front.points, front.folders, strict=True)]
+    if as_json:
+        print(json.dumps(points))
+    elif as_csv:
+        columns = [name for name in front.facts["points"][0] if name not in ("spent", "latency")]
+        writer = csv.DictWriter(sys.stdout, [*columns, "measured_ms"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**p, "measured_ms": p["latency"] and p["latency"]["median_ms"]} for p in points)
+    else:
+        show_front(Console(markup=False), front.facts, path)
+
+
+def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Sequence[float] = ()) -> None:
+    """Print the table of a front, why a budget is not met, and how a model is loaded.
+
+    Args:
+        console: where to print.
+        facts: contents of ``front.json``.
+        out: the front's folder.
+        missed: budgets that no model meets.
+    """
     from rich import box
     from rich.table import Table
 
     from .spent import spent_lines
 
-    table = Table(box=box.SIMPLE)
+    rows, table = facts["points"], Table(box=box.SIMPLE)
     timed, predicted = rows[0]["latency"], rows[0]["latency_ms"] is not None
     times = [*(["ms, predicted"] if predicted else []), *(["ms, measured"] if timed else [])]
     features = rows[0]["cosine"] is not None
@@ -235,7 +273,7 @@ def _show(console: Any, rows: Sequence[dict[str, Any]], out: Path, missed: Seque
     first = rows[-1]["model"] or "MODEL"
     compared = "features against the source's" if features else "top-1, KL and agreement with the source"
     console.print(
-        f"{compared} on {rows[0]['images']:,} validation images; models in {out}\n"
+        f"{compared} on {rows[0]['images']:,} validation images; models and report.html in {out}\n"
         f"load one: import prunesweep, timm; timm.create_model('local-dir:{out / first}', pretrained=True)",
         highlight=False,
         soft_wrap=True,

@@ -11,14 +11,19 @@ __all__ = ["show"]
 
 
 def show(
-    model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="folder of a saved model or of `prunesweep instant`", show_default=False)
+    ],
     tokens: Annotated[
         Path | None,
         typer.Option(metavar="IMAGE", help="draw kept, merged and passing patches on this image", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="of the picture  [default: MODEL-tokens.png]")] = None,
 ) -> None:
-    """Print a model's blocks and cost; with --tokens, draw what becomes of an image's patches, block by block."""
+    """Print a model's blocks and cost; with --tokens, draw what becomes of an image's patches, block by block.
+
+    Of a folder of `prunesweep instant`, print its front.
+    """
     from PIL import Image, UnidentifiedImageError
     from rich import box
     from rich.console import Console
@@ -28,6 +33,15 @@ def show(
     from prunesweep.models.counting import block_cost
     from prunesweep.models.precision import to_float32
     from prunesweep.search.report.token_picture import draw_tokens
+    from prunesweep.search.store.computed import ComputedFront
+
+    from .instant import print_computed
+
+    if ComputedFront.is_one(model):
+        if tokens is not None:
+            raise UserError(f"--tokens: {model} is a front of several models; name one, such as {model}/0.5")
+        print_computed(model)
+        return
 
     arch, console = read_arch(model), Console(markup=False)
     spent = cost(arch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -16,7 +17,7 @@ from prunesweep.search.execution.promote import promoted
 from prunesweep.search.store.front import values
 from prunesweep.search.store.run import Result, Run
 
-__all__ = ["write_report"]
+__all__ = ["picture", "render", "write_report"]
 
 
 def write_report(run: Run) -> Path:
@@ -45,28 +46,42 @@ def write_report(run: Run) -> Path:
             "front": (r.trial, r.rung) in front,
             "rung": r.rung,
             "epochs": r.epochs,
-            "arch": _picture(_record(run, r, source), source),
+            "arch": picture(_record(run, r, source), source),
         }
         for r in run.current()
         if r.has_model and all(map(math.isfinite, values(r, run.objectives)))
     ]
     data = {
         "name": run.path.name,
-        "source": {**facts["source"], "arch": _picture(source, source)},
+        "source": {**facts["source"], "arch": picture(source, source)},
         "objectives": run.objectives,
         "trials": trials,
         "failed": len(run.failures()),
         "versions": facts["versions"],
     }
-    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=f"prunesweep: {run.path.name}",
-        plotly=get_plotlyjs(),
-        data=json.dumps(data).replace("</", "<\\/"),  # no text of ours can end the script element
-    )
+    page = render("report.html", f"prunesweep: {run.path.name}", data)
     path = run / "report.html"
     write_text(path, page)
     return path
+
+
+def render(template: str, title: str, data: Mapping[str, Any]) -> str:
+    """Return a page that needs nothing but itself, in a browser without network.
+
+    Args:
+        template: a file of this folder; what pages share is put into it.
+        title: of the page.
+        data: JSON-ready, what its script reads.
+    """
+    folder = Path(__file__).parent
+    parts = {name: (folder / name).read_text(encoding="utf-8") for name in (template, "shared.css", "shared.js")}
+    return Template(parts[template]).substitute(
+        title=title,
+        style=parts["shared.css"],
+        shared=parts["shared.js"],
+        plotly=get_plotlyjs(),
+        data=json.dumps(data).replace("</", "<\\/"),  # no text of ours can end the script element
+    )
 
 
 def _record(run: Run, result: Result, source: Arch) -> Arch:
@@ -81,8 +96,13 @@ def _record(run: Run, result: Result, source: Arch) -> Arch:
         return cut_arch(source, decision)
 
 
-def _picture(arch: Arch, source: Arch) -> dict[str, Any]:
-    """Return the kept channels of every block of the source, as numbers and shares; None for a dropped block."""
+def picture(arch: Arch, source: Arch) -> dict[str, Any]:
+    """Return the kept channels of every block of the source, as numbers and shares; None for a dropped block.
+
+    Args:
+        arch: record of a compressed form.
+        source: record of its source.
+    """
     kept = {block.src: block for block in arch.blocks}
     blocks: list[dict[str, Any] | None] = []
     for whole in source.blocks:

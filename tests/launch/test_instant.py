@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
 from itertools import product
@@ -66,7 +68,7 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     assert code == 0
     assert " source " in text
     assert "budget 0.0001: the smallest widths cost more" in text
-    assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json"]
+    assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json", "report.html"]
 
 
 def test_a_budget_that_is_missed_says_why(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
@@ -150,6 +152,29 @@ def test_more_images_than_there_are_is_said(capsys: pytest.CaptureFixture[str], 
     assert code == 0
     assert "--images 5000: there are 1,347 training images, all are used" in text
     assert json.loads((tmp_path / "front" / "front.json").read_text())["images"] == 1347
+
+
+def test_the_front_is_shown_again(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "front"
+    options = ("--data", "digits", "--images", "64", "--budgets", "0.7,0.4", "--out", out)
+    _, first, _ = call(capsys, "instant", source, *options)
+    for command in ("front", "show"):
+        code, text, _ = call(capsys, command, out)
+        assert code == 0
+        assert text in first
+        assert "report.html" in text
+    points = json.loads(call(capsys, "front", out, "--json")[1])
+    assert [cost(arch_of(load(point["model"]))).macs for point in points] == [point["macs"] for point in points]
+    lines = list(csv.DictReader(io.StringIO(call(capsys, "front", out, "--csv")[1])))
+    assert [line["budget"] for line in lines] == ["0.7", "0.4"]
+    assert [int(line["macs"]) for line in lines] == [point["macs"] for point in points]
+    code, _, err = call(capsys, "show", out, "--tokens", tmp_path / "image.png")
+    assert code == 2
+    assert "is a front of several models; name one" in err
+    (out / "front.json").write_text('{"points": 3}')
+    code, _, err = call(capsys, "front", out)
+    assert code == 2
+    assert "front.json is damaged: it has no points" in " ".join(err.split())
 
 
 def test_an_untrained_source_is_warned_of_in_one_line(

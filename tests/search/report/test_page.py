@@ -83,11 +83,15 @@ def add(run: Run, arch: Arch, trial: int, rung: int, share: float, quality: dict
 
 
 def shown(run: Run) -> list[dict[str, Any]]:
-    """What the page says at first, and once another cost and the first row were chosen."""
+    return said(write_report(run))
+
+
+def said(report: Path) -> list[dict[str, Any]]:
+    """What a page says at first, and once another cost and the first row were chosen."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("the report's script needs Node.js to run here")
-    page = write_report(run).read_text()
+    page = report.read_text()
     data, script = re.findall(r"<script(?: id=\"data\" type=\"application/json\")?>(.*?)</script>", page, re.DOTALL)[
         -2:
     ]
