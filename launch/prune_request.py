@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from prunesweep.models import LatencyTable, UserError, arch_of
-from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, latency
+from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, WidthMethod, latency
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
 from prunesweep.search.report.display import Display
@@ -83,16 +83,17 @@ class Request:
 
         Raises:
             UserError: ``--recover`` or ``--project`` is given, and this source cannot be recovered; or ``--project``
-                comes with ``--no-recover``.
+                or a method that needs it comes with ``--no-recover``.
         """
+        projected = isinstance(self.method, WidthMethod) and self.method.projected
+        asked = f"--method {self.method.name}" if projected else "--project" if self.project else "--recover"
         if self.recover is False:
-            if self.project:
-                raise UserError("--project: is a way to recover, so it does not go with --no-recover")
+            if self.project or projected:
+                raise UserError(f"{asked}: projects, which is a way to recover, so it does not go with --no-recover")
             return None
-        asked = "--project" if self.project else "--recover"
-        if (self.recover or self.project) and (reason := can_recover(arch_of(model))):
+        if (self.recover or self.project or projected) and (reason := can_recover(arch_of(model))):
             raise UserError(f"{asked}: {reason}")
-        return Recovery(self.recover_images, self.calibration.seed, self.project)
+        return Recovery(self.recover_images, self.calibration.seed, self.project or projected)
 
     def opened(self, model: Any) -> Data:
         """Open the data, check that they fit, and say what they are.

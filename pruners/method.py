@@ -23,6 +23,7 @@ from prunesweep.models.errors import explain, nearest
 
 from .budget import width_path
 from .hook import Hook
+from .ranked import GROUP_SIZES
 from .reached import Reached
 from .scores import Scores
 
@@ -194,12 +195,16 @@ class WidthMethod(ScoredMethod):
     Args:
         decide: ``decide(arch, scores, budget, *, measure, **options)`` turns scores into a decision within the budget:
             the cut, its cost, and what keeps it from the budget where that is not met (``pruners.Reached``).
+        groups: units that go together, by kind, where a user says nothing.
+        projected: scores say how many units stay, not which, so models are projected to the widths.
     """
 
     when: ClassVar[str] = "scores widths once"
     progress: ClassVar[str] = "scoring widths"
 
     decide: Callable[..., Reached] = cheapest_first
+    groups: Mapping[str, int] = field(default_factory=lambda: GROUP_SIZES)
+    projected: bool = False
 
     @property
     def along_path(self) -> bool:

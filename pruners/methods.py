@@ -29,6 +29,7 @@ from .method import (
     TrainedMethod,
     WidthMethod,
 )
+from .ranked import GROUP_SIZES
 from .reached import Reached
 from .scores import Scores
 from .snapshot import Snapshot
@@ -114,6 +115,12 @@ def _nvit(settings: Any, arch: Arch) -> Hook:
 
     options = settings.model_dump(exclude={"budgets"})
     return NViTPruning([budget * cost(arch).macs for budget in settings.budgets], **options)
+
+
+def _score_subspaces(*arguments: Any, **options: Any) -> Scores:
+    from .subspaces import score
+
+    return score(*arguments, **options)
 
 
 def _plan_settings() -> type[BaseModel]:
@@ -264,6 +271,17 @@ for _method in (
         score=baselines.score_random,
         seeded=True,
         labels=False,
+    ),
+    WidthMethod(
+        name="subspaces",
+        description="how far the logits move when a subspace is narrowed and all else refitted; projected",
+        paper="docs/subspaces.md",
+        families=FamiliesWith("streams"),
+        kinds=("embed", "qk", "v", "sr", "mlp"),
+        score=_score_subspaces,
+        groups={**GROUP_SIZES, "embed": 4, "qk": 1, "v": 1, "mlp": 8, "sr": 4},
+        labels=False,
+        projected=True,
     ),
     TrainedMethod(
         name="uvc",

@@ -23,9 +23,10 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from prunesweep.models import UserError
+from prunesweep.models import Arch, UserError
 from prunesweep.models.errors import nearest
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
+from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO, RankBy, Ranking
 from prunesweep.training import Recipe, absolute_name, load_recipe
@@ -201,11 +202,20 @@ class SearchTable(Table):
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
     screen_images: Count = 1024
     recover: bool = True  # refit what a cut leaves, in closed form, where the source's family allows it
+    project: bool = True  # and widths: their number is decided as ever, the subspace decides what stays (not for texts)
     recover_images: Annotated[int, Field(ge=2)] = 512  # of the training split, whose labels are not read
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     # runs and folders of computed or saved models: their fronts' points, and the models themselves, are begun with
     start_from: Annotated[tuple[str, ...], BeforeValidator(lambda own: (own,) if isinstance(own, str) else own)] = ()
     start_published: bool = False  # begin with what papers published for models of the source's family too
+
+    def recovers(self, arch: Arch) -> bool:
+        """Whether candidates of a source are refitted."""
+        return self.recover and can_recover(arch) is None
+
+    def projects(self, arch: Arch) -> bool:
+        """Whether candidates of a source are projected to the widths that are decided."""
+        return self.project and self.recovers(arch) and arch.text is None
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -340,7 +350,7 @@ follow_axes()
 
 RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
 # what runs did before a key was there; every run's file has all keys
-BEFORE = {"search.recover": False, "search.rank_by": "objective"}
+BEFORE = {"search.recover": False, "search.project": False, "search.rank_by": "objective"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:

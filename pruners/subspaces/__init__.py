@@ -7,8 +7,9 @@ best subspace; then every layer that reads or writes is refitted by ridge regres
 from .compression import compress
 from .front import Point, instant
 from .normal_equations import NormalEquations
-from .projection import projected_widths
+from .projection import projected_groups, projected_widths
 from .recovery import recover
+from .scoring import score
 from .source import SourceStatistics
 from .support import can_recover
 from .units import rank_units
@@ -25,7 +26,9 @@ __all__ = [
     "compressed_arch",
     "equal_shares",
     "instant",
+    "projected_groups",
     "projected_widths",
     "rank_units",
     "recover",
+    "score",
 ]

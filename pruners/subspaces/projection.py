@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.arch import Block
 
-from .widths import BlockWidths, Widths
+from .widths import BlockWidths, Widths, can_project
 
-__all__ = ["projected_widths"]
+__all__ = ["projected_groups", "projected_widths"]
 
 
 def projected_widths(arch: Arch, decision: Cut) -> Widths:
@@ -33,6 +33,19 @@ def projected_widths(arch: Arch, decision: Cut) -> Widths:
         raise UserError(f"the cut has {len(decision.blocks)} blocks, {arch.source} has {arch.depth}")
     embed = None if decision.embed is None else tuple(None if own is None else len(own) for own in decision.embed)
     return Widths(embed=embed, blocks=tuple(_block(arch, i, own) for i, own in enumerate(decision.blocks)))
+
+
+def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
+    """Leave whole what a projected model has whole: heads, and queries and keys that can only be chosen.
+
+    A cut with these groups has the record, and so the cost, of the model that is projected to its widths.
+
+    Args:
+        arch: the source's record.
+        groups: units per group by kind; 0 leaves a kind whole.
+    """
+    chosen = any(not can_project(arch, f"blocks.{i}.q") for i, block in enumerate(arch.blocks) if block.mixer == "attn")
+    return {**groups, "heads": 0, **({"qk": 0} if chosen else {})}
 
 
 def _block(arch: Arch, i: int, own: BlockCut) -> BlockWidths:

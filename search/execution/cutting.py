@@ -14,10 +14,9 @@ from prunesweep.models import Cut, arch_of, cut, load
 from prunesweep.models.families.lm import LanguageModel
 from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
-from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig
 from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics, evaluate
-from prunesweep.training.jobs.recovery import Recovery
+from prunesweep.training.jobs.recovery import Known, Recovery
 
 __all__ = ["Cutter"]
 
@@ -44,8 +43,9 @@ class Cutter:
         self.reading = reading
         self.agreeing = "agreement" in config.search.objectives
         # another draw than the screen's, as far as there are images: those that were fitted to flatter
-        recovery = Recovery(self.search.recover_images, self.seed + 1)
-        self.recovery = recovery if self.search.recover and can_recover(arch_of(source)) is None else None
+        arch = arch_of(source)
+        recovery = Recovery(self.search.recover_images, self.seed + 1, self.search.projects(arch))
+        self.recovery = recovery if self.search.recovers(arch) else None
 
     @cached_property
     def screen(self) -> list[Any]:
@@ -60,6 +60,11 @@ class Cutter:
         with self.reading():
             return self.recovery.calibration(self.data)
 
+    @cached_property
+    def known(self) -> Known:
+        """What projections of any widths have in common."""
+        return Known.of(self.source, self.calibration)
+
     def model(self, decision: Cut | Path) -> nn.Module:
         """Return the recovered model of a decision; where there is no recovery, the cut one with its BatchNorms set.
 
@@ -68,7 +73,8 @@ class Cutter:
         if isinstance(decision, Path):
             return to_float32(load(decision)).to(next(self.source.parameters()).device)
         if self.recovery is not None:
-            return self.recovery.model(self.source, decision, self.calibration)
+            known = self.known if self.recovery.project else None
+            return self.recovery.model(self.source, decision, self.calibration, known=known)
         model = cut(self.source, decision)
         recalibrate(model, self._images())
         return model

@@ -105,7 +105,7 @@ def run_search(
                 raise
             _plan_without(config, error, display, units)
             return None
-        space = open_space(config.space, prepared)
+        space = open_space(config, prepared)
         display.data(prepared.described)
         display.space(space, prepared.summary, prepared.figures, prepared.zero_shot)
         if config.search.recover and (reason := can_recover(prepared.arch)):
@@ -223,7 +223,7 @@ def _plan_without(config: SearchConfig, error: NotHere, display: Display, units:
     if table.latency_table is not None and not Path(table.latency_table).exists():
         display.note(f"not here: the latency table {table.latency_table}; make it with `prunesweep latency`")
         table = table.model_copy(update={"latency_table": None, "latency_ms": None})
-    space = Space.check(table, arch, config.scores.method)
+    space = Space.check(table, arch, config.scores.method, projected=config.search.projects(arch))
     display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
     display.space(space, space.summarise(SAMPLE, config.seed), None, None)
     display.plan(config, units)

@@ -107,7 +107,8 @@ def space_of(run: Run, config: SearchConfig) -> Space:
     files = run.metadata()["scores"]
     if lost := [name for name in score_names(config.space, config.scores.method) if name not in files]:
         raise run.unusable(f"{run / 'run.json'} is damaged: scores does not name the file of {', '.join(lost)}")
-    return Space(config.space, read_arch(run / "source"), read_scores(run / "scores", files))
+    source = read_arch(run / "source")
+    return Space(config.space, source, read_scores(run / "scores", files), projected=config.search.projects(source))
 
 
 def check_data(run: Run, config: SearchConfig, source: Any = None) -> Data:

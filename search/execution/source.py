@@ -18,9 +18,10 @@ from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.models.io.store import WEIGHTS
 from prunesweep.models.precision import as_stored, dtype_in, to_float32
-from prunesweep.pruners import Scores
+from prunesweep.pruners import Scores, WidthMethod, get_method
 from prunesweep.pruners.scores import LEARNED
-from prunesweep.search.config import SearchConfig, SourceTable, SpaceTable
+from prunesweep.pruners.subspaces import can_recover
+from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Space, score_names
 from prunesweep.training import (
     Data,
@@ -84,17 +85,18 @@ class LoadedSource(SourceArtifacts):
     space: Space
 
 
-def open_space(table: SpaceTable, kept: SourceArtifacts) -> Space:
+def open_space(config: SearchConfig, kept: SourceArtifacts) -> Space:
     """Build the space of a source from its record and its scores.
 
     Args:
-        table: the variables and their ranges.
+        config: the search's configuration.
         kept: where the source and its scores lie.
 
     Raises:
         UserError: as for ``Space``.
     """
-    return Space(table, kept.arch, {name: Scores.load(path) for name, path in kept.score_files.items()})
+    scores = {name: Scores.load(path) for name, path in kept.score_files.items()}
+    return Space(config.space, kept.arch, scores, projected=config.search.projects(kept.arch))
 
 
 def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSource:
@@ -112,7 +114,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
     device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
     arch = arch_of(model)
     _check_fit(arch, data, config)
-    Space.check(config.space, arch, config.scores.method)
+    Space.check(config.space, arch, config.scores.method, projected=config.search.projects(arch))
     key = _source_key(config, model, data)
     folder = cache / "sources" / _source_name(config, key)
     if not _is_kept(folder, key):
@@ -148,7 +150,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         described=tuple(data.describe()),
         figures=quality._replace(kl=None, agreement=100.0 if "agreement" in config.search.objectives else None),
     )
-    return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config.space, kept))
+    return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config, kept))
 
 
 def _create(config: SearchConfig) -> tuple[nn.Module, Data]:
@@ -237,6 +239,13 @@ def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[s
 
 
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
+    for name in config.space.methods or (config.scores.method,):
+        if get_method(name, WidthMethod).projected and not config.search.projects(arch):
+            reason = can_recover(arch) or ("it reads texts" if arch.text else "search.recover or search.project is off")
+            raise UserError(
+                f"method {name!r} says how many units stay, not which, so models must be projected, and here they are "
+                f"not: {reason}. Take another method, one of prunesweep prune --help"
+            )
     remedy = "use data that it was trained on, or train it with a [source.train] table"
     check_fits(arch, data, name="source.model", remedy=remedy)
     if arch.headless:

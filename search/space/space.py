@@ -23,6 +23,7 @@ from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import Scores, WidthPath, kind_of, pmvit, width_path
 from prunesweep.pruners.reached import TOLERANCE
+from prunesweep.pruners.subspaces import projected_groups
 from prunesweep.search.config import SpaceTable
 
 from .axes import AXES, TOKENS, Draft, ScoredSource, active_axes, variables
@@ -129,17 +130,19 @@ class Space:
         table: the variables and their ranges.
         arch: the source's record.
         scores: by name, those of ``score_names``; its first entry is the default width method.
+        projected: candidates are projected to the widths that are decided, so heads stay (see ``projected_groups``).
 
     Raises:
         UserError: the table does not fit the source.
     """
 
-    def __init__(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores]) -> None:
+    def __init__(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores], *, projected: bool = False) -> None:
         for axis in AXES.values():
             axis.fit(table, arch)
         self.table, self.arch, self.scores, self.source_cost = table, arch, scores, cost(arch)
         self._axes, self._source = active_axes(table), ScoredSource(arch, scores)
         self.variables = variables(table, self._source)
+        self._groups = projected_groups(arch, table.group_sizes) if projected else table.group_sizes
         self._latency: Callable[[Arch], float] | None = None
         if table.latency_table is not None:
             self._latency = LatencyTable.load(Path(table.latency_table)).predict
@@ -149,15 +152,15 @@ class Space:
         self._plans = lru_cache(maxsize=64)(self._make_plans)
 
     @classmethod
-    def blank(cls, table: SpaceTable, arch: Arch, method: str) -> Space:
+    def blank(cls, table: SpaceTable, arch: Arch, method: str, *, projected: bool = False) -> Space:
         """A space whose scores are all equal: for what costs alone can tell. Raises UserError as ``Space`` does."""
         blank = {name: axis.blank(name, arch) for axis in AXES.values() for name in axis.needs(table, method)}
-        return cls(table, arch, blank)
+        return cls(table, arch, blank, projected=projected)
 
     @classmethod
-    def check(cls, table: SpaceTable, arch: Arch, method: str) -> Space:
+    def check(cls, table: SpaceTable, arch: Arch, method: str, *, projected: bool = False) -> Space:
         """``blank``; also raises UserError where no point can meet its budget. That depends on no scores."""
-        space = cls.blank(table, arch, method)
+        space = cls.blank(table, arch, method, projected=projected)
         narrowest = space.reachable[0]
         if narrowest > table.budget[1]:
             raise UserError(
@@ -257,7 +260,7 @@ class Space:
             self.arch,
             dataclasses.replace(scores, vectors=weighted),
             dropped=sorted(draft.dropped),
-            groups=self.table.group_sizes,
+            groups=self._groups,
             mixers=mixers,
             tokens=self._plans(draft.keep_rate, draft.merge_start, draft.dropped | set(mixers)),
             least=self.table.budget[0] * self.source_cost.macs,

@@ -112,10 +112,12 @@ def test_a_run_from_before_recovery_starts_from_cut_models(tmp_path: Path, tiny)
     assert config.search.recover
     text = config.to_toml()
     assert "recover = true\n" in text
-    (tmp_path / "search.toml").write_text(text.replace("recover = true\n", ""))
-    assert not load_run_config(tmp_path).search.recover
+    assert "project = true\n" in text
+    (tmp_path / "search.toml").write_text(text.replace("recover = true\n", "").replace("project = true\n", ""))
+    old = load_run_config(tmp_path).search
+    assert (old.recover, old.project) == (False, False)
     (tmp_path / "search.toml").write_text(text)
-    assert load_run_config(tmp_path).search.recover
+    assert load_run_config(tmp_path).search == config.search
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

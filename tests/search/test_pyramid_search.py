@@ -48,7 +48,7 @@ def test_blocks_of_a_pyramid_are_scored_and_dropped(images: Path, tmp_path: Path
         "search": {"screen_images": 8},
     }
     begun = prepare_search(parse_config(table, "test"), tmp_path / "cache", lambda *_: None)
-    space = open_space(parse_config(table, "test").space, begun)
+    space = open_space(parse_config(table, "test"), begun)
     order = drop_order(space.scores["depth_kl"])
     stage_of = [0, 0, 0, 1, 2, 2, 3]
     assert sorted(stage_of[i] for i in order) == [0, 0, 2]

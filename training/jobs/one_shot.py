@@ -18,7 +18,6 @@ from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.precision import as_stored, in_float32, to_float32
 from prunesweep.pruners import (
-    GROUP_SIZES,
     MACS,
     PARAMS,
     Measure,
@@ -140,7 +139,7 @@ def prune_once(
         method: name of the width method.
         budget: what the result may cost.
         drop: number of blocks to drop first, by the least importance that ``pruners.score_depth`` measures.
-        groups: units per group by kind; kinds left out have their ``GROUP_SIZES``.
+        groups: units per group by kind; those left out have the method's own.
         floors: share of every vector that has to stay, by kind.
         options: settings of the method, by name.
         calibration: the images to score on.
@@ -154,6 +153,11 @@ def prune_once(
     model, arch, entry = in_float32(model), arch_of(model), get_method(method, WidthMethod)
     entry.check(arch)
     entry.configure(options or {})
+    projecting = recovery is not None and recovery.project and can_recover(arch) is None
+    if entry.projected and not projecting:
+        raise UserError(
+            f"method {method!r} says how many units stay, not which: models must be projected to its widths"
+        )
     scoring, deciding = entry.split(options or {})
     limit = budget.limit(arch)
     if not 0 <= drop < arch.depth:
@@ -174,7 +178,7 @@ def prune_once(
     if drop:
         settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
     reached = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
-    if recovery is not None and recovery.project and can_recover(arch) is None:
+    if projecting:
         reached = _projected(arch, reached, budget.measure)
     metadata = {"budget": budget.spent(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
@@ -263,7 +267,7 @@ def _make(
         def on_block(done: int, total: int) -> None:
             progress("recovering", done / total, f"{done}/{total} blocks")
 
-        plain, small = small, recovery.model(model, decision, recovery.calibration(data), on_block)
+        plain, small = small, recovery.model(model, decision, recovery.calibration(data), progress=on_block)
         as_stored(small)
         before, as_cut, after = evaluate_shown([model, plain, small], data, progress, source=model)
         facts = {
@@ -296,7 +300,7 @@ def _path_settings(
 ) -> dict[str, Any]:
     """Return the settings, besides the budget, of a method's path of widths."""
     if method.along_path:
-        return {"groups": {**GROUP_SIZES, **(groups or {})}, "floors": floors}
+        return {"groups": {**method.groups, **(groups or {})}, "floors": floors}
     if drop or groups or floors:
         raise UserError(f"method {method.name!r} decides by ratios per structure: it takes no drop, groups or floors")
     return {}

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunesweep.models import Cut, arch_of
-from prunesweep.pruners.subspaces import compress, projected_widths, rank_units, recover
+from prunesweep.pruners.subspaces import SourceStatistics, compress, projected_widths, rank_units, recover
 
 from ..data import Data
 
-__all__ = ["Recovery"]
+__all__ = ["Known", "Recovery"]
 
 BATCH = 64  # images at a time: sums add up exactly, so no figure depends on it but for rounding
+
+
+@dataclass(frozen=True)
+class Known:
+    """What projections of a source to any widths have in common: its statistics, and the order of its hidden units."""
+
+    statistics: SourceStatistics
+    units: Mapping[int, torch.Tensor]
+
+    @classmethod
+    def of(cls, source: nn.Module, batches: list[Any]) -> Known:
+        """Compute it from ``Recovery.calibration``'s images."""
+        return cls(SourceStatistics.collect(source, batches), rank_units(source, batches))
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class Recovery:
         source: nn.Module,
         decision: Cut,
         batches: list[Any],
+        *,
+        known: Known | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> nn.Module:
         """Compute the small model; ``pruners.subspaces.can_recover`` says of which sources.
@@ -49,6 +65,7 @@ class Recovery:
             source: the model that the decision is about; it is not changed.
             decision: what stays.
             batches: ``calibration``'s images.
+            known: of the same source and images, where several models are projected.
             progress: told of kept blocks done and of all.
 
         Raises:
@@ -57,4 +74,5 @@ class Recovery:
         if not self.project:
             return recover(source, decision, batches, progress=progress)
         widths = projected_widths(arch_of(source), decision)
-        return compress(source, widths, batches, units=rank_units(source, batches), progress=progress)
+        known = known or Known.of(source, batches)
+        return compress(source, widths, batches, statistics=known.statistics, units=known.units, progress=progress)

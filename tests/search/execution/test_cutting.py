@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunesweep.models import BlockCut, Cut, arch_of, cut, cut_arch, load
+from prunesweep.models import BlockCut, Cut, UserError, arch_of, cut, cut_arch, load
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.cutting import Cutter
 from prunesweep.search.execution.prepare import prepare_search
+from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_task
 from prunesweep.training import EVAL_BATCH, Data, evaluate, open_data
 from tests.search.execution.test_task import begin, nothing
@@ -52,6 +53,45 @@ def test_what_a_cut_leaves_is_recovered(tiny: Callable[..., SearchConfig], sourc
     assert same(as_cut, plain)
     found = [evaluate(m, data.val_loader(EVAL_BATCH), source=source)["kl"] for m in (recovered, as_cut)]
     assert found[0] < 0.5 * found[1]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "subspaces"])
+def test_a_projected_candidate_is_what_the_space_decoded(
+    method: str, tiny: Callable[..., SearchConfig], runs: Path
+) -> None:
+    """Record and cost, whatever the other axes say; and it is nearer to the source than channels that were chosen."""
+    scores = {"method": method, "images": 256, "batch_size": 64}
+    space = {"budget": [0.2, 0.9], "skip": [0, 1], "conv": [0, 1], "keep_rate": [0.5, 1.0], "lr": [1e-3, 2e-3]}
+    config = tiny(scores=scores, space=space, search={"recover_images": 400})
+    prepared = prepare(config, runs / "cache", nothing)
+    cutter = Cutter(prepared.model, prepared.data, config)
+    assert cutter.recovery is not None
+    assert cutter.recovery.project
+    for point in (
+        {"budget": 0.5},
+        {"budget": 0.4, "skip": 1},
+        {"budget": 0.4, "conv": 1},
+        {"budget": 0.4, "keep_rate": 0.6},
+    ):
+        full = {"skip": 0, "conv": 0, "keep_rate": 1.0, "lr": 1e-3, **point}
+        candidate = prepared.space.decode({n: v for n, v in full.items() if n in prepared.space.distributions})
+        model = cutter.model(candidate.decision)
+        assert arch_of(model) == candidate.arch
+        heads = {block.heads for block in candidate.arch.blocks if block.mixer == "attn"}
+        assert heads == {prepared.arch.blocks[0].heads}
+    if method == "magnitude":
+        plain = config.model_copy(update={"search": config.search.model_copy(update={"project": False})})
+        chosen = prepared.space.decode({"budget": 0.4, "skip": 0, "conv": 0, "keep_rate": 1.0, "lr": 1e-3}).decision
+        found = [c.measured(c.model(chosen)).kl for c in (cutter, Cutter(prepared.model, prepared.data, plain))]
+        assert found[0] < 0.7 * found[1]
+
+
+def test_a_method_that_needs_projection_is_refused_without(tiny: Callable[..., SearchConfig], runs: Path) -> None:
+    config = tiny(scores={"method": "subspaces"}, search={"project": False})
+    with pytest.raises(
+        UserError, match="method 'subspaces' says how many units stay, not which.*search.project is off"
+    ):
+        prepare(config, runs / "cache", nothing)
 
 
 def test_the_same_candidate_is_the_same_model_in_every_process(

@@ -58,7 +58,7 @@ def test_what_a_worker_sends_back_is_small_and_enough(
     sent = pickle.dumps(prepare_search(config, runs / "cache", nothing))
     assert len(sent) < 100_000
     begun = pickle.loads(sent)
-    space = open_space(config.space, begun)
+    space = open_space(config, begun)
     assert space.summarise(len(begun.summary.points), config.seed) == begun.summary
     run = Run(tmp_path / "run")
     create_run(run, config, begun)
