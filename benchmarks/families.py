@@ -7,8 +7,6 @@ widths that Taylor leaves; equal shares, refitted. KL is to the source, in nats.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+from benchmarks.record import begun, write_result
 from benchmarks.subspaces import uniform
-from benchmarks.upvit_exact import processor
 from prunesweep.models import Arch, Block, Stage, arch_of, build, cost, cut, load, save
-from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence, taylor, width_path
 from prunesweep.pruners.subspaces import SourceStatistics, compress, projected_widths, recover
 
@@ -124,13 +120,9 @@ def one_family(family: str, cache: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    given = begun(__doc__, cache=Path("runs/cache"))
     found = [one_family(family, given.cache) for family in EPOCHS]
-    facts = {"device": processor(), "threads": 1, "dtype": "float32", "batch": BATCH, "images": IMAGES}
-    write_text(RESULT, json.dumps({**facts, "versions": versions(), "families": found}, indent=1))
+    write_result(RESULT, batch=BATCH, images=IMAGES, families=found)
 
 
 if __name__ == "__main__":

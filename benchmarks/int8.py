@@ -13,9 +13,7 @@ KL is in nats, on the validation split: to the source, and to the same model in 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,13 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.record import by_seed
 from benchmarks.subspaces import calibration, measured, medians, source_of, uniform
-from benchmarks.upvit_exact import processor
 from prunesweep.models import arch_of, cost
 from prunesweep.models.builder import build_with
 from prunesweep.models.cutting import gather
-from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import versions
 from prunesweep.models.reduction import Project
 from prunesweep.pruners import taylor, width_path
 from prunesweep.pruners.subspaces import SourceStatistics, compress, recover
@@ -118,14 +114,7 @@ def one_seed(seed: int, cache: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    found = [one_seed(seed, given.cache) for seed in range(given.seeds)]
-    facts = {"device": processor(), "threads": 1, "engine": torch.backends.quantized.engine, "images": IMAGES}
-    write_text(RESULT, json.dumps({**facts, "versions": versions(), "seeds": found}, indent=1))
+    found = by_seed(__doc__, one_seed, RESULT, engine=torch.backends.quantized.engine, images=IMAGES)
     for own, row in medians(found, "rows", "model", "budget", "basis", "weights").items():
         print(*own, f"KL {row['kl']:.4f}, of rounding {row['rounding_kl']:.5f}  top-1 {row['top1']:.2f}")
 

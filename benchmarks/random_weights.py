@@ -7,8 +7,6 @@ images. Images are digits, enlarged and coloured; others than those that are fit
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 import warnings
 from pathlib import Path
@@ -19,11 +17,9 @@ import torch
 from torch import nn
 
 from benchmarks.families import digits
+from benchmarks.record import begun, write_result
 from benchmarks.subspaces import peak_memory, uniform
-from benchmarks.upvit_exact import processor
 from prunesweep.models import arch_of, cost
-from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence
 from prunesweep.pruners.subspaces import SourceStatistics, compress
 
@@ -81,11 +77,9 @@ def one_model(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    torch.set_num_threads(1)
+    begun(__doc__)
     found = [one_model(name, options) for name, options in MODELS.items()]
-    facts = {"device": processor(), "threads": 1, "dtype": "float32", "images": IMAGES}
-    write_text(RESULT, json.dumps({**facts, "versions": versions(), "models": found}, indent=1))
+    write_result(RESULT, images=IMAGES, models=found)
 
 
 if __name__ == "__main__":

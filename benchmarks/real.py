@@ -9,8 +9,6 @@ unlabelled training photographs; nothing is trained.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import time
@@ -22,11 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.record import begun, write_result
 from benchmarks.subspaces import uniform
-from benchmarks.upvit_exact import processor
 from prunesweep.models import UserError, arch_of, cost, save
 from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence
 from prunesweep.pruners.subspaces import NormalEquations, SourceStatistics, compress, instant
 
@@ -266,15 +263,10 @@ def picture(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/real"))
-    parser.add_argument("--images", type=int, default=IMAGES)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    given = begun(__doc__, folder=Path("runs/real"), images=IMAGES)
     given.folder.mkdir(parents=True, exist_ok=True)
     found = run(given.folder, given.images, BUDGETS)
-    facts = {"device": processor(), "threads": 1, "dtype": "float32", "batch": BATCH, "packages": PACKAGES}
-    write_text(RESULT, json.dumps({**facts, "versions": versions(), **found}, indent=1))
+    write_result(RESULT, batch=BATCH, packages=PACKAGES, **found)
     write_text(PICTURE, picture(found["rows"]))
 
 

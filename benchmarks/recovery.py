@@ -7,21 +7,14 @@ agreement and top-1 on the validation split.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-
-from benchmarks.subspaces import measured, source_of
-from benchmarks.upvit_exact import processor
+from benchmarks.record import by_seed
+from benchmarks.subspaces import measured, medians, source_of
 from prunesweep.models import arch_of, cost, cut
-from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import Scores, WidthMethod, get_method
 from prunesweep.training import open_data
 from prunesweep.training.jobs.recovery import Recovery
@@ -61,17 +54,10 @@ def _rows(source: Any, data: Any, method: str, cache: Path) -> Iterator[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    found = [one_seed(seed, given.cache) for seed in range(given.seeds)]
-    facts = {"device": processor(), "threads": 1, "dtype": "float32", "images": Recovery().images}
-    write_text(RESULT, json.dumps({**facts, "versions": versions(), "seeds": found}, indent=1))
-    for at, row in enumerate(found[0]["rows"]):
-        kl, top1, share = (median(one["rows"][at][name] for one in found) for name in ("kl", "top1", "share"))
-        print(f"{row['method']:10} {row['budget']:4} {share:.3f} {row['how']:10} KL {kl:7.4f}  top-1 {top1:6.2f}")
+    found = by_seed(__doc__, one_seed, RESULT, images=Recovery().images)
+    for (method, budget, how), row in medians(found, "rows", "method", "budget", "how").items():
+        seen = f"{row['share']:.3f} {how:10} KL {row['kl']:7.4f}  top-1 {row['top1']:6.2f}"
+        print(f"{method:10} {budget:4} {seen}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ KL is to the source, in nats; seconds are of the processor, memory is what a pro
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +25,8 @@ import torch
 from torch import nn
 
 from benchmarks.corp import corp
-from benchmarks.upvit_exact import processor
+from benchmarks.record import by_seed
 from prunesweep.models import Arch, arch_of, cost, cut
-from prunesweep.models.io.files import write_text
-from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import kl_divergence, taylor, width_path
 from prunesweep.pruners.subspaces import SourceStatistics, Widths, compress, compressed_arch, equal_shares, instant
 from prunesweep.pruners.subspaces.compression import Compression, folded
@@ -245,14 +241,7 @@ def medians(found: Sequence[Mapping[str, Any]], part: str, *keys: str) -> dict[t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    found = [one_seed(seed, given.cache) for seed in range(given.seeds)]
-    facts = {"device": processor(), "threads": 1, "dtype": "float32", "batch": BATCH, "calibration_images": IMAGES}
-    write_text(RESULT, json.dumps({**facts, "versions": versions(), "seeds": found}, indent=1))
+    found = by_seed(__doc__, one_seed, RESULT, batch=BATCH, calibration_images=IMAGES)
     for part, keys in (("rows", ("how", "budget")), ("spaces", ("space", "kept")), ("images", ("images", "budget"))):
         for own, row in medians(found, part, *keys).items():
             seen = f"share {row['share']:.3f}  KL {row['kl']:8.4f}  top-1 {row['top1']:6.2f}"
