@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from prunesweep.models import Cut, UserError, arch_of, load, load_provenance, save
+from prunesweep.models import Cut, UserError, arch_of, cost, load, load_provenance, save
 from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution import task
@@ -26,6 +26,7 @@ from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
 from prunesweep.training.jobs.training_job import TrainingJob
+from prunesweep.training.settling import rate_at
 
 
 def nothing(what: str, share: float, note: str) -> None:
@@ -66,6 +67,20 @@ def test_a_unit_gives_a_model_and_its_measurements(started: tuple[Run, Coordinat
     assert events(run, unit.id) == ["start", "epoch", "epoch", "epoch", "end"]
     coordinator.complete(unit.id)
     assert coordinator.results[0].top1 == result["top1"]
+
+
+def test_a_unit_trained_gently_says_what_was_kept(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
+) -> None:
+    config = tiny(finetune={"recipe": "gentle", "epochs": 1}, space={"lr": [5e-4, 5e-4]})
+    run, coordinator = begin(config, runs / "cache", tmp_path / "run")
+    unit = coordinator.next()
+    assert unit is not None
+    assert run_task(run.path, unit)["state"] == "finished"
+    facts = load_provenance(run.trial(unit.id) / "model")
+    share = cost(arch_of(load(run.trial(unit.id) / "model"))).macs / run.metadata()["source"]["macs"]
+    assert facts["lr"] == pytest.approx(rate_at(config.finetune.lr_by_share, share))
+    assert len(facts["kept"]["held_out_kl"]) == 2
 
 
 def test_workers_of_a_unit_open_the_data_that_the_run_has(
