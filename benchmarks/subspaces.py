@@ -30,6 +30,7 @@ from prunesweep.models import Arch, arch_of, cost, cut
 from prunesweep.pruners import kl_divergence, taylor, width_path
 from prunesweep.pruners.subspaces import SourceStatistics, Widths, compress, compressed_arch, equal_shares, instant
 from prunesweep.pruners.subspaces.compression import Compression, folded
+from prunesweep.pruners.subspaces.streams import SourceStreams
 from prunesweep.search.config import load_config
 from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.report.display import Display
@@ -110,7 +111,8 @@ def with_writers(
     model: nn.Module, widths: Widths, batches: Sequence[torch.Tensor], statistics: SourceStatistics
 ) -> nn.Module:
     """Project a source, and refit the writers."""
-    work = WritersOnly(folded(model), widths, statistics, batches)
+    source = folded(model)
+    work = WritersOnly(source, widths, statistics, SourceStreams(source, batches))
     work.run(range(arch_of(model).depth))
     return work.small
 
