@@ -109,7 +109,7 @@ def test_eval_compares_with_a_teacher(
     code, text, _ = call(capsys, "eval", source, "--teacher", source, "--data", "digits")
     assert code == 0
     assert text.startswith("top-1 ")
-    assert "agreement 100.00 %, KL 0" in text
+    assert "KL 0, agreement 100.00 %" in text
     code, _, err = call(capsys, "eval", source, "--data", tree)
     assert code == 2
     assert "has no labels: give the model to compare with, --teacher SOURCE" in err
