@@ -224,7 +224,7 @@ def check_preprocessing(given: Mapping[str, Any]) -> None:
 
     check("mean", numbers, "a list of finite numbers, one per channel")
     check("std", lambda v: numbers(v) and min(v) > 0, "a list of finite numbers above 0, one per channel")
-    check("crop_pct", lambda v: _is_number(v) and v > 0, "a number above 0")
+    check("crop_pct", lambda v: _is_number(v) and 0 < v <= 2, "a number above 0 and at most 2")
     check("interpolation", lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
     check("crop_mode", lambda v: v in CROP_MODES, f"one of {', '.join(CROP_MODES)}")
     check("label_names", lambda v: isinstance(v, (list, tuple)), "a list of names")

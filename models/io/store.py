@@ -227,6 +227,12 @@ def load(path: str | Path) -> nn.Module:
             "One of the two was cut short or changed after they were saved; copy the folder or save the model again"
         )
     arch = read_arch(path)
+    names = config["pretrained_cfg"].get("label_names")
+    if isinstance(names, list) and len(names) != arch.num_classes:
+        raise UserError(
+            f"{Path(path) / CONFIG}: pretrained_cfg.label_names has {len(names)} names, the model {arch.num_classes} "
+            "classes: give one name per class, or none"
+        )
     try:
         # copied: safetensors maps the file, and at its odd addresses kernels round differently
         weights = {name: tensor.clone() for name, tensor in load_file(weights_file).items()}

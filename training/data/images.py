@@ -116,6 +116,12 @@ class ImageFiles(Data):
         self._splits: dict[str, Dataset[Any]] = {}
         self._damaged: dict[str, torch.Tensor] = {}
         config = self._config
+        for key in ("mean", "std"):
+            if len(config[key]) not in (1, channels := config["input_size"][0]):
+                raise UserError(
+                    f"the model's pretrained_cfg.{key} = {list(config[key])}: {len(config[key])} numbers for images of "
+                    f"{channels} channels; give one per channel"
+                )
         content = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())  # tuples become lists
         for fact in facts:
             content.update(fact.encode(errors="surrogateescape") if isinstance(fact, str) else fact)
@@ -262,7 +268,7 @@ class Readable(Dataset[Batch]):
     def _count(self, index: int, error: BaseException) -> None:
         known = bool(self.damaged[index])
         name = self.data.name_of(index) if hasattr(self.data, "name_of") else f"image {index}"
-        self.reasons[index] = f"{name}: {error}"
+        self.reasons[index] = f"{name}: {str(error).partition(' <')[0]}"  # Pillow shows the object that it reads from
         self.damaged[index] = True
         if int(self.damaged.sum()) > self.limit:
             raise UserError(f"more than {self.limit} images cannot be read: {self._listed()}") from error

@@ -272,7 +272,9 @@ def test_an_odd_record_is_refused_by_its_field(
         ({"crop_pct": "all"}, "pretrained_cfg.crop_pct = 'all': must be"),
         ({"interpolation": "cubic"}, "pretrained_cfg.interpolation = 'cubic': must be"),
         ({"label_names": 7}, "pretrained_cfg.label_names = 7: must be"),
-        ({"label_names": ["a", "b", "a"]}, "pretrained_cfg.label_names: 'a' is there 2 times"),
+        ({"label_names": ["a", "a"]}, "pretrained_cfg.label_names: 'a' is there 2 times"),
+        ({"label_names": ["a"]}, r"config.json: pretrained_cfg.label_names has 1 names, the model \d+ classes"),
+        ({"crop_pct": 50}, "pretrained_cfg.crop_pct = 50: must be a number above 0 and at most 2"),
         ({"crop_mode": "foo"}, "pretrained_cfg.crop_mode = 'foo': must be one of center, squash, border"),
     ],
 )

@@ -143,10 +143,19 @@ def test_data_of_the_hub_are_matched_by_name_and_say_what_cannot_be_read(monkeyp
     data = opened("hfds:x/y", ["c", "a", "B"])
     assert data.info.classes == ("c", "a", "B")
     assert data.train_labels().tolist() == [1, 2, 0]
-    with pytest.warns(UserWarning, match="image 0: cannot identify image file"):
+    with pytest.warns(UserWarning, match="image 0: cannot identify image file$"):
         labels = torch.cat([y for _, y in data.val_loader(2)])
     assert labels.tolist() == [2, 0]
     assert opened("hfds:x/y", classes=["x", "y", "z"]).info.classes == ("x", "y", "z")
     assert data.info.fingerprint != opened("hfds:x/y").info.fingerprint
     with pytest.raises(UserError, match="2 names, data 'hfds:x/y' has 3 classes"):
         opened("hfds:x/y", classes=["x", "y"])
+
+
+def test_a_mean_of_other_channels_than_the_images_is_refused(folder: Path) -> None:
+    cfg = {**PREPROCESSING, "mean": (0.5, 0.5)}
+    with pytest.raises(UserError, match=r"pretrained_cfg.mean = \[0.5, 0.5\]: 2 numbers for images of 3 channels"):
+        open_data(f"imagefolder:{folder}", cfg)
+    grey = {**PREPROCESSING, "input_size": (1, 16, 16)}
+    with pytest.raises(UserError, match="3 numbers for images of 1 channels"):
+        open_data(f"imagefolder:{folder}", grey)

@@ -327,5 +327,5 @@ def test_words_and_numbers_must_agree() -> None:
 def test_quality_is_the_perplexity_where_there_is_one() -> None:
     assert str(EvalMetrics.of({"top1": 12.34, "loss": 3.0})) == "top-1 12.34 %"
     found = EvalMetrics.of({"top1": 30, "ppl": 20.5, "loss": 3.0})
-    assert (str(found), found.as_dict()) == ("ppl 20.50", {"top1": 30.0, "ppl": 20.5})
+    assert (str(found), found.as_dict()) == ("ppl 20.50", {"top1": 30.0, "ppl": 20.5, "loss": 3.0})
     assert EvalMetrics(30.0).as_dict() == {"top1": 30.0}
