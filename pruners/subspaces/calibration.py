@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +17,7 @@ from .batches import Batches
 
 __all__ = ["check_features", "check_source", "hold_out", "images_of", "shrinkage_for"]
 
+KEYS = ("image", "images", "img", "pixel_values", "input_ids", "x")  # of dicts, as loaders of others name images
 BATCH = 64  # images at a time; what comes in larger batches is split
 ROWS_PER_FEATURE = 20  # token rows of a layer's fit for each of its features, from which on more help little
 FEW_ROWS = 1e-2  # lambda where rows are fewer than features: KL 6 % lower than with 1e-3 (digits, 2 to 16 images)
@@ -32,7 +33,8 @@ def images_of(batches: Any, arch: Arch) -> Batches:
 
     Args:
         batches: one tensor (B, C, rows, columns); or a list, a loader or a data set of such tensors, of single images
-            (C, rows, columns), or of pairs of either and labels. For a language model, word numbers (B, T).
+            (C, rows, columns), of pairs of either and labels, or of dicts that name either by one of ``KEYS``. For a
+            language model, word numbers (B, T).
         arch: of the model that they are for.
 
     Raises:
@@ -59,11 +61,12 @@ def _tensors(batches: Any, arch: Arch) -> Iterator[torch.Tensor]:
     single = list[torch.Tensor]()
     whole = iter([batches]) if isinstance(batches, torch.Tensor) else _iterated(batches)
     for number, batch in enumerate(whole):
-        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        images = _images_in(batch)
         if not isinstance(images, torch.Tensor):
+            form = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(images).__name__
             raise UserError(
-                f"calibration images: batch {number} is of type {type(images).__name__}; give tensors "
-                "(B, C, rows, columns), or pairs of such a tensor and labels"
+                f"calibration images: batch {number} is of type {form}; give tensors (B, C, rows, columns), pairs of "
+                f"one and labels, or dicts that have one as {', '.join(KEYS)}"
             )
         if not text:
             _check_form(images, number, arch)
@@ -76,6 +79,13 @@ def _tensors(batches: Any, arch: Arch) -> Iterator[torch.Tensor]:
             single = []
     if single:
         yield torch.stack(single)
+
+
+def _images_in(batch: Any) -> Any:
+    """What of a batch is its images: the first of several parts, or the one that bears a name of images."""
+    if isinstance(batch, Mapping):
+        return next((batch[name] for name in KEYS if name in batch), None)
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def _iterated(batches: Any) -> Iterator[Any]:

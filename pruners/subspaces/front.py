@@ -32,6 +32,7 @@ OBJECTIVES: Mapping[str, Measure] = {measure.name: measure for measure in (MACS,
 BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
 STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
 HELD_OUT = 0.25  # of the images: chosen by, not fitted to
+FITS = 6  # models that are usually computed for a budget: some residual widths, equal shares, the chosen one again
 SCOUT_ROWS = 8192  # tokens that the models to choose from are fitted to, at most; the chosen one is fitted to all
 
 
@@ -76,7 +77,8 @@ def instant(
     Args:
         model: the source, from timm or of ours.
         batches: images (B, C, rows, columns) or texts (B, T): one tensor, or a list or loader of tensors or of pairs of
-            these and labels, which are not read; 256 images or more, without augmentation.
+            these and labels, which are not read, or of dicts (``calibration.KEYS``); 256 images or more, without
+            augmentation.
         budgets: shares of the source's cost, each above 0 and at most 1.
         objective: ``macs``, ``params``, or a measure such as ``pruners.latency(table, arch_of(model))``, predicted
             milliseconds per batch.
@@ -165,6 +167,7 @@ class _Front:
         found: list[Point] = []
         begin = 0
         for number, budget in enumerate(sorted(budgets, reverse=True)):
+            self.done, self.due, self.planned = number * FITS, (number + 1) * FITS, len(budgets) * FITS
             limit = budget * self.whole
             begin, best = self._downhill(limit, begin)
             # sums of one-block losses rank well but are no measurement: equal shares are the baseline to beat
@@ -172,7 +175,7 @@ class _Front:
             scouts = [one for one in (best, even) if one is not None]
             if scouts:
                 found.append(self._point(budget, min(scouts, key=lambda one: one.error)))
-            self.progress("computing models", number + 1, len(budgets))
+            self.progress("computing models", self.due, self.planned)
         return found
 
     def _downhill(self, limit: float, begin: int) -> tuple[int, _Scout | None]:
@@ -226,7 +229,7 @@ class _Front:
         )
 
     def _compressed(self, widths: Widths, batches: Batches) -> nn.Module:
-        return compress(
+        small = compress(
             self.model,
             widths,
             batches,
@@ -234,6 +237,9 @@ class _Front:
             units=self.losses.units,
             shrinkage=self.shrinkage,
         )
+        self.done = min(self.done + 1, self.due - 1)  # some budgets need more than others
+        self.progress("computing models", self.done, self.planned)
+        return small
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> torch.Tensor:

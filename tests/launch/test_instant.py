@@ -241,3 +241,35 @@ def test_a_model_and_a_list_of_tensors_in_python() -> None:
         assert point.budget * 0.98 <= point.share <= point.budget
     assert half.kl < fifth.kl
     assert half.images == 16
+
+
+def test_progress_rises_to_its_end_in_every_phase() -> None:
+    torch.manual_seed(0)
+    told: dict[str, list[float]] = {}
+    prunesweep.instant(
+        build(vit()).eval(),
+        list(torch.randn(48, 3, 12, 12).split(16)),
+        budgets=(0.7, 0.4, 0.0001),
+        progress=lambda what, done, total: told.setdefault(what, []).append(done / total),
+    )
+    assert set(told) == {"reading the source", "narrowing block by block", "computing models"}
+    for shares in told.values():
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+    assert len(set(told["computing models"])) > 5
+
+
+@pytest.mark.parametrize(
+    "where", ["prunesweep.pruners.subspaces.instant", "prunesweep.search.report.computed_page.write_computed_report"]
+)
+def test_an_interrupt_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    options = ("--data", "digits", "--images", "32", "--budgets", "0.5", "--out", tmp_path / "front")
+    code, _, _ = call(capsys, "instant", source, *options)
+    assert code == 130
+    assert list(tmp_path.iterdir()) == []

@@ -30,6 +30,9 @@ FORMS: dict[str, Callable[[], Any]] = {
     "loader of tensors": lambda: DataLoader(X, 32),  # type: ignore[arg-type]
     "data set": lambda: TensorDataset(X, LABELS),
     "generator": lambda: (batch for batch in X.split(7)),
+    "dicts": lambda: [{"label": LABELS, "image": batch} for batch in X.split(64)],
+    "loader of dicts": lambda: DataLoader([{"pixel_values": x, "labels": 0} for x in X], batch_size=40),
+    "dicts of single images": lambda: [{"img": x} for x in X],
 }
 
 
@@ -76,7 +79,10 @@ def test_a_front_follows_from_one_tensor() -> None:
         (X[..., :8], r"of shape \(150, 3, 12, 8\); toy takes images of \(3, 12, 12\)"),
         ((X * 20 + 128).byte(), "of torch.uint8; give them as the model was trained on them"),
         ([LABELS, X], r"batch 0 is of shape \(150,\)"),
-        ([{"image": X}], "batch 0 is of type dict; give tensors"),
+        (
+            [{"picture": X, "mask": X}],
+            "is of type a dict of picture, mask; give .* dicts that have one as image,",
+        ),
         (3, "int is neither a tensor"),
     ],
 )
