@@ -40,7 +40,7 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
         notes.print(text, highlight=False, markup=False, soft_wrap=True)
 
     config = reopen(run, () if data is None else [f"data.name={data}"], on_note=note)
-    opened = check_data(run, config)
+    opened = check_data(run, config).report
     if not as_json:
         note("\n".join(opened.describe()))
     source = to_float32(load(run / "source"))
@@ -50,8 +50,9 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
         now = EvalMetrics.of(measure(model, opened.val_loader(EVAL_BATCH), source=source))
         found.append({**point, "model": str(path / point["model"]), "measured": now.with_interval()})
         if not as_json:
-            where, before = f"trial {point['trial']}, rung {point['rung']}", EvalMetrics.of(point)
-            print(f"{where}: {now.full}; {before} in the search; {point['macs']:,} MACs, {point['params']:,} params")
+            searched = EvalMetrics.of({name: point.get(f"searched_{name}", point.get(name)) for name in now._fields})
+            where = f"trial {point['trial']}, rung {point['rung']}"
+            print(f"{where}: {now.full}; {searched} in the search; {point['macs']:,} MACs, {point['params']:,} params")
     if as_json:
         print(json.dumps(found))
     elif not found:

@@ -57,6 +57,7 @@ class DataTable(Table):
     class_order: ClassOrder | None = None  # of class folders: timm's "natural", or torchvision's "codepoint"
     classes: list[str] | str | None = None  # names by label, or a file with one per line
     unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
+    search_split: Annotated[float, Field(ge=0, lt=1)] = 0.2  # of the training images, to compare candidates by
 
     @field_validator("classes")
     @classmethod
@@ -190,8 +191,9 @@ class SearchTable(Table):
     """What is optimised, by which sampler, and how much is spent: ``trials`` candidates, the best of them further.
 
     ``rungs`` are epochs of finetuning. Every candidate starts on the first rung; one in ``reduction_factor`` goes on to
-    the next, from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images``
-    images of the training split. Without rungs there is one, of ``finetune.epochs``.
+    the next, from the weights it has. A first rung of 0 epochs screens candidates untrained, on ``screen_images`` of
+    the images that candidates are compared by (where ``data.search_split`` is 0, of the training split). Without rungs
+    there is one, of ``finetune.epochs``.
     """
 
     trials: Count = 24
@@ -350,7 +352,12 @@ follow_axes()
 
 RENAMED = {"search.eta": "search.reduction_factor"}  # keys of earlier versions
 # what runs did before a key was there; every run's file has all keys
-BEFORE = {"search.recover": False, "search.project": False, "search.rank_by": "objective"}
+BEFORE = {
+    "search.recover": False,
+    "search.project": False,
+    "search.rank_by": "objective",
+    "data.search_split": 0.0,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:

@@ -209,7 +209,7 @@ class Compared:
 
     Args:
         batches: (images, labels) per batch, the same ones in every iteration.
-        source: a classifier in evaluation mode.
+        source: a classifier in evaluation mode, or a ``LanguageModel``, which ``measure`` asks every time.
     """
 
     def __init__(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], source: nn.Module) -> None:
@@ -227,6 +227,12 @@ class Compared:
             self._kept.append(logits)
             self._room -= logits.numel()
         return logits
+
+    def measure(self, model: nn.Module) -> EvalMetrics:
+        """Measure a model over all images, and its agreement with the source."""
+        if isinstance(model, LanguageModel):  # logits of all words are too many to keep
+            return EvalMetrics.of(evaluate(model, self.batches, source=self.source))
+        return EvalMetrics.of(evaluate(model, self))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         for index, (x, y) in enumerate(batch for batch in self.batches if len(batch[1])):

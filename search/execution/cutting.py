@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import Cut, arch_of, cut, load
-from prunesweep.models.families.lm import LanguageModel
 from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.search.config import SearchConfig
-from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics, evaluate
+from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics
 from prunesweep.training.jobs.recovery import Known, Recovery
 
 __all__ = ["Cutter"]
@@ -49,7 +48,14 @@ class Cutter:
 
     @cached_property
     def screen(self) -> list[Any]:
-        """Images of the training split, for rungs that do not train and for BatchNorm."""
+        """Images for rungs that do not train: of those held out for the search, or else of the training split."""
+        if self.data.report is self.data:
+            return self._training_images
+        with self.reading():
+            return _first(self.data.val_loader(EVAL_BATCH), self.search.screen_images)
+
+    @cached_property
+    def _training_images(self) -> list[Any]:
         with self.reading():
             return self.data.calibration(self.search.screen_images, EVAL_BATCH, self.seed)
 
@@ -80,16 +86,16 @@ class Cutter:
         return model
 
     def _images(self) -> Iterator[Any]:
-        """Iterate over ``screen``, which is read at the first item: a model without BatchNorm needs none."""
-        yield from self.screen
+        """Iterate over training images, which are read at the first item: a model without BatchNorm needs none."""
+        yield from self._training_images
 
     def screened(self, decision: Cut | Path) -> EvalMetrics:
         """Measure a decision's model on ``screen``, untrained, as a rung of 0 epochs does."""
-        return self._measured(self.model(decision), self._compared_screen)
+        return self._compared_screen.measure(self.model(decision))
 
     def measured(self, model: nn.Module) -> EvalMetrics:
-        """Measure a model on the validation split, and its agreement with the source."""
-        return self._measured(model, self._compared)
+        """Measure a model on the images that candidates are compared by, and its agreement with the source."""
+        return self._compared.measure(model)
 
     @cached_property
     def _compared_screen(self) -> Compared:
@@ -99,13 +105,19 @@ class Cutter:
     def _compared(self) -> Compared:
         return Compared(self.data.val_loader(EVAL_BATCH), self.source)
 
-    def _measured(self, model: nn.Module, compared: Compared) -> EvalMetrics:
-        if isinstance(model, LanguageModel):  # logits of all words are too many to keep
-            return EvalMetrics.of(evaluate(model, compared.batches, source=self.source))
-        return EvalMetrics.of(evaluate(model, compared))
-
     def accuracy(self, found: EvalMetrics) -> float:
         """Return the agreement with the source where that is an objective, otherwise the top-1; in percent."""
         accuracy = found.agreement if self.agreeing else found.top1
         assert accuracy is not None
         return accuracy
+
+
+def _first(batches: Iterable[Any], images: int) -> list[Any]:
+    """The first images of batches, which are in random order."""
+    found = []
+    for x, y in batches:
+        found.append((x[:images], y[:images]))
+        images -= len(y)
+        if images <= 0:
+            break
+    return found

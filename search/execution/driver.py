@@ -42,6 +42,7 @@ from .remote import run_on_worker
 from .reopen import check_data, reopen, settings_of, space_of
 from .runtime import RayConnection, execute, max_concurrent
 from .source import Progress, SourceArtifacts, open_space
+from .validation import validate_front
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
@@ -114,7 +115,8 @@ def run_search(
             display.plan(config, units)
             return None
         config = create_run(run, _with_start(config, space), prepared)
-        return _search(run, config, space, display, ray if address is None else contextlib.nullcontext(ray))
+        connection = ray if address is None else contextlib.nullcontext(ray)
+        return _search(run, config, space, display, connection, on_worker=address is not None)
 
 
 def resume_search(
@@ -157,7 +159,8 @@ def resume_search(
     with ray:
         with display.progress() as progress:
             run_on_worker(partial(_check_there, run.path, config), config.resources, progress)
-        return _search(run, config, space, display, contextlib.nullcontext(ray), retry_failed=retry_failed)
+        connection = contextlib.nullcontext(ray)
+        return _search(run, config, space, display, connection, retry_failed=retry_failed, on_worker=True)
 
 
 def _check_there(path: Path, config: SearchConfig, progress: Progress) -> None:
@@ -259,6 +262,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
             "name": arch.source,
             "weights": kept.weights,
             **kept.figures.as_dict(),
+            "search": kept.searched.as_dict(),
             "macs": spent.macs,
             "params": spent.params,
             **({} if table is None else {"latency_ms": LatencyTable.load(table).predict(arch)}),
@@ -332,8 +336,9 @@ def _search(
     ray: AbstractContextManager[RayConnection],
     *,
     retry_failed: bool = False,
+    on_worker: bool = False,
 ) -> SearchResult:
-    """Run the trials of a run whose source, scores and space are there."""
+    """Run the trials of a run whose source, scores and space are there; measure its front on a worker or here."""
     with RunLock(run.path) as lock:
         run.stop_file.unlink(missing_ok=True)
         display.failures(run.failures(), again=retry_failed)
@@ -353,7 +358,7 @@ def _search(
             name=config.name,
         )
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
-        source = run.metadata()["source"]
+        source = run.searched_source()
         for note in coordinator.notes:
             display.note(note)
         try:
@@ -396,8 +401,23 @@ def _search(
             raise SearchFailed(_nothing_found(run, coordinator))
         if coordinator.finished:
             study.settle(coordinator.results)
-            display.front(coordinator.front, source["macs"])
+            _validate(run, config, display, on_worker=on_worker)
+            display.front(run.front(), source["macs"])
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
+
+
+def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bool) -> None:
+    """Measure the front on the validation split, and write what shows it again."""
+    if not config.data.search_split:
+        return
+    work = partial(validate_front, run.path, config)
+    with display.progress() as progress:
+        if on_worker:
+            run_on_worker(work, config.resources, progress)
+        else:
+            work(progress)
+    run.write_front()
+    _write_report(run)
 
 
 def _nothing_found(run: Run, coordinator: Coordinator) -> str:

@@ -119,7 +119,7 @@ def promote(
         out=folder / "model",
         teacher=run / "source",
         seed=config.seed,
-        data_options=config.data.options,
+        data_options={**config.data.options, "search_split": 0.0},  # trained on all training images
     )
     if not job.out.exists():
         finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)

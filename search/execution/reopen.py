@@ -17,7 +17,8 @@ from prunesweep.training.data import Data, content_changes, content_of, open_dat
 __all__ = ["HARMLESS", "check_data", "own_table", "reopen", "settings_of", "space_of"]
 
 # keys that change no candidate and no figure; data are compared by their content
-HARMLESS = ("search.trials", "resources.", "cluster.", "data.")
+DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable")
+HARMLESS = ("search.trials", "resources.", "cluster.", *DATA)
 
 MOVED = "resume --set data.name=..., promote --data ..."
 

@@ -59,6 +59,7 @@ class SourceArtifacts:
         content: what the data hold (``training.data.content_of``).
         described: what ``Data.describe`` says of the data.
         figures: the source's figures on the validation split.
+        searched: its figures on the images that candidates are compared by.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class SourceArtifacts:
     content: Mapping[str, Any]
     described: tuple[str, ...] = ()
     figures: EvalMetrics
+    searched: EvalMetrics
 
     @property
     def arch(self) -> Arch:
@@ -138,7 +140,9 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
             progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
 
         logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
-    quality = EvalMetrics.of(load_provenance(folder))
+    provenance = load_provenance(folder)
+    quality = EvalMetrics.of(provenance)
+    agreement = 100.0 if "agreement" in config.search.objectives else None
     warn_at_chance(f"source.model = {config.source.model!r}", source, data, quality)
     kept = SourceArtifacts(
         folder=folder,
@@ -148,7 +152,8 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         fingerprint=data.info.fingerprint,
         content=content_of(data),
         described=tuple(data.describe()),
-        figures=quality._replace(kl=None, agreement=100.0 if "agreement" in config.search.objectives else None),
+        figures=quality._replace(kl=None, agreement=agreement),
+        searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement),
     )
     return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config, kept))
 
@@ -263,7 +268,7 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
         only = trained_images(data.train_images, config.finetune)
         images = data.train_images if only is None else len(only)
         if config.finetune.batch_size > images:
-            held = "" if only is None else " beside those held out"
+            held = "" if only is None and data.report is data else " beside those held out"
             raise UserError(
                 f"finetune.batch_size = {config.finetune.batch_size}: data.name = {data.info.name!r} has only "
                 f"{images:,} training images{held}; lower it"
@@ -306,9 +311,11 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
         fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
         as_stored(model)
     progress("evaluating the source", 0.0, "")
-    found = EvalMetrics.of(evaluate_on(model, data, source=model))
+    found = EvalMetrics.of(evaluate_on(model, data.report, source=model))
     progress("evaluating the source", 1.0, str(found))
     facts = {"data": data.info.fingerprint, "seed": config.seed, **found.as_dict(), "versions": versions()}
+    if data.report is not data:
+        facts["search"] = EvalMetrics.of(evaluate_on(model, data, source=model)).as_dict()
     if data.info.labelled and found.top1 is not None and found.top1 > 100 / data.info.num_classes:
         name_classes(model, data)  # at chance the order may be another one, which must not become the model's own
     save(model, folder, {"method": "source", "source": config.source.model, "key": key, **facts})

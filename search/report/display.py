@@ -24,10 +24,11 @@ from prunesweep.search.store.front import hypervolume, values
 from prunesweep.search.store.run import Result, failure_reasons, reason_of
 from prunesweep.training import EvalMetrics
 
-__all__ = ["Display", "clock", "print_front", "print_promoted"]
+__all__ = ["Display", "clock", "front_notes", "print_front", "print_promoted"]
 
 BANDS = 5
 HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "agreement": "agreement (%)"}  # of qualities
+MEASURES = {"loss": "loss", "kl": "KL to the source", "ppl": "perplexity", "top1": "top-1", "agreement": "agreement"}
 
 
 class Display:
@@ -357,9 +358,39 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
     for cells in zip(*shown.values(), strict=True):
         table.add_row(*cells)
     console.print(table)
-    if counts := sorted({point["images"] for point in front if "images" in point}):
-        console.print(f"figures of {' or '.join(f'{n:,}' for n in counts)} images", highlight=False)
+    for line in front_notes(front):
+        console.print(line, highlight=False, soft_wrap=True)
     _print_folders(console, [(f"trial {point['trial']}", point["model"]) for point in front])
+
+
+def front_notes(front: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of which images the figures of a front are, and by what its members were chosen.
+
+    Args:
+        front: as for ``print_front``.
+
+    Returns:
+        A line for people for every kind of members; none for runs of versions that did not keep it.
+    """
+    lines = []
+    for point in front:
+        if "images" not in point or "split" not in point:
+            continue
+        ranked, images = f"compared by {MEASURES[point['ranked_by']]}", f"{point['images']:,}"
+        if point["split"] == "search":
+            line = (
+                f"figures of {images} images held out of the training split, on which candidates are {ranked}: they "
+                "flatter; the end of a search, and 'prunesweep eval RUN', measure the validation split"
+            )
+        elif "searched_images" in point:
+            line = (
+                f"figures of {images} validation images, by which nothing was chosen; candidates were {ranked} on "
+                f"{point['searched_images']:,} images held out of the training split"
+            )
+        else:
+            line = f"figures of {images} validation images; candidates were {ranked} on them, so they flatter"
+        lines.append(line)
+    return list(dict.fromkeys(lines))
 
 
 def _between(point: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from prunesweep.models import Arch, UserError, cut_arch, read_arch
 from prunesweep.models.io.files import write_text
 from prunesweep.search.execution.promote import promoted
+from prunesweep.search.report.display import front_notes
 from prunesweep.search.store.front import values
 from prunesweep.search.store.run import Result, Run
 
@@ -25,7 +26,8 @@ def write_report(run: Run) -> Path:
 
     Candidates without a finite result have no place in it.
     """
-    facts, front = run.metadata(), {(point["trial"], point["rung"]) for point in run.front()}
+    facts, points = run.metadata(), run.front()
+    front = {(point["trial"], point["rung"]) for point in points}
     further = {entry["unit"]: entry for entry in promoted(run)}
     source = read_arch(run / "source")
     trials = [
@@ -34,6 +36,7 @@ def write_report(run: Run) -> Path:
             "trial": r.trial,
             **r.figures._asdict(),
             "interval": r.figures.interval,
+            "validation": _validation(run, r) if (r.trial, r.rung) in front else None,
             "latency_ms": r.latency_ms,
             "promoted": further.get(r.id),
             "zero_shot": r.zero_shot if math.isfinite(r.zero_shot) else None,
@@ -53,7 +56,8 @@ def write_report(run: Run) -> Path:
     ]
     data = {
         "name": run.path.name,
-        "source": {**facts["source"], "arch": picture(source, source)},
+        "source": {**run.searched_source(), "arch": picture(source, source)},
+        "notes": front_notes(points),
         "objectives": run.objectives,
         "trials": trials,
         "failed": len(run.failures()),
@@ -63,6 +67,11 @@ def write_report(run: Run) -> Path:
     path = run / "report.html"
     write_text(path, page)
     return path
+
+
+def _validation(run: Run, result: Result) -> dict[str, Any] | None:
+    found = run.validation(result)
+    return None if found is None else {**found._asdict(), "interval": found.interval}
 
 
 def render(template: str, title: str, data: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from prunesweep.models import UserError
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 
-__all__ = ["Ending", "Result", "RunFacts", "Task", "read_json", "read_sealed", "sealed", "task_id"]
+__all__ = ["Ending", "Result", "RunFacts", "Task", "Validation", "read_json", "read_sealed", "sealed", "task_id"]
 
 EXACT = ConfigDict(strict=True, extra="forbid")
 
@@ -111,6 +111,15 @@ class Ending(BaseModel):
         return self
 
 
+class Validation(BaseModel):
+    """What ``validation.json`` says: what the model of a result gives on the validation split."""
+
+    model_config = EXACT
+
+    result: str  # digest of the result
+    figures: dict[str, float]
+
+
 class SourceFacts(BaseModel):
     """What ``run.json`` says of the source."""
 
@@ -127,6 +136,7 @@ class SourceFacts(BaseModel):
     loss: float | None = None
     images: int | None = None
     latency_ms: float | None = None
+    search: dict[str, float] = {}  # figures on the images by which candidates are compared
 
 
 class RunFacts(BaseModel):

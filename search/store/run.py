@@ -6,7 +6,8 @@
     given/           saved models that the search started from
     teacher_logits/, latency_table.json        where the search uses them
     study.journal    Optuna's journal          front.json, report.html, tb/
-    trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json
+    trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
+                     validation.json (of members of the front, once the search has ended)
 
 The files are the truth: a unit of work is finished exactly when its ``result.json`` is there. ``r0-0007`` is trial 7
 on rung 0; a trial that was promoted has a folder on every rung that it reached, and its ``cut.json`` on rung 0 only.
@@ -33,10 +34,11 @@ from typing import Any, NamedTuple, get_args
 
 from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 
-from .front import OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
-from .records import Ending, Result, RunFacts, Task, read_json, read_sealed, sealed, task_id
+from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
+from .records import Ending, Result, RunFacts, Task, Validation, read_json, read_sealed, sealed, task_id
 
 __all__ = [
     "Outcomes",
@@ -179,6 +181,21 @@ class Run:
         write_text(self.trial(task_id) / "result.json", sealed(data))
         return data
 
+    def write_validation(self, result: Result, figures: EvalMetrics) -> None:
+        """Keep what the model of a result gives on the validation split."""
+        kept = {"result": digest(asdict(result)), "figures": figures.as_dict()}
+        write_text(self.trial(result.id) / "validation.json", sealed(kept))
+
+    def validation(self, result: Result) -> EvalMetrics | None:
+        """What ``write_validation`` wrote of this very result; None where it did not, or the file is damaged."""
+        path = self.trial(result.id) / "validation.json"
+        try:
+            kept = read_sealed(path, Validation) if path.is_file() else {}
+        except UserError as error:
+            warnings.warn(f"{error}; left out, 'prunesweep resume {self.shown}' makes it again", stacklevel=2)
+            return None
+        return EvalMetrics.of(kept["figures"]) if kept.get("result") == digest(asdict(result)) else None
+
     def read_task(self, task_id: str) -> Task:
         """The task that was handed out under a name. Raises UserError where its file is missing or damaged."""
         path = self.trial(task_id) / "spec.json"
@@ -221,7 +238,7 @@ class Run:
                 "failed": len(failures),
             },
             "rungs": rungs,
-            "hypervolume": hypervolume(self.members(outcomes.current), facts["source"], self.objectives),
+            "hypervolume": hypervolume(self.members(outcomes.current), self.searched_source(), self.objectives),
             "source": {k: v for k, v in facts["source"].items() if k in (*EvalMetrics._fields, "macs", "params")},
         }
 
@@ -257,6 +274,20 @@ class Run:
     def ranking(self) -> Ranking:
         """What candidates are compared by."""
         return Ranking(self.objectives, self.search_table()["rank_by"])
+
+    @cached_property
+    def search_split(self) -> float:
+        """``data.search_split``: the share of the training images by which candidates are compared."""
+        path = self / "search.toml"
+        try:
+            return float(tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}).get("search_split", 0.0))
+        except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: data.search_split: {error}") from error
+
+    def searched_source(self) -> dict[str, Any]:
+        """The source's costs and figures, those on the images by which candidates are compared."""
+        facts: dict[str, Any] = self.metadata()["source"]
+        return {**facts, **facts.get("search", {})}
 
     def unfinished(self) -> Iterator[Task]:
         """Tasks that were handed out and have no result, on any rung; without those whose file is damaged."""
@@ -300,14 +331,18 @@ class Run:
         return [r for r in results if (r.trial, r.rung) in front and not self.model(r).is_dir()]
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
-        """The entries of ``front.json`` for ``members``; paths of models are relative by default."""
+        """The entries of ``front.json`` for ``members``; paths of models are relative by default.
+
+        Figures are those of the validation split where a member was measured on it. ``split`` says of which images they
+        are, and then those by which candidates are compared are ``searched_...``.
+        """
         base = self.path if absolute else Path()
         return [
             {
                 "trial": r.trial,
                 "rung": r.rung,
                 "epochs": r.epochs,
-                **r.figures.with_interval(),
+                **self._figures(r),
                 "macs": r.macs,
                 "params": r.params,
                 **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),
@@ -316,6 +351,15 @@ class Run:
             }
             for r in self.members(results)
         ]
+
+    def _figures(self, result: Result) -> dict[str, Any]:
+        measure = next(name for name in self.ranking.names(result.epochs) if name not in COSTS)
+        found = self.validation(result) if self.search_split else None
+        split = "search" if self.search_split and found is None else "val"
+        facts = {**(found or result.figures).with_interval(), "split": split, "ranked_by": measure}
+        if found is not None:
+            facts |= {f"searched_{name}": value for name, value in result.figures.with_interval().items()}
+        return facts
 
     def front_points(self) -> list[dict[str, Any]]:
         """The points of the front's members, whose models may be gone."""
@@ -329,6 +373,12 @@ class Run:
         """The units that have a model."""
         return {path.parent.name for path in (self.path / "trials").glob("*/model")}
 
+    def write_front(self, results: Sequence[Result] | None = None) -> list[dict[str, Any]]:
+        """Write ``front.json`` and return what it says."""
+        front = self.front(results)
+        write_text(self / "front.json", json.dumps(front, indent=1))
+        return front
+
     def update_front(
         self, results: Sequence[Result], told: set[str], wanted: Collection[str] = ()
     ) -> list[dict[str, Any]]:
@@ -337,8 +387,7 @@ class Run:
         ``results`` need not have those that are beaten by others of them. ``told`` are units that have a model; those
         whose model is deleted are taken out.
         """
-        front = self.front(results)
-        write_text(self / "front.json", json.dumps(front, indent=1))
+        front = self.write_front(results)
         members = {task_id(point["trial"], point["rung"]) for point in front}
         for unit in told - members - set(wanted):
             shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)

@@ -107,6 +107,14 @@ def test_a_run_from_before_ranking_ranks_by_its_objective(tmp_path: Path, tiny) 
         tiny(search={"objectives": ["agreement", "macs"], "rank_by": "loss"})
 
 
+def test_a_run_from_before_the_search_split_is_compared_on_the_validation_split(tmp_path: Path, tiny) -> None:
+    text = tiny().to_toml()
+    assert "search_split = 0.2\n" in text
+    for kept, expected in ((text, 0.2), (text.replace("search_split = 0.2\n", ""), 0.0)):
+        (tmp_path / "search.toml").write_text(kept)
+        assert load_run_config(tmp_path).data.search_split == Run(tmp_path).search_split == expected
+
+
 def test_a_run_from_before_recovery_starts_from_cut_models(tmp_path: Path, tiny) -> None:
     config = tiny()
     assert config.search.recover

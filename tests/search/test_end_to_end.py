@@ -25,7 +25,6 @@ from prunesweep.models import Arch, UserError, build, load, num_params
 from prunesweep.search import SearchResult, resume_search, run_search
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.cutting import Cutter
-from prunesweep.search.store.front import pareto_front
 from prunesweep.search.store.run import Run
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
 from tests.search.store.test_study import trials
@@ -56,9 +55,12 @@ def test_all_trials_are_done_and_told(finished: tuple[Run, SearchResult, str]) -
     results = run.results()
     assert [r.trial for r in results] == [0, 1, 2, 3]
     told = trials(run / "study.journal")
-    assert [t.values for t in told] == [[r.top1, float(r.macs)] for r in results]
-    assert {p["trial"] for p in result.front} == {r.trial for r in pareto_front(results)}
+    assert [t.values for t in told] == [[r.loss, float(r.macs)] for r in results]
+    assert {p["trial"] for p in result.front} == {r.trial for r in run.ranking.front(results)}
     assert json.loads((run / "front.json").read_text()) == run.front()
+    assert {(p["split"], p["images"], p["searched_images"], p["ranked_by"]) for p in run.front()} == {
+        ("val", 450, 269, "loss")
+    }
     assert not (run / "lease.json").exists()
 
 
@@ -72,6 +74,7 @@ def test_it_says_what_it_does(finished: tuple[Run, SearchResult, str]) -> None:
         "top-1 (%) ↑, before finetuning",
         "[4/4] trial 3",
         "Pareto front",
+        "figures of 450 validation images, by which nothing was chosen; candidates were compared by loss on 269 images",
     ):
         assert words in text, words
     assert "ray" not in text.lower()
@@ -343,7 +346,7 @@ def test_trials_start_from_recovered_models(runs: Path) -> None:
     result = run_search(config, runs / "recovered")
     assert result is not None
     assert result.finished
-    run, data = Run(result.path), open_data("digits")
+    run, data = Run(result.path), open_data("digits", search_split=0.2)
     zero_shot = {r.trial: r.zero_shot for r in run.results()}
     for recover in (True, False):
         asked = config.model_copy(update={"search": config.search.model_copy(update={"recover": recover})})

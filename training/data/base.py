@@ -146,6 +146,11 @@ class Data(ABC):
         return None
 
     @property
+    def report(self) -> Data:
+        """The data whose validation split is for what a search has found; other ones where that of these chooses."""
+        return self
+
+    @property
     def val_images(self) -> int:
         """Number of validation images, without those that were found to be unreadable so far."""
         return len(self.split("val", augment=None))  # type: ignore[arg-type]

@@ -75,6 +75,7 @@ def open_data(
     class_order: ClassOrder | None = None,
     classes: Sequence[str] | str | Path | None = None,
     unreadable: float = 0.001,
+    search_split: float = 0.0,
 ) -> Data:
     """Open a data set by name.
 
@@ -89,6 +90,7 @@ def open_data(
         classes: class names by label, or a file with one name per line. Of data whose labels are numbers, names of
             these numbers.
         unreadable: share of a split's images that may be unreadable (10 images always may).
+        search_split: share of the training images that becomes the validation split instead (``SearchSplit``).
 
     Raises:
         UserError: the name is unknown, or the data are not there or not as they must be, or an option does not concern
@@ -111,7 +113,12 @@ def open_data(
         classes=classes,
         unreadable=unreadable,
     )
-    return found[0].open(found[1], options)
+    data = found[0].open(found[1], options)
+    if not search_split:
+        return data
+    from .search_split import SearchSplit
+
+    return SearchSplit(data, search_split)
 
 
 def open_text(

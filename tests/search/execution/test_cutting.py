@@ -23,7 +23,7 @@ from tests.search.execution.test_task import begin, nothing
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    return open_data("digits")
+    return open_data("digits", search_split=0.2)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_same_candidate_is_the_same_model_in_every_process(
     tiny: Callable[..., SearchConfig], source: Any, data: Data
 ) -> None:
     chosen, config = decision(source), tiny()
-    first, again = (Cutter(source, open_data("digits"), config).model(chosen) for _ in range(2))
+    first, again = (Cutter(source, open_data("digits", search_split=0.2), config).model(chosen) for _ in range(2))
     assert same(first, again)
     other = Cutter(source, data, config.model_copy(update={"seed": 7})).model(chosen)
     assert not same(first, other)
@@ -125,3 +125,6 @@ def test_a_trial_starts_from_the_recovered_model(
     assert run_task(run.path, unit)["result"]["top1"] == cutter.screened(kept).top1
     assert len(torch.cat([labels for _, labels in cutter.screen])) == 200
     assert len(torch.cat([labels for _, labels in cutter.calibration])) == 300
+    # what candidates are compared by is none of what they are fitted to
+    fitted = {image.numpy().tobytes() for images, _ in data.calibration(2000, 256, 0) for image in images}
+    assert not fitted & {image.numpy().tobytes() for images, _ in cutter.screen for image in images}

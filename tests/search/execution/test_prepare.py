@@ -19,12 +19,12 @@ from prunesweep.models import UserError, load
 from prunesweep.models.latency.building import macs_table
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig, load_config
-from prunesweep.search.execution import cutting
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.prepare import SCORED, prepare_search
 from prunesweep.search.execution.source import open_space
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
+from prunesweep.training import evaluation
 from prunesweep.training.task import DistillationTask
 from tests.search.execution.test_task import begin, nothing
 
@@ -42,7 +42,7 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
         looked.append(sum(len(labels) for _, labels, *_ in batches))
         return training.evaluate(model, batches, **options)
 
-    monkeypatch.setattr(cutting, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     seen: list[tuple[str, float]] = []
     found = prepare_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
     assert looked == [96] * SCORED
@@ -95,7 +95,7 @@ def test_a_teacher_is_asked_once_before_the_first_unit(
     prepare_search(
         config, tmp_path / "cache", lambda what, share, _: shares.append(share) if "teacher" in what else None
     )
-    assert len(shares) == 6  # 1,347 images in batches of 256
+    assert len(shares) == 5  # 1,078 images in batches of 256
     assert (sorted(shares), shares[-1]) == (shares, 1.0)
     monkeypatch.setattr(DistillationTask, "answers", Mock(side_effect=AssertionError("asked again")))
 

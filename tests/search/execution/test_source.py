@@ -77,7 +77,7 @@ def test_a_source_in_half_precision_is_scored_in_float32_and_kept_as_it_is(
     stored = load(kept.folder)
     assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert weights_digest(stored) == weights_digest(load(tmp_path / "model")) == kept.weights
-    assert evaluate(stored, kept.data.val_loader(256))["top1"] == kept.figures.top1
+    assert evaluate(stored, kept.data.report.val_loader(256))["top1"] == kept.figures.top1
 
 
 @pytest.mark.parametrize(("answer", "known"), [(0, False), (1, True)])
@@ -85,7 +85,7 @@ def test_classes_are_named_only_after_a_source_that_is_better_than_chance(
     tiny: Callable[..., SearchConfig], tmp_path: Path, answer: int, known: bool
 ) -> None:
     """At chance, the order of classes may be another one than the source was trained with."""
-    for split, name, count in (("train", "a", 70), ("train", "B", 70), ("val", "a", 2), ("val", "B", 6)):
+    for split, name, count in (("train", "a", 90), ("train", "B", 90), ("val", "a", 2), ("val", "B", 6)):
         (tmp_path / "data" / split / name).mkdir(parents=True)
         for i in range(count):
             Image.new("L", (8, 8), 3 * i).save(tmp_path / "data" / split / name / f"{i}.png")
@@ -107,7 +107,7 @@ def test_a_batch_of_more_images_than_there_are_is_refused_before_any_work(
     config = config_of(tiny, save(model(), tmp_path / "model"))
     finetune = config.finetune.model_copy(update={"batch_size": 5000, "epochs": 1})
     with pytest.raises(
-        UserError, match="finetune.batch_size = 5000: data.name = 'digits' has only 1,347 training images"
+        UserError, match="finetune.batch_size = 5000: data.name = 'digits' has only 1,078 training images"
     ):
         prepare(config.model_copy(update={"finetune": finetune}), tmp_path / "cache", nothing)
     assert not (tmp_path / "cache").exists()

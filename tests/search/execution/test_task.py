@@ -58,7 +58,11 @@ def test_a_unit_gives_a_model_and_its_measurements(started: tuple[Run, Coordinat
     assert found["state"] == "finished"
     result = found["result"]
     model = load(run.trial(unit.id) / "model")
-    assert evaluate(model, open_data("digits").val_loader(EVAL_BATCH))["top1"] == result["top1"]
+    source, held_out = load(run / "source"), open_data("digits", search_split=0.2).val_loader(EVAL_BATCH)
+    measured = evaluate(model, held_out, source=source)
+    assert measured.items() >= {n: result[n] for n in ("top1", "loss", "images")}.items()
+    assert [measured[name] for name in ("kl", "agreement")] == pytest.approx([result["kl"], result["agreement"]])
+    assert result["images"] == 269  # of 1,347 for training
     assert arch_of(model).hash == unit.arch_hash == result["arch_hash"]
     provenance = load_provenance(run.trial(unit.id) / "model")
     assert provenance["point"] == unit.point
