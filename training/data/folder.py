@@ -334,6 +334,13 @@ class ImageFolder(ImageFiles):
         self._path, self._found, self._options = path, _listings(name, path), options
         notes = _check_classes(name, path, self._found)
         names = class_names(name, self._found["train"].classes, options)
+        given = options.class_order is not None or options.classes is not None
+        other = tuple(sorted(names))
+        if not given and other != names and set(model_names(options.preprocessing)) != set(names):
+            notes.append(
+                f"classes by position, in timm's natural order ({names[0]} .. {names[-1]}); torchvision's is another "
+                f"({other[0]} .. {other[-1]}): data.class_order or --class-order codepoint"
+            )
         self._labels = {c: i for i, c in enumerate(names)}
         super().__init__(name, options, _facts(self._found, names), len(names), classes=names, notes=tuple(notes))
 

@@ -86,6 +86,14 @@ def test_names_of_which_none_matches_go_by_position_with_a_warning(folder: Path)
     assert data.info.classes == FOLDERS
 
 
+def test_the_order_is_said_where_it_is_a_matter_of_convention(folder: Path) -> None:
+    name, own = f"imagefolder:{folder}", ["B", "a", "c"]
+    (note,) = opened(name).info.notes
+    assert note.startswith("classes by position, in timm's natural order (a .. c); torchvision's is another (B .. c): ")
+    for data in (opened(name, own), opened(name, class_order="natural"), opened(name, classes=FOLDERS)):
+        assert data.info.notes == ()
+
+
 def test_an_order_that_is_not_the_models_is_refused(folder: Path) -> None:
     name, own = f"imagefolder:{folder}", ["B", "a", "c"]
     assert opened(name, own, class_order="codepoint").info.classes == tuple(own)
