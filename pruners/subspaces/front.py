@@ -12,7 +12,7 @@ from torch import nn
 
 from prunesweep.models import UserError, arch_of
 from prunesweep.models.precision import narrowed, widened
-from prunesweep.pruners.divergence import feature_error, feature_quality, kl_divergence
+from prunesweep.pruners.divergence import feature_quality, kl_divergence
 from prunesweep.pruners.measures import MACS, PARAMS, Measure
 from prunesweep.pruners.reached import suggestion
 
@@ -22,7 +22,7 @@ from .block_losses import measure_losses
 from .calibration import check_features, check_source, hold_out, images_of, shrinkage_for
 from .compression import compress
 from .refit import SHRINKAGE
-from .sensitivity import logit_error
+from .sensitivity import output_error
 from .source import SourceStatistics, to_model
 from .widths import Widths, compressed_arch, equal_shares
 
@@ -209,13 +209,14 @@ class _Front:
 
     def _scout(self, widths: Widths) -> _Scout:
         got = self._outputs(self._compressed(widths, self.scouted))
+        error = output_error(self.arch, self.wanted, got)
         if self.arch.headless:
             figures: Mapping[str, float] = feature_quality(self.wanted, got)._asdict()
-            return _Scout(widths, feature_error(self.wanted, got).mean().item(), figures)
+            return _Scout(widths, error, figures)
         same = self.wanted.argmax(-1) == got.argmax(-1)
         divergence = kl_divergence(self.wanted, got).mean().item()
         figures = {"kl": divergence, "agreement": 100 * same.double().mean().item()}
-        return _Scout(widths, logit_error(self.wanted, got), figures)
+        return _Scout(widths, error, figures)
 
     def _point(self, budget: float, chosen: _Scout) -> Point:
         small = self._compressed(chosen.widths, self.fit + self.held_out)

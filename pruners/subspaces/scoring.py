@@ -24,7 +24,7 @@ from .block_losses import measure_losses
 from .calibration import hold_out, images_of, shrinkage_for
 from .compression import compress
 from .refit import SHRINKAGE
-from .sensitivity import logit_error
+from .sensitivity import output_error
 from .source import SourceStatistics, to_model
 from .widths import BlockWidths, Widths
 
@@ -82,7 +82,7 @@ def score(model: nn.Module, batches: Iterable[Any], *, progress: Callable[[int, 
             )
             own = losses.setdefault(f"stages.{s}.embed", {arch.stages[s].width: 0.0})
             assert isinstance(own, dict)
-            own[width] = logit_error(wanted, _logits(small, held_out))
+            own[width] = output_error(arch, wanted, _logits(small, held_out))
             report(arch.depth + number)
     finally:
         model.train(mode)

@@ -15,14 +15,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from prunesweep.models import arch_of
+from prunesweep.models import Arch, arch_of
 from prunesweep.models.families import family_of
+from prunesweep.pruners.divergence import feature_error
 
 from .batches import Batches
 from .source import to_model
 from .streams import Half, steps
 
-__all__ = ["Sensitivity", "logit_error"]
+__all__ = ["Sensitivity", "logit_error", "output_error"]
 
 PROBES = 2  # draws of signs per image
 KEPT = 512 * 2**20  # bytes of gradients, at most, beyond the first batch
@@ -37,6 +38,11 @@ def logit_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
     a, b = wanted.double(), got.double()
     difference = a - b
     return (difference - difference.mean(-1, keepdim=True)).square().flatten(1).sum(1).mean().item()
+
+
+def output_error(arch: Arch, wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """``logit_error`` of a model's answers; of a backbone's features, their mean squared distance."""
+    return 2 * feature_error(wanted, got).mean().item() if arch.headless else logit_error(wanted, got)
 
 
 class Sensitivity:

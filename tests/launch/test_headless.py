@@ -45,7 +45,7 @@ def quality(source: Path, small: Path, data: str) -> tuple[float, float]:
     return cosines.mean(), ((a - b) ** 2).sum() / (a**2).sum()
 
 
-@pytest.mark.parametrize("method", ["magnitude", "random", "taylor", "nvit", "isomorphic", "upvit"])
+@pytest.mark.parametrize("method", ["magnitude", "random", "taylor", "nvit", "isomorphic", "upvit", "subspaces"])
 def test_methods_prune_features(
     capsys: pytest.CaptureFixture[str], source: Path, tree: str, tmp_path: Path, method: str
 ) -> None:
