@@ -23,7 +23,7 @@ __all__ = ["instant", "print_computed", "show_front"]
 
 BATCH = 64  # images per calibration batch, and per batch whose latency is measured
 FEATURES = ("cosine", "relative_error")  # of a backbone without a head, in place of KL and agreement
-KEPT = ("budget", "spent", "kl", "agreement", "top1", *FEATURES, "latency_ms", "latency")  # in a model's provenance
+NOT_KEPT = ("macs", "params", "macs_share", "model")  # of a row, in a model's provenance, as its record says them
 
 
 def instant(
@@ -99,7 +99,7 @@ def instant(
         found = evaluate_shown(models, dataset, report, source=model)
         timings = _timed(models, predictor, progress) if measure else [None] * len(models)
     rows = [
-        _row(budget, own, arch_of(model), figures, dataset.val_images, timing, predictor)
+        _row(budget, own, arch_of(model), figures, timing, predictor)
         for budget, own, figures, timing in zip([1.0, *(p.budget for p in points)], models, found, timings, strict=True)
     ]
     for row in rows[1:]:
@@ -147,12 +147,16 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
         "method": "subspaces",
         "source": {"name": facts["source"], "weights": weights_digest(models[0])},
         "data": fingerprint,
-        "images": facts["images"],
+        "calibration_images": facts["images"],
         "seed": facts["seed"],
         "versions": versions(),
     }
     for model, row in zip(models[1:], facts["points"][1:], strict=True):
-        save(model, folder / row["model"], {**shared, **{k: row[k] for k in KEPT if row[k] is not None}})
+        save(
+            model,
+            folder / row["model"],
+            {**shared, **{k: v for k, v in row.items() if v is not None and k not in NOT_KEPT}},
+        )
     write_text(folder / "front.json", json.dumps(facts, indent=1))
     write_computed_report(folder, facts, [arch_of(model) for model in models])
 
@@ -175,12 +179,12 @@ def _row(
     model: Any,
     source: Arch,
     found: dict[str, float],
-    images: int,
     timing: dict[str, Any] | None,
     table: LatencyTable | None,
 ) -> dict[str, Any]:
     """Return the row of a model of the front: costs, and what it gave on the validation split, which chose nothing."""
     from prunesweep.models import arch_of, cost
+    from prunesweep.training import EvalMetrics
 
     arch = arch_of(model)
     spent = cost(arch)
@@ -191,17 +195,32 @@ def _row(
         "macs_share": spent.macs / cost(source).macs,
         "latency_ms": None if table is None else table.predict(arch),  # per batch, predicted
         "latency": timing,  # measured
-        "top1": found.get("top1"),
-        "kl": found.get("kl"),
-        "agreement": found.get("agreement"),
-        **{name: found.get(name) for name in FEATURES},
-        "images": images,
+        **EvalMetrics.of(found)._asdict(),
         "model": None,
     }
 
 
-def _answers(row: dict[str, Any]) -> list[str]:
-    return ["-" if row["top1"] is None else f"{row['top1']:.2f}", f"{row['kl']:.4f}", f"{row['agreement']:.2f}"]
+def _columns(source: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return the headings of a front's table and what stands below them; ``source`` is the source's row."""
+
+    def number(name: str, digits: int, unit: float = 1.0) -> Callable[[dict[str, Any]], str]:
+        return lambda row: "-" if row.get(name) is None else f"{row[name] / unit:.{digits}f}"
+
+    columns = [
+        ("MACs M", number("macs", 2, 1e6)),
+        ("share", number("macs_share", 3)),
+        ("params M", number("params", 3, 1e6)),
+    ]
+    if source["latency_ms"] is not None:
+        columns.append(("ms, predicted", number("latency_ms", 3)))
+    if source["latency"] is not None:
+        columns.append(("ms, measured", lambda row: f"{row['latency']['median_ms']:.3f}"))
+    if source["cosine"] is not None:
+        columns += [("cosine", number("cosine", 4)), ("relative error", number("relative_error", 4))]
+    else:
+        columns.append(("top-1 %", number("top1", 2)) if source["ppl"] is None else ("ppl", number("ppl", 2)))
+        columns += [("KL", number("kl", 4)), ("agreement %", number("agreement", 2))]
+    return columns
 
 
 def print_computed(path: Path, *, as_json: bool = False, as_csv: bool = False) -> None:
@@ -243,37 +262,27 @@ def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Seque
     from .spent import spent_lines
 
     rows, table = facts["points"], Table(box=box.SIMPLE)
-    timed, predicted = rows[0]["latency"], rows[0]["latency_ms"] is not None
-    times = [*(["ms, predicted"] if predicted else []), *(["ms, measured"] if timed else [])]
-    features = rows[0]["cosine"] is not None
-    figures = ("cosine", "relative error") if features else ("top-1 %", "KL", "agreement %")
-    for name in ("MACs M", "share", "params M", *times, *figures, "model"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    columns = _columns(rows[0])
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    table.add_column("model", no_wrap=True)
     for row in rows:
-        table.add_row(
-            f"{row['macs'] / 1e6:.2f}",
-            f"{row['macs_share']:.3f}",
-            f"{row['params'] / 1e6:.3f}",
-            *([f"{row['latency_ms']:.3f}"] if predicted else []),
-            *([f"{row['latency']['median_ms']:.3f}"] if timed else []),
-            *([f"{row[name]:.4f}" for name in FEATURES] if features else _answers(row)),
-            "source" if row["model"] is None else row["model"],
-        )
+        table.add_row(*(text(row) for _, text in columns), "source" if row["model"] is None else row["model"])
     console.print(table)
     for row in rows[1:]:
         for line in spent_lines(row["spent"]):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-    if timed:
+    if timed := rows[0]["latency"]:
         console.print(
-            f"measured: milliseconds per batch of {timed['batch']}, {timed['dtype']}, on {timed['device_name']}",
+            f"latency measured: ms per batch of {timed['batch']}, {timed['dtype']}, on {timed['device_name']}",
             highlight=False,
         )
     for budget in missed:
         console.print(f"budget {budget:g}: the smallest widths cost more; nothing was computed", highlight=False)
     first = rows[-1]["model"] or "MODEL"
-    compared = "features against the source's" if features else "top-1, KL and agreement with the source"
+    kind = "images" if rows[0]["ppl"] is None else "words"
     console.print(
-        f"{compared} on {rows[0]['images']:,} validation images; models and report.html in {out}\n"
+        f"measured on {rows[0]['images']:,} validation {kind}; models and report.html in {out}\n"
         f"load one: import prunesweep, timm; timm.create_model('local-dir:{out / first}', pretrained=True)",
         highlight=False,
         soft_wrap=True,

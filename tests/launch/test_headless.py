@@ -84,7 +84,7 @@ def test_a_front_of_features_is_computed_from_a_tree(
     out = tmp_path / "front"
     code, text, err = call(capsys, "instant", source, "--data", tree, "--budgets", "0.6,0.3", "--out", out)
     assert code == 0, err
-    assert "features against the source's on 75 validation images" in " ".join(text.split())
+    assert "measured on 75 validation images" in " ".join(text.split())
     assert "relative error" in text
     assert "KL" not in text
     whole, *points = json.loads((out / "front.json").read_text())["points"]

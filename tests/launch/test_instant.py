@@ -18,10 +18,11 @@ from prunesweep.models import arch_of, build, cost, load, load_provenance, save
 from prunesweep.models.latency.building import macs_table
 from prunesweep.models.latency.table import Grid
 from prunesweep.pruners import latency
-from prunesweep.training import open_data
+from prunesweep.training import EvalMetrics, open_data, open_text
 from tests.launch.test_cli import call
 from tests.pruners.subspaces.test_compress import vit
 from tests.pruners.subspaces.test_families import source_of
+from tests.training.data.test_text import tiny_model, write
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def test_a_front_is_computed_and_every_point_loads(
             for images, labels in data.val_loader(64):
                 right, seen = right + int((model(images).argmax(1) == labels).sum()), seen + len(labels)
         assert (row["images"], row["top1"]) == (seen, pytest.approx(100 * right / seen))
-        assert load_provenance(out / row["model"])["method"] == "subspaces"
+        kept = load_provenance(out / row["model"])
+        assert (kept["method"], kept["calibration_images"]) == ("subspaces", 128)
+        assert EvalMetrics.of(kept) == EvalMetrics.of(row)
 
 
 def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
@@ -67,6 +70,8 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     code, text, _ = call(capsys, "instant", source, *options)
     assert code == 0
     assert " source " in text
+    assert "agreement" in text
+    assert "…" not in text, "a figure is cut off"
     assert "budget 0.0001: the smallest widths cost more" in text
     assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json", "report.html"]
 
@@ -101,7 +106,7 @@ def test_budgets_in_latency_are_met_and_latency_is_measured_where_asked(
         assert (kept["latency"]["batch"], kept["latency"]["device"]) == (8, "cpu")
         assert f"{kept['latency']['median_ms']:.3f}" in text
     assert "predicted" in text
-    assert "measured: milliseconds per batch of 8, float32" in text
+    assert "latency measured: ms per batch of 8, float32" in text
 
 
 def test_widths_outside_a_latency_table_are_never_chosen() -> None:
@@ -273,3 +278,22 @@ def test_an_interrupt_leaves_nothing(
     code, _, _ = call(capsys, "instant", source, *options)
     assert code == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_front_of_a_language_model_has_perplexities(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = [f"w{int(n)}" for n in np.random.default_rng(0).integers(0, 20, 900)]
+    text = {name: " ".join(words[at : at + 300]) + "\n" for at, name in ((0, "train"), (300, "valid"), (600, "test"))}
+    data = f"wikitext:{write(tmp_path / 'wiki', **text)}"
+    save(tiny_model(open_text(data, {}, length=6)), tmp_path / "source")
+    options = ("--data", data, "--images", "40", "--budgets", "0.6", "--out", tmp_path / "front")
+    code, shown, _ = call(capsys, "instant", tmp_path / "source", *options)
+    assert code == 0
+    small = json.loads((tmp_path / "front" / "front.json").read_text())["points"][1]
+    assert small["kl"] > 0
+    assert f"{small['ppl']:.2f}" in shown
+    assert "ppl" in shown
+    code, evaluated, _ = call(capsys, "eval", tmp_path / "front" / "0.6", "--data", data, "--json")
+    assert json.loads(evaluated)["ppl"] == pytest.approx(small["ppl"])
