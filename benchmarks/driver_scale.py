@@ -155,7 +155,8 @@ def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]
     """Go on with a run of ``count`` candidates for ``args.results`` results."""
     # a small source: what grows with the number of trials does not depend on it, and decoding is timed by itself
     arch = arch_of(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=4))
-    search = SearchTable(trials=count + args.results, rungs=args.rungs, sampler=args.sampler)
+    ladder = {"rungs": args.rungs, "sampler": args.sampler}
+    search = SearchTable(trials=count + args.results, **ladder, rank_by="objective")  # all that is made up is top-1
     space, clock, running = make_space(arch), Clock(), deque[Task]()
     run = make_run(path / str(count), arch, search)
 
