@@ -14,15 +14,15 @@ import json
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 __all__ = ["BEGIN", "END", "chosen"]
 
 BEGIN, END = "prunesweep-archive", "prunesweep-end"
 ALWAYS = ("search.toml", "run.json", "front.json", "report.html", "study.journal", "latency_table.json")
-OF_TRIALS = ("spec.json", "arch.json", "result.json", "metrics.jsonl")
+OF_TRIALS = ("spec.json", "arch.json", "result.json", "validation.json", "metrics.jsonl")
 LINE = 49_152  # bytes of a line; a multiple of 3
 
 
@@ -31,17 +31,24 @@ def chosen(run: Path, top: int | None) -> Iterator[Path]:
 
     Args:
         run: folder of the run.
-        top: number of models, the most accurate ones; None sends all.
+        top: number of models, the best ones by what the search ranks by; None sends all.
     """
     yield from (run / name for name in ALWAYS)
     for name in OF_TRIALS:
         yield from sorted(run.glob(f"trials/*/{name}"))
     front = json.loads((run / "front.json").read_text()) if (run / "front.json").exists() else []
-    for point in sorted(front, key=lambda p: -p.get("agreement", p.get("top1")))[:top]:
+    for point in sorted(front, key=_badness)[:top]:
         yield from sorted((run / point["model"]).glob("*"))
     if top != 0:
         yield from sorted(run.glob("promoted/*/promoted.json"))
         yield from sorted(run.glob("promoted/*/model/*"))
+
+
+def _badness(point: Mapping[str, Any]) -> float:
+    """What a member of the front was chosen by, negated where more is better."""
+    measure = point.get("ranked_by", "agreement" if "agreement" in point else "top1")  # earlier versions do not say
+    value = float(point.get(f"searched_{measure}", point[measure]))
+    return value if measure in ("loss", "kl", "ppl") else -value
 
 
 def write_archive(run: Path, top: int | None, file: IO[bytes], limit: int) -> None:

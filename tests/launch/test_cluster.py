@@ -18,6 +18,7 @@ import pytest
 
 from prunesweep.launch.cluster import entrypoint, package
 from prunesweep.launch.cluster.auth import find_token, greet
+from prunesweep.launch.cluster.pack import chosen
 from prunesweep.launch.jobs import unpack
 from prunesweep.models import UserError
 from prunesweep.search.config import SearchConfig, load_config
@@ -294,3 +295,17 @@ def test_archives_are_bounded_and_need_a_run(run: Path, tmp_path: Path) -> None:
     absent = pack(tmp_path / "absent")
     assert absent.returncode == 2
     assert "is not a run on the cluster yet" in json.loads(absent.stdout)["error"]
+
+
+def test_models_that_are_fetched_first_are_best_by_what_the_search_ranks(tmp_path: Path) -> None:
+    lucky = {"model": "trials/r0-0000/model", "top1": 99.0, "agreement": 99.0, "loss": 0.1, "searched_loss": 0.3}
+    better = {"model": "trials/r0-0001/model", "top1": 98.0, "agreement": 90.0, "loss": 0.2, "searched_loss": 0.1}
+    for point in (lucky, better):
+        (tmp_path / str(point["model"])).mkdir(parents=True)
+        (tmp_path / str(point["model"]) / "config.json").write_text("{}")
+        (tmp_path / str(point["model"])).with_name("validation.json").write_text("{}")
+    for ranked, first in (({"ranked_by": "loss"}, better), ({"ranked_by": "top1"}, lucky), ({}, lucky)):
+        (tmp_path / "front.json").write_text(json.dumps([{**p, **ranked} for p in (lucky, better)]))
+        sent = {str(path.relative_to(tmp_path)) for path in chosen(tmp_path, 1)}
+        assert {name for name in sent if name.endswith("config.json")} == {f"{first['model']}/config.json"}
+        assert sent >= {"trials/r0-0000/validation.json", "trials/r0-0001/validation.json"}

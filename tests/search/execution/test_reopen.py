@@ -266,6 +266,12 @@ def test_data_are_the_same_for_every_form_of_the_source(image_folder: Path, tmp_
         check_data(run, reopen(run))
 
 
+def test_other_images_to_compare_by_are_refused(on_folder: Run) -> None:
+    with pytest.raises(UserError, match=r"data.search_split: 0.2, now 0.3"):
+        reopen(on_folder, ["data.search_split=0.3"])
+    assert reopen(on_folder, ["data.unreadable=0.5"]).data.search_split == 0.2
+
+
 def test_promoting_and_measuring_take_moved_data(
     on_folder: Run, image_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
