@@ -29,7 +29,7 @@ from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
-from prunesweep.search.space.warm_start import start_points
+from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import hypervolume, latest, quality_of
 from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, RunLock, failure_reasons
@@ -114,7 +114,7 @@ def run_search(
         if dry_run:
             display.plan(config, units)
             return None
-        config = create_run(run, _with_start(config, space), prepared)
+        config = create_run(run, _with_start(config, space, display), prepared)
         connection = ray if address is None else contextlib.nullcontext(ray)
         return _search(run, config, space, display, connection, on_worker=address is not None)
 
@@ -176,13 +176,19 @@ def _with_table(config: SearchConfig, path: str | Path | None) -> SearchConfig:
     return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": name})})
 
 
-def _with_start(config: SearchConfig, space: Space) -> SearchConfig:
+def _with_start(config: SearchConfig, space: Space, display: Display) -> SearchConfig:
     """Put all points to start from into ``search.start``, so that they are the same when the run is resumed.
+
+    Says which of those that were given cannot meet their budgets, and what takes their place.
 
     Raises:
         UserError: a point is not in the space.
     """
-    points = tuple(dict(point) for point in start_points(config, space))
+    points = tuple(dict(point) for point in met_points(space, start_points(config, space)))
+    for given, taken in zip(config.search.start, points, strict=False):
+        if MODEL not in given and (moved := [name for name in given if given[name] != taken[name]]):
+            values = ", ".join(f"{name} = {taken[name]:.4g}" for name in moved)
+            display.note(f"search.start: {given} cannot meet its budget; its place takes the point with {values}")
     changes = {"start": points, "start_from": (), "start_published": False}
     return config.model_copy(update={"search": config.search.model_copy(update=changes)})
 
@@ -356,6 +362,8 @@ def _search(
             trials=config.search.trials,
             start=config.search.start,
             name=config.name,
+            fit=space.fitted,
+            place=space.placed,
         )
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.searched_source()

@@ -24,6 +24,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from prunesweep.search.space.variables import Params
+
 from .encoder import SearchSpaceEncoder
 from .evaluations import FEW, Evaluations, standardised, thinned
 from .gaussian_process import GaussianProcess, Observations, learn
@@ -93,6 +95,7 @@ class BudgetGPSampler(BaseSampler):
         scale: function that maps the (n,) qualities to a scale on which they are additive and larger is better; by
             default the quality itself, negated if it is minimised.
         results: another study, whose trials are learned from instead of those of the study that asks.
+        fit: function that moves a point to one that can be built at its budget; the best are searched for among those.
     """
 
     def __init__(
@@ -104,10 +107,12 @@ class BudgetGPSampler(BaseSampler):
         quality: int | None = None,
         scale: Callable[[Floats], Floats] | None = None,
         results: Study | None = None,
+        fit: Callable[[Params], Params] | None = None,
     ) -> None:
         self._search_space = None if search_space is None else dict(search_space)
         self._seed = _any_seed() if seed is None else seed
         self._budget, self._quality, self._scale, self._results = budget, quality, scale, results
+        self._fit = fit
         self._intersection = IntersectionSearchSpace()
         self._warned = False
 
@@ -148,6 +153,7 @@ class BudgetGPSampler(BaseSampler):
             self._seed,
             budget=self._budget,
             pending=encoder.rows(pending),
+            fit=self._fit,
         )
 
     def sample_independent(
@@ -228,6 +234,7 @@ def propose(
     *,
     budget: str | None = "budget",
     pending: Floats | None = None,
+    fit: Callable[[Params], Params] | None = None,
 ) -> dict[str, Any]:
     """Return the point of a proposal; equal arguments give equal points.
 
@@ -238,6 +245,7 @@ def propose(
         seed: seed of the search.
         budget: the variable that decides the cost. If it is not among the variables, the quality alone counts.
         pending: (p, V) rows of candidates that are being evaluated.
+        fit: moves a point to one that can be built at its budget; a random proposal is not moved.
     """
     rng = np.random.default_rng([seed, number])
     fixed = {encoder.names.index(budget): number * GOLDEN % 1} if budget in encoder.names else {}
@@ -259,6 +267,8 @@ def propose(
         rows = _at(rows, fixed)
         mean, deviation = process.predict(encoder.features(rows), top)
         best = rows[np.argsort(-(mean + deviation), kind="stable")[:BEST]]
+        if fit is not None:
+            best = encoder.rows([fit(encoder.point(row)) for row in best])
         rows = np.vstack([best, encoder.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free)])
     taken = np.vstack([evaluations.rows, *([] if pending is None else [pending])])
     return encoder.point(next(_untaken(best, taken), _at(encoder.random(rng, 1), fixed)[0]))

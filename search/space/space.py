@@ -4,14 +4,19 @@ A point has a value for every axis (``axes``). The axes say which blocks are dro
 of attention and which tokens blocks work on; then widths are cut, by the scores of the source, until the budget is met
 from below, within 0.5 % where units are fine enough. So the budget absorbs what the other axes cost or save. Decoding
 is a pure function of the point and the cached scores.
+
+Axes may save more than a budget asks for, and then there is no width to give back: many budgets are one architecture.
+So a search only looks at points whose candidates cost what their budgets say (``Space.placed``): either the axes give
+back a part of what they save (``fitted``), or the budget becomes the cost that the candidate has (``priced``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -21,7 +26,8 @@ from optuna.distributions import BaseDistribution
 from prunesweep.models import Arch, Cost, Cut, LatencyTable, UserError, cost, cut_arch, read_arch
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
-from prunesweep.pruners import Scores, WidthPath, kind_of, pmvit, width_path
+from prunesweep.pruners import MACS, Scores, WidthPath, kind_of, pmvit, width_path
+from prunesweep.pruners.narrowing import Narrowing
 from prunesweep.pruners.reached import TOLERANCE
 from prunesweep.pruners.subspaces import projected_groups
 from prunesweep.search.config import SpaceTable
@@ -40,6 +46,8 @@ __all__ = [
     "read_scores",
     "score_names",
 ]
+
+STEPS = 16  # from a point to the source's own blocks and tokens
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ class Space:
             self._latency = LatencyTable.load(Path(table.latency_table)).predict
             self._latency(arch)  # raises where the table is one of other models
         # per instance: lru_cache on a method would keep every space alive
+        self._whole = lru_cache(maxsize=1024)(self._full_width)
         self._path = lru_cache(maxsize=256)(self._make_path)
         self._plans = lru_cache(maxsize=64)(self._make_plans)
 
@@ -166,6 +175,12 @@ class Space:
             raise UserError(
                 f"space.budget = {list(table.budget)} cannot be met: the narrowest model still has {narrowest:.3f} of "
                 "the source's MACs. Raise budget, raise skip, or set smaller space.groups"
+            )
+        widest = max(space._share(point) for point in space._corners())
+        if widest < (1 - TOLERANCE) * table.budget[0]:
+            raise UserError(
+                f"space.budget = {list(table.budget)} cannot be met: with all its widths the largest model has only "
+                f"{widest:.3f} of the source's MACs. Lower budget[0], or what skip, conv and keep_rate take at least"
             )
         return space
 
@@ -226,6 +241,113 @@ class Space:
         share = cost(arch).macs / self.source_cost.macs
         if not (1 - TOLERANCE) * low <= share <= high:
             raise UserError(f"{share:.4g} of the source's MACs: outside space.budget = {list(self.table.budget)}")
+
+    def placed(self, point: Params) -> Params:
+        """A point near another one whose candidate costs what its budget says, within 0.5 %.
+
+        Where there is none, because units are too coarse for the window, this is the point itself.
+
+        Args:
+            point: of the space.
+        """
+        for near in (self.fitted(point), {**point, **{v.name: own for v, own in self._saving}}):
+            try:
+                return self.priced(near)
+            except UserError:
+                continue
+        return point
+
+    def fitted(self, point: Params) -> Params:
+        """A point of the same budget whose blocks and tokens leave at least that much to widths.
+
+        All axes that save something move together towards the source's own blocks and tokens, no further than the
+        budget asks for: numbers along their ranges, choices one by one, in an order that is drawn for the point. The
+        point is unchanged where that is not enough.
+
+        Args:
+            point: of the space.
+        """
+        full = self.complete(point)
+        wanted = (1 - TOLERANCE) * float(full["budget"])
+        if self._share(full) >= wanted:
+            return point
+        choices = [v.name for v, own in self._saving if _is_choice(v) and full[v.name] != own]
+        Random(digest(full)).shuffle(choices)
+
+        def moved(step: int) -> Params:
+            kept = choices[: round(len(choices) * step / STEPS)]
+            values = {v.name: full[v.name] if v.name in kept else own for v, own in self._saving if _is_choice(v)}
+            for v, own in self._saving:
+                if not _is_choice(v):
+                    value = float(own) + (float(full[v.name]) - float(own)) * step / STEPS
+                    values[v.name] = round(value) if v.whole else value
+            return values
+
+        if self._share({**full, **moved(0)}) < wanted:
+            return point
+        kept, lost = 0, STEPS
+        while lost - kept > 1:
+            middle = (kept + lost) // 2
+            kept, lost = (middle, lost) if self._share({**full, **moved(middle)}) >= wanted else (kept, middle)
+        return {**point, **moved(kept)}
+
+    @cached_property
+    def _saving(self) -> tuple[tuple[Variable, float | int | str], ...]:
+        """Variables of the axes that change the cost, with the values that leave the source as it is, or nearly so."""
+        return tuple(
+            (v, v.first if axis.neutral is None else _whole(v, min(max(axis.neutral, v.low), v.high)))
+            for axis in self._axes
+            if axis.changes_cost
+            for v in axis.variables(self.table, self._source)
+            if not v.fixed
+        )
+
+    def priced(self, point: Params) -> Params:
+        """The point with the budget that its candidate has, where it is further below the one given than 0.5 %.
+
+        That is where the other axes leave less, or where units are coarse; then the next larger cost is taken if the
+        next smaller one is outside the window.
+
+        Args:
+            point: of the space; one of a fixed budget is returned as it is.
+
+        Raises:
+            UserError: no such budget is in the window, or the narrowest architecture is above the budget.
+        """
+        if "budget" not in point:
+            return point
+        path, macs = self._path(self._draft(self.complete(point))), self.source_cost.macs
+        budget = float(point["budget"]) * macs
+        reached, step = path.reach(budget), path.step_for(budget)
+        if reached.met:
+            return point
+        for near in (path.costs[step], *path.costs[max(step - 1, 0) : step]):
+            share = math.nextafter(near / macs, 1)  # which times the source's MACs is not less than the cost
+            if self.table.budget[0] <= share <= self.table.budget[1]:
+                return {**point, "budget": share}
+        raise UserError(
+            f"budget = {point['budget']:g}: {reached.hindrance}, which is outside space.budget = "
+            f"{list(self.table.budget)}. Lower budget[0], or set smaller space.groups"
+        )
+
+    def _share(self, full: Params) -> float:
+        """MACs of a point's blocks and tokens at all their widths, over the source's; 0 where a stage has no block."""
+        try:
+            draft = self._draft(full)
+        except UserError:
+            return 0.0
+        # neither the method nor weights of saliency matter before a width is cut
+        return self._whole(dataclasses.replace(draft, method="", weights=()))
+
+    def _full_width(self, draft: Draft) -> float:
+        first, mixers = 0, dict(draft.mixers)
+        for stage in self.arch.stages:
+            own = range(first, first := first + len(stage.blocks))
+            if draft.dropped.issuperset(own):
+                return 0.0
+        tokens = self._plans(draft.keep_rate, draft.merge_start, draft.dropped | set(mixers))
+        model = Narrowing(self.arch, MACS, dropped=sorted(draft.dropped), mixers=mixers, tokens=tokens)
+        return model.total / self.source_cost.macs
 
     def _draft(self, full: Params) -> Draft:
         draft = Draft()
@@ -294,10 +416,10 @@ class Space:
         return [dict(zip(ends, values, strict=True)) for values in product(*ends.values())]
 
     def summarise(self, sample: int, seed: int) -> Summary:
-        """Cost of ``sample`` points drawn uniformly over the variables, without those that cannot be built."""
+        """Cost of ``sample`` points, drawn uniformly and placed, without those that cannot be built."""
         random, feasible, found = Random(seed), [], []
         for _ in range(sample):
-            point = {v.name: v.draw(random) for v in self.variables if not v.fixed}
+            point = self.placed({v.name: v.draw(random) for v in self.variables if not v.fixed})
             try:
                 found.append(self.decode(point))
             except UserError:
@@ -326,6 +448,11 @@ class Space:
             distinct += seen.isdisjoint(names)
             seen.update(names)
         return distinct
+
+
+def _is_choice(variable: Variable) -> bool:
+    """Whether a variable has no values between two of them."""
+    return bool(variable.choices) or (variable.whole and variable.high - variable.low == 1)
 
 
 def _whole(variable: Variable, value: float) -> float | int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -23,14 +24,14 @@ from .axes import AXES, active_axes
 from .space import Space
 from .variables import MODEL, Params, Variable
 
-__all__ = ["axis_points", "nearest_point", "prior_points", "published_points", "start_points"]
+__all__ = ["axis_points", "met_points", "nearest_point", "prior_points", "published_points", "start_points"]
 
 Values = dict[str, float | int | str]
 LEVELS = (2, 4, 1, 3)  # quarters of an axis: its middle and its end first, as fronts are as good as their ends
 
 
 def start_points(config: SearchConfig, space: Space) -> list[Params]:
-    """Return the points that ``config.search`` asks to start from.
+    """Return the points that ``config.search`` asks to start from, its own first.
 
     Args:
         config: the search's configuration.
@@ -47,8 +48,26 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
         points += published_points(space).values()
     points += axis_points(space, search.trials // 3)
     if space.table.encoding == "full":
-        points += prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
+        drawn = prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
+        points += [space.placed(point) for point in drawn]
     return points
+
+
+def met_points(space: Space, points: Sequence[Params]) -> list[Params]:
+    """Return points with the budgets that their candidates have; saved models stay what they are.
+
+    Args:
+        space: of a source.
+        points: to start from. Where what a candidate costs is outside the window, its axes give back.
+    """
+    return [point if MODEL in point else _met(space, point) for point in points]
+
+
+def _met(space: Space, point: Params) -> Params:
+    try:
+        return space.priced(point)
+    except UserError:
+        return space.placed(point)
 
 
 def _points_of(name: str, space: Space) -> list[Params]:

@@ -21,7 +21,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from prunesweep.search.proposals.budget_gp import (
     log_nats,
     log_perplexity,
 )
+from prunesweep.search.proposals.placing import PlacingSampler
 from prunesweep.search.space.variables import MODEL, Params
 
 from .front import TWO, RankBy, Ranking, comparable, directions, latest, quality_of
@@ -134,6 +135,8 @@ class Study:
         trials: how many proposals are planned.
         start: points to propose first, by variables; those that were proposed already are left out.
         name: name of the run, shown with the studies; that of the journal's folder by default.
+        fit: as for ``BudgetGPSampler``.
+        place: gives the point that takes the place of a proposal (``Space.placed``); points to start from stay.
 
     Attributes:
         notes: lines for people: what was wrong with the journal, and what was done about it.
@@ -156,10 +159,13 @@ class Study:
         trials: int = 0,
         start: Sequence[Params] = (),
         name: str | None = None,
+        fit: Callable[[Params], Params] | None = None,
+        place: Callable[[Params], Params] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._journal, self._seed, self._sampler, self._planned = journal, seed, sampler, trials
         self._distributions, self._start = dict(distributions), start
+        self._fit, self._place = fit, place
         self.ranking = Ranking(tuple(objectives), rank_by)
         ends = (rungs[0], rungs[-1]) if rungs else (1, 1)
         self._names = {
@@ -180,7 +186,10 @@ class Study:
         self._study, self._results = self._open(self._journal)
         self._known = {t.user_attrs.get("unit") for t in self._results.get_trials(deepcopy=False)}
         name = resolve(self._sampler, self._distributions, self._planned)
-        self._study.sampler = self._make_sampler(name, self._planned, self._seed)
+        sampler = self._make_sampler(name, self._planned, self._seed)
+        self._study.sampler = (
+            sampler if self._place is None else PlacingSampler(sampler, self._distributions, self._place)
+        )
         self._queued = False
 
     def _open(self, journal: Path) -> tuple[optuna.Study, optuna.Study]:
@@ -215,6 +224,7 @@ class Study:
             quality=quality,
             scale=SCALES[self._names[RESULTS][quality]],
             results=self._results,
+            fit=self._fit,
         )
 
     def ask(self) -> tuple[int, dict[str, float | int | str]]:

@@ -74,7 +74,8 @@ class Axis:
         limits: what the range must satisfy.
         neutral: the value that leaves the source as it is; None where there is no such value.
         alone: a search first looks along this axis with all others at their neutral values.
-        changes_cost: cost depends on it beside the budget, so both of its ends count for what can be reached.
+        changes_cost: cost depends on it beside the budget, so both of its ends count for what can be reached, and it
+            gives back what it saves beyond a budget.
         encoding: the only encoding of the space that has it; None for all.
         of_blocks: it chooses blocks. Samplers see these variables last; a seed's proposals depend on the order.
         trains: it changes finetuning (``recipe``) and not the architecture.

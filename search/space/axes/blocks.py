@@ -84,4 +84,6 @@ def _drawn(arch: Arch, random: Random) -> Iterator[tuple[str, float | int | str]
         yield f"mixer.{i}", mixer
 
 
-AXIS = Blocks(name="blocks", meaning="a bit and a mixer for every block", encoding="full", of_blocks=True)
+AXIS = Blocks(
+    name="blocks", meaning="a bit and a mixer for every block", changes_cost=True, encoding="full", of_blocks=True
+)
