@@ -20,7 +20,7 @@ __all__ = ["HARMLESS", "check_data", "own_table", "reopen", "settings_of", "spac
 DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable")
 HARMLESS = ("search.trials", "resources.", "cluster.", *DATA)
 
-MOVED = "resume --set data.name=..., promote --data ..."
+MOVED = "resume --set data.name=..., promote --data ..., eval RUN --data ..."
 
 
 def settings_of(config: SearchConfig) -> dict[str, Any]:

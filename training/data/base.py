@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset, default_collate
 
+from prunesweep.models import UserError
 from prunesweep.training.batches import EpochBatches, WithRows, own_share
 from prunesweep.training.recipe import Recipe
 from prunesweep.training.world import World
@@ -26,6 +27,7 @@ __all__ = [
     "Data",
     "DataInfo",
     "OpenOptions",
+    "Replaced",
     "Transformed",
     "images_only",
 ]
@@ -117,6 +119,14 @@ class Data(ABC):
             augment: recipe whose augmentation is applied; None prepares images as for evaluation.
         """
 
+    def marked(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
+        """Return a split in which an image that cannot be read is a blank with the label ``UNREADABLE``.
+
+        Args:
+            split, augment: as for ``split``, which has another image in its place where the split is to train on.
+        """
+        return self.split(split, augment=augment)
+
     @property
     @abstractmethod
     def train_images(self) -> int:
@@ -200,19 +210,21 @@ class Data(ABC):
     def plain_loader(self, images: Sequence[int], batch_size: int) -> DataLoader[Batch]:
         """Return a loader of some training images, prepared as for evaluation, in a fixed order.
 
+        Images that cannot be read are left out, as by ``val_loader``.
+
         Args:
             images: their indices.
             batch_size: images per batch.
         """
-        data = Subset(self.split("train", augment=None), images)
-        return self._loader(data, BatchSampler(SequentialSampler(data), batch_size, drop_last=False))
+        data = Subset(self.marked("train", augment=None), images)
+        return self._loader(data, BatchSampler(SequentialSampler(data), batch_size, drop_last=False), _readable)
 
     def _val_loader(self, split: str, batch_size: int, world: World | None) -> DataLoader[Batch]:
         """Return the one loader of a split, batch size and share; its workers persist from evaluation to evaluation."""
         kept: dict[tuple[Any, ...], DataLoader[Any]] = self.__dict__.setdefault("_val_loaders", {})
         key = (split, batch_size, None if world is None else (world.rank, world.size))
         if key not in kept:
-            data = self.split(split, augment=None)
+            data = self.marked(split, augment=None)
             if world is not None:
                 data = Subset(data, own_share(len(data), world))  # type: ignore[arg-type]
             order = BatchSampler(SequentialSampler(data), batch_size, drop_last=False)  # type: ignore[arg-type]
@@ -259,6 +271,29 @@ class Transformed(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         image, label = self.data[index]
         return self.transform(image), label
+
+
+class Replaced(Dataset[Batch]):
+    """A data set in which the next image that can be read, with its label, stands for one that cannot be.
+
+    Args:
+        data: map-style data set of ``Data.marked``.
+    """
+
+    def __init__(self, data: Dataset[Batch]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration
+        for step in range(len(self)):
+            image, label = self.data[(index + step) % len(self)]
+            if isinstance(label, torch.Tensor) or label != UNREADABLE:  # of files, labels are numbers
+                return image, label
+        raise UserError(f"none of {len(self)} images can be read")
 
 
 def _readable(items: list[Batch]) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from prunesweep.models import UserError
 from prunesweep.models.builder import check_preprocessing
 from prunesweep.training.recipe import Recipe
 
-from .base import UNREADABLE, Batch, Data, DataInfo, OpenOptions
+from .base import UNREADABLE, Batch, Data, DataInfo, OpenOptions, Replaced
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -163,26 +163,27 @@ class ImageFiles(Data):
         return f"{crop}, {super()._prepared()}"
 
     def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
-        if augment is None:
-            return self._readable(split, create_transform(**self._config))
-        config = {k: self._config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")}
-        transform = create_transform(
-            **config,
-            is_training=True,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.random_erasing,
-            re_mode="pixel",
-        )
-        return self._readable(split, transform)
+        images = self.marked(split, augment=augment)
+        return Replaced(images) if split == "train" else images
 
-    def _readable(self, split: str, transform: Any) -> Readable:
+    def marked(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
+        if augment is None:
+            transform = create_transform(**self._config)
+        else:
+            config = {k: self._config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+            transform = create_transform(
+                **config,
+                is_training=True,
+                color_jitter=augment.color_jitter,
+                auto_augment=augment.auto_augment,
+                re_prob=augment.random_erasing,
+                re_mode="pixel",
+            )
         images: Any = self._images(split)
         if split not in self._damaged:  # one list for all views of a split, and all processes that load it
             self._damaged[split] = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         given: dict[str, Any] = {"share": self._unreadable, "damaged": self._damaged[split]}
-        blank = torch.zeros(self.info.input_size) if split == "val" else None
-        return Readable(images, transform, blank=blank, **given)
+        return Readable(images, transform, blank=torch.zeros(self.info.input_size), **given)
 
     @property
     def val_images(self) -> int:
@@ -220,7 +221,7 @@ def _shape(sides: Sequence[int]) -> str:
 
 
 class Readable(Dataset[Batch]):
-    """Transformed images; one that cannot be read is replaced by its neighbour, or by ``blank`` with no valid label.
+    """Transformed images; ``blank`` with the label ``UNREADABLE`` stands for one that cannot be read.
 
     Distinct damaged images are counted over all processes and epochs, and each is named once. If they are more than
     ``share`` of the images, and more than ``ALWAYS``, an error is raised.
@@ -230,15 +231,12 @@ class Readable(Dataset[Batch]):
         transform: function of an image.
         share: share of the images that may be unreadable.
         damaged: (N,) bool in shared memory, true for the images that could not be read.
-        blank: what stands for a damaged image, C·H·W, with the label ``UNREADABLE``, so that it can be left out; by
-            default such an image is replaced by the next one that can be read, with that one's label.
+        blank: an image C·H·W.
     """
 
     ALWAYS = 10
 
-    def __init__(
-        self, data: Any, transform: Any, *, share: float, damaged: torch.Tensor, blank: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, data: Any, transform: Any, *, share: float, damaged: torch.Tensor, blank: torch.Tensor) -> None:
         self.data, self.transform, self.damaged, self.blank = data, transform, damaged, blank
         self.limit = max(self.ALWAYS, int(share * len(data)))
         self.reasons: dict[int, str] = {}
@@ -249,21 +247,14 @@ class Readable(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)  # ends an iteration
-        for step in range(len(self)):
-            at = (index + step) % len(self)
-            if at not in self.reasons:
-                try:
-                    image, label = self.data[at]
-                except READ_ERRORS as error:
-                    self._count(at, error)
-                else:
-                    return self.transform(image), label
-            if self.blank is not None:
-                return self.blank, UNREADABLE  # type: ignore[return-value]  # labels become tensors in batches
-        raise self._none_can()
-
-    def _none_can(self) -> UserError:
-        return UserError(f"none of {len(self)} images can be read: {self._listed()}")
+        if index not in self.reasons:
+            try:
+                image, label = self.data[index]
+            except READ_ERRORS as error:
+                self._count(index, error)
+            else:
+                return self.transform(image), label
+        return self.blank, UNREADABLE  # type: ignore[return-value]  # labels become tensors in batches
 
     def _count(self, index: int, error: BaseException) -> None:
         known = bool(self.damaged[index])
@@ -273,10 +264,13 @@ class Readable(Dataset[Batch]):
         if int(self.damaged.sum()) > self.limit:
             raise UserError(f"more than {self.limit} images cannot be read: {self._listed()}") from error
         if self.damaged.all():
-            raise self._none_can() from error
+            raise UserError(f"none of {len(self)} images can be read: {self._listed()}") from error
         if not known:
-            what = "is replaced by its neighbour" if self.blank is None else "is left out of validation"
-            warnings.warn(f"an image cannot be read and {what}: {self.reasons[index]}", stacklevel=1)
+            warnings.warn(
+                "an image cannot be read (training takes another one, evaluation leaves it out): "
+                f"{self.reasons[index]}",
+                stacklevel=1,
+            )
 
     def _listed(self, most: int = 12) -> str:
         listed = list(self.reasons.values())

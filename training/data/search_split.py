@@ -14,7 +14,7 @@ from prunesweep.models.io.provenance import digest
 from prunesweep.training.recipe import Recipe
 from prunesweep.training.world import World
 
-from .base import Batch, ClassOrder, Data
+from .base import Batch, ClassOrder, Data, Replaced
 from .text import WORDS_AT_A_TIME
 
 __all__ = ["SEARCH_IMAGES", "SearchSplit"]
@@ -57,7 +57,11 @@ class SearchSplit(Data):
         return self._data
 
     def split(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
-        return Subset(self._data.split("train", augment=augment), self._rows[split])
+        images = self.marked(split, augment=augment)
+        return Replaced(images) if split == "train" else images  # never by an image that is held out
+
+    def marked(self, split: str, *, augment: Recipe | None) -> Dataset[Batch]:
+        return Subset(self._data.marked("train", augment=augment), self._rows[split])
 
     @property
     def train_images(self) -> int:

@@ -255,7 +255,7 @@ def test_pixels_of_unknown_range_are_not_read(mode: str, kind: str, four: Path) 
 def test_a_damaged_image_of_training_is_replaced_by_another(four: Path) -> None:
     (four / "train" / "c1" / "2.png").write_bytes(b"no image")
     data = opened(four)
-    with pytest.warns(UserWarning, match=r"is replaced by its neighbour: .*/train/c1/2.png: "):
+    with pytest.warns(UserWarning, match=r"training takes another one, .*: .*/train/c1/2.png: "):
         assert [int(y) for _, y in data.split("train", augment=None)] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]
 
 
@@ -269,7 +269,7 @@ def test_a_whole_batch_that_cannot_be_read_is_left_out(four: Path) -> None:
             assert len(x)
             return torch.eye(4)[:1].repeat(len(x), 1)
 
-    with pytest.warns(UserWarning, match="is left out of validation"):
+    with pytest.warns(UserWarning, match="evaluation leaves it out"):
         found = evaluate(First(1, 1), data.val_loader(2))
     assert found["top1"] == pytest.approx(100 * 2 / 6)
 

@@ -77,3 +77,24 @@ def test_a_single_image_cannot_be_shared() -> None:
 
     with pytest.raises(UserError, match=r"search_split = 0.2: 'digits' has 1 training images, none to hold out"):
         search_split.SearchSplit(One(), 0.2)
+
+
+def test_images_that_cannot_be_read_are_left_out_or_replaced_by_one_of_the_same_part(
+    image_folder: Path,
+) -> None:
+    name = f"imagefolder:{image_folder}"
+    before = {part: images(open_data(name, CONFIG, search_split=0.4), part) for part in ("train", "val")}
+    for file in sorted((image_folder / "train").rglob("*.jpg")):
+        content = file.read_bytes()
+        file.write_bytes(b"no image")
+        data = open_data(name, CONFIG, search_split=0.4)
+        with pytest.warns(UserWarning, match="evaluation leaves it out.: .*cannot identify image file$"):
+            rest, held = images(data, "train"), [image.numpy().tobytes() for x, _ in data.val_loader(2) for image in x]
+        gone = (set(before["val"]) - set(held)) | (set(before["train"]) - set(rest))
+        assert len(gone) == 1
+        assert set(rest) <= set(before["train"])
+        assert len(rest) == len(before["train"])
+        assert held == [image for image in before["val"] if image not in gone]
+        plain = [image for x, _ in data.plain_loader(range(data.train_images), 4) for image in x]
+        assert len(plain) == len(rest) - (gone <= set(before["train"]))
+        file.write_bytes(content)
