@@ -27,18 +27,20 @@ def export_model(
 
     from rich.console import Console
 
-    from prunesweep.models import load
+    from prunesweep.models import arch_of, load
     from prunesweep.models.io.export import default_path, export
 
     path = default_path(model, to) if out is None else out
     console = Console(stderr=True, markup=False)
     with console.status(f"writing {path} and comparing it with the model"):
-        error = export(load(model), path, to, opset=opset)
+        loaded = load(model)
+        error = export(loaded, path, to, opset=opset)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     if as_json:
         print(json.dumps({"path": str(path), "to": to, "bytes": size, "max_error": error}))
     else:
-        text = f"{path}: {size:,} bytes; its logits differ from the model's by at most {error:.1e}"
+        outputs = "features" if arch_of(loaded).headless else "logits"
+        text = f"{path}: {size:,} bytes; its {outputs} differ from the model's by at most {error:.1e}"
         Console(markup=False).print(text, highlight=False, markup=False, soft_wrap=True)
 
 

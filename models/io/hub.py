@@ -79,12 +79,13 @@ def card(repo_id: str, arch: Arch, provenance: dict[str, object]) -> str:
     Args:
         repo_id: ``OWNER/NAME`` of the repository.
         arch: the model's record.
-        provenance: facts as ``save`` stores them; ``method`` and ``top1`` are shown where they are known.
+        provenance: facts as ``save`` stores them; ``method``, ``top1`` and ``cosine`` are shown where they are known.
 
     Returns:
         The Markdown text.
     """
     spent = cost(arch)
+    task = "image-feature-extraction" if arch.headless else "image-classification"
     facts = {
         "source model": arch.source,
         "images": f"{arch.img_size[0]} x {arch.img_size[1]}, {arch.in_chans} channels",
@@ -93,13 +94,14 @@ def card(repo_id: str, arch: Arch, provenance: dict[str, object]) -> str:
         "params": f"{spent.params:,}",
         "method": provenance.get("method"),
         "top-1 (%)": provenance.get("top1"),
+        "cosine to the source's features": provenance.get("cosine"),
     }
     rows = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items() if fact is not None)
     return f"""---
 library_name: timm
-pipeline_tag: image-classification
+pipeline_tag: {task}
 tags:
-- image-classification
+- {task}
 - timm
 - prunesweep
 ---

@@ -36,7 +36,8 @@ __all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST = "weights_sha256"  # absent from folders that older versions wrote
 # of provenance: what the weights achieve
-FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement", "images"})
+# of provenance: what the weights achieve
+FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"})
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
 
 

@@ -12,7 +12,20 @@ import pytest
 import timm
 import torch
 
-from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, build, cost, cut, cut_arch, load, save
+from prunesweep.models import (
+    Arch,
+    BlockCut,
+    Cut,
+    UserError,
+    arch_of,
+    build,
+    cost,
+    cut,
+    cut_arch,
+    load,
+    load_provenance,
+    save,
+)
 from prunesweep.models.builder import num_params
 from prunesweep.models.io.export import export
 from prunesweep.models.io.hub import card
@@ -138,6 +151,18 @@ def test_impossible_heads_are_refused() -> None:
         dataclasses.replace(text, num_classes=0).validate()
 
 
+def test_figures_of_features_go_with_the_weights_that_had_them(tmp_path: Path) -> None:
+    facts = {"method": "subspaces", "cosine": 0.95, "relative_error": 0.1, "images": 75}
+    model: Any = load(save(random_model(headless("vit", 3), 3, torch.float32), tmp_path / "model", facts))
+    assert load_provenance(save(model, tmp_path / "same")) == facts
+    with torch.no_grad():
+        model.patch_embed.proj.weight.mul_(1.1)
+    assert load_provenance(save(model, tmp_path / "other")) == {"method": "subspaces"}
+
+
 def test_the_card_speaks_of_features() -> None:
     arch = cut_arch(headless("vit", 3), narrowed("vit", 3))
-    assert f"| features | {arch.num_classes} |" in card("me/small", arch, {})
+    text = card("me/small", arch, {"cosine": 0.95})
+    assert f"| features | {arch.num_classes} |" in text
+    assert "| cosine to the source's features | 0.95 |" in text
+    assert "pipeline_tag: image-feature-extraction" in text
