@@ -111,10 +111,11 @@ def run_search(
         display.space(space, prepared.summary, prepared.figures, prepared.zero_shot)
         if config.search.recover and (reason := can_recover(prepared.arch)):
             display.note(f"candidates start as cut, not recovered: {reason}")
+        config = _with_start(config, space, display)
         if dry_run:
             display.plan(config, units)
             return None
-        config = create_run(run, _with_start(config, space, display), prepared)
+        config = create_run(run, config, prepared)
         connection = ray if address is None else contextlib.nullcontext(ray)
         return _search(run, config, space, display, connection, on_worker=address is not None)
 

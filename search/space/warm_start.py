@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from prunesweep.models import Arch, UserError, read_arch
+from prunesweep.models import Arch, UserError, load_provenance, read_arch
 from prunesweep.models.io.store import CONFIG
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.computed import ComputedFront
@@ -102,7 +102,11 @@ def _checked(where: str, space: Space, point: Params) -> Params:
             space.complete(point)
             return point
         folder = Path(str(point[MODEL])).expanduser().absolute()
-        point = {**nearest_point(space, read_arch(folder), space.arch), **point, MODEL: str(folder)}
+        near = nearest_point(space, read_arch(folder), space.arch)
+        made_by = str(load_provenance(folder).get("method"))
+        if any(variable.name == "method" and made_by in variable.choices for variable in space.variables):
+            near["method"] = made_by
+        point = {**near, **point, MODEL: str(folder)}
         space.decode(point)
         return point
     except UserError as error:
@@ -155,7 +159,7 @@ def published_points(space: Space) -> dict[str, Params]:
     return found
 
 
-def nearest_point(space: Space, arch: Arch, dense: Arch) -> Params:
+def nearest_point(space: Space, arch: Arch, dense: Arch) -> Values:
     """Return the point of a space that does to its source what one record did to another.
 
     Blocks are matched by their relative depth. Widths follow from the budget, which is the share of MACs.

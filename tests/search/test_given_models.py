@@ -99,6 +99,20 @@ def test_models_of_another_kind_are_refused(tiny: Tiny, runs: Path, front: Path,
             start_points(tiny(search={"start_from": str(where)}), space)
 
 
+def test_the_method_is_that_of_the_model_where_the_space_has_it(tiny: Tiny, runs: Path, front: Path) -> None:
+    arch = prepare(tiny(), runs / "cache", nothing).arch
+    for methods, expected in ((["taylor", "subspaces"], "subspaces"), (["taylor", "nvit"], "taylor")):
+        config = tiny(space={"methods": methods}, search={"start_from": str(front / "0.7")})
+        (point, *_) = start_points(config, Space.blank(config.space, arch, methods[0]))
+        assert point["method"] == expected
+
+
+def test_a_dry_run_refuses_what_the_search_would(tiny: Tiny, runs: Path, front: Path) -> None:
+    with pytest.raises(UserError, match="of the source's MACs: outside space.budget"):
+        run_search(tiny(search={"start_from": str(front / SHARES[2])}), runs / "dry", dry_run=True)
+    assert not (runs / "dry").exists()
+
+
 def test_a_trial_is_the_very_model_that_was_given(tiny: Tiny, runs: Path, front: Path, tmp_path: Path) -> None:
     shutil.copytree(front / "0.45", tmp_path / "0.45")
     config = tiny(search={"start_from": str(tmp_path / "0.45"), "rungs": [1, 2]})
