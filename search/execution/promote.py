@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.latency.timing import Setting, measure_all
-from prunesweep.search.store.run import Run, read_json, task_id
+from prunesweep.search.store.records import EXACT, read_sealed
+from prunesweep.search.store.run import Run, task_id
 from prunesweep.training import Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.placement import Placement
@@ -34,6 +35,8 @@ class Promoted:
 
     ``ppl``, words' perplexity, is a language model's.
     """
+
+    __pydantic_config__: ClassVar = EXACT
 
     unit: str
     top1: float | None
@@ -158,8 +161,8 @@ def promoted(run: Run) -> list[dict[str, Any]]:
     """What was promoted in a run, ascending MACs."""
     found = []
     for path in sorted((run / "promoted").glob("*/promoted.json")):
-        entry = read_json(path)
-        if lost := {field.name for field in fields(Promoted)} - entry.keys():
-            raise UserError(f"{path} is damaged: it has no {', '.join(sorted(lost))}. Delete it, and promote again")
-        found.append(entry)
+        try:
+            found.append(asdict(Promoted(**read_sealed(path, Promoted))))
+        except UserError as error:
+            raise UserError(f"{error}. Delete it, and promote again") from error
     return sorted(found, key=lambda p: p["macs"])

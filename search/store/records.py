@@ -15,7 +15,18 @@ from prunesweep.models import UserError
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 
-__all__ = ["Ending", "Result", "RunFacts", "Task", "Validation", "read_json", "read_sealed", "sealed", "task_id"]
+__all__ = [
+    "EXACT",
+    "Ending",
+    "Result",
+    "RunFacts",
+    "Task",
+    "Validation",
+    "read_json",
+    "read_sealed",
+    "sealed",
+    "task_id",
+]
 
 EXACT = ConfigDict(strict=True, extra="forbid")
 

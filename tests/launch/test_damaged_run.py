@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prunesweep.models import cut_arch
+from prunesweep.search.execution.promote import Promoted
 from prunesweep.search.store.records import sealed
 from tests.launch import test_cli
 from tests.launch.test_cli import call
@@ -139,10 +141,15 @@ def test_a_damaged_lease_is_none(run: Path, capsys: pytest.CaptureFixture[str]) 
 def test_promoted_figures_that_are_damaged_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "promoted" / "r0-0000" / "promoted.json"
     path.parent.mkdir(parents=True)
-    for damage in ("{}", "null", '{"unit": "r0'):
+    whole = Promoted("r0-0000", 90.0, 80.0, None, None, 10, 10, "quick", None, "promoted/r0-0000/model")
+    path.write_text(json.dumps(asdict(whole)))
+    assert call(capsys, "front", run)[0] == 0
+    wrong = json.dumps({**asdict(whole), "top1": "high"})
+    for damage in ("{}", "null", '{"unit": "r0', wrong):
         path.write_text(damage)
         code, _, error = call(capsys, "front", run)
         assert code == 2
         assert f"{path} is damaged" in error
+        assert ("top1 = 'high'" in error) == (damage == wrong)
     shutil.rmtree(path.parent)
     assert call(capsys, "front", run)[0] == 0
