@@ -26,14 +26,15 @@ def content_of(data: Data) -> dict[str, Any]:
     Args:
         data: the opened data set.
     """
-    info = data.info
+    info, whole = data.info, data.report  # what of the training images is held out does not hide what they are
     return {
         "fingerprint": info.fingerprint,
         "classes": list(info.classes) or info.num_classes,
         "vocabulary": info.vocabulary,
         "preprocessing": [list(info.input_size), list(info.mean), list(info.std)],
-        "train": {"images": data.train_images, "labels": _digest(data, "train")},
-        "val": {"images": len(data.split("val", augment=None)), "labels": _digest(data, "val")},  # type: ignore[arg-type]
+        "held_out": 0 if whole is data else data.val_images,
+        "train": {"images": whole.train_images, "labels": _digest(whole, "train")},
+        "val": {"images": len(whole.split("val", augment=None)), "labels": _digest(whole, "val")},  # type: ignore[arg-type]
     }
 
 
@@ -60,6 +61,8 @@ def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         found.append(f"words: vocabulary {before['vocabulary']}, now {now['vocabulary']}")
     if before["preprocessing"] != now["preprocessing"]:
         found.append(f"size, mean and std: {before['preprocessing']}, now {now['preprocessing']}")
+    if before.get("held_out", 0) != now.get("held_out", 0):
+        found.append(f"held out of train: {before.get('held_out', 0):,} images, now {now.get('held_out', 0):,}")
     for split in ("train", "val"):
         old, new = before[split], now[split]
         if old["images"] != new["images"]:

@@ -101,7 +101,8 @@ def test_workers_of_a_unit_open_the_data_that_the_run_has(
 
     monkeypatch.setattr(task, "run_job", stopped)
     assert run_task(run.path, unit) == {"state": "stopped"}
-    assert sent[0].data_options == {"class_order": None, "classes": None, "loader_workers": 1, "unreadable": 0.25}
+    unset = {"class_order": None, "classes": None}
+    assert sent[0].data_options == {**unset, "loader_workers": 1, "unreadable": 0.25, "search_split": 0.2}
 
 
 def test_a_finished_unit_is_not_done_again(started: tuple[Run, Coordinator]) -> None:

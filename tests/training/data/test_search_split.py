@@ -44,7 +44,7 @@ def test_the_same_data_and_share_give_the_same_images_under_a_name_of_their_own(
     names = {data.info.fingerprint for data in (first, again, other, open_data("digits"))}
     assert len(names) == 3
     assert content_changes(content_of(first), content_of(again)) == []
-    assert "val: 269 images, now 136" in content_changes(content_of(first), content_of(other))
+    assert content_changes(content_of(first), content_of(other)) == ["held out of train: 269 images, now 136"]
     assert "269 are held out" in first.describe()[-1]
 
 
