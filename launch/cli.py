@@ -282,7 +282,7 @@ def evaluate(
     else:
         listed_too = f" of {listed:,}" if opened.val_images != listed else ""  # some of them cannot be read
         Console(markup=False).print(
-            f"{found.full}{listed_too}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False
+            f"{found.full}{listed_too}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False, soft_wrap=True
         )
     if warning := chance_warning(loaded, opened, found):
         Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)

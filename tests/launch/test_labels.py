@@ -128,6 +128,7 @@ def test_images_left_out_are_in_the_figures(
     code, out, err = call(capsys, "eval", models / "named", "--data", f"imagefolder:{place}")
     assert code == 0, err
     assert "16 images of 17, " in out
+    assert out.count("\n") == 1
     assert err.count("evaluation leaves it out): ") == 1
     code, out, err = call(capsys, "eval", models / "named", "--data", f"imagefolder:{place}", "--json")
     assert json.loads(out)["images"] == 16
