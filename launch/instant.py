@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prunesweep.models import Arch, LatencyTable
+    from prunesweep.models.latency.timing import Setting
 
 __all__ = ["instant", "print_computed", "show_front"]
 
@@ -77,6 +78,7 @@ def instant(
     if measure not in (None, "latency_ms"):
         raise UserError(f"--measure {measure}: must be latency_ms; what budgets are counted in is --objective")
     predictor = None if table is None else LatencyTable.load(table)
+    setting = _setting(predictor) if measure else None
     model = open_source(source)
     budgeted: Any = objective if predictor is None else latency(predictor, arch_of(model))
     dataset = open_fitting(data, model, **data_options(class_order, classes, unreadable))
@@ -97,7 +99,7 @@ def instant(
             as_stored(point.model)
         models = [model, *(point.model for point in points)]
         found = evaluate_shown(models, dataset, report, source=model)
-        timings = _timed(models, predictor, progress) if measure else [None] * len(models)
+        timings = [None] * len(models) if setting is None else _timed(models, setting, progress)
     rows = [
         _row(budget, own, arch_of(model), figures, timing, predictor)
         for budget, own, figures, timing in zip([1.0, *(p.budget for p in points)], models, found, timings, strict=True)
@@ -161,14 +163,22 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
     write_computed_report(folder, facts, [arch_of(model) for model in models])
 
 
-def _timed(models: Sequence[Any], table: LatencyTable | None, progress: Callable[[str, int, int], None]) -> list[Any]:
-    """Measure the models' latency side by side, under the conditions of the table if there is one."""
+def _setting(table: LatencyTable | None) -> Setting:
+    """Return the conditions of the table if there is one. Raises UserError where its device is not here."""
     import torch
 
-    from prunesweep.models.latency.timing import Setting, device_name, measure_all
+    from prunesweep.models.latency.timing import Setting
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = Setting(batch=BATCH, device=device) if table is None else table.setting
+    if table is None:
+        return Setting(batch=BATCH, device="cuda" if torch.cuda.is_available() else "cpu")
+    table.setting.require_device()
+    return table.setting
+
+
+def _timed(models: Sequence[Any], setting: Setting, progress: Callable[[str, int, int], None]) -> list[Any]:
+    """Measure the models' latency side by side."""
+    from prunesweep.models.latency.timing import device_name, measure_all
+
     timings = measure_all(models, setting, progress=lambda done, total: progress("measuring latency", done, total))
     shared = {**asdict(setting), "device_name": device_name(setting.device)}
     return [{**shared, **asdict(timing)} for timing in timings]

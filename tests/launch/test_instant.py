@@ -17,6 +17,7 @@ import prunesweep
 from prunesweep.models import arch_of, build, cost, load, load_provenance, save
 from prunesweep.models.latency.building import macs_table
 from prunesweep.models.latency.table import Grid
+from prunesweep.models.latency.timing import Setting
 from prunesweep.pruners import latency
 from prunesweep.training import EvalMetrics, open_data, open_text
 from tests.launch.test_cli import call
@@ -107,6 +108,20 @@ def test_budgets_in_latency_are_met_and_latency_is_measured_where_asked(
         assert f"{kept['latency']['median_ms']:.3f}" in text
     assert "predicted" in text
     assert "latency measured: ms per batch of 8, float32" in text
+
+
+def test_a_table_of_a_device_that_is_not_here_is_refused_before_anything_is_computed(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    table = macs_table(arch_of(load(source)), ms_per_gmac=1000)
+    dataclasses.replace(table, setting=Setting(batch=8, device="cuda:99")).save(tmp_path / "table.json")
+    latency = ("--objective", "latency_ms", "--table", tmp_path / "table.json")
+    options = ("--data", "digits", "--images", "64", "--budgets", "0.5", "--out", tmp_path / "front")
+    code, text, err = call(capsys, "instant", source, *options, *latency, "--measure", "latency_ms")
+    assert code == 2
+    assert "device = 'cuda:99': this machine has" in " ".join(err.split())
+    assert "reading the source" not in text
+    assert not (tmp_path / "front").exists()
 
 
 def test_widths_outside_a_latency_table_are_never_chosen() -> None:
