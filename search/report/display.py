@@ -291,7 +291,10 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
     )
     rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
     agreeing = "agreement" in coordinator.search.objectives
-    quality = str(result.figures._replace(top1=None) if agreeing else result.figures)
+    quality = str(result.figures._replace(top1=None) if agreeing else result.figures)  # of agreement, with the KL
+    if not agreeing:
+        for measure in {"loss", "kl"} & {*coordinator.search.ranking.names(result.epochs)}:
+            quality += f", {MEASURES[measure]} {getattr(result, measure):.4g}"
     if not all(map(math.isfinite, values(result, coordinator.search.objectives))):
         quality = "diverged, which counts as worse than all others"
     return (

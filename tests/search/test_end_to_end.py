@@ -219,7 +219,7 @@ def test_killed_in_every_way_and_resumed(tiny, runs: Path) -> None:
     assert found.status()["requested"] == trials_
     assert found.status()["trials"] == {"finished": trials_, "running": 0, "pending": 0, "failed": 0}
     told = [t for t in trials(run / "study.journal") if t.state.name == "COMPLETE"]
-    assert {t.number: t.values for t in told} == {r.trial: [r.top1, float(r.macs)] for r in found.results()}
+    assert {t.number: t.values for t in told} == {r.trial: [r.loss, float(r.macs)] for r in found.results()}
     for folder in (run / "trials").iterdir():
         events = [json.loads(line)["event"] for line in (folder / "metrics.jsonl").open()]
         assert events.count("epoch") == 4 or events.count("start") > 1
@@ -292,7 +292,7 @@ def test_a_run_with_half_a_journal_and_a_damaged_result_goes_on(
     assert all(after[trial] == result for trial, result in before.items() if trial != 1)
     assert (after[1].point, after[1].top1, after[1].key) == (before[1].point, before[1].top1, before[1].key)
     told = {t.number: t.values for t in trials(journal)}
-    assert told == {r.trial: [r.top1, float(r.macs)] for r in after.values()}
+    assert told == {r.trial: [r.loss, float(r.macs)] for r in after.values()}
 
 
 JOINT = {

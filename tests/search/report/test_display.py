@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from prunesweep.search.report.display import print_front, print_promoted
+from prunesweep.search.config import SearchTable
+from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.report.display import Display, print_front, print_promoted
+from prunesweep.search.store.run import Result
+from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
+from tests.search.helpers import make_run, make_space
 
 FOLDER = (
     "/a/rather long/path of somebody's/runs/with a name that fills more than one line of eighty/trials/r1-0003/model"
 )
+SPACE, ONE = make_space(), {"max_concurrent": 1, "seed": 0}
 POINT = {"trial": 3, "rung": 1, "epochs": 4, "top1": 98.0, "macs": 500_000, "params": 1_000, "latency_ms": 1.5}
 
 
@@ -39,12 +46,29 @@ def test_promoted_models_have_paths_that_can_be_copied() -> None:
 def test_the_front_has_intervals_and_figures_of_low_noise_within_eighty_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
     figures = EvalMetrics(98.0, agreement=99.25, kl=0.01234, loss=0.05678, images=450)
-    timed = {**POINT, **figures.with_interval(), "model": "m"}
+    timed = {**POINT, **figures.with_interval(), "split": "val", "ranked_by": "loss", "model": "m"}
     plain = {name: value for name, value in timed.items() if name != "latency_ms"}
     for point, last in ((plain, ["99.25", "0.50", "0.500", "0.001"]), (timed, ["0.50", "0.500", "0.001", "1.500"])):
         print_front(console, [point, {**POINT, "model": "older"} if point is timed else point], 1_000_000)
         lines = console.file.getvalue().splitlines()
         row = [line.split() for line in lines if "98.00" in line][-2]
         assert row == ["3", "1", "4", "98.00", "96.2-98.9", "0.0568", "0.0123", *last]
-        assert "figures of 450 images" in lines
-    assert max(map(len, lines)) <= 80
+        assert max(len(line) for line in lines if "figures of" not in line) <= 80
+        notes = [line for line in lines if "figures of" in line]
+        assert {*notes} == {
+            "figures of 450 validation images; candidates were compared by loss on them, so they flatter"
+        }
+
+
+def test_the_line_of_a_trial_shows_what_it_is_ranked_by(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    search = SearchTable(trials=12, rungs=(0, 2))
+    coordinator = Coordinator(run, Study(run / "study.journal", SPACE.distributions, 0), SPACE, search, **ONE)
+    screened = Result(3, 90.0, 90.0, 500_000, 10, "", {"budget": 0.5}, 1.0, loss=0.25, kl=0.125)
+    console = Console(file=io.StringIO(), width=200)
+    with Display(console).live(coordinator, {"macs": 1_000_000}, (0.3, 0.9)) as changed:
+        coordinator.results += [screened, replace(screened, rung=1, epochs=2)]
+        changed()
+    first, second = console.file.getvalue().splitlines()
+    assert "trial 3 on rung 0: top-1 90.00 %, KL to the source 0.125  MACs 0.500" in first
+    assert "trial 3 on rung 1: top-1 90.00 %, loss 0.25  MACs 0.500" in second
