@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,7 +89,7 @@ def instant(
     if images > dataset.train_images:
         display.note(f"--images {images}: there are {dataset.train_images:,} training images, all are used")
         images = dataset.train_images
-    batches = dataset.calibration(images, min(BATCH, max(1, images // 4)), seed)
+    batches = dataset.calibration_loader(images, min(BATCH, max(1, images // 4)), seed)
     with display.progress() as report:
 
         def progress(what: str, done: int, total: int) -> None:
@@ -161,6 +162,26 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
         )
     write_text(folder / "front.json", json.dumps(facts, indent=1))
     write_computed_report(folder, facts, [arch_of(model) for model in models])
+
+
+def _peak_memory() -> dict[str, float]:
+    """Return the most memory that this process has had, in MiB, by device; Windows does not say that of the CPU."""
+    import torch
+
+    found = {}
+    with suppress(ImportError):
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        found["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+def _memory_line(peak: Mapping[str, float]) -> str:
+    own = ", ".join(f"{mib:,.0f} MiB ({device})" for device, mib in peak.items())
+    return f"peak memory {own}\n" if own else ""
 
 
 def _setting(table: LatencyTable | None) -> Setting:
@@ -293,6 +314,7 @@ def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Seque
     kind = "images" if rows[0]["ppl"] is None else "words"
     console.print(
         f"measured on {rows[0]['images']:,} validation {kind}; models and report.html in {out}\n"
+        f"{_memory_line(facts.get('peak_memory_mib', {}))}"
         f"load one: import prunesweep, timm; timm.create_model('local-dir:{out / first}', pretrained=True)",
         highlight=False,
         soft_wrap=True,

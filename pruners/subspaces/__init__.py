@@ -11,6 +11,7 @@ from .projection import projected_groups, projected_widths
 from .recovery import recover
 from .scoring import score
 from .source import SourceStatistics
+from .streams import SourceStreams
 from .support import can_recover
 from .units import rank_units
 from .widths import BlockWidths, Widths, compressed_arch, equal_shares
@@ -20,6 +21,7 @@ __all__ = [
     "NormalEquations",
     "Point",
     "SourceStatistics",
+    "SourceStreams",
     "Widths",
     "can_recover",
     "compress",

@@ -181,7 +181,7 @@ class _Losses:
         """Compute what a narrower reduced map changes of the held-out streams."""
         blocks = [BlockWidths(sr=width) if n == view.index else BlockWidths() for n in range(self.arch.depth)]
         widths = Widths(blocks=tuple(blocks))
-        streams = SourceStreams(self.model, ())  # none is asked for
+        streams = SourceStreams(self.model, Batches())  # none is asked for
         work = Compression(self.model, widths, self.statistics, streams, shrinkage=self.shrinkage, fitted=self.fitted)
         small, whole = work.small_views[view.index].attention, view.attention
         assert small is not None

@@ -36,7 +36,7 @@ from prunesweep.models.feature_head import with_feature_head
 from prunesweep.models.precision import narrowed, widened
 from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
-from .calibration import images_of, shrinkage_for
+from .calibration import shrinkage_for
 from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import Moments
 from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, rows_of, solve_shift
@@ -51,7 +51,7 @@ __all__ = ["Compression", "compress", "folded"]
 def compress(
     model: nn.Module,
     widths: Widths,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | SourceStreams,
     *,
     statistics: SourceStatistics | None = None,
     units: Mapping[int, torch.Tensor] | None = None,
@@ -66,7 +66,8 @@ def compress(
             result; features of a model in half precision are in float32.
         widths: of the small model.
         batches: calibration images or texts in any form that ``images_of`` takes, from the training split and without
-            augmentation; at least about 20 tokens per feature, 512 images of 17 tokens for a width of 96.
+            augmentation, or the source's streams on them; at least about 20 tokens per feature, 512 images of 17 tokens
+            for a width of 96.
         statistics: of the same source, where they are there already; collected from ``batches`` otherwise.
         units: order of the hidden units by block, the most important first, as ``rank_units`` gives it; by energy
             (variance times squared weights that read them) where there is none.
@@ -84,12 +85,11 @@ def compress(
     """
     arch = open_source(model)
     small = compressed_arch(arch, widths)
-    images = images_of(batches, arch)
-    shrinkage = shrinkage_for(small, images, shrinkage) if refit else shrinkage
     given, model = model, widened(with_feature_head(model) if small.feature_head else model)
-    found = SourceStatistics.collect(model, images) if statistics is None else statistics
     source = folded(model)
-    streams = SourceStreams(source, images)
+    streams = SourceStreams.of(batches, source)
+    shrinkage = shrinkage_for(small, streams.inputs, shrinkage) if refit else shrinkage
+    found = SourceStatistics.collect(model, streams.inputs) if statistics is None else statistics
     work = Compression(source, widths, found, streams, units=units, refit=refit, shrinkage=shrinkage)
     work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
     return narrowed(work.small, given)

@@ -24,6 +24,7 @@ from .compression import compress
 from .refit import SHRINKAGE
 from .sensitivity import output_error
 from .source import SourceStatistics, to_model
+from .streams import SourceStreams
 from .widths import Widths, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
@@ -157,7 +158,7 @@ class _Front:
         )
         per_image = self.statistics.rows / self.statistics.images
         seen = [0, *accumulate(images * per_image for images in fit.lengths[:-1])]
-        self.scouted = fit[: sum(before < SCOUT_ROWS for before in seen)]
+        self.scouted = SourceStreams(model, fit[: sum(before < SCOUT_ROWS for before in seen)], keep=True)
         full = tuple(stage.width for stage in self.arch.stages)
         rounded = [tuple(min(width, round(width * share / align) * align) for width in full) for share in STREAM]
         narrower = {widths for widths in rounded if min(widths) >= 2}
@@ -229,7 +230,7 @@ class _Front:
             **chosen.figures,
         )
 
-    def _compressed(self, widths: Widths, batches: Batches) -> nn.Module:
+    def _compressed(self, widths: Widths, batches: Batches | SourceStreams) -> nn.Module:
         small = compress(
             self.model,
             widths,

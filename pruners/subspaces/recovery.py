@@ -17,7 +17,7 @@ from prunesweep.models.cutting import space_reductions
 from prunesweep.models.feature_head import with_feature_head
 from prunesweep.models.precision import narrowed, widened
 
-from .calibration import images_of, shrinkage_for
+from .calibration import shrinkage_for
 from .refit import SHRINKAGE, Refit
 from .source import open_source
 from .streams import SourceStreams
@@ -29,7 +29,7 @@ __all__ = ["recover"]
 def recover(
     model: nn.Module,
     decision: Cut,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | SourceStreams,
     *,
     shrinkage: float = SHRINKAGE,
     progress: Callable[[int, int], None] | None = None,
@@ -40,7 +40,8 @@ def recover(
         model: the source, for which ``can_recover`` has no reason; it is not changed. Its dtype is that of the result,
             computed in float32 where that is half precision.
         decision: what stays.
-        batches: calibration images or texts in any form that ``images_of`` takes, without augmentation.
+        batches: calibration images or texts in any form that ``images_of`` takes, without augmentation;
+            or the source's streams on them.
         shrinkage: lambda of the fits, in units of the features' mean variance; raised, with a warning, where images
             are too few.
         progress: told of kept blocks done and of all.
@@ -53,16 +54,15 @@ def recover(
             activation is not finite.
     """
     arch = open_source(model)
-    images = images_of(batches, arch)
     given, model = model, widened(model)
+    streams = SourceStreams.of(batches, model)
     small = cut(model, decision).eval()
     if arch_of(small).feature_head:
         model = with_feature_head(model)
-    shrinkage = shrinkage_for(arch_of(small), images, shrinkage)
+    shrinkage = shrinkage_for(arch_of(small), streams.inputs, shrinkage)
     mode = model.training
     model.eval()
     try:
-        streams = SourceStreams(model, images)
         work = Refit(model, small, space_reductions(arch, decision), streams, shrinkage=shrinkage)
         work.run([i for i, choice in enumerate(decision.blocks) if choice.keep], progress)
     finally:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from torch import nn
 from prunesweep.models import Arch, BlockView, arch_of, block_views
 from prunesweep.models.families import family_of
 from prunesweep.models.families.views import AttentionView, MlpView
+from prunesweep.models.precision import widened
 
 from .batches import Batches
+from .calibration import images_of
 from .source import to_model
 
 __all__ = ["Half", "SourceStreams", "Step", "steps"]
@@ -61,14 +64,16 @@ def steps(model: nn.Module, arch: Arch) -> Iterator[Step]:
 class SourceStreams:
     """The streams of a source on calibration images, each computed when it is asked for, from the one before.
 
+    Whoever makes several models of one source hands them the same streams, kept, in place of images.
+
     Args:
-        model: the source, in evaluation mode.
+        model: the source; put into evaluation mode while streams are computed.
         inputs: batches of what it takes.
         keep: keep all of them, for other models of the same source; otherwise those in front of the block that is
             worked on are forgotten.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[torch.Tensor], *, keep: bool = False) -> None:
+    def __init__(self, model: nn.Module, inputs: Batches, *, keep: bool = False) -> None:
         self.model, self.inputs, self.keep = model, inputs, keep
         self.arch = arch_of(model)
         self.views = block_views(model, self.arch)
@@ -101,8 +106,16 @@ class SourceStreams:
         return sum(step.stage <= stage and (not step.view or step.view.index < block) for step in self._steps)
 
     def _after(self, count: int) -> Batches:
+        mode = self.model.training
+        self.model.eval()
+        try:
+            return self._computed(count)
+        finally:
+            self.model.train(mode)
+
+    def _computed(self, count: int) -> Batches:
         have = max((n for n in self._found if n <= count), default=0)
-        if not have and have not in self._found:
+        if have not in self._found:
             stem = family_of(self.arch).stem
             self._found[0] = self._stored(stem(self.model, to_model(self.model, batch)) for batch in self.inputs)
         for n in range(have, count):
@@ -110,6 +123,11 @@ class SourceStreams:
             if not self.keep and n > have:  # of blocks that are passed
                 del self._found[n]
         return self._found[count]
+
+    @classmethod
+    def of(cls, batches: Any, model: nn.Module) -> SourceStreams:
+        """Return the streams on images in any form that ``images_of`` takes; given streams as they are."""
+        return batches if isinstance(batches, cls) else cls(widened(model), images_of(batches, arch_of(model)))
 
     def _stored(self, stream: Iterable[torch.Tensor]) -> Batches:
         return Batches(stream, limit=Batches.IN_MEMORY - sum(own.in_memory for own in self._found.values()))

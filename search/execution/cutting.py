@@ -13,6 +13,8 @@ from torch import nn
 from prunesweep.models import Cut, arch_of, cut, load
 from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
+from prunesweep.pruners.subspaces import SourceStreams
+from prunesweep.pruners.subspaces.calibration import images_of
 from prunesweep.search.config import SearchConfig
 from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics
 from prunesweep.training.jobs.recovery import Known, Recovery
@@ -60,16 +62,17 @@ class Cutter:
             return self.data.calibration(self.search.screen_images, EVAL_BATCH, self.seed)
 
     @cached_property
-    def calibration(self) -> list[Any]:
-        """Images of the training split that recovery fits to."""
+    def streams(self) -> SourceStreams:
+        """The source's streams on the images that recovery fits to, which all candidates share."""
         assert self.recovery is not None
         with self.reading():
-            return self.recovery.calibration(self.data)
+            images = images_of(self.recovery.calibration(self.data), arch_of(self.source))
+        return SourceStreams(self.source, images, keep=True)
 
     @cached_property
     def known(self) -> Known:
         """What projections of any widths have in common."""
-        return Known.of(self.source, self.calibration)
+        return Known.of(self.source, self.streams.inputs)
 
     def model(self, decision: Cut | Path) -> nn.Module:
         """Return the recovered model of a decision; where there is no recovery, the cut one with its BatchNorms set.
@@ -80,7 +83,7 @@ class Cutter:
             return to_float32(load(decision)).to(next(self.source.parameters()).device)
         if self.recovery is not None:
             known = self.known if self.recovery.project else None
-            return self.recovery.model(self.source, decision, self.calibration, known=known)
+            return self.recovery.model(self.source, decision, self.streams, known=known)
         model = cut(self.source, decision)
         recalibrate(model, self._images())
         return model

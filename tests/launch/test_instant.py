@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_a_front_is_computed_and_every_point_loads(
     assert code == 0
     found = json.loads(text[text.index("{") :])
     assert found == json.loads((out / "front.json").read_text())
+    assert 50 < found["peak_memory_mib"]["cpu"] < 100_000
     first, *points = found["points"]
     assert (first["kl"], first["agreement"], first["macs_share"]) == (0, 100, 1)
     assert [row["budget"] for row in points] == [0.7, 0.4]
@@ -73,6 +75,7 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     assert " source " in text
     assert "agreement" in text
     assert "…" not in text, "a figure is cut off"
+    assert re.search(r"peak memory [\d,]+ MiB \(cpu\)", text)
     assert "budget 0.0001: the smallest widths cost more" in text
     assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json", "report.html"]
 

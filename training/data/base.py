@@ -236,7 +236,13 @@ class Data(ABC):
         return PersistentLoader.make(data, batches, workers=self.loader_workers, pin_memory=pinned, collate=collate)
 
     def calibration(self, images: int, batch_size: int, seed: int, *, per_class: bool = False) -> list[Batch]:
-        """Draw training images without augmentation.
+        """Draw training images without augmentation; arguments as for ``calibration_loader``."""
+        return list(self.calibration_loader(images, batch_size, seed, per_class=per_class))
+
+    def calibration_loader(
+        self, images: int, batch_size: int, seed: int, *, per_class: bool = False
+    ) -> DataLoader[Batch]:
+        """Draw training images without augmentation, which are read as they are asked for.
 
         Args:
             images: number of images; all of them if there are fewer.
@@ -251,7 +257,7 @@ class Data(ABC):
         else:
             chosen = order[:images]
         data = Subset(self.split("train", augment=None), chosen.tolist())
-        return list(DataLoader(data, batch_size, num_workers=self.loader_workers))
+        return DataLoader(data, batch_size, num_workers=self.loader_workers)
 
 
 class Transformed(Dataset[Batch]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from prunesweep.models import Cut, arch_of
-from prunesweep.pruners.subspaces import SourceStatistics, compress, projected_widths, rank_units, recover
+from prunesweep.pruners.subspaces import (
+    SourceStatistics,
+    SourceStreams,
+    compress,
+    projected_widths,
+    rank_units,
+    recover,
+)
+from prunesweep.pruners.subspaces.calibration import images_of
 
 from ..data import Data
 
@@ -27,9 +35,10 @@ class Known:
     units: Mapping[int, torch.Tensor]
 
     @classmethod
-    def of(cls, source: nn.Module, batches: list[Any]) -> Known:
+    def of(cls, source: nn.Module, batches: Iterable[Any]) -> Known:
         """Compute it from ``Recovery.calibration``'s images."""
-        return cls(SourceStatistics.collect(source, batches), rank_units(source, batches))
+        images = images_of(batches, arch_of(source))
+        return cls(SourceStatistics.collect(source, images), rank_units(source, images))
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,15 @@ class Recovery:
     seed: int = 0
     project: bool = False
 
-    def calibration(self, data: Data) -> list[Any]:
-        """Draw the images, as batches of (images, labels)."""
-        return data.calibration(self.images, BATCH, self.seed)
+    def calibration(self, data: Data) -> Iterable[Any]:
+        """Draw the images, as batches of (images, labels) that are read as they are asked for."""
+        return data.calibration_loader(self.images, BATCH, self.seed)
 
     def model(
         self,
         source: nn.Module,
         decision: Cut,
-        batches: list[Any],
+        batches: Iterable[Any] | SourceStreams,
         *,
         known: Known | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -64,7 +73,7 @@ class Recovery:
         Args:
             source: the model that the decision is about; it is not changed.
             decision: what stays.
-            batches: ``calibration``'s images.
+            batches: ``calibration``'s images, or the source's streams on them.
             known: of the same source and images, where several models are projected.
             progress: told of kept blocks done and of all.
 
@@ -74,5 +83,6 @@ class Recovery:
         if not self.project:
             return recover(source, decision, batches, progress=progress)
         widths = projected_widths(arch_of(source), decision)
-        known = known or Known.of(source, batches)
-        return compress(source, widths, batches, statistics=known.statistics, units=known.units, progress=progress)
+        streams = SourceStreams.of(batches, source)
+        known = known or Known.of(source, streams.inputs)
+        return compress(source, widths, streams, statistics=known.statistics, units=known.units, progress=progress)

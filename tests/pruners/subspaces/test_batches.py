@@ -19,7 +19,7 @@ from prunesweep.pruners.subspaces.batches import Batches
 from prunesweep.pruners.subspaces.calibration import images_of
 from prunesweep.pruners.subspaces.streams import SourceStreams
 from tests.generate import random_cut
-from tests.pruners.subspaces.test_compress import images, vit
+from tests.pruners.subspaces.test_compress import images, made, vit
 from tests.pruners.subspaces.test_families import batches_of, by_family, outputs, source_of
 
 
@@ -109,3 +109,22 @@ def test_streams_are_those_of_the_model_whatever_is_kept(family: str) -> None:
                 torch.testing.assert_close(family_.run_block(arch, arch.stages[stage_of[i]], view.module, x), y)
         for x, batch in zip(last[-1], inputs, strict=True):
             torch.testing.assert_close(family_.finish(source, arch, x), source(batch))
+
+
+def test_models_of_one_source_share_its_streams() -> None:
+    """The same models as from the images; of the source, only what reads the stream runs for the second one."""
+    source, given = made(vit()).train(), images()
+    decision, widths = random_cut(Random(2), arch_of(source)), equal_shares(arch_of(source), 0.5)
+    streams = SourceStreams(source, Batches(given), keep=True)
+    statistics, runs = SourceStatistics.collect(source, given), list[None]()
+    source.get_submodule("blocks.0.mlp.act").register_forward_hook(lambda *_: runs.append(None))
+    x = torch.cat(given)
+    for expected in (len(given), 0):
+        runs.clear()
+        mended = recover(source, decision, streams)
+        small = compress(source, widths, streams, statistics=statistics)
+        assert len(runs) == expected
+        with torch.no_grad():
+            torch.testing.assert_close(mended(x), recover(source, decision, given)(x), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(small(x), compress(source, widths, given)(x), rtol=1e-9, atol=1e-9)
+    assert source.training
