@@ -108,7 +108,8 @@ def instant(
     for row in rows[1:]:
         row["model"] = f"{row['budget']:g}"
         row["spent"] = _spent(row, rows[0], objective, align)
-    facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed, "points": rows}
+    facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
+    facts |= {"peak_memory_mib": _peak_memory(), "points": rows}
     with publish_folder(out.absolute()) as folder:
         _save(folder, facts, models, dataset.info.fingerprint)
     if as_json:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from prunesweep.training import Recipe, cache_logits, open_data
 from prunesweep.training.jobs.finetune import Finetuning
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.prune_training import TrainedPruning
+from prunesweep.training.jobs.recovery import Recovery
 from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
 BLOCK = Block(src=0, heads=2, qk=4, v=4, scale=0.5, mlp=16)
@@ -84,6 +86,14 @@ def scores(own: Inputs) -> str:
     chosen = {"images": 4, "batch_size": 2, "seed": 0, **own.settings}
     method, calibration = chosen.pop("method", "nvit"), Calibration(**chosen)
     return cached_scores(own.model, method, own.opened, calibration, own.home / "scores", lambda *_: None).name
+
+
+def projections(own: Inputs) -> str:
+    """What projections of a source have in common."""
+    recovery, folder = Recovery(**{"images": 4, "seed": 0, **own.settings}), Path(mkdtemp(dir=own.home))
+    recovery.known(own.model, own.opened, recovery.calibration(own.opened), folder)
+    (file,) = folder.iterdir()
+    return file.name
 
 
 def kept_source(own: Inputs) -> str:
@@ -145,7 +155,7 @@ def pruning(own: Inputs) -> str:
     return request.work(own.model, own.opened.info.fingerprint).folder.name
 
 
-OF_MODELS = (scores, kept_source, teacher_logits, finetuning, taught_by, deciding, pruning)
+OF_MODELS = (scores, projections, kept_source, teacher_logits, finetuning, taught_by, deciding, pruning)
 
 
 # --- changes ---
@@ -221,6 +231,7 @@ DATA: dict[str, Callable[[Inputs], None]] = {
 
 SETTINGS: dict[Callable[[Inputs], str], list[dict[str, Any]]] = {
     scores: [{"method": "magnitude"}, {"images": 6}, {"batch_size": 4}, {"seed": 1}],
+    projections: [{"images": 6}, {"seed": 1}],
     kept_source: [{"seed": 1}, {"train": {"lr": 2e-3}}, {"train": {"epochs": 0}}],
     teacher_logits: [{"amp": "bf16"}],
     finetuning: [{"seed": 1}, {"recipe": {"lr": 2e-3}}, {"recipe": {"mixup": 0.2, "fixed_view": False}}],
@@ -243,6 +254,7 @@ SETTINGS: dict[Callable[[Inputs], str], list[dict[str, Any]]] = {
 
 FORMATS: dict[Callable[[Inputs], str], str] = {
     scores: "training.jobs.scoring.FORMAT",
+    projections: "training.jobs.recovery.FORMAT",
     kept_source: "search.execution.source.FORMAT",
     teacher_logits: "training.teacher_cache.FORMAT",
     finetuning: "training.jobs.work.FORMAT",

@@ -29,6 +29,7 @@ class Cutter:
         source: the model, on its device.
         data: the search's data.
         config: its configuration.
+        kept: folder for what projections have in common, of all processes of a search.
         reading: makes a context in which images are read, when they are needed first.
     """
 
@@ -38,10 +39,11 @@ class Cutter:
         data: Data,
         config: SearchConfig,
         *,
+        kept: Path | None = None,
         reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.source, self.data, self.search, self.seed = source, data, config.search, config.seed
-        self.reading = reading
+        self.kept, self.reading = kept, reading
         self.agreeing = "agreement" in config.search.objectives
         # another draw than the screen's, as far as there are images: those that were fitted to flatter
         arch = arch_of(source)
@@ -72,7 +74,8 @@ class Cutter:
     @cached_property
     def known(self) -> Known:
         """What projections of any widths have in common."""
-        return Known.of(self.source, self.streams.inputs)
+        assert self.recovery is not None
+        return self.recovery.known(self.source, self.data, self.streams.inputs, self.kept)
 
     def model(self, decision: Cut | Path) -> nn.Module:
         """Return the recovered model of a decision; where there is no recovery, the cut one with its BatchNorms set.

@@ -59,16 +59,16 @@ def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fe
     return PreparedSearch(
         **{field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)},
         summary=summary,
-        zero_shot=_zero_shot(prepared, summary, config, progress),
+        zero_shot=_zero_shot(prepared, summary, config, folder / "scores", progress),
     )
 
 
-def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, progress: Progress) -> Range:
+def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, kept: Path, progress: Progress) -> Range:
     """Measure a few points of the sample without finetuning, as a rung of 0 epochs does.
 
     What is measured is top-1, or agreement with the source where that is an objective.
     """
-    cutter, found = Cutter(prepared.model, prepared.data, config), list[float]()
+    cutter, found = Cutter(prepared.model, prepared.data, config, kept=kept), list[float]()
     points = summary.points[:SCORED]
     for point in points:
         progress("sampling the space", len(found) / len(points), f"{len(found)}/{len(points)}")

@@ -122,7 +122,7 @@ class WorkerContext:
     @cached_property
     def cutter(self) -> Cutter:
         """Makes the models that units start from."""
-        return Cutter(self.source, self.data, self.config, reading=_needed_by_all)
+        return Cutter(self.source, self.data, self.config, kept=self.run / "scores", reading=_needed_by_all)
 
     def epochs(self, rung: int) -> int:
         """Epochs of finetuning on a rung."""

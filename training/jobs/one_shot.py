@@ -33,6 +33,7 @@ from prunesweep.pruners import (
 )
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
+from prunesweep.pruners.subspaces.calibration import images_of
 from prunesweep.training import EVAL_BATCH, Data, EvalMetrics, evaluate_all, open_fitting, warn_at_chance
 
 from .recovery import Recovery
@@ -183,7 +184,9 @@ def prune_once(
     metadata = {"budget": budget.spent(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
-    return _make(model, reached.cut, opened, recovery, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(
+        model, reached.cut, opened, recovery, cache, {"method": method, "weights": weights, **metadata}, progress
+    )
 
 
 def plan_once(
@@ -243,7 +246,7 @@ def plan_once(
         "scores": path.name,
         "seed": calibration.seed,
     }
-    return _make(model, decision, opened, recovery, {"method": method, "weights": weights, **metadata}, progress)
+    return _make(model, decision, opened, recovery, cache, {"method": method, "weights": weights, **metadata}, progress)
 
 
 def _make(
@@ -251,13 +254,15 @@ def _make(
     decision: Cut,
     data: Data,
     recovery: Recovery | None,
+    cache: Path,
     metadata: Mapping[str, Any],
     progress: Progress,
 ) -> Pruned:
     """Cut the model and refit what is left; measure the source, the cut model and the refitted one."""
     arch, small = arch_of(model), cut(model, decision)
     as_stored(small)
-    metadata = {**metadata, "source": {"name": arch.source, "weights": metadata["weights"]}}
+    weights = metadata["weights"]
+    metadata = {**metadata, "source": {"name": arch.source, "weights": weights}}
     reason = None if recovery is None else can_recover(arch)
     if recovery is None or reason is not None:
         before, after = evaluate_shown([model, small], data, progress, source=model)
@@ -267,7 +272,9 @@ def _make(
         def on_block(done: int, total: int) -> None:
             progress("recovering", done / total, f"{done}/{total} blocks")
 
-        plain, small = small, recovery.model(model, decision, recovery.calibration(data), progress=on_block)
+        images = images_of(recovery.calibration(data), arch)
+        known = recovery.known(model, data, images, cache, weights=weights) if recovery.project else None
+        plain, small = small, recovery.model(model, decision, images, known=known, progress=on_block)
         as_stored(small)
         before, as_cut, after = evaluate_shown([model, plain, small], data, progress, source=model)
         facts = {

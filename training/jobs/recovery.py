@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from prunesweep.models import Cut, arch_of
+from prunesweep.models import Cut, arch_of, weights_digest
+from prunesweep.models.io.digest import tensors_digest
+from prunesweep.models.io.files import publish_file
+from prunesweep.models.io.provenance import digest
 from prunesweep.pruners.subspaces import (
     SourceStatistics,
     SourceStreams,
@@ -24,6 +31,9 @@ from ..data import Data
 
 __all__ = ["Known", "Recovery"]
 
+FORMAT = "prunesweep/subspaces/1"  # to be counted up when statistics or orders change, so that no cache is believed
+
+KINDS = ("streams", "heads", "hidden")  # of sums in ``SourceStatistics``
 BATCH = 64  # images at a time: sums add up exactly, so no figure depends on it but for rounding
 
 
@@ -39,6 +49,37 @@ class Known:
         """Compute it from ``Recovery.calibration``'s images."""
         images = images_of(batches, arch_of(source))
         return cls(SourceStatistics.collect(source, images), rank_units(source, images))
+
+    def save(self, path: Path, key: Mapping[str, Any]) -> None:
+        """Write one safetensors file with the key inside; the caller names a scratch path and publishes it."""
+        own = self.statistics
+        tensors = {f"{kind}.{i}": t.cpu() for kind in KINDS for i, t in getattr(own, kind).items()}
+        tensors |= {f"units.{i}": order.cpu() for i, order in self.units.items()}
+        counts = {"images": own.images, "rows": own.rows, "tokens": list(own.tokens.items())}
+        text = json.dumps({"key": key, "counts": counts})
+        save_file(tensors, path, metadata={"facts": text, "sha256": tensors_digest(tensors, text)})
+
+    @classmethod
+    def load(cls, path: Path, key: Mapping[str, Any]) -> Known | None:
+        """Read what ``save`` wrote; None where the file is not there, is damaged, or is of another key."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        except (SafetensorError, OSError):
+            return None
+        text = metadata.get("facts", "{}")
+        facts = json.loads(text)
+        if metadata.get("sha256") != tensors_digest(tensors, text) or facts["key"] != json.loads(json.dumps(key)):
+            return None
+        by_kind: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in (*KINDS, "units")}
+        for name, tensor in tensors.items():
+            kind, _, i = name.partition(".")
+            by_kind[kind][int(i)] = tensor
+        units, counts = by_kind.pop("units"), facts["counts"]
+        tokens = {int(i): count for i, count in counts["tokens"]}
+        statistics = SourceStatistics(images=counts["images"], rows=counts["rows"], tokens=tokens, **by_kind)
+        return cls(statistics, units)
 
 
 @dataclass(frozen=True)
@@ -58,6 +99,38 @@ class Recovery:
     def calibration(self, data: Data) -> Iterable[Any]:
         """Draw the images, as batches of (images, labels) that are read as they are asked for."""
         return data.calibration_loader(self.images, BATCH, self.seed)
+
+    def known(
+        self, source: nn.Module, data: Data, images: Iterable[Any], cache: Path | None, *, weights: str | None = None
+    ) -> Known:
+        """Return what projections of a source have in common, from the cache where it is there.
+
+        Args:
+            source: the model that is projected.
+            data: the data set.
+            images: ``calibration``'s.
+            cache: folder; a file is named by the hash of everything that it depends on, which it also carries inside;
+                it is made again if that differs, or if it is damaged. None keeps nothing.
+            weights: ``weights_digest(source)``, if it is known already.
+        """
+        if cache is None:
+            return Known.of(source, images)
+        key = {
+            "weights": weights or weights_digest(source),
+            "arch": arch_of(source).hash,
+            "data": data.info.fingerprint,
+            "images": self.images,
+            "seed": self.seed,
+            "format": FORMAT,
+        }
+        path = cache / f"subspaces-{digest(key)}.safetensors"
+        found = Known.load(path, key)
+        if found is None:
+            found = Known.of(source, images)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with publish_file(path) as scratch:
+                found.save(scratch, key)
+        return found
 
     def model(
         self,
