@@ -99,26 +99,32 @@ class Coordinator:
     def _read(self) -> tuple[list[Result], dict[str, str]]:
         """Read what tasks gave, set aside what cannot be used, and make the study agree with the rest."""
         run, (results, failures, damaged) = self.run, self.run.outcomes()
-        tasks, lost = dict[str, Task](), dict[str, UserError]()
+        tasks = dict[str, Task]()
         for path in sorted(run.path.glob("trials/*/spec.json")):
             unit = path.parent.name
             try:
                 tasks[unit] = run.read_task(unit)
             except UserError as error:
-                lost[unit] = error
                 self.notes.append(f"{error}: kept as {set_aside(path).name}")
         for result in results:
-            if result.id not in tasks:
+            file = run.trial(result.id) / "result.json"
+            if (task := tasks.get(result.id)) is not None:
+                if (result.key, result.point) != (task.key, task.point):
+                    damaged[result.id] = f"{file} is the result of another candidate"
+                continue
+            try:
+                self.space.complete(result.point)
+            except UserError as error:
+                damaged[result.id] = f"{file} is damaged: its point is not in the space: {error}"
+            else:
                 tasks[result.id] = self._task_of(result)
                 run.write_task(tasks[result.id])
-            elif result.key != tasks[result.id].key:
-                damaged[result.id] = f"{run.trial(result.id) / 'result.json'} is the result of another candidate"
         for result in run.without_model(latest(r for r in results if r.id not in damaged)):
             if (above := task_id(result.trial, result.rung + 1)) not in tasks or above in failures:
                 damaged[result.id] = f"{run.model(result)} is gone, so its result.json is of no use"
         for unit, reason in damaged.items():
             kept = set_aside(run.trial(unit) / "result.json")
-            again = "" if unit in lost else "; the trial is done again"
+            again = "; the trial is done again" if unit in tasks else ""
             self.notes.append(f"{reason}: kept as {kept.name}{again}")
         results = [r for r in results if r.id not in damaged]
         first = {task.number: task for task in tasks.values() if task.rung == 0}

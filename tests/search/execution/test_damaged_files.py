@@ -250,6 +250,22 @@ def test_a_result_of_another_candidate_than_its_task_is_refused(run: Run) -> Non
     assert [r.trial for r in coordinator.results] == [0, 1, 2, 4, 5]
 
 
+@pytest.mark.parametrize("spec", [True, False])
+def test_a_result_with_another_point_is_refused(run: Run, *, spec: bool) -> None:
+    """As an older version wrote it, without a digest, and then edited."""
+    path = run.trial("r0-0003") / "result.json"
+    data = json.loads(path.read_text())
+    del data["digest"], data["result"]["point"]["skip"]
+    path.write_text(json.dumps(data))
+    if not spec:
+        (run.trial("r0-0003") / "spec.json").unlink()
+    coordinator = start(run, ASKED, max_concurrent=1)
+    assert str(path) in coordinator.notes[0]
+    assert ("is the result of another candidate" if spec else "the point lacks skip") in coordinator.notes[0]
+    go_on(coordinator)
+    check(run)
+
+
 def test_a_damaged_task_is_made_again_from_its_result(run: Run) -> None:
     path = run.trial("r0-0003") / "spec.json"
     whole, before = path.read_text(), results(run)
