@@ -183,7 +183,8 @@ def front(
     if as_json:
         print(json.dumps(points))
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, list(points[0]) if points else ["trial"])
+        columns = dict.fromkeys(name for point in points for name in point)  # not all may be validated yet
+        writer = csv.DictWriter(sys.stdout, list(columns) or ["trial"])
         writer.writeheader()
         writer.writerows(points)
     else:

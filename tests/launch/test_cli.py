@@ -10,7 +10,8 @@ import pytest
 
 from prunesweep.launch.cli import main
 from prunesweep.models import cost, cut_arch, save
-from prunesweep.search.store.run import Result
+from prunesweep.search.store.run import Result, Run
+from prunesweep.training import EvalMetrics
 from tests.generate import random_model
 from tests.search.helpers import ARCH, make_run, make_space
 
@@ -73,6 +74,21 @@ def test_front(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [float(r["top1"]) for r in rows] == [80.0, 90.0]
     _, out, _ = call(capsys, "front", run)
     assert "Pareto front" in out
+
+
+def test_a_front_of_which_a_part_is_validated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A search that was resumed and stopped: new members are not measured yet."""
+    with (run / "search.toml").open("a") as file:
+        file.write("\n[data]\nsearch_split = 0.2\n")
+    found = Run(run)
+    found.write_validation(found.members()[1], EvalMetrics(70.0, loss=0.5, images=400))
+    code, out, _ = call(capsys, "front", run, "--csv")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(out)))
+    figures = [(r["split"], r["top1"], r["searched_top1"]) for r in rows]
+    assert figures == [("search", "80.0", ""), ("val", "70.0", "90.0")]
+    assert float(rows[1]["top1_low"]) < 70 < float(rows[1]["top1_high"])
+    assert "95 %" in call(capsys, "front", run)[1]
 
 
 def test_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
