@@ -56,8 +56,10 @@ def settled(recipe: Recipe, data: Data, model: nn.Module | Arch, source: nn.Modu
     if recipe.adapts and (not data.info.labelled or _record(model).headless):
         changes["loss_weight"] = 0.0
     if recipe.adapts and _record(model).headless:
-        terms = recipe.distill
-        changes["distill"] = tuple(t.model_copy(update={"kind": "feature"}) if t.kind == "soft" else t for t in terms)
+        of_features = {"kind": "feature", "cache_teacher": False}  # what is kept of a teacher are its answers
+        changes["distill"] = tuple(
+            term.model_copy(update=of_features) if term.kind == "soft" else term for term in recipe.distill
+        )
     return recipe.model_copy(update=changes) if changes else recipe
 
 

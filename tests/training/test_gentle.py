@@ -73,6 +73,9 @@ def test_without_labels_the_answers_count_and_without_a_head_the_features(data: 
     assert (found.loss_weight, [term.kind for term in found.distill]) == (0, ["soft"])
     backbone = copied(source)
     backbone.reset_classifier(0)
+    cached = load_recipe("gentle", {"fixed_view": True, "distill": [{"cache_teacher": True}]})
+    [term] = settled(cached, data, backbone, backbone).distill
+    assert (term.kind, term.cache_teacher) == ("feature", False)
     small = compress(backbone, equal_shares(arch_of(backbone), 0.25), data.calibration(256, 64, seed=0))
     kept = list[Kept]()
     fit(small, data, load_recipe("gentle", {"epochs": 2, "lr": 1e-3}), teacher=backbone, on_kept=kept.append)
