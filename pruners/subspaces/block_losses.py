@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -102,7 +103,7 @@ class _Losses:
         self.align, self.shrinkage = align, shrinkage
         self.family, self.fitted = family_of(arch), len(fit)
         self.sensitivity = Sensitivity(model, held_out)
-        batches = [*fit, *self.sensitivity.batches]
+        batches = chain(fit, self.sensitivity.batches)
         self.x = Batches(self.family.stem(model, to_model(model, batch)) for batch in batches)
         self.losses: dict[Choice, dict[int, float]] = {}
         self.units: dict[int, torch.Tensor] = {}
@@ -145,23 +146,27 @@ class _Losses:
     def _queries(self, view: BlockView, attention: AttentionView, stage: Stage, whole: Streams) -> None:
         i, record, weight = view.index, view.record, attention.out.weight.double()
         queries, keys = self.statistics.heads[i].to(weight.device)
-        fit = list(self._rows(record.total_v))
-        parts = [attention.projected(x, stage.grid) for x in (*fit, *self._held())]
-        full = [attention.attended(*part, x) for part, x in zip(parts, fit, strict=False)]
+        fit = sum(1 for _ in self._rows(record.total_v))  # batches
+        x = self.x[:fit] + self._held()
+        q, k, v = Batches(), Batches(), Batches()
+        for one in x:
+            for kept, part in zip((q, k, v), attention.projected(one, stage.grid), strict=True):
+                kept.append(part)
+        full = Batches(attention.attended(q[n], k[n], v[n], x[n]) for n in range(fit))
         own = self._choice(i, "qk", record.qk)
         for rank in levels(record.qk, self.align)[1:]:
             maps = [query_key_maps(queries[h], keys[h], rank) for h in range(record.heads)]
             q_map, k_map = (torch.block_diag(*own_maps) for own_maps in zip(*maps, strict=True))  # type: ignore[no-untyped-call]
-            narrow = [
-                attention.attended(q @ q_map.T.to(q), k @ k_map.T.to(k), v, x)
-                for (q, k, v), x in zip(parts, (*fit, *self._held()), strict=True)
-            ]
-            joint, mean = moments(torch.cat(pair, -1) for pair in zip(narrow, full, strict=False))
+
+            def narrow(n: int, q_map: torch.Tensor = q_map.T, k_map: torch.Tensor = k_map.T) -> torch.Tensor:
+                return attention.attended(q[n] @ q_map.to(q[n]), k[n] @ k_map.to(k[n]), v[n], x[n])
+
+            joint, mean = moments(torch.cat([narrow(n), full[n]], -1) for n in range(fit))
             V = record.total_v
             fitted = self._refitted(weight, joint[:V, :V], weight @ joint[V:, :V])
             change = torch.cat([fitted, -weight], 1)
-            pairs = zip(narrow[len(fit) :], whole, strict=True)
-            own[rank] = self._loss(i, "attention", (_apply(change, torch.cat(pair, -1), mean) for pair in pairs))
+            held = (torch.cat([narrow(fit + n), one], -1) for n, one in enumerate(whole))
+            own[rank] = self._loss(i, "attention", (_apply(change, both, mean) for both in held))
 
     def _mlp(self, i: int, mlp: MlpView, rows: int) -> None:
         weight = mlp.out.weight.double()
@@ -223,7 +228,7 @@ class _Losses:
     def _loss(self, i: int, half: str, changes: Iterable[torch.Tensor]) -> float:
         return self.sensitivity.loss(i, half, changes)
 
-    def _held(self) -> Streams:
+    def _held(self) -> Batches:
         return self.x[self.fitted :]
 
     def _rows(self, features: int) -> Iterator[torch.Tensor]:
