@@ -15,13 +15,14 @@ from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, Wid
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
 from prunesweep.search.report.display import Display
-from prunesweep.training import Data, absolute_name, load_recipe, open_fitting
+from prunesweep.training import Data, absolute_name, check_features, check_labels, load_recipe, open_fitting
 from prunesweep.training.jobs.one_shot import Budget
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.recovery import Recovery
 from prunesweep.training.jobs.scoring import Calibration
 from prunesweep.training.jobs.work import Work, model_facts
 from prunesweep.training.second_stage import SecondStageJob
+from prunesweep.training.settling import settled
 
 __all__ = ["STAGE", "Request"]
 
@@ -96,7 +97,7 @@ class Request:
         return Recovery(self.recover_images, self.calibration.seed, self.project or projected)
 
     def opened(self, model: Any) -> Data:
-        """Open the data, check that they fit, and say what they are.
+        """Open the data, check that the source and the recipe of finetuning fit them, and say what they are.
 
         Args:
             model: the source, opened.
@@ -106,6 +107,13 @@ class Request:
         """
         data = open_fitting(self.data, model, **self.data_options)
         Display(self.console).data(data.describe())
+        after = self.finetune or self.method.finetune or "none"
+        if after != "none" and not isinstance(self.method, TrainedMethod):  # those train on labels in any case
+            arch = arch_of(model)
+            recipe = settled(load_recipe(after, self.options()[2]), data, arch, arch)
+            if arch.headless:
+                check_features(recipe, arch.source)
+            check_labels(data, recipe)
         return data
 
     @property

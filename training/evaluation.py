@@ -103,7 +103,7 @@ def evaluate_all(
     for model in run:
         model.eval()
     device = next(run[0].parameters()).device
-    if is_headless(run[0]):
+    if any(map(is_headless, run)):  # a model that a method wraps does not say so itself
         features, wanted = _features(run, batches, device)
         for model, training in zip(run, modes, strict=True):
             model.train(training)
@@ -159,7 +159,9 @@ def _features(
     Returns:
         The features, and those of a source that came with the images.
     """
-    parts = [[torch.empty(0, model.num_classes or model.num_features)] for model in models]  # a share may be empty
+    known_by = next(filter(is_headless, models))
+    width = known_by.num_classes or known_by.num_features
+    parts = [[torch.empty(0, width)] for _ in models]  # a share may be empty
     given = list[torch.Tensor]()
     for answers, _, known in _answers(models, batches, device):
         for own, one in zip(parts, answers, strict=True):

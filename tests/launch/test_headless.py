@@ -143,6 +143,37 @@ def test_features_are_distilled(capsys: pytest.CaptureFixture[str], source: Path
     assert arch_of(load(out)) == arch_of(load(small))
 
 
+def test_a_recipe_that_needs_answers_is_refused_before_pruning(
+    capsys: pytest.CaptureFixture[str], source: Path, tree: str, tmp_path: Path
+) -> None:
+    options = ("--data", tree, "--method", "random", "--budget", "0.5", "--cache", tmp_path / "cache")
+    code, _, err = call(capsys, "prune", source, *options, "--finetune", "quick", "--out", tmp_path / "small")
+    assert code == 2
+    assert "has no head, so it gives features and no answers" in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_gentle_learns_features_and_keeps_the_closest(
+    capsys: pytest.CaptureFixture[str], source: Path, tree: str, tmp_path: Path
+) -> None:
+    options = ("--data", tree, "--method", "random", "--budget", "0.3", "--project", "--cache", tmp_path / "cache")
+    train = ("--finetune", "gentle", "--set", "finetune.epochs=1", "--out", tmp_path / "small", "--json")
+    code, text, err = call(capsys, "prune", source, *options, *train)
+    assert code == 0, err
+    found = json.loads(text)
+    assert (found["cosine"], found["relative_error"]) == pytest.approx(
+        quality(source, tmp_path / "small", tree), rel=1e-4
+    )
+    assert load_provenance(tmp_path / "small")["kept"]["held_out_relative_error"]
+
+
+def test_tokens_are_merged_without_training(capsys: pytest.CaptureFixture[str], source: Path, tree: str) -> None:
+    """The model that merges wraps the backbone."""
+    code, text, err = call(capsys, "prune", source, "--data", tree, "--method", "tome", "--r", "1", "--json")
+    assert code == 0, err
+    assert 0.9 < json.loads(text)["cosine"] <= 1
+
+
 def test_methods_that_train_on_labels_are_refused(
     capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
 ) -> None:
