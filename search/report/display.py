@@ -261,7 +261,7 @@ def live_table(
 
 
 def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
-    """Split the window into equal bands; the first one begins at 0, because dropped blocks can undershoot."""
+    """Split the window into equal bands; the first one begins at 0, as coarse units can undershoot it."""
     low, high = window
     edges = [low + (high - low) * i / BANDS for i in range(BANDS + 1)]
     edges[0] = 0.0
