@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["instant", "print_computed", "show_front"]
 
 BATCH = 64  # images per calibration batch, and per batch whose latency is measured
-FEATURES = ("cosine", "relative_error")  # of a backbone without a head, in place of KL and agreement
 NOT_KEPT = ("macs", "params", "macs_share", "model")  # of a row, in a model's provenance, as its record says them
 
 
@@ -243,15 +242,15 @@ def _columns(source: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]
         ("share", number("macs_share", 3)),
         ("params M", number("params", 3, 1e6)),
     ]
-    if source["latency_ms"] is not None:
-        columns.append(("ms, predicted", number("latency_ms", 3)))
-    if source["latency"] is not None:
-        columns.append(("ms, measured", lambda row: f"{row['latency']['median_ms']:.3f}"))
-    if source["cosine"] is not None:
+    if source.get("latency_ms") is not None:
+        columns.append(("ms by table", number("latency_ms", 3)))
+    if source.get("latency") is not None:
+        columns.append(("ms here", lambda row: f"{row['latency']['median_ms']:.3f}"))
+    if source.get("cosine") is not None:
         columns += [("cosine", number("cosine", 4)), ("relative error", number("relative_error", 4))]
     else:
-        columns.append(("top-1 %", number("top1", 2)) if source["ppl"] is None else ("ppl", number("ppl", 2)))
-        columns += [("KL", number("kl", 4)), ("agreement %", number("agreement", 2))]
+        columns.append(("top-1 %", number("top1", 2)) if source.get("ppl") is None else ("ppl", number("ppl", 2)))
+        columns += [("KL", number("kl", 4)), ("agree %", number("agreement", 2))]
     return columns
 
 
@@ -274,7 +273,7 @@ def print_computed(path: Path, *, as_json: bool = False, as_csv: bool = False) -
         columns = [name for name in front.facts["points"][0] if name not in ("spent", "latency")]
         writer = csv.DictWriter(sys.stdout, [*columns, "measured_ms"], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({**p, "measured_ms": p["latency"] and p["latency"]["median_ms"]} for p in points)
+        writer.writerows({**p, "measured_ms": p["latency"]["median_ms"] if p.get("latency") else None} for p in points)
     else:
         show_front(Console(markup=False), front.facts, path)
 
@@ -293,7 +292,7 @@ def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Seque
 
     from .spent import spent_lines
 
-    rows, table = facts["points"], Table(box=box.SIMPLE)
+    rows, table = facts["points"], Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     columns = _columns(rows[0])
     for heading, _ in columns:
         table.add_column(heading, justify="right")
@@ -302,9 +301,9 @@ def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Seque
         table.add_row(*(text(row) for _, text in columns), "source" if row["model"] is None else row["model"])
     console.print(table)
     for row in rows[1:]:
-        for line in spent_lines(row["spent"]):
+        for line in spent_lines(row.get("spent", {})):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-    if timed := rows[0]["latency"]:
+    if timed := rows[0].get("latency"):
         console.print(
             f"latency measured: ms per batch of {timed['batch']}, {timed['dtype']}, on {timed['device_name']}",
             highlight=False,
@@ -312,7 +311,7 @@ def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Seque
     for budget in missed:
         console.print(f"budget {budget:g}: the smallest widths cost more; nothing was computed", highlight=False)
     first = rows[-1]["model"] or "MODEL"
-    kind = "images" if rows[0]["ppl"] is None else "words"
+    kind = "images" if rows[0].get("ppl") is None else "words"
     console.print(
         f"measured on {rows[0]['images']:,} validation {kind}; models and report.html in {out}\n"
         f"{_memory_line(facts.get('peak_memory_mib', {}))}"

@@ -35,8 +35,15 @@ class ComputedFront:
         file = self.path / FRONT
         self.facts: dict[str, Any] = read_json(file)
         points = self.facts.get("points")
-        if not isinstance(points, list) or not points or not all(isinstance(p, dict) and "model" in p for p in points):
+        if not isinstance(points, list) or not points or not all(isinstance(point, dict) for point in points):
             raise UserError(f"{file} is damaged: it has no points")
+        for i, point in enumerate(points):
+            if not isinstance(point.get("model", 0), str if i else type(None)):
+                wrong = "is no folder" if i else "is not that of the source"
+                raise UserError(f"{file} is damaged: points[{i}].model {wrong}")
+            for name in ("budget", "macs", "params", "macs_share", "images"):
+                if not isinstance(point.get(name), int | float):
+                    raise UserError(f"{file} is damaged: points[{i}].{name} is no number")
 
     @staticmethod
     def is_one(path: str | Path) -> bool:
@@ -47,7 +54,7 @@ class ComputedFront:
     @property
     def points(self) -> list[dict[str, Any]]:
         """The computed models' rows, the largest first, without the source's."""
-        return [point for point in self.facts["points"] if point["model"] is not None]
+        return list(self.facts["points"][1:])
 
     @property
     def folders(self) -> list[Path]:
