@@ -308,7 +308,8 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         state = folder.with_name(folder.name + ".state.safetensors")
-        fit(model, data, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
+        # on all training images, as a source that is brought was
+        fit(model, data.report, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)
         as_stored(model)
     progress("evaluating the source", 0.0, "")
     found = EvalMetrics.of(evaluate_on(model, data.report, source=model))

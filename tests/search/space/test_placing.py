@@ -26,12 +26,13 @@ NEUTRAL = {"skip": 0, "conv": 0, "keep_rate": 1.0, "budget": 0.9}
 
 @cache
 def digits(encoding: str = "compact", **table: Any) -> Space:
-    """The space of the digits' example, without its scores."""
+    """The space of the digits' example and a learning rate, without its scores."""
     config = load_config(EXAMPLE)
     with torch.device("meta"):
         model = timm.create_model(config.source.model, img_size=8, in_chans=1, num_classes=10, **config.source.args)
     blocks = {"encoding": "full", "skip": (0, 0), "conv": (0, 0), "conv3": (0, 0)} if encoding == "full" else {}
-    return Space.blank(config.space.model_copy(update={**blocks, **table}), Arch.from_timm(model), "nvit")
+    changed = config.space.model_copy(update={"lr": (5e-4, 3e-3), **blocks, **table})
+    return Space.blank(changed, Arch.from_timm(model), "nvit")
 
 
 def drawn(space: Space, count: int, seed: int = 0) -> list[Params]:
@@ -56,7 +57,7 @@ def meets(space: Space, point: Params) -> bool:
 def test_every_point_that_is_placed_meets_its_budget(encoding: str) -> None:
     space = digits(encoding)
     points = drawn(space, 60)
-    assert sum(meets(space, point) for point in points) < 40  # as they were drawn
+    assert sum(meets(space, point) for point in points) < 50  # as they were drawn
     for point in points:
         placed = space.placed(point)
         assert meets(space, placed), (point, placed)
