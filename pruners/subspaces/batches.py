@@ -13,18 +13,20 @@ __all__ = ["Batches"]
 
 
 class _Written(NamedTuple):
-    """Where a tensor lies in a file."""
+    """Where a tensor lies in a file. No tensor of its own: one in place of what was freed would break up the heap."""
 
     file: IO[bytes]
     begin: int
-    like: torch.Tensor  # its shape and type, without its values
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
     device: torch.device
 
     def read(self) -> torch.Tensor:
-        flat = torch.empty(self.like.nbytes, dtype=torch.uint8)
+        flat = torch.empty(self.nbytes, dtype=torch.uint8)
         self.file.seek(self.begin)
         self.file.readinto(flat.numpy())  # type: ignore[attr-defined]
-        return flat.view(self.like.dtype).view(self.like.shape).to(self.device)
+        return flat.view(self.dtype).view(self.shape).to(self.device)
 
 
 class Batches(Sequence[torch.Tensor]):
@@ -57,12 +59,12 @@ class Batches(Sequence[torch.Tensor]):
         begin = self._file.seek(0, os.SEEK_END)
         flat = tensor.detach().cpu().contiguous().flatten()
         self._file.write(flat.view(torch.uint8).numpy().data)
-        self._items.append(_Written(self._file, begin, torch.empty_like(tensor, device="meta"), tensor.device))
+        self._items.append(_Written(self._file, begin, tensor.nbytes, tuple(tensor.shape), tensor.dtype, tensor.device))
 
     @property
     def lengths(self) -> list[int]:
         """Length of every tensor along its first axis."""
-        return [len(item.like if isinstance(item, _Written) else item) for item in self._items]
+        return [item.shape[0] for item in self._items]
 
     def __len__(self) -> int:
         return len(self._items)
