@@ -267,6 +267,12 @@ def evaluate(
         check_fits(arch_of(source), opened, name=teacher)
         if classes is None:
             check_order(source.pretrained_cfg, opened, f"--teacher {teacher}")
+        theirs, ours = (tuple(one.pretrained_cfg.get("label_names") or ()) for one in (source, loaded))
+        if not opened.info.labelled and theirs != ours and set(theirs) == set(ours):
+            raise UserError(
+                f"--teacher {teacher}: has the classes of {model} in another order, from {theirs[0]!r} to "
+                f"{theirs[-1]!r} instead of from {ours[0]!r} to {ours[-1]!r}, so their answers do not compare"
+            )
         given, own = _outputs(arch_of(source)), _outputs(arch)
         if given != own:
             raise UserError(

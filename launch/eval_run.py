@@ -26,7 +26,7 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from prunesweep.models import load
+    from prunesweep.models import UserError, arch_of, load
     from prunesweep.models.precision import to_float32
     from prunesweep.search import Run
     from prunesweep.search.execution.reopen import check_data, reopen
@@ -47,6 +47,11 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     found = []
     for point in run.front():
         model = to_float32(load(run / point["model"]))
+        if arch_of(model).hash != point["arch_hash"]:
+            raise UserError(
+                f"{run / point['model']} holds another model than that of trial {point['trial']}: put the right one "
+                "back, or remove the folder, and resume the run to make it again"
+            )
         now = EvalMetrics.of(measure(model, opened.val_loader(EVAL_BATCH), source=source))
         found.append({**point, "model": str(path / point["model"]), "measured": now.with_interval()})
         if not as_json:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,8 @@ def save(
 
 
 def _class_names(classes: Sequence[str], count: int) -> list[str]:
+    if isinstance(classes, (str, Set)):
+        raise UserError(f"classes: a {type(classes).__name__} has no order of names; give a list of them, by label")
     names = list(map(str, classes))
     if len(names) != count:
         raise UserError(f"classes: {len(names)} names, the model has {count} classes")

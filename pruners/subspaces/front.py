@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from .compression import compress
 from .refit import SHRINKAGE
 from .sensitivity import output_error
 from .source import SourceStatistics, to_model
-from .streams import SourceStreams
+from .streams import SourceStreams, scouted
 from .widths import Widths, compressed_arch, equal_shares
 
 __all__ = ["OBJECTIVES", "Point", "instant"]
@@ -34,7 +33,6 @@ BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
 STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
 HELD_OUT = 0.25  # of the images: chosen by, not fitted to
 FITS = 6  # models that are usually computed for a budget: some residual widths, equal shares, the chosen one again
-SCOUT_ROWS = 8192  # tokens that the models to choose from are fitted to, at most; the chosen one is fitted to all
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +154,7 @@ class _Front:
             shrinkage=self.shrinkage,
             progress=lambda done, total: progress("narrowing block by block", done, total),
         )
-        per_image = self.statistics.rows / self.statistics.images
-        seen = [0, *accumulate(images * per_image for images in fit.lengths[:-1])]
-        self.scouted = SourceStreams(model, fit[: sum(before < SCOUT_ROWS for before in seen)], keep=True)
+        self.scouted = scouted(model, fit, self.statistics)
         full = tuple(stage.width for stage in self.arch.stages)
         rounded = [tuple(min(width, round(width * share / align) * align) for width in full) for share in STREAM]
         narrower = {widths for widths in rounded if min(widths) >= 2}

@@ -26,6 +26,7 @@ from .compression import compress
 from .refit import SHRINKAGE
 from .sensitivity import output_error
 from .source import SourceStatistics, to_model
+from .streams import scouted
 from .widths import BlockWidths, Widths
 
 __all__ = ["score"]
@@ -69,13 +70,13 @@ def score(model: nn.Module, batches: Iterable[Any], *, progress: Callable[[int, 
             model, fit, held_out, statistics, shrinkage=shrinkage, progress=lambda done, _: report(done)
         )
         losses: dict[str, Mapping[int, float]] = {f"blocks.{i}.{kind}": own for (i, kind), own in found.losses.items()}
-        wanted = _logits(model, held_out)
+        wanted, shared = _logits(model, held_out), scouted(model, fit, statistics)
         for number, (s, width) in enumerate(streams, 1):
             embed = tuple(width if t == s else None for t in range(len(arch.stages)))
             small = compress(
                 model,
                 Widths(embed=embed, blocks=(BlockWidths(),) * arch.depth),
-                fit,
+                shared,
                 statistics=statistics,
                 units=found.units,
                 shrinkage=shrinkage,

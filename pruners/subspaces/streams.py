@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from prunesweep.models.precision import widened
 
 from .batches import Batches
 from .calibration import images_of
-from .source import to_model
+from .source import SourceStatistics, to_model
 
-__all__ = ["Half", "SourceStreams", "Step", "steps"]
+__all__ = ["Half", "SourceStreams", "Step", "scouted", "steps"]
 
+SCOUT_ROWS = 8192  # tokens that models to compare are fitted to, at most
 
 Half = tuple[int, str]  # number of a block, and "attention" or "mlp"
 
@@ -59,6 +61,19 @@ def steps(model: nn.Module, arch: Arch) -> Iterator[Step]:
                 yield Step(partial(view.attention.after, grid=stage.grid), s, view, attention=view.attention)
             if view.mlp is not None:
                 yield Step(partial(view.mlp.after, rows=stage.grid[0]), s, view, mlp=view.mlp)
+
+
+def scouted(model: nn.Module, fit: Batches, statistics: SourceStatistics) -> SourceStreams:
+    """Return the kept streams of the first batches, as many as models that are only compared need to be fitted to.
+
+    Args:
+        model: the source.
+        fit: batches of what it takes.
+        statistics: of the source, which say how many tokens an input has.
+    """
+    per_input = statistics.rows / statistics.images
+    seen = [0, *accumulate(inputs * per_input for inputs in fit.lengths[:-1])]
+    return SourceStreams(model, fit[: sum(before < SCOUT_ROWS for before in seen)], keep=True)
 
 
 class SourceStreams:

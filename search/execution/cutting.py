@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Cut, arch_of, cut, load
+from prunesweep.models import Cut, arch_of, cut, cut_arch, load
 from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.subspaces import SourceStreams
@@ -86,7 +86,10 @@ class Cutter:
             return to_float32(load(decision)).to(next(self.source.parameters()).device)
         if self.recovery is not None:
             known = self.known if self.recovery.project else None
-            return self.recovery.model(self.source, decision, self.streams, known=known)
+            model = self.recovery.model(self.source, decision, self.streams, known=known)
+            if arch_of(model) != cut_arch(arch_of(self.source), decision):
+                raise RuntimeError("the decision cuts heads, or ranks that can only be chosen: it cannot be projected")
+            return model
         model = cut(self.source, decision)
         recalibrate(model, self._images())
         return model

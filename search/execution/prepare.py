@@ -79,7 +79,9 @@ def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, k
 
 def _check_downloaded(source: SourceTable) -> None:
     """Raise NotHere for weights from the hub that this machine does not have yet."""
-    cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False) if source.pretrained else None
+    if not source.pretrained or source.model.startswith("local-dir:"):
+        return
+    cfg = timm.get_pretrained_cfg(source.model, allow_unregistered=False)
     if cfg is None or not cfg.hf_hub_id:
         return
     repo = cfg.hf_hub_id + (source.model if cfg.hf_hub_id.endswith("/") else "")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import UserError, load, read_arch
+from prunesweep.models import UserError, load, read_arch, weights_digest
 from prunesweep.models.io.files import write_text
+from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config, run_config
 from prunesweep.search.space.space import Space, read_scores, score_names
 from prunesweep.search.store.run import Run, set_aside
@@ -124,14 +125,20 @@ def check_data(run: Run, config: SearchConfig, source: Any = None) -> Data:
         The data as the run's source expects them.
 
     Raises:
-        UserError: the data are not there, or have changed; the message says what can be told of it.
+        UserError: the data are not there, or have changed; the message says what can be told of it. Or the source is
+            another one than that of the run.
     """
-    source = load(run / "source") if source is None else source
+    source = to_float32(load(run / "source")) if source is None else source
+    facts = run.metadata()
+    if weights_digest(source) != facts["source"]["weights"]:
+        raise UserError(
+            f"{run / 'source'} holds another model than the one that the run was made with, so results would not "
+            "compare: put that one back (the cache beside the run may have it, in sources/), or start a new search"
+        )
     try:
         data = open_data(config.data.name, source.pretrained_cfg, **config.data.options)
     except UserError as error:
         raise UserError(f"{error}\nIf they were moved, give their new place: {MOVED}") from error
-    facts = run.metadata()
     if data.info.fingerprint == facts.get("data"):
         return data
     if before := facts.get("content"):

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from prunesweep.launch.cli import main
 from prunesweep.models import cost, cut_arch, save
+from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.store.run import Result, Run
 from prunesweep.training import EvalMetrics
 from tests.generate import random_model
@@ -174,6 +176,16 @@ def test_user_errors_are_one_message_exit_code_2_and_nothing_created(
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "serach")[0] == 2
     assert call(capsys, "eval", "model")[0] == 2
+
+
+def test_a_dry_run_takes_a_saved_source(runs: Path, tiny, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = prepare_search(tiny(), runs / "cache", lambda *_: None).folder
+    config = tiny().model_dump(mode="json", exclude_none=True)
+    config["source"] = {"model": f"local-dir:{saved}", "pretrained": True}
+    (tmp_path / "saved.toml").write_text(tomli_w.dumps(config))
+    code, out, error = call(capsys, "search", tmp_path / "saved.toml", "--out", tmp_path / "dry", "--dry-run")
+    assert code == 0, error
+    assert "distinct candidates" in out
 
 
 def test_a_dry_run_shows_the_space_and_makes_no_run(

@@ -115,6 +115,16 @@ def test_a_teacher_in_another_order_is_refused(command: Any, models: Path) -> No
         assert "in another order, from 'R' to 'k' instead of from 'acht' to 'Z'" in err
 
 
+def test_a_teacher_in_another_order_is_refused_without_labels_too(
+    models: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(load(models / "named"), tmp_path / "turned", classes=["acht", "k", "R", "Z"])
+    run = ("eval", models / "named", "--data", f"images:{folder / 'val'}", "--teacher")
+    assert call(capsys, *run, models / "named")[0] == 0
+    code, _, error = call(capsys, *run, tmp_path / "turned")
+    assert (code, "in another order, from 'acht' to 'Z' instead of from 'R' to 'k'" in error) == (2, True)
+
+
 def test_images_left_out_are_in_the_figures(
     models: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

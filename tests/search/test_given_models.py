@@ -19,9 +19,10 @@ from prunesweep.search import run_search
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import create_run
+from prunesweep.search.execution.reopen import space_of
 from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_task
-from prunesweep.search.space.space import Space, read_scores
+from prunesweep.search.space.space import Space
 from prunesweep.search.space.warm_start import start_points
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.study import Study
@@ -53,7 +54,7 @@ def begin(config: SearchConfig, cache: Path, path: Path) -> tuple[Run, SearchCon
 
 
 def coordinator_of(run: Run, config: SearchConfig) -> Coordinator:
-    space = Space(config.space, arch_of(load(run / "source")), read_scores(run / "scores", run.metadata()["scores"]))
+    space = space_of(run, config)
     study = Study(run / "study.journal", space.distributions, 0, start=config.search.start)
     return Coordinator(run, study, space, config.search, max_concurrent=9, seed=0)
 

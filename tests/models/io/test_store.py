@@ -62,6 +62,14 @@ def test_the_record_is_in_both_files(saved: tuple[torch.nn.Module, Path]) -> Non
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("classes", ["ab", {"a", "b"}])
+def test_names_without_an_order_are_refused(classes: Any, tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2)
+    with pytest.raises(UserError, match="has no order of names; give a list of them"):
+        save(model, tmp_path / "model", classes=classes)
+    assert not (tmp_path / "model").exists()
+
+
 def test_another_number_of_classes_keeps_the_body(saved: tuple[torch.nn.Module, Path]) -> None:
     model, path = saved
     other = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=13)

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from prunesweep.models import UserError, load_provenance, read_arch, save
+from prunesweep.models import UserError, load, load_provenance, save
 from prunesweep.models.latency.building import macs_table
 from prunesweep.search import resume_search
 from prunesweep.search.config import SearchConfig, SearchTable, load_run_config, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.promote import promote
-from prunesweep.search.execution.reopen import check_data, reopen
+from prunesweep.search.execution.reopen import check_data, reopen, space_of
 from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_task
-from prunesweep.search.space.space import Space, read_scores
 from prunesweep.search.store.run import Run, Task
 from prunesweep.search.store.study import Study
 from prunesweep.training import Recipe
@@ -121,6 +121,16 @@ def test_a_run_of_before_settings_were_kept_goes_on(run: Run) -> None:
     (run / "run.json").write_text(json.dumps(facts))
     assert reopen(run) == load_run_config(run.path)
     check_data(run, reopen(run))
+
+
+def test_another_source_in_a_runs_folder_is_refused(run: Run) -> None:
+    model = load(run / "source")
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    save(model, run / "source")  # intact, and of the same architecture
+    for use in (lambda: check_data(run, reopen(run)), lambda: resume_search(run.path, trials=99)):
+        with pytest.raises(UserError, match="source holds another model than the one that the run was made with"):
+            use()
 
 
 def test_a_score_that_the_facts_do_not_name_is_missed_before_any_work(run: Run) -> None:
@@ -277,9 +287,7 @@ def test_promoting_and_measuring_take_moved_data(
 ) -> None:
 
     config = reopen(on_folder)
-    space = Space(
-        config.space, read_arch(on_folder / "source"), read_scores(on_folder / "scores", on_folder.metadata()["scores"])
-    )
+    space = space_of(on_folder, config)
     study = Study(on_folder / "study.journal", space.distributions, 0, rank_by=config.search.rank_by)
     coordinator = Coordinator(on_folder, study, space, SearchTable(trials=1), max_concurrent=1, seed=0)
     unit = coordinator.next()
