@@ -115,10 +115,10 @@ class Display:
         self.console.print(Group(variables, objectives))
         low, high = summary.reachable
         table = space.table
-        share = "all of it" if summary.feasible == 1 else f"{summary.feasible:.0%} of it"
+        share = "all points" if summary.feasible == 1 else f"{summary.feasible:.0%} of the points"
         self.note(
-            f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: satisfiable, {share} "
-            f"(reachable {low:.3f} to {high:.3f}); {len(free)} variables, {summary.distinct} distinct candidates in a "
+            f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: {share} can be built, with {low:.3f} to "
+            f"{high:.3f} of the source's MACs; {len(free)} variables, {summary.distinct} distinct candidates in a "
             f"sample of {round(len(summary.points) / summary.feasible)}"
         )
 

@@ -69,7 +69,7 @@ def test_it_says_what_it_does(finished: tuple[Run, SearchResult, str]) -> None:
     for words in (
         "source: vit_tiny_patch16_224",
         "search space",
-        "budget window [0.3, 0.9]: satisfiable, all of it",
+        "budget window [0.3, 0.9]: all points can be built",
         "distinct candidates",
         "top-1 (%) ↑, before finetuning",
         "[4/4] trial 3",
