@@ -67,7 +67,12 @@ def score(model: nn.Module, batches: Iterable[Any], *, progress: Callable[[int, 
         statistics = SourceStatistics.collect(model, fit)
         shrinkage = shrinkage_for(arch, fit, SHRINKAGE)
         found = measure_losses(
-            model, fit, held_out, statistics, shrinkage=shrinkage, progress=lambda done, _: report(done)
+            model,
+            fit,
+            held_out,
+            statistics,
+            shrinkage=shrinkage,
+            progress=lambda done, due: report(arch.depth * done // due),
         )
         losses: dict[str, Mapping[int, float]] = {f"blocks.{i}.{kind}": own for (i, kind), own in found.losses.items()}
         wanted, shared = _logits(model, held_out), scouted(model, fit, statistics)

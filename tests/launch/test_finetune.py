@@ -54,7 +54,7 @@ def test_in_one_process(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--recipe", "upvitt"), "unknown recipe 'upvitt'; known: isomorphic"),
+        (("--recipe", "upvitt"), "unknown recipe 'upvitt'; known: gentle, isomorphic"),
         (("--set", "epoch=3"), "epoch: unknown field"),
         (("--set", "batch_size=4000"), "but digits has 1347 training images"),
         (("--data", "imagefolder:/nowhere"), "no folder /nowhere/train"),

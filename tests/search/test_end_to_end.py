@@ -373,6 +373,7 @@ def test_a_trial_of_two_workers(runs: Path) -> None:
         "metrics.jsonl",
         "model",
         "result.json",
+        "validation.json",
         "spec.json",
     }
 

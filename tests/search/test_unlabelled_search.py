@@ -38,7 +38,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(source: Path, data: str, *, finetune: Any = None, **search: Any) -> SearchConfig:
     tables = {
         "name": "tiny",
-        "data": {"name": data},
+        "data": {"name": data, "search_split": 0},
         "source": {"model": f"local-dir:{source}"},
         "scores": {"method": "taylor", "images": 64},
         "space": {"budget": [0.5, 0.9], "skip": [0, 1], "groups": {"embed": 4, "mlp": 8, "qk": 4, "v": 4}},

@@ -243,7 +243,7 @@ def test_evaluation_compares_with_a_source(data) -> None:
     p = wanted.double().log_softmax(1)
     assert found["kl"] == pytest.approx((p.exp() * (p - got.double().log_softmax(1))).sum(1).mean().item())
     assert found["agreement"] == pytest.approx(100 * (wanted.argmax(1) == got.argmax(1)).double().mean().item())
-    assert {name: found[name] for name in ("top1", "top5", "loss")} == evaluate(model, batches)
+    assert {name: found[name] for name in ("top1", "top5", "loss", "images")} == evaluate(model, batches)
     same = evaluate(source, batches, source=source)
     assert (same["kl"], same["agreement"]) == (0, 100)
 

@@ -141,6 +141,7 @@ def test_before_finetuning_is_as_cut_on_every_rung(
     tables = {
         "search": {"trials": 2, "rungs": [4, 4], "reduction_factor": 2},
         "space": {"budget": [0.85, 0.9], "skip": [0, 0], "lr": [3e-3, 3e-3]},
+        "finetune": {"batch_size": 32, "distill": []},  # the source, at chance, would hold them there
     }
     run, coordinator = begin(tiny(**tables), runs / "cache", tmp_path / "r")
     while (unit := coordinator.next()) is not None:
