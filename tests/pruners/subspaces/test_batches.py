@@ -37,6 +37,7 @@ def files_without_a_name() -> int:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
 def test_what_is_beyond_the_limit_lies_in_a_file_that_goes_with_it(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gc.collect()  # files of other tests
     before = files_without_a_name()
     tensors = [torch.randn(5, 3), torch.randn(2, 3, 4).mT, torch.arange(6), torch.randn(1, 3).bfloat16()]
     found = Batches(iter(tensors), limit=60)
