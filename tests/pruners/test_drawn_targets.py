@@ -49,6 +49,18 @@ def test_a_label_follows_from_seed_and_image() -> None:
     assert labels_of(with_drawn_labels(model, unlabelled(60, 20), seed=4)) != some
 
 
+def check_mean(exact: dict[str, torch.Tensor], model: Any, images: Any, with_drawn: Any) -> None:
+    """Check that saliency of drawn targets has, over many draws, the expected mean."""
+    draws = 150
+    mean = {name: torch.zeros_like(vector) for name, vector in exact.items()}
+    for seed in range(draws):
+        for name, vector in nvit.score(model, with_drawn(model, images, seed)).vectors.items():
+            mean[name] += vector / draws
+    for name, vector in exact.items():
+        assert 0.7 < (mean[name].sum() / vector.sum()).item() < 1.4
+        assert torch.corrcoef(torch.stack([mean[name], vector]))[0, 1] > 0.9
+
+
 def test_saliency_of_drawn_labels_is_that_of_the_fisher_information() -> None:
     """Of single images, its mean over draws is the mean over all classes, weighted by their probabilities."""
     model, images = source(), unlabelled(2, 1)
@@ -59,14 +71,7 @@ def test_saliency_of_drawn_labels_is_that_of_the_fisher_information() -> None:
         for k in range(7):
             found = nvit.score(model, [(x, torch.tensor([k]))]).vectors
             exact = {name: exact.get(name, 0) + p[k] * vector / len(images) for name, vector in found.items()}
-    draws = 150
-    mean = {name: torch.zeros_like(vector) for name, vector in exact.items()}
-    for seed in range(draws):
-        for name, vector in nvit.score(model, with_drawn_labels(model, images, seed)).vectors.items():
-            mean[name] += vector / draws
-    for name, vector in exact.items():
-        assert 0.7 < (mean[name].sum() / vector.sum()).item() < 1.4
-        assert torch.corrcoef(torch.stack([mean[name], vector]))[0, 1] > 0.9
+    check_mean(exact, model, images, with_drawn_labels)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if hasattr(method, "score")])
@@ -125,14 +130,7 @@ def test_saliency_of_drawn_features_is_that_of_their_squared_error() -> None:
         for step in torch.eye(12, dtype=torch.float64):
             found = nvit.score(model, [(x, features + step)]).vectors
             exact = {name: exact.get(name, 0) + vector / len(images) for name, vector in found.items()}
-    draws = 150
-    mean = {name: torch.zeros_like(vector) for name, vector in exact.items()}
-    for seed in range(draws):
-        for name, vector in nvit.score(model, with_drawn_features(model, images, seed)).vectors.items():
-            mean[name] += vector / draws
-    for name, vector in exact.items():
-        assert 0.7 < (mean[name].sum() / vector.sum()).item() < 1.4
-        assert torch.corrcoef(torch.stack([mean[name], vector]))[0, 1] > 0.9
+    check_mean(exact, model, images, with_drawn_features)
 
 
 def test_upvit_scores_are_the_squared_error_of_features() -> None:

@@ -285,7 +285,6 @@ def test_other_images_to_compare_by_are_refused(on_folder: Run) -> None:
 def test_promoting_and_measuring_take_moved_data(
     on_folder: Run, image_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-
     config = reopen(on_folder)
     space = space_of(on_folder, config)
     study = Study(on_folder / "study.journal", space.distributions, 0, rank_by=config.search.rank_by)
@@ -317,3 +316,6 @@ def test_promoting_and_measuring_take_moved_data(
     moved = check_data(on_folder, reopen(on_folder, [f"data.name=imagefolder:{tmp_path / 'moved'}"]))
     assert moved.info.fingerprint == on_folder.metadata()["data"]
     assert load_provenance(model)["data"] == moved.report.info.fingerprint  # promoted on all training images
+    save(load(on_folder / "source"), on_folder / measured["model"])  # intact, and another one than the trial's
+    code, _, error = call(capsys, "eval", on_folder.path, "--data", f"imagefolder:{tmp_path / 'moved'}")
+    assert (code, "holds another model than that of trial 0" in error) == (2, True)
