@@ -26,7 +26,7 @@ from optuna.distributions import BaseDistribution
 from prunesweep.models import Arch, Cost, Cut, LatencyTable, UserError, cost, cut_arch, read_arch
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
-from prunesweep.pruners import MACS, Scores, WidthPath, kind_of, pmvit, width_path
+from prunesweep.pruners import MACS, Scores, WidthPath, pmvit, width_path
 from prunesweep.pruners.narrowing import Narrowing
 from prunesweep.pruners.reached import TOLERANCE
 from prunesweep.pruners.subspaces import projected_groups
@@ -272,7 +272,8 @@ class Space:
         if self._share(full) >= wanted:
             return point
         choices = [v.name for v, own in self._saving if _is_choice(v) and full[v.name] != own]
-        Random(digest(full)).shuffle(choices)
+        varying = {v.name: full[v.name] for v in self.variables if not v.fixed}  # axes that are fixed change nothing
+        Random(digest(varying)).shuffle(choices)
 
         def moved(step: int) -> Params:
             kept = choices[: round(len(choices) * step / STEPS)]
@@ -372,12 +373,8 @@ class Space:
         return {i: choice.tokens for i, choice in enumerate(planned.blocks) if choice.tokens is not None}
 
     def _make_path(self, draft: Draft) -> WidthPath:
-        mixers, weights = dict(draft.mixers), dict(draft.weights)
-        scores = self.scores[draft.method]
-        weighted = {
-            name: vector * weights[kind_of(name)] if kind_of(name) in weights else vector
-            for name, vector in scores.vectors.items()
-        }
+        mixers, scores = dict(draft.mixers), self.scores[draft.method]
+        weighted = {name: vector * draft.weight(name) for name, vector in scores.vectors.items()}
         return width_path(
             self.arch,
             dataclasses.replace(scores, vectors=weighted),

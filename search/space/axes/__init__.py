@@ -15,12 +15,15 @@ from . import (
     budget,
     conv,
     conv3,
+    depth_slope,
     distill_weight,
+    embed_weight,
     keep_rate,
     lr,
     merge_start,
     method,
     mlp_weight,
+    qk_weight,
     skip,
 )
 from .base import DEPTH, LEARNED, NATURAL, POSITIVE, SHARE, TOKENS, Axis, Draft, Limits, ScoredSource
@@ -61,6 +64,9 @@ AXES: dict[str, Axis] = {
         keep_rate,
         merge_start,
         mlp_weight,
+        embed_weight,
+        qk_weight,
+        depth_slope,
         lr,
         distill_weight,
     )

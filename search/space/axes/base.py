@@ -7,6 +7,7 @@ search, decoding and the points that a search starts from all follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
@@ -46,11 +47,17 @@ class Draft:
     mixers: tuple[tuple[int, str], ...] = ()  # of the kept blocks whose mixer is not attention, ascending
     keep_rate: float = 1.0  # share of patches kept inside merging blocks
     merge_start: int = 0  # first block that merges tokens
-    weights: tuple[tuple[str, float], ...] = ()  # factors on the saliency of kinds of units ("mlp", "heads", ...)
+    # factors on the saliency of units, by kind ("mlp"), place ("blocks.3", "stages.0") or vector ("blocks.3.mlp")
+    weights: tuple[tuple[str, float], ...] = ()
 
     def kept(self, depth: int) -> list[int]:
         """Blocks that are not dropped, of ``depth`` in all."""
         return [i for i in range(depth) if i not in self.dropped]
+
+    def weight(self, vector: str) -> float:
+        """The product of all factors on a vector of scores."""
+        place, _, kind = vector.rpartition(".")
+        return math.prod(factor for name, factor in self.weights if name in (kind, place, vector))
 
 
 @dataclass(frozen=True)
