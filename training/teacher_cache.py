@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError, arch_of, weights_digest
 from prunesweep.models.io.digest import tensors_digest
-from prunesweep.models.io.files import publish_file
+from prunesweep.models.io.files import make_folder, publish_file
 
 from .data import Data
 from .recipe import Recipe
@@ -173,7 +173,7 @@ def _shard(
         if file is None:
             return logits
         if world.first:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             with publish_file(file) as scratch:
                 tensors = {"logits": logits}
                 facts = {"key": file.parent.name, "sha256": tensors_digest(tensors)}

@@ -29,6 +29,7 @@ from torch import nn
 from prunesweep.models.builder import arch_of, example_input
 from prunesweep.models.errors import UserError, nearest
 
+from .files import make_folder, publish
 from .store import rebuilt, save
 
 __all__ = ["FORMATS", "OPSETS", "default_path", "export"]
@@ -81,8 +82,8 @@ def export(model: nn.Module, path: str | Path, to: str, *, opset: int = 20, tole
             artefact = Path(scratch) / f"model{form.suffix}"
             form.write(model if to == "timm" else ours, artefact, opset)
             error = _largest_error(reference, form.open(artefact), tolerance, to)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            artefact.rename(path)
+            make_folder(path.parent)
+            publish(artefact, path, replace=False)
     except OSError as failure:
         raise UserError(f"cannot write {path}: {failure}") from failure
     return error

@@ -1,4 +1,9 @@
-"""Writing files so that they are whole or absent, whenever the process is killed."""
+"""Publishing files: whole or absent whenever the process is killed or the power fails, and readable to whom others are.
+
+What is read later is written beside its place, and moved there once it is on the disk: every file, then every folder,
+then the rename, then the folder that it is renamed in. Logs that are appended to (``metrics.jsonl``, TensorBoard's) are
+not; the study's journal does so itself.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,13 @@ import errno
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["disk_full", "publish_file", "publish_folder", "write_text"]
+__all__ = ["disk_full", "make_folder", "publish", "publish_file", "publish_folder", "write_text"]
+
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot sync a folder
 
 
 def _scratch(path: Path) -> Path:
@@ -28,34 +36,49 @@ def write_text(path: Path, text: str) -> None:
         path: the file; one that exists is replaced.
         text: the new content, written in UTF-8.
     """
-    with publish_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with publish_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path, *, within: Path | None = None) -> None:
+    """Make a folder that may be there, and its missing parents, so that they are there after a power failure too.
+
+    Args:
+        path: the folder.
+        within: one of its parents, which must be there: that of storage that is gone is not made anew elsewhere.
+
+    Raises:
+        FileNotFoundError: ``within`` is not there.
+    """
+    if within is not None and not within.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(within))
+    for folder in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 @contextlib.contextmanager
 def publish_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path beside ``path``, and move the file there to ``path`` once the block ends well.
+    """Yield a scratch path beside ``path``, and publish the file there as ``path`` once the block ends well.
 
     A file that exists is replaced. If the block fails, ``path`` is left as it was and the scratch file is removed.
     """
     scratch = _scratch(path)
     try:
         yield scratch
-        os.replace(scratch, path)
+        publish(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a scratch folder beside ``path``, and move it to ``path`` once the block ends well.
+    """Yield a scratch folder beside ``path``, and publish it as ``path`` once the block ends well.
 
     If the block fails, ``path`` is left as it was and the scratch folder is removed.
 
     Args:
-        path: the folder.
+        path: the folder; missing parents are made.
         replace: replace a folder that exists.
 
     Raises:
@@ -63,27 +86,80 @@ def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     scratch = _scratch(path)
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    make_folder(path.parent)
+    scratch.mkdir()
     try:
         yield scratch
+        publish(scratch, path, replace=replace)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def publish(scratch: Path, path: Path, *, replace: bool = True) -> None:
+    """Move a file or a folder to its place once all of it is on the disk, with the rights that new files get there.
+
+    Rights follow the umask, whatever wrote the files: some libraries write them for their owner alone.
+
+    Args:
+        scratch: the file or folder, on the file system of ``path``.
+        path: its place, in a folder that is there.
+        replace: replace a folder that exists.
+
+    Raises:
+        FileExistsError: ``path`` has something in it, and it is not to be replaced.
+    """
+    _settle(scratch)
     if not replace:
         try:
             os.rename(scratch, path)  # in one step, whoever else is making the folder
         except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-    elif path.exists():
+    elif path.is_dir():
         old = _scratch(path).with_suffix(".old")
         os.replace(path, old)
         os.replace(scratch, path)
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(scratch, path)
+    _sync(path.parent)
+
+
+def _settle(path: Path) -> None:
+    """Give a file, or a folder and all in it, the rights of new ones, and wait until they are on the disk."""
+    probe = path.with_name(f"{path.name}.rights")  # a process's umask cannot be read without being changed
+    probe.mkdir()
+    rights = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            _settle_one(Path(folder, name), rights & 0o666)
+        _settle_one(Path(folder), rights)
+    if not path.is_dir():
+        _settle_one(path, rights & 0o666)
+
+
+def _settle_one(path: Path, rights: int) -> None:
+    if path.is_symlink():
+        return
+    if stat.S_IMODE(path.stat().st_mode) != rights:
+        with contextlib.suppress(PermissionError):  # a link to a file of someone else's
+            path.chmod(rights)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def disk_full(error: BaseException) -> bool:

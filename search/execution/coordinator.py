@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from prunesweep.models import Cut, UserError
+from prunesweep.models.io.files import make_folder
 from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space, candidate_key, candidate_names
 from prunesweep.search.space.variables import MODEL
@@ -159,7 +160,7 @@ class Coordinator:
                     self._study.prune(task.number)
                 else:
                     again = self._unit(task.number, task.point, candidate)
-                    self.run.trial(again.id).mkdir()
+                    make_folder(self.run.trial(again.id))
                     self.run.write_task(again)
                     yield again
 
@@ -273,7 +274,7 @@ class Coordinator:
         if unit is None:
             return None
         folder = self.run.trial(unit.id)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, within=self.run.path)
         if (decision := self._decisions.pop(unit.number, None)) is not None:
             self.run.write_cut(unit.number, decision)
         self.run.write_task(unit)

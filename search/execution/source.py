@@ -15,6 +15,7 @@ from torch import nn
 from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.finite import check_finite
+from prunesweep.models.io.files import make_folder
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.models.io.store import WEIGHTS
 from prunesweep.models.precision import as_stored, dtype_in, to_float32
@@ -306,7 +307,7 @@ def _make(config: SearchConfig, model: nn.Module, data: Data, folder: Path, key:
             nonlocal note
             note = f"  {EvalMetrics(epoch.top1, epoch.ppl)}"
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         state = folder.with_name(folder.name + ".state.safetensors")
         # on all training images, as a source that is brought was
         fit(model, data.report, recipe, seed=config.seed, state=state, on_step=on_step, on_epoch=on_epoch)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prunesweep.models.io.files import publish_file
+from prunesweep.models.io.files import make_folder, publish_file
 
 __all__ = [
     "HASH_ALL",
@@ -126,6 +126,6 @@ def save_index(kind: str, path: Path, facts: Mapping[str, Any], arrays: Arrays) 
     place = _place(kind, path)
     written = np.frombuffer(json.dumps({**facts, "path": str(path)}).encode(), dtype=np.uint8)
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         with publish_file(place) as scratch, scratch.open("wb") as file:
             np.savez(file, allow_pickle=False, facts=written, **arrays)

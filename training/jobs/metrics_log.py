@@ -55,7 +55,7 @@ class MetricsLog:
             values: its JSON-ready values.
         """
         known = {"time": time.time(), "event": name} if self._events else {}
-        self._lines.parent.mkdir(parents=True, exist_ok=True)
+        self._lines.parent.mkdir(exist_ok=True)  # and no parents: those of storage that is gone
         with self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**known, **values}) + "\n")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from prunesweep.models import Cut, arch_of, weights_digest
 from prunesweep.models.io.digest import tensors_digest
-from prunesweep.models.io.files import publish_file
+from prunesweep.models.io.files import make_folder, publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.pruners.subspaces import (
     SourceStatistics,
@@ -127,7 +127,7 @@ class Recovery:
         found = Known.load(path, key)
         if found is None:
             found = Known.of(source, images)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with publish_file(path) as scratch:
                 found.save(scratch, key)
         return found

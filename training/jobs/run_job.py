@@ -92,7 +92,7 @@ def _run_here(
         loaded = loaded or load_job(job, device, data)
         state = work / STATE
         if world.first:
-            work.mkdir(parents=True, exist_ok=True)
+            work.mkdir(exist_ok=True)
         models = train_models(job, loaded, state=state, reports=reports if world.first else Reports())
         if models is None:
             return False

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import UserError, arch_of, weights_digest
-from prunesweep.models.io.files import publish_file
+from prunesweep.models.io.files import make_folder, publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.precision import in_float32
 from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
@@ -98,7 +98,7 @@ def cached_scores(
             seed = {"seed": calibration.seed} if entry.seeded else {}
             scores = entry.score(model, batches, progress=on_batch, **seed, **(options or {}))
         check_scores_finite(scores, method)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with publish_file(path) as scratch:
             Scores(scores.vectors, {**scores.provenance, **metadata}).save(scratch)
     for note in zero_notes(model, Scores.load(path)):
@@ -140,7 +140,7 @@ def cached_gates(
     path = cache / f"{LEARNED}-{digest(metadata)}.safetensors"
     if _holds(path, metadata):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     hook, trained, state = UVC(UVCSettings.model_validate(settings)), copy.deepcopy(model), path.with_suffix(".state")
 
     def on_step(done: int, total: int, loss: float) -> None:

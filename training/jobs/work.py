@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import arch_of, preprocessing_of, weights_digest
-from prunesweep.models.io.files import write_text
+from prunesweep.models.io.files import make_folder, write_text
 from prunesweep.models.io.provenance import digest
 
 __all__ = ["FACTS", "FORMAT", "Work", "model_facts"]
@@ -60,7 +60,7 @@ class Work:
         if file.is_file() and file.read_bytes() == text.encode():
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        make_folder(self.folder)
         write_text(file, text)
 
     def release(self) -> None:
