@@ -52,7 +52,7 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 
 
 class DataTable(Table):
-    name: PathName  # digits | imagefolder:PATH
+    name: PathName  # digits | glyphs | imagefolder:PATH
     loader_workers: Natural = 0
     class_order: ClassOrder | None = None  # of class folders: timm's "natural", or torchvision's "codepoint"
     classes: list[str] | str | None = None  # names by label, or a file with one per line
