@@ -1,6 +1,7 @@
 """The command line.
 
-Exit codes: 0 done; 1 the search failed; 2 something given is wrong; 3 Ray died; 130 interrupted.
+Exit codes: 0 done; 1 the search failed, or damage left nothing to show; 2 something given is wrong; 3 Ray died;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
 from .method_help import MethodCommand, ScoringCommand
+from .nothing_left import NothingLeft, check_answers, check_front, check_weights
 from .promote import promote
 from .prune import prune, score
 from .published import published
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-USER_ERROR, SEARCH_FAILED, INTERRUPTED = 2, 1, 130
+USER_ERROR, SEARCH_FAILED, NOTHING_LEFT, INTERRUPTED = 2, 1, 1, 130
 
 app = typer.Typer(
     add_completion=False,
@@ -139,12 +141,19 @@ def status(
 ) -> None:
     """Show how far a search is."""
     from prunesweep.search import Run
-    from prunesweep.training import EvalMetrics
 
     found = Run.existing(run).status() if address is None else remote_status(str(run), address)
     if as_json:
         print(json.dumps(found))
-        return
+    else:
+        _show_status(found)
+    if address is None:
+        check_front(Run(run))
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    from prunesweep.training import EvalMetrics
+
     trials, source = found["trials"], found["source"]
     console = Console(markup=False)
     console.print(
@@ -174,6 +183,7 @@ def front(
 
     found = Run.existing(run)
     points = [{**p, "model": str(run / p["model"])} for p in found.front()]
+    check_front(found)
     further = {p["unit"]: p for p in promoted(found)}
     if as_json or as_csv:
         for point in points:
@@ -247,6 +257,7 @@ def evaluate(
     if data is None:
         raise UserError("--data is missing: name what the model is measured on, e.g. digits or imagefolder:PATH")
     loaded = to_float32(load(model))
+    check_weights(loaded, model)
     arch = arch_of(loaded)
     options = data_options(class_order, classes, unreadable)
     if other:
@@ -284,6 +295,7 @@ def evaluate(
     listed = opened.val_images
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
     found, spent = EvalMetrics.of(measure(loaded, batches, source=source)), cost(arch)
+    check_answers(found, model)
     if as_json:
         print(json.dumps({**found.with_interval(), "macs": spent.macs, "params": spent.params}))
     else:
@@ -305,7 +317,9 @@ def report(run: RunArgument) -> None:
     from prunesweep.search import Run
     from prunesweep.search.report.page import write_report
 
-    print(write_report(Run.existing(run)))
+    found = Run.existing(run)
+    print(write_report(found))
+    check_front(found)
 
 
 app.command()(bench)
@@ -342,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments)
     except UserError as error:
         _fail(str(error))
+    except NothingLeft as error:
+        _fail(str(error), NOTHING_LEFT)
     except OSError as error:
         if not disk_full(error):
             raise
@@ -354,9 +370,9 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **option
     Console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = USER_ERROR) -> NoReturn:
     Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(USER_ERROR)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

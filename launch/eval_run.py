@@ -23,6 +23,7 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
 
     Raises:
         UserError: the run's settings were edited, the data are not those that it was made on, or a model is damaged.
+        NothingLeft: damage left no model of the front, or one whose answers are no numbers.
     """
     from rich.console import Console
 
@@ -32,6 +33,8 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     from prunesweep.search.execution.reopen import check_data, reopen
     from prunesweep.training import EVAL_BATCH, EvalMetrics
     from prunesweep.training import evaluate as measure
+
+    from .nothing_left import check_answers, check_front, check_weights
 
     run = Run.existing(path)
     notes = Console(stderr=True)
@@ -43,16 +46,20 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     opened = check_data(run, config).report
     if not as_json:
         note("\n".join(opened.describe()))
+    points = run.front()
+    check_front(run)
     source = to_float32(load(run / "source"))
     found = []
-    for point in run.front():
+    for point in points:
         model = to_float32(load(run / point["model"]))
         if arch_of(model).hash != point["arch_hash"]:
             raise UserError(
                 f"{run / point['model']} holds another model than that of trial {point['trial']}: put the right one "
                 "back, or remove the folder, and resume the run to make it again"
             )
+        check_weights(model, run / point["model"])
         now = EvalMetrics.of(measure(model, opened.val_loader(EVAL_BATCH), source=source))
+        check_answers(now, run / point["model"])
         found.append({**point, "model": str(path / point["model"]), "measured": now.with_interval()})
         if not as_json:
             searched = EvalMetrics.of({name: point.get(f"searched_{name}", point.get(name)) for name in now._fields})

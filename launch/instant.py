@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -261,12 +262,22 @@ def print_computed(path: Path, *, as_json: bool = False, as_csv: bool = False) -
     Args:
         path: the folder, of which ``ComputedFront.is_one`` holds.
         as_json, as_csv: a form for scripts, of the models alone, with the paths of their folders.
+
+    Raises:
+        NothingLeft: all of its models are gone.
     """
     from rich.console import Console
 
     from prunesweep.search.store.computed import ComputedFront
 
+    from .nothing_left import NothingLeft
+
     front = ComputedFront(path)
+    gone = [folder for folder in front.folders if not folder.is_dir()]
+    if gone and len(gone) == len(front.folders):
+        raise NothingLeft(f"{path}: none of its {len(gone)} models is left: run 'prunesweep instant' again")
+    for folder in gone:
+        warnings.warn(f"{folder} is gone: 'prunesweep instant' makes it again", stacklevel=2)
     points = [{**point, "model": str(folder)} for point, folder in zip(front.points, front.folders, strict=True)]
     if as_json:
         print(json.dumps(points))

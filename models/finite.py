@@ -7,7 +7,23 @@ from torch import nn
 
 from .errors import UserError
 
-__all__ = ["check_finite"]
+__all__ = ["check_finite", "not_finite"]
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """Describe which weights and buffers of a model are NaN or infinite: the first tensor by name; None if none is."""
+    found = {
+        name: int((~torch.isfinite(tensor)).sum()) for name, tensor in model.state_dict().items() if tensor.numel()
+    }
+    broken = {name: count for name, count in found.items() if count}
+    if not broken:
+        return None
+    name, count = next(iter(broken.items()))
+    more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+    return (
+        f"{name} has {count:,} values that are NaN or infinite{more}. Its training diverged or its file is damaged; "
+        "take an earlier checkpoint"
+    )
 
 
 def check_finite(model: nn.Module, what: str = "the model") -> None:
@@ -20,14 +36,5 @@ def check_finite(model: nn.Module, what: str = "the model") -> None:
     Raises:
         UserError: a tensor has NaN or infinite values; the message names the first one and counts all.
     """
-    found = {
-        name: int((~torch.isfinite(tensor)).sum()) for name, tensor in model.state_dict().items() if tensor.numel()
-    }
-    broken = {name: count for name, count in found.items() if count}
-    if broken:
-        name, count = next(iter(broken.items()))
-        more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
-        raise UserError(
-            f"{what}: {name} has {count:,} values that are NaN or infinite{more}. Its training diverged or its file is "
-            "damaged; take an earlier checkpoint"
-        )
+    if found := not_finite(model):
+        raise UserError(f"{what}: {found}")

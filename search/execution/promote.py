@@ -65,7 +65,7 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
     """
     front, source = run.front(), run.metadata()["source"]
     if not front:
-        raise UserError(f"{run.path}: the front is empty; search first")
+        raise UserError(run.why_empty() or f"{run.path}: the front is empty; search first")
     if top is None and not at:
         return front
     known = {(r.trial, r.rung): run.ranking.goodness(r) for r in run.current()}

@@ -56,7 +56,7 @@ __all__ = [
 
 FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
 MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
-SHOWN = 4  # names of tasks that failed by one reason
+SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
 
 
 def place_of(task_id: str) -> tuple[int, int]:
@@ -322,13 +322,37 @@ class Run:
             )
         return self.ranking.front(r for r in found if r.has_model and self.model(r).is_dir())
 
+    def why_empty(self) -> str | None:
+        """Say that damage is why the front is empty; None where it has members, or nothing that it had is missing."""
+        outcomes = self.outcomes()
+        current = outcomes.current
+        if self.members(current):
+            return None
+        known = {r.id for r in current} | outcomes.damaged.keys()
+        lost = {
+            "damaged results": sorted(outcomes.damaged),
+            "models that are gone": sorted(r.id for r in self.without_model(current)),
+            "lost results": sorted({task_id(*member) for member in self._in_front()} - known),
+        }
+        said = [f"{what}: {_listed(units)}" for what, units in lost.items() if units]
+        if not said:
+            return None
+        return (
+            f"{self.shown}: nothing of its front is left ({'; '.join(said)}): 'prunesweep resume {self.shown}' does "
+            "them again"
+        )
+
     def without_model(self, results: Sequence[Result]) -> list[Result]:
         """Those of some results that ``front.json`` has and whose models are gone; others' are deleted by purpose."""
-        try:
-            front = {(point["trial"], point["rung"]) for point in json.loads((self / "front.json").read_text())}
-        except (OSError, ValueError, TypeError, KeyError):
-            return []
+        front = self._in_front()
         return [r for r in results if (r.trial, r.rung) in front and not self.model(r).is_dir()]
+
+    def _in_front(self) -> set[tuple[int, int]]:
+        """Trials and rungs of the members that ``front.json`` has."""
+        try:
+            return {(point["trial"], point["rung"]) for point in json.loads((self / "front.json").read_text())}
+        except (OSError, ValueError, TypeError, KeyError):
+            return set()
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
         """The entries of ``front.json`` for ``members``; paths of models are relative by default.
@@ -428,9 +452,13 @@ def failure_reasons(failures: Mapping[str, str]) -> list[str]:
     for unit, error in sorted(failures.items()):
         by_reason.setdefault(reason_of(error), []).append(unit)
     return [
-        f"{len(units)} x {reason} ({', '.join(units[:SHOWN])}{', ...' if len(units) > SHOWN else ''})"
+        f"{len(units)} x {reason} ({_listed(units)})"
         for reason, units in sorted(by_reason.items(), key=lambda found: -len(found[1]))
     ]
+
+
+def _listed(units: Sequence[str]) -> str:
+    return f"{', '.join(units[:SHOWN])}{', ...' if len(units) > SHOWN else ''}"
 
 
 def reason_of(error: str) -> str:
