@@ -162,6 +162,8 @@ def _show_status(found: dict[str, Any]) -> None:
         highlight=False,
     )
     console.print(f"source: {EvalMetrics.of(source).full}, {source['macs']:,} MACs, {source['params']:,} params")
+    for line in found.get("advice", ()):  # a remote driver may be of an earlier version
+        console.print(f"advice: {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -212,8 +214,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or "
-            "wikitext:PATH; a run has its own",
+            help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH; a run "
+            "has its own",
             show_default=False,
         ),
     ] = None,

@@ -25,6 +25,7 @@ from prunesweep.models.io.files import disk_full, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.report.advice import advice
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
@@ -190,7 +191,7 @@ def _with_start(config: SearchConfig, space: Space, display: Display) -> SearchC
         if MODEL not in given and (moved := [name for name in given if given[name] != taken[name]]):
             values = ", ".join(f"{name} = {taken[name]:.4g}" for name in moved)
             display.note(f"search.start: {given} cannot meet its budget; its place takes the point with {values}")
-    changes = {"start": points, "start_from": (), "start_neutral": 0, "start_published": False}
+    changes = {"start": points, "start_from": (), "start_published": False}
     return config.model_copy(update={"search": config.search.model_copy(update=changes)})
 
 
@@ -411,12 +412,15 @@ def _search(
         if coordinator.finished:
             study.settle(coordinator.results)
             _validate(run, config, display, on_worker=on_worker)
+            run.write_advice(lines := advice(run))
+            _write_report(run)
             display.front(run.front(), source["macs"])
+            display.advice(lines)
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 
 
 def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bool) -> None:
-    """Measure the front on the validation split, and write what shows it again."""
+    """Measure the front on the validation split, and write it again."""
     if not config.data.search_split:
         return
     work = partial(validate_front, run.path, config)
@@ -426,7 +430,6 @@ def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bo
         else:
             work(progress)
     run.write_front()
-    _write_report(run)
 
 
 def _nothing_found(run: Run, coordinator: Coordinator) -> str:

@@ -224,6 +224,11 @@ class Display:
         """
         print_front(self.console, front, source_macs)
 
+    def advice(self, lines: Sequence[str]) -> None:
+        """Print what the results say about the search's settings, a line each."""
+        for line in lines:
+            self.note(f"advice: {line}")
+
 
 def live_table(
     coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float], elapsed: float, before: int

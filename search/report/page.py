@@ -58,6 +58,7 @@ def write_report(run: Run) -> Path:
         "name": run.path.name,
         "source": {**run.searched_source(), "arch": picture(source, source)},
         "notes": front_notes(points),
+        "advice": run.advice(),
         "objectives": run.objectives,
         "trials": trials,
         "failed": len(run.failures()),

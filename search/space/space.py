@@ -262,14 +262,15 @@ class Space:
 
         All axes that save something move together towards the source's own blocks and tokens, no further than the
         budget asks for: numbers along their ranges, choices one by one, in an order that is drawn for the point. The
-        point is unchanged where that is not enough.
+        point is unchanged where that is not enough, and where the budget is fixed at 1: then widths stay whole, and
+        the other axes alone decide what a candidate costs.
 
         Args:
             point: of the space.
         """
         full = self.complete(point)
         wanted = (1 - TOLERANCE) * float(full["budget"])
-        if self._share(full) >= wanted:
+        if self.table.budget[0] == 1 or self._share(full) >= wanted:
             return point
         choices = [v.name for v, own in self._saving if _is_choice(v) and full[v.name] != own]
         varying = {v.name: full[v.name] for v in self.variables if not v.fixed}  # axes that are fixed change nothing
@@ -293,20 +294,10 @@ class Space:
         return {**point, **moved(kept)}
 
     @cached_property
-    def neutral(self) -> dict[str, float | int | str]:
-        """Values of the variables that leave the source as it is, or nearly so; of those without, the middle."""
-        return {
-            v.name: v.first if axis.changes_cost and axis.neutral is None else v.nearest(axis.neutral)
-            for axis in self._axes
-            for v in axis.variables(self.table, self._source)
-            if not v.fixed
-        }
-
-    @cached_property
     def _saving(self) -> tuple[tuple[Variable, float | int | str], ...]:
         """Variables of the axes that change the cost, with the values that leave the source as it is, or nearly so."""
         return tuple(
-            (v, self.neutral[v.name])
+            (v, v.first if axis.neutral is None else _whole(v, min(max(axis.neutral, v.low), v.high)))
             for axis in self._axes
             if axis.changes_cost
             for v in axis.variables(self.table, self._source)

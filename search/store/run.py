@@ -5,7 +5,7 @@
     source/          the source model          scores/    cached scores
     given/           saved models that the search started from
     teacher_logits/, latency_table.json        where the search uses them
-    study.journal    Optuna's journal          front.json, report.html, tb/
+    study.journal    Optuna's journal          front.json, report.html, tb/, advice.json (once the search has ended)
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
                      validation.json (of members of the front, once the search has ended)
 
@@ -196,6 +196,17 @@ class Run:
             return None
         return EvalMetrics.of(kept["figures"]) if kept.get("result") == digest(asdict(result)) else None
 
+    def write_advice(self, lines: Sequence[str]) -> None:
+        """Keep what the end of the search said about its settings."""
+        write_text(self / "advice.json", json.dumps(list(lines), indent=1))
+
+    def advice(self) -> list[str]:
+        """What ``write_advice`` wrote; nothing where the search has not ended, or the file is damaged."""
+        try:
+            return [str(line) for line in json.loads((self / "advice.json").read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError, RecursionError):
+            return []
+
     def read_task(self, task_id: str) -> Task:
         """The task that was handed out under a name. Raises UserError where its file is missing or damaged."""
         path = self.trial(task_id) / "spec.json"
@@ -219,7 +230,7 @@ class Run:
         return Cut.from_dict(read_json(path)) if path.is_file() else None
 
     def status(self) -> dict[str, Any]:
-        """The stable form for scripts: requested trials, how many are where, hypervolume, and the source."""
+        """The stable form for scripts: requested trials, how many are where, hypervolume, the source, and advice."""
         facts = self.metadata()
         table = self.search_table()
         outcomes = self.outcomes()
@@ -240,6 +251,7 @@ class Run:
             "rungs": rungs,
             "hypervolume": hypervolume(self.members(outcomes.current), self.searched_source(), self.objectives),
             "source": {k: v for k, v in facts["source"].items() if k in (*EvalMetrics._fields, "macs", "params")},
+            "advice": self.advice(),
         }
 
     def search_table(self) -> dict[str, Any]:

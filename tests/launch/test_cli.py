@@ -60,8 +60,12 @@ def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "rungs": [3],
         "trials": {"finished": 3, "running": 0, "pending": 2, "failed": 1},
         "source": {"top1": 90.0, "macs": spent.macs, "params": spent.params},
+        "advice": [],
     }
+    Run(run).write_advice(["widen it"])
+    assert json.loads(call(capsys, "status", run, "--json")[1])["advice"] == ["widen it"]
     code, out, _ = call(capsys, "status", run)
+    assert "advice: widen it" in out
     assert "3 of 6 trials finished, 0 running, 2 pending, 1 failed" in out
 
 

@@ -24,7 +24,6 @@ from prunesweep.models.io.files import make_folder, publish_file
 __all__ = [
     "HASH_ALL",
     "SAMPLED",
-    "Arrays",
     "Stamp",
     "cache_home",
     "chosen_to_hash",

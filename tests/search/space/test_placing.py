@@ -127,6 +127,14 @@ def test_axes_give_back_all_where_what_they_leave_is_outside_of_the_window() -> 
     assert meets(space, placed)
 
 
+def test_where_the_budget_is_fixed_at_the_whole_source_other_axes_keep_what_they_save() -> None:
+    space = digits(budget=(1.0, 1.0))
+    point = {**drawn(space, 1)[0], **NEUTRAL, "skip": 3}
+    del point["budget"]
+    assert space.placed(point) == point
+    assert share(space, point) < 0.6
+
+
 def test_a_window_above_all_models_is_refused_before_a_search() -> None:
     space = digits()
     table = space.table.model_copy(update={"budget": (0.7, 0.9), "skip": (2, 3)})
