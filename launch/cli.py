@@ -214,8 +214,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or wikitext:PATH; a run "
-            "has its own",
+            help="digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or "
+            "wikitext:PATH; a run has its own",
             show_default=False,
         ),
     ] = None,

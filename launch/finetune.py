@@ -19,7 +19,8 @@ __all__ = ["finetune", "reports"]
 def finetune(
     model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
     data: Annotated[
-        str, typer.Option(help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False)
+        str,
+        typer.Option(help="digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False),
     ],
     out: Annotated[
         Path, typer.Option(help="folder of the trained model, which must not exist yet", show_default=False)

@@ -31,7 +31,8 @@ NOT_KEPT = ("macs", "params", "macs_share", "model")  # of a row, in a model's p
 def instant(
     source: Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)],
     data: Annotated[
-        str, typer.Option(help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False)
+        str,
+        typer.Option(help="digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="folder of the front, which must not exist yet", show_default=False)],
     budgets: Annotated[

@@ -14,7 +14,10 @@ __all__ = ["prune", "score"]
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
 Method = Annotated[str, typer.Option(show_default=False)]  # its help comes from the table, see ``method_help``
 DataName = Annotated[
-    str, typer.Option("--data", help="digits, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False)
+    str,
+    typer.Option(
+        "--data", help="digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME", show_default=False
+    ),
 ]
 Images = Annotated[int, typer.Option(min=1, help="calibration images, from the training split")]
 BatchSize = Annotated[int, typer.Option(min=1, help="calibration images per batch")]

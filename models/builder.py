@@ -19,6 +19,7 @@ from .families import FAMILIES, family_of
 from .precision import TYPES
 
 __all__ = [
+    "DROP_RATES",
     "ENTRY_POINT",
     "arch_of",
     "blocks_of",
@@ -26,6 +27,7 @@ __all__ = [
     "build_with",
     "check_preprocessing",
     "create",
+    "drop_rates_of",
     "example_input",
     "num_params",
     "preprocessing_of",
@@ -36,6 +38,7 @@ ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (m
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")  # timm's
 CLASS_NAMES = ("label_names", "label_descriptions")  # of the classes, in timm's ``pretrained_cfg``
+DROP_RATES = ("drop_rate", "drop_path_rate")  # timm's options that act in training alone
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -66,10 +69,17 @@ def create(
         options: timm's own (``drop_rate``, ``features_only``, ``out_indices``), and values that the record has too,
             which must agree with it; only ``num_classes`` may differ, and then the classifier is new.
 
+    Returns:
+        The model; ``drop_rates_of`` has the rates that were given.
+
     Raises:
         UserError: the record is impossible, or an option contradicts it or is unknown.
     """
     arch.validate()
+    rates = {"drop_rate": options.get("drop_rate"), "drop_path_rate": drop_path}
+    for name, rate in rates.items():
+        if rate is not None and not (_is_number(rate) and 0 <= rate < 1):
+            raise UserError(f"{name} = {rate!r}: must be a number in 0..1, below 1")
     cfg, family = _pretrained_cfg(arch, pretrained_cfg or {}), family_of(arch)
     for name in ("drop_rate", "features_only"):
         if options.get(name) and not family.supports("images"):
@@ -100,6 +110,7 @@ def create(
         if drop_rate:
             family.set_drop_rate(model, drop_rate)
         model.arch = arch  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
+        model.given_drop_rates = {name: rate for name, rate in rates.items() if rate}  # type: ignore[assignment]
         return model
 
     model = build_model_with_cfg(
@@ -111,6 +122,11 @@ def create(
     if not features and model.pretrained_cfg.get("label_names"):
         set_label_names(model, model.pretrained_cfg["label_names"])
     return model
+
+
+def drop_rates_of(model: Any) -> dict[str, float]:
+    """Return the ``drop_rate`` and ``drop_path_rate`` that a model was created with, those above 0."""
+    return dict(getattr(model, "given_drop_rates", {}))
 
 
 def set_label_names(model: Any, names: Sequence[str]) -> None:
@@ -139,7 +155,11 @@ def _classifiers(model: Any) -> list[nn.Module]:
 
 
 def build_with(
-    arch: Arch, weights: Mapping[str, torch.Tensor], *, pretrained_cfg: Mapping[str, Any] | None = None
+    arch: Arch,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+    drop_rates: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Build a module that holds the given tensors themselves: nothing is initialised or copied.
 
@@ -147,13 +167,16 @@ def build_with(
         arch: the record.
         weights: the state dict of ``build(arch)``, complete.
         pretrained_cfg: timm's description of the preprocessing, as for ``build``.
+        drop_rates: ``drop_rate`` and ``drop_path_rate``, as in ``drop_rates_of``.
 
     Raises:
         RuntimeError: a weight is missing, left over, or of another shape (as ``load_state_dict`` says it).
         UserError: the record is impossible, or the weights are not all of one type that torch computes with.
     """
+    rates = dict(drop_rates or {})
+    drop_path = rates.pop("drop_path_rate", 0.0)
     with torch.device("meta"):
-        model = build(arch, pretrained_cfg=pretrained_cfg)
+        model = create(arch, pretrained=False, pretrained_cfg=pretrained_cfg, drop_path=drop_path, **rates)
     _check_types(weights, [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()])
     model.load_state_dict(weights, strict=True, assign=True)
     device = next(model.parameters()).device

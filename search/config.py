@@ -52,7 +52,7 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 
 
 class DataTable(Table):
-    name: PathName  # digits | imagefolder:PATH
+    name: PathName  # digits | glyphs | imagefolder:PATH
     loader_workers: Natural = 0
     class_order: ClassOrder | None = None  # of class folders: timm's "natural", or torchvision's "codepoint"
     classes: list[str] | str | None = None  # names by label, or a file with one per line
@@ -209,6 +209,7 @@ class SearchTable(Table):
     start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
     # runs and folders of computed or saved models: their fronts' points, and the models themselves, are begun with
     start_from: Annotated[tuple[str, ...], BeforeValidator(lambda own: (own,) if isinstance(own, str) else own)] = ()
+    start_neutral: Natural = 0  # of the points to begin with, over the budget's range, all other axes neutral
     start_published: bool = False  # begin with what papers published for models of the source's family too
 
     def recovers(self, arch: Arch) -> bool:

@@ -369,6 +369,7 @@ def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:
     """Set stochastic depth that rises linearly from 0 at the first block to ``rate`` at the last one."""
+    vars(model).get("given_drop_rates", {}).pop("drop_path_rate", None)  # what it was created with no longer holds
     blocks = blocks_of(model)
     for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for name in ("drop_path1", "drop_path2"):

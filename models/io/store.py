@@ -23,19 +23,28 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prunesweep.models.arch import Arch
-from prunesweep.models.builder import ENTRY_POINT, arch_of, build_with, create, preprocessing_of, set_label_names
+from prunesweep.models.builder import (
+    DROP_RATES,
+    ENTRY_POINT,
+    arch_of,
+    build_with,
+    create,
+    drop_rates_of,
+    preprocessing_of,
+    set_label_names,
+)
 from prunesweep.models.errors import UserError
 from prunesweep.models.families.lm import lm_arch
 from prunesweep.models.precision import stored_dtype
 
 from .digest import weights_digest
 from .files import publish_folder
+from .unchanged import check_unchanged
 
 __all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt", "save"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST = "weights_sha256"  # absent from folders that older versions wrote
-# of provenance: what the weights achieve
 # of provenance: what the weights achieve
 FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"})
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
@@ -94,16 +103,18 @@ def adaptive_lm(pretrained: bool = False, **options: Any) -> nn.Module:
 
 
 def rebuilt(model: nn.Module) -> nn.Module:
-    """Build a new module of the model's record that holds the model's own weights.
+    """Build a new module of the model's record that holds the model's own weights, and check that it computes the same.
 
     Raises:
         UserError: the model cannot be represented, or was changed after it was built.
     """
     arch, weights = arch_of(model), model.state_dict()
     try:
-        return build_with(arch, weights, pretrained_cfg=preprocessing_of(model))
+        built = build_with(arch, weights, pretrained_cfg=preprocessing_of(model), drop_rates=drop_rates_of(model))
     except RuntimeError as error:
         raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
+    check_unchanged(model, built)
+    return built
 
 
 def save(
@@ -114,6 +125,10 @@ def save(
     classes: Sequence[str] | None = None,
 ) -> Path:
     """Write ``model`` (ours, or a timm model that ``Arch.from_timm`` accepts) as a folder, whole or not at all.
+
+    What is built from its record must compute what the model does (``models.io.unchanged``), which costs two forward
+    passes of one image. Rates of dropout and stochastic depth are kept where timm's ``create_model`` was given them for
+    a saved model; others are settings of training, and are not.
 
     Args:
         model: the model. Its weights are stored as they are; those of a model that was cast to float32 for work
@@ -144,7 +159,7 @@ def save(
             ours,
             str(folder),
             model_config={"provenance": dict(provenance)},
-            model_args={"arch": record},
+            model_args={"arch": record, **drop_rates_of(model)},
             safe_serialization=True,
         )
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ours.state_dict().items()}
@@ -239,7 +254,8 @@ def load(path: str | Path) -> nn.Module:
     try:
         # copied: safetensors maps the file, and at its odd addresses kernels round differently
         weights = {name: tensor.clone() for name, tensor in load_file(weights_file).items()}
-        model = build_with(arch, weights, pretrained_cfg=config["pretrained_cfg"])
+        rates = {name: rate for name, rate in config["model_args"].items() if name in DROP_RATES}
+        model = build_with(arch, weights, pretrained_cfg=config["pretrained_cfg"], drop_rates=rates)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{weights_file} does not fit its record: {error}") from error
     except UserError as error:

@@ -191,7 +191,7 @@ def _with_start(config: SearchConfig, space: Space, display: Display) -> SearchC
         if MODEL not in given and (moved := [name for name in given if given[name] != taken[name]]):
             values = ", ".join(f"{name} = {taken[name]:.4g}" for name in moved)
             display.note(f"search.start: {given} cannot meet its budget; its place takes the point with {values}")
-    changes = {"start": points, "start_from": (), "start_published": False}
+    changes = {"start": points, "start_from": (), "start_neutral": 0, "start_published": False}
     return config.model_copy(update={"search": config.search.model_copy(update=changes)})
 
 

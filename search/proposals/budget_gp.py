@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -254,8 +254,9 @@ def propose(
     started = candidates >= 2 * len(encoder.names)
     crowded = number > 4 * candidates + CROWD  # most proposals were no new candidates: random points find one sooner
     free = np.array([v for v in range(len(encoder.names)) if v not in fixed], dtype=np.int64)
+    taken = np.vstack([evaluations.rows, *([] if pending is None else [pending])])
     if crowded or not started or not len(known) or not len(free) or number % EXPLORE == EXPLORE - 1:
-        return encoder.point(_at(encoder.random(rng, 1), fixed)[0])
+        return encoder.point(_drawn(encoder, rng, fixed, taken))
     known = known.take(thinned(known.rungs, MOST, _distance(known.rows, fixed)))
     top = int(known.rungs.max())
     process = GaussianProcess(_observed(encoder, known), _learned(encoder, evaluations, top + 1))
@@ -270,15 +271,22 @@ def propose(
         if fit is not None:
             best = encoder.rows([fit(encoder.point(row)) for row in best])
         rows = np.vstack([best, encoder.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free)])
-    taken = np.vstack([evaluations.rows, *([] if pending is None else [pending])])
-    return encoder.point(next(_untaken(best, taken), _at(encoder.random(rng, 1), fixed)[0]))
+    found = next((row for row in best if _is_free(row, taken)), None)
+    return encoder.point(_drawn(encoder, rng, fixed, taken) if found is None else found)
 
 
-def _untaken(rows: Floats, taken: Floats) -> Iterator[Floats]:
-    """Yield the rows that are not among those taken."""
-    for row in rows:
-        if not (abs(taken - row).max(axis=1) < 1e-9).any():
-            yield row
+def _drawn(encoder: SearchSpaceEncoder, rng: np.random.Generator, fixed: Mapping[int, float], taken: Floats) -> Floats:
+    """Draw a (V,) row that is not taken; any row where the space seems to be exhausted."""
+    for _ in range(WIDE):
+        row = _at(encoder.random(rng, 1), fixed)[0]
+        if _is_free(row, taken):
+            break
+    return row
+
+
+def _is_free(row: Floats, taken: Floats) -> bool:
+    """Return True if a row is not among those taken."""
+    return not bool((abs(taken - row).max(axis=1) < 1e-9).any())
 
 
 def _learned(encoder: SearchSpaceEncoder, evaluations: Evaluations, rungs: int) -> Tensor | None:

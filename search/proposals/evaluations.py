@@ -14,6 +14,7 @@ Ints = NDArray[np.int64]
 
 FEW = 5  # rungs with fewer results are left out: their spread is not known yet
 OUTLIER = 4.0  # spreads of a rung; results of ruined candidates are clipped here
+LARGEST = 1e100  # of a quality; what is beyond stands for no number, and differences of it may have none
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def standardised(known: Evaluations) -> Evaluations:
         z = (value - median) / spread        spread = half the distance between the 16th and the 84th percentile
 
     Rungs with few evaluations are left out. A rung's spread is at least that of the rung below, because its candidates
-    were selected. An evaluation that is not finite counts like the worst outlier; a rung without any finite value is
-    all 0.
+    were selected. An evaluation that is not finite, or beyond all sense, counts like the worst outlier; a rung without
+    any other is all 0.
     """
     kept: list[Ints] = []
     values: list[Floats] = []
@@ -69,7 +70,7 @@ def standardised(known: Evaluations) -> Evaluations:
         if len(places) < FEW:
             continue
         quality = known.values[places]
-        finite = np.isfinite(quality)
+        finite = abs(quality) < LARGEST
         if finite.any():
             low, middle, high = np.quantile(quality[finite], (0.16, 0.5, 0.84))
             spread = max(spread, float(high - low) / 2)

@@ -294,10 +294,20 @@ class Space:
         return {**point, **moved(kept)}
 
     @cached_property
+    def neutral(self) -> dict[str, float | int | str]:
+        """Values of the variables that leave the source as it is, or nearly so; of those without, the middle."""
+        return {
+            v.name: v.first if axis.changes_cost and axis.neutral is None else v.nearest(axis.neutral)
+            for axis in self._axes
+            for v in axis.variables(self.table, self._source)
+            if not v.fixed
+        }
+
+    @cached_property
     def _saving(self) -> tuple[tuple[Variable, float | int | str], ...]:
         """Variables of the axes that change the cost, with the values that leave the source as it is, or nearly so."""
         return tuple(
-            (v, v.first if axis.neutral is None else _whole(v, min(max(axis.neutral, v.low), v.high)))
+            (v, self.neutral[v.name])
             for axis in self._axes
             if axis.changes_cost
             for v in axis.variables(self.table, self._source)

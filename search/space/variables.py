@@ -67,6 +67,15 @@ class Variable:
             return math.exp(random.uniform(math.log(self.low), math.log(self.high)))
         return random.uniform(self.low, self.high)
 
+    def nearest(self, wanted: float | str | None) -> float | int | str:
+        """The allowed value nearest to ``wanted``; without one, the middle of the range, or the first choice."""
+        if self.choices:
+            return wanted if wanted in self.choices else self.first
+        if wanted is None:
+            wanted = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        value = min(max(float(wanted), self.low), self.high)
+        return round(value) if self.whole else value
+
     def check(self, value: Any) -> None:
         """Raise UserError where a point that the user named cannot have this value."""
         if self.choices:

@@ -1,14 +1,14 @@
 """Points that a search starts from, before its sampler has learned anything.
 
 They come from the user, from another run's front, from computed or other saved models, which are then themselves the
-candidates, and from architectures that papers have published. After them come points along single axes with all others
-neutral, which are what a search over that axis alone would find. Where every block is decided by itself, points come
+candidates, and from architectures that papers have published. After them come neutral points, whose widths the scores
+alone decide, and points along single axes with all others neutral, which are what a search over that axis alone would
+find. Where every block is decided by itself, points come
 from a prior: evenly drawn mixers would make nearly every candidate worthless.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,15 @@ from .axes import AXES, active_axes
 from .space import Space
 from .variables import MODEL, Params, Variable
 
-__all__ = ["axis_points", "met_points", "nearest_point", "prior_points", "published_points", "start_points"]
+__all__ = [
+    "axis_points",
+    "met_points",
+    "nearest_point",
+    "neutral_points",
+    "prior_points",
+    "published_points",
+    "start_points",
+]
 
 Values = dict[str, float | int | str]
 LEVELS = (2, 4, 1, 3)  # quarters of an axis: its middle and its end first, as fronts are as good as their ends
@@ -46,6 +54,7 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
         points += _points_of(name, space)
     if search.start_published:
         points += published_points(space).values()
+    points += neutral_points(space, min(search.start_neutral, search.trials))
     points += axis_points(space, search.trials // 3)
     if space.table.encoding == "full":
         drawn = prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
@@ -113,6 +122,27 @@ def _checked(where: str, space: Space, point: Params) -> Params:
         raise UserError(f"{where}: {error}") from error
 
 
+def neutral_points(space: Space, count: int) -> list[Params]:
+    """Return points that leave all but the budget as it is, evenly over its range, the coarsest steps first.
+
+    Args:
+        space: of a source. Where its budget is fixed there are no points.
+        count: number of points.
+    """
+    budget = next((v for v in space.variables if v.name == "budget" and not v.fixed), None)
+    if budget is None:
+        return []
+    order = sorted(range(count), key=lambda i: (-(i & -i or count), i))
+    return [{**space.neutral, budget.name: _between(budget, i / max(count - 1, 1))} for i in order]
+
+
+def _between(variable: Variable, share: float) -> float:
+    """The value at a share of a range of numbers, on its scale."""
+    if variable.log:
+        return min(max(variable.low * (variable.high / variable.low) ** share, variable.low), variable.high)
+    return variable.low + (variable.high - variable.low) * share
+
+
 def axis_points(space: Space, count: int) -> list[Params]:
     """Return points that leave the source as it is along all axes but one.
 
@@ -124,7 +154,7 @@ def axis_points(space: Space, count: int) -> list[Params]:
         count: the largest number of points.
     """
     known = {v.name: v for v in space.variables if not v.fixed}
-    neutral = {name: _nearest(v, AXES[name].neutral if name in AXES else None) for name, v in known.items()}
+    neutral = space.neutral
     axes = [axis for axis in AXES.values() if axis.alone and axis.name in known]
     if len(axes) < 2 or space.table.encoding == "full":
         return []
@@ -133,8 +163,8 @@ def axis_points(space: Space, count: int) -> list[Params]:
         for axis in axes:
             variable, start = known[axis.name], float(neutral[axis.name])
             end = max((variable.low, variable.high), key=lambda value: abs(value - start))
-            value = _nearest(variable, start + (end - start) * level / len(LEVELS))
-            others = {name: _nearest(known[name], v) for name, v in axis.beside(float(value)).items() if name in known}
+            value = variable.nearest(start + (end - start) * level / len(LEVELS))
+            others = {name: known[name].nearest(v) for name, v in axis.beside(float(value)).items() if name in known}
             point = {**neutral, axis.name: value, **others}
             if point != neutral and point not in points:
                 points.append(point)
@@ -172,18 +202,7 @@ def nearest_point(space: Space, arch: Arch, dense: Arch) -> Values:
     wanted: dict[str, float | str] = {}
     for axis in active_axes(space.table):
         wanted |= axis.published(arch, dense, space.arch)
-    return {v.name: _nearest(v, wanted.get(v.name)) for v in space.variables if not v.fixed}
-
-
-def _nearest(variable: Variable, wanted: float | str | None) -> float | int | str:
-    """The allowed value nearest to ``wanted``; without one, the middle of the range, or the first choice."""
-    if variable.choices:
-        return wanted if wanted in variable.choices else variable.first
-    if wanted is None:
-        low, high = variable.low, variable.high
-        wanted = math.sqrt(low * high) if variable.log else (low + high) / 2
-    value = min(max(float(wanted), variable.low), variable.high)
-    return round(value) if variable.whole else value
+    return {v.name: v.nearest(wanted.get(v.name)) for v in space.variables if not v.fixed}
 
 
 def prior_points(space: Space, count: int, seed: int) -> list[Params]:

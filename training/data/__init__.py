@@ -1,6 +1,7 @@
 """Data sets by name: a table of kinds, each a class behind one small interface.
 
-``digits`` is scikit-learn's hand-written digits, the embedded data set. ``imagefolder:PATH`` has
+``digits`` is scikit-learn's hand-written digits, the embedded data set; ``glyphs`` are characters of many fonts, drawn
+here. ``imagefolder:PATH`` has
 ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``images:PATH`` any tree of images without labels, ``wds:PATH``
 webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar``, ``hfds:NAME`` a data set of Hugging Face's ``datasets``;
 these use timm's transforms. ``pydocs`` and ``wikitext:PATH`` are texts. All are read by index, so that any number of
@@ -12,6 +13,7 @@ from .classes import read_names
 from .content import content_changes, content_of
 from .digits import Digits
 from .folder import ImageFolder
+from .glyphs import Glyphs
 from .huggingface import HuggingFace
 from .registry import KINDS, absolute_name, open_data, open_text, register
 from .shards import Shards
@@ -27,6 +29,7 @@ __all__ = [
     "Data",
     "DataInfo",
     "Digits",
+    "Glyphs",
     "HuggingFace",
     "ImageFolder",
     "OpenOptions",

@@ -24,6 +24,7 @@ from prunesweep.models.io.files import make_folder, publish_file
 __all__ = [
     "HASH_ALL",
     "SAMPLED",
+    "Arrays",
     "Stamp",
     "cache_home",
     "chosen_to_hash",

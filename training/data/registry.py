@@ -80,9 +80,10 @@ def open_data(
     """Open a data set by name.
 
     Args:
-        name: ``digits``, ``imagefolder:PATH``, ``images:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs`` or
-            ``wikitext:PATH``.
-        preprocessing: a timm model's ``pretrained_cfg``, which gives the preprocessing; ``digits`` has its own.
+        name: ``digits``, ``glyphs``, ``imagefolder:PATH``, ``images:PATH``, ``wds:PATH`` or ``hfds:NAME``; ``pydocs``
+            or ``wikitext:PATH``.
+        preprocessing: a timm model's ``pretrained_cfg``, which gives the preprocessing; ``digits`` and ``glyphs``
+            have their own.
         loader_workers: processes that load and augment images; 0 does it in this process.
         class_order: order in which class folders are numbered: ``natural`` (timm's) or ``codepoint`` (torchvision's).
             By default folders are matched with the model's ``label_names`` by name; where it has none, or none of them

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from prunesweep.models import Arch, cost
 from prunesweep.pruners import suggestion
+from prunesweep.search.space.variables import Variable
 
-from .base import Axis
+from .base import Axis, ScoredSource
 
 if TYPE_CHECKING:
     from prunesweep.search.config import SpaceTable
@@ -20,6 +21,15 @@ __all__ = ["AXIS", "Budget"]
 @dataclass(frozen=True, kw_only=True)
 class Budget(Axis):
     """How far widths are cut once all else is decided (``Space.decode``), so it absorbs what other axes save."""
+
+    def fields(self) -> dict[str, tuple[Any, Any]]:
+        """The range, and ``budget_scale``: whether equal steps or equal factors of it are equally much looked at."""
+        return {**super().fields(), "budget_scale": (Literal["linear", "log"], "linear")}
+
+    def variables(self, table: SpaceTable, source: ScoredSource) -> tuple[Variable, ...]:
+        """The range, on the scale of the table."""
+        low, high = table.budget
+        return (Variable(self.name, self.meaning, low, high, log=table.budget_scale == "log"),)
 
     def check(self, table: SpaceTable) -> None:
         """Ask what was meant where a share of the source is above 1."""

@@ -91,7 +91,7 @@ def test_a_new_axis_is_a_key_of_the_space_with_its_default_and_its_limits() -> N
 
 def test_an_axis_that_is_gone_is_an_unknown_key(toys: None) -> None:
     unregister("decay")
-    with pytest.raises(UserError, match=r"space.decay: unknown key; known here: encoding, budget, methods, skip,"):
+    with pytest.raises(UserError, match=r"space.decay: unknown key; known here: encoding, budget, budget_scale,"):
         config(decay=[0.0, 0.1])
     register(DECAY)
 

@@ -11,7 +11,14 @@ from prunesweep.models.published.archs import deit, searched, swin
 from prunesweep.models.published.comparison import PUBLISHED, published_arch
 from prunesweep.search.config import SearchConfig, SpaceTable
 from prunesweep.search.space.space import Params, Space
-from prunesweep.search.space.warm_start import axis_points, nearest_point, prior_points, published_points, start_points
+from prunesweep.search.space.warm_start import (
+    axis_points,
+    nearest_point,
+    neutral_points,
+    prior_points,
+    published_points,
+    start_points,
+)
 from prunesweep.search.store.run import Result, Run
 from tests.conftest import TINY
 from tests.search.helpers import make_run
@@ -115,6 +122,25 @@ def test_each_axis_alone_comes_first() -> None:
 def changed(point: Params, space: Space) -> set[str]:
     neutral = {"budget": space.table.budget[1], "skip": 0, "conv": 0, "keep_rate": 1.0}
     return {name for name, value in neutral.items() if point[name] != value}
+
+
+@pytest.mark.parametrize("encoding", [{"encoding": "full"}, {**COMPACT, "merge_start": (2, 4)}])
+def test_neutral_points_cover_the_budgets_and_leave_all_else_as_it_is(encoding: dict[str, object]) -> None:
+    ranges = {"budget": (0.1, 0.9), "embed_weight": (0.1, 2.0), "lr": (1e-5, 1e-3), "budget_scale": "log"}
+    space = make_space(deit("tiny"), **{**encoding, **ranges})
+    points = neutral_points(space, 5)
+    assert [p["budget"] for p in points] == pytest.approx([0.1, 0.9, 0.3, 0.1 * 3**0.5, 0.3 * 3**0.5])
+    widths = Space.blank(SpaceTable(budget=(0.1, 0.9)), space.arch, "taylor")
+    for point in points:
+        assert space.decode(point).arch == widths.decode({"budget": point["budget"]}).arch
+    fixed = make_space(deit("tiny"), **COMPACT | {"budget": (0.5, 0.5)})
+    assert neutral_points(fixed, 5) == []
+
+
+def test_the_budget_is_looked_at_in_equal_steps_or_equal_factors() -> None:
+    for scale, middle in (("linear", 0.5), ("log", 0.3)):
+        space = make_space(deit("tiny"), budget=(0.1, 0.9), budget_scale=scale)
+        assert next(v for v in space.variables if v.name == "budget").nearest(None) == pytest.approx(middle)
 
 
 def test_one_axis_needs_no_looking_along() -> None:
