@@ -44,9 +44,10 @@ class BlockCut:
     """The part of a cut that concerns one block: what stays; ``None`` keeps all of it.
 
     ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut; ``mlp`` lists
-    hidden units, ``sr`` channels of PVTv2's reduced map. Channels are ascending. Both of ``qk`` and ``v`` are given or
-    neither, one entry per remaining head; a convolution has ``v`` alone, with one entry: its bottleneck channels. A new
-    head may take channels of several old ones, except in Swin, where a head has position biases of its own. ``mixer``
+    hidden units, and without any the MLP is dropped; ``sr`` lists channels of PVTv2's reduced map. Channels are
+    ascending. Both of ``qk`` and ``v`` are given or neither, one entry per remaining head; a convolution has ``v``
+    alone, with one entry: its bottleneck channels. A new head may take channels of several old ones, except in Swin,
+    where a head has position biases of its own. ``mixer``
     is one of ``models.replace.REPLACEMENTS``.
     """
 
@@ -224,7 +225,8 @@ def _narrow_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Blo
     changes: dict[str, Any] = {}
     for name, kept in (("mlp", choice.mlp), ("sr", choice.sr)):
         if kept is not None:
-            _check(f"{where}.{name}", kept, getattr(block, name))
+            if kept or name != "mlp":
+                _check(f"{where}.{name}", kept, getattr(block, name))
             changes[name] = len(kept)
     if block.conv_kernel:
         if choice.qk is not None or (choice.v is not None and len(choice.v) != 1):
@@ -382,7 +384,7 @@ def _chosen(block: Block, choice: BlockCut) -> dict[str, Indices]:
     if choice.v is not None:
         chosen["v"] = tuple(chain.from_iterable(choice.v))
     own = (("mlp", choice.mlp), ("sr", choice.sr))
-    return chosen | {space: indices for space, indices in own if indices is not None}
+    return chosen | {space: indices for space, indices in own if indices}
 
 
 def _change(arch: Arch, i: int, choice: BlockCut) -> Change | None:
@@ -394,7 +396,7 @@ def _change(arch: Arch, i: int, choice: BlockCut) -> Change | None:
 def replaced(
     arch: Arch, changes: Sequence[Change | None], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Give blocks their new mixers and token plans.
+    """Give blocks their new mixers and token plans, and take away the MLPs that they no longer have.
 
     Args:
         arch: the record of the model that was narrowed.
@@ -406,7 +408,7 @@ def replaced(
     for s, stage in enumerate(arch.stages):
         alive = [change for change in islice(rest, len(stage.blocks)) if change is not None]
         for b, (narrow, mixer, plan) in enumerate(alive):
-            if mixer is None and plan is None:
+            if mixer is None and plan is None and narrow.mlp:
                 continue
             prefix = family.block_prefix(s, b)
             own = {name.removeprefix(prefix): found.pop(name) for name in list(found) if name.startswith(prefix)}

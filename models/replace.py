@@ -68,7 +68,7 @@ def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan |
 def replace_tensors(
     arch: Arch, old: Block, weights: Mapping[str, torch.Tensor], mixer: str | None, plan: TokenPlan | None
 ) -> dict[str, torch.Tensor]:
-    """Make the tensors of one block, named within it, after ``replace_block``.
+    """Make the tensors of one block, named within it, after ``replace_block``; none of an MLP that it does not have.
 
     Args:
         arch: the record of the model that the block is in.
@@ -78,6 +78,9 @@ def replace_tensors(
         plan: as for ``replace_block``.
     """
     kept = dict(weights)
+    if not old.mlp:
+        for part in ("mlp.", "norm2.", "ls2."):
+            kept = _without(kept, part)
     if mixer is not None:
         attention = {name: kept.pop(name) for name in weights if name.startswith("attn.")}
         if mixer.startswith("conv"):

@@ -59,6 +59,7 @@ class WidthPath:
     measure: Measure
     mixers: Mapping[int, str]
     tokens: Mapping[int, TokenPlan]
+    without_mlp: frozenset[int] = frozenset()
 
     def cut(self, step: int) -> Cut:
         """Return the decision after ``step`` steps."""
@@ -78,7 +79,13 @@ class WidthPath:
             return Reached(self.cut(0), below, budget, self._little())
         gone = self._gone(step - 1)
         model = Narrowing(
-            self.arch, self.measure, dropped=self.dropped, mixers=self.mixers, tokens=self.tokens, gone=gone
+            self.arch,
+            self.measure,
+            dropped=self.dropped,
+            mixers=self.mixers,
+            tokens=self.tokens,
+            without_mlp=self.without_mlp,
+            gone=gone,
         )
         filled = fill(model, self.ranked, gone, budget)
         if not below < filled.cost < math.inf:
@@ -87,7 +94,12 @@ class WidthPath:
 
     def _little(self) -> str:
         """Say why the model is below a budget before any width is cut."""
-        decided = {"dropped blocks": self.dropped, "other mixers": self.mixers, "token plans": self.tokens}
+        decided = {
+            "dropped blocks": self.dropped,
+            "dropped MLPs": self.without_mlp,
+            "other mixers": self.mixers,
+            "token plans": self.tokens,
+        }
         given = " and ".join(what for what, which in decided.items() if which)
         return f"with all its widths the model{f', with {given},' if given else ''} has {self.costs[0]:,.6g}"
 
@@ -109,6 +121,7 @@ class WidthPath:
         if i in self.dropped:
             return BlockCut(keep=False)
         own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in ("heads", "qk", "v", "dim", "mlp", "sr")}
+        own |= {"mlp": ()} if i in self.without_mlp else {}
         new: dict[str, Any] = {"mixer": self.mixers.get(i), "tokens": self.tokens.get(i)}
         if new["mixer"] in ("none", "norm") or not any(own[kind] for kind in ("heads", "qk", "v", "dim")):
             return BlockCut(mlp=own["mlp"], sr=own["sr"], **new)
@@ -183,6 +196,7 @@ def width_path(
     measure: Measure = MACS,
     mixers: Mapping[int, str] = MappingProxyType({}),
     tokens: Mapping[int, TokenPlan] = MappingProxyType({}),
+    without_mlp: Sequence[int] = (),
     least: float = 0.0,
 ) -> WidthPath:
     """Compute all removals, in order, from ``arch`` without the ``dropped`` blocks down to the floors.
@@ -199,6 +213,7 @@ def width_path(
         measure: what the budget is counted in.
         mixers: new mixers by block (``models.BlockCut.mixer``).
         tokens: token plans by block.
+        without_mlp: blocks whose MLPs are left out, likewise.
         least: no budget below this will be asked for; the path ends with the first step within it.
 
     Raises:
@@ -206,7 +221,7 @@ def width_path(
             mixer or plan that it cannot have.
     """
     _check(arch, dropped, groups, floors or {})
-    model = Narrowing(arch, measure, dropped=dropped, mixers=mixers, tokens=tokens)
+    model = Narrowing(arch, measure, dropped=dropped, mixers=mixers, tokens=tokens, without_mlp=without_mlp)
     ranked: dict[str, Ranked] = {}
     for name, vector in live_vectors(arch, scores).items():
         floor = math.ceil((floors or {}).get(kind_of(name), 0.0) * len(vector))
@@ -232,7 +247,8 @@ def width_path(
         for other in model.affected(name):
             if other in ranked:
                 reprice(other)
-    return WidthPath(arch, frozenset(dropped), ranked, tuple(steps), tuple(costs), measure, mixers, tokens)
+    decided = mixers, tokens, frozenset(without_mlp)
+    return WidthPath(arch, frozenset(dropped), ranked, tuple(steps), tuple(costs), measure, *decided)
 
 
 def _check(arch: Arch, dropped: Sequence[int], groups: Mapping[str, int], floors: Mapping[str, float]) -> None:

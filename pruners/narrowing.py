@@ -27,6 +27,7 @@ class Narrowing:
         dropped: blocks that are left out.
         mixers: new mixers by block (``models.BlockCut.mixer``).
         tokens: token plans by block.
+        without_mlp: blocks whose MLPs are left out.
         gone: units by vector that are gone from the beginning.
 
     Raises:
@@ -41,15 +42,17 @@ class Narrowing:
         dropped: Collection[int] = (),
         mixers: Mapping[int, str] = MappingProxyType({}),
         tokens: Mapping[int, TokenPlan] = MappingProxyType({}),
+        without_mlp: Collection[int] = (),
         gone: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.arch, self.measure = arch, measure
         self.stages = [dataclasses.replace(stage, blocks=()) for stage in arch.stages]
         self.stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
         self.blocks = {
-            i: replace_block(arch, block, mixers.get(i), tokens.get(i), f"block {i}")
+            i: replace_block(arch, own, mixers.get(i), tokens.get(i), f"block {i}")
             for i, block in enumerate(arch.blocks)
             if i not in dropped
+            for own in [dataclasses.replace(block, mlp=0) if i in without_mlp else block]
         }
         self.costs = {i: self._block(i, self.blocks[i], self.stages[self.stage_of[i]]) for i in self.blocks}
         self.outside = self._outside(self.stages)
@@ -63,12 +66,14 @@ class Narrowing:
         return self.outside + sum(self.costs.values())
 
     def has(self, name: str) -> bool:
-        """Whether there is anything to remove: a convolution has its bottleneck, a missing mixer has nothing."""
+        """Whether there is anything to remove: a convolution has its bottleneck, a missing mixer or MLP has nothing."""
         if kind_of(name) in ("embed", "tail"):
             return True
         block = self.blocks.get(place_of(name))
-        if block is None or block.mixer == "attn" or kind_of(name) == "mlp":
-            return block is not None
+        if block is None or kind_of(name) == "mlp":
+            return block is not None and block.mlp > 0
+        if block.mixer == "attn":
+            return True
         return block.conv_kernel > 0 and kind_of(name) in ("v", "dim")
 
     def gain(self, name: str, units: int) -> float:

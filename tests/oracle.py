@@ -134,6 +134,8 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
             hook(block.attn.k_norm, _masked_norm(channels))
     if choice.sr is not None:
         hook(block.attn.norm, _masked_norm(_indicator(record.sr, choice.sr, weight)))
-    if choice.mlp is not None:
+    if choice.mlp == () and record.mlp:
+        scale(block.mlp, weight.new_zeros(()))
+    elif choice.mlp:
         mlp = _indicator(record.mlp, choice.mlp, weight)
         hook(block.mlp.fc2, lambda _m, args: (args[0] * mlp,), before=True)

@@ -59,7 +59,8 @@ def _block(arch: Arch, i: int, own: BlockCut) -> BlockWidths:
         mixer=own.mixer,
         qk=None if own.qk is None else max(1, _total(own.qk) // block.heads),
         v=v,
-        mlp=None if own.mlp is None else len(own.mlp),
+        mlp_half=own.mlp != (),
+        mlp=len(own.mlp) if own.mlp else None,
         sr=None if own.sr is None else len(own.sr),
         tokens=own.tokens,
     )

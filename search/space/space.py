@@ -358,7 +358,14 @@ class Space:
             if draft.dropped.issuperset(own):
                 return 0.0
         tokens = self._plans(draft.keep_rate, draft.merge_start, draft.dropped | set(mixers))
-        model = Narrowing(self.arch, MACS, dropped=sorted(draft.dropped), mixers=mixers, tokens=tokens)
+        model = Narrowing(
+            self.arch,
+            MACS,
+            dropped=sorted(draft.dropped),
+            mixers=mixers,
+            tokens=tokens,
+            without_mlp=draft.without_mlp,
+        )
         return model.total / self.source_cost.macs
 
     def _draft(self, full: Params) -> Draft:
@@ -393,6 +400,7 @@ class Space:
             groups=self._groups,
             mixers=mixers,
             tokens=self._plans(draft.keep_rate, draft.merge_start, draft.dropped | set(mixers)),
+            without_mlp=sorted(draft.without_mlp),
             least=self.table.budget[0] * self.source_cost.macs,
         )
 

@@ -30,6 +30,26 @@ def test_masked_source_equals_cut_model(family: str, seed: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(10))
+def test_a_cut_without_hidden_units_drops_the_mlp(family: str, seed: int) -> None:
+    random = Random(seed)
+    arch = random_arch(random, family)
+    model, x = random_model(arch, seed), random_images(arch, seed)
+    drawn = random_cut(random, arch)
+    blocks = tuple(dataclasses.replace(own, mlp=()) if random.random() < 0.5 else own for own in drawn.blocks)
+    decision = dataclasses.replace(drawn, blocks=blocks)
+    small = cut(model, decision)
+    kept = [own for own in blocks if own.keep]
+    assert all(not record.mlp for record, own in zip(arch_of(small).blocks, kept, strict=True) if own.mlp == ())
+    assert num_params(small) == cost(arch_of(small)).params
+    assert Cut.from_dict(decision.to_dict()) == decision
+    with torch.no_grad(), masked(model, decision):
+        want = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("autocast", [False, True])
 def test_masked_source_equals_cut_model_in_low_precision(family: str, seed: int, autocast: bool) -> None:
     """In float32 to 1e-5; under bfloat16 autocast no further apart than the source is from itself in float32."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prunesweep.search.space.variables import Variable
 
 from . import (
+    attention_weights,
     blocks,
     budget,
     conv,
@@ -18,11 +19,15 @@ from . import (
     depth_slope,
     distill_weight,
     embed_weight,
+    embed_weights,
+    halves,
     keep_rate,
     lr,
     merge_start,
     method,
+    mlp_skip,
     mlp_weight,
+    mlp_weights,
     qk_weight,
     skip,
 )
@@ -61,12 +66,17 @@ AXES: dict[str, Axis] = {
         conv,
         conv3,
         blocks,
+        halves,
+        mlp_skip,
         keep_rate,
         merge_start,
         mlp_weight,
         embed_weight,
         qk_weight,
         depth_slope,
+        embed_weights,
+        attention_weights,
+        mlp_weights,
         lr,
         distill_weight,
     )

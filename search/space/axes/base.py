@@ -45,6 +45,7 @@ class Draft:
     method: str = ""  # the width method whose scores order the units
     dropped: frozenset[int] = frozenset()  # blocks
     mixers: tuple[tuple[int, str], ...] = ()  # of the kept blocks whose mixer is not attention, ascending
+    without_mlp: frozenset[int] = frozenset()  # kept blocks whose MLP is dropped
     keep_rate: float = 1.0  # share of patches kept inside merging blocks
     merge_start: int = 0  # first block that merges tokens
     # factors on the saliency of units, by kind ("mlp"), place ("blocks.3", "stages.0") or vector ("blocks.3.mlp")

@@ -12,7 +12,16 @@ from prunesweep.pruners.subspaces import BlockWidths, Widths, compress, compress
 from tests.pruners.subspaces.test_compress import images, made, outputs, vit
 from tests.pruners.subspaces.test_recovery import DECISIONS, aligned, whole
 
-SAME = ("stream", "ranks", "units", "blocks", "no attention", "convolution", "tokens")  # decisions that keep all heads
+SAME = (
+    "stream",
+    "ranks",
+    "units",
+    "blocks",
+    "no attention",
+    "no MLP",
+    "convolution",
+    "tokens",
+)  # decisions that keep all heads
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -38,6 +38,7 @@ DECISIONS: dict[str, Cut] = {
     "units": Cut(blocks=(aligned(mlp=range(4, 20)),) * 3),
     "blocks": Cut(blocks=(BlockCut(), BlockCut(keep=False), BlockCut())),
     "no attention": Cut(blocks=(BlockCut(), BlockCut(mixer="none"), BlockCut())),
+    "no MLP": Cut(blocks=(BlockCut(), BlockCut(mlp=()), BlockCut())),
     "convolution": Cut(blocks=(BlockCut(mixer="conv3x3"), BlockCut(mixer="conv1x1"), BlockCut())),
     "tokens": Cut(blocks=(BlockCut(), plan(), plan())),
     "all": Cut(

@@ -15,7 +15,16 @@ from prunesweep.models import UserError
 from prunesweep.pruners import GROUP_SIZES
 from prunesweep.search.config import SearchConfig, SearchTable, SpaceTable, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
-from prunesweep.search.space.axes import AXES, POSITIVE, Axis, Draft, ScoredSource, register, unregister
+from prunesweep.search.space.axes import (
+    AXES,
+    POSITIVE,
+    Axis,
+    Draft,
+    ScoredSource,
+    active_axes,
+    register,
+    unregister,
+)
 from prunesweep.search.space.space import Params
 from prunesweep.search.space.warm_start import axis_points
 from prunesweep.search.store.study import Study
@@ -130,6 +139,7 @@ def test_axes_that_are_there_leave_the_source_as_it_is_at_their_neutral_values()
     space = make_space(
         budget=(0.3, 1.0), conv=(0, 2), conv3=(0, 1), keep_rate=(0.4, 1.0), merge_start=(0, 3), mlp_weight=(0.5, 2.0)
     )
-    neutral = {axis.name: axis.neutral for axis in AXES.values() if axis.neutral is not None}
+    active = active_axes(space.table)
+    neutral = {axis.name: axis.neutral for axis in active if axis.neutral is not None}
     point = {name: int(v) if AXES[name].whole else v for name, v in neutral.items()}
     assert space.decode({**point, "lr": 1e-3}).arch.hash == space.arch.hash
