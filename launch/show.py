@@ -29,7 +29,7 @@ def show(
     from rich.console import Console
     from rich.table import Table
 
-    from prunesweep.models import UserError, cost, load, read_arch
+    from prunesweep.models import UserError, cost, load, load_provenance, read_arch
     from prunesweep.models.counting import block_cost
     from prunesweep.models.precision import to_float32
     from prunesweep.search.report.token_picture import draw_tokens
@@ -73,6 +73,9 @@ def show(
         highlight=False,
     )
     console.print(table)
+    facts = load_provenance(model)
+    if "given" in facts:
+        console.print(f"began in a search as {facts['given']}, by method {facts['method']}", highlight=False)
     if tokens is None:
         return
     picture = out or model.with_name(f"{model.name}-tokens.png")

@@ -66,6 +66,10 @@ def _no_settings() -> type[BaseModel]:
     return NoSettings
 
 
+def _unpaced(_: Arch, __: int) -> Mapping[str, Any]:
+    return {}
+
+
 def validated(
     what: str, settings: type[BaseModel], options: Mapping[str, Any], fixed: Mapping[str, Any] | None = None
 ) -> Any:
@@ -253,6 +257,8 @@ class TrainedMethod(Method):
         decided: ``decided(settings, arch, result)`` reads what the hook's ``finish`` gave.
         several: whether one run may serve several budgets; the field of the settings is then ``budgets``, else
             ``budget``.
+        paced: ``paced(arch, updates)`` gives settings by which the method decides within so many updates, for runs
+            that are shorter or longer than those that its defaults are meant for.
     """
 
     when: ClassVar[str] = "decides while it trains"
@@ -263,6 +269,7 @@ class TrainedMethod(Method):
     hook: Callable[[Any, Arch], Hook]
     decided: Callable[[Any, Arch, Any], list[Decided]]
     several: bool = True
+    paced: Callable[[Arch, int], Mapping[str, Any]] = _unpaced
 
     def for_budgets(self, budgets: Sequence[float], options: Mapping[str, Any]) -> Any:
         """Make the settings for these budgets, shares of the source's MACs.

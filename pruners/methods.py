@@ -7,6 +7,7 @@ needs none of them. A method from outside the package is added with ``register``
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +32,7 @@ from .method import (
 )
 from .ranked import GROUP_SIZES
 from .reached import Reached
-from .scores import Scores
+from .scores import Scores, vector_sizes
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def _uvc(settings: Any, _: Arch) -> Hook:
     return UVC(settings)
 
 
+def _uvc_paced(_: Arch, updates: int) -> dict[str, Any]:
+    """Go down in half of the updates; the others settle gates and widths."""
+    return {"ramp_steps": max(1, updates // 2)}
+
+
 def _snapshots(_: Any, arch: Arch, found: Sequence[Snapshot]) -> list[Decided]:
     """Return what a UVC or NViT run has reached: cut models with their trained weights."""
     whole = cost(arch).macs
@@ -84,6 +90,11 @@ def _spvit(settings: Any, _: Arch) -> Hook:
     from .spvit import SPViT
 
     return SPViT(settings)
+
+
+def _spvit_paced(_: Arch, updates: int) -> dict[str, Any]:
+    """Let a gate travel 8 in all while a cosine takes its rate to zero; in a short run less, or all close at once."""
+    return {"theta_lr": min(0.15, 16 / max(updates, 1))}
 
 
 def _spvit_decided(settings: Any, _: Arch, found: Cut) -> list[Decided]:
@@ -115,6 +126,16 @@ def _nvit(settings: Any, arch: Arch) -> Hook:
 
     options = settings.model_dump(exclude={"budgets"})
     return NViTPruning([budget * cost(arch).macs for budget in settings.budgets], **options)
+
+
+def _nvit_paced(arch: Arch, updates: int) -> dict[str, Any]:
+    """Take away all groups that there are in four fifths of the updates, an average over a few of them at a time."""
+    from .nvit.schedule import Grouping
+
+    interval = max(1, min(100, updates // 40))
+    grouping, full = Grouping(), vector_sizes(arch, nvit.KINDS)
+    groups = sum(grouping.removable(name, size, size) for name, size in full.items())
+    return {"interval": interval, "groups_per_step": max(1, math.ceil(groups * interval / max(1, 0.8 * updates)))}
 
 
 def _score_subspaces(*arguments: Any, **options: Any) -> Scores:
@@ -293,6 +314,7 @@ for _method in (
         finetune="uvc_stage2",
         hook=_uvc,
         decided=_snapshots,
+        paced=_uvc_paced,
     ),
     TrainedMethod(
         name="spvit",
@@ -305,6 +327,7 @@ for _method in (
         hook=_spvit,
         decided=_spvit_decided,
         several=False,
+        paced=_spvit_paced,
         second_stage=SecondStage(
             "convolutions stay mixed from the weights of their attention while they are finetuned, and are frozen then",
             _mixed_settings,
@@ -322,6 +345,7 @@ for _method in (
         finetune="nvit",
         hook=_nvit,
         decided=_snapshots,
+        paced=_nvit_paced,
     ),
     TokenMethod(
         name="pmvit",

@@ -6,6 +6,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -32,10 +33,23 @@ from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO, RankBy, Ra
 from prunesweep.training import Recipe, absolute_name, load_recipe
 from prunesweep.training.data import ClassOrder, read_names
 
-__all__ = ["SearchConfig", "SpaceTable", "follow_axes", "load_config", "load_run_config", "parse_config", "run_config"]
+__all__ = [
+    "BUDGETS",
+    "SearchConfig",
+    "SpaceTable",
+    "StartTable",
+    "follow_axes",
+    "load_config",
+    "load_run_config",
+    "parse_config",
+    "run_config",
+]
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+
+BUDGETS = (0.75, 0.5, 0.3)  # of the methods that a search starts from, as far as they lie in its window
+DECIDING = 10  # epochs in which they decide, unless their recipe says otherwise
 
 
 class Table(BaseModel):
@@ -187,6 +201,56 @@ class GatesTable(Table):
         return settings
 
 
+def _named_recipe(given: Any) -> Any:
+    """Fill in the fields of a recipe that is named: ``"uvc_stage1"``, or a table with ``recipe`` among its keys.
+
+    Without a name it is ``quick``, of ``DECIDING`` epochs.
+    """
+    if isinstance(given, str):
+        given = {"recipe": given}
+    if not isinstance(given, dict):
+        return given
+    fields = dict(given) if "recipe" in given else {"recipe": "quick", "epochs": DECIDING, **given}
+    try:
+        return load_recipe(str(fields.pop("recipe")), fields)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+class StartTable(Table):
+    """How a method of ``search.start_methods`` decides, once, before the search: ``[start.uvc]``.
+
+    Without ``budgets`` they are those of ``BUDGETS`` in the search's window; of a method that serves one budget in a
+    run, the middle one of them. Several budgets of such a method are a run each. Settings that pace the method follow
+    from the recipe's updates where they are left out.
+    """
+
+    recipe: Annotated[Recipe, BeforeValidator(_named_recipe)] = Field(default_factory=lambda: _named_recipe({}))
+    budgets: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    settings: dict[str, Any] = {}  # of the method, as of prunesweep prune --set
+
+    def within(self, method: str, window: tuple[float, float]) -> StartTable:
+        """Return the table with its budgets filled in.
+
+        Args:
+            method: whose table it is.
+            window: smallest and largest budget of the search.
+        """
+        if self.budgets:
+            return self
+        low, high = window
+        shares = [share for share in BUDGETS if low <= share <= high and share < 1] or [min((low + high) / 2, 0.99)]
+        several = get_method(method, TrainedMethod).several
+        return self.model_copy(update={"budgets": tuple(shares) if several else (shares[len(shares) // 2],)})
+
+    @field_validator("recipe")
+    @classmethod
+    def _trains(cls, recipe: Recipe) -> Recipe:
+        if not recipe.epochs:
+            raise ValueError("epochs = 0: the method decides while it trains, which takes at least one epoch")
+        return recipe
+
+
 class SearchTable(Table):
     """What is optimised, by which sampler, and how much is spent: ``trials`` candidates, the best of them further.
 
@@ -211,6 +275,7 @@ class SearchTable(Table):
     start_from: Annotated[tuple[str, ...], BeforeValidator(lambda own: (own,) if isinstance(own, str) else own)] = ()
     start_neutral: Natural = 0  # of the points to begin with, over the budget's range, all other axes neutral
     start_published: bool = False  # begin with what papers published for models of the source's family too
+    start_methods: tuple[str, ...] = ()  # begin with what these decide while they train: uvc, spvit, nvit-iterative
 
     def recovers(self, arch: Arch) -> bool:
         """Whether candidates of a source are refitted."""
@@ -219,6 +284,18 @@ class SearchTable(Table):
     def projects(self, arch: Arch) -> bool:
         """Whether candidates of a source are projected to the widths that are decided."""
         return self.project and self.recovers(arch) and arch.text is None
+
+    @field_validator("start_methods")
+    @classmethod
+    def _decide(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            try:
+                get_method(name, TrainedMethod)
+            except UserError as error:
+                raise ValueError(str(error)) from error
+        if len(set(names)) < len(names):
+            raise ValueError("names a method twice")
+        return names
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -317,9 +394,32 @@ class SearchConfig(Table):
     gates: GatesTable = GatesTable()
     space: SpaceTable = Field(default_factory=lambda: SpaceTable())  # not one of before an axis was added
     search: SearchTable = SearchTable()
+    start: Annotated[dict[str, StartTable], Field(validate_default=True)] = {}  # by method
     finetune: Recipe = Recipe()
     resources: ResourcesTable = ResourcesTable()
     cluster: ClusterTable | None = None
+
+    @field_validator("start")
+    @classmethod
+    def _of_start_methods(cls, tables: dict[str, StartTable], others: ValidationInfo) -> dict[str, StartTable]:
+        """Check the settings of the methods that a search starts from."""
+        search, space = others.data.get("search"), others.data.get("space")
+        if search is None or space is None:  # which is told already
+            return tables
+        for name in tables:
+            if name not in search.start_methods:
+                raise ValueError(
+                    f"{name}: is not in search.start_methods = {list(search.start_methods)}. "
+                    f"{nearest(name, search.start_methods)}".rstrip()
+                )
+        filled = {name: tables.get(name, StartTable()) for name in search.start_methods}
+        found = {name: table.within(name, space.budget) for name, table in filled.items()}
+        for name, table in found.items():
+            try:
+                get_method(name, TrainedMethod).for_budgets(table.budgets[:1], table.settings)
+            except UserError as error:
+                raise ValueError(f"{name}.settings: {error}") from error
+        return found
 
     @field_validator("finetune", mode="before")
     @classmethod
@@ -478,7 +578,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         table, word = ".".join(location[:-1]), location[-1]
         places = [name.rpartition(".") for name in _known(SearchConfig)]
-        here = [leaf for place, _, leaf in places if place == table]
+        here = [leaf for place, _, leaf in places if fnmatchcase(table, place)]
         elsewhere = [f"{place}.{leaf}" for place, _, leaf in places if leaf == word]
         close = f"did you mean '{elsewhere[0]}'?" if elsewhere else nearest(word, here)
         return f"{key}: unknown key; known here: {', '.join(here)}. {close}".strip()
@@ -492,13 +592,15 @@ def _explain(problem: Any) -> str:
 
 
 def _known(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys."""
+    """Dotted names of all keys; ``*`` stands for the names of tables that a user chooses."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         for option in _options(field.annotation):
             if isinstance(option, type) and issubclass(option, BaseModel):
-                yield from _known(option, f"{prefix}{name}.")
+                named = "*." if typing.get_origin(field.annotation) is dict else ""
+                yield from _known(option, f"{prefix}{name}.{named}")
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is dict
+    return typing.get_args(annotation) if several else (annotation,)

@@ -26,6 +26,7 @@ from prunesweep.pruners import METHODS
 from prunesweep.search.config import parse_config
 from prunesweep.search.execution.source import prepare
 from prunesweep.training import Recipe, cache_logits, open_data
+from prunesweep.training.jobs.deciding import Deciding
 from prunesweep.training.jobs.finetune import Finetuning
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.prune_training import TrainedPruning
@@ -136,6 +137,13 @@ def deciding(own: Inputs) -> str:
     return TrainedPruning(own.model, own.name, "uvc", out=own.home / "out", **options).work.name
 
 
+def decisions(own: Inputs) -> str:
+    """What a search starts from."""
+    usual = {"budgets": [0.6], "recipe": Recipe(**RECIPE), "options": {"warmup_epochs": 0}}
+    (file,) = Deciding(own.model, own.opened, "uvc", **{**usual, **own.settings}).run(own.home / "d", lambda *_: None)
+    return file.parent.name
+
+
 def pruning(own: Inputs) -> str:
     usual: dict[str, Any] = {
         "source": str(own.saved()),
@@ -155,7 +163,7 @@ def pruning(own: Inputs) -> str:
     return request.work(own.model, own.opened.info.fingerprint).folder.name
 
 
-OF_MODELS = (scores, projections, kept_source, teacher_logits, finetuning, taught_by, deciding, pruning)
+OF_MODELS = (scores, projections, kept_source, teacher_logits, finetuning, taught_by, deciding, decisions, pruning)
 
 
 # --- changes ---
@@ -236,6 +244,12 @@ SETTINGS: dict[Callable[[Inputs], str], list[dict[str, Any]]] = {
     teacher_logits: [{"amp": "bf16"}],
     finetuning: [{"seed": 1}, {"recipe": {"lr": 2e-3}}, {"recipe": {"mixup": 0.2, "fixed_view": False}}],
     deciding: [{"budgets": [0.5]}, {"seed": 1}, {"recipe": Recipe()}, {"options": {"skip": "01"}}],
+    decisions: [
+        {"budgets": [0.5]},
+        {"seed": 1},
+        {"recipe": Recipe(**{**RECIPE, "lr": 2e-3})},
+        {"options": {"warmup_epochs": 0, "skip": "01"}},
+    ],
     pruning: [
         {"method": METHODS["taylor"]},
         {"budgets": [0.6]},
@@ -260,6 +274,7 @@ FORMATS: dict[Callable[[Inputs], str], str] = {
     finetuning: "training.jobs.work.FORMAT",
     taught_by: "training.jobs.work.FORMAT",
     deciding: "training.jobs.work.FORMAT",
+    decisions: "training.jobs.deciding.FORMAT",
     pruning: "training.jobs.work.FORMAT",
 }
 

@@ -7,7 +7,7 @@ best subspace; then every layer that reads or writes is refitted by ridge regres
 from .compression import compress
 from .front import Point, instant
 from .normal_equations import NormalEquations
-from .projection import projected_groups, projected_widths
+from .projection import projectable, projected_groups, projected_widths
 from .recovery import recover
 from .scoring import score
 from .source import SourceStatistics
@@ -28,6 +28,7 @@ __all__ = [
     "compressed_arch",
     "equal_shares",
     "instant",
+    "projectable",
     "projected_groups",
     "projected_widths",
     "rank_units",

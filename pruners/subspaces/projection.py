@@ -9,7 +9,7 @@ from prunesweep.models.arch import Block
 
 from .widths import BlockWidths, Widths, can_project
 
-__all__ = ["projected_groups", "projected_widths"]
+__all__ = ["projectable", "projected_groups", "projected_widths"]
 
 
 def projected_widths(arch: Arch, decision: Cut) -> Widths:
@@ -46,6 +46,51 @@ def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
     """
     chosen = any(not can_project(arch, f"blocks.{i}.q") for i, block in enumerate(arch.blocks) if block.mixer == "attn")
     return {**groups, "heads": 0, **({"qk": 0} if chosen else {})}
+
+
+def projectable(arch: Arch, decision: Cut) -> Cut:
+    """Return the cut with the record, and so the cost, of the model that is projected to a decision's widths.
+
+    Like any candidate that is projected, it keeps every head, and queries and keys that can only be chosen; channels
+    and units are the first ones, as the subspace decides what stays.
+
+    Args:
+        arch: the source's record.
+        decision: a cut of the source, with heads gone or not.
+
+    Raises:
+        UserError: the cut does not fit the source.
+    """
+    widths = projected_widths(arch, decision)
+    assert widths.embed is None or isinstance(widths.embed, tuple)
+    pairs = enumerate(zip(decision.blocks, widths.blocks, strict=True))
+    return Cut(
+        embed=None if widths.embed is None else tuple(None if n is None else tuple(range(n)) for n in widths.embed),
+        blocks=tuple(_first(arch, i, block, own) for i, (block, own) in pairs),
+        tails=decision.tails,
+    )
+
+
+def _first(arch: Arch, i: int, decided: BlockCut, own: BlockWidths) -> BlockCut:
+    """Keep the first channels and units of a block, as many as ``own`` says."""
+    block = arch.blocks[i]
+    qk, v = decided.qk, decided.v
+    if decided.keep and decided.mixer is None and isinstance(own.v, tuple):
+        widest = own.qk is None or not can_project(arch, f"blocks.{i}.q")
+        starts = [sum(block.v_widths[:h]) for h in range(block.heads)]
+        width = block.qk if widest else own.qk
+        assert width is not None
+        qk = tuple(tuple(range(h * block.qk, h * block.qk + width)) for h in range(block.heads))
+        v = tuple(tuple(range(start, start + n)) for start, n in zip(starts, own.v, strict=True))
+    return BlockCut(
+        keep=decided.keep,
+        qk=qk,
+        v=v,
+        mlp=None if own.mlp is None else tuple(range(own.mlp)),
+        sr=None if own.sr is None else tuple(range(own.sr)),
+        mixer=decided.mixer,
+        tokens=decided.tokens,
+    )
 
 
 def _block(arch: Arch, i: int, own: BlockCut) -> BlockWidths:

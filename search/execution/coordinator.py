@@ -26,6 +26,7 @@ from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.front import QUALITIES, latest
 from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
+from prunesweep.training.jobs.proposal import is_proposal
 
 from .rungs import MultiObjectiveASHA
 
@@ -144,10 +145,12 @@ class Coordinator:
         for task in self.run.unfinished():
             if task.rung:
                 self._rungs.promoted(task.rung, task.number)
-            if task.given is not None or self._decided(task):
+            given = None if task.given is None else self.run / task.given
+            if (given is not None and not is_proposal(given)) or self._decided(task):
                 yield task
                 continue
-            candidate = self._decode(task.point)
+            point = task.point if task.given is None else {**task.point, MODEL: task.given}
+            candidate = self._decode(point)
             if candidate is not None and candidate.key == task.key:
                 assert isinstance(candidate.decision, Cut)
                 self.run.write_cut(task.number, candidate.decision)
@@ -159,7 +162,7 @@ class Coordinator:
                 if candidate is None:
                     self._study.prune(task.number)
                 else:
-                    again = self._unit(task.number, task.point, candidate)
+                    again = self._unit(task.number, point, candidate)
                     make_folder(self.run.trial(again.id))
                     self.run.write_task(again)
                     yield again
@@ -326,7 +329,7 @@ class Coordinator:
 
     @staticmethod
     def _names(unit: Task) -> tuple[str, ...]:
-        """Names that units of one and the same candidate share; a saved model is like no other."""
+        """Names that units of one and the same candidate share; a model or decision that was given is like no other."""
         return candidate_names(unit.key, unit.arch_hash, unit.point) if unit.given is None else (unit.key,)
 
     def _first(self, unit: Task) -> int | None:

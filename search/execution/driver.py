@@ -21,7 +21,7 @@ from tensorboardX import SummaryWriter
 
 from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
-from prunesweep.models.io.files import disk_full, publish_folder, write_text
+from prunesweep.models.io.files import disk_full, make_folder, publish_folder, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config
@@ -35,6 +35,7 @@ from prunesweep.search.store.front import hypervolume, latest, quality_of
 from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, RunLock, failure_reasons
 from prunesweep.search.store.study import Study
+from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -48,7 +49,7 @@ from .validation import validate_front
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
 RAY_DIED = 3  # exit code
-GIVEN = "given"  # folder in a run's, of the saved models that it started from
+GIVEN = "given"  # folder in a run's, of the saved models and decisions that it started from
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def run_search(
         units = _concurrency(config, ray if address is not None else None, must_fit=not dry_run)
         try:
             cache = run.path.parent / "cache"
-            prepared = _prepare(config, cache, display, on_worker=address is not None, fetch=not dry_run)
+            prepared = _prepare(config, cache, display, on_worker=address is not None, dry_run=dry_run)
         except NotHere as error:
             if not dry_run:
                 raise
@@ -112,10 +113,11 @@ def run_search(
         display.space(space, prepared.summary, prepared.figures, prepared.zero_shot)
         if config.search.recover and (reason := can_recover(prepared.arch)):
             display.note(f"candidates start as cut, not recovered: {reason}")
-        config = _with_start(config, space, display)
         if dry_run:
+            _with_start(config, space, prepared.proposals, display)
             display.plan(config, units)
             return None
+        config = _with_start(config, space, prepared.proposals, display)
         config = create_run(run, config, prepared)
         connection = ray if address is None else contextlib.nullcontext(ray)
         return _search(run, config, space, display, connection, on_worker=address is not None)
@@ -178,7 +180,7 @@ def _with_table(config: SearchConfig, path: str | Path | None) -> SearchConfig:
     return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": name})})
 
 
-def _with_start(config: SearchConfig, space: Space, display: Display) -> SearchConfig:
+def _with_start(config: SearchConfig, space: Space, proposals: Sequence[Path], display: Display) -> SearchConfig:
     """Put all points to start from into ``search.start``, so that they are the same when the run is resumed.
 
     Says which of those that were given cannot meet their budgets, and what takes their place.
@@ -186,35 +188,40 @@ def _with_start(config: SearchConfig, space: Space, display: Display) -> SearchC
     Raises:
         UserError: a point is not in the space.
     """
-    points = tuple(dict(point) for point in met_points(space, start_points(config, space)))
+    points = tuple(dict(point) for point in met_points(space, start_points(config, space, proposals)))
     for given, taken in zip(config.search.start, points, strict=False):
         if MODEL not in given and (moved := [name for name in given if given[name] != taken[name]]):
             values = ", ".join(f"{name} = {taken[name]:.4g}" for name in moved)
             display.note(f"search.start: {given} cannot meet its budget; its place takes the point with {values}")
-    changes = {"start": points, "start_from": (), "start_neutral": 0, "start_published": False}
-    return config.model_copy(update={"search": config.search.model_copy(update=changes)})
+    changes = {"start": points, "start_from": (), "start_neutral": 0, "start_published": False, "start_methods": ()}
+    return config.model_copy(update={"search": config.search.model_copy(update=changes), "start": {}})
 
 
 def _with_models(config: SearchConfig, folder: Path) -> SearchConfig:
-    """Copy the saved models that a search starts from into the run's ``folder``, where its points then find them."""
+    """Copy the models and decisions that a search starts from into the run's ``folder``, where its points find them."""
     points = list[dict[str, float | int | str]]()
     for point in config.search.start:
         if MODEL in point:
-            name = f"{GIVEN}/{len(points)}"
-            shutil.copytree(str(point[MODEL]), folder / name)
+            given, name = Path(str(point[MODEL])), f"{GIVEN}/{len(points)}"
+            if is_proposal(given):
+                name += given.suffix
+                make_folder(folder / GIVEN)
+                shutil.copy2(given, folder / name)
+            else:
+                shutil.copytree(given, folder / name)
             point = {**point, MODEL: name}
         points.append(point)
     return config.model_copy(update={"search": config.search.model_copy(update={"start": tuple(points)})})
 
 
-def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, fetch: bool) -> PreparedSearch:
+def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, dry_run: bool) -> PreparedSearch:
     """Call ``prepare_search`` here, or on a worker of the cluster that was joined."""
-    work = partial(prepare_search, config, cache, fetch=fetch)
+    work = partial(prepare_search, config, cache, fetch=not dry_run, decide=not dry_run)
     with display.progress() as progress:
         if not on_worker:
             return work(progress)
         prepared = run_on_worker(work, config.resources, progress)
-    for path in (prepared.folder, *prepared.score_files.values(), *prepared.teacher_logits):
+    for path in (prepared.folder, *prepared.score_files.values(), *prepared.proposals, *prepared.teacher_logits):
         if not path.exists():
             raise UserError(
                 f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"

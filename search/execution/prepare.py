@@ -39,7 +39,9 @@ class PreparedSearch(SourceArtifacts):
     zero_shot: Range
 
 
-def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fetch: bool = True) -> PreparedSearch:
+def prepare_search(
+    config: SearchConfig, folder: Path, progress: Progress, *, fetch: bool = True, decide: bool = True
+) -> PreparedSearch:
     """Make the source and its scores or find them in the cache, and sample the space.
 
     Args:
@@ -47,6 +49,7 @@ def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fe
         folder: the cache; see ``prepare``.
         progress: called with what is being done and the share of it done.
         fetch: download weights that this machine does not have from the hub.
+        decide: as for ``prepare``.
 
     Raises:
         UserError: as ``prepare``.
@@ -54,7 +57,7 @@ def prepare_search(config: SearchConfig, folder: Path, progress: Progress, *, fe
     """
     if not fetch:
         _check_downloaded(config.source)
-    prepared = prepare(config, folder, progress)
+    prepared = prepare(config, folder, progress, decide=decide)
     summary = prepared.space.summarise(SAMPLE, config.seed)
     return PreparedSearch(
         **{field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)},

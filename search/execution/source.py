@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -19,7 +20,7 @@ from prunesweep.models.io.files import make_folder
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.models.io.store import WEIGHTS
 from prunesweep.models.precision import as_stored, dtype_in, to_float32
-from prunesweep.pruners import Scores, WidthMethod, get_method
+from prunesweep.pruners import Scores, TrainedMethod, WidthMethod, get_method
 from prunesweep.pruners.scores import LEARNED
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, SourceTable
@@ -39,10 +40,13 @@ from prunesweep.training import (
 )
 from prunesweep.training.closest import trained_images
 from prunesweep.training.data import content_of
+from prunesweep.training.jobs.deciding import Deciding
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 from prunesweep.training.settling import settled
 
 __all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_source_data", "open_space", "prepare"]
+
+Made = TypeVar("Made")
 
 FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwise, so that no older one is believed
 
@@ -54,6 +58,7 @@ class SourceArtifacts:
     Attributes:
         folder: the saved source.
         score_files: files of the source's scores, by the name of the scores.
+        proposals: files of the decisions of ``search.start_methods``.
         teacher_logits: folders of logits of the recipe's teachers.
         weights: digest of the source's weights.
         fingerprint: digest of the data.
@@ -65,6 +70,7 @@ class SourceArtifacts:
 
     folder: Path
     score_files: Mapping[str, Path]
+    proposals: tuple[Path, ...] = ()
     teacher_logits: tuple[Path, ...] = ()
     weights: str
     fingerprint: str
@@ -102,13 +108,14 @@ def open_space(config: SearchConfig, kept: SourceArtifacts) -> Space:
     return Space(config.space, kept.arch, scores, projected=config.search.projects(kept.arch))
 
 
-def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSource:
+def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bool = True) -> LoadedSource:
     """Open the data, make or find the source, score it or find its scores, and build the space.
 
     Args:
         config: the search's configuration.
         cache: folder for what takes long to make; created when the first file is written.
         progress: called with what is being done and the share of it done.
+        decide: let the methods that the search starts from decide; otherwise only the cache's decisions are found.
 
     Raises:
         UserError: the data or the source are not there, do not go together, or cannot meet the budget.
@@ -118,6 +125,8 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
     arch = arch_of(model)
     _check_fit(arch, data, config)
     Space.check(config.space, arch, config.scores.method, projected=config.search.projects(arch))
+    for start in _start_runs(config, model, data):
+        _deciding(start.check, start)
     key = _source_key(config, model, data)
     folder = cache / "sources" / _source_name(config, key)
     if not _is_kept(folder, key):
@@ -134,6 +143,10 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
             files[name] = cached_gates(source, data, *run, cache / "scores", progress, weights=weights)
         else:
             files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
+    proposals = list[Path]()
+    for start in _start_runs(config, source, data, weights):
+        place = cache / "decisions"
+        proposals += _deciding(partial(start.run, place, progress) if decide else partial(start.kept, place), start)
     logits: tuple[Path, ...] = ()
     if any(config.search.rungs or [config.finetune.epochs]):
 
@@ -148,6 +161,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
     kept = SourceArtifacts(
         folder=folder,
         score_files=files,
+        proposals=tuple(proposals),
         teacher_logits=logits,
         weights=weights,
         fingerprint=data.info.fingerprint,
@@ -157,6 +171,24 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress) -> LoadedSour
         searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement),
     )
     return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config, kept))
+
+
+def _start_runs(config: SearchConfig, model: nn.Module, data: Data, weights: str | None = None) -> list[Deciding]:
+    """List the runs of ``search.start_methods``: one per method, or one per budget where it serves only one."""
+    runs = list[Deciding]()
+    for name, table in config.start.items():
+        several = get_method(name, TrainedMethod).several
+        for budgets in [table.budgets] if several else [(budget,) for budget in table.budgets]:
+            runs.append(Deciding(model, data, name, budgets, table.recipe, table.settings, config.seed, weights))
+    return runs
+
+
+def _deciding(work: Callable[[], Made], run: Deciding) -> Made:
+    """Do something with a run of a method; a UserError says which key asks for it."""
+    try:
+        return work()
+    except UserError as error:
+        raise UserError(f"search.start_methods, {run.method!r}: {error}") from error
 
 
 def _create(config: SearchConfig) -> tuple[nn.Module, Data]:

@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, load_provenance, read_arch, save
+from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, read_arch, save
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key
+from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.run import Result, Run, Task, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
+from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.jobs.run_job import run_job
 from prunesweep.training.jobs.training_job import STATE, CannotBegin, LoadedJob, TrainingJob
 
@@ -104,14 +106,16 @@ class WorkerContext:
             RuntimeError: it is not the candidate that the driver handed out.
             RunBroken: the latency table or the scores cannot be read.
         """
-        decision = self.run.read_cut(unit.number) if unit.given is None else self.run / unit.given
+        given = None if unit.given is None else self.run / unit.given
+        decision = self.run.read_cut(unit.number) if given is None or is_proposal(given) else given
         if decision is None:
-            found, how = self.space.decode(unit.point), "the point decodes to"
+            point = unit.point if given is None else {**unit.point, MODEL: str(given)}
+            found, how = self.space.decode(point), "the point decodes to"
         else:
             arch = read_arch(decision) if isinstance(decision, Path) else cut_arch(self.arch, decision)
             latency = None if self.latency is None else self.latency.predict(arch)
             found = Candidate(decision, arch, cost(arch), latency, candidate_key(decision, unit.point))
-            how = "cut.json is" if unit.given is None else f"{unit.given} is"
+            how = f"{unit.given} is" if isinstance(decision, Path) else "cut.json is"
         if (found.key, found.arch.hash) != (unit.key, unit.arch_hash):
             raise RuntimeError(
                 f"{how} {found.key} of architecture {found.arch.hash}, the driver decoded {unit.key} of architecture "
@@ -334,7 +338,7 @@ def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:
     """Where the weights come from, for ``config.json``."""
     given: dict[str, Any] = {"method": unit.point["method"]}
     if unit.given is not None:
-        given = {"method": load_provenance(context.run / unit.given).get("method"), "given": unit.given}
+        given = {"method": context.run.made_by(unit.given), "given": unit.given}
     return {
         **given,
         "source": context.facts["source"],

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prunesweep.pruners import TrainedMethod, get_method
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.space.space import Range, Space, Summary
@@ -130,6 +131,13 @@ class Display:
             units: number of tasks that run side by side, if it is known.
         """
         search, count = config.search, config.search.trials
+        for name, table in config.start.items():
+            shares = ", ".join(f"{share:g}" for share in table.budgets)
+            runs = 1 if get_method(name, TrainedMethod).several else len(table.budgets)
+            self.note(
+                f"plan: first, unless the cache has it, {name} decides in {runs} x {table.recipe.epochs} epochs for "
+                f"{shares} of the MACs"
+            )
         parts, epochs = [], 0
         for rung, own in enumerate(search.rungs or (config.finetune.epochs,)):
             count = search.trials if rung == 0 else int(count // search.reduction_factor)

@@ -43,7 +43,7 @@ def write_report(run: Run) -> Path:
             "macs": r.macs,
             "params": r.params,
             "point": r.point,
-            "given": r.given,
+            "given": None if r.given is None else [r.given, run.made_by(r.given)],
             "seconds": r.seconds,
             "arch_hash": r.arch_hash,
             "front": (r.trial, r.rung) in front,

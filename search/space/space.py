@@ -29,8 +29,9 @@ from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import MACS, Scores, WidthPath, pmvit, width_path
 from prunesweep.pruners.narrowing import Narrowing
 from prunesweep.pruners.reached import TOLERANCE
-from prunesweep.pruners.subspaces import projected_groups
+from prunesweep.pruners.subspaces import projectable, projected_groups
 from prunesweep.search.config import SpaceTable
+from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .axes import AXES, TOKENS, Draft, ScoredSource, active_axes, variables
 from .variables import MODEL, Params, Variable
@@ -148,6 +149,7 @@ class Space:
         for axis in AXES.values():
             axis.fit(table, arch)
         self.table, self.arch, self.scores, self.source_cost = table, arch, scores, cost(arch)
+        self._projected = projected
         self._axes, self._source = active_axes(table), ScoredSource(arch, scores)
         self.variables = variables(table, self._source)
         self._groups = projected_groups(arch, table.group_sizes) if projected else table.group_sizes
@@ -207,7 +209,7 @@ class Space:
         return full
 
     def decode(self, point: Params) -> Candidate:
-        """The candidate of a point; of one with ``MODEL``, that model.
+        """The candidate of a point; of one with ``MODEL``, that model or decision.
 
         Raises:
             UserError: its budget is below the narrowest architecture, it leaves no block, a window excludes it, or its
@@ -216,7 +218,7 @@ class Space:
         full = self.complete(point)
         decision = self._decision(point, full)
         arch = read_arch(decision) if isinstance(decision, Path) else cut_arch(self.arch, decision)
-        if isinstance(decision, Path):
+        if MODEL in point:
             self._check_given(arch)
         found = cost(arch)
         predicted = None if self._latency is None else self._latency(arch)
@@ -228,11 +230,21 @@ class Space:
 
     def _decision(self, point: Params, full: Params) -> Cut | Path:
         if MODEL in point:
-            return Path(str(point[MODEL]))
+            given = Path(str(point[MODEL]))
+            return self.proposed(given) if is_proposal(given) else given
         return self._path(self._draft(full)).reach(float(full["budget"]) * self.source_cost.macs).cut
 
+    def proposed(self, file: Path) -> Cut:
+        """The decision in a file; where candidates are projected, with all heads, to its widths.
+
+        Raises:
+            UserError: the file cannot be read, or its decision is about another source.
+        """
+        decision = Proposal.load(file).cut
+        return projectable(self.arch, decision) if self._projected else decision
+
     def _check_given(self, arch: Arch) -> None:
-        """Raise UserError where a saved model cannot be a candidate, by its kind or by its MACs."""
+        """Raise UserError where a saved model or a decision cannot be a candidate, by its kind or by its MACs."""
         for name in ("family", "img_size", "in_chans", "num_classes", "text"):
             own, wanted = getattr(arch, name), getattr(self.arch, name)
             if own != wanted:

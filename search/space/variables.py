@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["MODEL", "Params", "Variable"]
 
 Params = Mapping[str, float | int | str]
-MODEL = "model"  # in a point to start from: the folder of a saved model, which takes the place of what the point means
+# in a point to start from: the folder of a saved model, or the file of a decision, in the place of what the point means
+MODEL = "model"
 
 
 @dataclass(frozen=True)

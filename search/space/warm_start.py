@@ -1,24 +1,26 @@
 """Points that a search starts from, before its sampler has learned anything.
 
 They come from the user, from another run's front, from computed or other saved models, which are then themselves the
-candidates, and from architectures that papers have published. After them come neutral points, whose widths the scores
-alone decide, and points along single axes with all others neutral, which are what a search over that axis alone would
-find. Where every block is decided by itself, points come
-from a prior: evenly drawn mixers would make nearly every candidate worthless.
+candidates, from methods that have decided while they trained, and from architectures that papers have published. After
+them come neutral points, whose widths the scores alone decide, and points along single axes with all others neutral,
+which are what a search over that axis alone would find. Where every block is decided by itself, points come from a
+prior: evenly drawn mixers would make nearly every candidate worthless.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
-from prunesweep.models import Arch, UserError, load_provenance, read_arch
+from prunesweep.models import Arch, UserError, cut_arch, load_provenance, read_arch
 from prunesweep.models.io.store import CONFIG
-from prunesweep.search.config import SearchConfig
+from prunesweep.pruners import TrainedMethod, get_method
+from prunesweep.search.config import BUDGETS, SearchConfig
 from prunesweep.search.store.computed import ComputedFront
 from prunesweep.search.store.run import Run
+from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .axes import AXES, active_axes
 from .space import Space
@@ -30,6 +32,7 @@ __all__ = [
     "nearest_point",
     "neutral_points",
     "prior_points",
+    "proposed_points",
     "published_points",
     "start_points",
 ]
@@ -38,12 +41,14 @@ Values = dict[str, float | int | str]
 LEVELS = (2, 4, 1, 3)  # quarters of an axis: its middle and its end first, as fronts are as good as their ends
 
 
-def start_points(config: SearchConfig, space: Space) -> list[Params]:
+def start_points(config: SearchConfig, space: Space, proposals: Sequence[Path] = ()) -> list[Params]:
     """Return the points that ``config.search`` asks to start from, its own first.
 
     Args:
         config: the search's configuration.
         space: of its source.
+        proposals: files of the decisions of ``search.start_methods``. Those outside of the space's windows are left out
+            with a warning.
 
     Raises:
         UserError: a point is not in the space.
@@ -52,6 +57,7 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
     points = [_checked("search.start", space, point) for point in search.start]
     for name in dict.fromkeys(search.start_from):
         points += _points_of(name, space)
+    points += proposed_points(space, proposals)
     if search.start_published:
         points += published_points(space).values()
     points += neutral_points(space, min(search.start_neutral, search.trials))
@@ -63,7 +69,7 @@ def start_points(config: SearchConfig, space: Space) -> list[Params]:
 
 
 def met_points(space: Space, points: Sequence[Params]) -> list[Params]:
-    """Return points with the budgets that their candidates have; saved models stay what they are.
+    """Return points with the budgets that their candidates have; saved models and decisions stay what they are.
 
     Args:
         space: of a source.
@@ -91,12 +97,7 @@ def _points_of(name: str, space: Space) -> list[Params]:
         folders = [path]
     else:
         return [_checked(f"search.start_from {name}", space, point) for point in Run.existing(name).front_points()]
-    points, reasons = list[Params](), list[str]()
-    for folder in folders:
-        try:
-            points.append(_checked(f"search.start_from {folder}", space, {MODEL: str(folder)}))
-        except UserError as error:
-            reasons.append(str(error))
+    points, reasons = _inside("search.start_from", space, folders)
     if not points:
         raise UserError("\n".join(reasons) or f"search.start_from {name}: has no models")
     for reason in reasons:
@@ -104,18 +105,58 @@ def _points_of(name: str, space: Space) -> list[Params]:
     return points
 
 
+def _inside(key: str, space: Space, given: Iterable[Path]) -> tuple[list[Params], list[str]]:
+    """Return the points of saved models or decisions that can be candidates, and why others cannot."""
+    points, reasons = list[Params](), list[str]()
+    for path in given:
+        try:
+            points.append(_checked(f"{key} {path}", space, {MODEL: str(path)}))
+        except UserError as error:
+            reasons.append(str(error))
+    return points, reasons
+
+
+def proposed_points(space: Space, proposals: Sequence[Path]) -> list[Params]:
+    """Return the points of decisions, which are themselves the candidates.
+
+    A method that serves one budget in a run has chosen blocks and mixers for one; after its decision come points that
+    give these the other budgets of ``BUDGETS``, with widths that the space decides.
+
+    Args:
+        space: of the source that the decisions are about.
+        proposals: their files. Those outside of the space's windows are left out with a warning.
+    """
+    points, reasons = _inside("search.start_methods", space, proposals)
+    for reason in reasons:
+        warnings.warn(f"left out: {reason}", stacklevel=3)
+    for point in list(points):
+        found, arch = Proposal.load(Path(str(point[MODEL]))), space.arch
+        if get_method(found.method, TrainedMethod).several or "budget" not in point:
+            continue
+        near = nearest_point(space, cut_arch(arch, found.cut), arch)
+        low, high = space.table.budget
+        points += [{**near, "budget": share} for share in BUDGETS if low <= share <= high and share != found.budget]
+    return points
+
+
 def _checked(where: str, space: Space, point: Params) -> Params:
-    """Return a point that is in the space; of a saved model, with the variables nearest to it that it does not name."""
+    """Return a point that is in the space.
+
+    Of a saved model or a decision, it has the variables nearest to it that it does not name.
+    """
     try:
         if MODEL not in point:
             space.complete(point)
             return point
-        folder = Path(str(point[MODEL])).expanduser().absolute()
-        near = nearest_point(space, read_arch(folder), space.arch)
-        made_by = str(load_provenance(folder).get("method"))
-        if any(variable.name == "method" and made_by in variable.choices for variable in space.variables):
-            near["method"] = made_by
-        point = {**near, **point, MODEL: str(folder)}
+        given = Path(str(point[MODEL])).expanduser().absolute()
+        if is_proposal(given):
+            near = nearest_point(space, cut_arch(space.arch, space.proposed(given)), space.arch)
+        else:
+            near = nearest_point(space, read_arch(given), space.arch)
+            made_by = str(load_provenance(given).get("method"))
+            if any(variable.name == "method" and made_by in variable.choices for variable in space.variables):
+                near["method"] = made_by
+        point = {**near, **point, MODEL: str(given)}
         space.decode(point)
         return point
     except UserError as error:

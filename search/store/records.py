@@ -53,7 +53,9 @@ class Task:
     key: str  # of the candidate
     seed: NonNegativeInt
     rung: NonNegativeInt = 0
-    given: str | None = None  # folder in the run's, of the saved model that it starts from in place of a cut
+    given: str | None = (
+        None  # in the run's folder: the saved model or the decision in the place of what the point means
+    )
 
     @property
     def id(self) -> str:

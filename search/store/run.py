@@ -3,7 +3,7 @@
     search.toml      the resolved configuration
     run.json         facts fixed when the run was made: the source's accuracy and cost, the scores in use
     source/          the source model          scores/    cached scores
-    given/           saved models that the search started from
+    given/           saved models and decisions that the search started from
     teacher_logits/, latency_table.json        where the search uses them
     study.journal    Optuna's journal          front.json, report.html, tb/, advice.json (once the search has ended)
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
@@ -32,10 +32,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from prunesweep.models import Cut, UserError
+from prunesweep.models import Cut, UserError, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
+from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
 from .records import Ending, Result, RunFacts, Task, Validation, read_json, read_sealed, sealed, task_id
@@ -229,6 +230,18 @@ class Run:
         path = self.trial(task_id(number)) / "cut.json"
         return Cut.from_dict(read_json(path)) if path.is_file() else None
 
+    def made_by(self, given: str) -> str | None:
+        """The method of a saved model or a decision that the search started from; None where that is not known.
+
+        Args:
+            given: its path in the run's folder.
+        """
+        path = self / given
+        try:
+            return Proposal.load(path).method if is_proposal(path) else load_provenance(path).get("method")
+        except UserError:
+            return None
+
     def status(self) -> dict[str, Any]:
         """The stable form for scripts: requested trials, how many are where, hypervolume, the source, and advice."""
         facts = self.metadata()
@@ -383,6 +396,7 @@ class Run:
                 "params": r.params,
                 **({} if r.latency_ms is None else {"latency_ms": r.latency_ms}),
                 "arch_hash": r.arch_hash,
+                **({} if r.given is None else {"proposed_by": self.made_by(r.given)}),
                 "model": str(base / "trials" / r.id / "model"),
             }
             for r in self.members(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,7 +12,6 @@ from torch import nn
 
 from prunesweep.models import (
     Cost,
-    UserError,
     arch_of,
     cost,
     load_provenance,
@@ -24,19 +22,15 @@ from prunesweep.models import (
 )
 from prunesweep.models.io.provenance import digest, versions
 from prunesweep.models.precision import in_float32
-from prunesweep.pruners import ScoredMethod, TrainedMethod, get_method, method_names
+from prunesweep.pruners import TrainedMethod, get_method
 
-from ..compatibility import check_fits
 from ..data import Data, absolute_name, open_data
 from ..loop import Epoch
 from ..recipe import Recipe
-from ..settling import check_settles
-from ..trainer import batches_of
-from ..world import World
 from .metrics_log import MetricsLog
 from .one_shot import to_device
 from .placement import Placement
-from .prune_loop import PruneJob
+from .prune_loop import PruneJob, check_decides
 from .run_job import run_job
 from .scoring import Calibration
 from .training_job import LoadedJob, Reports, TrainingJob
@@ -200,23 +194,8 @@ class TrainedPruning:
 
     def check(self) -> Data:
         """Open the data. Raises UserError if the settings, the source or the data do not fit together."""
-        method, arch = get_method(self.method, TrainedMethod), arch_of(self.model)
-        settings = method.for_budgets(self.budgets, self.options)
-        hook = method.hook(settings, arch)
-        hook.wrap(copy.deepcopy(self.model))
-        check_settles(self.recipe, source=True, method=True)
-        check_fits(arch, self.opened)
-        if arch.headless:
-            raise UserError(
-                f"method {method.name!r} decides while it trains on labels, {arch.source} has no head: give it a "
-                f"classifier, or take a method that scores: {', '.join(method_names(ScoredMethod))}"
-            )
-        if not self.opened.info.labelled:
-            raise UserError(
-                f"method {method.name!r} decides while it trains on labels, {self.opened.info.name} has none: give "
-                f"data with labels, or take a method that scores: {', '.join(method_names(ScoredMethod))}"
-            )
-        hook.check_length(self.recipe.epochs, batches_of(self.opened, self.recipe, World()).updates)
+        settings = get_method(self.method, TrainedMethod).for_budgets(self.budgets, self.options)
+        check_decides(self.model, self.opened, self.recipe, self.method, settings)
         return self.opened
 
     @property

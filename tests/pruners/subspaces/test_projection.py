@@ -8,7 +8,15 @@ from torch import nn
 
 from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut, cut_arch
 from prunesweep.pruners import kl_divergence
-from prunesweep.pruners.subspaces import BlockWidths, Widths, compress, compressed_arch, projected_widths, recover
+from prunesweep.pruners.subspaces import (
+    BlockWidths,
+    Widths,
+    compress,
+    compressed_arch,
+    projectable,
+    projected_widths,
+    recover,
+)
 from tests.pruners.subspaces.test_compress import images, made, outputs, vit
 from tests.pruners.subspaces.test_recovery import DECISIONS, aligned, whole
 
@@ -38,6 +46,14 @@ def test_channels_of_heads_that_go_are_shared_out_among_all() -> None:
     small = compressed_arch(arch, widths)
     assert small.blocks[0].heads == arch.blocks[0].heads
     assert cost(small).macs == cost(cut_arch(arch, decision)).macs
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_a_projectable_cut_has_the_record_of_the_projected_model(name: str) -> None:
+    arch, decision = vit(), DECISIONS[name]
+    even = projectable(arch, decision)
+    assert cut_arch(arch, even) == compressed_arch(arch, projected_widths(arch, decision))
+    assert projected_widths(arch, even) == projected_widths(arch, decision)
 
 
 def test_the_subspace_knows_better_which_channels() -> None:
