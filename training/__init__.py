@@ -1,5 +1,6 @@
 """Data, recipes, losses and the one training loop."""
 
+from .chance import chance_warning, warn_at_chance
 from .checkpoint import load_state, save_state
 from .closest import Kept
 from .compatibility import check_features, check_fits, check_labels, check_order, open_fitting
@@ -8,11 +9,9 @@ from .evaluation import (
     EVAL_BATCH,
     Compared,
     EvalMetrics,
-    chance_warning,
     evaluate,
     evaluate_all,
     evaluate_on,
-    warn_at_chance,
 )
 from .loop import Diverged, Epoch, fit, name_classes, seeded
 from .recipe import Distill, Recipe, load_recipe, recipe_names

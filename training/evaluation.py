@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunesweep.models import UserError, preprocessing_of
+from prunesweep.models import UserError
 from prunesweep.models.families.lm import LanguageModel
 from prunesweep.models.feature_head import is_headless
 from prunesweep.models.precision import widened
 from prunesweep.pruners.divergence import FeatureQuality, feature_sums, kl_divergence
 
-from .data import NO_LABEL, Batch, Data
+from .data import NO_LABEL, Data
 from .data.text import IGNORED
 from .world import World
 
@@ -25,17 +24,14 @@ __all__ = [
     "EVAL_BATCH",
     "Compared",
     "EvalMetrics",
-    "chance_warning",
     "evaluate",
     "evaluate_all",
     "evaluate_on",
-    "warn_at_chance",
     "wilson_interval",
 ]
 
 EVAL_BATCH = 256
 Z95 = 1.959964  # of the standard normal distribution: 95 % lie within
-DRAWN, CALIBRATION_BATCH = 512, 64  # training images that tell whether a model is at chance
 LOGITS_AT_A_TIME = 2**26  # words x vocabulary of language models, all together
 LOGITS_KEPT = 2**25  # images x classes: 128 MiB
 
@@ -335,79 +331,6 @@ class EvalMetrics(NamedTuple):
             "" if self.images is None else f"{self.images:,} {'images' if self.ppl is None else 'words'}",
         ]
         return ", ".join(part for part in parts if part)
-
-
-def chance_warning(
-    model: nn.Module, data: Data, found: EvalMetrics, *, drawn: int | None = None, untrained: bool = False
-) -> str | None:
-    """Explain why an image model may be no more accurate than chance, or have no accuracy.
-
-    Args:
-        model: the evaluated model; its ``pretrained_cfg`` may have ``label_names``.
-        data: the data set that it was evaluated on.
-        found: result of the evaluation.
-        drawn: number of training images that it is a result of, drawn with seed 0; by default it is of validation.
-        untrained: the model may be cut or new, so that only another order of classes is worth a word.
-
-    Returns:
-        The likely cause in words, also of an accuracy that is NaN; None for a language model, for a model that is
-        better than chance, and without labels.
-    """
-    if found.top1 is None:
-        return None
-    if math.isnan(found.top1):
-        return "an answer of the model is NaN, so it has no accuracy: its training diverged, or its weights are damaged"
-    info = data.info
-    chance = 100 / info.num_classes
-    if isinstance(model, LanguageModel) or found.top1 > chance:
-        return None
-    where = "" if drawn is None else f" on {drawn:,} training images"
-    said = (
-        f"top-1 of {found.top1:.2f} %{where} is no better than chance ({chance:.2f} % for {info.num_classes} classes)"
-    )
-    names = preprocessing_of(model).get("label_names")
-    same = info.classes and names and set(names) == set(info.classes)
-    if not same and (other := data.in_other_order()) is not None:
-        order, listed = other
-        top1 = evaluate(model, _batches(listed, drawn))["top1"]
-        between = f"{listed.info.classes[0]} .. {listed.info.classes[-1]} (class_order = {order!r})"
-        if top1 > chance:
-            return (
-                f"{said}, but {top1:.2f} % with the classes in the order {between}: the model has no such class names "
-                "of its own and was trained in that order. Give --class-order or data.class_order, or save the model "
-                "with models.save(model, folder, classes=[...]), and data are matched with it by name"
-            )
-        said += f", nor is {top1:.2f} % with the classes in the order {between}"
-    if untrained:
-        return None
-    if info.classes and names and not same:
-        named = f"the model's classes are named otherwise ({names[0]}, ..) than the data's ({info.classes[0]}, ..)"
-        return f"{said}: {named}"
-    return f"{said}: it may be untrained, or trained on other data or with other preprocessing"
-
-
-def warn_at_chance(
-    name: str, model: nn.Module, data: Data, found: EvalMetrics | None = None, *, untrained: bool = False
-) -> None:
-    """Warn where a source is no better than chance.
-
-    Args:
-        name: what the warning calls the source.
-        model, data, found, untrained: as for ``chance_warning``; without ``found``, the model is evaluated on a few
-            training images.
-    """
-    drawn = None
-    if found is None:
-        if not data.info.labelled or isinstance(model, LanguageModel) or is_headless(model):
-            return
-        drawn = min(DRAWN, data.train_images)
-        found = EvalMetrics.of(evaluate(model, _batches(data, drawn)))
-    if warning := chance_warning(model, data, found, drawn=drawn, untrained=untrained):
-        warnings.warn(f"{name}: {warning}", stacklevel=2)
-
-
-def _batches(data: Data, drawn: int | None) -> Iterable[Batch]:
-    return data.val_loader(EVAL_BATCH) if drawn is None else data.calibration(drawn, CALIBRATION_BATCH, 0)
 
 
 def _answers(

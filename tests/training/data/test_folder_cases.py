@@ -428,6 +428,42 @@ def test_the_other_order_is_tried_where_accuracy_is_at_chance(tmp_path: Path) ->
     assert evaluate(model, named.val_loader(8))["top1"] == 100
 
 
+@pytest.mark.parametrize(("hits", "warned"), [(1.0, True), (0.6, True), (0.0, False)])
+def test_the_other_order_is_measured_where_accuracy_is_above_chance(hits: float, warned: bool, tmp_path: Path) -> None:
+    """Two of eight classes have other numbers in the other order: the model is right on six of them in any case."""
+    names = ("a1", "a10", "a2", "b", "c", "d", "e", "f")  # torchvision's order; timm's has a2 before a10
+    root = tmp_path / "names"
+    for split, n in (("train", 20), ("val", 2)):
+        for c, name in enumerate(names):
+            for i in range(n):
+                draw(root / split / name / f"{i}.png", 30 * c)
+    data = opened(root)
+    assert data.info.classes[:3] == ("a1", "a2", "a10")
+
+    class Trained(torch.nn.Linear):
+        """Knows the classes in torchvision's order; takes the second and the third for each other in some images."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            known = (x[:, :1].mean((2, 3)) * 0.25 * 255 + 127.5) / 30
+            label = known.round().long()[:, 0]
+            label = torch.where((label == 1) & (torch.arange(len(x)) >= hits * len(x)), 2, label)
+            return torch.nn.functional.one_hot(label, 8).float()
+
+    model = Trained(1, 1)
+    model.train()
+    assert (said := chance_warning(model, data, EvalMetrics(75.0))) is None or warned
+    assert model.training
+    if warned:
+        assert "top-1 of 75.00 % is with the classes in the order a1 .. f. In" in said
+        assert "In the order a1 .. f (class_order = 'codepoint'), 2 of them have other labels; of 40 training" in said
+    if hits == 1:
+        assert "0.00 % are right as it is, and 100.00 % in that order: the model has no such class names" in said
+    right = opened(root, class_order="codepoint")
+    assert chance_warning(model, right, EvalMetrics(100.0)) is None
+    model.pretrained_cfg = {"label_names": list(names)}  # type: ignore[assignment]
+    assert chance_warning(model, data, EvalMetrics(75.0)) is None  # matched by name where data are opened with it
+
+
 def test_a_trained_model_carries_the_names_of_the_classes_it_was_trained_on(four: Path) -> None:
     data = opened(four)
     shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
