@@ -29,10 +29,11 @@ def export_model(
 
     from prunesweep.models import arch_of, load
     from prunesweep.models.io.export import default_path, export
+    from prunesweep.models.io.lock import reserve
 
     path = default_path(model, to) if out is None else out
     console = Console(stderr=True, markup=False)
-    with console.status(f"writing {path} and comparing it with the model"):
+    with reserve(path), console.status(f"writing {path} and comparing it with the model"):
         loaded = load(model)
         error = export(loaded, path, to, opset=opset)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,7 @@ def finetune(
     from rich.console import Console
 
     from prunesweep.models import UserError, cost, load, load_provenance, read_arch
+    from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import to_float32
     from prunesweep.search.config import read_overrides
     from prunesweep.search.report.display import Display
@@ -106,10 +108,11 @@ def finetune(
     display = Display(console)
     opened = job.check()
     display.data(opened.describe())
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first:
         start = job.teacher or job.model
         warn_at_chance(str(teacher or model), to_float32(load(start)), opened, untrained=teacher is None)
-    with display.progress() as progress:
+    with reserve(out) if first else nullcontext(), display.progress() as progress:
         train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one
         return

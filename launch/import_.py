@@ -42,14 +42,16 @@ def import_model(
 
     from prunesweep.models import UserError, arch_of, cost, save
     from prunesweep.models.importers import import_checkpoint
+    from prunesweep.models.io.lock import reserve
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
     numbers = None if heads is None else _numbers(heads)
-    model = import_checkpoint(file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema)
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    save(model, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
+    with reserve(out):
+        model = import_checkpoint(file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema)
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        save(model, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
     arch, console = arch_of(model), Console(markup=False)
     spent = cost(arch)
     console.print(_table(arch))

@@ -29,6 +29,7 @@ NOT_KEPT = ("macs", "params", "macs_share", "model")  # of a row, in a model's p
 
 
 def instant(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)],
     data: Annotated[
         str,
@@ -63,6 +64,7 @@ def instant(
 
     from prunesweep.models import LatencyTable, UserError, arch_of
     from prunesweep.models.io.files import publish_folder
+    from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import as_stored
     from prunesweep.pruners import latency
     from prunesweep.pruners.subspaces import instant as compute
@@ -90,6 +92,7 @@ def instant(
     if images > dataset.train_images:
         display.note(f"--images {images}: there are {dataset.train_images:,} training images, all are used")
         images = dataset.train_images
+    context.with_resource(reserve(out))
     batches = dataset.calibration_loader(images, min(BATCH, max(1, images // 4)), seed)
     with display.progress() as report:
 

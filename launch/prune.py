@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +123,7 @@ def prune(
     from rich.console import Console
 
     from prunesweep.models import UserError
+    from prunesweep.models.io.lock import reserve
     from prunesweep.training.jobs.placement import Placement
     from prunesweep.training.jobs.scoring import Calibration
 
@@ -183,7 +185,8 @@ def prune(
         console=Console(stderr=as_json, markup=False),
     )
     request.check_stage()
-    runner.run(request)
+    with nullcontext() if out is None else reserve(out):
+        runner.run(request)
 
 
 def score(

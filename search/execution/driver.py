@@ -22,6 +22,7 @@ from tensorboardX import SummaryWriter
 from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import disk_full, make_folder, publish_folder, write_text
+from prunesweep.models.io.lock import Lock, reserve
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config
@@ -33,7 +34,7 @@ from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import hypervolume, latest, quality_of
 from prunesweep.search.store.records import sealed
-from prunesweep.search.store.run import Run, RunLock, failure_reasons
+from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.search.store.study import Study
 from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.signals import handling
@@ -44,11 +45,12 @@ from .remote import run_on_worker
 from .reopen import check_data, reopen, settings_of, space_of
 from .runtime import RayConnection, execute, max_concurrent
 from .source import Progress, SourceArtifacts, open_space
+from .task import run_task
 from .validation import validate_front
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
-RAY_DIED = 3  # exit code
+RAY_DIED, TAKEN_OVER = 3, 4  # exit codes
 GIVEN = "given"  # folder in a run's, of the saved models and decisions that it started from
 
 
@@ -97,6 +99,8 @@ def run_search(
     died = "Ray died before the first trial; the same command goes on from what is saved"
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, died))
     with contextlib.ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(reserve(run.path))
         if address is not None:
             stack.enter_context(ray)
         units = _concurrency(config, ray if address is not None else None, must_fit=not dry_run)
@@ -330,17 +334,22 @@ def _died(run: Run) -> str:
     return f"Ray died. No finished trial is lost: prunesweep resume {run.shown}"
 
 
-def _leaving(display: Display, text: str, lock: RunLock | None = None) -> Callable[[], NoReturn]:
+def _leaving(display: Display, text: str, lock: Lock | None = None) -> Callable[[], NoReturn]:
     """Return a function that prints ``text`` and ends this process; Ray would end it too, but with exit code 0."""
 
     def leave() -> NoReturn:
-        display.close()
-        display.note(text)
         if lock is not None:
             lock.release()
-        os._exit(RAY_DIED)
+        _leave(display, text, RAY_DIED)
 
     return leave
+
+
+def _leave(display: Display, text: str, code: int) -> NoReturn:
+    """End this process from whatever thread, at once."""
+    display.close()
+    display.note(text)
+    os._exit(code)
 
 
 def _search(
@@ -354,11 +363,13 @@ def _search(
     on_worker: bool = False,
 ) -> SearchResult:
     """Run the trials of a run whose source, scores and space are there; measure its front on a worker or here."""
-    with RunLock(run.path) as lock:
+    with run.lock(lambda lost: _leave(display, str(lost), TAKEN_OVER)) as lock:
+        run = Run(run.path, lock.check)
         run.stop_file.unlink(missing_ok=True)
         display.failures(run.failures(), again=retry_failed)
         if retry_failed:
             run.forget_failures()
+        lock.check()
         write_text(run / "search.toml", config.to_toml())
         study = Study(
             run / "study.journal",
@@ -394,6 +405,7 @@ def _search(
                         config.resources,
                         [changed, logged],
                         count=partial(_room, connection, coordinator, display),
+                        work=partial(run_task, fence=lock.fence),
                     )
                     display.overhead(coordinator, before, time.monotonic() - begun)
         except KeyboardInterrupt:

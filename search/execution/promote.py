@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.lock import reserve
 from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.search.store.records import EXACT, read_sealed
 from prunesweep.search.store.run import Run, task_id
@@ -125,7 +126,8 @@ def promote(
         data_options={**config.data.options, "search_split": 0.0},  # trained on all training images
     )
     if not job.out.exists():
-        finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
+        with reserve(job.out, "promoting"):
+            finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
     elif not _promoted_by(job.out, recipe):
         raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
     latency, facts = None, load_provenance(job.out)

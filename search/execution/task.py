@@ -21,6 +21,7 @@ from torch import nn
 
 from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, read_arch, save
 from prunesweep.models.io.files import disk_full, write_text
+from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
@@ -143,42 +144,45 @@ class WorkerContext:
         return recipe.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
-def run_task(path: Path, unit: Task) -> dict[str, Any]:
+def run_task(path: Path, unit: Task, fence: Fence | None = None) -> dict[str, Any]:
     """Do a task of a run, or what is left of it.
 
     Args:
         path: the run's folder.
         unit: the task.
+        fence: of the driver that handed it out; what another one has taken over is left to that.
 
     Returns:
         What ``result.json`` says. Where the task has no result: ``{"state": "stopped"}`` if it was asked to stop,
         ``{"state": "disk full"}`` if there was no room to end, or ``{"state": "broken", "reason": ...}`` if what every
         task needs is missing or damaged. Any other exception is the task's failure, and its traceback is the result.
     """
-    run = Run(path)
+    run = Run(path) if fence is None else Run(path, fence.check)
     found = run.read_result(unit.id)
     if found is not None:
         return found
     try:
+        run.fence()
         result = _work(WorkerContext.of(path), unit)
         return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
-    except (RunBroken, CannotBegin) as broken:  # the second one by a worker of its own, on another node maybe
+    except (RunBroken, CannotBegin, Lost) as broken:  # the second one by a worker of its own, on another node maybe
         return {"state": "broken", "reason": str(broken)}
     except Exception as error:
         if disk_full(error):  # it is no fault of the unit's, which goes on once there is room
             return {"state": "disk full"}
         failure = traceback.format_exc()
-        if reason := _broken(path):
+        if reason := _broken(run):
             return {"state": "broken", "reason": reason}
         return run.write_result(unit.id, error=failure)
 
 
-def _broken(path: Path) -> str | None:
+def _broken(run: Run) -> str | None:
     """Why no unit of a run can be done, if so: all that they share is loaded again, for it may have gone meanwhile."""
     WorkerContext.of.cache_clear()
     try:
-        WorkerContext.of(path)
-    except RunBroken as broken:
+        run.fence()
+        WorkerContext.of(run.path)
+    except (RunBroken, Lost) as broken:
         return str(broken)
     except Exception:  # too little memory or disk: no reason to blame the run
         return None

@@ -16,17 +16,13 @@ on rung 0; a trial that was promoted has a folder on every rung that it reached,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
-import threading
-import time
 import tomllib
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +30,7 @@ from typing import Any, NamedTuple, get_args
 
 from prunesweep.models import Cut, UserError, load_provenance
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
@@ -45,7 +42,6 @@ __all__ = [
     "Outcomes",
     "Result",
     "Run",
-    "RunLock",
     "Task",
     "failure_reasons",
     "place_of",
@@ -69,10 +65,15 @@ def place_of(task_id: str) -> tuple[int, int]:
 
 
 class Run:
-    """Paths and files of one run; creates nothing by itself."""
+    """Paths and files of one run; creates nothing by itself.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    Args:
+        path: its folder.
+        fence: called before the files that others read are written; raises Lost where another process has taken over.
+    """
+
+    def __init__(self, path: str | Path, fence: Callable[[], object] = lambda: None) -> None:
+        self.path, self.fence = Path(path).absolute(), fence
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -105,6 +106,15 @@ class Run:
 
     def trial(self, task_id: str) -> Path:
         return self.path / "trials" / task_id
+
+    @property
+    def leases(self) -> Path:
+        """Of the drivers that have worked on the run; see ``lock``."""
+        return self.path / ".leases"
+
+    def lock(self, on_lost: Callable[[Lost], object] | None = None) -> Lock:
+        """The right to write to the run: one driver at a time, across hosts that share the folder."""
+        return Lock(self.leases, self.shown, keep=True, on_lost=on_lost)
 
     @property
     def stop_file(self) -> Path:
@@ -179,13 +189,17 @@ class Run:
         data: dict[str, Any] = {"state": "failed", "error": error}
         if result is not None:
             data = {"state": "finished", "result": asdict(result)}
-        write_text(self.trial(task_id) / "result.json", sealed(data))
+        self._write(self.trial(task_id) / "result.json", sealed(data))
         return data
+
+    def _write(self, path: Path, text: str) -> None:
+        self.fence()
+        write_text(path, text)
 
     def write_validation(self, result: Result, figures: EvalMetrics) -> None:
         """Keep what the model of a result gives on the validation split."""
         kept = {"result": digest(asdict(result)), "figures": figures.as_dict()}
-        write_text(self.trial(result.id) / "validation.json", sealed(kept))
+        self._write(self.trial(result.id) / "validation.json", sealed(kept))
 
     def validation(self, result: Result) -> EvalMetrics | None:
         """What ``write_validation`` wrote of this very result; None where it did not, or the file is damaged."""
@@ -218,12 +232,12 @@ class Run:
 
     def write_task(self, task: Task) -> None:
         """Keep a task, before it is handed out."""
-        write_text(self.trial(task.id) / "spec.json", sealed(asdict(task)))
+        self._write(self.trial(task.id) / "spec.json", sealed(asdict(task)))
 
     def write_cut(self, number: int, decision: Cut) -> None:
         """Keep what a candidate keeps of the source, as its point was decoded: for all of its units."""
         # no indent: it has an index for every unit that is kept
-        write_text(self.trial(task_id(number)) / "cut.json", json.dumps(decision.to_dict(), separators=(",", ":")))
+        self._write(self.trial(task_id(number)) / "cut.json", json.dumps(decision.to_dict(), separators=(",", ":")))
 
     def read_cut(self, number: int) -> Cut | None:
         """What ``write_cut`` wrote; None in runs of before it was written. Raises UserError for a damaged file."""
@@ -252,7 +266,7 @@ class Run:
         rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table["rungs"]), 1))]
         failed = sum(unit.startswith("r0-") for unit in failures)
         started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
-        running = started - rungs[0] - failed if RunLock.holder(self.path) else 0
+        running = started - rungs[0] - failed if Lock.holder(self.leases) else 0
         return {
             "requested": table["trials"],
             "trials": {
@@ -426,7 +440,7 @@ class Run:
     def write_front(self, results: Sequence[Result] | None = None) -> list[dict[str, Any]]:
         """Write ``front.json`` and return what it says."""
         front = self.front(results)
-        write_text(self / "front.json", json.dumps(front, indent=1))
+        self._write(self / "front.json", json.dumps(front, indent=1))
         return front
 
     def update_front(
@@ -493,92 +507,3 @@ def reason_of(error: str) -> str:
     line = next((line for line in last.splitlines() if line and not line[0].isspace()), "no reason is known")
     bare = MODULES.match(line)
     return line[bare.end() if bare else 0 :].removeprefix("UserError: ")
-
-
-class RunLock:
-    """The right to write to a run: one driver at a time, across hosts that share the folder."""
-
-    BEAT, STALE = 10.0, 60.0  # seconds
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._stop, self._mine = folder, threading.Event(), ""
-
-    @staticmethod
-    def holder(folder: Path) -> dict[str, Any] | None:
-        """Host and pid of the live driver, or None."""
-        lease = folder / "lease.json"
-        try:
-            held = json.loads(lease.read_text())
-            held = {"host": held["host"], "pid": int(held["pid"]), "started": held["started"]}
-            if held["host"] == socket.gethostname():
-                return held if _alive(held["pid"], held["started"]) else None
-            return held if time.time() - lease.stat().st_mtime < RunLock.STALE else None
-        except (OSError, ValueError, TypeError, KeyError):  # none, or damaged
-            return None
-
-    def __enter__(self) -> RunLock:
-        lease = self.folder / "lease.json"
-        self._mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
-        with _alone(self.folder):  # or the lease that takes a dead driver's place would be taken for the dead one's
-            held = self.holder(self.folder)
-            if held:
-                raise UserError(
-                    f"{self.folder} is in use by process {held['pid']} on {held['host']}; "
-                    "wait for it or stop it (Ctrl-C there, or kill that process)"
-                )
-            lease.unlink(missing_ok=True)
-            scratch = self.folder / f".lease.{os.getpid()}"
-            scratch.write_text(self._mine)
-            try:
-                os.link(scratch, lease)  # unlike a rename it fails where another host's driver was quicker
-            except FileExistsError as error:
-                raise UserError(f"{self.folder} has just been taken by another process") from error
-            finally:
-                scratch.unlink()
-        threading.Thread(target=self._beat, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let another driver in."""
-        self._stop.set()
-        lease = self.folder / "lease.json"
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if lease.read_text() == self._mine:  # not that of a driver that took this one for dead
-                lease.unlink()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self.BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self.folder / "lease.json")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Be the only process of this host in the block (of all hosts, where the file system locks across them)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # which unlocks
-
-
-def _started(pid: int) -> str:
-    """When a process began, so that a reused number is not taken for it; empty where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
-
-
-def _alive(pid: int, started: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return _started(pid) == started

@@ -132,9 +132,10 @@ def test_the_report_needs_no_record_where_there_is_a_decision(
     assert cut_arch(ARCH, candidate.decision).hash == candidate.arch.hash
 
 
-def test_a_damaged_lease_is_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_lease_stops_nobody_from_looking(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for damage in (b"", b"null", b"\xff\xfe", b'{"host": "here"}'):
-        (run / "lease.json").write_bytes(damage)
+        (run / ".leases").mkdir(exist_ok=True)
+        (run / ".leases" / "000000001").write_bytes(damage)
         assert call(capsys, "status", run)[0] == 0
 
 

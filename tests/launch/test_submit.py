@@ -16,8 +16,9 @@ import pytest
 
 from prunesweep.launch.cluster.client import Cluster
 from prunesweep.models import load
+from prunesweep.models.io.lock import Lock
 from prunesweep.search.config import SearchConfig
-from prunesweep.search.store.run import Run, read_json
+from prunesweep.search.store.run import Run
 from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
 from tests.search.store.test_study import trials
@@ -131,7 +132,7 @@ def test_killed_stopped_and_resumed(
     assert code == 2
     assert "lost-a1 is running" in err
     assert TOKEN not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
-    os.kill(read_json(run / "lease.json")["pid"], signal.SIGKILL)
+    os.kill(Lock.holder(Run(run).leases).pid, signal.SIGKILL)
     cluster = Cluster(head.url)
     wait_for(lambda: cluster.status("lost-a1") == "FAILED", "the driver was killed, and its job goes on")
     time.sleep(1)  # what was being written by the workers is written or torn now

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesweep.models import Arch, UserError, build, load, num_params
+from prunesweep.models.io.lock import Lock
 from prunesweep.search import SearchResult, resume_search, run_search
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.cutting import Cutter
@@ -61,7 +62,7 @@ def test_all_trials_are_done_and_told(finished: tuple[Run, SearchResult, str]) -
     assert {(p["split"], p["images"], p["searched_images"], p["ranked_by"]) for p in run.front()} == {
         ("val", 450, 269, "loss")
     }
-    assert not (run / "lease.json").exists()
+    assert Lock.holder(run.leases) is None
 
 
 def test_it_says_what_it_does(finished: tuple[Run, SearchResult, str]) -> None:

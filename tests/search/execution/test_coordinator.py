@@ -264,13 +264,11 @@ def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
 
 
 def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
-    from prunesweep.search.store.run import RunLock
-
     run = make_run(tmp_path / "r")
     coordinator = start(run)
     coordinator.next()
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
-    with RunLock(run.path):
+    with run.lock():
         assert run.status()["trials"] == {"finished": 0, "running": 1, "pending": 11, "failed": 0}
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
 

@@ -1,0 +1,289 @@
+"""A lock that processes of several hosts and containers hold one at a time, on local disks and NFS.
+
+A lock is a folder of leases, files with rising numbers; the highest is who holds it. To take it, a process makes the
+file of the next number by a hard link, which fails where there is one: nobody's lease is ever replaced. So two that
+find a dead holder's lease at once cannot both have the next number, and a holder that was taken for dead (a process
+that was stopped, a node that lost its network) sees a number above its own and must end. Processes that work for it are
+given its number, and compare it before they write.
+
+A holder is alive as long as it touches its lease. How long ago that was is told by the file system, which dates both
+the lease and a file that the reader writes, so clocks of hosts need not agree. Only where reader and holder share a
+kernel and see the same process numbers is a dead process known at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from prunesweep.models.errors import UserError
+
+__all__ = ["Fence", "Holder", "Lock", "Lost", "reserve"]
+
+BEAT, STALE = 10.0, 60.0  # seconds between two signs of life, and without any
+TRIES = 100  # to take a lock that others try to take at the same moment
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without hard links
+
+
+class Lost(UserError):
+    """Another process has taken over what this one was working on."""
+
+
+class Holder(NamedTuple):
+    """Who holds a lock, and how many seconds ago it last gave a sign of life."""
+
+    host: str
+    pid: int
+    age: float
+
+
+class Fence(NamedTuple):
+    """A lease, to ask before a write whether it still is the highest; it can be sent to other processes and hosts."""
+
+    place: Path
+    number: int
+
+    def check(self) -> None:
+        """Raises Lost where another process has taken over."""
+        found = _leases(self.place)
+        if self.number not in found or max(found) > self.number:
+            raise Lost(
+                f"{self.place.parent}: another process has taken over, because this one gave no sign of life for "
+                f"{STALE:.0f} seconds; nothing more is written"
+            )
+
+
+class Lock:
+    """The right to write to something, for the time of a ``with`` block.
+
+    Args:
+        place: the folder of leases, which is made where it is not there.
+        what: that is locked, for messages.
+        keep: leave the folder, so that numbers go on rising; otherwise it goes with the last lease.
+        on_lost: called, in a thread, where another process has taken over. ``check`` says it, too.
+
+    Raises:
+        UserError: a live process holds it.
+    """
+
+    def __init__(
+        self, place: Path, what: str, *, keep: bool = False, on_lost: Callable[[Lost], object] | None = None
+    ) -> None:
+        self.place, self.what, self.keep, self.on_lost = place, what, keep, on_lost
+        self.identity, self.number, self._stop = uuid.uuid4().hex, 0, threading.Event()
+
+    @property
+    def fence(self) -> Fence:
+        """For processes that work for this one."""
+        return Fence(self.place, self.number)
+
+    @staticmethod
+    def holder(place: Path) -> Holder | None:
+        """The live process that holds the lock of a place, or None; where it cannot be told, as on a read-only file
+        system, the last one counts as alive.
+        """
+        leases = _leases(place)
+        if not leases:
+            return None
+        scratch = place / f".{uuid.uuid4().hex}"
+        try:
+            scratch.touch()
+            now: float | None = scratch.stat().st_mtime
+        except OSError:
+            now = None
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+        return _held(place, max(leases), now)
+
+    def __enter__(self) -> Lock:
+        scratch = self.place / f".{self.identity}"
+        for attempt in range(TRIES):
+            try:
+                self.place.mkdir(parents=True, exist_ok=True)
+                scratch.write_text(json.dumps({"identity": self.identity, **_own_place(), "released": False}))
+                now = scratch.stat().st_mtime
+                seen = _leases(self.place)
+                for number in sorted(seen, reverse=True):
+                    if held := _held(self.place, number, now):
+                        raise UserError(self._in_use(held))
+                self.number = max(seen, default=0) + 1
+                _link(scratch, _file(self.place, self.number))
+            except FileNotFoundError:  # its last holder has just removed the folder
+                continue
+            except FileExistsError:  # another process was quicker
+                continue
+            finally:
+                with contextlib.suppress(OSError):
+                    scratch.unlink()
+            # another process may not have seen the leases that were here, because their folder was removed in between
+            if _leases(self.place) - seen == {self.number}:
+                break
+            self._remove()
+            time.sleep(random.random() * 0.01 * (attempt + 1))
+        else:
+            raise UserError(f"{self.what}: too many processes try to take it at once")
+        for number in seen:
+            _file(self.place, number).unlink(missing_ok=True)
+        threading.Thread(target=self._beat, daemon=True, name=f"lock of {self.place.name}").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """Raises Lost where another process has taken over."""
+        self.fence.check()
+
+    def release(self) -> None:
+        """Let others in; what another process has taken over is left to it."""
+        self._stop.set()
+        with contextlib.suppress(OSError, ValueError):
+            lease = _file(self.place, self.number)
+            own = json.loads(lease.read_text())
+            if own["identity"] != self.identity:
+                return
+            if self.keep:
+                scratch = self.place / f".{self.identity}"
+                scratch.write_text(json.dumps({**own, "released": True}))
+                os.replace(scratch, lease)
+            else:
+                self._remove()
+                self.place.rmdir()  # unless another process is about to take the lock
+
+    def _remove(self) -> None:
+        _file(self.place, self.number).unlink(missing_ok=True)
+
+    def _in_use(self, held: Holder) -> str:
+        free = f", or wait {max(STALE - held.age, 1):.0f} s if that is gone" if held.age > 2 * BEAT else ""
+        return (
+            f"{self.what} is in use by process {held.pid} on {held.host}; wait for it or stop it (Ctrl-C there, or "
+            f"kill that process){free}"
+        )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT):
+            try:
+                self.check()
+                os.utime(_file(self.place, self.number))
+            except Lost as lost:
+                if self.on_lost and not self._stop.is_set():
+                    self.on_lost(lost)
+                return
+            except OSError:  # a file system that does not answer now may do so later
+                continue
+
+
+@contextlib.contextmanager
+def reserve(path: Path, option: str = "--out") -> Iterator[Path]:
+    """Hold a place where something is to be made, so that no second command makes it as well.
+
+    Args:
+        path: the file or folder, which must not be there.
+        option: its name on the command line.
+
+    Yields:
+        The absolute path.
+
+    Raises:
+        UserError: it is there, or another process is making it.
+    """
+    shown, path = path, path.absolute()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(Lock(path.with_name(f".{path.name}.lock"), f"{option} {shown}"))
+        except OSError as error:
+            raise UserError(f"{option} {shown}: nothing can be written there: {error.strerror}") from error
+        if path.exists():
+            raise UserError(f"{option} {shown}: is there already; give a new one")
+        yield path
+
+
+def _file(place: Path, number: int) -> Path:
+    return place / f"{number:09d}"
+
+
+def _leases(place: Path) -> set[int]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {int(name) for name in os.listdir(place) if name.isdigit()}
+    return set()
+
+
+def _link(scratch: Path, lease: Path) -> None:
+    """Make the lease, or raise FileExistsError where there is one."""
+    try:
+        os.link(scratch, lease)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with lease.open("x") as file:  # seen empty for a moment, which counts as held
+            file.write(scratch.read_text())
+
+
+def _held(place: Path, number: int, now: float | None) -> Holder | None:
+    """Who holds a lease, or None where it was released, or its holder is dead or gives no sign of life."""
+    try:
+        with _file(place, number).open("rb") as file:  # NFS asks its server for the times of a file that is opened
+            touched, text = os.fstat(file.fileno()).st_mtime, file.read()
+    except FileNotFoundError:
+        return None  # removed since it was listed
+    except OSError:  # of another user, who lets nobody read it
+        touched, text = _file(place, number).stat().st_mtime, b""
+    age = 0.0 if now is None else now - touched
+    try:
+        found = json.loads(text)
+        if found["released"] or _died(found):
+            return None
+        held = Holder(str(found["host"]), int(found["pid"]), age)
+    except (ValueError, TypeError, KeyError):  # being written, or damaged
+        held = Holder("an unknown host", 0, age)
+    return held if age < STALE else None
+
+
+def _own_place() -> dict[str, Any]:
+    """Where this process runs, and since when."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "started": _started(pid), **_kernel()}
+
+
+def _kernel() -> dict[str, str]:
+    """What tells whether two processes see the same process numbers; empty where the system does not say."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"boot": boot, "processes": os.readlink("/proc/self/ns/pid")}
+    return {}
+
+
+def _died(found: dict[str, Any]) -> bool:
+    """Whether a holder is known to be dead; a heartbeat must tell where its process cannot be seen from here."""
+    kernel = _kernel()
+    if not kernel or any(found.get(name) != value for name, value in kernel.items()):
+        return False
+    pid = int(found["pid"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return _started(pid) != found["started"]  # else the number is another process's by now
+
+
+def _started(pid: int) -> str:
+    """When a process began; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
