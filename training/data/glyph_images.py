@@ -24,7 +24,7 @@ GRID = 96  # rows and columns of a distance map
 EM = 64  # of them are the font's em: the rest is room for wide characters, and for the distance around them
 REACH = 10.0  # cells from the outline up to which distances are kept
 STEPS = 8  # lines that a curve becomes
-SLOTS = 36  # random numbers that an image uses, beside those of its noise
+SLOTS = 35  # random numbers that an image uses, beside those of its noise
 CHUNK = 512  # images drawn at a time
 
 F32 = npt.NDArray[np.float32]
@@ -112,7 +112,7 @@ def draw_images(maps: npt.NDArray[np.int8], per_character: int, seed: int) -> tu
     """Draw as many images of every character, each by random numbers of its own.
 
     Every image has its character in the middle, in a random font, turned, sheared, scaled, moved, made thicker or
-    thinner, of random contrast and polarity, on a background that slopes, with two other characters reaching in from
+    thinner, of random contrast, on a background that slopes, with two other characters reaching in from
     the edges, and noise over all of it.
 
     Args:
@@ -147,9 +147,8 @@ def _drawn(maps: npt.NDArray[np.int8], labels: npt.NDArray[np.int64], uniform: F
         return (next(slots) * np.float32(count)).astype(np.int64)
 
     y, x = (a.astype(np.float32)[None] - np.float32((PIXELS - 1) / 2) for a in np.mgrid[:PIXELS, :PIXELS])
-    shade = between(0.25, 0.75) + (between(-0.2, 0.2) * x + between(-0.2, 0.2) * y) / np.float32(PIXELS)
-    polarity = np.where(next(slots) < np.float32(0.5), np.float32(-1), np.float32(1))
-    contrast = between(0.25, 0.6)
+    shade = between(0.1, 0.4) + (between(-0.2, 0.2) * x + between(-0.2, 0.2) * y) / np.float32(PIXELS)
+    contrast = between(0.25, 0.7)
     for clutter in (True, True, False):  # the character itself is on top
         if clutter:
             which, far = one_of(maps.shape[1]), between(15, 21)
@@ -157,9 +156,9 @@ def _drawn(maps: npt.NDArray[np.int8], labels: npt.NDArray[np.int64], uniform: F
             dx = np.where(side == 0, far, np.where(side == 1, -far, along))
             dy = np.where(side == 2, far, np.where(side == 3, -far, along))
         else:
-            which, dx, dy = labels[:, None, None], between(-3, 3), between(-3, 3)
+            which, dx, dy = labels[:, None, None], between(-2.5, 2.5), between(-2.5, 2.5)
         cover = _covered(maps, one_of(maps.shape[0]), which, x - dx, y - dy, between)
-        shade = shade + cover * (polarity * contrast * (between(0.5, 1) if clutter else np.float32(1)))
+        shade = shade + cover * (contrast * between(0.3, 0.9) if clutter else contrast)
     strength = between(0.02, 0.12)
     # the sum of four uniform bytes is nearly normal; its standard deviation is 147.8
     shade = shade + (noise.astype(np.int32).sum(axis=-1) - 510).astype(np.float32) * (strength / np.float32(147.8))

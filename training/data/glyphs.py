@@ -75,8 +75,8 @@ class Glyphs(Data):
     """
 
     kind = "glyphs"
-    TRAIN, VAL = 360, 125
-    MEAN, STD = 0.5008, 0.2323
+    TRAIN, VAL = 250, 125
+    MEAN, STD = 0.3427, 0.2118
 
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:
