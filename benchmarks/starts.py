@@ -1,9 +1,9 @@
 """What it adds to start from methods' decisions: ``python -m benchmarks.starts [--seeds 0] [--seconds 240]``.
 
-UVC, SPViT and NViT's iterative pruning decide about the digits example's source, as ``search.start_methods`` has them do.
-``decisions`` sets each beside the neutral point of its cost, whose widths the scores alone decide: KL to the source and
-top-1 on the validation split, both computed in the same way and untrained. ``searches`` are two searches as in the
-example, of equal seconds of the processor: one with the decisions, whose training counts, and one without.
+UVC, SPViT and NViT's iterative pruning decide about the digits example's source, as ``search.start_methods`` asks.
+``decisions`` sets each beside the neutral point of its cost, whose widths the scores alone decide: KL to the source
+and top-1 on the validation split, both computed in the same way and untrained. Then come two searches as in the
+example, of equal seconds of the processor: ``with`` the decisions, whose training counts, and ``without``.
 """
 
 from __future__ import annotations

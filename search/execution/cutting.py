@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class Cutter:
         config: its configuration.
         kept: folder for what projections have in common, of all processes of a search.
         reading: makes a context in which images are read, when they are needed first.
+
+    Attributes:
+        seconds: that models and measurements have taken so far.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class Cutter:
         reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.source, self.data, self.search, self.seed = source, data, config.search, config.seed
-        self.kept, self.reading = kept, reading
+        self.kept, self.reading, self.seconds = kept, reading, 0.0
         self.agreeing = "agreement" in config.search.objectives
         # another draw than the screen's, as far as there are images: those that were fitted to flatter
         arch = arch_of(source)
@@ -82,6 +86,18 @@ class Cutter:
 
         A saved model, of which the decision is the folder, stays as it is.
         """
+        with self._clocked():
+            return self._model(decision)
+
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - begun
+
+    def _model(self, decision: Cut | Path) -> nn.Module:
         if isinstance(decision, Path):
             return to_float32(load(decision)).to(next(self.source.parameters()).device)
         if self.recovery is not None:
@@ -100,11 +116,14 @@ class Cutter:
 
     def screened(self, decision: Cut | Path) -> EvalMetrics:
         """Measure a decision's model on ``screen``, untrained, as a rung of 0 epochs does."""
-        return self._compared_screen.measure(self.model(decision))
+        model = self.model(decision)
+        with self._clocked():
+            return self._compared_screen.measure(model)
 
     def measured(self, model: nn.Module) -> EvalMetrics:
         """Measure a model on the images that candidates are compared by, and its agreement with the source."""
-        return self._compared.measure(model)
+        with self._clocked():
+            return self._compared.measure(model)
 
     @cached_property
     def _compared_screen(self) -> Compared:

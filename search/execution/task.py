@@ -194,7 +194,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
     folder = run.trial(unit.id)
     candidate = context.candidate(unit)
     write_text(folder / "arch.json", candidate.arch.to_json())
-    screens = context.epochs(unit.rung) == 0
+    screens, before = context.epochs(unit.rung) == 0, context.cutter.seconds
     found = _screen(context, unit, candidate) if screens else _train(context, unit, candidate, folder)
     if found is None:
         return None
@@ -214,6 +214,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         latency_ms=candidate.latency_ms,
         has_model=(folder / "model").exists(),
         training_seconds=training,
+        computing_seconds=context.cutter.seconds - before,
         ppl=after.ppl,
         agreement=after.agreement,
         kl=after.kl,

@@ -199,7 +199,7 @@ class Display:
         self._live = None
 
     def overhead(self, coordinator: Coordinator, before: int, elapsed: float) -> None:
-        """Show how much time this session's results took besides training.
+        """Show what this session's results took: computing and measuring models, training, and all else.
 
         Args:
             coordinator: the search.
@@ -209,13 +209,15 @@ class Display:
         found = coordinator.results[before:]
         if not found:
             return
-        training = sum(r.training_seconds for r in found)
-        share = 1 - training / (elapsed * coordinator.max_concurrent)
+        whole = elapsed * coordinator.max_concurrent  # of the workers
+        computing, training = (sum(times) / whole for times in zip(*map(_work, found), strict=True))
         again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
         each = coordinator.seconds / len(found)
+        other = max(1 - computing - training, 0)
         self.note(
-            f"{len(found)} units in {clock(elapsed)}: the driver spent {each:.3f} s on each; "
-            f"{share:.0%} of the workers' time went into other things than training{again}"
+            f"{len(found)} units in {clock(elapsed)}: of the workers' time {computing:.0%} went into computing and "
+            f"measuring models, {training:.0%} into training, {other:.0%} into other things; the driver spent "
+            f"{each:.3f} s on each unit, {coordinator.seconds / whole:.1%} of that time{again}"
         )
 
     def close(self) -> None:
@@ -236,6 +238,11 @@ class Display:
         """Print what the results say about the search's settings, a line each."""
         for line in lines:
             self.note(f"advice: {line}")
+
+
+def _work(result: Result) -> tuple[float, float]:
+    """Seconds of a result's computing and training."""
+    return result.computing_seconds, result.training_seconds
 
 
 def live_table(

@@ -90,6 +90,7 @@ class Result:
     latency_ms: float | None = None  # predicted
     has_model: bool = True  # False on a rung that only screens
     training_seconds: float = 0.0  # of ``seconds``
+    computing_seconds: float = 0.0  # of ``seconds``: making models without training, and measuring them
     ppl: float | None = None
     agreement: float | None = None
     kl: float | None = None

@@ -129,7 +129,9 @@ def test_a_stopped_unit_goes_on_to_the_same_result(started: tuple[Run, Coordinat
     for file in ("result.json", "metrics.jsonl"):
         (run.trial(unit.id) / file).unlink()
     again = run_task(run.path, unit)["result"]
-    clocks = {"seconds": 0, "training_seconds": 0}
+    clocks = {"seconds": 0, "training_seconds": 0, "computing_seconds": 0}
+    assert again["computing_seconds"] > 0
+    assert again["computing_seconds"] + again["training_seconds"] < again["seconds"]
     assert {**again, **clocks} == {**found, **clocks}
     uninterrupted = load(run.trial(unit.id) / "model").state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in uninterrupted.items())

@@ -72,3 +72,28 @@ def test_the_line_of_a_trial_shows_what_it_is_ranked_by(tmp_path: Path) -> None:
     first, second = console.file.getvalue().splitlines()
     assert "trial 3 on rung 0: top-1 90.00 %, KL to the source 0.125  MACs 0.500" in first
     assert "trial 3 on rung 1: top-1 90.00 %, loss 0.25  MACs 0.500" in second
+
+
+def test_the_end_of_a_session_says_what_its_time_went_into(tmp_path: Path) -> None:
+    """Computing models and training are the work; what is left over, of all workers, is overhead."""
+    run, table = make_run(tmp_path / "run"), SearchTable(trials=3)
+    coordinator = Coordinator(run, Study(run / "journal", SPACE.distributions, 0), SPACE, table, **ONE)
+    coordinator.max_concurrent, coordinator.seconds = 2, 0.3
+    times = [(4.0, 0.0), (2.0, 3.0), (1.0, 8.0)]  # of the first result it was another session's
+    coordinator.results = [
+        replace(result_of(i), computing_seconds=own, training_seconds=training)
+        for i, (own, training) in enumerate(times)
+    ]
+    console = Console(file=io.StringIO(), width=300)
+    Display(console).overhead(coordinator, before=1, elapsed=10.0)
+    text = console.file.getvalue()
+    assert (
+        "2 units in 00:10: of the workers' time 15% went into computing and measuring models, 55% into training, 30%"
+        in text
+    )
+    assert "the driver spent 0.150 s on each unit, 1.5% of that time" in text
+
+
+def result_of(number: int) -> Result:
+    point: dict[str, float | int | str] = {"budget": 0.5}
+    return Result(number, 90.0, 80.0, 100, 10, "a", point, 9.0)
