@@ -17,6 +17,7 @@ from .arch import Arch
 from .errors import UserError, nearest
 from .families import FAMILIES, family_of
 from .precision import TYPES
+from .without_values import without_values
 
 __all__ = [
     "DROP_RATES",
@@ -175,7 +176,7 @@ def build_with(
     """
     rates = dict(drop_rates or {})
     drop_path = rates.pop("drop_path_rate", 0.0)
-    with torch.device("meta"):
+    with without_values():
         model = create(arch, pretrained=False, pretrained_cfg=pretrained_cfg, drop_path=drop_path, **rates)
     _check_types(weights, [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()])
     model.load_state_dict(weights, strict=True, assign=True)

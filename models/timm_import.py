@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import timm
-import torch
 from timm.layers import to_2tuple
 from torch import nn
 
 from .arch import Arch
 from .errors import UserError, nearest
 from .families import FAMILIES, family_of
+from .without_values import without_values
 
 __all__ = ["arch_from_timm"]
 
@@ -31,7 +31,7 @@ def arch_from_timm(model: str | nn.Module, img_size: int | tuple[int, int] | Non
         bare = name.split(".")[0]
         if ":" not in name and not timm.is_model(bare):
             raise UserError(f"unknown timm model {name!r}. {nearest(bare, timm.list_models())}".strip())
-        with torch.device("meta"):
+        with without_values():
             module: nn.Module = timm.create_model(name)
     else:
         module = model

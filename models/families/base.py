@@ -20,6 +20,7 @@ from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.layers.conv_mixing import ConvSharing
+from prunesweep.models.without_values import without_values
 
 from .block_costs import Cost, Counts, convolution_cost, global_attention_cost, mlp_cost
 from .checks import check_fixed
@@ -393,7 +394,7 @@ def tensor_shapes(family: Family, arch: Arch) -> Mapping[str, tuple[int, ...]]:
         family: the record's family.
         arch: the record.
     """
-    with torch.device("meta"):
+    with without_values():
         model = family.build(arch)
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 

@@ -121,12 +121,13 @@ class SourceStreams:
         return sum(step.stage <= stage and (not step.view or step.view.index < block) for step in self._steps)
 
     def _after(self, count: int) -> Batches:
-        mode = self.model.training
+        if not self.model.training:
+            return self._computed(count)
         self.model.eval()
         try:
             return self._computed(count)
         finally:
-            self.model.train(mode)
+            self.model.train()
 
     def _computed(self, count: int) -> Batches:
         have = max((n for n in self._found if n <= count), default=0)
