@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ OBJECTIVES: Mapping[str, Measure] = {measure.name: measure for measure in (MACS,
 BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
 STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
 HELD_OUT = 0.25  # of the images: chosen by, not fitted to
-FITS = 6  # models that are usually computed for a budget: some residual widths, equal shares, the chosen one again
+FITS = 5  # models that are usually computed for a budget: three residual widths, equal shares, the chosen one again
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +163,13 @@ class _Front:
 
     def points(self, budgets: Sequence[float]) -> list[Point]:
         found: list[Point] = []
-        begin = 0
+        begin, met = 0, 1.0  # the residual width that was chosen last, and for what budget
         for number, budget in enumerate(sorted(budgets, reverse=True)):
             self.done, self.due, self.planned = number * FITS, (number + 1) * FITS, len(budgets) * FITS
             limit = budget * self.whole
-            begin, best = self._downhill(limit, begin)
+            at, best = self._downhill(limit, self._smaller(begin, budget / met))
+            if best is not None:
+                begin, met = at, budget
             # sums of one-block losses rank well but are no measurement: equal shares are the baseline to beat
             even = self._even(limit)
             scouts = [one for one in (best, even) if one is not None]
@@ -175,10 +178,15 @@ class _Front:
             self.progress("computing models", self.due, self.planned)
         return found
 
-    def _downhill(self, limit: float, begin: int) -> tuple[int, _Scout | None]:
-        """Find the residual width of the least error, from where the budget before ended."""
+    def _smaller(self, stream: int, ratio: float) -> int:
+        """Find the residual width that suits a model of a smaller cost: most of it is products of two widths."""
+        sizes = [sum(widths) for widths in self.streams]
+        wanted = sizes[stream] * math.sqrt(ratio)
+        return min(range(len(sizes)), key=lambda n: abs(sizes[n] - wanted))
+
+    def _downhill(self, limit: float, at: int) -> tuple[int, _Scout | None]:
+        """Find the residual width of the least error, going on from one."""
         tried: dict[int, _Scout | None] = {}
-        at = begin
         while True:
             for near in (at, at - 1, at + 1):
                 if 0 <= near < len(self.streams) and near not in tried:
@@ -194,7 +202,7 @@ class _Front:
             elif at + 1 < len(self.streams):  # too wide for this budget
                 at += 1
             else:
-                return begin, None
+                return at, None
 
     def _even(self, limit: float) -> _Scout | None:
         """Try the largest model of equal shares of all widths within a limit."""
