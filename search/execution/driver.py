@@ -33,7 +33,7 @@ from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import hypervolume, latest, quality_of
-from prunesweep.search.store.records import sealed
+from prunesweep.search.store.records import FORMAT, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.search.store.study import Study
 from prunesweep.training.jobs.proposal import is_proposal
@@ -277,6 +277,7 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
     arch, table = kept.arch, config.space.latency_table
     spent = cost(arch)
     facts = {
+        "format": FORMAT,
         "source": {
             "name": arch.source,
             "weights": kept.weights,

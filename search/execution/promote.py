@@ -5,7 +5,6 @@ promoted/r2-0007/   model/, promoted.json        figures of the search stay what
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import reserve
 from prunesweep.models.latency.timing import Setting, measure_all
-from prunesweep.search.store.records import EXACT, read_sealed
+from prunesweep.search.store.records import EXACT, sealed
 from prunesweep.search.store.run import Run, task_id
 from prunesweep.training import Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
@@ -147,7 +146,7 @@ def promote(
         agreement=facts.get("agreement"),
         searched_agreement=point.get("agreement"),
     )
-    write_text(folder / "promoted.json", json.dumps(asdict(found), indent=1))
+    write_text(folder / "promoted.json", sealed(asdict(found)))
     return found
 
 
@@ -164,7 +163,7 @@ def promoted(run: Run) -> list[dict[str, Any]]:
     found = []
     for path in sorted((run / "promoted").glob("*/promoted.json")):
         try:
-            found.append(asdict(Promoted(**read_sealed(path, Promoted))))
+            found.append(asdict(Promoted(**run.read(path, Promoted))))
         except UserError as error:
             raise UserError(f"{error}. Delete it, and promote again") from error
     return sorted(found, key=lambda p: p["macs"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from prunesweep.training import EvalMetrics
 
 __all__ = [
     "EXACT",
+    "FORMAT",
     "Ending",
     "Result",
     "RunFacts",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 EXACT = ConfigDict(strict=True, extra="forbid")
+FORMAT = 1  # of runs: from 1 on, every file that ``sealed`` writes must have its digest
 
 
 def task_id(number: int, rung: int = 0) -> str:
@@ -154,10 +157,11 @@ class SourceFacts(BaseModel):
 
 
 class RunFacts(BaseModel):
-    """What ``run.json`` says; runs of earlier versions have no ``content`` and no ``settings``."""
+    """What ``run.json`` says; runs of earlier versions have no ``format``, no ``content`` and no ``settings``."""
 
     model_config = ConfigDict(strict=True)
 
+    format: NonNegativeInt = 0
     source: SourceFacts
     scores: dict[str, str]  # names of files
     versions: dict[str, str | None]
@@ -182,12 +186,13 @@ def sealed(data: Mapping[str, Any]) -> str:
     return json.dumps({**data, "digest": digest(data)}, indent=1)
 
 
-def read_sealed(path: Path, form: type) -> dict[str, Any]:
-    """What ``sealed`` wrote, or files of before there were digests.
+def read_sealed(path: Path, form: type, *, unsealed: str | None = None) -> dict[str, Any]:
+    """What ``sealed`` wrote.
 
     Args:
         path: the file.
         form: what the object must be; the object itself is returned.
+        unsealed: the warning by which a file without a digest is believed; by default it is damaged.
 
     Raises:
         UserError: the file is damaged; the message names the field if one is wrong.
@@ -198,7 +203,11 @@ def read_sealed(path: Path, form: type) -> dict[str, Any]:
         _adapter(form).validate_json(json.dumps(data))
     except ValidationError as error:
         raise UserError(f"{path} is damaged: {_wrong(error.errors()[0])}") from error
-    if seal is not None and seal != digest(data):
+    if seal is None and unsealed is None:
+        raise UserError(f"{path} is damaged: it has no digest, which every file of this run was written with")
+    if seal is None:
+        warnings.warn(str(unsealed), stacklevel=1)  # from this line, so that it is shown once
+    elif seal != digest(data):
         raise UserError(f"{path} is damaged: it has changed since it was written")
     return data
 

@@ -36,7 +36,7 @@ from prunesweep.training import EvalMetrics
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
-from .records import Ending, Result, RunFacts, Task, Validation, read_json, read_sealed, sealed, task_id
+from .records import FORMAT, Ending, Result, RunFacts, Task, Validation, read_json, read_sealed, sealed, task_id
 
 __all__ = [
     "Outcomes",
@@ -122,12 +122,34 @@ class Run:
         return self.path / ".stop"
 
     def metadata(self) -> dict[str, Any]:
-        """``run.json``. Raises UserError where it is damaged."""
+        """``run.json``. Raises UserError where it is damaged, or of a later version."""
         path = self / "run.json"
         try:
-            return read_sealed(path, RunFacts)
+            facts = self.read(path, RunFacts)
         except UserError as error:
             raise self.unusable(error) from error
+        if facts.get("format", 0) > FORMAT:
+            raise UserError(
+                f"{path}: format = {facts['format']}: a later version of prunesweep made the run, use that one; "
+                f"this one reads formats up to {FORMAT}"
+            )
+        return facts
+
+    def read(self, path: Path, form: type) -> dict[str, Any]:
+        """Read a file that ``sealed`` wrote; one without a digest is believed in a run of before format 1.
+
+        Raises:
+            UserError: it is damaged; the message names the field if one is wrong.
+        """
+        return read_sealed(path, form, unsealed=self._unsealed)
+
+    @cached_property
+    def _unsealed(self) -> str | None:
+        """What is said of a file without a digest; None where every file must have one."""
+        with contextlib.suppress(UserError):
+            if read_json(self / "run.json").get("format"):
+                return None
+        return f"{self.shown}: an earlier version made it, without digests of some files: they are believed as they are"
 
     def unusable(self, reason: object) -> UserError:
         """The error of a run whose ``run.json`` cannot be used, with what can be done."""
@@ -179,7 +201,7 @@ class Run:
         path = self.trial(task_id) / "result.json"
         if not path.is_file():
             return None
-        data = read_sealed(path, Ending)
+        data = self.read(path, Ending)
         if data["state"] == "finished" and (found := Result(**data["result"])).id != task_id:
             raise UserError(f"{path} is damaged: it is the result of {found.id}")
         return data
@@ -205,7 +227,7 @@ class Run:
         """What ``write_validation`` wrote of this very result; None where it did not, or the file is damaged."""
         path = self.trial(result.id) / "validation.json"
         try:
-            kept = read_sealed(path, Validation) if path.is_file() else {}
+            kept = self.read(path, Validation) if path.is_file() else {}
         except UserError as error:
             warnings.warn(f"{error}; left out, 'prunesweep resume {self.shown}' makes it again", stacklevel=2)
             return None
@@ -225,7 +247,7 @@ class Run:
     def read_task(self, task_id: str) -> Task:
         """The task that was handed out under a name. Raises UserError where its file is missing or damaged."""
         path = self.trial(task_id) / "spec.json"
-        task = Task(**read_sealed(path, Task))
+        task = Task(**self.read(path, Task))
         if task.id != task_id:
             raise UserError(f"{path} is damaged: it is task {task.id}")
         return task

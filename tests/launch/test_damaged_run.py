@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from prunesweep.models import cut_arch
+from prunesweep.models import UserError, cut_arch
 from prunesweep.search.execution.promote import Promoted
 from prunesweep.search.store.records import sealed
+from prunesweep.search.store.run import Run, Task
 from tests.launch import test_cli
 from tests.launch.test_cli import call
 from tests.search.helpers import ARCH, make_space
@@ -31,10 +32,10 @@ def facts(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
-def reseal(run: Path, **source: Any) -> None:
-    """``run.json`` with its digest, and then with other facts of the source."""
+def edit(run: Path, **source: Any) -> None:
+    """``run.json`` with other facts of the source than its digest is of."""
     file = run / "run.json"
-    data = json.loads(sealed(json.loads(file.read_text())))
+    data = json.loads(file.read_text())
     data["source"] |= source
     file.write_text(json.dumps(data))
 
@@ -58,7 +59,8 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "data": (facts(lambda data: data.update(data=["digits"])), "run.json is damaged: data = ['digits']: "),
     "content": (facts(lambda data: data.update(content=None)), "run.json is damaged: content = None: "),
     "null settings": (facts(lambda data: data.update(settings=None)), "run.json is damaged: settings = None: "),
-    "edited": (lambda run: reseal(run, macs=7), "run.json is damaged: it has changed since it was written"),
+    "edited": (lambda run: edit(run, macs=7), "run.json is damaged: it has changed since it was written"),
+    "no digest": (facts(lambda data: data.pop("digest")), "run.json is damaged: it has no digest"),
     "settings lost": (lambda run: (run / "search.toml").unlink(), "search.toml"),
     "settings empty": (settings(""), "search.toml"),
     "settings torn": (settings('[search]\ntrials = 6\nobjectives = ["to'), "search.toml"),
@@ -114,12 +116,44 @@ def test_a_damaged_result_is_named_and_the_others_are_shown(
     assert json.loads(call(capsys, "status", run, "--json")[1])["trials"]["finished"] == 2
 
 
+def without(file: Path, *keys: str) -> None:
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in keys}))
+
+
+def test_files_without_a_digest_are_believed_in_runs_of_earlier_versions_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Run(run)
+    found.write_task(Task(1, found.results()[1].point, "a" * 16, "b" * 16, seed=0))
+    files = [run / "trials" / "r0-0001" / name for name in ("result.json", "spec.json")]
+    for file in files:
+        without(file, "digest")
+    code, out, error = call(capsys, "front", run, "--json")
+    assert (code, [p["trial"] for p in json.loads(out)]) == (0, [0, 2])
+    assert f"{files[0]} is damaged: it has no digest, which every file of this run was written with; left out" in error
+    with pytest.raises(UserError, match="it has no digest"):
+        found.read_task("r0-0001")
+
+    without(run / "run.json", "format", "digest")
+    code, out, error = call(capsys, "front", run, "--json")
+    assert (code, [p["trial"] for p in json.loads(out)]) == (0, [0, 1])
+    assert error.count("an earlier version made it, without digests of some files: they are believed as they are") == 1
+    assert Run(run).read_task("r0-0001").number == 1
+
+
+def test_a_run_of_a_later_version_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without(run / "run.json", "digest")
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(sealed({**facts, "format": 2}))
+    for command, *options in COMMANDS:
+        code, _, error = call(capsys, command, run, *options)
+        assert (code, "format = 2: a later version of prunesweep made the run" in error) == (2, True), command
+
+
 def test_the_report_needs_no_record_where_there_is_a_decision(
     run: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from prunesweep.search.store.run import Run
-
     candidate = make_space().decode(Run(run).results()[0].point)
     path = run / "trials" / "r0-0000" / "arch.json"
     for damage in (lambda: path.write_text(path.read_text()[:50]), path.unlink):
@@ -143,7 +177,7 @@ def test_promoted_figures_that_are_damaged_are_named(run: Path, capsys: pytest.C
     path = run / "promoted" / "r0-0000" / "promoted.json"
     path.parent.mkdir(parents=True)
     whole = Promoted("r0-0000", 90.0, 80.0, None, None, 10, 10, "quick", None, "promoted/r0-0000/model")
-    path.write_text(json.dumps(asdict(whole)))
+    path.write_text(sealed(asdict(whole)))
     assert call(capsys, "front", run)[0] == 0
     wrong = json.dumps({**asdict(whole), "top1": "high"})
     for damage in ("{}", "null", '{"unit": "r0', wrong):

@@ -15,6 +15,7 @@ from prunesweep.pruners import GROUP_SIZES, Scores, vector_sizes
 from prunesweep.pruners.nvit.saliency import KINDS
 from prunesweep.search.config import SpaceTable
 from prunesweep.search.space.space import Space
+from prunesweep.search.store.records import FORMAT, sealed
 from prunesweep.search.store.run import Run
 
 ARCH = Arch(
@@ -52,6 +53,12 @@ def make_run(path: Path, trials: int = 12, **search: Any) -> Run:
     (path / "trials").mkdir(parents=True)
     spent = cost(ARCH)
     source = {"name": "test", "weights": "w", "top1": 90.0, "macs": spent.macs, "params": spent.params}
-    write_text(path / "run.json", json.dumps({"source": source, "scores": {}, "versions": {}}))
+    write_text(path / "run.json", sealed({"format": FORMAT, "source": source, "scores": {}, "versions": {}}))
     write_text(path / "search.toml", tomli_w.dumps({"search": {"trials": trials, **search}}))
     return Run(path)
+
+
+def make_older(run: Run) -> None:
+    """Make a run one of an earlier version, whose facts have neither a format nor a digest."""
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in facts.items() if k not in ("format", "digest")}))

@@ -15,7 +15,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.store.run import Run, Task
 from prunesweep.search.store.study import RESULTS
 from tests.search.execution.test_coordinator import LADDER, SPACE, start, work
-from tests.search.helpers import make_run
+from tests.search.helpers import make_older, make_run
 from tests.search.store.test_study import trials
 
 DONE, ASKED = 6, 9
@@ -253,6 +253,7 @@ def test_a_result_of_another_candidate_than_its_task_is_refused(run: Run) -> Non
 @pytest.mark.parametrize("spec", [True, False])
 def test_a_result_with_another_point_is_refused(run: Run, *, spec: bool) -> None:
     """As an older version wrote it, without a digest, and then edited."""
+    make_older(run)
     path = run.trial("r0-0003") / "result.json"
     data = json.loads(path.read_text())
     del data["digest"], data["result"]["point"]["skip"]

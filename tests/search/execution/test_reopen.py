@@ -22,6 +22,7 @@ from prunesweep.search.execution.promote import promote
 from prunesweep.search.execution.reopen import check_data, reopen, space_of
 from prunesweep.search.execution.source import prepare
 from prunesweep.search.execution.task import run_task
+from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, Task
 from prunesweep.search.store.study import Study
 from prunesweep.training import Recipe
@@ -117,8 +118,9 @@ def test_lost_settings_are_written_again(run: Run, name: str) -> None:
 
 def test_a_run_of_before_settings_were_kept_goes_on(run: Run) -> None:
     facts = run.metadata()
-    del facts["settings"]
+    del facts["settings"], facts["format"]
     (run / "run.json").write_text(json.dumps(facts))
+    run = Run(run.path)
     assert reopen(run) == load_run_config(run.path)
     check_data(run, reopen(run))
 
@@ -135,7 +137,7 @@ def test_another_source_in_a_runs_folder_is_refused(run: Run) -> None:
 
 def test_a_score_that_the_facts_do_not_name_is_missed_before_any_work(run: Run) -> None:
     facts = run.metadata()
-    (run / "run.json").write_text(json.dumps({**facts, "scores": {}}))
+    (run / "run.json").write_text(sealed({**facts, "scores": {}}))
     with pytest.raises(UserError, match=r"run.json is damaged: scores does not name the file of nvit") as refused:
         resume_search(run.path)
     assert "put the file back from a copy of the run" in str(refused.value)
