@@ -47,11 +47,11 @@ def bench(
     """Measure models side by side: latency, throughput, and the speed-up that their MACs promise."""
     import json
 
-    from rich.console import Console
-
     from prunesweep.models import UserError
     from prunesweep.models.io.files import write_text
     from prunesweep.models.latency.timing import Setting, measure_all
+
+    from .console import PlainConsole
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: its folder does not exist")
@@ -60,7 +60,7 @@ def bench(
     settings[0].require_device()
     chosen = list(dict.fromkeys([*([] if source is None else [source]), *names]))
     loaded = [open_model(name) for name in chosen]
-    console = Console(markup=False)
+    console = PlainConsole()
     timings = []
     with progress_bar(console) as bar:
         for setting in settings:

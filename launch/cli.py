@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 the search failed, or damage left nothing to show; 2 somet
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import typer
 from rich.console import Console
 
 from .bench import bench
+from .console import PlainConsole
 from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
 from .doctor import doctor
 from .eval_run import evaluate_run, is_run
@@ -78,7 +78,7 @@ def search(
     """Search for the Pareto front of accuracy against MACs."""
     from prunesweep.search import load_config, run_search
 
-    settings, console = load_config(config, overrides or []), Console(markup=False)
+    settings, console = load_config(config, overrides or []), PlainConsole()
     options: dict[str, Any] = {"address": address, "dry_run": dry_run, "verbose": verbose}
     _drive(lambda: run_search(settings, out, console=console, **options), console)
 
@@ -100,7 +100,7 @@ def resume(
         return
     from prunesweep.search import resume_search
 
-    console = Console(markup=False)
+    console = PlainConsole()
     options: dict[str, Any] = {"trials": trials, "overrides": overrides or [], "address": address, "verbose": verbose}
     options["retry_failed"] = retry_failed
     _drive(lambda: resume_search(run, console=console, **options), console)
@@ -155,7 +155,7 @@ def _show_status(found: dict[str, Any]) -> None:
     from prunesweep.training import EvalMetrics
 
     trials, source = found["trials"], found["source"]
-    console = Console(markup=False)
+    console = PlainConsole()
     console.print(
         f"{trials['finished']} of {found['requested']} trials finished, {trials['running']} running, "
         f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
@@ -183,6 +183,8 @@ def front(
     from prunesweep.search.report.display import print_front, print_promoted
     from prunesweep.search.store.run import task_id
 
+    from .spreadsheet import write_csv
+
     found = Run.existing(run)
     points = [{**p, "model": str(run / p["model"])} for p in found.front()]
     check_front(found)
@@ -196,11 +198,9 @@ def front(
         print(json.dumps(points))
     elif as_csv:
         columns = dict.fromkeys(name for point in points for name in point)  # not all may be validated yet
-        writer = csv.DictWriter(sys.stdout, list(columns) or ["trial"])
-        writer.writeheader()
-        writer.writerows(points)
+        write_csv(sys.stdout, list(columns) or ["trial"], points)
     else:
-        console, source = Console(markup=False), found.metadata()["source"]
+        console, source = PlainConsole(), found.metadata()["source"]
         print_front(console, points, source["macs"])
         if further:
             print_promoted(console, list(further.values()), source["macs"], run)
@@ -293,7 +293,7 @@ def evaluate(
                 "features be compared with as many of the model's own source"
             )
     if not as_json:
-        Console(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
+        PlainConsole(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     listed = opened.val_images
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
     found, spent = EvalMetrics.of(measure(loaded, batches, source=source)), cost(arch)
@@ -302,11 +302,11 @@ def evaluate(
         print(json.dumps({**found.with_interval(), "macs": spent.macs, "params": spent.params}))
     else:
         listed_too = f" of {listed:,}" if opened.val_images != listed else ""  # some of them cannot be read
-        Console(markup=False).print(
+        PlainConsole().print(
             f"{found.full}{listed_too}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False, soft_wrap=True
         )
     if warning := chance_warning(loaded, opened, found):
-        Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
+        PlainConsole(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _outputs(arch: Any) -> str:
@@ -369,11 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
     """Show a warning to people as one line; those of libraries about their own use say where they arose."""
     line = f"warning: {message}" if category is UserWarning else warnings.formatwarning(message, category, *where)
-    Console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    PlainConsole(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fail(message: str, code: int = USER_ERROR) -> NoReturn:
-    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    PlainConsole(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)
 
 

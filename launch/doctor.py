@@ -57,11 +57,12 @@ def doctor(
     ] = None,
 ) -> None:
     """Check what a search needs, here and on every node of a cluster; with a configuration, its data too."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from prunesweep.search.config import ClusterTable, load_config
+
+    from .console import PlainConsole
 
     settings = None if config is None else load_config(config)
     table = (settings and settings.cluster) or ClusterTable()
@@ -74,7 +75,7 @@ def doctor(
     signs = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "wrong": "[red]wrong[/]"}
     for finding in findings:
         shown.add_row(signs[finding.state], *map(escape, (finding.what, finding.found, finding.fix)))
-    Console().print(shown)
+    PlainConsole(markup=True).print(shown)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
 

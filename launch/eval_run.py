@@ -25,8 +25,6 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
         UserError: the run's settings were edited, the data are not those that it was made on, or a model is damaged.
         NothingLeft: damage left no model of the front, or one whose answers are no numbers.
     """
-    from rich.console import Console
-
     from prunesweep.models import UserError, arch_of, load
     from prunesweep.models.precision import to_float32
     from prunesweep.search import Run
@@ -34,10 +32,11 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     from prunesweep.training import EVAL_BATCH, EvalMetrics
     from prunesweep.training import evaluate as measure
 
+    from .console import PlainConsole
     from .nothing_left import check_answers, check_front, check_weights
 
     run = Run.existing(path)
-    notes = Console(stderr=True)
+    notes = PlainConsole(stderr=True)
 
     def note(text: str) -> None:
         notes.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -25,14 +25,14 @@ def export_model(
     """Write a saved model for another runtime, and compare the two."""
     import json
 
-    from rich.console import Console
-
     from prunesweep.models import arch_of, load
     from prunesweep.models.io.export import default_path, export
     from prunesweep.models.io.lock import reserve
 
+    from .console import PlainConsole
+
     path = default_path(model, to) if out is None else out
-    console = Console(stderr=True, markup=False)
+    console = PlainConsole(stderr=True)
     with reserve(path), console.status(f"writing {path} and comparing it with the model"):
         loaded = load(model)
         error = export(loaded, path, to, opset=opset)
@@ -42,7 +42,7 @@ def export_model(
     else:
         outputs = "features" if arch_of(loaded).headless else "logits"
         text = f"{path}: {size:,} bytes; its {outputs} differ from the model's by at most {error:.1e}"
-        Console(markup=False).print(text, highlight=False, markup=False, soft_wrap=True)
+        PlainConsole().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def push_model(

@@ -70,8 +70,6 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Train a saved model; the same command continues a run that was stopped."""
-    from rich.console import Console
-
     from prunesweep.models import UserError, cost, load, load_provenance, read_arch
     from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import to_float32
@@ -82,6 +80,8 @@ def finetune(
     from prunesweep.training.jobs.finetune import finetune as train
     from prunesweep.training.jobs.placement import Placement, worker_range
     from prunesweep.training.second_stage import SecondStageJob
+
+    from .console import PlainConsole
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -104,7 +104,7 @@ def finetune(
         second_stage=None if second_stage is None else SecondStageJob(second_stage, stage),
     )
     placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)
-    console = Console(stderr=as_json, markup=False)
+    console = PlainConsole(stderr=as_json)
     display = Display(console)
     opened = job.check()
     display.data(opened.describe())

@@ -38,11 +38,11 @@ def import_model(
     """Convert a checkpoint of another project to a saved model."""
     import hashlib
 
-    from rich.console import Console
-
     from prunesweep.models import UserError, arch_of, cost, save
     from prunesweep.models.importers import import_checkpoint
     from prunesweep.models.io.lock import reserve
+
+    from .console import PlainConsole
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
@@ -52,7 +52,7 @@ def import_model(
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         save(model, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
-    arch, console = arch_of(model), Console(markup=False)
+    arch, console = arch_of(model), PlainConsole()
     spent = cost(arch)
     console.print(_table(arch))
     console.print(f"{spent.macs:,} MACs, {spent.params:,} params; saved as {out}", highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 import warnings
@@ -60,8 +59,6 @@ def instant(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Compute a front of smaller models from a few hundred unlabelled images; nothing is trained."""
-    from rich.console import Console
-
     from prunesweep.models import LatencyTable, UserError, arch_of
     from prunesweep.models.io.files import publish_folder
     from prunesweep.models.io.lock import reserve
@@ -71,6 +68,8 @@ def instant(
     from prunesweep.search.report.display import Display
     from prunesweep.training import open_fitting
     from prunesweep.training.jobs.one_shot import evaluate_shown, open_source
+
+    from .console import PlainConsole
 
     shares = _shares(budgets)
     if out.exists():
@@ -86,7 +85,7 @@ def instant(
     model = open_source(source)
     budgeted: Any = objective if predictor is None else latency(predictor, arch_of(model))
     dataset = open_fitting(data, model, **data_options(class_order, classes, unreadable))
-    console = Console(stderr=as_json, markup=False)
+    console = PlainConsole(stderr=as_json)
     display = Display(console)
     display.data(dataset.describe())
     if images > dataset.train_images:
@@ -269,11 +268,11 @@ def print_computed(path: Path, *, as_json: bool = False, as_csv: bool = False) -
     Raises:
         NothingLeft: all of its models are gone.
     """
-    from rich.console import Console
-
     from prunesweep.search.store.computed import ComputedFront
 
+    from .console import PlainConsole
     from .nothing_left import NothingLeft
+    from .spreadsheet import write_csv
 
     front = ComputedFront(path)
     gone = [folder for folder in front.folders if not folder.is_dir()]
@@ -286,11 +285,10 @@ def print_computed(path: Path, *, as_json: bool = False, as_csv: bool = False) -
         print(json.dumps(points))
     elif as_csv:
         columns = [name for name in front.facts["points"][0] if name not in ("spent", "latency")]
-        writer = csv.DictWriter(sys.stdout, [*columns, "measured_ms"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**p, "measured_ms": p["latency"]["median_ms"] if p.get("latency") else None} for p in points)
+        rows = ({**p, "measured_ms": p["latency"]["median_ms"] if p.get("latency") else None} for p in points)
+        write_csv(sys.stdout, [*columns, "measured_ms"], rows)
     else:
-        show_front(Console(markup=False), front.facts, path)
+        show_front(PlainConsole(), front.facts, path)
 
 
 def show_front(console: Console, facts: dict[str, Any], out: Path, missed: Sequence[float] = ()) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-import tarfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .console import without_controls
 from .submit import AddressOption, FollowOption, follow_job
 
 __all__ = ["fetch", "jobs", "logs", "remote_status", "stop"]
@@ -36,8 +35,9 @@ def jobs(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """List the searches on a cluster, attempt by attempt."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .console import PlainConsole
 
     attempts = _cluster(address).attempts()
     if as_json:
@@ -49,7 +49,7 @@ def jobs(
         started = "" if a.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(a.started))
         took = "" if a.started is None else _clock((a.ended or time.time()) - a.started)
         table.add_row(a.run, a.job, a.status.lower(), started, took, a.folder)
-    Console(markup=False).print(table if attempts else "no searches")
+    PlainConsole().print(table if attempts else "no searches")
 
 
 def _clock(seconds: float) -> str:
@@ -64,7 +64,7 @@ def logs(run: NameArgument, address: AddressOption = None, follow: FollowOption 
     if follow:
         follow_job(cluster, run, job)
     else:
-        print(cluster.logs(job), end="")
+        print(without_controls(cluster.logs(job)), end="")
 
 
 def stop(run: NameArgument, address: AddressOption = None) -> None:
@@ -133,6 +133,7 @@ def fetch(
 ) -> None:
     """Download a run's front, report, results and chosen models, running or finished."""
     from prunesweep.launch.cluster.client import last_json
+    from prunesweep.launch.cluster.unpacking import unpack_archive
     from prunesweep.models import UserError
     from prunesweep.models.io.files import publish_folder
 
@@ -152,10 +153,8 @@ def fetch(
             f"{problem}; take fewer models with --top, allow more with --limit, or copy {last.folder} itself"
         )
     archive = unpack(output)
-    with publish_folder(target) as folder, tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
-        # as a filter of Python 3.11.4 on, or not at all before
-        files.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)  # type: ignore[assignment]
-        files.extractall(folder)
+    with publish_folder(target) as folder:
+        unpack_archive(archive, folder, limit * MIB)
     models = len(list(target.glob("*/*/model/config.json")))
     print(f"{target}: {models} models, {len(archive) / MIB:.1f} MiB; see 'prunesweep front {target}'")
 

@@ -53,8 +53,6 @@ def latency(
     import dataclasses
     import json
 
-    from rich.console import Console
-
     from prunesweep.models import UserError, arch_of
     from prunesweep.models.io.files import write_text
     from prunesweep.models.latency.building import build_table
@@ -62,13 +60,15 @@ def latency(
     from prunesweep.models.latency.prediction import prediction_error
     from prunesweep.models.latency.timing import Setting
 
+    from .console import PlainConsole
+
     for option, file in (("--out", out), ("--to-nvit", to_nvit)):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"{option} {file}: its folder does not exist")
     if check == 1:
         raise UserError("--check 1: a rank correlation needs at least 2 models; 0 for none")
     setting = Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads)
-    arch, console = arch_of(open_model(source)), Console(markup=False)
+    arch, console = arch_of(open_model(source)), PlainConsole()
     if from_nvit is not None:
         table = _read_nvit(from_nvit, arch, setting)
         table.save(out)

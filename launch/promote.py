@@ -37,8 +37,6 @@ def promote(
     ] = None,
 ) -> None:
     """Finetune chosen models of the front with a full recipe, and measure their latency; all of them by default."""
-    from rich.console import Console
-
     from prunesweep.models import UserError
     from prunesweep.models.latency.timing import Setting
     from prunesweep.search import Run
@@ -50,6 +48,7 @@ def promote(
     from prunesweep.training import EvalMetrics, load_recipe
     from prunesweep.training.jobs.placement import Placement
 
+    from .console import PlainConsole
     from .finetune import reports
 
     found = Run.existing(run)
@@ -64,7 +63,7 @@ def promote(
     fields = load_recipe(recipe, read_overrides(overrides or []))
     setting = Setting(batch=batch, device=device)
     setting.require_device()
-    console = Console(markup=False)
+    console = PlainConsole()
     display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, {EvalMetrics.of(point)} in the search")

@@ -120,13 +120,12 @@ def prune(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Make a model smaller by one method: cut it, plan its tokens, or search while it trains, and finetune."""
-    from rich.console import Console
-
     from prunesweep.models import UserError
     from prunesweep.models.io.lock import reserve
     from prunesweep.training.jobs.placement import Placement
     from prunesweep.training.jobs.scoring import Calibration
 
+    from .console import PlainConsole
     from .prune_kinds import find_method, means, runner_of
     from .prune_request import Request
 
@@ -182,7 +181,7 @@ def prune(
         seed=seed,
         placement=Placement(workers, cpus=cpus, gpus=gpus, address=address),
         as_json=as_json,
-        console=Console(stderr=as_json, markup=False),
+        console=PlainConsole(stderr=as_json),
     )
     request.check_stage()
     with nullcontext() if out is None else reserve(out):
@@ -202,14 +201,14 @@ def score(
     unreadable: UnreadableOption = UNREADABLE,
 ) -> None:
     """Score a model's units by one method and keep the scores; any later budget is then solved without scoring."""
-    from rich.console import Console
-
     from prunesweep.search.report.display import Display
     from prunesweep.training import open_fitting, warn_at_chance
     from prunesweep.training.jobs.one_shot import open_source
     from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
-    model, console = open_source(source), Console(markup=False)
+    from .console import PlainConsole
+
+    model, console = open_source(source), PlainConsole()
     opened = open_fitting(data, model, **data_options(class_order, classes, unreadable))
     display = Display(console)
     display.data(opened.describe())

@@ -36,21 +36,22 @@ def published(
 
     timm.create_model(NAME) builds every one whose costs are given.
     """
-    from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
 
     from prunesweep.models.published.comparison import PUBLISHED
+
+    from .console import PlainConsole
 
     rows = list(PUBLISHED.values())
     if as_json:
         print(json.dumps([_entry(row) for row in rows]))
         return
     marks: dict[str, int] = {}
-    table, console = _table(rows, marks), Console(markup=False)
+    table, console = _table(rows, marks), PlainConsole()
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     if console.width < width:  # rich would cut off numbers; the terminal wraps lines instead
-        console = Console(width=width, markup=False)
+        console = PlainConsole(width=width)
     footnotes = Table.grid(padding=(0, 1))
     for note, mark in marks.items():
         footnotes.add_row(str(mark), note)

@@ -26,7 +26,6 @@ def show(
     """
     from PIL import Image, UnidentifiedImageError
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from prunesweep.models import UserError, cost, load, load_provenance, read_arch
@@ -35,6 +34,7 @@ def show(
     from prunesweep.search.report.token_picture import draw_tokens
     from prunesweep.search.store.computed import ComputedFront
 
+    from .console import PlainConsole
     from .instant import print_computed
 
     if ComputedFront.is_one(model):
@@ -43,7 +43,7 @@ def show(
         print_computed(model)
         return
 
-    arch, console = read_arch(model), Console(markup=False)
+    arch, console = read_arch(model), PlainConsole()
     spent = cost(arch)
     table = Table(box=box.SIMPLE)
     for name in ("block", "of the source", "mixer", "heads", "qk", "v", "mlp", "tokens", "MACs (M)"):

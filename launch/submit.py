@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from prunesweep.launch.cluster.client import Cluster
     from prunesweep.search.config import SearchConfig
 
+from .console import without_controls
+
 __all__ = ["AddressOption", "FollowOption", "follow_job", "resubmit", "submit"]
 
 AddressOption = Annotated[
@@ -185,7 +187,7 @@ def follow_job(cluster: Cluster, run: str, job: str) -> None:
     """
 
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        print(without_controls(text), end="", flush=True)
 
     try:
         status = cluster.follow(job, write)
