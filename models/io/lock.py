@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -202,7 +202,9 @@ def reserve(path: Path, option: str = "--out") -> Iterator[Path]:
         UserError: it is there, or another process is making it.
     """
     shown, path = path, path.absolute()
+    missing = [parent for parent in path.parents if not parent.exists()]
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
         try:
             stack.enter_context(Lock(path.with_name(f".{path.name}.lock"), f"{option} {shown}"))
         except OSError as error:
@@ -210,6 +212,13 @@ def reserve(path: Path, option: str = "--out") -> Iterator[Path]:
         if path.exists():
             raise UserError(f"{option} {shown}: is there already; give a new one")
         yield path
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, unless there is something in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _file(place: Path, number: int) -> Path:

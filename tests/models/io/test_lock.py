@@ -238,6 +238,15 @@ def test_a_place_is_reserved_until_something_is_there(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
+def test_parents_that_were_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    with reserve(tmp_path / "a" / "b" / "out"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with reserve(tmp_path / "a" / "out") as path:
+        path.mkdir()
+    assert path.is_dir()
+
+
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="nothing can be written there"), reserve(tmp_path / "file" / "out"):
