@@ -385,6 +385,7 @@ def _search(
             name=config.name,
             fit=space.fitted,
             place=space.placed,
+            idle=space.idle,
         )
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.searched_source()

@@ -96,6 +96,8 @@ class BudgetGPSampler(BaseSampler):
             default the quality itself, negated if it is minimised.
         results: another study, whose trials are learned from instead of those of the study that asks.
         fit: function that moves a point to one that can be built at its budget; the best are searched for among those.
+        idle: values that do nothing, of the variables that have one. About half of the variables of a random point
+            have it, because a point all of whose variables do something is rarely worth a look.
     """
 
     def __init__(
@@ -108,11 +110,12 @@ class BudgetGPSampler(BaseSampler):
         scale: Callable[[Floats], Floats] | None = None,
         results: Study | None = None,
         fit: Callable[[Params], Params] | None = None,
+        idle: Params | None = None,
     ) -> None:
         self._search_space = None if search_space is None else dict(search_space)
         self._seed = _any_seed() if seed is None else seed
         self._budget, self._quality, self._scale, self._results = budget, quality, scale, results
-        self._fit = fit
+        self._fit, self._idle = fit, idle
         self._intersection = IntersectionSearchSpace()
         self._warned = False
 
@@ -154,6 +157,7 @@ class BudgetGPSampler(BaseSampler):
             budget=self._budget,
             pending=encoder.rows(pending),
             fit=self._fit,
+            idle=self._idle,
         )
 
     def sample_independent(
@@ -235,6 +239,7 @@ def propose(
     budget: str | None = "budget",
     pending: Floats | None = None,
     fit: Callable[[Params], Params] | None = None,
+    idle: Params | None = None,
 ) -> dict[str, Any]:
     """Return the point of a proposal; equal arguments give equal points.
 
@@ -246,7 +251,9 @@ def propose(
         budget: the variable that decides the cost. If it is not among the variables, the quality alone counts.
         pending: (p, V) rows of candidates that are being evaluated.
         fit: moves a point to one that can be built at its budget; a random proposal is not moved.
+        idle: as for ``BudgetGPSampler``.
     """
+    plain = encoder.partial_row(idle or {})
     rng = np.random.default_rng([seed, number])
     fixed = {encoder.names.index(budget): number * GOLDEN % 1} if budget in encoder.names else {}
     known = standardised(evaluations)
@@ -256,13 +263,16 @@ def propose(
     free = np.array([v for v in range(len(encoder.names)) if v not in fixed], dtype=np.int64)
     taken = np.vstack([evaluations.rows, *([] if pending is None else [pending])])
     if crowded or not started or not len(known) or not len(free) or number % EXPLORE == EXPLORE - 1:
-        return encoder.point(_drawn(encoder, rng, fixed, taken))
+        return encoder.point(_drawn(encoder, rng, fixed, taken, plain))
     known = known.take(thinned(known.rungs, MOST, _distance(known.rows, fixed)))
     top = int(known.rungs.max())
     process = GaussianProcess(_observed(encoder, known), _learned(encoder, evaluations, top + 1))
     near = _best_near(known, fixed)
     rows = np.vstack(
-        [encoder.random(rng, WIDE // 2), encoder.mutated(rng, near[rng.integers(len(near), size=WIDE // 2)], free)]
+        [
+            _sparse(rng, encoder.random(rng, WIDE // 2), plain),
+            encoder.mutated(rng, near[rng.integers(len(near), size=WIDE // 2)], free, plain),
+        ]
     )
     for _ in range(ROUNDS):
         rows = _at(rows, fixed)
@@ -270,18 +280,29 @@ def propose(
         best = rows[np.argsort(-(mean + deviation), kind="stable")[:BEST]]
         if fit is not None:
             best = encoder.rows([fit(encoder.point(row)) for row in best])
-        rows = np.vstack([best, encoder.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free)])
+        more = encoder.mutated(rng, best[rng.integers(len(best), size=LOCAL)], free, plain)
+        more[: LOCAL // 2] = _sparse(rng, more[: LOCAL // 2], plain)
+        rows = np.vstack([best, more])
     found = next((row for row in best if _is_free(row, taken)), None)
-    return encoder.point(_drawn(encoder, rng, fixed, taken) if found is None else found)
+    return encoder.point(_drawn(encoder, rng, fixed, taken, plain) if found is None else found)
 
 
-def _drawn(encoder: SearchSpaceEncoder, rng: np.random.Generator, fixed: Mapping[int, float], taken: Floats) -> Floats:
+def _drawn(
+    encoder: SearchSpaceEncoder, rng: np.random.Generator, fixed: Mapping[int, float], taken: Floats, plain: Floats
+) -> Floats:
     """Draw a (V,) row that is not taken; any row where the space seems to be exhausted."""
     for _ in range(WIDE):
-        row = _at(encoder.random(rng, 1), fixed)[0]
+        row = _at(_sparse(rng, encoder.random(rng, 1), plain), fixed)[0]
         if _is_free(row, taken):
             break
     return row
+
+
+def _sparse(rng: np.random.Generator, rows: Floats, plain: Floats) -> Floats:
+    """Return (n, V) rows, half of whose columns are those of a (V,) row that is NaN where any value may be."""
+    if np.isnan(plain).all():
+        return rows
+    return np.where((rng.random(rows.shape) < 0.5) & ~np.isnan(plain), plain, rows)
 
 
 def _is_free(row: Floats, taken: Floats) -> bool:

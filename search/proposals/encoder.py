@@ -48,6 +48,14 @@ class SearchSpaceEncoder:
                 found[:, v] = (column - low) / (high - low) if high > low else np.where(column == low, 0.5, -1)
         return found
 
+    def partial_row(self, point: Mapping[str, Any]) -> Floats:
+        """Return the (V,) row of a point that may lack variables, whose columns are NaN."""
+        found = np.full(len(self.names), np.nan)
+        for v, (name, d) in enumerate(zip(self.names, self._each, strict=True)):
+            if name in point:
+                found[v] = SearchSpaceEncoder({name: d}).rows([point])[0, 0]
+        return found
+
     def inside(self, rows: Floats) -> NDArray[np.bool_]:
         """Return (n,) True for rows that lie in the space."""
         return np.asarray(((rows > -1e-9) & (rows < np.maximum(self.choices, 1) + 1e-9)).all(axis=1))
@@ -91,16 +99,17 @@ class SearchSpaceEncoder:
                 found[:, v] = rng.integers(steps + 1, size=count) / steps
         return found
 
-    def mutated(self, rng: np.random.Generator, rows: Floats, free: Ints) -> Floats:
+    def mutated(self, rng: np.random.Generator, rows: Floats, free: Ints, idle: Floats | None = None) -> Floats:
         """Return rows with one or a few of the ``free`` variables changed: numbers a little, choices at random.
 
         Numbers without a step that are not chosen move by a trace, because points that differ in the budget alone may
-        be one candidate.
+        be one candidate. Those at their idle values stay there: beside them even a trace may do something.
 
         Args:
             rng: the random numbers.
             rows: (n, V).
             free: indices of the variables that may change.
+            idle: (V,) idle values, NaN where there is none.
         """
         count = len(rows)
         hit = rng.random(rows.shape) < MUTATED / len(free)
@@ -113,7 +122,8 @@ class SearchSpaceEncoder:
                 whole = np.maximum(np.round(abs(steps[:, v]) * grid), 1) / grid
                 changed = np.clip(rows[:, v] + np.sign(steps[:, v]) * whole, 0, 1)
             elif not self.choices[v]:
-                found[:, v] = _reflected(rows[:, v] + np.where(hit[:, v], 1, TRACE) * steps[:, v])
+                trace = TRACE if idle is None else np.where(abs(rows[:, v] - idle[v]) < 1e-9, 0, TRACE)
+                found[:, v] = _reflected(rows[:, v] + np.where(hit[:, v], 1, trace) * steps[:, v])
                 continue
             found[:, v] = np.where(hit[:, v], changed, rows[:, v])
         return found

@@ -316,6 +316,13 @@ class Space:
         }
 
     @cached_property
+    def idle(self) -> dict[str, float | int | str]:
+        """Values that do nothing, of the variables that have such a value; a learning rate has none."""
+        idle = [axis for axis in self._axes if axis.changes_cost or axis.neutral is not None]
+        named = {v.name for axis in idle for v in axis.variables(self.table, self._source)}
+        return {name: value for name, value in self.neutral.items() if name in named}
+
+    @cached_property
     def _saving(self) -> tuple[tuple[Variable, float | int | str], ...]:
         """Variables of the axes that change the cost, with the values that leave the source as it is, or nearly so."""
         return tuple(

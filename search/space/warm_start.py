@@ -60,8 +60,8 @@ def start_points(config: SearchConfig, space: Space, proposals: Sequence[Path] =
     points += proposed_points(space, proposals)
     if search.start_published:
         points += published_points(space).values()
-    points += neutral_points(space, min(search.start_neutral, search.trials))
-    points += axis_points(space, search.trials // 3)
+    neutral = neutral_points(space, min(search.start_neutral, search.trials))
+    points += [*neutral, *axis_points(space, max(search.trials // 3 - len(neutral), 0))]
     if space.table.encoding == "full":
         drawn = prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
         points += [space.placed(point) for point in drawn]

@@ -137,6 +137,7 @@ class Study:
         name: name of the run, shown with the studies; that of the journal's folder by default.
         fit: as for ``BudgetGPSampler``.
         place: gives the point that takes the place of a proposal (``Space.placed``); points to start from stay.
+        idle: as for ``BudgetGPSampler``.
 
     Attributes:
         notes: lines for people: what was wrong with the journal, and what was done about it.
@@ -161,11 +162,12 @@ class Study:
         name: str | None = None,
         fit: Callable[[Params], Params] | None = None,
         place: Callable[[Params], Params] | None = None,
+        idle: Params | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._journal, self._seed, self._sampler, self._planned = journal, seed, sampler, trials
         self._distributions, self._start = dict(distributions), start
-        self._fit, self._place = fit, place
+        self._fit, self._place, self._idle = fit, place, idle
         self.ranking = Ranking(tuple(objectives), rank_by)
         ends = (rungs[0], rungs[-1]) if rungs else (1, 1)
         self._names = {
@@ -225,6 +227,7 @@ class Study:
             scale=SCALES[self._names[RESULTS][quality]],
             results=self._results,
             fit=self._fit,
+            idle=self._idle,
         )
 
     def ask(self) -> tuple[int, dict[str, float | int | str]]:

@@ -107,6 +107,45 @@ def test_a_variable_that_is_alone_or_constant_is_proposed_all_the_same() -> None
         create_trial(params=point, distributions=space, value=0.0)  # raises where a value lies outside its range
 
 
+def test_random_points_do_nothing_along_half_of_the_variables_that_can() -> None:
+    space = {"budget": FloatDistribution(0.2, 0.9), **{f"w{i}": FloatDistribution(0.5, 2, log=True) for i in range(8)}}
+    encoder, none = SearchSpaceEncoder(space), known(space, [])
+    idle = {f"w{i}": 1.0 for i in range(6)}
+    points = [budget_gp.propose(encoder, none, number, 0, idle=idle) for number in range(50)]
+    shares = [np.mean([point[name] == pytest.approx(1.0) for point in points]) for name in space]
+    assert shares[0] == 0 == shares[7] == shares[8]
+    assert all(0.2 < share < 0.8 for share in shares[1:7])
+    assert len({point["budget"] for point in points}) == 50
+    assert not any(point["w0"] == pytest.approx(1.0) for point in (propose(space, [], n, 0) for n in range(20)))
+
+
+def test_a_mutation_leaves_idle_values_that_it_does_not_change() -> None:
+    encoder = SearchSpaceEncoder({name: FloatDistribution(0.3, 1.0) for name in "abcdef"})
+    rows = np.tile([1.0, 1.0, 1.0, 0.5, 0.5, 0.5], (200, 1))
+    idle = np.array([1.0, 1.0, 1.0, np.nan, np.nan, np.nan])
+    found = encoder.mutated(np.random.default_rng(0), rows, np.arange(6), idle)
+    kept = (found == rows).mean(axis=0)
+    assert (kept[:3] > 0.5).all()
+    assert (kept[3:] == 0).all()
+    assert {encoder.point(row)["a"] for row in found[found[:, 0] == 1]} == {1.0}
+
+
+def test_a_search_with_variables_that_only_harm_leaves_them_idle() -> None:
+    """Each of ten variables costs accuracy away from its idle value."""
+    space = {"budget": FloatDistribution(0.2, 0.9), **{f"x{i}": IntDistribution(0, 5) for i in range(10)}}
+    encoder, idle = SearchSpaceEncoder(space), {f"x{i}": 0 for i in range(10)}
+
+    def found(idle: dict[str, int] | None) -> float:
+        results: list[Result] = []
+        for number in range(40):
+            point = budget_gp.propose(encoder, known(space, results), number, 0, idle=idle)
+            harm = sum(value for name, value in point.items() if name != "budget")
+            results.append(Result(number, 95 - harm, 0.0, int(point["budget"] * SOURCE), 1, "", point, 0.0))
+        return float(np.mean([r.top1 for r in results[20:]]))  # type: ignore[misc]
+
+    assert found(idle) > found(None) + 2
+
+
 def test_no_number_is_proposed_twice() -> None:
     """Budgets that are near to each other may decode to one architecture: what tells candidates apart is the rest."""
     space = {**SPACE, "lr": FloatDistribution(1e-5, 1e-2, log=True)}

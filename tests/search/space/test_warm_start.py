@@ -137,6 +137,21 @@ def test_neutral_points_cover_the_budgets_and_leave_all_else_as_it_is(encoding: 
     assert neutral_points(fixed, 5) == []
 
 
+def test_points_along_axes_take_what_neutral_points_leave_of_a_third_of_the_trials() -> None:
+    space = make_space(deit("tiny"), budget=(0.3, 1.0), skip=(0, 3))
+    found = start_points(config_with(start_neutral=5, trials=21), space)
+    assert found == [*neutral_points(space, 5), *axis_points(space, 2)]
+    assert start_points(config_with(start_neutral=9, trials=21), space) == neutral_points(space, 9)
+
+
+def test_values_that_do_nothing_are_known_of_variables_that_have_them() -> None:
+    space = make_space(deit("tiny"), budget=(0.3, 0.9), skip=(0, 3), mlp_weight=(0.5, 2.0), lr=(1e-4, 1e-2))
+    assert space.idle == {"budget": 0.9, "skip": 0, "mlp_weight": 1.0}
+    bits = make_space(deit("tiny"), budget=(0.3, 0.9), encoding="full").idle
+    assert bits["skip.3"] == 0
+    assert bits["mixer.3"] == "attn"
+
+
 def test_the_budget_is_looked_at_in_equal_steps_or_equal_factors() -> None:
     for scale, middle in (("linear", 0.5), ("log", 0.3)):
         space = make_space(deit("tiny"), budget=(0.1, 0.9), budget_scale=scale)
