@@ -12,7 +12,8 @@ candidates that this picks for a budget.
     full        budget_gp over weights, halves and mixers of every block
     switch      level switches (EvoPress) of the best candidates near a budget: one weight up, another down
 
-A row has the KL by budget, their geometric mean, and the seconds of the processor that it took.
+A row has the KL at some budgets, its geometric mean over all budgets from the smallest to the largest of them, equal
+factors counting alike, and the seconds of the processor that it took.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ START = "search.start_neutral=10"
 BLOCKS = ("skip", "conv", "conv3", "merge_start")
 WIDTHS = [f"space.{name}=[0, 0]" for name in BLOCKS] + ["space.keep_rate=[1.0, 1.0]"]
 WEIGHTS = [
-    "space.mlp_weight=[0.33, 3.0]",
-    "space.embed_weight=[0.33, 3.0]",
-    "space.qk_weight=[0.33, 3.0]",
-    "space.depth_slope=[-1.5, 1.5]",
+    "space.mlp_weight=[0.5, 2.0]",
+    "space.embed_weight=[0.5, 2.0]",
+    "space.qk_weight=[0.5, 2.0]",
+    "space.depth_slope=[-1.0, 1.0]",
 ]
 PLAIN = [
     "space.mlp_weight=[0.5, 2.0]",
@@ -69,9 +70,9 @@ FULL = [
     "space.encoding=full",
     *(f"space.{name}=[0, 0]" for name in ("skip", "conv", "conv3")),
     "space.mlp_weight=[1.0, 1.0]",
-    "space.embed_weight=[0.33, 3.0]",
-    "space.attention_weights=[0.33, 3.0]",
-    "space.mlp_weights=[0.33, 3.0]",
+    "space.embed_weight=[0.5, 2.0]",
+    "space.attention_weights=[0.5, 2.0]",
+    "space.mlp_weights=[0.5, 2.0]",
 ]
 LINEAR = ["space.budget_scale=linear", "search.start_neutral=0"]
 WAYS: Mapping[str, list[str]] = {
@@ -272,10 +273,11 @@ class Programme:
         return Cut(embed=(tuple(range(self.width)),), blocks=tuple(blocks))
 
 
-def chosen(candidates: list[dict[str, Any]], budget: float) -> dict[str, Any] | None:
-    """The candidate that the search picks for a budget."""
+def chosen(candidates: list[dict[str, Any]], budget: float) -> float:
+    """The KL, on the validation split, of the candidate that the search picks for a budget; 1 where it has none."""
     within = [one for one in candidates if one["share"] <= budget * (1 + 1e-9)]
-    return min(within, key=lambda one: one["searched"], default=None)
+    picked = min(within, key=lambda one: one["searched"], default={"kl": 1.0})
+    return max(float(picked["kl"]), 1e-6)
 
 
 def one_search(way: str, seed: int, cache: Path, candidates: int) -> dict[str, Any]:
@@ -283,10 +285,10 @@ def one_search(way: str, seed: int, cache: Path, candidates: int) -> dict[str, A
     config = load_config(CONFIG, [f"seed={seed}", WINDOW, f"search.recover_images={IMAGES}", *WAYS[way]])
     prepared = prepare(config, cache, lambda *_: None)
     found = Search(config, prepared, candidates).run(way)
-    best = {budget: chosen(found["candidates"], budget) for budget in BUDGETS}
-    kl = {str(budget): None if one is None else one["kl"] for budget, one in best.items()}
-    known = [max(value, 1e-6) for value in kl.values() if value is not None]
-    return {"way": way, "seed": seed, "asked": candidates, "kl": kl, "mean_log_kl": mean(map(math.log, known)), **found}
+    kl = [chosen(found["candidates"], budget) for budget in BUDGETS]
+    over = np.geomspace(BUDGETS[-1], BUDGETS[0], 100)
+    between = mean(math.log(chosen(found["candidates"], budget)) for budget in over)
+    return {"way": way, "seed": seed, "asked": candidates, "mean_kl": math.exp(between), "kl": kl, **found}
 
 
 def main() -> None:
@@ -298,10 +300,8 @@ def main() -> None:
                 continue
             row = one_search(way, seed, given.cache, given.candidates)
             rows.append(row)
-            by_budget = "  ".join(f"{value:.5f}" for value in row["kl"].values())
-            print(
-                f"{way:12} {seed}  {math.exp(row['mean_log_kl']):.5f}  {by_budget}  {row['seconds']:.0f} s", flush=True
-            )
+            by_budget = "  ".join(f"{value:.5f}" for value in row["kl"])
+            print(f"{way:12} {seed}  {row['mean_kl']:.5f}  {by_budget}  {row['seconds']:.0f} s", flush=True)
             write_result(given.out, budgets=BUDGETS, rows=rows)
 
 
