@@ -33,7 +33,7 @@ from .rungs import MultiObjectiveASHA
 __all__ = ["BANDS", "Coordinator", "RunBroken", "SearchFailed"]
 
 MAX_REJECTED = 1000  # proposals in a row that are no new candidate
-BANDS = 5  # of the budget window, over which promotions are spread
+BANDS = 5  # of the budget window, on its scale, over which promotions are spread
 
 
 class SearchFailed(RuntimeError):
@@ -81,8 +81,8 @@ class Coordinator:
     def _make_rungs(self) -> MultiObjectiveASHA:
         objectives = self.search.objectives
         cost = next(name for name in objectives if name not in QUALITIES)
-        low, high = self.space.table.budget
-        edges = [low + (high - low) * i / BANDS for i in range(1, BANDS)] if low < high else []
+        budget = next(v for v in self.space.variables if v.name == "budget")
+        edges = [] if budget.fixed else [budget.at(i / BANDS) for i in range(1, BANDS)]
         whole = self.space.source_value(cost)
         asha = MultiObjectiveASHA(
             max(len(self.search.rungs), 1),

@@ -77,6 +77,11 @@ class Variable:
         value = min(max(float(wanted), self.low), self.high)
         return round(value) if self.whole else value
 
+    def at(self, share: float) -> float:
+        """The value at a share of a range of numbers, on the scale that samplers see."""
+        found = self.low * (self.high / self.low) ** share if self.log else self.low + (self.high - self.low) * share
+        return min(max(found, self.low), self.high)
+
     def check(self, value: Any) -> None:
         """Raise UserError where a point that the user named cannot have this value."""
         if self.choices:

@@ -24,7 +24,7 @@ from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .axes import AXES, active_axes
 from .space import Space
-from .variables import MODEL, Params, Variable
+from .variables import MODEL, Params
 
 __all__ = [
     "axis_points",
@@ -174,14 +174,7 @@ def neutral_points(space: Space, count: int) -> list[Params]:
     if budget is None:
         return []
     order = sorted(range(count), key=lambda i: (-(i & -i or count), i))
-    return [{**space.neutral, budget.name: _between(budget, i / max(count - 1, 1))} for i in order]
-
-
-def _between(variable: Variable, share: float) -> float:
-    """The value at a share of a range of numbers, on its scale."""
-    if variable.log:
-        return min(max(variable.low * (variable.high / variable.low) ** share, variable.low), variable.high)
-    return variable.low + (variable.high - variable.low) * share
+    return [{**space.neutral, budget.name: budget.at(i / max(count - 1, 1))} for i in order]
 
 
 def axis_points(space: Space, count: int) -> list[Params]:

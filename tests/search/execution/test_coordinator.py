@@ -33,9 +33,9 @@ def start(
     )
 
 
-def work(run: Run, unit: Task) -> Result:
+def work(run: Run, unit: Task, space: Any = SPACE) -> Result:
     """What an actor would do: a made-up accuracy, a model's folder, a result."""
-    candidate = SPACE.decode(unit.point)
+    candidate = space.decode(unit.point)
     assert candidate.arch.hash == unit.arch_hash
     assert candidate.key == unit.key
     result = Result(
@@ -73,6 +73,20 @@ def test_it_runs_as_many_as_asked_for_and_no_more_at_once_than_fit(tmp_path: Pat
     assert len(coordinator.results) == 12
     assert Counter(t.state.name for t in trials(run / "study.journal")) == {"COMPLETE": 12}
     assert run.status()["trials"] == {"finished": 12, "running": 0, "pending": 0, "failed": 0}
+
+
+@pytest.mark.parametrize(("scale", "small"), [("linear", 1), ("log", 2)])
+def test_promotions_are_spread_over_the_window_on_its_scale(scale: str, small: int, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    space = make_space(budget=(0.1, 0.9), budget_scale=scale, skip=(0, 0), groups=dict.fromkeys(GROUP_SIZES, 1))
+    coordinator = start(run, 20, 20, space=space, rungs=(1, 3), reduction_factor=2)
+    for unit in [coordinator.next() for _ in range(20)]:
+        assert unit is not None
+        work(run, unit, space)
+        coordinator.complete(unit.id)
+    promoted = [coordinator.next() for _ in range(5)]
+    assert [unit.rung for unit in promoted if unit is not None] == [1] * 5
+    assert sum(unit.point["budget"] < 0.24 for unit in promoted if unit is not None) == small
 
 
 @pytest.mark.parametrize("seed", range(12))
