@@ -32,6 +32,7 @@ from prunesweep.training.jobs.proposal import Proposal
 RESULT = Path(__file__).parent / "results" / "starts.json"
 CONFIG = Path(__file__).parents[1] / "examples" / "digits.toml"
 WAYS = {"with": ["search.start_methods=['uvc', 'spvit', 'nvit-iterative']"], "without": list[str]()}
+CLOCKS = ("seconds", "computing_seconds", "training_seconds")  # of the clock, summed over units
 BUDGETS = (0.5, 0.3, 0.15, 0.07)  # at which fronts are looked at
 
 
@@ -93,8 +94,10 @@ def searched(config: SearchConfig, prepared: LoadedSource, folder: Path, seconds
         }
         for row in run.front()
     ]
-    rungs = run.status()["rungs"]
-    return {"seconds": spent, "rungs": rungs, "hypervolume": run.status()["hypervolume"], "front": front}
+    status, results = run.status(), run.results()
+    of_units = {name: sum(getattr(r, name) for r in results) for name in CLOCKS}
+    times = {"seconds": spent, "clock": {"driver": coordinator.seconds, **of_units}}
+    return {**times, "rungs": status["rungs"], "hypervolume": status["hypervolume"], "front": front}
 
 
 def one_seed(seed: int, cache: Path, seconds: float, folder: Path) -> dict[str, Any]:

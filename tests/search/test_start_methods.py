@@ -208,7 +208,7 @@ def test_every_method_proposes_what_its_budgets_ask_for(prepared: LoadedSource, 
 
 
 def test_a_decision_is_a_trial_that_is_computed_from_the_source(
-    prepared: LoadedSource, tiny: Tiny, tmp_path: Path
+    prepared: LoadedSource, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = started(tiny)
     run, config = begin(config, prepared, tmp_path / "run")
@@ -233,6 +233,8 @@ def test_a_decision_is_a_trial_that_is_computed_from_the_source(
     assert arch_of(load(run.trial(higher.id) / "model")).hash == unit.arch_hash
     (row,) = run.front()
     assert row["proposed_by"] == "uvc"
+    app(["show", str(run / row["model"])], standalone_mode=False)
+    assert "began in a search as given/0.json, by method uvc" in capsys.readouterr().out
 
 
 def read_arch_of(run: Run, unit: str) -> Any:
@@ -264,10 +266,5 @@ def test_a_search_begins_with_the_decisions_of_three_methods(
     assert all(0.29 < r.macs / run.metadata()["source"]["macs"] <= 0.9 for r in screened)
     code, text, _ = call(capsys, "front", run.path, "--json")
     assert code == 0
-    rows = json.loads(text)["front"] if isinstance(json.loads(text), dict) else json.loads(text)
-    named = [row for row in rows if "proposed_by" in row]
-    assert {row["proposed_by"] for row in named} <= set(METHODS)
-    kept = next((r for r in run.results() if r.given is not None and run.model(r).is_dir()), None)
-    if kept is not None:
-        app(["show", str(run.model(kept))], standalone_mode=False)
-        assert f"by method {run.made_by(str(kept.given))}" in capsys.readouterr().out
+    rows = json.loads(text)
+    assert {row["proposed_by"] for row in rows if "proposed_by" in row} <= set(METHODS)
