@@ -23,18 +23,20 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import ray  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 from ray.job_config import JobConfig  # noqa: E402
 
 __all__ = ["OBJECT_STORE_BYTES", "connected", "join", "own_token", "start"]
 
-SAFE_PATH = "PYTHONSAFEPATH"
+SAFE_PATH = "PYTHONSAFEPATH"  # python -c, by which Ray starts some processes, puts the current folder first else
 OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
 
 
 def start(**options: Any) -> Any:
     """Call ``ray.init`` so that no Ctrl-C is lost meanwhile, and none leaves processes of Ray behind.
 
-    Processes of Ray do not look for modules in the current folder: what the user has there may be ``datasets.py``.
+    Processes of Ray do not look for modules in the current folder: what the user has there may be ``datasets.py``. A
+    Ray of our own (``address="local"``) listens to this machine alone.
 
     Args:
         options: arguments of ``ray.init``.
@@ -43,7 +45,8 @@ def start(**options: Any) -> Any:
         Ray's context.
     """
     try:
-        with deferred(signal.SIGINT), _safe_path():
+        own = options.get("address") == "local"
+        with deferred(signal.SIGINT), _setting(SAFE_PATH, "1"), _on_loopback() if own else contextlib.nullcontext():
             return ray.init(job_config=_job_config(), **options)
     except KeyboardInterrupt:
         ray.shutdown()
@@ -51,20 +54,33 @@ def start(**options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _safe_path() -> Iterator[None]:
-    """Processes that are started in the block do not look for modules in the current folder, nor do theirs.
-
-    Ray starts some with ``python -c``, which puts that folder first.
-    """
-    before = os.environ.get(SAFE_PATH)
-    os.environ[SAFE_PATH] = "1"
+def _setting(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the processes that are started in the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[SAFE_PATH]
+            del os.environ[name]
         else:
-            os.environ[SAFE_PATH] = before
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started in the block has the address 127.0.0.1, and all of its processes listen to that alone.
+
+    ``ray.init`` replaces that address by one that others can reach, unless clusters are switched off, as they are on
+    macOS and Windows.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _setting(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 class _SearchPath(list[str]):

@@ -53,3 +53,16 @@ def test_ctrl_c_while_ray_starts_is_not_lost(begin: Callable[[], Any], monkeypat
     with pytest.raises(KeyboardInterrupt), begin():
         pass
     assert started
+
+
+@pytest.mark.slow
+def test_a_ray_of_our_own_listens_to_this_machine_alone() -> None:
+    import psutil  # Ray brings it along
+    import ray
+
+    with for_units():
+        ray.get(ray.remote(lambda: None).remote())  # a worker has begun
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        found = [(p.name(), c.laddr.ip) for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
+    assert {address.removeprefix("::ffff:") for _, address in found} == {"127.0.0.1"}
