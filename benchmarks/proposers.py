@@ -6,9 +6,10 @@ candidates that this picks for a budget.
 
     path        neutral points over the window: the scores alone decide all widths
     programme   an integer programme per budget and residual width over one-block losses, with cuts for diversity
-    before      budget_gp over blocks, tokens and ``mlp_weight``, the budget on a linear scale
-    log         the same on a logarithmic scale; log+path begins with neutral points, as all that follow
-    weights     budget_gp over the weights of the compact encoding alone; all: over everything that this has
+    before      budget_gp over blocks, tokens and ``mlp_weight``, the budget on a linear scale, without idle values
+    log         the same on a logarithmic scale, with idle values; log+path begins with 10 neutral points, half with 20
+    weights     budget_gp over the weights of the compact encoding alone; all: over everything that this has; these and
+                those below begin with 10 neutral points
     full        budget_gp over weights, halves and mixers of every block
     switch      level switches (EvoPress) of the best candidates near a budget: one weight up, another down
 
@@ -77,6 +78,7 @@ FULL = [
 LINEAR = ["space.budget_scale=linear", "search.start_neutral=0"]
 WAYS: Mapping[str, list[str]] = {
     "path": [LOG, *WIDTHS, *PLAIN],
+    "half": [LOG, "search.start_neutral=20", *PLAIN],
     "before": [*LINEAR, *PLAIN],
     "log": [LOG, "search.start_neutral=0", *PLAIN],
     "log+path": [LOG, START, *PLAIN],
@@ -84,7 +86,7 @@ WAYS: Mapping[str, list[str]] = {
     "all": [LOG, START, *WEIGHTS],
     "full": [LOG, START, *FULL, "space.mlp_skip=[0, 1]"],
     "switch": [LOG, START, *FULL],
-    "programme": [LOG, *WIDTHS, *PLAIN],
+    "programme": [LOG, "search.start_neutral=0", *WIDTHS, *PLAIN],
 }
 
 
@@ -129,7 +131,8 @@ class Search:
             if way == "switch":
                 point = switched(self._encoder, known, number, config.seed)
             else:
-                point = propose(self._encoder, known, number, config.seed, fit=self.space.fitted)
+                idle = None if way == "before" else self.space.idle
+                point = propose(self._encoder, known, number, config.seed, fit=self.space.fitted, idle=idle)
             yield self.space.placed(point), None
 
     def _compute(self, point: Params, given: Cut | None) -> None:

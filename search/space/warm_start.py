@@ -236,7 +236,8 @@ def nearest_point(space: Space, arch: Arch, dense: Arch) -> Values:
     wanted: dict[str, float | str] = {}
     for axis in active_axes(space.table):
         wanted |= axis.published(arch, dense, space.arch)
-    return {v.name: v.nearest(wanted.get(v.name)) for v in space.variables if not v.fixed}
+    varying = (v for v in space.variables if not v.fixed)
+    return {v.name: v.nearest(wanted[v.name]) if v.name in wanted else space.neutral[v.name] for v in varying}
 
 
 def prior_points(space: Space, count: int, seed: int) -> list[Params]:

@@ -136,8 +136,8 @@ class Axis:
     def published(self, arch: Arch, dense: Arch, target: Arch) -> Mapping[str, float | str]:
         """Values, by variable, that do to ``target`` what a published architecture ``arch`` did to ``dense``.
 
-        They need not lie in the ranges: the nearest allowed values are taken. Variables that are not named get the
-        middle of their range.
+        They need not lie in the ranges: the nearest allowed values are taken. Variables that are not named get
+        their neutral value, or the middle of their range.
         """
         return {}
 

@@ -65,12 +65,19 @@ def test_every_block_has_its_own_bit_and_mixer() -> None:
 
 def test_ranges_are_kept() -> None:
     space = make_space(
-        deit("base"), budget=(0.3, 0.4), conv=(0, 2), conv3=(0, 1), keep_rate=(0.8, 1.0), lr=(1e-5, 1e-3)
+        deit("base"),
+        budget=(0.3, 0.4),
+        conv=(0, 2),
+        conv3=(0, 1),
+        keep_rate=(0.8, 1.0),
+        lr=(1e-5, 1e-3),
+        embed_weight=(0.5, 8.0),
     )
     points = published_points(space)
     assert {"spvit_deit_base", "uvc_deit_small_r50_skips"} <= set(points)
     for point in points.values():
         assert set(point) == set(space.distributions)
+        assert point["embed_weight"] == 1.0  # neutral, which is not its middle
         assert space.complete(point)["lr"] == pytest.approx(1e-4)  # in the middle of a logarithmic scale
 
 
