@@ -55,7 +55,8 @@ class Budget:
         """Return the cost that the result must not exceed, in units of ``measure``.
 
         Raises:
-            UserError: the value is not positive, or neither a share nor a cost that a model can have.
+            UserError: the value is not positive, neither a share nor a cost that a model can have, or above the cost of
+                ``arch``.
         """
         if not self.value > 0:
             raise UserError(f"budget = {self.value}: give a share of the source in (0, 1], or a number of MACs, ...")
@@ -65,7 +66,13 @@ class Budget:
                 f"budget = {self.value:g}: a share of the source lies in (0, 1], and no model has so few "
                 f"{self.measure.name}; {meant}"
             )
-        return self.value * self.measure(arch) if self.value <= 1 else self.value
+        whole = self.measure(arch)
+        if self.value > max(whole, 1.0):
+            raise UserError(
+                f"budget = {self.value:,.6g}: is above the source, which has {whole:,.6g} {self.measure.name}, so "
+                "nothing would be pruned: give less than that, or a share in (0, 1]"
+            )
+        return self.value * whole if self.value <= 1 else self.value
 
     def spent(self, arch: Arch, reached: Reached) -> dict[str, Any]:
         """Say what was asked for and what is spent of the cost of ``arch``, JSON-ready."""
