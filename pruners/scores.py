@@ -22,19 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.arch import Block
-from prunesweep.models.io.digest import tensors_digest
+from prunesweep.models.io.digest import read_tensors, tensors_digest
 
 __all__ = ["DEPTH", "FORMAT", "KINDS", "LEARNED", "TOKENS", "Scores", "kind_of", "unit_counts", "vector_sizes"]
 
 KINDS = ("embed", "heads", "qk", "v", "attn", "mlp", "sr", "tail")
 DEPTH, LEARNED, TOKENS = "depth_kl", "uvc_gates", "pmvit"  # scores of blocks and of tokens: no width method's
 FORMAT = "prunesweep/scores/2"  # to be counted up when a method's scores change, so that no cache is believed
-CONTENT = "sha256"  # of the vectors, in a file's metadata; absent from files that older versions wrote
+CONTENT = "sha256"  # of all else, in a file's metadata; absent from files that older versions wrote
 
 
 def kind_of(name: str) -> str:
@@ -98,24 +97,27 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write one safetensors file; the caller names a scratch path and publishes it."""
         tensors = {name: v.detach().cpu().double().contiguous() for name, v in self.vectors.items()}
-        facts = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance)), CONTENT: tensors_digest(tensors)}
-        save_file(tensors, path, metadata=facts)
+        text = json.dumps(dict(self.provenance))
+        save_file(tensors, path, {"format": FORMAT, "provenance": text, CONTENT: tensors_digest(tensors, text)})
 
     @classmethod
     def load(cls, path: Path, remedy: str = "delete it to score again") -> Scores:
         """Read what ``save`` wrote. Raises UserError, ending with ``remedy``, if it is damaged or of another kind."""
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+            vectors, metadata = read_tensors(path)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
             raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; {remedy}")
-        if CONTENT in metadata and metadata[CONTENT] != tensors_digest(vectors):
+        text, seal = metadata.get("provenance", ""), metadata.get(CONTENT)
+        # earlier versions wrote one of the numbers alone
+        if seal is not None and seal not in (tensors_digest(vectors, text), tensors_digest(vectors)):
             raise UserError(f"{path} is damaged: its numbers are not those that were written; {remedy}")
-        return cls(vectors, json.loads(metadata["provenance"]))
+        try:
+            return cls(vectors, json.loads(text))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: provenance: {error}; {remedy}") from error
 
 
 def check_scores_finite(scores: Scores, method: str = "") -> None:

@@ -50,12 +50,13 @@ def _one_thread() -> None:
 @pytest.fixture
 def tiny() -> Callable[..., SearchConfig]:
     """The smallest useful search, with tables replaced: ``tiny(search={"trials": 6})``."""
+    return tiny_config
 
-    def make(**tables: Any) -> SearchConfig:
-        merged = {k: {**v, **tables.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
-        return parse_config({**tables, **merged} | {k: v for k, v in tables.items() if not isinstance(v, dict)}, "tiny")
 
-    return make
+def tiny_config(**tables: Any) -> SearchConfig:
+    """What the fixture ``tiny`` gives."""
+    merged = {k: {**v, **tables.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
+    return parse_config({**tables, **merged} | {k: v for k, v in tables.items() if not isinstance(v, dict)}, "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prunesweep.models.io.digest import tensors_digest
+from prunesweep.models import UserError
+from prunesweep.models.io.digest import read_tensors, tensors_digest
 from prunesweep.models.io.files import publish_file
 
 __all__ = ["load_state", "save_state"]
@@ -43,16 +43,13 @@ def save_state(path: Path, state: Any) -> None:
 def load_state(path: Path) -> Any | None:
     """Read what ``save_state`` wrote, to the CPU; return None if the file is missing, damaged or of another version."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, OSError):
+        tensors, metadata = read_tensors(path)
+    except UserError:
         return None
-    if tensors_digest(tensors, metadata["tree"]) != metadata["sha256"]:
+    tree = metadata.get("tree", "")
+    if metadata.get("format") != FORMAT or metadata.get("sha256") != tensors_digest(tensors, tree):
         return None
-    return _restore(json.loads(metadata["tree"]), tensors)
+    return _restore(json.loads(tree), tensors)
 
 
 def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:

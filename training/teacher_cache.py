@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError, arch_of, weights_digest
-from prunesweep.models.io.digest import tensors_digest
+from prunesweep.models.io.digest import read_tensors, tensors_digest
 from prunesweep.models.io.files import make_folder, publish_file
 
 from .data import Data
@@ -142,13 +141,10 @@ def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
 def _belongs(file: Path) -> bool:
     """Whether a shard carries the key that its folder is named by, and holds what was written."""
     try:
-        with safe_open(file, "pt") as shard:
-            facts = shard.metadata() or {}
-            if facts.get("key") != file.parent.name:
-                return False
-            return tensors_digest({"logits": shard.get_tensor("logits")}) == facts.get("sha256")
-    except (SafetensorError, OSError):
+        tensors, facts = read_tensors(file)
+    except UserError:
         return False
+    return facts.get("key") == file.parent.name and facts.get("sha256") == tensors_digest(tensors)
 
 
 def _shard(

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from prunesweep.models.errors import UserError
 from prunesweep.models.precision import stored_dtype
 
-__all__ = ["tensors_digest", "weights_digest"]
+__all__ = ["read_tensors", "tensors_digest", "weights_digest"]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all tensors of a safetensors file, to the CPU, and its metadata.
+
+    Raises UserError where the file is missing or cannot be read. Whether it holds what was written, a digest among the
+    metadata says (``tensors_digest``).
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error  # the others: types that torch lacks, or no UTF-8
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:

@@ -3,9 +3,9 @@
     import prunesweep, timm
     model = timm.create_model("local-dir:runs/digits/trials/r0-0007/model", pretrained=True)
 
-``config.json`` is timm's, with the record as ``model_args.arch``, with ``provenance`` and with ``weights_sha256``, the
-SHA-256 of ``model.safetensors``. No pickle is written or read. A model that was loaded carries its provenance as
-``model.provenance``, and keeps it when it is saved again.
+``config.json`` is timm's, with the record as ``model_args.arch``, with ``provenance``, with ``weights_sha256``, the
+SHA-256 of ``model.safetensors``, and with ``config_digest``, a digest of all the rest. No pickle is written or read. A
+model that was loaded carries its provenance as ``model.provenance``, and keeps it when it is saved again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from prunesweep.models.precision import stored_dtype
 
 from .digest import weights_digest
 from .files import publish_folder
+from .provenance import digest
 from .unchanged import check_unchanged
 
-__all__ = ["CONFIG", "WEIGHTS", "load", "load_provenance", "read_arch", "rebuilt", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "check_saved", "load", "load_provenance", "read_arch", "rebuilt", "save"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-DIGEST = "weights_sha256"  # absent from folders that older versions wrote
+DIGEST, SEAL = "weights_sha256", "config_digest"  # absent from folders that older versions wrote
 # of provenance: what the weights achieve
 FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"})
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
@@ -167,6 +168,7 @@ def save(
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(record)})
         config = json.loads((folder / CONFIG).read_text())
         config[DIGEST] = _sha256(folder / WEIGHTS)
+        config[SEAL] = digest(config)
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
     return path
 
@@ -228,8 +230,41 @@ def read_arch(path: str | Path) -> Arch:
 
 
 def load_provenance(path: str | Path) -> dict[str, Any]:
-    """Read the facts about the weights' origin that ``save`` was given."""
-    return dict(_config(path).get("provenance", {}))
+    """Read the facts about the weights' origin that ``save`` was given.
+
+    Raises UserError where the folder is not a saved model, or its configuration has changed since it was saved.
+    """
+    config = _config(path)
+    _check_seal(config, Path(path))
+    return dict(config.get("provenance", {}))
+
+
+def check_saved(path: str | Path) -> Arch:
+    """Check that the files of a saved model hold what was written, without building it; return its record.
+
+    Raises UserError where the folder is not a saved model, a file is damaged, or the weights are not those saved.
+    """
+    config = _config(path)
+    _check_weights(config, Path(path))
+    arch = read_arch(path)
+    _check_seal(config, Path(path))
+    return arch
+
+
+def _check_weights(config: Mapping[str, Any], folder: Path) -> None:
+    if DIGEST in config and (found := _sha256(folder / WEIGHTS)) != config[DIGEST]:
+        raise UserError(
+            f"{folder / WEIGHTS} is damaged: its SHA-256 is {found}, but {folder / CONFIG} says {config[DIGEST]}. "
+            "One of the two was cut short or changed after they were saved; copy the folder or save the model again"
+        )
+
+
+def _check_seal(config: Mapping[str, Any], folder: Path) -> None:
+    if SEAL in config and config[SEAL] != digest({name: value for name, value in config.items() if name != SEAL}):
+        raise UserError(
+            f"{folder / CONFIG} is damaged: it has changed since it was saved. Copy the folder or save the model "
+            f"again; where that was on purpose, remove its entry {SEAL!r}"
+        )
 
 
 def load(path: str | Path) -> nn.Module:
@@ -239,11 +274,7 @@ def load(path: str | Path) -> nn.Module:
         UserError: the folder is not a saved model, a file is damaged, or the weights are not those that were saved.
     """
     config, weights_file = _config(path), Path(path) / WEIGHTS
-    if DIGEST in config and (found := _sha256(weights_file)) != config[DIGEST]:
-        raise UserError(
-            f"{weights_file} is damaged: its SHA-256 is {found}, but {Path(path) / CONFIG} says {config[DIGEST]}. "
-            "One of the two was cut short or changed after they were saved; copy the folder or save the model again"
-        )
+    _check_weights(config, Path(path))
     arch = read_arch(path)
     names = config["pretrained_cfg"].get("label_names")
     if isinstance(names, list) and len(names) != arch.num_classes:
@@ -260,6 +291,7 @@ def load(path: str | Path) -> nn.Module:
         raise UserError(f"{weights_file} does not fit its record: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    _check_seal(config, Path(path))  # last: what is wrong with a value is said more exactly
     _remember(model, dict(config.get("provenance", {})))
     return model.eval()
 

@@ -21,12 +21,14 @@ import numpy as np
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError, nearest
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.provenance import digest
 
 from .timing import Setting
 
 __all__ = ["Grid", "LatencyTable"]
 
 FORMAT = "prunesweep/latency/1"
+SEAL = "digest"  # of all the rest of a file; absent from those that older versions wrote
 UNIT = "ms per batch"
 WHOLE = ("embed", "tokens", "heads", "qk", "v", "sr", "mlp")
 OPTIONAL = ("tokens", "sr")
@@ -292,15 +294,23 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as a JSON file."""
-        write_text(Path(path), json.dumps(self.to_dict()))
+        table = json.loads(json.dumps(self.to_dict()))
+        write_text(Path(path), json.dumps({**table, SEAL: digest(table)}))
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
         """Read what ``save`` wrote. Raises UserError where the file is missing, damaged or of another kind."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            seal = data.pop(SEAL, None) if isinstance(data, dict) else None
+            table = cls.from_dict(data)
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read the latency table {path}: {error}") from error
+        if seal is not None and seal != digest(data):
+            raise UserError(
+                f"{path} is damaged: it has changed since it was measured; measure it again, or copy it again"
+            )
+        return table
 
 
 def _widths(arch: Arch) -> dict[str, int]:

@@ -121,7 +121,9 @@ class Coordinator:
             else:
                 tasks[result.id] = self._task_of(result)
                 run.write_task(tasks[result.id])
-        for result in run.without_model(latest(r for r in results if r.id not in damaged)):
+        for result, reason in run.lost_models(latest(r for r in results if r.id not in damaged)):
+            if run.model(result).is_dir():
+                self.notes.append(f"{reason}; kept as {set_aside(run.model(result)).name}")
             if (above := task_id(result.trial, result.rung + 1)) not in tasks or above in failures:
                 damaged[result.id] = f"{run.model(result)} is gone, so its result.json is of no use"
         for unit, reason in damaged.items():
@@ -380,7 +382,9 @@ class Coordinator:
 
     def _update_front(self, new: Sequence[Result]) -> list[dict[str, Any]]:
         """The front with ``new`` results. Only its members are compared, unless a result replaces one of theirs."""
-        self._latest |= {r.trial: r for r in latest(new)}
+        # a rung below may come last, where its result was damaged
+        new = latest([*(self._latest[r.trial] for r in new if r.trial in self._latest), *new])
+        self._latest |= {r.trial: r for r in new}
         replaced = {r.trial for r in new} & {r.trial for r in self.best}
         compared = list(self._latest.values()) if replaced else [*self.best, *new]
         front = self.run.update_front(compared, self._models, self._wanted_models())

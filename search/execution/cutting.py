@@ -31,7 +31,7 @@ class Cutter:
         data: the search's data.
         config: its configuration.
         kept: folder for what projections have in common, of all processes of a search.
-        reading: makes a context in which images are read, when they are needed first.
+        reading: makes a context in which images and saved models are read, when they are needed first.
 
     Attributes:
         seconds: that models and measurements have taken so far.
@@ -99,7 +99,8 @@ class Cutter:
 
     def _model(self, decision: Cut | Path) -> nn.Module:
         if isinstance(decision, Path):
-            return to_float32(load(decision)).to(next(self.source.parameters()).device)
+            with self.reading():
+                return to_float32(load(decision)).to(next(self.source.parameters()).device)
         if self.recovery is not None:
             known = self.known if self.recovery.project else None
             model = self.recovery.model(self.source, decision, self.streams, known=known)

@@ -42,7 +42,7 @@ from prunesweep.training.signals import handling
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
-from .reopen import check_data, reopen, settings_of, space_of
+from .reopen import check_data, check_given, reopen, settings_of, space_of, write_config
 from .runtime import RayConnection, execute, max_concurrent
 from .source import Progress, SourceArtifacts, open_space
 from .task import run_task
@@ -158,6 +158,7 @@ def resume_search(
     display = Display(console or Console(quiet=True))
     more = [] if trials is None else [f"search.trials={trials}"]
     config = reopen(run, [*overrides, *more], on_note=display.note)
+    check_given(run, config)
     space = space_of(run, config)
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
     if address is None:
@@ -294,10 +295,10 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
     }
     with _first(run), publish_folder(run.path, replace=False) as folder:
         if table is not None:
-            shutil.copy2(table, folder / run.latency_table.name)
+            LatencyTable.load(table).save(folder / run.latency_table.name)
             config = _with_table(config, run.latency_table)
         config = _with_models(config, folder)
-        write_text(folder / "search.toml", config.to_toml())
+        write_config(folder, config)
         shutil.copytree(kept.folder, folder / "source")
         (folder / "scores").mkdir()
         for path in kept.score_files.values():
@@ -371,7 +372,7 @@ def _search(
         if retry_failed:
             run.forget_failures()
         lock.check()
-        write_text(run / "search.toml", config.to_toml())
+        write_config(run.path, config)
         study = Study(
             run / "study.journal",
             space.distributions,

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import reserve
+from prunesweep.models.io.store import check_saved
 from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.search.store.records import EXACT, sealed
 from prunesweep.search.store.run import Run, task_id
@@ -61,11 +62,14 @@ def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] 
         at: (cost, limit) pairs, a limit of at most 1 being a share of the source's: the best one within each.
 
     Raises:
-        UserError: the front is empty, a cost is unknown, or nothing is within a limit.
+        UserError: the front is empty, a model of it is gone or damaged, a cost is unknown, or a limit leaves nothing.
     """
     front, source = run.front(), run.metadata()["source"]
     if not front:
         raise UserError(run.why_empty() or f"{run.path}: the front is empty; search first")
+    if lost := run.lost_models(run.current()):
+        reasons = "\n".join(reason for _, reason in lost)
+        raise UserError(f"{reasons}\nThe front lacks it: 'prunesweep resume {run.shown}' makes it again")
     if top is None and not at:
         return front
     known = {(r.trial, r.rung): run.ranking.goodness(r) for r in run.current()}
@@ -127,8 +131,8 @@ def promote(
     if not job.out.exists():
         with reserve(job.out, "promoting"):
             finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
-    elif not _promoted_by(job.out, recipe):
-        raise UserError(f"{job.out}: was promoted with another recipe; delete it, or keep that recipe")
+    else:
+        _check_promoted(job.out, recipe)
     latency, facts = None, load_provenance(job.out)
     if setting is not None:
         latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
@@ -148,6 +152,16 @@ def promote(
     )
     write_text(folder / "promoted.json", sealed(asdict(found)))
     return found
+
+
+def _check_promoted(model: Path, recipe: Recipe) -> None:
+    """Raise UserError where a model is damaged, or was promoted with another recipe."""
+    try:
+        check_saved(model)
+    except UserError as error:
+        raise UserError(f"{error}\nDelete {model}, and promote again") from error
+    if not _promoted_by(model, recipe):
+        raise UserError(f"{model}: was promoted with another recipe; delete it, or keep that recipe")
 
 
 def _promoted_by(folder: Path, recipe: Recipe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,24 +10,43 @@ from typing import Any
 
 from prunesweep.models import UserError, load, read_arch, weights_digest
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.store import check_saved
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config, run_config
 from prunesweep.search.space.space import Space, read_scores, score_names
+from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.run import Run, set_aside
 from prunesweep.training.data import Data, content_changes, content_of, open_data
+from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
-__all__ = ["HARMLESS", "check_data", "own_table", "reopen", "settings_of", "space_of"]
+__all__ = ["HARMLESS", "check_data", "check_given", "own_table", "reopen", "settings_of", "space_of", "write_config"]
 
 # keys that change no candidate and no figure; data are compared by their content
 DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable")
 HARMLESS = ("search.trials", "resources.", "cluster.", *DATA)
 
+SEAL = "# sha256 of the lines above: "  # begins the last line of a run's search.toml
 MOVED = "resume --set data.name=..., promote --data ..., eval RUN --data ..."
 
 
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """The settings that ``run.json`` keeps: what ``search.toml`` says when the run is made."""
     return tomllib.loads(config.to_toml())
+
+
+def write_config(folder: Path, config: SearchConfig) -> None:
+    """Write the ``search.toml`` of a run, whose last line says whether it was changed since."""
+    text = config.to_toml()
+    write_text(folder / "search.toml", f"{text}{SEAL}{_sha256(text)}\n")
+
+
+def _is_as_written(file: Path) -> bool:
+    text, _, seal = file.read_text(encoding="utf-8").rpartition(SEAL)
+    return seal.strip() == _sha256(text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], None] | None = None) -> SearchConfig:
@@ -37,7 +57,7 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
     Args:
         run: the run.
         overrides: ``key.path=value``, of keys that change neither a candidate nor a figure (``HARMLESS``).
-        on_note: is told in a line for people what was written again.
+        on_note: is told in a line for people what was written again, and which of these keys were edited.
 
     Raises:
         UserError: ``search.toml`` was edited, or an override would change the search.
@@ -47,7 +67,7 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
     made = None if settings is None else run_config(settings, str(run / "run.json"))
     if made is not None and not _whole(file):
         kept = f"kept as {set_aside(file).name}, and " if file.exists() else ""
-        write_text(file, made.to_toml())
+        write_config(run.path, made)
         if on_note:
             on_note(f"{file} was torn or lost: {kept}written again as it was when the run was made")
     found, wanted = load_run_config(run.path), load_run_config(run.path, overrides)
@@ -62,7 +82,26 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
             "start a new search (search.start_from takes over this one's front), or set these keys back (without the "
             "file, 'prunesweep resume' writes it again as it was)"
         )
+    if made is not None and on_note and not _is_as_written(file) and (edited := _changes(made, found, harmless=True)):
+        on_note(f"{file} was edited, or is of an earlier version; it differs from when the run was made:\n{edited}")
     return own_table(run, wanted)
+
+
+def check_given(run: Run, config: SearchConfig) -> None:
+    """Check the run's copies of the models and decisions that it starts from. Raises UserError where one is damaged."""
+    for point in config.search.start:
+        if MODEL not in point:
+            continue
+        given = run / str(point[MODEL])
+        try:
+            if is_proposal(given):
+                Proposal.load(given)
+            else:
+                check_saved(given)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nThe search starts from it: copy it again to {given}, or start a new search"
+            ) from error
 
 
 def _whole(file: Path) -> bool:
@@ -73,10 +112,10 @@ def _whole(file: Path) -> bool:
         return False
 
 
-def _changes(before: SearchConfig, after: SearchConfig) -> str:
-    """The keys that differ, but for those that may, in a line each."""
+def _changes(before: SearchConfig, after: SearchConfig, *, harmless: bool = False) -> str:
+    """The keys that differ, but for those that may, or these alone, in a line each."""
     old, new = (dict(_leaves(config.model_dump(mode="json"))) for config in (before, after))
-    changed = [key for key in old | new if old.get(key) != new.get(key) and not key.startswith(HARMLESS)]
+    changed = [key for key in old | new if old.get(key) != new.get(key) and key.startswith(HARMLESS) == harmless]
     return "\n".join(f"  {key}: {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
 
 

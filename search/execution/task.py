@@ -19,16 +19,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import LatencyTable, UserError, arch_of, cost, cut_arch, load, read_arch, save
+from prunesweep.models import (
+    Arch,
+    Cut,
+    LatencyTable,
+    UserError,
+    arch_of,
+    cost,
+    cut_arch,
+    load,
+    read_arch,
+    save,
+)
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.provenance import versions
+from prunesweep.models.io.store import check_saved
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.space.variables import MODEL
-from prunesweep.search.store.run import Result, Run, Task, task_id
+from prunesweep.search.store.run import Result, Run, Task, set_aside, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
@@ -104,25 +116,31 @@ class WorkerContext:
         In a run from before decisions were kept, the point is decoded again.
 
         Raises:
-            RuntimeError: it is not the candidate that the driver handed out.
-            RunBroken: the latency table or the scores cannot be read.
+            RunBroken: it is not the candidate that the driver handed out: what says so, the latency table or the scores
+                have been damaged.
         """
         given = None if unit.given is None else self.run / unit.given
-        decision = self.run.read_cut(unit.number) if given is None or is_proposal(given) else given
-        if decision is None:
+        with _needed_by_all():  # the driver has checked them
+            decision = self.run.read_cut(unit.number) if given is None or is_proposal(given) else given
+            arch = self._record(decision)
+        if decision is None or arch is None:
             point = unit.point if given is None else {**unit.point, MODEL: str(given)}
             found, how = self.space.decode(point), "the point decodes to"
         else:
-            arch = read_arch(decision) if isinstance(decision, Path) else cut_arch(self.arch, decision)
             latency = None if self.latency is None else self.latency.predict(arch)
             found = Candidate(decision, arch, cost(arch), latency, candidate_key(decision, unit.point))
             how = f"{unit.given} is" if isinstance(decision, Path) else "cut.json is"
         if (found.key, found.arch.hash) != (unit.key, unit.arch_hash):
-            raise RuntimeError(
+            raise RunBroken(
                 f"{how} {found.key} of architecture {found.arch.hash}, the driver decoded {unit.key} of architecture "
                 f"{unit.arch_hash}"
             )
         return found
+
+    def _record(self, decision: Cut | Path | None) -> Arch | None:
+        if isinstance(decision, Path):
+            return read_arch(decision)
+        return None if decision is None else cut_arch(self.arch, decision)
 
     @cached_property
     def cutter(self) -> Cutter:
@@ -266,11 +284,18 @@ def _train(
 
 def _zero_shot(context: WorkerContext, unit: Task, model: nn.Module) -> float:
     """Return the accuracy of a candidate before any training; ``model`` is what its unit starts from."""
-    if _starts_untrained(context, unit):
-        return context.cutter.accuracy(context.cutter.measured(model))
-    below = context.run.read_result(task_id(unit.number, unit.rung - 1))
-    assert below is not None  # it was promoted for it
-    return float(below["result"]["zero_shot"])
+    with _needed_by_all():
+        below = None if _starts_untrained(context, unit) else context.run.read_result(_below(unit))
+    if below is not None and below["state"] == "finished":
+        return float(below["result"]["zero_shot"])
+    if not _starts_untrained(context, unit):  # the result for which it was promoted was damaged
+        model = context.cutter.model(context.candidate(unit).decision)
+    return context.cutter.accuracy(context.cutter.measured(model))
+
+
+def _below(unit: Task) -> str:
+    """Name the unit of the same candidate on the rung below."""
+    return task_id(unit.number, unit.rung - 1)
 
 
 def _starts_untrained(context: WorkerContext, unit: Task) -> bool:
@@ -281,17 +306,28 @@ def _starts_untrained(context: WorkerContext, unit: Task) -> bool:
 def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Module | None:
     """Return the model that a unit starts from: the cut and recovered source, or the model of the rung below.
 
-    If that model was deleted because it was off the front when an earlier search ended, it is trained again; None where
-    that was asked to stop. Where training diverged below, it starts from the cut and recovered source.
+    If that model is damaged, or was deleted because it was off the front when an earlier search ended, it is trained
+    again; None where that was asked to stop. Where training diverged below, it is the cut and recovered source.
     """
     if _starts_untrained(context, unit):
         return context.cutter.model(candidate.decision)
-    below = context.run.trial(task_id(unit.number, unit.rung - 1))
+    below = context.run.trial(_below(unit))
+    if (below / "model").exists() and not _is_sound(below / "model"):
+        set_aside(below / "model")
     if not (below / "model").exists() and not _train(context, context.run.read_task(below.name), candidate, below):
         return None
     if not (below / "model").exists():
         return context.cutter.model(candidate.decision)
     return to_float32(load(below / "model")).to(next(context.source.parameters()).device)
+
+
+def _is_sound(model: Path) -> bool:
+    """Whether a saved model is there and holds what was written."""
+    try:
+        check_saved(model)
+    except UserError:
+        return False
+    return True
 
 
 def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path, log: MetricsLog) -> bool:
@@ -305,7 +341,7 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         storage=str(checkpoints),
     )
     loaded = LoadedJob(model, context.source, context.data) if placement.here else None
-    if loaded is None and not start.exists():
+    if loaded is None and not _is_sound(start):
         save(model.cpu(), start)
     job = TrainingJob(
         model=str(start),

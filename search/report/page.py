@@ -95,15 +95,20 @@ def render(template: str, title: str, data: Mapping[str, Any]) -> str:
 
 
 def _record(run: Run, result: Result, source: Arch) -> Arch:
-    """The record of a candidate; made again from its decision where its file is damaged."""
+    """The record of a candidate; made again from its decision, or the model it was given, where its file is damaged."""
     path = run.trial(result.id) / "arch.json"
     try:
-        return Arch.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = Arch.from_json(path.read_text(encoding="utf-8"))
+        if found.hash != result.arch_hash:
+            raise UserError(f"it is the record of {found.hash}, not of {result.arch_hash}")
+    except (OSError, ValueError, RecursionError) as error:
+        if result.given is not None:
+            return read_arch(run / result.given)
         decision = run.read_cut(result.trial)
         if decision is None:
             raise UserError(f"{path} is damaged or missing, and so is the decision (cut.json): {error}") from error
         return cut_arch(source, decision)
+    return found
 
 
 def picture(arch: Arch, source: Arch) -> dict[str, Any]:

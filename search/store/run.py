@@ -32,6 +32,7 @@ from prunesweep.models import Cut, UserError, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
+from prunesweep.models.io.store import check_saved
 from prunesweep.training import EvalMetrics
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
@@ -264,7 +265,10 @@ class Run:
     def read_cut(self, number: int) -> Cut | None:
         """What ``write_cut`` wrote; None in runs of before it was written. Raises UserError for a damaged file."""
         path = self.trial(task_id(number)) / "cut.json"
-        return Cut.from_dict(read_json(path)) if path.is_file() else None
+        try:
+            return Cut.from_dict(read_json(path)) if path.is_file() else None
+        except UserError as error:
+            raise error if str(path) in str(error) else UserError(f"{path} is damaged: {error}") from error
 
     def made_by(self, given: str) -> str | None:
         """The method of a saved model or a decision that the search started from; None where that is not known.
@@ -375,24 +379,26 @@ class Run:
             results: by default ``current``; then there is a warning for a member whose model is gone.
         """
         found = self.current() if results is None else latest(results)
-        for gone in () if results is not None else self.without_model(found):
+        lost = set[str]()
+        for result, reason in () if results is not None else self.lost_models(found):
+            lost.add(result.id)
             warnings.warn(
-                f"{self.model(gone)} is gone: trial {gone.trial} is not shown, 'prunesweep resume {self.shown}' does "
-                "it again",
+                f"{reason}: trial {result.trial} is not shown, 'prunesweep resume {self.shown}' does it again",
                 stacklevel=2,
             )
-        return self.ranking.front(r for r in found if r.has_model and self.model(r).is_dir())
+        return self.ranking.front(r for r in found if r.has_model and r.id not in lost and self.model(r).is_dir())
 
     def why_empty(self) -> str | None:
         """Say that damage is why the front is empty; None where it has members, or nothing that it had is missing."""
         outcomes = self.outcomes()
         current = outcomes.current
-        if self.members(current):
+        gone = {r.id for r, _ in self.lost_models(current)}
+        if any(r.id not in gone for r in self.members(current)):
             return None
         known = {r.id for r in current} | outcomes.damaged.keys()
         lost = {
             "damaged results": sorted(outcomes.damaged),
-            "models that are gone": sorted(r.id for r in self.without_model(current)),
+            "models that are gone or damaged": sorted(gone),
             "lost results": sorted({task_id(*member) for member in self._in_front()} - known),
         }
         said = [f"{what}: {_listed(units)}" for what, units in lost.items() if units]
@@ -403,10 +409,14 @@ class Run:
             "them again"
         )
 
-    def without_model(self, results: Sequence[Result]) -> list[Result]:
-        """Those of some results that ``front.json`` has and whose models are gone; others' are deleted by purpose."""
+    def lost_models(self, results: Sequence[Result]) -> list[tuple[Result, str]]:
+        """Those of some results that ``front.json`` has and whose models are gone or damaged, each with what is wrong.
+
+        Other models are deleted by purpose.
+        """
         front = self._in_front()
-        return [r for r in results if (r.trial, r.rung) in front and not self.model(r).is_dir()]
+        members = [r for r in results if (r.trial, r.rung) in front]
+        return [(r, reason) for r in members if (reason := _loss(self.model(r)))]
 
     def _in_front(self) -> set[tuple[int, int]]:
         """Trials and rungs of the members that ``front.json`` has."""
@@ -481,6 +491,17 @@ class Run:
         return front
 
 
+def _loss(model: Path) -> str:
+    """What is wrong with a model's folder; empty where nothing is."""
+    if not model.is_dir():
+        return f"{model} is gone"
+    try:
+        check_saved(model)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 class Outcomes(NamedTuple):
     """What a run's tasks gave; ``failures`` and ``damaged`` are errors by the tasks' names."""
 
@@ -496,7 +517,7 @@ class Outcomes(NamedTuple):
 
 
 def set_aside(path: Path, word: str = "damaged") -> Path:
-    """Rename a file to a free name, ``NAME.WORD-1`` or the next one, and return that."""
+    """Rename a file or a folder to a free name, ``NAME.WORD-1`` or the next one, and return that."""
     number = 1
     while (kept := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1

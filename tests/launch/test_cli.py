@@ -15,7 +15,7 @@ from prunesweep.search.execution.prepare import prepare_search
 from prunesweep.search.store.run import Result, Run
 from prunesweep.training import EvalMetrics
 from tests.generate import random_model
-from tests.search.helpers import ARCH, make_run, make_space
+from tests.search.helpers import ARCH, make_run, make_space, put_model
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
         folder.mkdir()
         (folder / "spec.json").write_text("{}")
         (folder / "arch.json").write_text(cut_arch(ARCH, candidate.decision).to_json())
-        (folder / "model").mkdir()
+        put_model(folder / "model")
         found.write_result(f"r0-{number:04d}", result=result)
     found.trial("r0-0003").mkdir()
     (found.trial("r0-0003") / "spec.json").write_text("{}")

@@ -23,7 +23,7 @@ run = test_cli.run  # the fixture
 READING = (["status"], ["status", "--json"], ["front"], ["front", "--json"], ["front", "--csv"], ["report"])
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "damaged results": lambda trial: (trial / "result.json").write_text("null"),
-    "models that are gone": lambda trial: shutil.rmtree(trial / "model"),
+    "models that are gone or damaged": lambda trial: (trial / "model" / "model.safetensors").write_bytes(b""),
     "lost results": lambda trial: (trial / "result.json").unlink(),
 }
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
 
-from prunesweep.models import Arch, Block, Stage, cost
+from prunesweep.models import Arch, Block, Stage, cost, save
 from prunesweep.models.io.files import write_text
 from prunesweep.pruners import GROUP_SIZES, Scores, vector_sizes
 from prunesweep.pruners.nvit.saliency import KINDS
@@ -17,6 +20,7 @@ from prunesweep.search.config import SpaceTable
 from prunesweep.search.space.space import Space
 from prunesweep.search.store.records import FORMAT, sealed
 from prunesweep.search.store.run import Run
+from tests.generate import random_model
 
 ARCH = Arch(
     family="vit",
@@ -46,6 +50,19 @@ def make_space(**table: Any) -> Space:
     patches = {f"blocks.{i}.tokens": torch.rand(16, generator=generator, dtype=torch.float64) for i in range(4)}
     scores = {"nvit": Scores(vectors), "depth_kl": depth, "pmvit": Scores(patches)}
     return Space(SpaceTable(**{**settings, **table}), ARCH, scores)
+
+
+_MODELS = tempfile.TemporaryDirectory(prefix="prunesweep-tests-")
+
+
+@cache
+def _saved_model() -> Path:
+    return save(random_model(ARCH, 0), Path(_MODELS.name) / "model")
+
+
+def put_model(path: Path) -> None:
+    """Write a sound saved model, the same for whatever candidate."""
+    shutil.copytree(_saved_model(), path, dirs_exist_ok=True)
 
 
 def make_run(path: Path, trials: int = 12, **search: Any) -> Run:

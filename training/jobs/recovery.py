@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from prunesweep.models import Cut, arch_of, weights_digest
-from prunesweep.models.io.digest import tensors_digest
+from prunesweep.models import Cut, UserError, arch_of, weights_digest
+from prunesweep.models.io.digest import read_tensors, tensors_digest
 from prunesweep.models.io.files import make_folder, publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.pruners.subspaces import (
@@ -63,14 +62,14 @@ class Known:
     def load(cls, path: Path, key: Mapping[str, Any]) -> Known | None:
         """Read what ``save`` wrote; None where the file is not there, is damaged, or is of another key."""
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-        except (SafetensorError, OSError):
+            tensors, metadata = read_tensors(path)
+        except UserError:
             return None
-        text = metadata.get("facts", "{}")
+        text = metadata.get("facts", "")
+        if metadata.get("sha256") != tensors_digest(tensors, text):
+            return None
         facts = json.loads(text)
-        if metadata.get("sha256") != tensors_digest(tensors, text) or facts["key"] != json.loads(json.dumps(key)):
+        if facts["key"] != json.loads(json.dumps(key)):
             return None
         by_kind: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in (*KINDS, "units")}
         for name, tensor in tensors.items():

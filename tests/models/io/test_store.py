@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from prunesweep.models import UserError, arch_of, cut, load, load_provenance, preprocessing_of, read_arch, save
 from prunesweep.models.builder import set_label_names
 from prunesweep.models.io.files import publish_folder, write_text
+from prunesweep.models.io.store import check_saved
 from tests.generate import FAMILIES, random_arch, random_cut, random_images, random_model
 
 
@@ -291,6 +292,7 @@ def test_odd_preprocessing_is_refused_by_its_key(
 ) -> None:
     config = json.loads((saved[1] / "config.json").read_text())
     config["pretrained_cfg"] |= changes
+    del config["config_digest"]
     (saved[1] / "config.json").write_text(json.dumps(config))
     if not message:
         load(saved[1])
@@ -316,6 +318,32 @@ def test_weights_of_another_type_than_the_others_are_named(
         load(saved[1])
 
 
+def test_a_configuration_that_was_changed_is_named(saved: tuple[torch.nn.Module, Path]) -> None:
+    config = saved[1] / "config.json"
+    facts = json.loads(config.read_text())
+    facts["provenance"]["seed"] += 1
+    config.write_text(json.dumps(facts))
+    for read in (load, check_saved, load_provenance):
+        with pytest.raises(
+            UserError, match=r"config.json is damaged: it has changed .* remove its entry 'config_digest'"
+        ):
+            read(saved[1])
+    del facts["config_digest"]
+    config.write_text(json.dumps(facts, indent=3))
+    assert load(saved[1]).provenance["seed"] == 6
+
+
+def test_a_saved_model_is_checked_without_building_it(
+    saved: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunesweep.models.io.store.build_with", None)
+    assert check_saved(saved[1]) == arch_of(saved[0])
+    weights = saved[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        check_saved(saved[1])
+
+
 def test_weights_other_than_those_saved_are_refused(saved: tuple[torch.nn.Module, Path]) -> None:
     model, path = saved
     weights, config = path / "model.safetensors", path / "config.json"
@@ -330,7 +358,7 @@ def test_weights_other_than_those_saved_are_refused(saved: tuple[torch.nn.Module
     assert read_arch(path) == arch_of(model)
 
     older = json.loads(text)
-    del older["weights_sha256"]
+    del older["weights_sha256"], older["config_digest"]
     weights.write_bytes(whole)
     config.write_text(json.dumps(older))
     loaded = load(path).state_dict()

@@ -18,7 +18,7 @@ from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
 from prunesweep.search.store.front import hypervolume, latest, pareto_front
 from prunesweep.search.store.run import Result, Run, Task, task_id
 from prunesweep.search.store.study import RESULTS, Study
-from tests.search.helpers import make_run, make_space
+from tests.search.helpers import make_run, make_space, put_model
 from tests.search.store.test_study import die_while_asking, load, trials
 
 SPACE = make_space()
@@ -52,7 +52,7 @@ def work(run: Run, unit: Task, space: Any = SPACE) -> Result:
         epochs=1,
         loss=1 + unit.point["skip"],  # not what its top-1 says
     )
-    (run.trial(unit.id) / "model").mkdir(exist_ok=True)
+    put_model(run.trial(unit.id) / "model")
     run.write_result(unit.id, result=result)
     return result
 
@@ -403,7 +403,7 @@ def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path) -> None:
                 seconds=0.0,
             ),
         )
-        (run.trial(unit.id) / "model").mkdir()
+        put_model(run.trial(unit.id) / "model")
         coordinator.complete(unit.id)
     assert coordinator.finished
     assert len(keys) == len(set(keys)) < 12
@@ -440,7 +440,7 @@ def test_one_architecture_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.
                 seconds=0.0,
             )
             run.write_result(unit.id, result=result)
-            (run.trial(unit.id) / "model").mkdir()
+            put_model(run.trial(unit.id) / "model")
             coordinator.complete(unit.id)
         assert coordinator.duplicates > 0
         coordinator = start(run, space=space)  # a driver that goes on knows them, too

@@ -177,7 +177,7 @@ def test_a_decision_is_made_once_and_checked(started: tuple[Run, Coordinator], m
 
     kept.write_text((run.trial(unit.id) / "cut.json").read_text())  # another candidate's
     assert third.key != unit.key
-    assert "the driver decoded" in run_task(run.path, third)["error"]
+    assert "the driver decoded" in run_task(run.path, third)["reason"]
     assert decoded == []
     (run.trial(other.id) / "cut.json").unlink()  # as in a run of an earlier version
     assert run_task(run.path, other)["result"]["arch_hash"] == other.arch_hash
