@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,11 +139,15 @@ class Surface:
         final, gap = self._trained(rows, epochs, lr)
         return _squash(final - gap)
 
+    def best_lr(self, conv: Any) -> Any:
+        """The learning rate that is best for so many convolutions."""
+        return np.exp(self._best_lr + 0.1 * conv)
+
     def _trained(self, rows: Ints, epochs: float, lr: float | None) -> tuple[Floats, Floats]:
         """Accuracy after endless training at this rate, and the gap that is left; (n,) each."""
         final, slow, fast = self._response(rows)
         if lr is not None and epochs > 0:
-            final = final - self._lr_curvature * (np.log(lr) - self._best_lr - 0.1 * rows[:, 2]) ** 2
+            final = final - self._lr_curvature * np.log(lr / self.best_lr(rows[:, 2])) ** 2
         return final, _gap(rows[:, 2], slow, fast, epochs)
 
     def measure(self, choice: Choice, lr: float, schedules: tuple[float, ...], number: int) -> float:
