@@ -51,14 +51,14 @@ KEPT = (0.75, 0.5, 0.375, 0.25, 0.125)  # of every width of a space
 COUNTS, COUNT_BUDGETS = (32, 64, 128, 256, 512, 1024), (0.26, 0.07)
 
 
-def source_of(seed: int, cache: Path) -> nn.Module:
-    """The example's source, trained once per seed."""
+def source_of(seed: int, cache: Path, config: Path = CONFIG, *settings: str) -> nn.Module:
+    """An example's source, trained once per seed."""
     from rich.console import Console
 
     from prunesweep.models import load
 
     with Display(Console()).progress() as report:
-        return load(prepare_search(load_config(CONFIG, [f"seed={seed}"]), cache, report).folder)
+        return load(prepare_search(load_config(config, [f"seed={seed}", *settings]), cache, report).folder)
 
 
 def narrowed(arch: Arch, share: float, spaces: Sequence[str] = SPACES["all"]) -> Widths:
