@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.arch import Block
@@ -73,23 +75,18 @@ def projectable(arch: Arch, decision: Cut) -> Cut:
 
 def _first(arch: Arch, i: int, decided: BlockCut, own: BlockWidths) -> BlockCut:
     """Keep the first channels and units of a block, as many as ``own`` says."""
-    block = arch.blocks[i]
-    qk, v = decided.qk, decided.v
-    if decided.keep and decided.mixer is None and isinstance(own.v, tuple):
-        widest = own.qk is None or not can_project(arch, f"blocks.{i}.q")
-        starts = [sum(block.v_widths[:h]) for h in range(block.heads)]
-        width = block.qk if widest else own.qk
-        assert width is not None
+    block, qk, v = arch.blocks[i], decided.qk, decided.v
+    if decided.mixer is None and own.qk is not None and isinstance(own.v, tuple):
+        width = own.qk if can_project(arch, f"blocks.{i}.q") else block.qk
+        starts = [0, *accumulate(block.v_widths)]
         qk = tuple(tuple(range(h * block.qk, h * block.qk + width)) for h in range(block.heads))
-        v = tuple(tuple(range(start, start + n)) for start, n in zip(starts, own.v, strict=True))
-    return BlockCut(
-        keep=decided.keep,
+        v = tuple(tuple(range(start, start + n)) for start, n in zip(starts, own.v, strict=False))
+    return dataclasses.replace(
+        decided,
         qk=qk,
         v=v,
-        mlp=None if own.mlp is None else tuple(range(own.mlp)),
-        sr=None if own.sr is None else tuple(range(own.sr)),
-        mixer=decided.mixer,
-        tokens=decided.tokens,
+        mlp=None if decided.mlp is None else tuple(range(len(decided.mlp))),
+        sr=None if decided.sr is None else tuple(range(len(decided.sr))),
     )
 
 

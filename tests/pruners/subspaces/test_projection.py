@@ -56,6 +56,13 @@ def test_a_projectable_cut_has_the_record_of_the_projected_model(name: str) -> N
     assert projected_widths(arch, even) == projected_widths(arch, decision)
 
 
+def test_queries_that_can_only_be_chosen_stay_whole_in_a_projectable_cut() -> None:
+    arch = dataclasses.replace(vit(), qk_norm=True)
+    even = projectable(arch, Cut(blocks=(aligned(heads=[1], v=range(5)), BlockCut(), BlockCut())))
+    small = cut_arch(arch, even).blocks[0]
+    assert (small.heads, small.qk, small.v) == (arch.blocks[0].heads, arch.blocks[0].qk, (3, 2))
+
+
 def test_the_subspace_knows_better_which_channels() -> None:
     source, decision = made(vit()), dataclasses.replace(whole(), embed=(tuple(range(0, 24, 2)),))
     batches = images()
