@@ -121,6 +121,8 @@ class Lock:
                 self.number = max(seen, default=0) + 1
                 _link(scratch, _file(self.place, self.number))
             except FileNotFoundError:  # its last holder has just removed the folder
+                if not self.place.parent.is_dir():  # or none can be made there, as below /proc
+                    raise
                 continue
             except FileExistsError:  # another process was quicker
                 continue

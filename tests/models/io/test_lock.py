@@ -251,3 +251,9 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="nothing can be written there"), reserve(tmp_path / "file" / "out"):
         pass
+    if Path("/proc/self").exists():  # where no folder can be made
+        with (
+            pytest.raises(UserError, match="--out /proc/nowhere/x: nothing can be written"),
+            reserve(Path("/proc/nowhere/x")),
+        ):
+            pass
