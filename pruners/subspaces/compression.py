@@ -39,12 +39,12 @@ from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tenso
 from .calibration import shrinkage_for
 from .maps import query_key_maps, residual_map, value_map
 from .normal_equations import Moments
-from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, outputs_of, rows_of, solve_shift
+from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, rows_of, run_together, solve_shift
 from .source import SourceStatistics, open_source
-from .streams import SourceStreams
+from .streams import LayerOutputs, SourceStreams
 from .widths import Widths, can_project, compressed_arch, narrow_block
 
-__all__ = ["Compression", "compress", "folded"]
+__all__ = ["Compression", "compress", "compress_all", "folded"]
 
 
 @torch.no_grad()
@@ -83,16 +83,71 @@ def compress(
         UserError: the widths do not fit, the source cannot be projected, an image is not one of its, or an activation
             is not finite.
     """
+    (small,) = compress_all(
+        model,
+        [widths],
+        batches,
+        statistics=statistics,
+        units=units,
+        refit=refit,
+        shrinkage=shrinkage,
+        progress=progress,
+    )
+    return small
+
+
+@torch.no_grad()
+def compress_all(
+    model: nn.Module,
+    widths: Sequence[Widths],
+    batches: Iterable[Any] | SourceStreams,
+    *,
+    statistics: SourceStatistics | None = None,
+    units: Mapping[int, torch.Tensor] | None = None,
+    refit: bool = True,
+    shrinkage: float = SHRINKAGE,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[nn.Module]:
+    """Compute several smaller models of one source side by side: what they need of it is computed once for all.
+
+    Args:
+        model: as for ``compress``.
+        widths: of every small model.
+        batches, statistics, units, refit, shrinkage: as for ``compress``.
+        progress: told of kept blocks done and of all, those of all models.
+
+    Returns:
+        For each of the widths what ``compress`` returns.
+
+    Raises:
+        UserError: as ``compress``.
+    """
     arch = open_source(model)
-    small = compressed_arch(arch, widths)
-    given, model = model, widened(with_feature_head(model) if small.feature_head else model)
-    source = folded(model)
-    streams = SourceStreams.of(batches, source)
-    shrinkage = shrinkage_for(small, streams.inputs, shrinkage) if refit else shrinkage
+    small = [compressed_arch(arch, own) for own in widths]
+    if not small:
+        return []
+    given, model = model, widened(model)
+    sources = {
+        mapped: folded(with_feature_head(model) if mapped else model) for mapped in {own.feature_head for own in small}
+    }
+    streams = SourceStreams.of(batches, sources[small[0].feature_head])
     found = SourceStatistics.collect(model, streams.inputs) if statistics is None else statistics
-    work = Compression(source, widths, found, streams, units=units, refit=refit, shrinkage=shrinkage)
-    work.run([i for i, own in enumerate(widths.blocks) if own.keep], progress)
-    return narrowed(work.small, given)
+    outputs = LayerOutputs() if len(widths) > 1 else None
+    works = [
+        Compression(
+            sources[record.feature_head],
+            own,
+            found,
+            streams,
+            units=units,
+            refit=refit,
+            shrinkage=shrinkage_for(record, streams.inputs, shrinkage) if refit else shrinkage,
+            outputs=outputs,
+        )
+        for own, record in zip(widths, small, strict=True)
+    ]
+    run_together(works, [[i for i, block in enumerate(own.blocks) if block.keep] for own in widths], progress)
+    return [narrowed(work.small, given) for work in works]
 
 
 class Compression(Refit):
@@ -103,7 +158,7 @@ class Compression(Refit):
         widths: of the small model.
         statistics: of the source.
         units: as for ``compress``.
-        streams, refit, shrinkage, fitted: as for ``Refit``.
+        streams, refit, shrinkage, fitted, outputs: as for ``Refit``.
     """
 
     def __init__(
@@ -117,6 +172,7 @@ class Compression(Refit):
         refit: bool = True,
         shrinkage: float = SHRINKAGE,
         fitted: int | None = None,
+        outputs: LayerOutputs | None = None,
     ) -> None:
         arch, self.statistics, self.units = arch_of(model), statistics, units or {}
         narrow = compressed_arch(arch, widths)
@@ -137,7 +193,9 @@ class Compression(Refit):
         kept = gather(arch, [own.keep for own in widths.blocks], reductions, weights)
         changes = [(records[i], own.mixer, own.tokens) if own.keep else None for i, own in enumerate(widths.blocks)]
         small = self._built(narrow, replaced(arch, changes, kept), model)
-        super().__init__(model, small, reductions, streams, refit=refit, shrinkage=shrinkage, fitted=fitted)
+        super().__init__(
+            model, small, reductions, streams, refit=refit, shrinkage=shrinkage, fitted=fitted, outputs=outputs
+        )
         self._project_readers(list(records))
 
     def _reductions(self, model: nn.Module, records: Mapping[int, Block]) -> dict[str, Reduction]:
@@ -231,13 +289,15 @@ class Compression(Refit):
         projections = {wanted.q.name, wanted.k.name, wanted.v.name}
         for reader, full in zip(own.readers(stage.grid), wanted.readers(stage.grid), strict=True):
             if full.name not in projections:
-                self.read(reader, outputs_of(full, x), z, f"{source.name}.{full.name}", single=False)
+                self.read(reader, self.wanted(source, full, x), z, f"{source.name}.{full.name}", single=False)
                 continue
             start = self._start(f"{source.name}.{full.name}", full, source.stage)
             bias = start.new_zeros(len(start)) if full.bias is None else full.bias.double()
             if self.refit:
                 centred = full.bias is not None or _takes_shift(own, reader, stage)
-                start, bias = self.solve(start, rows_of(reader, z), outputs_of(full, x), len(z), centred=centred)
+                start, bias = self.solve(
+                    start, rows_of(reader, z), self.wanted(source, full, x), len(z), centred=centred
+                )
             found[full.name] = start, bias
         self._take_ranks(stage, own, source, z, found)
         return self.write_attention(stage, own, source.stage, z, target)

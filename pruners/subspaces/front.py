@@ -20,7 +20,7 @@ from .allocation import allocate
 from .batches import Batches
 from .block_losses import measure_losses
 from .calibration import check_features, check_source, hold_out, images_of, shrinkage_for
-from .compression import compress
+from .compression import compress_all
 from .refit import SHRINKAGE
 from .sensitivity import output_error
 from .source import SourceStatistics, to_model
@@ -33,7 +33,7 @@ OBJECTIVES: Mapping[str, Measure] = {measure.name: measure for measure in (MACS,
 BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.15)
 STREAM = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.333, 0.25, 0.1875, 0.125)  # residual widths that are tried
 HELD_OUT = 0.25  # of the images: chosen by, not fitted to
-FITS = 5  # models that are usually computed for a budget: three residual widths, equal shares, the chosen one again
+TRIES = 4  # models that are usually compared for a budget: three residual widths and equal shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,21 +162,19 @@ class _Front:
         self.streams = sorted({full, *narrower}, reverse=True)  # residual widths of all stages
 
     def points(self, budgets: Sequence[float]) -> list[Point]:
-        found: list[Point] = []
+        chosen: list[tuple[float, _Scout]] = []
         begin, met = 0, 1.0  # the residual width that was chosen last, and for what budget
+        self.planned = (TRIES + 1) * len(budgets)
         for number, budget in enumerate(sorted(budgets, reverse=True)):
-            self.done, self.due, self.planned = number * FITS, (number + 1) * FITS, len(budgets) * FITS
-            limit = budget * self.whole
-            at, best = self._downhill(limit, self._smaller(begin, budget / met))
-            if best is not None:
-                begin, met = at, budget
-            # sums of one-block losses rank well but are no measurement: equal shares are the baseline to beat
-            even = self._even(limit)
-            scouts = [one for one in (best, even) if one is not None]
+            self.done, self.due = TRIES * number, TRIES * (number + 1)
+            at, scouts = self._downhill(budget * self.whole, self._smaller(begin, budget / met))
             if scouts:
-                found.append(self._point(budget, min(scouts, key=lambda one: one.error)))
-            self.progress("computing models", self.due, self.planned)
-        return found
+                begin, met = at, budget
+                chosen.append((budget, min(scouts, key=lambda one: one.error)))
+            self._report(self.due)
+        models = self._compressed([scout.widths for _, scout in chosen], self.fit + self.held_out, self._report_last)
+        self._report(self.planned)
+        return [self._point(*own, small) for own, small in zip(chosen, models, strict=True)]
 
     def _smaller(self, stream: int, ratio: float) -> int:
         """Find the residual width that suits a model of a smaller cost: most of it is products of two widths."""
@@ -184,36 +182,45 @@ class _Front:
         wanted = sizes[stream] * math.sqrt(ratio)
         return min(range(len(sizes)), key=lambda n: abs(sizes[n] - wanted))
 
-    def _downhill(self, limit: float, at: int) -> tuple[int, _Scout | None]:
-        """Find the residual width of the least error, going on from one."""
+    def _downhill(self, limit: float, at: int) -> tuple[int, list[_Scout]]:
+        """Find the residual width of the least error, going on from one; return it with the models that were tried."""
         tried: dict[int, _Scout | None] = {}
+        # sums of one-block losses rank well but are no measurement: equal shares are the baseline to beat
+        even, equal = self._even(limit), list[_Scout]()
         while True:
-            for near in (at, at - 1, at + 1):
-                if 0 <= near < len(self.streams) and near not in tried:
-                    widths = allocate(
-                        self.arch, self.streams[near], self.losses, limit, objective=self.objective, align=self.align
-                    )
-                    tried[near] = None if widths is None else self._scout(widths)
+            near = [n for n in (at, at - 1, at + 1) if 0 <= n < len(self.streams) and n not in tried]
+            found = {
+                n: allocate(self.arch, self.streams[n], self.losses, limit, objective=self.objective, align=self.align)
+                for n in near
+            }
+            tried |= dict.fromkeys(near)
+            alive = {n: widths for n, widths in found.items() if widths is not None}
+            scouts = self._scouts([*alive.values(), *even])
+            tried |= dict(zip(alive, scouts, strict=False))
+            equal, even = equal + scouts[len(alive) :], []
             best = min((n for n in tried if tried[n]), key=lambda n: tried[n].error, default=None)  # type: ignore[union-attr]
-            if best == at:
-                return at, tried[at]
-            if best is not None:
+            if best is not None and best != at:
                 at = best
-            elif at + 1 < len(self.streams):  # too wide for this budget
+            elif best is None and at + 1 < len(self.streams):  # too wide for this budget
                 at += 1
             else:
-                return at, None
+                return at, [*(one for one in tried.values() if one is not None), *equal]
 
-    def _even(self, limit: float) -> _Scout | None:
-        """Try the largest model of equal shares of all widths within a limit."""
+    def _even(self, limit: float) -> list[Widths]:
+        """Find the largest equal shares of all widths within a limit; none where there are none."""
         for step in range(256, 0, -1):
             widths = equal_shares(self.arch, step / 256, self.align)
             if self.objective(compressed_arch(self.arch, widths)) <= limit:
-                return self._scout(widths)
-        return None
+                return [widths]
+        return []
 
-    def _scout(self, widths: Widths) -> _Scout:
-        got = self._outputs(self._compressed(widths, self.scouted))
+    def _scouts(self, widths: Sequence[Widths]) -> list[_Scout]:
+        models = self._compressed(widths, self.scouted)
+        self._report(min(self.done + len(models), self.due - 1))  # some budgets need more than others
+        return [self._scout(*own) for own in zip(widths, models, strict=True)]
+
+    def _scout(self, widths: Widths, small: nn.Module) -> _Scout:
+        got = self._outputs(small)
         error = output_error(self.arch, self.wanted, got)
         if self.arch.headless:
             figures: Mapping[str, float] = feature_quality(self.wanted, got)._asdict()
@@ -223,8 +230,7 @@ class _Front:
         figures = {"kl": divergence, "agreement": 100 * same.double().mean().item()}
         return _Scout(widths, error, figures)
 
-    def _point(self, budget: float, chosen: _Scout) -> Point:
-        small = self._compressed(chosen.widths, self.fit + self.held_out)
+    def _point(self, budget: float, chosen: _Scout, small: nn.Module) -> Point:
         return Point(
             budget=budget,
             share=self.objective(arch_of(small)) / self.whole,
@@ -234,18 +240,30 @@ class _Front:
             **chosen.figures,
         )
 
-    def _compressed(self, widths: Widths, batches: Batches | SourceStreams) -> nn.Module:
-        small = compress(
+    def _compressed(
+        self,
+        widths: Sequence[Widths],
+        batches: Batches | SourceStreams,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[nn.Module]:
+        return compress_all(
             self.model,
             widths,
             batches,
             statistics=self.statistics,
             units=self.losses.units,
             shrinkage=self.shrinkage,
+            progress=progress,
         )
-        self.done = min(self.done + 1, self.due - 1)  # some budgets need more than others
-        self.progress("computing models", self.done, self.planned)
-        return small
+
+    def _report(self, done: int) -> None:
+        self.done = done
+        self.progress("computing models", done, self.planned)
+
+    def _report_last(self, done: int, due: int) -> None:
+        """Tell of the models that are fitted to all images."""
+        left = self.planned - self.due
+        self._report(self.due + min(left * done // due, left - 1))
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> torch.Tensor:

@@ -35,7 +35,7 @@ from prunesweep.models.reduction import Reduction
 from .batches import Batches
 from .normal_equations import NormalEquations
 from .source import to_model
-from .streams import SourceStreams
+from .streams import LayerOutputs, SourceStreams
 
 __all__ = [
     "HEAD_SHRINKAGE",
@@ -45,6 +45,7 @@ __all__ = [
     "fold_scale",
     "outputs_of",
     "rows_of",
+    "run_together",
     "solve_shift",
     "tail",
 ]
@@ -68,6 +69,7 @@ class Refit:
         refit: fit at all; without it streams are computed only.
         shrinkage: lambda of the fits, in units of the features' mean variance.
         fitted: fits read the first so many batches; the streams of all others are carried along. All by default.
+        outputs: of the source's layers, where other models of the source are fitted to them, too.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Refit:
         refit: bool = True,
         shrinkage: float = SHRINKAGE,
         fitted: int | None = None,
+        outputs: LayerOutputs | None = None,
     ) -> None:
         self.model, self.small, self.reductions, self.source = model, small, reductions, streams
         self.refit, self.shrinkage, self.fitted = refit, shrinkage, fitted
@@ -87,6 +90,7 @@ class Refit:
         self.views, self.small_views = block_views(model, self.arch), block_views(small)
         self.sizes = self.family.spaces(self.arch)
         self.z: Streams = Batches()
+        self.outputs, self._shared = outputs, outputs  # those of all tokens, and of the present block if it has them
 
     def run(self, kept: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Refit everything.
@@ -95,18 +99,24 @@ class Refit:
             kept: numbers in the source of the small model's blocks.
             progress: told of kept blocks done and of all.
         """
+        run_together([self], [kept], progress)
+
+    def walk(self, kept: Sequence[int]) -> Iterator[int]:
+        """Refit everything, step by step; in front of every block yield its number in the source.
+
+        Args:
+            kept: as for ``run``.
+        """
         self._stem()
-        done = 0
+        own = iter(self.small_views)
         for s, stage in enumerate(self.arch.stages):
             if s:
                 self._enter(s)
             alive = [i for i in kept if self.views[i].stage == s]
             for i, after in zip(alive, [*alive[1:], None], strict=True):
+                yield i
                 self.source.forget(i)
-                self.block(stage, self.small_views[done], self.views[i], after)
-                done += 1
-                if progress:
-                    progress(done, len(kept))
+                self.block(stage, next(own), self.views[i], after)
         self._heads()
 
     # --- parts of the model ---
@@ -122,6 +132,7 @@ class Refit:
         """
         module: Any = own.module
         plan = getattr(module, "token_merge", None)
+        self._shared = self.outputs if plan is None else None
         merged: Merge = (lambda s: s) if plan is None else (lambda s: Batches(map(plan.merge, s)))
         x, middle = self.source.front(source.index), self.source.middle(source.index)
         following = self.source.last(source.stage) if after is None else self.source.front(after)
@@ -157,7 +168,7 @@ class Refit:
         pairs = zip(own.readers(stage.grid), source.attention.readers(stage.grid), strict=True)
         for reader, wanted in pairs:
             single = alone(reader, own.readers(stage.grid))
-            self.read(reader, outputs_of(wanted, x), z, f"{source.name}.{wanted.name}", single=single)
+            self.read(reader, self.wanted(source, wanted, x), z, f"{source.name}.{wanted.name}", single=single)
         return self.write_attention(stage, own, source.stage, z, target)
 
     def write_attention(self, stage: Stage, own: AttentionView, s: int, z: Streams, target: Streams) -> Streams:
@@ -170,7 +181,7 @@ class Refit:
         assert source.mlp is not None
         rows = stage.grid[0]
         for reader, wanted in zip(own.readers(), source.mlp.readers(), strict=True):
-            self.read(reader, outputs_of(wanted, m), z, f"{source.name}.{wanted.name}", single=True)
+            self.read(reader, self.wanted(source, wanted, m), z, f"{source.name}.{wanted.name}", single=True)
         fold_scale(own.scale, own.out.layer)
         hidden = Batches(own.hidden(own.norm(one), rows) for one in z)
         return self._write(own.out.layer, hidden, z, target, source.stage)
@@ -241,6 +252,10 @@ class Refit:
             )
 
     # --- fits ---
+
+    def wanted(self, source: BlockView, reader: Reader, x: Streams) -> ByBatch:
+        """Give what a layer of the source's block makes of the source's streams, by batch."""
+        return outputs_of(reader, x) if self._shared is None else self._shared.of(source.index, reader, x)
 
     def reduced(self, s: int, x: torch.Tensor) -> torch.Tensor:
         """Map a source's stream of stage ``s`` to the small model's."""
@@ -371,6 +386,30 @@ class Refit:
         factor = 1 + shared / rows / (spread / rows * (1 + self.shrinkage)).clamp_min(1e-12)
         weight.mul_(factor.to(weight))
         bias.copy_((bias.double() * factor + wanted - factor * own).to(bias))
+
+
+def run_together(
+    works: Sequence[Refit], kept: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Run refits of the same source block after block, so that what they need of it is computed once.
+
+    Args:
+        works: the refits, on the same streams.
+        kept: of each, numbers in the source of its blocks.
+        progress: told of kept blocks done and of all.
+    """
+    walks, done, due = [work.walk(own) for work, own in zip(works, kept, strict=True)], 0, sum(map(len, kept))
+    at = {n: block for n, walk in enumerate(walks) if (block := next(walk, None)) is not None}
+    while at:
+        last = min(at, key=at.__getitem__)
+        following = next(walks[last], None)
+        if following is None:
+            del at[last]
+        else:
+            at[last] = following
+        done += 1
+        if progress:
+            progress(done, due)
 
 
 def outputs_of(reader: Reader, streams: Streams) -> ByBatch:

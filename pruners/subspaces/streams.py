@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -13,14 +13,14 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockView, arch_of, block_views
 from prunesweep.models.families import family_of
-from prunesweep.models.families.views import AttentionView, MlpView
+from prunesweep.models.families.views import AttentionView, MlpView, Reader
 from prunesweep.models.precision import widened
 
 from .batches import Batches
 from .calibration import images_of
 from .source import SourceStatistics, to_model
 
-__all__ = ["Half", "SourceStreams", "Step", "scouted", "steps"]
+__all__ = ["Half", "LayerOutputs", "SourceStreams", "Step", "scouted", "steps"]
 
 SCOUT_ROWS = 8192  # tokens that models to compare are fitted to, at most
 
@@ -74,6 +74,32 @@ def scouted(model: nn.Module, fit: Batches, statistics: SourceStatistics) -> Sou
     per_input = statistics.rows / statistics.images
     seen = [0, *accumulate(inputs * per_input for inputs in fit.lengths[:-1])]
     return SourceStreams(model, fit[: sum(before < SCOUT_ROWS for before in seen)], keep=True)
+
+
+class LayerOutputs:
+    """What layers of a source's block make of its streams, kept while all models of the source work on that block."""
+
+    def __init__(self) -> None:
+        self._block, self._found = -1, dict[str, Batches]()
+
+    def of(self, block: int, reader: Reader, x: Sequence[torch.Tensor]) -> Callable[[int], torch.Tensor]:
+        """Return a layer's outputs by batch, each computed when it is asked for first.
+
+        Args:
+            block: number of the layer's block; those of another one are forgotten.
+            reader: the layer.
+            x: the source's streams that it reads.
+        """
+        if block != self._block:
+            self._block, self._found = block, {}
+        kept = self._found.setdefault(reader.name, Batches())
+
+        def at(n: int) -> torch.Tensor:
+            while len(kept) <= n:
+                kept.append(reader(x[len(kept)]))
+            return kept[n]
+
+        return at
 
 
 class SourceStreams:

@@ -24,7 +24,9 @@ from prunesweep.pruners.subspaces import (
     recover,
 )
 from prunesweep.pruners.subspaces.allocation import allocate
+from prunesweep.pruners.subspaces.batches import Batches
 from prunesweep.pruners.subspaces.block_losses import BlockLosses
+from prunesweep.pruners.subspaces.compression import compress_all
 from tests.generate import random_arch, random_cut, random_images, random_model
 
 by_family = pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2", "lm"])
@@ -68,6 +70,24 @@ def test_full_widths_are_the_source(family: str, seed: int) -> None:
     assert arch_of(computed) == arch
     torch.testing.assert_close(outputs(computed), wanted, rtol=1e-9, atol=1e-9)
     assert all(torch.equal(before[name], t) for name, t in source.state_dict().items())
+
+
+@by_family
+def test_models_side_by_side_are_those_computed_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several widths, one without a block that the others have; what they share does not fit into memory."""
+    monkeypatch.setattr(Batches, "IN_MEMORY", 1000)
+    source = source_of(family, 0)
+    arch, batches = arch_of(source), batches_of(source, 4)
+    half = equal_shares(arch, 0.5)
+    without = tuple(dataclasses.replace(own, keep=i != 1) for i, own in enumerate(half.blocks))
+    several = [Widths.uniform(arch), half, Widths(embed=half.embed, blocks=without)]
+    told: list[tuple[int, int]] = []
+    found = compress_all(source, several, batches, progress=lambda *own: told.append(own))
+    alone = [compress(source, widths, batches) for widths in several]
+    assert told[-1][0] == told[-1][1] == len(told) == sum(arch_of(small).depth for small in alone)
+    for ours, theirs in zip(found, alone, strict=True):
+        assert arch_of(ours) == arch_of(theirs)
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
 
 
 @by_family

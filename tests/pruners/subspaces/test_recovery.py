@@ -11,7 +11,8 @@ from prunesweep.models import BlockCut, Cut, arch_of, cut, cut_arch
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners import kl_divergence
-from prunesweep.pruners.subspaces import can_recover, compress, instant, recover
+from prunesweep.pruners.subspaces import can_recover, compress, instant, projected_widths, recover
+from prunesweep.pruners.subspaces.compression import compress_all
 from prunesweep.pruners.subspaces.widths import equal_shares
 from tests.pruners.subspaces.test_compress import VARIANTS, images, made, outputs, vit
 
@@ -124,3 +125,13 @@ def test_what_cannot_be_recovered_says_why() -> None:
     assert can_recover(vit()) is None
     planned = cut_arch(vit(), Cut(blocks=(BlockCut(), plan(), BlockCut())))
     assert "blocks[1] has a convolution, a token plan or token factors" in str(can_recover(planned))
+
+
+def test_models_of_other_tokens_are_computed_side_by_side() -> None:
+    """A block that works on merged tokens is fitted to the source's outputs at these, not to what others share."""
+    source, batches = made(vit()), images()
+    several = [projected_widths(vit(), decision) for decision in (DECISIONS["all"], whole(), DECISIONS["tokens"])]
+    found = compress_all(source, several, batches)
+    for ours, widths in zip(found, several, strict=True):
+        theirs = compress(source, widths, batches)
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
