@@ -72,6 +72,7 @@ class DataTable(Table):
     classes: list[str] | str | None = None  # names by label, or a file with one per line
     unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
     search_split: Annotated[float, Field(ge=0, lt=1)] = 0.2  # of the training images, to compare candidates by
+    test: PathName | None = None  # other data of these classes: on their validation split the front is measured, too
 
     @field_validator("classes")
     @classmethod
@@ -85,7 +86,7 @@ class DataTable(Table):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``open_data``, JSON-ready."""
-        return self.model_dump(exclude={"name"})
+        return self.model_dump(exclude={"name", "test"})
 
 
 class SourceTable(Table):

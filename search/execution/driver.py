@@ -442,8 +442,8 @@ def _search(
 
 
 def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bool) -> None:
-    """Measure the front on the validation split, and write it again."""
-    if not config.data.search_split:
+    """Measure the front on the validation split and on test data, and write it again."""
+    if not config.data.search_split and config.data.test is None:
         return
     work = partial(validate_front, run.path, config)
     with display.progress() as progress:

@@ -22,7 +22,7 @@ from prunesweep.training.jobs.proposal import Proposal, is_proposal
 __all__ = ["HARMLESS", "check_data", "check_given", "own_table", "reopen", "settings_of", "space_of", "write_config"]
 
 # keys that change no candidate and no figure; data are compared by their content
-DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable")
+DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable", "data.test")
 HARMLESS = ("search.trials", "resources.", "cluster.", *DATA)
 
 SEAL = "# sha256 of the lines above: "  # begins the last line of a run's search.toml

@@ -44,6 +44,8 @@ from prunesweep.training.jobs.deciding import Deciding
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 from prunesweep.training.settling import settled
 
+from .validation import open_test
+
 __all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_source_data", "open_space", "prepare"]
 
 Made = TypeVar("Made")
@@ -124,6 +126,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
     device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
     arch = arch_of(model)
     _check_fit(arch, data, config)
+    open_test(config, model, data)
     Space.check(config.space, arch, config.scores.method, projected=config.search.projects(arch))
     for start in _start_runs(config, model, data):
         _deciding(start.check, start)

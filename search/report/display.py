@@ -364,6 +364,7 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         "ppl": lambda p: f"{p['ppl']:.2f}",
         "top-1\n(%)": lambda p: f"{p['top1']:.2f}",
         "95 %\ninterval": _between,
+        "test\n(%)": lambda p: f"{p['test_top1' if 'test_top1' in p else 'test_agreement']:.2f}",
         "loss": lambda p: f"{p['loss']:.4f}",
         "KL": lambda p: f"{p['kl']:.4f}",
         "agree\n(%)": lambda p: f"{p['agreement']:.2f}",
@@ -372,7 +373,7 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         "params\n(M)": lambda p: f"{p['params'] / 1e6:.3f}",
         "latency\n(ms),\npredicted": lambda p: f"{p['latency_ms']:.3f}",
     }
-    if any("latency_ms" in point for point in front):
+    if any("latency_ms" in point or "test" in point for point in front):
         del columns["agree\n(%)"]  # eighty columns have no room for both
     rows = {name: [_cell(point, cell) for point in front] for name, cell in columns.items()}
     shown = {name: cells for name, cells in rows.items() if any(cells)}  # runs of earlier versions have fewer figures
@@ -413,6 +414,8 @@ def front_notes(front: Sequence[Mapping[str, Any]]) -> list[str]:
         else:
             line = f"figures of {images} validation images; candidates were {ranked} on them, so they flatter"
         lines.append(line)
+        if "test" in point:
+            lines.append(f"tested on {point['test_images']:,} images of {point['test']}")
     return list(dict.fromkeys(lines))
 
 

@@ -7,7 +7,7 @@
     teacher_logits/, latency_table.json        where the search uses them
     study.journal    Optuna's journal          front.json, report.html, tb/, advice.json (once the search has ended)
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
-                     validation.json (of members of the front, once the search has ended)
+                     validation.json, test.json (of members of the front, once the search has ended)
 
 The files are the truth: a unit of work is finished exactly when its ``result.json`` is there. ``r0-0007`` is trial 7
 on rung 0; a trial that was promoted has a folder on every rung that it reached, and its ``cut.json`` on rung 0 only.
@@ -224,15 +224,30 @@ class Run:
         kept = {"result": digest(asdict(result)), "figures": figures.as_dict()}
         self._write(self.trial(result.id) / "validation.json", sealed(kept))
 
+    def write_test(self, result: Result, figures: EvalMetrics) -> None:
+        """Keep what the model of a result gives on the data ``data.test``."""
+        kept = {"result": self._tested(result), "figures": figures.as_dict()}
+        self._write(self.trial(result.id) / "test.json", sealed(kept))
+
+    def _tested(self, result: Result) -> str:
+        return digest({**asdict(result), "test": self.test_data})
+
     def validation(self, result: Result) -> EvalMetrics | None:
         """What ``write_validation`` wrote of this very result; None where it did not, or the file is damaged."""
-        path = self.trial(result.id) / "validation.json"
+        return self._measured(result, "validation.json", digest(asdict(result)))
+
+    def test(self, result: Result) -> EvalMetrics | None:
+        """What ``write_test`` wrote of this very result and these data; None where it did not, or it is damaged."""
+        return self._measured(result, "test.json", self._tested(result)) if self.test_data else None
+
+    def _measured(self, result: Result, name: str, of: str) -> EvalMetrics | None:
+        path = self.trial(result.id) / name
         try:
             kept = self.read(path, Validation) if path.is_file() else {}
         except UserError as error:
             warnings.warn(f"{error}; left out, 'prunesweep resume {self.shown}' makes it again", stacklevel=2)
             return None
-        return EvalMetrics.of(kept["figures"]) if kept.get("result") == digest(asdict(result)) else None
+        return EvalMetrics.of(kept["figures"]) if kept.get("result") == of else None
 
     def write_advice(self, lines: Sequence[str]) -> None:
         """Keep what the end of the search said about its settings."""
@@ -343,11 +358,24 @@ class Run:
     @cached_property
     def search_split(self) -> float:
         """``data.search_split``: the share of the training images by which candidates are compared."""
+        try:
+            return float(self._data_table.get("search_split", 0.0))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self / 'search.toml'} is damaged: data.search_split: {error}") from error
+
+    @cached_property
+    def test_data(self) -> str | None:
+        """``data.test``: the name of the data that the front is tested on, if any."""
+        name = self._data_table.get("test")
+        return None if name is None else str(name)
+
+    @cached_property
+    def _data_table(self) -> dict[str, Any]:
         path = self / "search.toml"
         try:
-            return float(tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}).get("search_split", 0.0))
+            return dict(tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}))
         except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: data.search_split: {error}") from error
+            raise UserError(f"{path} is damaged: data: {error}") from error
 
     def searched_source(self) -> dict[str, Any]:
         """The source's costs and figures, those on the images by which candidates are compared."""
@@ -429,7 +457,7 @@ class Run:
         """The entries of ``front.json`` for ``members``; paths of models are relative by default.
 
         Figures are those of the validation split where a member was measured on it. ``split`` says of which images they
-        are, and then those by which candidates are compared are ``searched_...``.
+        are, and then those by which candidates are compared are ``searched_...``. ``test_...`` are of ``data.test``.
         """
         base = self.path if absolute else Path()
         return [
@@ -455,6 +483,8 @@ class Run:
         facts = {**(found or result.figures).with_interval(), "split": split, "ranked_by": measure}
         if found is not None:
             facts |= {f"searched_{name}": value for name, value in result.figures.with_interval().items()}
+        if (tested := self.test(result)) is not None:
+            facts |= {"test": self.test_data, **{f"test_{name}": v for name, v in tested.with_interval().items()}}
         return facts
 
     def front_points(self) -> list[dict[str, Any]]:
