@@ -13,6 +13,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.subspaces import source_of
 from prunesweep.models import UserError, arch_of, cost, cut, load
 from prunesweep.pruners import Scores, TokenMethod, WidthMethod, get_method
 from prunesweep.pruners.subspaces import instant
-from prunesweep.training import EVAL_BATCH, EvalMetrics, evaluate_all, fit, load_recipe, open_data
+from prunesweep.training import EVAL_BATCH, Compared, EvalMetrics, evaluate_all, fit, load_recipe, open_data
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.prune_training import TrainedPruning
 from prunesweep.training.jobs.recovery import Recovery
@@ -93,10 +94,10 @@ def finetuned(models: Sequence[Model], source: nn.Module, data: Any, epochs: int
         yield {**row, "how": f"{row['how']}, {recipe}", "seconds": time.process_time() - began}, model
 
 
-def measured(models: Sequence[Model], source: nn.Module, data: Any) -> list[dict[str, Any]]:
-    """Rows with figures on the validation split, and shares of the source's cost."""
-    own, whole = [model for _, model in models], cost(arch_of(source))
-    found = evaluate_all(own, data.val_loader(EVAL_BATCH), source=source)
+def measured(models: Sequence[Model], answers: Compared) -> list[dict[str, Any]]:
+    """Rows with figures on the images whose answers by the source are known, and shares of the source's cost."""
+    own, whole = [model for _, model in models], cost(arch_of(answers.source))
+    found = evaluate_all(own, answers)
     return [
         {
             **row,
@@ -120,10 +121,10 @@ def main() -> None:
     training = [f"source.train.epochs={given.train}"] if given.train else []
     source: Any = source_of(given.seed, given.cache, CONFIG, *training)
     data = open_data("glyphs", source.pretrained_cfg)
-    rows = list[dict[str, Any]]()
+    answers, rows = Compared(data.val_loader(EVAL_BATCH), source), list[dict[str, Any]]()
 
     def keep(models: Sequence[Model]) -> None:
-        for row in measured(models, source, data):
+        for row in measured(models, answers):
             print(shown(row), flush=True)
             rows.append(row)
         write_result(
@@ -131,8 +132,10 @@ def main() -> None:
         )
 
     keep([({"method": "source", "how": "as trained"}, source)])
-    models = list(untrained(source, data, given.cache))
-    keep(models)
+    models = list[Model]()
+    for _, own in groupby(untrained(source, data, given.cache), key=lambda one: one[0]["method"]):
+        models += (few := list(own))
+        keep(few)
     if given.epochs:
         for one in finetuned(models, source, data, given.epochs):
             keep([one])

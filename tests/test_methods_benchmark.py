@@ -9,7 +9,7 @@ import timm
 
 from benchmarks import methods
 from prunesweep.search.config import load_config
-from prunesweep.training import open_data
+from prunesweep.training import Compared, open_data
 from prunesweep.training.jobs.recovery import Recovery
 from prunesweep.training.jobs.scoring import Calibration
 
@@ -28,7 +28,7 @@ def test_models_of_every_way_and_their_figures(tmp_path: Path, monkeypatch: pyte
     }.items():
         monkeypatch.setattr(methods, name, value)
     models = list(methods.untrained(source, data, tmp_path))
-    rows = methods.measured(models, source, data)
+    rows = methods.measured(models, Compared(data.val_loader(64), source))
     assert [(row["method"], row["how"]) for row in rows] == [
         ("taylor", "as published"),
         ("taylor", "refitted"),
