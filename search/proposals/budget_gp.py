@@ -46,7 +46,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 RUNG, CANDIDATE = "rung", "candidate"  # user attributes of a trial
-EXPLORE = 8  # every so many proposals, one is random
+EXPLORE = 7  # every so many proposals, one is random; steps of a Fibonacci number would stay at about one budget
 CROWD = 64  # number of proposals whose candidates may be running
 GOLDEN = (5**0.5 - 1) / 2  # steps that cover an interval evenly, however many there are
 MOST, LEARN = 200, 100  # number of results for a proposal, and for its hyperparameters
