@@ -48,13 +48,15 @@ def bench(
     import json
 
     from prunesweep.models import UserError
-    from prunesweep.models.io.files import write_text
+    from prunesweep.models.io.files import check_place, write_text
     from prunesweep.models.latency.timing import Setting, measure_all
 
     from .console import PlainConsole
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: its folder does not exist")
+    if json_file is not None:
+        check_place(json_file, "--json")
     common: Any = {"device": device, "dtype": dtype, "compiled": compiled, "threads": threads}
     settings = [Setting(batch=size, **common) for size in numbers("--batch", batch)]
     settings[0].require_device()

@@ -37,6 +37,7 @@ from .prune import prune, score
 from .published import published
 from .show import show
 from .submit import resubmit, submit
+from .verify import verify
 
 if TYPE_CHECKING:
     from prunesweep.search import SearchResult
@@ -335,6 +336,7 @@ app.command()(finetune)
 app.command()(promote)
 app.command(cls=ScoringCommand)(score)
 app.command()(show)
+app.command()(verify)
 app.command()(published)
 app.command()(submit)
 app.command()(jobs)
@@ -350,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # torch takes seconds to load, and turns a KeyboardInterrupt into other errors; later ones are caught elsewhere
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from prunesweep.models import UserError
-    from prunesweep.models.io.files import disk_full
+    from prunesweep.models.io.files import write_refused
 
     signal.signal(signal.SIGINT, before)
     warnings.showwarning = _warn
@@ -360,10 +362,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except NothingLeft as error:
         _fail(str(error), NOTHING_LEFT)
-    except OSError as error:
-        if not disk_full(error):
+    except Exception as error:
+        if not (remedy := write_refused(error)):
             raise
-        _fail(f"{error}: what was finished before is whole; make room, and the same command goes on")
+        _fail(f"{error}: what was finished before is whole; {remedy}, and the same command goes on")
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

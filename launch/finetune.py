@@ -71,6 +71,7 @@ def finetune(
 ) -> None:
     """Train a saved model; the same command continues a run that was stopped."""
     from prunesweep.models import UserError, cost, load, load_provenance, read_arch
+    from prunesweep.models.io.files import check_place
     from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import to_float32
     from prunesweep.search.config import read_overrides
@@ -85,6 +86,7 @@ def finetune(
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
+    check_place(out)
     fields: dict[str, Any] = read_overrides(overrides or [])
     if epochs is not None:
         fields["epochs"] = epochs

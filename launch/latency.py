@@ -54,7 +54,7 @@ def latency(
     import json
 
     from prunesweep.models import UserError, arch_of
-    from prunesweep.models.io.files import write_text
+    from prunesweep.models.io.files import check_place, write_text
     from prunesweep.models.latency.building import build_table
     from prunesweep.models.latency.nvit_format import to_nvit as write_nvit
     from prunesweep.models.latency.prediction import prediction_error
@@ -65,6 +65,8 @@ def latency(
     for option, file in (("--out", out), ("--to-nvit", to_nvit)):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"{option} {file}: its folder does not exist")
+        if file is not None:
+            check_place(file, option)
     if check == 1:
         raise UserError("--check 1: a rank correlation needs at least 2 models; 0 for none")
     setting = Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads)

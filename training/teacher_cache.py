@@ -32,7 +32,7 @@ from .recipe import Recipe
 from .task import DistillationTask, make_task
 from .world import World
 
-__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers"]
+__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers", "is_shard"]
 
 FORMAT = "prunesweep/teacher/1"  # to be counted up when the answers change, so that no older ones are believed
 SHARD = 8192  # images
@@ -138,8 +138,8 @@ def _key(task: DistillationTask, name: str, data: Data, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def _belongs(file: Path) -> bool:
-    """Whether a shard carries the key that its folder is named by, and holds what was written."""
+def is_shard(file: Path) -> bool:
+    """Whether a file is a shard that carries the key that its folder is named by, and holds what was written."""
     try:
         tensors, facts = read_tensors(file)
     except UserError:
@@ -162,7 +162,7 @@ def _shard(
     The first worker decides which, and writes what was computed.
     """
     file = None if place is None else place / f"{start // SHARD:05}.safetensors"
-    known = torch.tensor(float(world.first and file is not None and _belongs(file)), device=task.device)
+    known = torch.tensor(float(world.first and file is not None and is_shard(file)), device=task.device)
     if world.all_reduce(known).item() == 0:
         images = range(start, min(start + SHARD, data.train_images))
         logits = _logits(task, name, data, recipe, world, images, on_images)

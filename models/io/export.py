@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import os
 import tempfile
@@ -23,13 +24,14 @@ from typing import NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunesweep.models.builder import arch_of, example_input
 from prunesweep.models.errors import UserError, nearest
 
-from .files import make_folder, publish
+from .files import make_folder, publish, write_refused
 from .store import rebuilt, save
 
 __all__ = ["FORMATS", "OPSETS", "default_path", "export"]
@@ -84,8 +86,9 @@ def export(model: nn.Module, path: str | Path, to: str, *, opset: int = 20, tole
             error = _largest_error(reference, form.open(artefact), tolerance, to)
             make_folder(path.parent)
             publish(artefact, path, replace=False)
-    except OSError as failure:
-        raise UserError(f"cannot write {path}: {failure}") from failure
+    except (OSError, SafetensorError) as failure:
+        what_to_do = write_refused(failure)
+        raise UserError(f"cannot write {path}: {failure}" + (f"; {what_to_do}" if what_to_do else "")) from failure
     return error
 
 
@@ -154,7 +157,9 @@ def _write_torch_export(model: nn.Module, path: Path, _: int) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names this machine's files, and is a good part of a small artefact
     files = {f"{name}.json": text for name, text in _facts(model).items()}
-    torch.export.save(program, path, extra_files=files)
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=files)
+    path.write_bytes(content.getbuffer())  # on a full disk torch's own writer ends the process
 
 
 def _open_torch_export(path: Path) -> Run:

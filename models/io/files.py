@@ -16,7 +16,20 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["disk_full", "make_folder", "publish", "publish_file", "publish_folder", "write_text"]
+from safetensors import SafetensorError
+
+from prunesweep.models.errors import UserError
+
+__all__ = [
+    "check_place",
+    "disk_full",
+    "make_folder",
+    "publish",
+    "publish_file",
+    "publish_folder",
+    "write_refused",
+    "write_text",
+]
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot sync a folder
 
@@ -160,6 +173,38 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_place(path: Path, option: str = "--out") -> None:
+    """Check that a file can be made, before the work is done whose result it is to hold.
+
+    Args:
+        path: the file; parents that are missing are taken for such as will be made.
+        option: its name on the command line.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    probe = _scratch(place / path.name)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: nothing can be written there: {error.strerror}") from error
+
+
+def write_refused(error: BaseException) -> str:
+    """Say what to do about an error by which nothing can be written to a place; return nothing for other errors."""
+    if disk_full(error):
+        return "make room"
+    for code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        said = isinstance(error, SafetensorError) and os.strerror(code) in str(error)
+        if said or (isinstance(error, OSError) and error.errno == code):
+            return "take a place that you may write to, or have its rights changed"
+    return ""
 
 
 def disk_full(error: BaseException) -> bool:

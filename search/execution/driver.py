@@ -35,14 +35,13 @@ from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import hypervolume, latest, quality_of
 from prunesweep.search.store.records import FORMAT, sealed
 from prunesweep.search.store.run import Run, failure_reasons
-from prunesweep.search.store.study import Study
 from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
-from .reopen import check_data, check_given, reopen, settings_of, space_of, write_config
+from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
 from .runtime import RayConnection, execute, max_concurrent
 from .source import Progress, SourceArtifacts, open_space
 from .task import run_task
@@ -373,21 +372,7 @@ def _search(
             run.forget_failures()
         lock.check()
         write_config(run.path, config)
-        study = Study(
-            run / "study.journal",
-            space.distributions,
-            config.seed,
-            objectives=config.search.objectives,
-            rank_by=config.search.rank_by,
-            rungs=config.search.rungs,
-            sampler=config.search.sampler,
-            trials=config.search.trials,
-            start=config.search.start,
-            name=config.name,
-            fit=space.fitted,
-            place=space.placed,
-            idle=space.idle,
-        )
+        study = open_study(run, config, space, run / "study.journal")
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.searched_source()
         for note in coordinator.notes:
@@ -420,6 +405,10 @@ def _search(
                 f"No candidate has failed by that; once it is mended: prunesweep resume {run.shown}"
             ) from broken
         except OSError as error:
+            if not run.path.is_dir():
+                raise UserError(
+                    f"{run.shown} is gone, and its storage with it: bring that back, then prunesweep resume {run.shown}"
+                ) from error
             if not disk_full(error):
                 raise
             raise UserError(
@@ -428,7 +417,8 @@ def _search(
             ) from error
         finally:
             run.stop_file.unlink(missing_ok=True)
-            _write_report(run)
+            if run.path.is_dir():
+                _write_report(run)
         if coordinator.finished and not coordinator.measured:
             raise SearchFailed(_nothing_found(run, coordinator))
         if coordinator.finished:

@@ -16,10 +16,22 @@ from prunesweep.search.config import SearchConfig, load_run_config, run_config
 from prunesweep.search.space.space import Space, read_scores, score_names
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.run import Run, set_aside
+from prunesweep.search.store.study import Study
 from prunesweep.training.data import Data, content_changes, content_of, open_data
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
-__all__ = ["HARMLESS", "check_data", "check_given", "own_table", "reopen", "settings_of", "space_of", "write_config"]
+__all__ = [
+    "HARMLESS",
+    "check_data",
+    "check_given",
+    "check_settings",
+    "open_study",
+    "own_table",
+    "reopen",
+    "settings_of",
+    "space_of",
+    "write_config",
+]
 
 # keys that change no candidate and no figure; data are compared by their content
 DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable", "data.test")
@@ -62,9 +74,7 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
     Raises:
         UserError: ``search.toml`` was edited, or an override would change the search.
     """
-    settings = run.metadata().get("settings")  # runs of earlier versions have none
-    file = run / "search.toml"
-    made = None if settings is None else run_config(settings, str(run / "run.json"))
+    file, made = run / "search.toml", _made(run)
     if made is not None and not _whole(file):
         kept = f"kept as {set_aside(file).name}, and " if file.exists() else ""
         write_config(run.path, made)
@@ -76,15 +86,60 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
             f"{run.path} was made with other settings, so its results would not compare:\n{changed}\n"
             "start a new search (search.start_from takes over this one's front), or leave these keys as they are"
         )
-    if made is not None and (changed := _changes(own_table(run, made), own_table(run, found))):
-        raise UserError(
-            f"{file} was edited since the run was made, so its results would not compare:\n{changed}\n"
-            "start a new search (search.start_from takes over this one's front), or set these keys back (without the "
-            "file, 'prunesweep resume' writes it again as it was)"
-        )
+    _check_unedited(run, made, found)
     if made is not None and on_note and not _is_as_written(file) and (edited := _changes(made, found, harmless=True)):
         on_note(f"{file} was edited, or is of an earlier version; it differs from when the run was made:\n{edited}")
     return own_table(run, wanted)
+
+
+def check_settings(run: Run) -> SearchConfig:
+    """Return the configuration of a run; write nothing. Raises UserError where it is torn, lost or edited."""
+    if not _whole(file := run / "search.toml"):
+        raise UserError(f"{file} is torn or lost")
+    found = load_run_config(run.path)
+    _check_unedited(run, _made(run), found)
+    return own_table(run, found)
+
+
+def _made(run: Run) -> SearchConfig | None:
+    """The configuration that a run was made with; None in runs of earlier versions, which do not keep it."""
+    settings = run.metadata().get("settings")
+    return None if settings is None else run_config(settings, str(run / "run.json"))
+
+
+def _check_unedited(run: Run, made: SearchConfig | None, found: SearchConfig) -> None:
+    if made is not None and (changed := _changes(own_table(run, made), own_table(run, found))):
+        raise UserError(
+            f"{run / 'search.toml'} was edited since the run was made, so its results would not compare:\n{changed}\n"
+            "start a new search (search.start_from takes over this one's front), or set these keys back (without the "
+            "file, 'prunesweep resume' writes it again as it was)"
+        )
+
+
+def open_study(run: Run, config: SearchConfig, space: Space, journal: Path) -> Study:
+    """Open the study of a run.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        space: its space.
+        journal: the run's journal, or a copy of it.
+    """
+    return Study(
+        journal,
+        space.distributions,
+        config.seed,
+        objectives=config.search.objectives,
+        rank_by=config.search.rank_by,
+        rungs=config.search.rungs,
+        sampler=config.search.sampler,
+        trials=config.search.trials,
+        start=config.search.start,
+        name=config.name,
+        fit=space.fitted,
+        place=space.placed,
+        idle=space.idle,
+    )
 
 
 def check_given(run: Run, config: SearchConfig) -> None:

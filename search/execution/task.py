@@ -46,7 +46,7 @@ from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.jobs.run_job import run_job
-from prunesweep.training.jobs.training_job import STATE, CannotBegin, LoadedJob, TrainingJob
+from prunesweep.training.jobs.training_job import STATE, CannotBegin, LoadedJob, Reports, TrainingJob
 
 from .coordinator import RunBroken
 from .cutting import Cutter
@@ -363,6 +363,7 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         provenance=_provenance(context, unit),
         loaded=loaded,
         name=f"{run.path.name}-{unit.id}-{unit.key}",
+        reports=Reports(on_note=lambda text: log.event("note", text=text)),
     )
     if finished:
         _remove_scratch(folder)

@@ -10,7 +10,7 @@ import pytest
 
 from prunesweep.search.execution import driver
 from prunesweep.search.execution.coordinator import Coordinator, RunBroken
-from prunesweep.search.execution.task import WorkerContext, run_task
+from prunesweep.search.execution.task import WorkerContext
 
 __all__ = ["without_ray"]
 
@@ -38,14 +38,14 @@ def without_ray(patch: pytest.MonkeyPatch, most: Callable[[], int] = lambda: 10*
         most: the number of the trial in which the search is stopped, after its first epoch.
     """
 
-    def execute(coordinator: Coordinator, _: Any, changed: Sequence[Callable[[], None]] = (), **__: Any) -> None:
+    def execute(coordinator: Coordinator, _: Any, changed: Sequence[Callable[[], None]] = (), **options: Any) -> None:
         WorkerContext.of.cache_clear()  # processes of a search begin with it
         done = 0
         while not coordinator.done and (unit := coordinator.next()) is not None:
             done += 1
             if done == most():
                 coordinator.stop()
-            found = run_task(coordinator.run.path, unit)
+            found = options["work"](coordinator.run.path, unit)
             if found["state"] == "broken":
                 coordinator.stop()
                 coordinator.complete(unit.id)

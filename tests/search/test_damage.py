@@ -5,6 +5,7 @@ Never another number, and never a traceback. The files are those that are there.
 
 from __future__ import annotations
 
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,7 +29,13 @@ TABLES: dict[str, Any] = {
     "search": {"trials": 4, "rungs": [2, 2], "reduction_factor": 2, "recover_images": 64},
     "finetune": {"batch_size": 128, "distill": [{"cache_teacher": True}], "fixed_view": True},
 }
-NOT_READ = ("tb", "report.html", "metrics.jsonl")  # by a resume
+NOT_READ = (
+    "tb",
+    "report.html",
+    "advice.json",
+    "metrics.jsonl",
+    Run("").leases.name,
+)  # shown only, and the lock
 
 
 def flipped(data: bytes) -> bytes:
@@ -119,3 +126,41 @@ def test_resume_gives_the_same_or_names_what_is_damaged(
         elif code != 0 and str(path) not in "".join(said) and f"{path.parent} is" not in "".join(said):
             wrong.append(f"{file}: is not named: {said}")
     assert not wrong, "\n".join(wrong)
+
+
+def unseen(file: str, damage: str, run: Path) -> bool:
+    """Whether nothing is wrong: what is gone is made again without a word, or a byte of the journal means nothing."""
+    again = ("validation.json", "state.safetensors", "teacher_logits", "subspaces-")
+    begun = file.endswith("arch.json") and not (run / file).with_name("result.json").exists()
+    gone = damage == "absent" and (begun or any(part in file for part in again))
+    return gone or (file, damage) == ("study.journal", "byte")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finished", "half"])
+def test_verify_names_every_file_that_is_damaged(
+    name: str, made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, wrong = made[name], list[str]()
+    lost = {r.id: f"a result of {r.id if r.rung else f'trial {r.trial}'} that its files" for r in Run(run).results()}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert call(capsys, "verify", run) == (0, f"{run}: all is sound\n", "")
+    for file in files_of(run):
+        path = run / file
+        whole = path.read_bytes()
+        for damage in ("zeros", "byte", "absent"):
+            if unseen(file, damage, run):
+                continue
+            data = DAMAGES[damage](whole)
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data)
+            code, out, _ = call(capsys, "verify", run)
+            names = (path.name, str(path.parent), lost.get(path.parent.name, path.name))
+            if code != 1 or not any(name in out for name in names):
+                wrong.append(f"{file} {damage}: {code} {out}")
+            path.unlink(missing_ok=True)
+            path.write_bytes(whole)
+            os.utime(path, ns=(before[path], before[path]))
+    assert not wrong, "\n".join(wrong)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before  # nothing is changed

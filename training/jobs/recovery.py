@@ -59,17 +59,25 @@ class Known:
         save_file(tensors, path, metadata={"facts": text, "sha256": tensors_digest(tensors, text)})
 
     @classmethod
-    def load(cls, path: Path, key: Mapping[str, Any]) -> Known | None:
-        """Read what ``save`` wrote; None where the file is not there, is damaged, or is of another key."""
+    def is_sound(cls, path: Path) -> bool:
+        """Whether a file holds what ``save`` wrote, of whatever key."""
+        return cls._read(path)[1] is not None
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """The tensors and the facts of a file; no facts where it is damaged."""
         try:
             tensors, metadata = read_tensors(path)
         except UserError:
-            return None
+            return {}, None
         text = metadata.get("facts", "")
-        if metadata.get("sha256") != tensors_digest(tensors, text):
-            return None
-        facts = json.loads(text)
-        if facts["key"] != json.loads(json.dumps(key)):
+        return tensors, json.loads(text) if metadata.get("sha256") == tensors_digest(tensors, text) else None
+
+    @classmethod
+    def load(cls, path: Path, key: Mapping[str, Any]) -> Known | None:
+        """Read what ``save`` wrote; None where the file is not there, is damaged, or is of another key."""
+        tensors, facts = cls._read(path)
+        if facts is None or facts["key"] != json.loads(json.dumps(key)):
             return None
         by_kind: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in (*KINDS, "units")}
         for name, tensor in tensors.items():

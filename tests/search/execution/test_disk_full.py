@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +17,11 @@ from prunesweep.models import UserError
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution import driver
+from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.task import run_task
 from tests.search.execution.test_task import begin
+from tests.search.in_process import without_ray
 
 MIB = 2**20
 
@@ -92,3 +97,20 @@ def test_a_search_ends_and_goes_on(tiny: Callable[..., SearchConfig], runs: Path
     assert result.finished
     assert {path.stat().st_mtime for path in done} == set(done.values())
     assert len(list(small_disk.glob("run/trials/*/result.json"))) == config.search.trials
+
+
+def test_storage_that_is_gone_is_not_made_anew(
+    tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run that is lost in mid-run would else come to be where its storage was mounted."""
+    (tmp_path / "cache").symlink_to(runs / "cache")
+
+    def lost(coordinator: Coordinator, *_: Any, **__: Any) -> None:
+        shutil.rmtree(coordinator.run.path)
+        coordinator.next()
+
+    without_ray(monkeypatch)
+    monkeypatch.setattr(driver, "execute", lost)
+    with pytest.raises(UserError, match=r"is gone, and its storage with it: bring that back, then prunesweep resume"):
+        run_search(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

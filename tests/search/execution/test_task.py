@@ -137,6 +137,24 @@ def test_a_stopped_unit_goes_on_to_the_same_result(started: tuple[Run, Coordinat
     assert all(torch.equal(weights[name], tensor) for name, tensor in uninterrupted.items())
 
 
+def test_a_state_that_is_damaged_is_said_and_training_begins_anew(started: tuple[Run, Coordinator]) -> None:
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+    whole = run_task(run.path, unit)["result"]
+    (run.trial(unit.id) / "result.json").unlink()
+    run.stop_file.touch()
+    assert run_task(run.path, unit) == {"state": "stopped"}
+    run.stop_file.unlink()
+    half_zero(run.trial(unit.id) / "state.safetensors")
+    again = run_task(run.path, unit)["result"]
+    clocks = {"seconds": 0, "training_seconds": 0}
+    assert {**again, **clocks} == {**whole, **clocks}
+    said = [json.loads(line) for line in (run.trial(unit.id) / "metrics.jsonl").open()]
+    (note,) = (line["text"] for line in said if line["event"] == "note")
+    assert "state.safetensors is damaged, or of another version: training begins anew" in note
+
+
 def test_before_finetuning_is_as_cut_on_every_rung(
     tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
 ) -> None:
