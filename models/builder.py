@@ -178,7 +178,9 @@ def build_with(
     drop_path = rates.pop("drop_path_rate", 0.0)
     with without_values():
         model = create(arch, pretrained=False, pretrained_cfg=pretrained_cfg, drop_path=drop_path, **rates)
-    _check_types(weights, [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()])
+    own = model.state_dict()
+    known = {name: tensor for name, tensor in weights.items() if name in own}  # others are refused by their names
+    _check_types(known, [name for name, tensor in own.items() if tensor.is_floating_point()])
     model.load_state_dict(weights, strict=True, assign=True)
     device = next(model.parameters()).device
     for module in model.modules():  # Swin's masks and position indices are in no state dict

@@ -109,7 +109,8 @@ def rebuilt(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model cannot be represented, or was changed after it was built.
     """
-    arch, weights = arch_of(model), model.state_dict()
+    arch = arch_of(model)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}  # files have no channels_last
     try:
         built = build_with(arch, weights, pretrained_cfg=preprocessing_of(model), drop_rates=drop_rates_of(model))
     except RuntimeError as error:

@@ -420,9 +420,9 @@ class Run:
         """Say that damage is why the front is empty; None where it has members, or nothing that it had is missing."""
         outcomes = self.outcomes()
         current = outcomes.current
-        gone = {r.id for r, _ in self.lost_models(current)}
-        if any(r.id not in gone for r in self.members(current)):
+        if any(not _loss(self.model(r)) for r in self.members(current)):  # reads one intact model, not all of them
             return None
+        gone = {r.id for r, _ in self.lost_models(current)}
         known = {r.id for r in current} | outcomes.damaged.keys()
         lost = {
             "damaged results": sorted(outcomes.damaged),

@@ -51,6 +51,20 @@ def test_in_one_process(source: Path, tmp_path: Path) -> None:
     assert list((work / "tb").iterdir())
 
 
+def test_without_the_source_that_a_recipe_distills_from_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    arguments = ["finetune", str(source), "--data", "digits", "--out", str(tmp_path / "trained"), "--epochs", "1"]
+    result = runner.invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    assert "there is no source model to learn from: give one (--teacher)" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_channels_come_last_is_saved(source: Path, tmp_path: Path) -> None:
+    result = runner.invoke(app, command(source, tmp_path / "trained", "--epochs", "1", "--set", "channels_last=true"))
+    assert result.exit_code == 0, result.output
+    load(tmp_path / "trained")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -105,6 +105,21 @@ def test_a_hook_that_only_looks_is_none_of_its_business(member: Any, tmp_path: P
     assert [block.training for block in member.blocks] == [True, False]
 
 
+def test_the_order_of_channels_in_memory_does_not_matter(member: Any, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = member(x)
+        save(member.to(memory_format=torch.channels_last), tmp_path / "other")
+        torch.testing.assert_close(load(tmp_path / "other")(x), wanted)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: torch.nn.utils.parametrizations.weight_norm(m.head) and m])
+def test_other_tensors_than_the_records_are_named(wrap: Any, member: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)its record no longer fits.*(_orig_mod|parametrizations)"):
+        save(wrap(member), tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["member"]
+
+
 def test_a_model_that_cannot_be_run_is_not_saved(member: Any, tmp_path: Path) -> None:
     member.blocks[0].attn.num_heads = 7
     with pytest.raises(UserError, match="changed by hand after it was built, and cannot be run"):
