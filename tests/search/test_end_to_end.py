@@ -146,11 +146,13 @@ def finished_units(run: Path) -> dict[str, float]:
 class Search:
     """``prunesweep`` in a process group of its own, as a terminal would start it."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, cwd: Path | None = None) -> None:
         command = [sys.executable, "-m", "prunesweep", *arguments]
         # a file and no pipe: Ray's own helpers, which outlive a killed Ray by half a minute, would keep a pipe open
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=self.output, stderr=self.output, start_new_session=True, cwd=cwd
+        )
 
     def wait_for(self, run: Path, count: int) -> None:
         """Until so many units have finished, and this process told of one: those of a dead driver may end late."""
