@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from prunesweep.models import UserError
 from prunesweep.search.execution.coordinator import Coordinator
-from prunesweep.search.store.run import Run, Task
+from prunesweep.search.execution.promote import choose
+from prunesweep.search.store.run import Run, Task, task_id
 from prunesweep.search.store.study import RESULTS
 from tests.search.execution.test_coordinator import LADDER, SPACE, start, work
 from tests.search.helpers import make_older, make_run
@@ -240,6 +242,30 @@ def test_a_member_of_the_front_whose_model_is_gone_is_named_and_made_again(ladde
     coordinator = start(ladder, ASKED, **LADDER)
     assert "is gone, so its result.json is of no use: kept as result.json.damaged-1" in coordinator.notes[0]
     assert [(task.number, task.rung) for task in go_on(coordinator)] == [(member["trial"], member["rung"])]
+    assert ladder.front() == before
+
+
+def test_a_member_of_the_front_whose_model_is_damaged_is_named_and_made_again(ladder: Run) -> None:
+    before, member = ladder.front(), top(ladder)
+    zeros(ladder / member["model"] / "model.safetensors")
+    with pytest.warns(UserWarning, match=rf"model.safetensors is damaged.*trial {member['trial']} is not shown"):
+        assert member not in ladder.front()
+    with (
+        pytest.warns(UserWarning, match="is not shown"),
+        pytest.raises(UserError, match=r"model.safetensors is damaged[\s\S]*The front lacks it: 'prunesweep resume"),
+    ):
+        choose(ladder, top=1)
+    coordinator = start(ladder, ASKED, **LADDER)
+    assert "model.safetensors is damaged" in coordinator.notes[0]
+    assert "kept as model.damaged-1" in coordinator.notes[0]
+    assert [(task.number, task.rung) for task in go_on(coordinator)] == [(member["trial"], member["rung"])]
+    assert ladder.front() == before
+
+
+def test_a_damaged_result_below_a_member_of_the_front_is_made_again_and_replaces_nothing(ladder: Run) -> None:
+    before, member = ladder.front(), top(ladder)
+    (ladder.trial(task_id(member["trial"])) / "result.json").write_text("")
+    assert [(task.number, task.rung) for task in go_on(start(ladder, ASKED, **LADDER))] == [(member["trial"], 0)]
     assert ladder.front() == before
 
 
