@@ -47,6 +47,7 @@ Ints = NDArray[np.int64]
 
 RUNG, CANDIDATE = "rung", "candidate"  # user attributes of a trial
 EXPLORE = 7  # every so many proposals, one is random; steps of a Fibonacci number would stay at about one budget
+IDLE = 0.75  # share of a random point's variables that do nothing
 CROWD = 64  # number of proposals whose candidates may be running
 GOLDEN = (5**0.5 - 1) / 2  # steps that cover an interval evenly, however many there are
 MOST, LEARN = 200, 100  # number of results for a proposal, and for its hyperparameters
@@ -96,8 +97,8 @@ class BudgetGPSampler(BaseSampler):
             default the quality itself, negated if it is minimised.
         results: another study, whose trials are learned from instead of those of the study that asks.
         fit: function that moves a point to one that can be built at its budget; the best are searched for among those.
-        idle: values that do nothing, of the variables that have one. About half of the variables of a random point
-            have it, because a point all of whose variables do something is rarely worth a look.
+        idle: values that do nothing, of the variables that have one. ``IDLE`` of the variables of a random point have
+            it, because a point all of whose variables do something is rarely worth a look.
     """
 
     def __init__(
@@ -299,10 +300,10 @@ def _drawn(
 
 
 def _sparse(rng: np.random.Generator, rows: Floats, plain: Floats) -> Floats:
-    """Return (n, V) rows, half of whose columns are those of a (V,) row that is NaN where any value may be."""
+    """Return (n, V) rows, ``IDLE`` of whose columns are those of a (V,) row that is NaN where any value may be."""
     if np.isnan(plain).all():
         return rows
-    return np.where((rng.random(rows.shape) < 0.5) & ~np.isnan(plain), plain, rows)
+    return np.where((rng.random(rows.shape) < IDLE) & ~np.isnan(plain), plain, rows)
 
 
 def _is_free(row: Floats, taken: Floats) -> bool:

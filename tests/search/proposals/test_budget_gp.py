@@ -113,14 +113,14 @@ def test_random_proposals_are_spread_over_the_budgets() -> None:
         assert max(np.diff([0, *budgets, 1])) < 0.35
 
 
-def test_random_points_do_nothing_along_half_of_the_variables_that_can() -> None:
+def test_random_points_do_nothing_along_most_of_the_variables_that_can() -> None:
     space = {"budget": FloatDistribution(0.2, 0.9), **{f"w{i}": FloatDistribution(0.5, 2, log=True) for i in range(8)}}
     encoder, none = SearchSpaceEncoder(space), known(space, [])
     idle = {f"w{i}": 1.0 for i in range(6)}
     points = [budget_gp.propose(encoder, none, number, 0, idle=idle) for number in range(50)]
     shares = [np.mean([point[name] == pytest.approx(1.0) for point in points]) for name in space]
     assert shares[0] == 0 == shares[7] == shares[8]
-    assert all(0.2 < share < 0.8 for share in shares[1:7])
+    assert all(0.5 < share < 0.95 for share in shares[1:7])
     assert len({point["budget"] for point in points}) == 50
     assert not any(point["w0"] == pytest.approx(1.0) for point in (propose(space, [], n, 0) for n in range(20)))
 
