@@ -1,4 +1,4 @@
-"""What each way to propose candidates adds: ``python -m benchmarks.proposers [--seeds 3] [--candidates 40]``.
+"""What each way to propose candidates adds: ``python -m benchmarks.proposers [--seeds 0,1,2] [--candidates 40]``.
 
 Searches of the digits example's sources, each of as many candidates, which are computed and never trained. They see the
 KL to the source on the images held out for the search; what is reported is, on the validation split, that of the
@@ -7,11 +7,10 @@ candidates that this picks for a budget.
     path        neutral points over the window: the scores alone decide all widths
     programme   an integer programme per budget and residual width over one-block losses, with cuts for diversity
     before      budget_gp over blocks, tokens and ``mlp_weight``, the budget on a linear scale, without idle values
-    log         the same on a logarithmic scale, with idle values; log+path begins with 10 neutral points, half with 20
-    weights     budget_gp over the weights of the compact encoding alone; all: over everything that this has; these and
-                those below begin with 10 neutral points
-    full        budget_gp over weights, halves and mixers of every block
-    switch      level switches (EvoPress) of the best candidates near a budget: one weight up, another down
+    half        the same after 20 neutral points, on a logarithmic scale, with idle values
+    all         budget_gp over everything that the compact encoding has, after 10 neutral points
+    full        budget_gp over weights, halves and mixers of every block, likewise
+    switch      level switches (EvoPress) of the best candidates near a budget, likewise: one weight up, another down
 
 A row has the KL at some budgets, its geometric mean over all budgets from the smallest to the largest of them, equal
 factors counting alike, and the seconds of the processor that it took.
@@ -80,9 +79,6 @@ WAYS: Mapping[str, list[str]] = {
     "path": [LOG, *WIDTHS, *PLAIN],
     "half": [LOG, "search.start_neutral=20", *PLAIN],
     "before": [*LINEAR, *PLAIN],
-    "log": [LOG, "search.start_neutral=0", *PLAIN],
-    "log+path": [LOG, START, *PLAIN],
-    "weights": [LOG, START, *WIDTHS, *WEIGHTS],
     "all": [LOG, START, *WEIGHTS],
     "full": [LOG, START, *FULL, "space.mlp_skip=[0, 1]"],
     "switch": [LOG, START, *FULL],
@@ -149,15 +145,7 @@ class Search:
         searched, reported = self._cutter.measured(model), self._reported.measure(model)
         self._points.append({name: point[name] for name in self._encoder.names})
         share = cost(arch).macs / self.space.source_cost.macs
-        self.found.append(
-            {
-                "share": share,
-                "searched": searched.kl,
-                "kl": reported.kl,
-                "top1": reported.top1,
-                "point": {k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()},
-            }
-        )
+        self.found.append({"share": share, "searched": searched.kl, "kl": reported.kl, "top1": reported.top1})
 
 
 def switched(encoder: SearchSpaceEncoder, known: Evaluations, number: int, seed: int) -> Params:
