@@ -8,9 +8,10 @@ the package, ``models.families.register``). No other code names a family: it ask
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -179,6 +180,13 @@ class Family(ABC):
     def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
         """View what leads to a stage other than the first."""
         raise NotImplementedError(f"{self.name} has one stage")
+
+    def rows_and_features(self, arch: Arch) -> Iterator[tuple[int, int]]:
+        """List of layers that are refitted how many rows an input gives, and how many features a row has."""
+        for stage in arch.stages:
+            tokens = arch.prefix_tokens + math.prod(stage.grid)
+            for block in stage.blocks:
+                yield tokens, max(stage.width, block.mlp, block.total_v)
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
         """List the layers that read the last stream, none where ``num_classes`` is 0.

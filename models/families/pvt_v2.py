@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -245,6 +247,15 @@ class PVTv2Family(Family):
         name = f"stages.{stage}.downsample.proj"
         reader = Reader(name, embed.proj, before, lambda x: patches(before(x), rows, embed.proj), padded=True)
         return Entrance(reader, embed.norm, run)
+
+    def rows_and_features(self, arch: Arch) -> Iterator[tuple[int, int]]:
+        """List those of blocks, of their reduced maps, and of the 3x3 convolution in front of a stage."""
+        yield from super().rows_and_features(arch)
+        for stage in arch.stages:
+            if any(block.sr for block in stage.blocks):
+                yield math.prod(side // stage.sr_ratio for side in stage.grid), stage.width * stage.sr_ratio**2
+        for before, stage in pairwise(arch.stages):
+            yield math.prod(stage.grid), 9 * before.width
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
         """List the classifier, which reads the average of the last tokens; none of a backbone without a head."""

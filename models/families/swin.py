@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -248,6 +250,12 @@ class SwinFamily(Family):
 
         name = f"layers.{stage}.downsample.reduction"
         return Entrance(Reader(name, merging.reduction, merging.norm, rows), None, merging)
+
+    def rows_and_features(self, arch: Arch) -> Iterator[tuple[int, int]]:
+        """List those of blocks, and of the patch merging in front of a stage, which reads four tokens at once."""
+        yield from super().rows_and_features(arch)
+        for before, stage in pairwise(arch.stages):
+            yield math.prod(stage.grid), 4 * before.width
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
         """List the classifier, which reads the average of the last map; none of a backbone without a head."""

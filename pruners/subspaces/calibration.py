@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prunesweep.models import Arch, UserError
+from prunesweep.models.families import family_of
 
 from .batches import Batches
 
@@ -151,14 +152,7 @@ def shrinkage_for(arch: Arch, images: Batches, shrinkage: float) -> float:
         shrinkage: lambda where there are rows enough.
     """
     count = sum(images.lengths)
-    tokens, features = max(
-        (
-            (arch.prefix_tokens + math.prod(stage.grid), max(stage.width, block.mlp, block.total_v))
-            for stage in arch.stages
-            for block in stage.blocks
-        ),
-        key=lambda own: own[1] / own[0],
-    )
+    tokens, features = max(family_of(arch).rows_and_features(arch), key=lambda own: own[1] / own[0])
     if count * tokens >= features or shrinkage >= FEW_ROWS:
         return shrinkage
     needed = math.ceil(ROWS_PER_FEATURE * features / tokens)

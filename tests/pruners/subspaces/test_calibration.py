@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import prunesweep
 from prunesweep.models import UserError, arch_of, build
-from prunesweep.pruners.subspaces import Widths, compress, recover
+from prunesweep.models.families import family_of
+from prunesweep.pruners.subspaces import NormalEquations, Widths, compress, recover
 from prunesweep.pruners.subspaces.batches import Batches
 from prunesweep.pruners.subspaces.calibration import BATCH, hold_out, images_of
+from prunesweep.pruners.subspaces.refit import HEAD_SHRINKAGE
 from tests.pruners.subspaces.test_compress import DTYPE, images, made, vit
+from tests.pruners.subspaces.test_families import batches_of, source_of
 from tests.pruners.subspaces.test_recovery import whole
 
 X = torch.randn(150, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -130,6 +133,28 @@ def test_few_rows_raise_lambda_and_say_how_many_are_needed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compress(source, widths, images(4, 4))
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2", "lm"])
+def test_rows_and_features_are_those_of_the_fits(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """No layer but the head, which has a lambda of its own, has fewer rows for its features than is thought."""
+    fits = list[tuple[int, int]]()
+
+    def solve(self: NormalEquations, start: torch.Tensor, shrinkage: float, **given: Any) -> Any:
+        if shrinkage != HEAD_SHRINKAGE:
+            fits.append((self.features.rows, start.shape[1]))
+        return solved(self, start, shrinkage, **given)
+
+    solved = NormalEquations.solve
+    monkeypatch.setattr(NormalEquations, "solve", solve)
+    for seed in range(3):
+        source = source_of(family, seed)
+        arch, batches = arch_of(source), batches_of(source, 4)
+        fits.clear()
+        compress(source, Widths.uniform(arch), batches)
+        inputs = sum(map(len, batches))
+        listed = max(features / rows for rows, features in family_of(arch).rows_and_features(arch))
+        assert listed == pytest.approx(max(features / rows for rows, features in fits) * inputs)
 
 
 def test_a_source_that_is_not_trained_is_named() -> None:
