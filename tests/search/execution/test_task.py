@@ -148,7 +148,7 @@ def test_a_state_that_is_damaged_is_said_and_training_begins_anew(started: tuple
     run.stop_file.unlink()
     half_zero(run.trial(unit.id) / "state.safetensors")
     again = run_task(run.path, unit)["result"]
-    clocks = {"seconds": 0, "training_seconds": 0}
+    clocks = {"seconds": 0, "training_seconds": 0, "computing_seconds": 0}
     assert {**again, **clocks} == {**whole, **clocks}
     said = [json.loads(line) for line in (run.trial(unit.id) / "metrics.jsonl").open()]
     (note,) = (line["text"] for line in said if line["event"] == "note")
