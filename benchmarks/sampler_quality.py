@@ -177,6 +177,13 @@ class BoTorch:
         x = torch.tensor(np.hstack([inputs, rungs]), dtype=torch.double)
         y = torch.tensor(quality, dtype=torch.double)[:, None]
         gp = self._model(x, y)
+        if len(pending):  # taken as if they gave what is expected: q candidates together would make 2^q terms
+            running = torch.tensor(encoder.features(encoder.rows(pending)))
+            running = torch.hstack([running, torch.ones(len(running), 1)])
+            with torch.no_grad():
+                expected = gp.posterior(running).mean
+            x, y = torch.vstack([x, running]), torch.vstack([y, expected])
+            gp = self._model(x, y, learn=False)
         column = encoder.names.index("budget")
         budget: Any = self._problem.distributions["budget"]
         place = encoder.groups.index(column)
@@ -194,14 +201,12 @@ class BoTorch:
             means = torch.cat([gp.posterior(at_last).mean, cost(at_last)], dim=1)
         low, high = means[:, 0].min(), means[:, 0].max()
         corner = torch.stack([low - 0.1 * (high - low), torch.tensor(-budget.high, dtype=torch.double)])
-        running = encoder.features(encoder.rows(pending))
         acquisition = qLogExpectedHypervolumeImprovement(
             model=gp,
             objective=GenericMCMultiOutputObjective(objectives),
             ref_point=corner,
             partitioning=FastNondominatedPartitioning(ref_point=corner, Y=means),
-            sampler=SobolQMCNormalSampler(torch.Size([32]), seed=number),
-            X_pending=None if not len(running) else torch.tensor(np.hstack([running, np.ones((len(running), 1))])),
+            sampler=SobolQMCNormalSampler(torch.Size([64]), seed=number),
         )
         bounds = torch.tensor([[0.0] * x.shape[1], [1.0] * x.shape[1]], dtype=torch.double)
         found, _ = optimize_acqf(
@@ -220,14 +225,14 @@ class BoTorch:
             gain = acquisition(torch.tensor(features)[:, None]).numpy()
         return encoder.point(rows[int(gain.argmax())])
 
-    def _model(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+    def _model(self, x: torch.Tensor, y: torch.Tensor, *, learn: bool = True) -> Any:
         from botorch.fit import fit_gpytorch_mll
         from botorch.models import SingleTaskGP
         from botorch.models.transforms.outcome import Standardize
         from gpytorch.mlls import ExactMarginalLogLikelihood
 
         gp = SingleTaskGP(x, y, outcome_transform=Standardize(1))
-        if self._state is None or len(y) >= self._fitted * 9 / 8:
+        if learn and (self._state is None or len(y) >= self._fitted * 9 / 8):
             fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp))
             kept = ("covar_module", "mean_module", "likelihood")
             self._state = {k: v for k, v in gp.state_dict().items() if k.startswith(kept)}
@@ -475,6 +480,29 @@ def summaries(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table(found: Mapping[str, Any], part: str) -> str:
+    """One of the summaries in Markdown, as docs/samplers.md has it."""
+    lines = [
+        "| sampler | after a third | at the end | mean | worst | best on | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, own in found[part].items():
+        first, last = own["median"]
+        rest = f"{own['mean']:.3f} | {own['worst']:.3f} | {own['best_on']} of {own['surfaces']} | {own['seconds']:.1f}"
+        lines.append(f"| {name} | {first:.3f} | {last:.3f} | {rest} |")
+    return "\n".join(lines)
+
+
+def by_surface(found: Mapping[str, Any]) -> str:
+    """Shares at the end of every sampler on every surface in Markdown."""
+    ends = {(row["surface"], row["sampler"]): f"{row['shares'][-1]:.3f}" for row in found["rows"]}
+    names = [name for name in SEARCHES if name in {own for _, own in ends}]
+    lines = [f"| surface | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for surface in dict.fromkeys(surface for surface, _ in ends):
+        lines.append(f"| {surface} | {' | '.join(ends.get((surface, name), '') for name in names)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", choices=("choose", "report"), default="report")
@@ -498,9 +526,8 @@ def main() -> None:
             facts = {"half": args.half, "parts": PARTS, "workers": WORKERS, "versions": versions()}
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.out, json.dumps({**facts, **summaries(kept), "rows": kept}, indent=1) + "\n")
-    for part, own in summaries(kept).items():
-        for name, row in own.items():
-            print(f"{part:8} {name:20} {row}")
+    found = {"rows": kept, **summaries(kept)}
+    print(by_surface(found), table(found, "all"), table(found, "common"), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.sampler_quality import SEARCHES, Ladder, problems, shares, simulate
+from benchmarks.sampler_quality import (
+    RESULT,
+    SEARCHES,
+    Ladder,
+    by_surface,
+    problems,
+    shares,
+    simulate,
+    summaries,
+    table,
+)
 from benchmarks.surfaces import (
     Degenerate,
     DeitProblem,
@@ -162,3 +174,11 @@ def test_the_halves_share_no_surface() -> None:
         chosen, reported = (problems(half)[name]() for half in ("choose", "report"))
         points = drawn(chosen, 5)
         assert [chosen.value(p) for p in points] != [reported.value(p) for p in points]
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_result() -> None:
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    text = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    assert summaries(found["rows"]) == {part: found[part] for part in ("all", "common")}
+    for rows in (table(found, "all"), table(found, "common"), by_surface(found)):
+        assert rows in text
