@@ -81,11 +81,6 @@ def check_settles(recipe: Recipe, *, source: bool, method: bool = False) -> None
         )
     if source:
         return
-    if any(term.weight and term.teacher == "source" for term in recipe.distill):
-        raise UserError(
-            "recipe: a distill term has teacher = 'source', but there is no source model to learn from: give one "
-            "(--teacher), or take a recipe without distillation"
-        )
     if recipe.lr_by_share:
         raise UserError(
             "recipe: lr_by_share: the learning rate follows from the share of the source's MACs that is left, which is "

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import load, load_provenance, read_arch
+from prunesweep.models import UserError, load, load_provenance, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
 from ..compatibility import check_features, check_fits, check_labels, check_order
@@ -118,6 +118,11 @@ class Finetuning:
         check_labels(data, recipe)
         if self.second_stage is not None:
             self.second_stage.check(self.model, self.teacher)
+        if self.teacher is None and any(term.weight and term.teacher == "source" for term in recipe.distill):
+            raise UserError(
+                "recipe: a distill term has teacher = 'source', but there is no source model to learn from: give one "
+                "(--teacher), or take a recipe without distillation"
+            )
         return data
 
     @property
