@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -132,9 +133,17 @@ def test_the_model_is_not_changed(tmp_path: Path) -> None:
     )
 
 
-def test_an_artefact_that_computes_something_else_is_not_published(tmp_path: Path) -> None:
+def test_an_artefact_that_computes_something_else_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = random_model(VIT, 0, torch.float32)
-    model.register_forward_hook(lambda module, args, logits: logits + 0.5)
+    form = FORMATS["timm"]
+
+    def open_another(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+        run = form.open(path)
+        return lambda images: run(images) + 0.5
+
+    monkeypatch.setitem(FORMATS, "timm", form._replace(open=open_another))
     path = tmp_path / "new" / "m"
     with pytest.raises(UserError, match=r"computes something else: at batch 1 its logits are off by 0\.5"):
         export(model, path, "timm")
