@@ -108,8 +108,11 @@ def test_costs_of_every_trial_are_exact(finished: tuple[Run, SearchResult, str])
 
 
 def test_the_folder_holds_everything(finished: tuple[Run, SearchResult, str]) -> None:
-    run, _, _ = finished
+    run, _, text = finished
     assert (run / "search.toml").read_text().startswith('name = "tiny"')
+    advice = json.loads((run / "advice.json").read_text())
+    assert run.status()["advice"] == advice
+    assert all(f"advice: {line}" in text for line in advice)
     page = (run / "report.html").read_text()
     assert "trial" in page
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)  # self-contained

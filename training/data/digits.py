@@ -23,7 +23,7 @@ class Digits(Data):
     """scikit-learn's digits; a fixed stratified quarter is held out as ``val``."""
 
     kind = "digits"
-    SPLIT_SEED = 0
+    SPLIT_SEED, HELD_OUT = 0, 0.25
     MEAN, STD = 0.3053, 0.3760
 
     @classmethod
@@ -39,7 +39,7 @@ class Digits(Data):
             raise UserError("data 'digits' needs scikit-learn: pip install -e '.[demo]'") from error
         digits = load_digits()
         indices = train_test_split(
-            range(len(digits.target)), test_size=0.25, random_state=self.SPLIT_SEED, stratify=digits.target
+            range(len(digits.target)), test_size=self.HELD_OUT, random_state=self.SPLIT_SEED, stratify=digits.target
         )
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # N 1 8 8 in [0, 1]
         labels = torch.tensor(digits.target, dtype=torch.long)
