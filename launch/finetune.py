@@ -88,6 +88,8 @@ def finetune(
         raise UserError(f"--out {out}: is there already; give a new folder")
     check_place(out)
     fields: dict[str, Any] = read_overrides(overrides or [])
+    if isinstance(own := fields.get("recipe"), dict):  # as `prune` names them
+        fields = {**{name: value for name, value in fields.items() if name != "recipe"}, **own}
     if epochs is not None:
         fields["epochs"] = epochs
     stage = fields.pop("second_stage", {})

@@ -100,6 +100,10 @@ def instant(
             report(what, done / total, "done" if done == total else "")
 
         points = compute(model, batches, shares, objective=budgeted, align=align, progress=progress)
+        if not points:
+            raise UserError(
+                f"--budgets {budgets}: the smallest widths, in steps of {align}, cost more; give larger ones"
+            )
         for point in points:
             as_stored(point.model)
         models = [model, *(point.model for point in points)]

@@ -18,12 +18,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunesweep.models import Arch, load, save
+    from prunesweep.models import Arch, UserError, load, save
     from prunesweep.pruners.subspaces import instant
     from prunesweep.search import resume_search, run_search
 
 _HOME = {
     "Arch": "prunesweep.models",
+    "UserError": "prunesweep.models",
     "instant": "prunesweep.pruners.subspaces",
     "load": "prunesweep.models",
     "resume_search": "prunesweep.search",
@@ -31,7 +32,7 @@ _HOME = {
     "save": "prunesweep.models",
 }
 
-__all__ = ["Arch", "instant", "load", "resume_search", "run_search", "save"]
+__all__ = ["Arch", "UserError", "instant", "load", "resume_search", "run_search", "save"]
 
 
 def __getattr__(name: str) -> Any:

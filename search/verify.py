@@ -180,9 +180,10 @@ def _model(run: Run, task: Task, _: Result | None) -> None:
 
 
 def _validation(run: Run, task: Task, _: Result | None) -> None:
-    file = run.trial(task.id) / "validation.json"
-    if file.is_file():
-        run.read(file, Validation)
+    for name in ("validation.json", "test.json"):
+        file = run.trial(task.id) / name
+        if file.is_file():
+            run.read(file, Validation)
 
 
 def _journal(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> Iterator[Problem]:

@@ -18,6 +18,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import socket
 import threading
 import time
@@ -32,6 +34,7 @@ from prunesweep.models.errors import UserError
 __all__ = ["Fence", "Holder", "Lock", "Lost", "reserve"]
 
 BEAT, STALE = 10.0, 60.0  # seconds between two signs of life, and without any
+RELEASED = 0.0  # time of a lease that was given back
 TRIES = 100  # to take a lock that others try to take at the same moment
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without hard links
 
@@ -82,6 +85,7 @@ class Lock:
     ) -> None:
         self.place, self.what, self.keep, self.on_lost = place, what, keep, on_lost
         self.identity, self.number, self._stop = uuid.uuid4().hex, 0, threading.Event()
+        self._touching = threading.Lock()
 
     @property
     def fence(self) -> Fence:
@@ -112,7 +116,7 @@ class Lock:
         for attempt in range(TRIES):
             try:
                 self.place.mkdir(parents=True, exist_ok=True)
-                scratch.write_text(json.dumps({"identity": self.identity, **_own_place(), "released": False}))
+                scratch.write_text(json.dumps({"identity": self.identity, **_own_place()}))
                 now = scratch.stat().st_mtime
                 seen = _leases(self.place)
                 for number in sorted(seen, reverse=True):
@@ -152,16 +156,13 @@ class Lock:
 
     def release(self) -> None:
         """Let others in; what another process has taken over is left to it."""
-        self._stop.set()
-        with contextlib.suppress(OSError, ValueError):
+        with self._touching, contextlib.suppress(OSError, ValueError):
+            self._stop.set()
             lease = _file(self.place, self.number)
-            own = json.loads(lease.read_text())
-            if own["identity"] != self.identity:
+            if json.loads(lease.read_text())["identity"] != self.identity:
                 return
             if self.keep:
-                scratch = self.place / f".{self.identity}"
-                scratch.write_text(json.dumps({**own, "released": True}))
-                os.replace(scratch, lease)
+                os.utime(lease, (RELEASED, RELEASED))  # which a full disk does not refuse
             else:
                 self._remove()
                 self.place.rmdir()  # unless another process is about to take the lock
@@ -180,7 +181,9 @@ class Lock:
         while not self._stop.wait(BEAT):
             try:
                 self.check()
-                os.utime(_file(self.place, self.number))
+                with self._touching:
+                    if not self._stop.is_set():
+                        os.utime(_file(self.place, self.number))
             except Lost as lost:
                 if self.on_lost and not self._stop.is_set():
                     self.on_lost(lost)
@@ -192,6 +195,8 @@ class Lock:
 @contextlib.contextmanager
 def reserve(path: Path, option: str = "--out") -> Iterator[Path]:
     """Hold a place where something is to be made, so that no second command makes it as well.
+
+    What an earlier command that was killed has left beside it (``files.publish_folder``) is removed.
 
     Args:
         path: the file or folder, which must not be there.
@@ -213,7 +218,18 @@ def reserve(path: Path, option: str = "--out") -> Iterator[Path]:
             raise UserError(f"{option} {shown}: nothing can be written there: {error.strerror}") from error
         if path.exists():
             raise UserError(f"{option} {shown}: is there already; give a new one")
+        _sweep(path)
         yield path
+
+
+def _sweep(path: Path) -> None:
+    """Remove what commands on this host that were killed have left of their work on a place that is held."""
+    left = re.compile(re.escape(f".{path.name}.{socket.gethostname()}.") + r"\d+\.tmp")
+    for found in [one for one in path.parent.iterdir() if left.fullmatch(one.name)]:
+        if found.is_dir():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -245,7 +261,7 @@ def _link(scratch: Path, lease: Path) -> None:
 
 
 def _held(place: Path, number: int, now: float | None) -> Holder | None:
-    """Who holds a lease, or None where it was released, or its holder is dead or gives no sign of life."""
+    """Who holds a lease, or None where its holder has released it, is dead, or gives no sign of life."""
     try:
         with _file(place, number).open("rb") as file:  # NFS asks its server for the times of a file that is opened
             touched, text = os.fstat(file.fileno()).st_mtime, file.read()
@@ -256,10 +272,10 @@ def _held(place: Path, number: int, now: float | None) -> Holder | None:
     age = 0.0 if now is None else now - touched
     try:
         found = json.loads(text)
-        if found["released"] or _died(found):
+        if _died(found):
             return None
         held = Holder(str(found["host"]), int(found["pid"]), age)
-    except (ValueError, TypeError, KeyError):  # being written, or damaged
+    except (ValueError, TypeError, KeyError, AttributeError):  # being written, or damaged
         held = Holder("an unknown host", 0, age)
     return held if age < STALE else None
 

@@ -35,7 +35,7 @@ def check_unchanged(model: nn.Module, built: nn.Module) -> None:
         UserError: they differ; the message names the first module that does.
     """
     ours = isinstance(getattr(model, "arch", None), Arch)  # others are read from their modules, which are checked there
-    found = _difference(model, built, (float,)) if ours else None
+    found = _replaced(model) or (_difference(model, built, (float,)) if ours else None)
     if found is None and not _same_outputs(model, built):
         found = _hooked(model) or (ours and _difference(model, built, (bool, int, float, str, tuple))) or None
         found = found or "its outputs differ from those of the model that its record describes"
@@ -85,11 +85,17 @@ def _difference(model: nn.Module, built: nn.Module, kinds: tuple[type, ...]) -> 
     return None
 
 
-def _hooked(model: nn.Module) -> str | None:
-    """Name the first module whose outputs are changed from outside."""
+def _replaced(model: nn.Module) -> str | None:
+    """Name the first module with a function in place of its own; one image would not show all that it does."""
     for name, module in model.named_modules():
         if "forward" in vars(module):
             return f"{name or 'the model'} has another forward function"
+    return None
+
+
+def _hooked(model: nn.Module) -> str | None:
+    """Name the first module with a hook that may change its outputs; many hooks only look."""
+    for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a forward hook"
     return None

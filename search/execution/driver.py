@@ -97,9 +97,9 @@ def run_search(
     config = _with_table(config, config.space.latency_table)
     died = "Ray died before the first trial; the same command goes on from what is saved"
     ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, died))
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as place:
         if not dry_run:
-            stack.enter_context(reserve(run.path))
+            place.enter_context(reserve(run.path))
         if address is not None:
             stack.enter_context(ray)
         units = _concurrency(config, ray if address is not None else None, must_fit=not dry_run)
@@ -122,6 +122,7 @@ def run_search(
             return None
         config = _with_start(config, space, prepared.proposals, display)
         config = create_run(run, config, prepared)
+        place.close()
         connection = ray if address is None else contextlib.nullcontext(ray)
         return _search(run, config, space, display, connection, on_worker=address is not None)
 

@@ -24,7 +24,7 @@ __all__ = ["advice", "advise"]
 Floats = NDArray[np.float64]
 
 AT_BOUND = 0.02  # of a range: values that near to its end count as the end
-FEW_MEMBERS, FEW_RESULTS = 4, 30  # below, nothing is said of bounds, gaps and overlap, and of effects
+FEW_MEMBERS, FEW_RESULTS = 4, 30  # below, nothing is said of bounds and overlap, and of effects
 GAP = 2.0  # times: neighbours of a front whose MACs lie that far apart leave a gap
 REACH = 1.25  # times the smallest budget: a front that begins above leaves the window's low end empty
 NEAR = 9  # candidates of about the same cost, to whose median one is compared
@@ -170,7 +170,7 @@ def _gaps(table: SpaceTable, members: Sequence[Result], current: Sequence[Result
     """Parts of the budget window in which the front has no member."""
     low, high = table.budget
     shares = sorted(r.macs / macs for r in members)
-    if len(shares) < FEW_MEMBERS or low == high:
+    if len(shares) < 2 or low == high:
         return
     if shares[0] > REACH * low:
         tried = _tried(current, macs, low, shares[0])

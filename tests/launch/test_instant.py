@@ -80,6 +80,16 @@ def test_the_table_names_the_folders(capsys: pytest.CaptureFixture[str], source:
     assert sorted(p.name for p in (tmp_path / "front").iterdir()) == ["0.5", "front.json", "report.html"]
 
 
+def test_budgets_that_no_model_meets_are_an_error(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    options = ("--data", "digits", "--images", "64", "--budgets", "0.0001", "--out", tmp_path / "front")
+    code, _, error = call(capsys, "instant", source, *options)
+    assert code == 2
+    assert "--budgets 0.0001: the smallest widths, in steps of 1" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_budget_that_is_missed_says_why(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     options = ("--data", "digits", "--images", "64", "--budgets", "0.6", "--align", "8", "--out", tmp_path / "front")
     code, text, _ = call(capsys, "instant", source, *options)

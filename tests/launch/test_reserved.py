@@ -31,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMMANDS = {
     "prune": ("prune", "SOURCE", "--method", "magnitude", "--budget", "0.5", "--data", "digits"),
-    "finetune": ("finetune", "SOURCE", "--data", "digits", "--recipe", "quick"),
+    "finetune": ("finetune", "SOURCE", "--data", "digits", "--recipe", "quick", "--teacher", "SOURCE"),
     "import": ("import", "SOURCE/../checkpoint.pth", "--as", "upvit"),
     "export": ("export", "SOURCE", "--to", "timm"),
     "instant": ("instant", "SOURCE", "--data", "digits", "--images", "64"),

@@ -42,10 +42,10 @@ def config() -> SearchConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(config: SearchConfig, runs: Path) -> tuple[Run, SearchResult, str]:
-    """A small search with one worker, and what it printed."""
+def finished(config: SearchConfig, runs: Path, request: pytest.FixtureRequest) -> tuple[Run, SearchResult, str]:
+    """A small search with one worker, and what it printed; each module that takes it has its own."""
     text = StringIO()
-    result = run_search(config, runs / "first", console=Console(file=text, width=120))
+    result = run_search(config, runs / f"first-{request.module.__name__}", console=Console(file=text, width=120))
     assert result is not None
     return Run(result.path), result, text.getvalue()
 

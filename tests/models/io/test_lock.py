@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from prunesweep.models import UserError
 from prunesweep.models.io import lock
-from prunesweep.models.io.lock import STALE, Lock, Lost, reserve
+from prunesweep.models.io.lock import RELEASED, STALE, Lock, Lost, reserve
 
 FORK = multiprocessing.get_context("fork")
 ENTER = (
@@ -34,7 +35,7 @@ def set_lease(place: Path, number: int = 1, age: float = 0.0, **given: Any) -> P
     """Write the lease of a process on another host."""
     place.mkdir(exist_ok=True)
     path = place / f"{number:09d}"
-    facts = {"identity": "x", "host": "elsewhere", "pid": 1, "started": "", "released": False}
+    facts = {"identity": "x", "host": "elsewhere", "pid": 1, "started": ""}
     path.write_text(json.dumps({**facts, **given}))
     os.utime(path, (time.time() - age,) * 2)
     return path
@@ -114,7 +115,7 @@ def test_many_races(tmp_path: Path, processes: int) -> None:
 
 def test_a_killed_holder_on_this_machine_is_known_at_once(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ENTER.replace("time.sleep", "os._exit(9); "), tmp_path, "0"], check=False)
-    assert json.loads(lease_of(tmp_path).read_text())["released"] is False
+    assert lease_of(tmp_path).stat().st_mtime > RELEASED
     assert Lock.holder(tmp_path) is None
     with Lock(tmp_path, "it", keep=True) as held:
         assert held.number == 2
@@ -123,14 +124,14 @@ def test_a_killed_holder_on_this_machine_is_known_at_once(tmp_path: Path) -> Non
 def test_a_reused_process_number_is_not_taken_for_the_holder(tmp_path: Path) -> None:
     with Lock(tmp_path, "it", keep=True):
         own = json.loads(lease_of(tmp_path).read_text())
-    set_lease(tmp_path, **{**own, "started": "1", "released": False})
+    set_lease(tmp_path, **{**own, "started": "1"})
     assert Lock.holder(tmp_path) is None
 
 
 def test_a_holder_in_another_container_is_alive_as_long_as_it_touches_its_lease(tmp_path: Path) -> None:
     with Lock(tmp_path, "it", keep=True):
         own = json.loads(lease_of(tmp_path).read_text())
-    gone = {**own, "pid": 2**22 + 1, "released": False}
+    gone = {**own, "pid": 2**22 + 1}
     set_lease(tmp_path, **gone)
     assert Lock.holder(tmp_path) is None  # this kernel's, and seen from here
     for other in ({"processes": "pid:[1]"}, {"boot": "another"}):
@@ -245,6 +246,17 @@ def test_parents_that_were_made_for_nothing_are_removed(tmp_path: Path) -> None:
     with reserve(tmp_path / "a" / "out") as path:
         path.mkdir()
     assert path.is_dir()
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    left, others = tmp_path / f".out.{host}.7.tmp", [f".out.b.{host}.7.tmp", ".out.txt", "out.tmp"]
+    (left / "model").mkdir(parents=True)
+    for name in others:
+        (tmp_path / name).touch()
+    with reserve(tmp_path / "out"):
+        assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:

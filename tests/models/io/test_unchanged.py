@@ -61,6 +61,11 @@ def forward(model: Any) -> None:
     model.blocks[0].forward = lambda x: 2 * old(x)
 
 
+def by_batch(model: Any) -> None:
+    old = model.forward
+    model.forward = lambda x: old(x) if len(x) == 1 else 2 * old(x)
+
+
 CHANGES: dict[Callable[[Any], None], str] = {
     eps: r"blocks\.1\.norm1\.eps = 0\.001, not 1e-06",
     heads: r"blocks\.0\.attn\.num_heads = 4, not 2",
@@ -69,6 +74,7 @@ CHANGES: dict[Callable[[Any], None], str] = {
     other_activation: r"blocks\.1\.mlp\.act is a ReLU, not a GELU",
     layer: r"blocks\.0\.mlp\.fc2 is a Doubled, not a Linear",
     hook: r"blocks\.0 has a forward hook",
+    by_batch: r"the model has another forward function",
     forward: r"blocks\.0 has another forward function",
 }
 
