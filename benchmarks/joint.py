@@ -41,6 +41,7 @@ from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.cutting import Cutter
 from prunesweep.search.execution.driver import create_run
+from prunesweep.search.execution.reopen import open_study
 from prunesweep.search.execution.source import LoadedSource, prepare
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.space.axes import AXES
@@ -48,7 +49,6 @@ from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store import pareto
 from prunesweep.search.store.front import Ranking
 from prunesweep.search.store.run import Result, Run
-from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH
 from prunesweep.training.data.digits import Digits
 from prunesweep.training.data.registry import register
@@ -155,19 +155,7 @@ def searched(config: SearchConfig, kept: LoadedSource, run: Run, seconds: float 
     search = config.search.model_copy(update={"start": tuple(dict(point) for point in points)})
     config = create_run(run, config.model_copy(update={"search": search}), kept)
     begun = time.process_time()
-    study = Study(
-        run / "study.journal",
-        kept.space.distributions,
-        config.seed,
-        objectives=search.objectives,
-        rank_by=search.rank_by,
-        rungs=search.rungs,
-        trials=search.trials,
-        start=search.start,
-        fit=kept.space.fitted,
-        place=kept.space.placed,
-        idle=kept.space.idle,
-    )
+    study = open_study(run, config, kept.space, run / "study.journal")
     coordinator = Coordinator(run, study, kept.space, search, max_concurrent=1, seed=config.seed)
     while seconds is None or time.process_time() - begun < seconds:
         unit = coordinator.next()

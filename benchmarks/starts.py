@@ -18,14 +18,13 @@ from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.cutting import Cutter
 from prunesweep.search.execution.driver import create_run
-from prunesweep.search.execution.reopen import space_of
+from prunesweep.search.execution.reopen import open_study, space_of
 from prunesweep.search.execution.source import LoadedSource, prepare
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.execution.validation import validate_front
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, neutral_points, proposed_points, start_points
 from prunesweep.search.store.run import Run
-from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, Compared
 from prunesweep.training.jobs.proposal import Proposal
 
@@ -67,18 +66,7 @@ def searched(config: SearchConfig, prepared: LoadedSource, folder: Path, seconds
     run = Run(folder)
     config = create_run(run, config, prepared)
     space = space_of(run, config)
-    study = Study(
-        run / "study.journal",
-        space.distributions,
-        config.seed,
-        objectives=config.search.objectives,
-        rank_by=config.search.rank_by,
-        rungs=config.search.rungs,
-        trials=config.search.trials,
-        start=config.search.start,
-        fit=space.fitted,
-        place=space.placed,
-    )
+    study = open_study(run, config, space, run / "study.journal")
     coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
     while time.process_time() - begin < seconds and (unit := coordinator.next()) is not None:
         run_task(run.path, unit)

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ __all__ = ["finetune", "reports"]
 
 
 def finetune(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)],
     data: Annotated[
         str,
@@ -71,7 +71,6 @@ def finetune(
 ) -> None:
     """Train a saved model; the same command continues a run that was stopped."""
     from prunesweep.models import UserError, cost, load, load_provenance, read_arch
-    from prunesweep.models.io.files import check_place
     from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import to_float32
     from prunesweep.search.config import read_overrides
@@ -84,9 +83,9 @@ def finetune(
 
     from .console import PlainConsole
 
-    if out.exists():
-        raise UserError(f"--out {out}: is there already; give a new folder")
-    check_place(out)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first:
+        context.with_resource(reserve(out))
     fields: dict[str, Any] = read_overrides(overrides or [])
     if isinstance(own := fields.get("recipe"), dict):  # as `prune` names them
         fields = {**{name: value for name, value in fields.items() if name != "recipe"}, **own}
@@ -112,11 +111,10 @@ def finetune(
     display = Display(console)
     opened = job.check()
     display.data(opened.describe())
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if first:
         start = job.teacher or job.model
         warn_at_chance(str(teacher or model), to_float32(load(start)), opened, untrained=teacher is None)
-    with reserve(out) if first else nullcontext(), display.progress() as progress:
+    with display.progress() as progress:
         train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one
         return

@@ -60,7 +60,7 @@ def instant(
 ) -> None:
     """Compute a front of smaller models from a few hundred unlabelled images; nothing is trained."""
     from prunesweep.models import LatencyTable, UserError, arch_of
-    from prunesweep.models.io.files import check_place, publish_folder
+    from prunesweep.models.io.files import publish_folder
     from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import as_stored
     from prunesweep.pruners import latency
@@ -72,9 +72,7 @@ def instant(
     from .console import PlainConsole
 
     shares = _shares(budgets)
-    if out.exists():
-        raise UserError(f"--out {out}: is there already; give a new folder")
-    check_place(out)
+    context.with_resource(reserve(out))
     if objective not in ("macs", "params", "latency_ms"):
         raise UserError(f"--objective {objective}: must be one of macs, params, latency_ms")
     if (table is None) == (objective == "latency_ms"):
@@ -92,7 +90,6 @@ def instant(
     if images > dataset.train_images:
         display.note(f"--images {images}: there are {dataset.train_images:,} training images, all are used")
         images = dataset.train_images
-    context.with_resource(reserve(out))
     batches = dataset.calibration_loader(images, min(BATCH, max(1, images // 4)), seed)
     with display.progress() as report:
 

@@ -21,6 +21,7 @@ from prunesweep.models.latency.table import Grid
 from prunesweep.models.latency.timing import Setting
 from prunesweep.pruners import latency
 from prunesweep.training import EvalMetrics, open_data, open_text
+from tests.launch.digits_model import digits_model
 from tests.launch.test_cli import call
 from tests.pruners.subspaces.test_compress import vit
 from tests.pruners.subspaces.test_families import source_of
@@ -29,13 +30,7 @@ from tests.training.data.test_text import tiny_model, write
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arch = vit(width=16, depth=2)
-    stage = dataclasses.replace(arch.stages[0], grid=(4, 4))
-    shape = {"img_size": (8, 8), "patch_size": (2, 2), "in_chans": 1, "num_classes": 10}
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("instant") / "source"
-    save(build(dataclasses.replace(arch, stages=(stage,), **shape)), path)
-    return path
+    return digits_model(tmp_path_factory.mktemp("instant") / "source")
 
 
 def test_a_front_is_computed_and_every_point_loads(

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from prunesweep.models import UserError, build, save
+from prunesweep.models import UserError
 from prunesweep.models.io.lock import reserve
 from prunesweep.search import run_search
 from prunesweep.search.config import SearchConfig
+from tests.launch.digits_model import digits_model
 from tests.launch.test_cli import call
-from tests.pruners.subspaces.test_compress import vit
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arch = vit(width=16, depth=2)
-    stage = dataclasses.replace(arch.stages[0], grid=(4, 4))
-    shape = {"img_size": (8, 8), "patch_size": (2, 2), "in_chans": 1, "num_classes": 10}
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("reserved") / "source"
-    save(build(dataclasses.replace(arch, stages=(stage,), **shape)), path)
+    path = digits_model(tmp_path_factory.mktemp("reserved") / "source")
     torch.save({}, path.with_name("checkpoint.pth"))
     return path
 
