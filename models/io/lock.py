@@ -35,6 +35,7 @@ __all__ = ["Fence", "Holder", "Lock", "Lost", "reserve"]
 
 BEAT, STALE = 10.0, 60.0  # seconds between two signs of life, and without any
 RELEASED = 0.0  # time of a lease that was given back
+LOOKS = (0.05, 0.2, 0.5)  # seconds until a lease above one's own is looked at again
 TRIES = 100  # to take a lock that others try to take at the same moment
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without hard links
 
@@ -59,12 +60,16 @@ class Fence(NamedTuple):
 
     def check(self) -> None:
         """Raises Lost where another process has taken over."""
-        found = _leases(self.place)
-        if self.number not in found or max(found) > self.number:
-            raise Lost(
-                f"{self.place.parent}: another process has taken over, because this one gave no sign of life for "
-                f"{STALE:.0f} seconds; nothing more is written"
-            )
+        for pause in (*LOOKS, None):
+            found = _leases(self.place)
+            if self.number in found and max(found) == self.number:
+                return
+            if pause is not None:  # a process that came too late takes its lease away again at once
+                time.sleep(pause)
+        raise Lost(
+            f"{self.place.parent}: another process has taken over, because this one gave no sign of life for "
+            f"{STALE:.0f} seconds; nothing more is written"
+        )
 
 
 class Lock:
@@ -133,14 +138,16 @@ class Lock:
             finally:
                 with contextlib.suppress(OSError):
                     scratch.unlink()
-            # another process may not have seen the leases that were here, because their folder was removed in between
-            if _leases(self.place) - seen == {self.number}:
+            # Where the folder was emptied in between, another process may have begun again at a lower number, which
+            # can be that of a lease seen here; so what is there is asked again. Of two that meet here both give way.
+            others = _leases(self.place) - {self.number}
+            if max(others, default=0) < self.number and not any(_held(self.place, one, now) for one in others):
                 break
             self._remove()
             time.sleep(random.random() * 0.01 * (attempt + 1))
         else:
             raise UserError(f"{self.what}: too many processes try to take it at once")
-        for number in seen:
+        for number in others:
             _file(self.place, number).unlink(missing_ok=True)
         threading.Thread(target=self._beat, daemon=True, name=f"lock of {self.place.name}").start()
         return self

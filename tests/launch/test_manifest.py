@@ -120,7 +120,9 @@ class Allocation:
         executable(bin_ / "ray", f"{say}\ntrap 'exit 0' TERM\nwhile :; do sleep 0.1; done")
         executable(bin_ / "getent", "echo '127.0.1.1 STREAM n1'; echo '10.1.1.1 STREAM n1'")
         where = 'echo "$RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c < "$RAY_AUTH_TOKEN_PATH")"'
-        begin = f"{say}\n[[ $2 == *wait_for_nodes ]] && exit 0\n{where} >> {self.log}\necho $$ > {folder}/driver\n"
+        started = f'while [ "$(grep -c "^ray start" {self.log})" -lt 3 ]; do sleep 0.05; done; exit 0'
+        wait = f"{say}\n[[ $2 == *wait_for_nodes ]] && {{ {started}; }}"
+        begin = f"{wait}\n{where} >> {self.log}\necho $$ > {folder}/driver\n"
         executable(bin_ / "python", begin + driver)
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,36 @@ def test_many_races(tmp_path: Path, processes: int) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         assert min(run_races(folder, processes, 84, keep=keep, dead=dead)) >= 1
+
+
+def test_a_number_that_was_used_again_meanwhile_is_not_taken_for_the_dead_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look and a link others can take over from a dead holder, leave, and begin again at its number."""
+    place, link, others = tmp_path / "leases", lock._link, []
+    set_lease(place, age=2 * STALE)
+
+    def late(scratch: Path, lease: Path) -> None:
+        if not others:
+            others.append(Lock(place, "it"))
+            lease_of(place).unlink()
+            others[0].__enter__()
+        link(scratch, lease)
+
+    monkeypatch.setattr(lock, "_link", late)
+    with pytest.raises(UserError, match="it is in use by process"), Lock(place, "it"):
+        pass
+    assert [one.number for one in others] == [1]
+    others[0].check()
+    assert [path.name for path in place.iterdir()] == ["000000001"]
+    others[0].release()
+
+
+def test_a_lease_that_came_too_late_and_goes_again_ends_nobody(tmp_path: Path) -> None:
+    with Lock(tmp_path, "it", keep=True) as held:
+        late = set_lease(tmp_path, 2)
+        threading.Timer(0.1, late.unlink).start()
+        held.check()
 
 
 def test_a_killed_holder_on_this_machine_is_known_at_once(tmp_path: Path) -> None:
