@@ -129,7 +129,7 @@ class Arch:
     qk_norm: bool = False
     layer_scale: bool = False
     norm_eps: float = 1e-6
-    act: str = "gelu"
+    act: str = "gelu"  # of hidden units: a name in ``models.layers.activations``
     feature_head: bool = False  # the head is a linear map to ``num_classes`` features, not a classifier
     text: Text | None = None  # of family lm
 

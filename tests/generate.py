@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, Text, build
+from prunesweep.models.layers.activations import ACTIVATIONS
 
 FAMILIES = ("vit", "swin", "pvt_v2")  # of images; there is "lm" too
 
@@ -70,6 +71,7 @@ def random_vit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         qk_norm=random.random() < 0.25,
         layer_scale=random.random() < 0.25,
     )
+    arch = dataclasses.replace(arch, act=Random(arch.hash).choice(list(ACTIVATIONS)))  # other draws stay as they are
     if not extras:
         return arch
     planned = tuple(_with_tokens(random, arch, block) for block in blocks)

@@ -35,7 +35,6 @@ from .views import (
     mlp_view,
     patches,
 )
-from .vit import ACTIVATIONS
 
 __all__ = ["PVT_V2", "HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
 
@@ -331,7 +330,7 @@ def _read_block(index: int, block: Any, require: Require) -> Block:
     require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
     attn = block.attn
     require(attn.pool is None, f"{where} has linear attention (pooled keys and values)")
-    activation_of(block.mlp, MlpWithDepthwiseConv, ACTIVATIONS, where, require)
+    activation_of(block.mlp, MlpWithDepthwiseConv, where, require, known=("gelu",))
     return Block(
         src=index,
         heads=attn.num_heads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from timm.layers import LayerNorm
@@ -10,6 +10,7 @@ from torch import nn
 
 from prunesweep.models.arch import Arch, Stage
 from prunesweep.models.errors import UserError
+from prunesweep.models.layers.activations import ACTIVATIONS, activation_name
 
 __all__ = ["Require", "activation_of", "layer_norms", "pyramid_record", "require", "shared_eps"]
 
@@ -54,21 +55,20 @@ def shared_eps(norms: list[Any], require: Require) -> float:
 
 
 def activation_of(
-    mlp: Any, kind: type[nn.Module], known: Mapping[str, type[nn.Module]], where: str, require: Require
+    mlp: Any, kind: type[nn.Module], where: str, require: Require, known: Collection[str] = tuple(ACTIVATIONS)
 ) -> str:
     """Return the record's name of an MLP's activation.
 
     Args:
         mlp: the MLP; it must be exactly of type ``kind``.
         kind: the MLP class that the family's blocks have.
-        known: activation classes by the record's name.
         where: the block, for the message.
         require: ``require`` with the model's name bound.
+        known: names of the activations that the family's records may have.
     """
     require(type(mlp) is kind, f"{where} has a {type(mlp).__name__} instead of an {kind.__name__}")
-    act = next((key for key, cls in known.items() if type(mlp.act) is cls), None)
-    require(act is not None, f"{where} has activation {type(mlp.act).__name__}; known: {', '.join(known)}")
-    require(getattr(mlp.act, "approximate", "none") == "none", f"{where} approximates GELU")
+    act = activation_name(mlp.act)
+    require(act in known, f"{where} has activation {act or type(mlp.act).__name__}; known: {', '.join(known)}")
     return str(act)
 
 

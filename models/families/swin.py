@@ -31,7 +31,6 @@ from .checks import PYRAMID
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .views import AttentionView, Entrance, Reader, WindowView, attention_view, consecutive
-from .vit import ACTIVATIONS
 
 __all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
 
@@ -345,7 +344,7 @@ def _read_block(index: int, block: Any, require: Require) -> Block:
     attn = block.attn
     require(type(attn) is WindowAttention, f"{where} has a {type(attn).__name__}")
     require(not block.always_partition, f"{where} is built with always_partition")
-    activation_of(block.mlp, Mlp, ACTIVATIONS, where, require)
+    activation_of(block.mlp, Mlp, where, require, known=("gelu",))
     width = attn.proj.in_features // attn.num_heads
     return Block(
         src=index,

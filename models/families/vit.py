@@ -21,6 +21,7 @@ from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
+from prunesweep.models.layers.activations import ACTIVATIONS
 from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
@@ -32,9 +33,8 @@ from .reading import Require, activation_of, layer_norms, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, writes
 from .views import Reader
 
-__all__ = ["ACTIVATIONS", "VIT", "HeteroBlock", "build_vit"]
+__all__ = ["VIT", "HeteroBlock", "build_vit"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU}
 # fields that timm's VisionTransformerDistilled fixes
 DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
 
@@ -302,7 +302,7 @@ def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[
     require(attn.gate is None, f"{where} gates its attention")
     require(isinstance(attn.norm, nn.Identity), f"{where} normalises its attention output")
     require(attn.proj.bias is not None, f"{where} has no projection bias")
-    act = activation_of(mlp, Mlp, ACTIVATIONS, where, require)
+    act = activation_of(mlp, Mlp, where, require)
     require(isinstance(mlp.norm, nn.Identity), f"{where} normalises inside its MLP")
     record = Block(
         src=index,
