@@ -16,6 +16,8 @@ from .console import without_controls
 
 __all__ = ["AddressOption", "FollowOption", "follow_job", "resubmit", "submit"]
 
+GIVEN_WRONG, INTERRUPTED = 2, 130  # exit codes
+
 AddressOption = Annotated[
     str | None,
     typer.Option(
@@ -106,23 +108,16 @@ def _start(
     retry_failed: bool = False,
 ) -> str:
     """Upload code and configuration, start the driver on the cluster, and return the job's name."""
-    from prunesweep.launch.cluster.package import CONFIG, driver, environment, on_cluster, sizes, staged
+    from prunesweep.launch.cluster.package import CONFIG, driver, environment, facts, sizes, staged
     from prunesweep.search.config import ClusterTable
 
     table, job = config.cluster or ClusterTable(), f"{config.name}-a{attempt}"
     more: dict[str, Any] = {"trials": trials, "overrides": overrides, "retry_failed": retry_failed}
     command = driver(CONFIG, folder, again=again, **more)
-    facts = {
-        "prunesweep": "search",
-        "run": config.name,
-        "folder": folder,
-        "config": on_cluster(config).to_toml(),
-        "pip": "yes" if pip else "",
-    }
     with staged(config, table.exclude) as code:
         shipped = sizes(code)
         print(f"ships {len(shipped)} files, {sum(shipped.values()) / 2**20:.1f} MiB")
-        cluster.submit(job, command, code, environment(table, pip=pip), facts)
+        cluster.submit(job, command, code, environment(table, pip=pip), facts(config, folder, pip=pip))
     return job
 
 
@@ -183,7 +178,8 @@ def follow_job(cluster: Cluster, run: str, job: str) -> None:
         job: name of the job.
 
     Raises:
-        typer.Exit: the job did not succeed, or Ctrl-C was pressed (code 130); the job itself goes on.
+        typer.Exit: the job did not succeed (code 130 where it was stopped), or Ctrl-C was pressed (130, too; the job
+            itself goes on).
     """
 
     def write(text: str) -> None:
@@ -193,8 +189,10 @@ def follow_job(cluster: Cluster, run: str, job: str) -> None:
         status = cluster.follow(job, write)
     except KeyboardInterrupt:
         print(f"\n{run} goes on without this terminal: prunesweep logs {run} -f --address {cluster.head.url}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     code = cluster.exit_code(job)
     print(f"{job}: {status.lower()}" + (f", exit code {code}" if code else ""))
     if status != "SUCCEEDED":
-        raise typer.Exit(code if code and 0 < code <= 130 else 1)
+        if code != GIVEN_WRONG:
+            print(f"go on with: prunesweep resume {run} --address {cluster.head.url}")
+        raise typer.Exit(INTERRUPTED if status == "STOPPED" else code if code and 0 < code <= INTERRUPTED else 1)

@@ -337,6 +337,16 @@ class ResourcesTable(Table):
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0  # of each of a trial's workers
 
 
+# what ends up in scripts and manifests of others: no line breaks, and nothing that a shell or SLURM reads as more
+FOLDER = r"^/[^\x00-\x1f\x7f:$`\"\\]*$"  # a colon parts the two sides of a container's mount
+ADDRESS = r"^https?://[^\x00-\x20\x7f$`\"'\\;]+$"
+OBJECT = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.,@:+-]*$"
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]*$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+OneLine = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
+
+
 class ClusterTable(Table):
     """Where and how the search runs on several machines: for ``submit``, ``manifest`` and ``doctor``.
 
@@ -344,34 +354,43 @@ class ClusterTable(Table):
     shown by Ray's dashboard.
     """
 
-    address: Annotated[str | None, Field(pattern=r"^https?://", description="of the head's dashboard and job API")] = (
-        None
-    )
+    address: Annotated[str | None, Field(pattern=ADDRESS, description="of the head's dashboard and job API")] = None
     storage: Annotated[
-        str | None, Field(pattern="^/", description="folder that all nodes see and write to; runs are kept in it")
+        str | None, Field(pattern=FOLDER, description="folder that all nodes see and write to; runs are kept in it")
     ] = None
     data: Annotated[
-        str | None, Field(pattern="^/", description="folder of the data on the nodes, instead of data.name's path")
+        str | None, Field(pattern=FOLDER, description="folder of the data on the nodes, instead of data.name's path")
     ] = None
     nodes: Annotated[int, Field(ge=1, description="machines that run trials")] = 1
     cpus: Annotated[int, Field(ge=1, description="of each of them")] = 8
     gpus: Annotated[int, Field(ge=0, description="of each of them")] = 0
     memory_gib: Annotated[int, Field(ge=1, description="of each of them, in GiB")] = 32
-    env: Annotated[dict[str, str], Field(description="environment variables of driver and trials; no secrets")] = {}
+    env: Annotated[
+        dict[VariableName, OneLine], Field(description="environment variables of driver and trials; no secrets")
+    ] = {}
     exclude: Annotated[
         tuple[str, ...], Field(description="patterns of files of the packages that submit leaves behind, e.g. *.ipynb")
     ] = ()
     setup: Annotated[
-        tuple[str, ...], Field(description="shell lines before Ray starts, e.g. activating an environment")
+        tuple[OneLine, ...], Field(description="shell lines before Ray starts, e.g. activating an environment")
     ] = ()
-    image: Annotated[str | None, Field(description="container with Ray, torch and this package")] = None
-    namespace: Annotated[str, Field(pattern="^[a-z0-9-]+$", description="of Kubernetes")] = "default"
-    storage_claim: Annotated[str | None, Field(description="PersistentVolumeClaim mounted at storage")] = None
-    data_claim: Annotated[str | None, Field(description="PersistentVolumeClaim mounted, read-only, at data")] = None
-    hosts: Annotated[tuple[str, ...], Field(description="addresses of machines for ray up, the head first")] = ()
-    ssh_user: Annotated[str, Field(description="who logs in to hosts")] = "ubuntu"
-    partition: Annotated[str | None, Field(description="of SLURM")] = None
-    account: Annotated[str | None, Field(description="of SLURM")] = None
+    image: Annotated[
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$", description="container with Ray, torch and this package"),
+    ] = None
+    namespace: Annotated[str, Field(pattern=OBJECT, description="of Kubernetes")] = "default"
+    storage_claim: Annotated[
+        str | None, Field(pattern=OBJECT, description="PersistentVolumeClaim mounted at storage")
+    ] = None
+    data_claim: Annotated[
+        str | None, Field(pattern=OBJECT, description="PersistentVolumeClaim mounted, read-only, at data")
+    ] = None
+    hosts: Annotated[tuple[HostName, ...], Field(description="addresses of machines for ray up, the head first")] = ()
+    ssh_user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9._-]*$", description="who logs in to hosts")] = (
+        "ubuntu"
+    )
+    partition: Annotated[str | None, Field(pattern=SLURM_NAME, description="of SLURM")] = None
+    account: Annotated[str | None, Field(pattern=SLURM_NAME, description="of SLURM")] = None
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+:\d\d:\d\d$", description="SLURM's limit, [days-]h:mm:ss")] = (
         "24:00:00"
     )

@@ -7,6 +7,7 @@ the cluster and the configuration, so that any machine can continue the search.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import logging
@@ -87,15 +88,16 @@ class Cluster:
         for job in self._client.list_jobs():
             facts = job.metadata or {}
             if facts.get("prunesweep") == "search" and run in (None, facts["run"]):
-                number = int(job.submission_id.rpartition("-a")[2])
+                # what a manifest has started has a name of KubeRay's, and is the only attempt that its head knows
+                named = re.search(r"-a(\d+)$", job.submission_id)
                 found.append(
                     Attempt(
                         run=facts["run"],
-                        number=number,
+                        number=int(named[1]) if named else 1,
                         job=job.submission_id,
                         status=str(job.status.value),
                         folder=facts["folder"],
-                        config=facts["config"],
+                        config=_decoded(facts),
                         started=_seconds(job.start_time),
                         ended=_seconds(job.end_time),
                         message=job.message or "",
@@ -229,6 +231,12 @@ class Cluster:
             with contextlib.suppress(RuntimeError):  # a job that has not ended is stopped, and stays in the list
                 self.stop(job)
                 self._client.delete_job(job)
+
+
+def _decoded(facts: Mapping[str, str]) -> str:
+    """The configuration in the metadata of a job."""
+    config = facts["config"]
+    return base64.b64decode(config).decode() if facts.get("encoding") == "base64" else config
 
 
 def _seconds(milliseconds: int | None) -> float | None:

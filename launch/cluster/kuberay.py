@@ -1,11 +1,13 @@
 """Write a search as a KubeRay RayJob: head, workers, storage, and a driver that resumes when it is restarted.
 
 Fields are those of KubeRay 1.5 and newer (``ray.io/v1``, ``authOptions``). A lost driver or head costs a retry: KubeRay
-builds a new cluster (``backoffLimit``), and its driver continues from the run's folder on the claim.
+builds a new cluster (``backoffLimit``), and its driver continues from the run's folder on the claim. KubeRay would do
+that after every other failure; so a search that would fail again ends its job as succeeded, and says so (``--once``).
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from prunesweep.models import UserError
 from prunesweep.search.config import ClusterTable, SearchConfig
 
-from .package import CONFIG, ENV, driver
+from .package import CONFIG, ENV, driver, facts
 
 __all__ = ["kuberay"]
 
@@ -29,7 +31,7 @@ def kuberay(config: SearchConfig) -> str:
     """Return the YAML of a ConfigMap and a RayJob, for ``kubectl apply -f``.
 
     Raises:
-        UserError: ``[cluster]`` names no image, storage or claim.
+        UserError: ``[cluster]`` names no image, storage or claim, or the run's name cannot be a RayJob's.
     """
     cluster = config.cluster or ClusterTable()
     for field, why in (
@@ -39,7 +41,7 @@ def kuberay(config: SearchConfig) -> str:
     ):
         if getattr(cluster, field) is None:
             raise UserError(f"cluster.{field} is missing: {why}")
-    name = re.sub(r"[^a-z0-9-]+", "-", config.name.lower()).strip("-")[:NAME_LIMIT].strip("-")
+    name = _object_name(config.name)
     where = {"name": name, "namespace": cluster.namespace}
     settings = {
         "apiVersion": "v1",
@@ -47,13 +49,15 @@ def kuberay(config: SearchConfig) -> str:
         "metadata": where,
         "data": {CONFIG: config.to_toml()},
     }
-    entrypoint = driver(f"{PLACE}/{CONFIG}", f"{cluster.storage}/{config.name}", again=True)
+    folder = f"{cluster.storage}/{config.name}"
+    entrypoint = driver(f"{PLACE}/{CONFIG}", folder, again=True, once=True)
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": where,
         "spec": {
             "entrypoint": entrypoint,
+            "metadata": _metadata(config, folder),
             "runtimeEnvYAML": yaml.safe_dump({"env_vars": {**ENV, **cluster.env}}, sort_keys=False),
             "submissionMode": "K8sJobMode",
             "backoffLimit": cluster.restarts,
@@ -63,6 +67,27 @@ def kuberay(config: SearchConfig) -> str:
         },
     }
     return yaml.dump_all([settings, job], Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+def _object_name(run: str) -> str:
+    """The name of a run as KubeRay takes it.
+
+    Names that would have to be changed are refused: two runs could become one RayJob.
+    """
+    if re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", run) and len(run) <= NAME_LIMIT:
+        return run
+    near = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:NAME_LIMIT].strip("-")
+    near = near if near[:1].isalpha() else f"run-{near}"[:NAME_LIMIT].strip("-")
+    raise UserError(
+        f"name = {run!r} cannot name a RayJob: it takes a letter and then at most {NAME_LIMIT - 1} lower-case letters, "
+        f"digits and hyphens, no hyphen at the end; for example --set name={near}"
+    )
+
+
+def _metadata(config: SearchConfig, folder: str) -> dict[str, str]:
+    """What a job says of its search, with the configuration in a form that no shell on its way can change."""
+    found = facts(config, folder)
+    return {**found, "config": base64.b64encode(found["config"].encode()).decode(), "encoding": "base64"}
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

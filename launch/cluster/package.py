@@ -17,7 +17,7 @@ import prunesweep
 from prunesweep.models import UserError
 from prunesweep.search.config import ClusterTable, SearchConfig
 
-__all__ = ["CONFIG", "ENV", "driver", "environment", "on_cluster", "requirements", "staged"]
+__all__ = ["CONFIG", "ENV", "driver", "environment", "facts", "on_cluster", "requirements", "staged"]
 
 PACKAGES = ("models", "pruners", "training", "search", "launch")  # links in the checkout, folders when installed
 LIMIT = 100 * 2**20  # bytes that the dashboard of a head accepts (DASHBOARD_CLIENT_MAX_SIZE)
@@ -146,11 +146,29 @@ def environment(cluster: ClusterTable, *, pip: bool) -> dict[str, Any]:
     return found
 
 
+def facts(config: SearchConfig, folder: str, *, pip: bool = False) -> dict[str, str]:
+    """Return the metadata of a search's job, by which other machines find the run and go on with it.
+
+    Args:
+        config: of the search, on the machine that sends it.
+        folder: of the run, on the cluster.
+        pip: the nodes install the requirements.
+    """
+    return {
+        "prunesweep": "search",
+        "run": config.name,
+        "folder": folder,
+        "config": on_cluster(config).to_toml(),
+        "pip": "yes" if pip else "",
+    }
+
+
 def driver(
     config: str,
     folder: str,
     *,
     again: bool,
+    once: bool = False,
     trials: int | None = None,
     overrides: Sequence[str] = (),
     retry_failed: bool = False,
@@ -161,13 +179,15 @@ def driver(
         config: file of the configuration, on the cluster.
         folder: folder of the run, on the cluster.
         again: continue the run if it exists; without it, an existing run is an error.
+        once: end with code 0 where a failure would come again; only used with ``again``.
         trials: as for ``prunesweep resume``; only used with ``again``.
         overrides: as for ``prunesweep resume``; only used with ``again``.
         retry_failed: as for ``prunesweep resume``; only used with ``again``.
     """
     if not again:
         return shlex.join(["python", "-m", "prunesweep", "search", config, "--out", folder, "--address", "auto"])
-    more = [] if trials is None else ["--trials", str(trials)]
+    more = ["--once"] if once else []
+    more += [] if trials is None else ["--trials", str(trials)]
     more += ["--retry-failed"] if retry_failed else []
     more += [part for text in overrides for part in ("--set", text)]
     return shlex.join(["python", "-m", "prunesweep.launch.cluster.entrypoint", config, folder, *more])

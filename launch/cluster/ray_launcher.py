@@ -59,7 +59,9 @@ def ray_launcher(config: SearchConfig) -> str:
     }
     if cluster.image is not None:
         options = ["--gpus all"] if cluster.gpus else []
-        options += [f"-v {path}:{path}" for path in (cluster.storage, cluster.data) if path is not None]
+        options += [
+            f"-v {shlex.quote(f'{path}:{path}')}" for path in (cluster.storage, cluster.data) if path is not None
+        ]
         found["docker"] = {
             "image": cluster.image,
             "container_name": "prunesweep",

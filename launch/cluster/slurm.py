@@ -19,8 +19,9 @@ WARNING = 300  # seconds between the warning and the time limit, for running tri
 TEMPLATE = """\
 #!/bin/bash
 {directives}
-set -euo pipefail
+set -e
 {setup}
+set -uo pipefail
 run={run}
 mkdir -p "$(dirname "$run")"
 config="$run.{config}"

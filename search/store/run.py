@@ -92,7 +92,10 @@ class Run:
     @property
     def shown(self) -> str:
         """The folder as a user would type it: relative where it lies below the current one."""
-        here = Path.cwd()
+        try:
+            here = Path.cwd()
+        except FileNotFoundError:  # it was removed, as Ray does with a job's where nodes share a temporary folder
+            return str(self.path)
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
     @property

@@ -309,3 +309,28 @@ def test_models_that_are_fetched_first_are_best_by_what_the_search_ranks(tmp_pat
         sent = {str(path.relative_to(tmp_path)) for path in chosen(tmp_path, 1)}
         assert {name for name in sent if name.endswith("config.json")} == {f"{first['model']}/config.json"}
         assert sent >= {"trials/r0-0000/validation.json", "trials/r0-0001/validation.json"}
+
+
+def test_a_failure_that_would_come_again_ends_a_job_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KubeRay builds another cluster for every job that fails."""
+    arguments = ["entrypoint", str(tmp_path / "absent.toml"), str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="2"):
+        entrypoint.main()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", [*arguments, "--once"])
+    entrypoint.main()
+    assert "FAILED, exit code 2" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_gone_from_under_a_process(tmp_path: Path) -> None:
+    """Ray removes a job's folder where nodes share a temporary folder."""
+    code = (
+        "import os; from pathlib import Path; from prunesweep.search.store.run import Run\n"
+        "from prunesweep.training.jobs.ray_session import _job_config\n"
+        f"os.rmdir({str(tmp_path)!r}); print(Run('/runs/x').shown); _job_config()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.stdout == "/runs/x\n", found.stderr

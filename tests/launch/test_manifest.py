@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import shlex
 import subprocess
 import time
 import tomllib
@@ -15,7 +17,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from prunesweep.launch.cluster.kuberay import kuberay
-from prunesweep.launch.cluster.package import ENV
+from prunesweep.launch.cluster.package import ENV, facts
 from prunesweep.launch.cluster.ray_launcher import ray_launcher
 from prunesweep.launch.cluster.slurm import slurm
 from prunesweep.models import UserError
@@ -44,16 +46,21 @@ def config(tiny: Callable[..., SearchConfig]) -> Callable[..., SearchConfig]:
 
 
 def test_kuberay_has_nodes_gpus_storage_and_restarts(config: Callable[..., SearchConfig]) -> None:
-    settings, job = yaml.safe_load_all(kuberay(config()))
+    named = config().model_copy(update={"name": "my-run-1"})
+    settings, job = yaml.safe_load_all(kuberay(named))
     assert (settings["apiVersion"], settings["kind"]) == ("v1", "ConfigMap")
-    assert parse_config(tomllib.loads(settings["data"]["search.toml"]), "map") == config()
+    assert parse_config(tomllib.loads(settings["data"]["search.toml"]), "map") == named
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert job["metadata"] == settings["metadata"] == {"name": "my-run-1", "namespace": "default"}
     spec = job["spec"]
     assert (
         spec["entrypoint"]
-        == "python -m prunesweep.launch.cluster.entrypoint /etc/prunesweep/search.toml /mnt/runs/My_run.1"
+        == "python -m prunesweep.launch.cluster.entrypoint /etc/prunesweep/search.toml /mnt/runs/my-run-1 --once"
     )
+    known = spec["metadata"]  # by which 'prunesweep jobs', 'status' and 'fetch' find it
+    assert (known["prunesweep"], known["run"], known["folder"]) == ("search", "my-run-1", "/mnt/runs/my-run-1")
+    assert known == {**facts(named, "/mnt/runs/my-run-1"), "config": known["config"], "encoding": "base64"}
+    assert tomllib.loads(base64.b64decode(known["config"]).decode())["name"] == "my-run-1"
     assert spec["backoffLimit"] == 5
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {**ENV, "NCCL_DEBUG": "IN FO"}}
     cluster = spec["rayClusterSpec"]
@@ -74,6 +81,71 @@ def test_kuberay_has_nodes_gpus_storage_and_restarts(config: Callable[..., Searc
         assert volumes[mounts["/etc/prunesweep"]["name"]]["configMap"]["name"] == "my-run-1"
     resources = workers["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == resources["requests"] == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "4"}
+
+
+@pytest.mark.parametrize("name", ["a_b", "A..B", "7-fold", "b-", "x" * 48])
+def test_kuberay_takes_no_name_that_it_would_have_to_change(config: Callable[..., SearchConfig], name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a RayJob") as refused:
+        kuberay(config().model_copy(update={"name": name}))
+    proposed = str(refused.value).rpartition("name=")[2]
+    assert f"name: {proposed}\n" in kuberay(config().model_copy(update={"name": proposed}))
+
+
+FIELDS = {
+    "address": "http://head",
+    "storage": "/runs",
+    "data": "/data",
+    "image": "registry/image:1",
+    "namespace": "default",
+    "storage_claim": "runs",
+    "data_claim": "data",
+    "ssh_user": "ubuntu",
+    "partition": "gpu",
+    "account": "team",
+    "time": "1:00:00",
+    "hosts": "10.0.0.1",
+    "setup": "module load x",
+    "env": "A",
+}
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "name"])
+def test_values_that_could_run_something_are_refused(config: Callable[..., SearchConfig], field: str) -> None:
+    for bad in ("\ntouch PWNED", "\rx", "\x00", "$(touch PWNED)", "`touch PWNED`", '"; touch PWNED; "'):
+        if field == "setup" and not set(bad) & set("\n\r\x00"):  # which are shell lines
+            continue
+        text = FIELDS.get(field, "run") + bad
+        table = config().model_dump(mode="json", exclude_none=True)
+        if field == "name":
+            table["name"] = text
+        else:
+            table["cluster"][field] = {text: "x"} if field == "env" else [text] if field in ("hosts", "setup") else text
+        with pytest.raises(UserError, match=field):
+            parse_config(table, "there")
+
+
+def test_values_that_a_shell_could_read_as_more_are_quoted(config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    odd = "/my runs'; touch PWNED; '&"
+    found = config(storage=f"{tmp_path}{odd}", data=odd, env={"A": "$(touch PWNED); 'x'"}, hosts=["10.0.0.1"])
+    ends = found.source.model_copy(update={"args": {"x": "\nEND_OF_CONFIG\ntouch PWNED\n"}})
+    allocation = Allocation(tmp_path, driver=f'echo "$A" >> {tmp_path}/log')
+    assert allocation.start(slurm(found.model_copy(update={"source": ends}))).wait(timeout=60) == 0
+    assert allocation.lines()[-1] == "$(touch PWNED); 'x'"
+    mounts = yaml.safe_load(ray_launcher(found))["docker"]["run_options"]
+    assert shlex.split(mounts[-1]) == ["-v", f"{odd}:{odd}"]
+    assert not list(tmp_path.rglob("PWNED"))
+    assert not Path("PWNED").exists()
+
+
+def test_a_batch_script_sets_up_before_it_insists_on_variables(
+    config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    """Scripts of conda and of modules use variables that are not set."""
+    allocation = Allocation(tmp_path, driver="exit 0")
+    script = slurm(config(storage=str(tmp_path), setup=['echo "$NEVER_SET" > /dev/null']))
+    assert allocation.start(script).wait(timeout=60) == 0
+    failing = slurm(config(storage=str(tmp_path), setup=["false"]))
+    assert allocation.start(failing).wait(timeout=60) == 1
 
 
 @pytest.mark.parametrize("field", ["image", "storage", "storage_claim"])

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from prunesweep.launch.cluster.client import Cluster
+from prunesweep.launch.cluster.kuberay import kuberay
 from prunesweep.models import load
 from prunesweep.models.io.lock import Lock
-from prunesweep.search.config import SearchConfig
+from prunesweep.search.config import ClusterTable, SearchConfig, load_config
 from prunesweep.search.store.run import Run
 from tests.launch.head import AUTH, ROOT, RunningHead, clean_environment, running_head
 from tests.launch.test_cli import call
@@ -59,6 +61,13 @@ def configured(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) ->
         return path
 
     return make
+
+
+def on_kubernetes(config: SearchConfig) -> SearchConfig:
+    """With what a manifest for KubeRay needs."""
+    return config.model_copy(
+        update={"cluster": ClusterTable(image="image", storage="/runs", storage_claim="runs", namespace="team")}
+    )
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
@@ -143,6 +152,9 @@ def test_killed_stopped_and_resumed(
     code, out, _ = call(capsys, "stop", "lost", *at)
     assert "lost-a2 ends once its trials have saved their state" in out
     wait_for(lambda: cluster.status("lost-a2") == "STOPPED", "the job was stopped, and goes on")
+    code, out, _ = call(capsys, "logs", "lost", "-f", *at)
+    assert code == 130
+    assert out.rstrip().endswith(f"go on with: prunesweep resume lost --address {head.url}")
     between = finished_units(run)
     assert before.items() <= between.items()
     assert len(between) < 9, "nothing was left to stop"
@@ -161,6 +173,8 @@ def test_killed_stopped_and_resumed(
         ("lost-a2", "STOPPED"),
         ("lost-a3", "SUCCEEDED"),
     ]
+    code, out, _ = call(capsys, "logs", "lost", "-f", *at)
+    assert code == 0
     assert "has ended already: succeeded" in call(capsys, "stop", "lost", *at)[1]
     everything = [
         *run.rglob("*"),
@@ -180,12 +194,28 @@ def test_a_job_that_fails_says_why_and_ends_as_it_did(
     assert code == 2
     assert "/not/there" in out
     assert "absent-a1: failed, exit code 2" in out
+    assert "go on with" not in out
     code, _, err = call(capsys, "status", "absent", "--address", head.url)
     assert code == 2
     assert "absent-a1 is failed; it has no run yet" in err
     code, _, err = call(capsys, "fetch", "absent", "--address", head.url)
     assert code == 2
     assert "is not a run on the cluster yet" in err
+
+
+@pytest.mark.usefixtures("with_token")
+def test_what_a_manifest_has_started_is_found(
+    head: RunningHead, configured: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(configured("apple"))
+    [_, job] = yaml.safe_load_all(kuberay(on_kubernetes(config)))
+    (tmp_path / "empty").mkdir()
+    Cluster(head.url).submit("apple-x7k2p", "true", tmp_path / "empty", {}, job["spec"]["metadata"])
+    [found] = [
+        one for one in json.loads(call(capsys, "jobs", "--json", "--address", head.url)[1]) if one["run"] == "apple"
+    ]
+    assert (found["job"], found["folder"]) == ("apple-x7k2p", "/runs/apple")
+    assert 'name = "apple"' in Cluster(head.url).latest("apple").config
 
 
 @pytest.mark.usefixtures("with_token")

@@ -83,18 +83,25 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+def _current_folder() -> Path | None:
+    """The current folder; None where it was removed, as Ray does with a job's where nodes share a temporary folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path.cwd().resolve()
+    return None
+
+
 class _SearchPath(list[str]):
     """Folders that Ray puts before all others in its workers' module search path, without the current one."""
 
     def extend(self, folders: Iterable[str]) -> None:
-        here = Path.cwd().resolve()
+        here = _current_folder()
         super().extend(folder for folder in folders if Path(folder).resolve() != here)
 
 
 def _job_config() -> JobConfig:
     """Ray's settings of a job. Where this package itself is imported from the current folder, Ray's own ones."""
     config = JobConfig()
-    if Path(prunesweep.__file__).resolve().parents[1] != Path.cwd().resolve():
+    if Path(prunesweep.__file__).resolve().parents[1] != _current_folder():
         config._py_driver_sys_path = _SearchPath()  # ``ray.init`` extends it by the current folder
     return config
 
