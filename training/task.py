@@ -208,6 +208,8 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
         for name in ("mean", "std"):
             values = torch.tensor(self.student_cfg[name]).view(1, -1, 1, 1)
             self.register_buffer(f"student_{name}", values, persistent=False)
+        # compared once: a comparison in every forward pass would wait for a GPU each time
+        self.other_scale = {name for name in self.names if not self._same_scale(self.teacher(name))}
 
     def train(self, mode: bool = True) -> DistillationTask:
         """Set the student's mode; its two heads are kept apart while it trains. Teachers stay in evaluation mode."""
@@ -261,7 +263,14 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm is unt
             features: return features instead of logits.
         """
         teacher = self.teacher(name)
-        return teacher(teacher.normalize_input(x, self.student_mean, self.student_std), return_features=features)
+        if name in self.other_scale:
+            x = (x * self.student_std + self.student_mean - teacher.mean_kd) / teacher.std_kd
+        return teacher(x, return_features=features)
+
+    def _same_scale(self, teacher: Any) -> bool:
+        """Whether a teacher's images are normalised as the student's."""
+        pairs = ((self.student_mean, teacher.mean_kd), (self.student_std, teacher.std_kd))
+        return all(torch.equal(own, other.to(own)) for own, other in pairs)
 
     def release_cached_teachers(self) -> None:
         """Drop the teachers whose cached logits are all that the terms use."""

@@ -68,6 +68,11 @@ class TrainingFailed(Exception):
     """Training ended with an error that another attempt would not mend."""
 
 
+def _backend(gpus: float) -> str:
+    """The library that gradients travel by; NCCL refuses workers that share a GPU."""
+    return "nccl" if gpus >= 1 else "gloo"
+
+
 def train_on_ray(
     job: TrainingJob,
     placement: Placement,
@@ -119,7 +124,7 @@ def train_on_ray(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
-            torch_config=TorchConfig(backend="nccl" if placement.gpus else "gloo", timeout_s=300),
+            torch_config=TorchConfig(backend=_backend(placement.gpus), timeout_s=300),
         )
         try:
             result = trainer.fit()
