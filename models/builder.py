@@ -39,7 +39,7 @@ ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (m
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")  # timm's
 CLASS_NAMES = ("label_names", "label_descriptions")  # of the classes, in timm's ``pretrained_cfg``
-DROP_RATES = ("drop_rate", "drop_path_rate")  # timm's options that act in training alone
+DROP_RATES = ("drop_rate", "drop_path_rate", "patch_drop_rate")  # timm's options that act in training alone
 
 
 def build(arch: Arch, *, drop_path: float = 0.0, pretrained_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -67,49 +67,57 @@ def create(
         pretrained: load those weights; otherwise they are random.
         pretrained_cfg: timm's description of the weights and the preprocessing.
         drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
-        options: timm's own (``drop_rate``, ``features_only``, ``out_indices``), and values that the record has too,
-            which must agree with it; only ``num_classes`` may differ, and then the classifier is new.
+        options: timm's own. ``drop_rate``, ``patch_drop_rate``, ``features_only`` and ``out_indices``; and those that
+            make another record: ``num_classes`` (another number gives a new classifier), ``img_size`` (position
+            embeddings are resampled), ``in_chans`` (timm adapts the first convolution's weights) and ``global_pool``;
+            ``dynamic_img_size`` takes images of any size, and is for this object alone: it is not saved.
 
     Returns:
         The model; ``drop_rates_of`` has the rates that were given.
 
     Raises:
-        UserError: the record is impossible, or an option contradicts it or is unknown.
+        UserError: the record is impossible, or an option is unknown or cannot be used with this record; the message
+            says why.
     """
     arch.validate()
-    rates = {"drop_rate": options.get("drop_rate"), "drop_path_rate": drop_path}
+    rates = {"drop_path_rate": drop_path, **{name: options.get(name) for name in DROP_RATES if name in options}}
     for name, rate in rates.items():
         if rate is not None and not (_is_number(rate) and 0 <= rate < 1):
             raise UserError(f"{name} = {rate!r}: must be a number in 0..1, below 1")
     cfg, family = _pretrained_cfg(arch, pretrained_cfg or {}), family_of(arch)
-    for name in ("drop_rate", "features_only"):
-        if options.get(name) and not family.supports("images"):
-            raise UserError(
-                f"{name} = {options[name]!r}: is for models of images, {arch.source} is of family {family.name!r}"
-            )
+    own = {"img_size": arch.img_size, "in_chans": arch.in_chans, "global_pool": arch.pool}
+    img_size, in_chans = (_whole(name, options.get(name, own[name])) for name in ("img_size", "in_chans"))
+    asked = {**options, "img_size": img_size}
+    for name in (*own, "drop_rate", "patch_drop_rate", "dynamic_img_size", "features_only"):
+        given = asked.get(name)
+        if given and given != own.get(name) and not family.supports("images"):
+            raise UserError(f"{name} = {given!r}: is for models of images, {arch.source} is of family {family.name!r}")
+    dynamic, patch_drop = options.pop("dynamic_img_size", False), options.pop("patch_drop_rate", 0)
     features: dict[str, Any] = {}
     if options.get("features_only"):
         places = options.pop("out_indices", family.feature_stages(arch))
         features["feature_cfg"] = {"feature_cls": "getter", "out_indices": places}
 
     def construct(*, arch: Arch, drop_path: float, drop_rate: float = 0.0, **given: Any) -> nn.Module:
-        for name, own in (("in_chans", arch.in_chans), ("img_size", arch.img_size), ("global_pool", arch.pool)):
-            value = given.pop(name, own)
-            if (to_2tuple(value) if name == "img_size" else value) != own:
-                raise UserError(f"{name} = {value!r}: this model's record says {own!r}")
+        given.pop("img_size", None)  # set when the weights are there, which are resampled
+        pool, channels = given.pop("global_pool", arch.pool), given.pop("in_chans", arch.in_chans)
         classes = given.pop("num_classes", arch.num_classes)  # timm drops the classifier's weights where it differs
         if arch.text is not None and classes != arch.num_classes:
             raise UserError(f"num_classes = {classes}: this model's vocabulary has {arch.num_classes} words")
         if given:
             raise UserError(
                 f"unknown model argument {', '.join(given)}: the record alone says what the model is; num_classes, "
-                "drop_rate, drop_path_rate, features_only and out_indices may be given"
+                "img_size, in_chans, global_pool, dynamic_img_size, drop_rate, drop_path_rate, patch_drop_rate, "
+                "features_only and out_indices may be given"
             )
         mapped = arch.feature_head and classes == arch.num_classes
-        arch = dataclasses.replace(arch, num_classes=classes, feature_head=mapped)
+        arch = dataclasses.replace(arch, num_classes=classes, feature_head=mapped, pool=pool, in_chans=channels)
+        arch.validate()
         model = family.build(arch, drop_path=drop_path)
         if drop_rate:
             family.set_drop_rate(model, drop_rate)
+        if patch_drop:
+            family.set_patch_drop_rate(model, arch, patch_drop)
         model.arch = arch  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         model.given_drop_rates = {name: rate for name, rate in rates.items() if rate}  # type: ignore[assignment]
         return model
@@ -120,13 +128,36 @@ def create(
     if options.get("num_classes", arch.num_classes) != arch.num_classes:
         for name in CLASS_NAMES:  # of the classifier that was there
             model.pretrained_cfg.pop(name, None)
+    inner = model.model if features else model  # timm wraps a model that gives features
+    if img_size != arch.img_size:
+        inner.arch = now = family.set_img_size(inner, inner.arch, img_size)
+        dataclasses.replace(now, num_classes=arch.num_classes, pool=arch.pool).validate()  # features have neither
+    if dynamic:
+        family.make_dynamic(inner, inner.arch)
+    for described in {id(module): module for module in (model, inner)}.values():
+        described.pretrained_cfg |= {"input_size": (in_chans, *img_size)}
+        if in_chans != arch.in_chans:
+            described.pretrained_cfg |= {
+                name: (sum(values) / len(values),) * in_chans
+                for name in ("mean", "std")
+                if (values := described.pretrained_cfg.get(name))
+            }
     if not features and model.pretrained_cfg.get("label_names"):
         set_label_names(model, model.pretrained_cfg["label_names"])
     return model
 
 
+def _whole(name: str, value: Any) -> Any:
+    """Return ``img_size`` as (rows, columns), or ``in_chans``. Raises UserError for anything but positive integers."""
+    wanted = to_2tuple(value) if name == "img_size" else (value,)
+    if not all(type(side) is int and side > 0 for side in wanted) or len(wanted) > 2:
+        pair = " or rows and columns" if name == "img_size" else ""
+        raise UserError(f"{name} = {value!r}: must be a positive whole number{pair}")
+    return tuple(wanted) if name == "img_size" else value
+
+
 def drop_rates_of(model: Any) -> dict[str, float]:
-    """Return the ``drop_rate`` and ``drop_path_rate`` that a model was created with, those above 0."""
+    """Return those of ``DROP_RATES`` that a model was created with and that are above 0."""
     return dict(getattr(model, "given_drop_rates", {}))
 
 
@@ -168,7 +199,7 @@ def build_with(
         arch: the record.
         weights: the state dict of ``build(arch)``, complete.
         pretrained_cfg: timm's description of the preprocessing, as for ``build``.
-        drop_rates: ``drop_rate`` and ``drop_path_rate``, as in ``drop_rates_of``.
+        drop_rates: rates by name, as in ``drop_rates_of``.
 
     Raises:
         RuntimeError: a weight is missing, left over, or of another shape (as ``load_state_dict`` says it).

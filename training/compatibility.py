@@ -42,7 +42,11 @@ def check_fits(arch: Arch, data: Data, *, name: str | None = None, remedy: str =
         raise UserError(f"{name} has {arch.num_classes} classes, {info.name} has {info.num_classes}: {remedy}")
     size = (arch.in_chans, *arch.img_size)
     if size != info.input_size:
-        raise UserError(f"{name} takes images of {size}, {info.name} has {info.input_size}")
+        channels, *sides = info.input_size
+        raise UserError(
+            f"{name} takes images of {size}, {info.name} has {info.input_size}: save one that takes them, made by "
+            f"timm.create_model('local-dir:MODEL', pretrained=True, img_size={tuple(sides)}, in_chans={channels})"
+        )
 
 
 def open_fitting(data: str | Data, model: Any, **options: Any) -> Data:

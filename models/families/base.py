@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.errors import UserError
 from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.without_values import without_values
 
@@ -137,6 +138,41 @@ class Family(ABC):
         """Set the dropout in front of the classifier; every family of images has one."""
         owner, name = (model, "head_drop") if hasattr(model, "head_drop") else (model.head, "drop")
         setattr(owner, name, nn.Dropout(rate))
+
+    def set_patch_drop_rate(self, model: Any, arch: Arch, rate: float) -> None:
+        """Leave out a share of the patches in training.
+
+        Raises:
+            UserError: the model needs all patches; the message says why.
+        """
+        raise UserError(f"patch_drop_rate = {rate}: the maps of {self.name} need all patches; use drop_path_rate")
+
+    def set_img_size(self, model: Any, arch: Arch, img_size: tuple[int, int]) -> Arch:
+        """Let a model take images of another size, resampling what has one entry per place; return its record.
+
+        Args:
+            model: a module that ``build`` made.
+            arch: its record.
+            img_size: rows and columns.
+
+        Raises:
+            UserError: the model is for one size; the message says why and what to do.
+        """
+        try:
+            model.set_input_size(img_size=img_size)
+        except UserError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(f"img_size = {list(img_size)}: {arch.source} takes no such images: {error}") from error
+        return self.current(model, arch)
+
+    def make_dynamic(self, model: Any, arch: Arch) -> None:
+        """Let a model take images of any size at run time.
+
+        Raises:
+            UserError: the model is for one size; the message says why and what to do.
+        """
+        raise UserError(f"dynamic_img_size = True: models of family {self.name!r} are for one size; give img_size")
 
     def feature_stages(self, arch: Arch) -> int | tuple[int, ...]:
         """Return timm's default ``out_indices`` of ``features_only``: every stage, or the last three blocks."""

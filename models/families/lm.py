@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prunesweep.models.arch import Arch, Block, Stage, Text
 from prunesweep.models.errors import UserError
@@ -98,6 +99,7 @@ class LanguageModel(nn.Module):
         )
         self.clusters = nn.Linear(stage.width, len(self.text.tails), bias=False)
         self.softmax = Softmax(arch)
+        self.grad_checkpointing = False
         self.apply(_init)
 
     def forward(self, words: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,8 +111,23 @@ class LanguageModel(nn.Module):
         """Compute the last block's output, (B, T, D)."""
         x = self.embed(self.words(words))
         for block in self.blocks:
-            x = block(x, is_causal=True)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, is_causal=True, use_reentrant=False)
+            else:
+                x = block(x, is_causal=True)
         return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass instead of keeping what is in them, or stop doing so."""
+        self.grad_checkpointing = enable
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Refuse another classifier.
+
+        Raises:
+            UserError: always: the words that it predicts are those that it reads.
+        """
+        raise UserError(f"reset_classifier({num_classes}): the classes of a language model are its vocabulary")
 
     def embed(self, vectors: torch.Tensor) -> torch.Tensor:
         """Compute scaled word vectors with their positions, (B, T, D)."""

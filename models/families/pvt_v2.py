@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -91,10 +92,8 @@ class HeteroPvtBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
         """Run on a map of ``feat_size`` (rows, columns), (B, N, D) to the same."""
-        if self.mixer == "attn":
+        if self.mixer == "attn" or self.mixer != "none":
             x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
-        elif self.mixer != "none":
-            x = x + self.drop_path1(self.attn(self.norm1(x)))
         elif self.norm_residual:
             x = x + self.drop_path1(self.norm1(x))
         if self.has_mlp:
@@ -206,6 +205,16 @@ class PVTv2Family(Family):
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
         """Build a timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
         return build_pvt_v2(arch, drop_path=drop_path)
+
+    def set_img_size(self, model: Any, arch: Arch, img_size: tuple[int, int]) -> Arch:
+        """Return the record for images of another size: nothing in the model depends on it."""
+        sized = dataclasses.replace(arch, img_size=img_size)
+        pairs = zip(arch.stages, self.grids(sized), strict=True)
+        stages = tuple(dataclasses.replace(stage, grid=(grid[0], grid[1])) for stage, grid in pairs)
+        return dataclasses.replace(sized, stages=stages)
+
+    def make_dynamic(self, model: Any, arch: Arch) -> None:
+        """Do nothing: PVTv2 takes images of any size."""
 
     def attention_view(self, block: Any, record: Block) -> AttentionView | None:
         """View a block's attention: queries from a projection of their own, keys and values from the reduced map.

@@ -13,7 +13,17 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed
+from timm.layers import (
+    Attention,
+    DropPath,
+    Format,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    to_2tuple,
+)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -104,6 +114,50 @@ def _mixer(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
     return HeteroAttention(stage.width, block.heads, block.qk, block.v_widths, block.scale, tokens=tokens, **options)
 
 
+class HeteroVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is untyped
+    """timm's ViT, whose ``set_input_size`` lets convolutions follow and refuses what token plans are not for."""
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Take another size of images or patches, as timm's; position embeddings are resampled.
+
+        Raises:
+            UserError: a block's token plan or factors are for one grid of patches.
+        """
+        embed, arch = self.patch_embed, getattr(self, "arch", None)
+        if arch is not None:
+            sizes = (img_size or embed.img_size, patch_size or embed.patch_size)
+            _check_size(arch, *(to_2tuple(size) for size in sizes))
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        for block in self.blocks:
+            if isinstance(conv := getattr(block, "attn", None), ConvMixer):
+                conv.grid = tuple(embed.grid_size)
+
+
+class HeteroVisionTransformerDistilled(HeteroVisionTransformer, VisionTransformerDistilled):  # type: ignore[misc]  # as above
+    """The same of timm's distilled DeiT."""
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace both classifiers, as timm's.
+
+        Raises:
+            UserError: another pooling is asked for: the classifiers read the class and the distillation token.
+        """
+        if global_pool not in (None, "", "token"):
+            raise UserError(f"global_pool = {global_pool!r}: must be 'token' with a distillation token")
+        super().reset_classifier(num_classes, global_pool)
+
+
+def _check_size(arch: Arch, img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Raise UserError where a block is bound to a grid of patches that would change."""
+    bound = [i for i, block in enumerate(arch.blocks) if block.tokens is not None or block.token_scale]
+    if bound and (tuple(img_size), tuple(patch_size)) != (arch.img_size, arch.patch_size):
+        raise UserError(
+            f"img_size = {list(img_size)}, patch_size = {list(patch_size)}: block {bound[0]} merges or scales tokens "
+            f"by a plan for {arch.img_size[0]}x{arch.img_size[1]} images; set the size of the model before it is "
+            "planned"
+        )
+
+
 def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
     """Build a timm VisionTransformer (with a distillation token, VisionTransformerDistilled) with ``arch``'s blocks.
 
@@ -117,7 +171,7 @@ def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         return HeteroBlock(arch, stage.blocks[depth], drop_path=drop_path, act_layer=act_layer, norm_layer=norm_layer)
 
     options: dict[str, Any] = {"reg_tokens": arch.reg_tokens} if arch.reg_tokens else {}
-    return (VisionTransformerDistilled if arch.dist_token else VisionTransformer)(
+    return (HeteroVisionTransformerDistilled if arch.dist_token else HeteroVisionTransformer)(
         img_size=arch.img_size,
         patch_size=arch.patch_size,
         in_chans=arch.in_chans,
@@ -250,16 +304,21 @@ class VisionTransformerFamily(Family):
         img_size, patch_size = tuple(embed.img_size), tuple(embed.patch_size)
         if (img_size, patch_size) == (arch.img_size, arch.patch_size):
             return arch
+        _check_size(arch, img_size, patch_size)
         (stage,) = arch.stages
-        bound = [i for i, block in enumerate(stage.blocks) if block.tokens is not None or block.token_scale]
-        if bound:
-            planned = f"{arch.img_size[0]}x{arch.img_size[1]}"
-            raise UserError(
-                f"img_size = {list(img_size)}, patch_size = {list(patch_size)}: block {bound[0]} merges or scales "
-                f"tokens by a plan for {planned} images; set the size of the model before it is planned"
-            )
         stage = dataclasses.replace(stage, grid=tuple(embed.grid_size))
         return dataclasses.replace(arch, img_size=img_size, patch_size=patch_size, stages=(stage,))
+
+    def set_patch_drop_rate(self, model: Any, arch: Arch, rate: float) -> None:
+        """Leave out a share of the patches in training, where every block is attention over whatever is there."""
+        model.patch_drop = PatchDropout(rate, num_prefix_tokens=_check_any_tokens(arch, f"patch_drop_rate = {rate}"))
+
+    def make_dynamic(self, model: Any, arch: Arch) -> None:
+        """Let position embeddings be resampled for every batch, where every block is attention over any tokens."""
+        _check_any_tokens(arch, "dynamic_img_size = True")
+        model.dynamic_img_size = True
+        embed = model.patch_embed
+        embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
         """Return ``head``, and ``head_dist`` of a distilled model."""
@@ -291,6 +350,18 @@ class VisionTransformerFamily(Family):
     def norm_writes(self, arch: Arch, stage: int) -> bool:
         """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output."""
         return arch.pre_norm
+
+
+def _check_any_tokens(arch: Arch, option: str) -> int:
+    """Return the number of prefix tokens. Raises UserError where a block is bound to the grid of patches."""
+    for i, block in enumerate(arch.blocks):
+        if block.conv_kernel or block.tokens is not None or block.token_scale:
+            what = f"is a {block.mixer} over" if block.conv_kernel else "has a plan or factors for"
+            raise UserError(
+                f"{option}: block {i} of {arch.source} {what} the whole grid of {arch.stages[0].grid} patches; "
+                "leave the option out"
+            )
+    return arch.prefix_tokens
 
 
 def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, bool, bool, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from torch import nn
 
 from prunesweep.models.arch import Arch
@@ -17,7 +17,7 @@ __all__ = ["check_unchanged"]
 WORDS = 16  # of a text that is compared
 # by which outputs may differ, of the largest one: a stock timm model is other code of the same function
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-DROPS = (nn.Identity, nn.Dropout, DropPath)  # act in training alone, and are no part of a record
+DROPS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)  # act in training alone, and are no part of a record
 TRAINING = ("training", "momentum", "drop_rate")  # attributes, likewise
 
 

@@ -115,9 +115,10 @@ class ConvMixer(nn.Module):
             nn.Conv2d(bottleneck, dim, 1),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix tokens, (B, N, D) to (B, N, D)."""
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Mix tokens, (B, N, D) to (B, N, D), of a grid of rows and columns, by default the module's own."""
+        rows, columns = self.grid if grid is None else grid
         prefix, patches = x.tensor_split([self.prefix_tokens], dim=1)
-        x_map = rearrange(patches, "b (h w) d -> b d h w", h=self.grid[0], w=self.grid[1])
+        x_map = rearrange(patches, "b (h w) d -> b d h w", h=rows, w=columns)
         patches = rearrange(self.bconv(x_map), "b d h w -> b (h w) d")
         return torch.cat([prefix.to(patches.dtype), patches], dim=1) if self.prefix_tokens else patches

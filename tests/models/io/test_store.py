@@ -133,9 +133,11 @@ def test_a_token_plan_is_for_one_image_size(tmp_path: Path) -> None:
     arch = random_arch(Random(6), "vit")
     assert arch.blocks[0].tokens is not None
     model: Any = random_model(arch, 6, torch.float32)
-    model.set_input_size(img_size=(2 * arch.img_size[0], arch.img_size[1]))
-    with pytest.raises(UserError, match="block 0 merges or scales tokens by a plan for 6x6 images; set the size"):
-        save(model, tmp_path / "model")
+    larger = (2 * arch.img_size[0], arch.img_size[1])
+    for resize in (model.set_input_size, super(type(model), model).set_input_size):  # ours, and timm's behind our back
+        with pytest.raises(UserError, match="block 0 merges or scales tokens by a plan for 6x6 images; set the size"):
+            resize(img_size=larger)
+            save(model, tmp_path / "model")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,8 +193,6 @@ def test_accuracies_go_with_the_weights_that_had_them(saved: tuple[torch.nn.Modu
 
 
 def test_the_record_cannot_be_overruled(saved: tuple[torch.nn.Module, Path]) -> None:
-    with pytest.raises(UserError, match="this model's record says"):
-        timm.create_model(f"local-dir:{saved[1]}", pretrained=True, img_size=64)
     with pytest.raises(UserError, match="unknown model argument embed_dim"):
         timm.create_model(f"local-dir:{saved[1]}", pretrained=True, embed_dim=64)
 

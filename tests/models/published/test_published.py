@@ -285,7 +285,8 @@ def test_options_of_the_entry_points() -> None:
     source = timm.models.get_pretrained_cfg("deit_tiny_patch16_224")
     assert {k: model.pretrained_cfg[k] for k in ("mean", "crop_pct")} == {"mean": source.mean, "crop_pct": 0.9}
     assert averaged.pretrained_cfg["mean"] == source.mean  # not timm's untagged ViT-B's 0.5
-    with pytest.raises(UserError, match="this model's record says"):
-        timm.create_model("revit_tiny", img_size=96)
+    assert Arch.from_timm(timm.create_model("revit_tiny", img_size=96)).stages[0].grid == (6, 6)
+    with pytest.raises(UserError, match="merges or scales tokens by a plan for 224x224 images"):
+        timm.create_model("pm_vit_mae_base_kr06", img_size=96)
     with pytest.raises(UserError, match="prunesweep import FILE --as upvit"):
         timm.create_model("up_deit_tiny", pretrained=True)
