@@ -9,6 +9,7 @@ import typer
 
 __all__ = ["export_model", "push_model"]
 
+CALIBRATION_BATCH = 64
 ModelArgument = Annotated[Path, typer.Argument(help="folder of a saved model", show_default=False)]
 
 
@@ -20,14 +21,28 @@ def export_model(
         typer.Option(help="a new file or, for timm, folder (default: beside MODEL)", show_default=False),
     ] = None,
     opset: Annotated[int, typer.Option(help="version of the ONNX operators, 18 to 23")] = 20,
+    precision: Annotated[
+        str, typer.Option(help="of an ONNX file: float32, float16, int8-dynamic or int8-static (needs --data)")
+    ] = "float32",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="data set: its training images give the ranges for int8-static, and answers are compared on its "
+            "validation images",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="training images for the ranges")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Write a saved model for another runtime, and compare the two."""
     import json
 
     from prunesweep.models import arch_of, load
-    from prunesweep.models.io.export import default_path, export
+    from prunesweep.models.io.export import agreement, default_path, export
     from prunesweep.models.io.lock import reserve
+    from prunesweep.training import open_fitting
+    from prunesweep.training.data.base import images_only
 
     from .console import PlainConsole
 
@@ -35,13 +50,24 @@ def export_model(
     console = PlainConsole(stderr=True)
     with reserve(path), console.status(f"writing {path} and comparing it with the model"):
         loaded = load(model)
-        error = export(loaded, path, to, opset=opset)
+        opened = None if data is None else open_fitting(data, loaded)
+        ranges = None
+        if opened is not None and precision == "int8-static":
+            ranges = images_only(opened.calibration(images, CALIBRATION_BATCH, seed=0))
+        error = export(loaded, path, to, opset=opset, precision=precision, calibration=ranges)
+        found = None
+        if opened is not None and not arch_of(loaded).headless:
+            found = agreement(loaded, path, to, (x for x, _ in opened.val_loader(CALIBRATION_BATCH)))
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     if as_json:
-        print(json.dumps({"path": str(path), "to": to, "bytes": size, "max_error": error}))
+        compared = {} if found is None else {"agreement": found.same, "kl": found.kl, "images": found.images}
+        known = {} if precision == "float32" else {"precision": precision}
+        print(json.dumps({"path": str(path), "to": to, "bytes": size, "max_error": error, **known, **compared}))
     else:
         outputs = "features" if arch_of(loaded).headless else "logits"
-        text = f"{path}: {size:,} bytes; its {outputs} differ from the model's by at most {error:.1e}"
+        text = f"{path}: {size:,} bytes; its {outputs} differ from the model's by at most {error:.1e} on random images"
+        if found is not None:
+            text += f"; of {found.images:,} answers on {data}, {found.same:.2f} % are the same, KL {found.kl:.2g}"
         PlainConsole().print(text, highlight=False, markup=False, soft_wrap=True)
 
 

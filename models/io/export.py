@@ -8,6 +8,10 @@ folder of ``models.save``. All take any number of images, (B, C, rows, columns) 
 record and the preprocessing as JSON: ``arch.json`` and ``preprocessing.json`` among the extra files of the ``.pt2``,
 ``arch`` and ``preprocessing`` in the metadata of the ONNX file. A language model's take any number of texts, (B, T)
 int64 word numbers, T being the length that its record says, and return log-probabilities (B, T, V).
+
+An ONNX file may compute in another precision (``PRECISIONS``); its inputs and outputs stay float32. ``float16`` has all
+weights in half precision. ``int8-dynamic`` has the weights of linear layers in 8 bits, one scale per output, and scales
+activations as it runs; ``int8-static`` has scales of activations, too, measured beforehand on images of yours.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -28,16 +33,20 @@ from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from prunesweep.models.builder import arch_of, example_input
+from prunesweep.models.arch import Arch
+from prunesweep.models.builder import arch_of, blocks_of, example_input
 from prunesweep.models.errors import UserError, nearest
+from prunesweep.models.layers.token_merging import SparseMerge
 
 from .files import make_folder, publish, write_refused
 from .store import rebuilt, save
 
-__all__ = ["FORMATS", "OPSETS", "default_path", "export"]
+__all__ = ["FORMATS", "OPSETS", "PRECISIONS", "Agreement", "agreement", "default_path", "export"]
 
 OPSETS = range(18, 24)  # what torch's exporter writes
 ONNX_LIMIT = 2**31  # bytes of a protobuf message, which an ONNX file is
+# of ONNX files: the largest difference of a logit that is let pass, relative to the largest logit, as for ``tolerance``
+PRECISIONS = {"float32": 1e-4, "float16": 3e-2, "int8-dynamic": 1.0, "int8-static": 1.0}
 BATCHES = (1, 3)  # neither is the batch of the example that is traced
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -51,7 +60,27 @@ class Format(NamedTuple):
     open: Callable[[Path], Run]
 
 
-def export(model: nn.Module, path: str | Path, to: str, *, opset: int = 20, tolerance: float = 1e-4) -> float:
+class Agreement(NamedTuple):
+    """How far an artefact's answers on images are the model's.
+
+    ``same`` is the share of equal answers in percent, ``kl`` the mean divergence in nats, ``images`` their number.
+    """
+
+    same: float
+    kl: float
+    images: int
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    to: str,
+    *,
+    opset: int = 20,
+    tolerance: float | None = None,
+    precision: str = "float32",
+    calibration: Iterable[torch.Tensor] | None = None,
+) -> float:
     """Write ``model`` as ``to``, run what was written on random images, and publish it if both agree.
 
     Args:
@@ -60,17 +89,23 @@ def export(model: nn.Module, path: str | Path, to: str, *, opset: int = 20, tole
         path: the file, or for ``timm`` the folder; it must not exist yet, missing parents are made.
         to: ``torch-export``, ``onnx`` or ``timm``.
         opset: version of the ONNX operators, 18..23; 23 has attention as one operator.
-        tolerance: the largest difference allowed, relative to max(1, the largest logit's magnitude).
+        tolerance: the largest difference allowed, relative to max(1, the largest logit's magnitude); by default that of
+            ``PRECISIONS``: 1e-4 for float32, and for int8 as much as the largest logit.
+        precision: of an ONNX file, a key of ``PRECISIONS``.
+        calibration: batches of images (B, C, rows, columns), prepared as for evaluation, from which ``int8-static``
+            measures the ranges of activations; a few hundred images will do.
 
     Returns:
         The largest absolute difference of a logit, over batches of 1 and 3 images.
 
     Raises:
-        UserError: ``to`` or ``opset`` is unknown, ``path`` exists or cannot be written, the packages of the extra
+        UserError: ``to``, ``opset`` or ``precision`` is unknown, or does not go with ``to`` or the model's family, ``path`` exists or cannot be written, the packages of the extra
             ``export`` are not installed, the model cannot be represented or is too large for the format, or the
             artefact computes something else. Then nothing is left behind.
     """
     form, path = _format(to), Path(path)
+    _check_precision(arch_of(model), to, precision, calibration)
+    tolerance = PRECISIONS[precision] if tolerance is None else tolerance
     if to == "onnx":
         _check_onnx(opset)
     if path.exists():
@@ -82,7 +117,10 @@ def export(model: nn.Module, path: str | Path, to: str, *, opset: int = 20, tole
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=place, prefix=".export-") as scratch:
             # no_grad: with gradients, Swin's biases are traced with another attention kernel than ONNX's lowering has
             artefact = Path(scratch) / f"model{form.suffix}"
-            form.write(model if to == "timm" else ours, artefact, opset)
+            write = partial(_write_onnx, half=True) if precision == "float16" else form.write
+            write(model if to == "timm" else ours, artefact, opset)
+            if precision.startswith("int8"):
+                _quantise(artefact, precision, calibration)
             error = _largest_error(reference, form.open(artefact), tolerance, to)
             make_folder(path.parent)
             publish(artefact, path, replace=False)
@@ -109,6 +147,48 @@ def _format(to: str) -> Format:
     if to not in FORMATS:
         raise UserError(f"to = {to!r}: must be one of {', '.join(FORMATS)}. {nearest(to, FORMATS)}".strip())
     return FORMATS[to]
+
+
+def agreement(model: nn.Module, path: str | Path, to: str, batches: Iterable[torch.Tensor]) -> Agreement:
+    """Compare an artefact's answers with its model's on images that matter.
+
+    Args:
+        model: the classifier that was exported, on the CPU.
+        path: what ``export`` wrote.
+        to: its format.
+        batches: images (B, C, rows, columns), prepared as for evaluation.
+
+    Raises:
+        UserError: ``to`` is unknown, or the model gives features.
+    """
+    if arch_of(model).headless:
+        raise UserError("a backbone without a head gives no answers to compare")
+    run, reference = _format(to).open(Path(path)), copy.deepcopy(model).float().eval()
+    same = images = 0
+    divergence = 0.0
+    with torch.no_grad():
+        for x in batches:
+            ours, theirs = reference(x).log_softmax(-1), run(x).log_softmax(-1)
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            divergence += float((ours.exp() * (ours - theirs)).sum())
+            images += len(x)
+    return Agreement(100 * same / max(images, 1), divergence / max(images, 1), images)
+
+
+def _check_precision(arch: Arch, to: str, precision: str, calibration: Iterable[torch.Tensor] | None) -> None:
+    """Raise UserError where there is no such artefact, or what it needs is not given."""
+    if precision not in PRECISIONS:
+        hint = nearest(precision, PRECISIONS)
+        raise UserError(f"precision = {precision!r}: must be one of {', '.join(PRECISIONS)}. {hint}".strip())
+    if precision != "float32" and to != "onnx":
+        raise UserError(
+            f"precision = {precision!r}: is for onnx; {to} has the weights as they are (model.half() first)"
+        )
+    if precision != "float32" and arch.text is not None:
+        raise UserError(f"precision = {precision!r}: is for models of images, {arch.source} is a language model")
+    if (precision == "int8-static") != (calibration is not None):
+        need = "needs images to measure activations on (--data)" if calibration is None else "measures no activations"
+        raise UserError(f"precision = {precision!r}: {need}")
 
 
 def _check_onnx(opset: int) -> None:
@@ -167,13 +247,95 @@ def _open_torch_export(path: Path) -> Run:
     return run
 
 
-def _write_onnx(model: nn.Module, path: Path, opset: int) -> None:
+class _ConstantPlan(nn.Module):
+    """A token plan by constants: M is one matrix product, R a gather; scattering is what runtimes refuse."""
+
+    def __init__(self, plan: SparseMerge) -> None:
+        super().__init__()
+        matrix, _, takes_part = plan.matrices()
+        weight = plan.recover.detach() * takes_part
+        self.matrix, self.source = nn.Buffer(matrix.detach()), nn.Buffer(plan.assign.clamp(min=0))
+        self.weight, self.passes = nn.Buffer(weight[:, None]), nn.Buffer((~takes_part[:, None]).to(weight.dtype))
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute M x: (B, N, D) to (B, c, D)."""
+        return self.matrix @ x
+
+    def spread(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Compute R z + (1 - m) x: (B, c, D) and (B, N, D) to (B, N, D)."""
+        return z.index_select(1, self.source) * self.weight + self.passes * x
+
+
+def _with_constant_plans(model: nn.Module) -> nn.Module:
+    """Put constants in the place of a model's sparse token plans, and return it."""
+    for block in blocks_of(model):
+        if isinstance(plan := getattr(block, "token_merge", None), SparseMerge):
+            block.token_merge = _ConstantPlan(plan)
+    return model
+
+
+class _InHalf(nn.Module):
+    """A model in half precision whose inputs and outputs are float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, K) from images."""
+        answers: torch.Tensor = self.model(x.half())
+        return answers.float()
+
+
+class _Batches:
+    """Batches of images as onnxruntime's quantisation asks for them."""
+
+    def __init__(self, name: str, batches: Iterable[torch.Tensor]) -> None:
+        self.name, self.batches = name, iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next batch by the input's name; None behind the last one."""
+        batch = next(self.batches, None)
+        return None if batch is None else {self.name: batch.numpy()}
+
+
+def _quantise(path: Path, precision: str, calibration: Iterable[torch.Tensor] | None) -> None:
+    """Quantise the linear layers and convolutions of an ONNX file in place."""
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    given, facts = path.with_suffix(".float.onnx"), onnx.load(path).metadata_props
+    path.rename(given)
+    kinds = ["MatMul", "Gemm"]
+    if calibration is None:
+        quantize_dynamic(given, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds)
+    else:
+        quantize_static(
+            given,
+            path,
+            _Batches("images", calibration),
+            quant_format=QuantFormat.QDQ,
+            weight_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,
+            per_channel=True,
+            op_types_to_quantize=[*kinds, "Conv"],
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+    given.unlink()
+    made = onnx.load(path)
+    known = {prop.key for prop in made.metadata_props}
+    made.metadata_props.extend(prop for prop in facts if prop.key not in known)
+    onnx.save(made, path)
+
+
+def _write_onnx(model: nn.Module, path: Path, opset: int, *, half: bool = False) -> None:
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size >= ONNX_LIMIT:
         raise UserError(f"the weights are {size:,} bytes, an ONNX file holds {ONNX_LIMIT:,}; export to torch-export")
-    arch = arch_of(model)
+    arch, facts = arch_of(model), _facts(model)
+    planned = _with_constant_plans(model)
     program = torch.onnx.export(
-        model,
+        _InHalf(planned) if half else planned,
         (example_input(arch, 2, seed=2),),
         dynamic_shapes=({0: "batch"},),
         input_names=["images" if arch.text is None else "words"],
@@ -186,7 +348,7 @@ def _write_onnx(model: nn.Module, path: Path, opset: int) -> None:
         raise RuntimeError("torch.onnx.export returned no program")
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, as above
-    program.model.metadata_props.update(_facts(model))
+    program.model.metadata_props.update(facts)
     program.save(path, external_data=False)
 
 
