@@ -46,6 +46,7 @@ __all__ = ["app", "main"]
 
 USER_ERROR, SEARCH_FAILED, NOTHING_LEFT, INTERRUPTED = 2, 1, 1, 130
 
+WORST = 10  # classes that ``eval`` names
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -297,17 +298,32 @@ def evaluate(
         PlainConsole(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     listed = opened.val_images
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
-    found, spent = EvalMetrics.of(measure(loaded, batches, source=source)), cost(arch)
+    figures, spent = measure(loaded, batches, source=source, per_class=True), cost(arch)
+    found = EvalMetrics.of(figures)
     check_answers(found, model)
+    recall = figures.get("recall", [])
     if as_json:
-        print(json.dumps({**found.with_interval(), "macs": spent.macs, "params": spent.params}))
+        by_class = {"recall": recall} if recall else {}
+        print(json.dumps({**found.with_interval(), **by_class, "macs": spent.macs, "params": spent.params}))
     else:
         listed_too = f" of {listed:,}" if opened.val_images != listed else ""  # some of them cannot be read
         PlainConsole().print(
             f"{found.full}{listed_too}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False, soft_wrap=True
         )
+        if line := _worst(recall, opened.info.classes):
+            PlainConsole().print(line, highlight=False, soft_wrap=True, markup=False)
     if warning := chance_warning(loaded, opened, found):
         PlainConsole(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _worst(recall: list[float | None], names: tuple[str, ...]) -> str:
+    """Say which classes are answered worst, all of them where they are few."""
+    known = sorted((share, label) for label, share in enumerate(recall) if share is not None)
+    if not known:
+        return ""
+    shown = known[:WORST]
+    which = "recall by class, the worst first" if len(shown) == len(known) else f"recall of the worst {WORST} classes"
+    return f"{which}: " + ", ".join(f"{names[label] if names else label} {share:.1f} %" for share, label in shown)
 
 
 def _outputs(arch: Any) -> str:

@@ -166,7 +166,7 @@ def reports(
         elif epoch.top1 is None:
             quality += f"  agreement {epoch.agreement:.2f} %  KL {epoch.kl:.4g}"
         else:
-            quality += f"  top-1 {epoch.top1:.2f} %  top-5 {epoch.top5:.2f} %"
+            quality += f"  top-1 {epoch.top1:.2f} %" + ("" if epoch.top5 is None else f"  top-5 {epoch.top5:.2f} %")
         note = f"{quality}{facts}"
         line = f"loss {epoch.loss:.3f}{note}  {epoch.images_per_s:,.0f} images/s"
         progress(what, epoch.epoch / epoch.epochs, line)

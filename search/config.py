@@ -314,7 +314,7 @@ class SearchTable(Table):
         if len(set(QUALITIES) & set(names)) != 1 or len(set(names)) < len(names) or len(names) < 2:
             raise ValueError(
                 f"objectives = {list(names)}: must be top1, or agreement with the source, and one or more costs, each "
-                "once; of texts, ppl and costs"
+                "once; of texts, ppl and costs; balanced, the mean of the classes' recalls, may stand for top1"
             )
         if 0 in self.rungs[1:] or self.rungs == (0,):
             raise ValueError(f"rungs = {list(self.rungs)}: only the first of several may have 0 epochs")

@@ -32,6 +32,7 @@ __all__ = [
 
 EVAL_BATCH = 256
 Z95 = 1.959964  # of the standard normal distribution: 95 % lie within
+TOP5_ABOVE = 10  # classes: among fewer, five answers say little
 LOGITS_AT_A_TIME = 2**26  # words x vocabulary of language models, all together
 LOGITS_KEPT = 2**25  # images x classes: 128 MiB
 
@@ -42,7 +43,8 @@ def evaluate(
     world: World | None = None,
     *,
     source: nn.Module | None = None,
-) -> dict[str, float]:
+    per_class: bool = False,
+) -> dict[str, Any]:
     """Measure accuracy and loss over all images, and agreement with a source; leave the model's mode as it was.
 
     A language model is measured over all words that it has to predict, images being words. Models in half precision are
@@ -56,12 +58,15 @@ def evaluate(
         world: the workers that evaluate together; every one of them gets the result over all shares.
         source: a model in evaluation mode, on the same device and of the same classes or as many features, to compare
             with.
+        per_class: give ``recall`` too.
 
     Returns:
-        ``images``, their number. ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy) and, for a language
-        model, ``ppl``, the perplexity exp(loss), infinite where that is too large for a float; none of them where no
-        image has a label. With a ``source``, ``kl`` (mean KL divergence of its distribution to the model's, in nats)
-        and ``agreement`` (equal answers, in percent). Of features, ``cosine`` and ``relative_error``
+        ``images``, their number. ``top1`` in percent, ``top5`` where there are more than ten classes, ``loss`` (mean
+        cross-entropy) and, of images, ``balanced``, the mean over classes of the share of their images that are
+        answered right, in percent; for a language model, ``ppl``, the perplexity exp(loss), infinite where that is too
+        large for a float; none of them where no image has a label. With ``per_class``, ``recall`` lists that share by
+        label, None where no image has it. With a ``source``, ``kl`` (mean KL divergence of its distribution to the
+        model's, in nats) and ``agreement`` (equal answers, in percent). Of features, ``cosine`` and ``relative_error``
         (``pruners.FeatureQuality``) in place of all of them. All but the number are NaN where an answer of the model is
         NaN: the order of such answers says nothing.
 
@@ -69,7 +74,7 @@ def evaluate(
         UserError: no image has a label, or the model has no head, and there is no source.
         ValueError: there are no images.
     """
-    return evaluate_all([model], batches, world, source=source)[0]
+    return evaluate_all([model], batches, world, source=source, per_class=per_class)[0]
 
 
 @torch.inference_mode()
@@ -79,12 +84,13 @@ def evaluate_all(
     world: World | None = None,
     *,
     source: nn.Module | None = None,
-) -> list[dict[str, float]]:
+    per_class: bool = False,
+) -> list[dict[str, Any]]:
     """Measure several models of the same classes in one pass over the images, as ``evaluate`` measures one.
 
     Args:
         models: on one device; the source may be among them, and is run once a batch all the same.
-        batches, world, source: as for ``evaluate``.
+        batches, world, source, per_class: as for ``evaluate``.
 
     Returns:
         ``evaluate``'s figures of every model.
@@ -107,16 +113,34 @@ def evaluate_all(
         return [_feature_figures(features[place[id(model)]], wanted, world or World(), device) for model in models]
     # sums of: right, right among five, loss, images with labels, images, divergence, same answers
     sums = torch.zeros(len(models), 7, dtype=torch.float64, device=device)
-    compared = source is not None
+    compared, texts = source is not None, isinstance(run[0], LanguageModel)
+    # by class: images, and those answered right; known without a batch, as a worker's share may be empty
+    classes = 0 if texts else getattr(models[0], "num_classes", 0) or 0
+    by_class = torch.zeros(len(models), 2, classes, dtype=torch.float64, device=device)
     for answers, y, known in _answers(run, batches, device):
         wanted = known if source is None else answers[place[id(source)]]
         compared = compared or wanted is not None
-        for row, model in zip(sums, models, strict=True):
+        for row, counts, model in zip(sums, by_class, models, strict=True):
             row += _sums(answers[place[id(model)]], y, wanted)
+            if classes:
+                labelled = y[y != NO_LABEL]
+                right = labelled[answers[place[id(model)]][y != NO_LABEL].argmax(1) == labelled]
+                counts += torch.stack([torch.bincount(own, minlength=classes)[:classes] for own in (labelled, right)])
     for model, training in zip(run, modes, strict=True):
         model.train(training)
     totals = (world or World()).all_reduce(sums).tolist()
-    return [_figures(total, texts=isinstance(run[0], LanguageModel), compared=compared) for total in totals]
+    by_class = (world or World()).all_reduce(by_class) if classes else by_class
+    found = [_figures(total, texts=texts, compared=compared) for total in totals]
+    for figures, (number, right) in zip(found, by_class.cpu(), strict=True):
+        if classes and classes <= TOP5_ABOVE:
+            figures.pop("top5", None)
+        if classes and "top1" in figures:
+            recall = 100 * right / number
+            broken = math.isnan(figures["top1"])
+            figures["balanced"] = math.nan if broken else recall[number > 0].mean().item()
+            if per_class:
+                figures["recall"] = [None if math.isnan(one) or broken else one for one in recall.tolist()]
+    return found
 
 
 def _sums(logits: torch.Tensor, y: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
@@ -132,7 +156,7 @@ def _sums(logits: torch.Tensor, y: torch.Tensor, wanted: torch.Tensor | None) ->
     return torch.stack([one.double() for one in found])
 
 
-def _figures(sums: Sequence[float], *, texts: bool, compared: bool) -> dict[str, float]:
+def _figures(sums: Sequence[float], *, texts: bool, compared: bool) -> dict[str, Any]:
     top1, top5, loss, known, images, divergence, same = sums
     if images == 0:
         raise ValueError("no images to evaluate on")
@@ -264,10 +288,10 @@ def _perplexity(loss: float) -> float:
 class EvalMetrics(NamedTuple):
     """The figures of an evaluation that are kept.
 
-    ``top1`` in percent, a language model's perplexity ``ppl``, ``agreement`` with the source's answers in percent and
-    the divergence ``kl`` from it in nats; of features, ``cosine`` and ``relative_error``; ``loss``, the mean
-    cross-entropy in nats, and ``images``, the number of images (words of a text) that all of them were measured on;
-    None where it was not measured.
+    ``top1`` and ``balanced`` (the mean of the classes' recalls) in percent, a language model's perplexity ``ppl``,
+    ``agreement`` with the source's answers in percent and the divergence ``kl`` from it in nats; of features,
+    ``cosine`` and ``relative_error``; ``loss``, the mean cross-entropy in nats, and ``images``, the number of images
+    (words of a text) that all of them were measured on; None where it was not measured.
     """
 
     top1: float | None
@@ -278,6 +302,7 @@ class EvalMetrics(NamedTuple):
     relative_error: float | None = None
     loss: float | None = None
     images: int | None = None
+    balanced: float | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
@@ -319,12 +344,20 @@ class EvalMetrics(NamedTuple):
         return f"agreement {self.agreement:.2f} %{divergence}"
 
     @property
+    def uneven(self) -> bool:
+        """Whether the balanced accuracy is not what the top-1 says already, to two digits."""
+        if self.top1 is None or self.balanced is None:
+            return False
+        return abs(self.top1 - self.balanced) >= 0.005
+
+    @property
     def full(self) -> str:
         """All figures in words, and the interval of the accuracy: for where there is room for them."""
         between = "" if self.interval is None else " ({:.2f} to {:.2f})".format(*self.interval)
         compared = self.top1 is not None or self.ppl is not None
         parts = [
             f"{self._replace(kl=None)}{between}",
+            "" if self.balanced is None or not self.uneven else f"balanced {self.balanced:.2f} %",
             "" if self.loss is None else f"loss {self.loss:.4g}",
             "" if self.kl is None else f"KL {self.kl:.4g}",
             f"agreement {self.agreement:.2f} %" if compared and self.agreement is not None else "",

@@ -35,7 +35,17 @@ from .world import World
 
 __all__ = ["Diverged", "Epoch", "fit", "name_classes", "seeded"]
 
-FIGURES = ("top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error", "images")  # of an evaluation
+FIGURES = (
+    "top1",
+    "top5",
+    "balanced",
+    "ppl",
+    "agreement",
+    "kl",
+    "cosine",
+    "relative_error",
+    "images",
+)  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Epoch:
     relative_error: float | None = None
     val_loss: float | None = None  # mean cross-entropy of the evaluation
     images: int | None = None  # that it is of
+    balanced: float | None = None  # mean of the classes' recalls, in percent
 
 
 @contextlib.contextmanager

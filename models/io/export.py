@@ -99,9 +99,10 @@ def export(
         The largest absolute difference of a logit, over batches of 1 and 3 images.
 
     Raises:
-        UserError: ``to``, ``opset`` or ``precision`` is unknown, or does not go with ``to`` or the model's family, ``path`` exists or cannot be written, the packages of the extra
-            ``export`` are not installed, the model cannot be represented or is too large for the format, or the
-            artefact computes something else. Then nothing is left behind.
+        UserError: ``to``, ``opset`` or ``precision`` is unknown, or does not go with ``to`` or the model's family,
+            ``path`` exists or cannot be written, the packages of the extra ``export`` are not installed, the model
+            cannot be represented or is too large for the format, or the artefact computes something else. Then nothing
+            is left behind.
     """
     form, path = _format(to), Path(path)
     _check_precision(arch_of(model), to, precision, calibration)
@@ -181,9 +182,7 @@ def _check_precision(arch: Arch, to: str, precision: str, calibration: Iterable[
         hint = nearest(precision, PRECISIONS)
         raise UserError(f"precision = {precision!r}: must be one of {', '.join(PRECISIONS)}. {hint}".strip())
     if precision != "float32" and to != "onnx":
-        raise UserError(
-            f"precision = {precision!r}: is for onnx; {to} has the weights as they are (model.half() first)"
-        )
+        raise UserError(f"precision = {precision!r}: is for onnx; {to} keeps the type of the weights")
     if precision != "float32" and arch.text is not None:
         raise UserError(f"precision = {precision!r}: is for models of images, {arch.source} is a language model")
     if (precision == "int8-static") != (calibration is not None):

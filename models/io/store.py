@@ -47,7 +47,9 @@ __all__ = ["CONFIG", "WEIGHTS", "check_saved", "load", "load_provenance", "read_
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST, SEAL = "weights_sha256", "config_digest"  # absent from folders that older versions wrote
 # of provenance: what the weights achieve
-FIGURES = frozenset({"top1", "top5", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"})
+FIGURES = frozenset(
+    {"top1", "top5", "balanced", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"}
+)
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
 
 

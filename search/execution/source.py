@@ -25,6 +25,7 @@ from prunesweep.pruners.scores import LEARNED
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Space, score_names
+from prunesweep.search.store.front import quality_of
 from prunesweep.training import (
     Data,
     EvalMetrics,
@@ -151,6 +152,9 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
         place = cache / "decisions"
         proposals += _deciding(partial(start.run, place, progress) if decide else partial(start.kept, place), start)
     logits: tuple[Path, ...] = ()
+    if (name := quality_of(config.search.objectives)) == ("ppl" if arch.text is None else "balanced"):
+        what = "a text" if arch.text is not None else "no text"
+        raise UserError(f"search.objectives has {name!r}: {data.info.name!r} is {what}; take 'top1' or 'agreement'")
     if any(config.search.rungs or [config.finetune.epochs]):
 
         def on_images(done: int, total: int) -> None:

@@ -235,6 +235,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         computing_seconds=context.cutter.seconds - before,
         ppl=after.ppl,
         agreement=after.agreement,
+        balanced=after.balanced,
         kl=after.kl,
         loss=after.loss,
         images=after.images,
@@ -269,8 +270,8 @@ def _train(
             log.event("diverged", reason=str(error))
             _remove_scratch(folder)
             (folder / STATE).unlink(missing_ok=True)
-            ppl = None if context.arch.text is None else math.nan
-            nothing = EvalMetrics(math.nan, ppl, agreement=math.nan, kl=math.nan, loss=math.nan)
+            ppl, balanced = (None, math.nan) if context.arch.text is None else (math.nan, None)
+            nothing = EvalMetrics(math.nan, ppl, math.nan, math.nan, loss=math.nan, balanced=balanced)
             return zero_shot, nothing, time.monotonic() - begun
         seconds = time.monotonic() - begun
         if not finished:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prunesweep.models import Arch, UserError, read_arch
 from prunesweep.search.config import SearchConfig, SpaceTable, load_run_config
 from prunesweep.search.space.axes import Axis, active_axes
-from prunesweep.search.store.front import Ranking, hypervolume
+from prunesweep.search.store.front import Ranking, hypervolume, quality_of
 from prunesweep.search.store.run import Result, Run
 
 __all__ = ["advice", "advise"]
@@ -143,7 +143,7 @@ def _without_effect(table: SpaceTable, ranking: Ranking, screened: Sequence[Resu
 
 
 def _quality(ranking: Ranking) -> str:
-    return next(name for name in ranking.objectives if name in ("top1", "ppl", "agreement"))
+    return quality_of(ranking.objectives)
 
 
 def _rank_near(good: Floats, place: int) -> float:

@@ -21,15 +21,23 @@ from prunesweep.pruners import TrainedMethod, get_method
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.space.space import Range, Space, Summary
-from prunesweep.search.store.front import hypervolume, values
+from prunesweep.search.store.front import hypervolume, quality_of, values
 from prunesweep.search.store.run import Result, failure_reasons, reason_of
 from prunesweep.training import EvalMetrics
 
 __all__ = ["Display", "clock", "front_notes", "print_front", "print_promoted"]
 
 BANDS = 5
-HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "agreement": "agreement (%)"}  # of qualities
-MEASURES = {"loss": "loss", "kl": "KL to the source", "ppl": "perplexity", "top1": "top-1", "agreement": "agreement"}
+HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "balanced": "balanced (%)", "agreement": "agreement (%)"}  # of qualities
+IMBALANCE = 1.0  # percent between top-1 and balanced accuracy from which both are shown
+MEASURES = {
+    "loss": "loss",
+    "kl": "KL to the source",
+    "ppl": "perplexity",
+    "top1": "top-1",
+    "balanced": "balanced accuracy",
+    "agreement": "agreement",
+}
 
 
 class Display:
@@ -258,7 +266,8 @@ def live_table(
         before: number of tasks that had ended by then.
     """
     failed, settled = len(coordinator.failures), coordinator.settled
-    quality = "agreement" if "agreement" in coordinator.search.objectives else "top1"
+    quality = quality_of(coordinator.search.objectives)
+    quality = "top1" if quality == "ppl" else quality
     results = [r for r in coordinator.current if r.has_model and math.isfinite(getattr(r, quality))]
     eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
     state = Table(box=None, show_header=False)
@@ -312,6 +321,8 @@ def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
     rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
     agreeing = "agreement" in coordinator.search.objectives
     quality = str(result.figures._replace(top1=None) if agreeing else result.figures)  # of agreement, with the KL
+    if "balanced" in coordinator.search.objectives:
+        quality = f"balanced {result.balanced:.2f} %, {quality}"
     if not agreeing:
         for measure in {"loss", "kl"} & {*coordinator.search.ranking.names(result.epochs)}:
             quality += f", {MEASURES[measure]} {getattr(result, measure):.4g}"
@@ -363,6 +374,7 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         **{name: lambda p, name=name: str(p[name]) for name in ("trial", "rung", "epochs")},  # type: ignore[misc]
         "ppl": lambda p: f"{p['ppl']:.2f}",
         "top-1\n(%)": lambda p: f"{p['top1']:.2f}",
+        "balanced\n(%)": lambda p: f"{p['balanced']:.2f}" if abs(p["balanced"] - p["top1"]) >= IMBALANCE else "",
         "95 %\ninterval": _between,
         "test\n(%)": lambda p: f"{p['test_top1' if 'test_top1' in p else 'test_agreement']:.2f}",
         "loss": lambda p: f"{p['loss']:.4f}",

@@ -30,13 +30,14 @@ __all__ = [
 
 OBJECTIVES: dict[str, Direction] = {
     "top1": "maximize",
+    "balanced": "maximize",  # the mean of the classes' recalls
     "ppl": "minimize",  # of language models
     "agreement": "maximize",  # with the source's answers; needs no labels
     "macs": "minimize",
     "params": "minimize",
     "latency_ms": "minimize",
 }
-QUALITIES = ("top1", "ppl", "agreement")
+QUALITIES = ("top1", "balanced", "ppl", "agreement")
 COSTS = ("macs", "params", "latency_ms")
 TWO = ("top1", "macs")  # default objectives
 RankBy = Literal["auto", "kl", "loss", "objective"]
@@ -148,6 +149,7 @@ class Ranking:
         objectives: names in ``OBJECTIVES``.
         rank_by: the measure: "objective", the quality itself; "loss", the mean cross-entropy; "kl"; "auto", the loss of
             trained candidates and the KL of untrained ones, as of all where the quality is agreement with the source.
+            The loss is a mean over images: where the quality is balanced accuracy, "auto" is the quality itself.
     """
 
     objectives: tuple[str, ...] = TWO
@@ -159,6 +161,7 @@ class Ranking:
         measure: str = self.rank_by
         if self.rank_by == "auto":
             measure = "loss" if epochs and quality != "agreement" else "kl"
+            measure = "objective" if quality == "balanced" else measure
         return tuple(measure if name == quality and measure != "objective" else name for name in self.objectives)
 
     @property
@@ -196,9 +199,9 @@ class Ranking:
 def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: Sequence[str] = TWO) -> float:
     """Return the share of the unit cube that the points dominate, in [0, 1].
 
-    The cube's axes are top-1 / 100, or agreement / 100, and the saved share of the source's MACs, parameters or
-    latency. Its worst corner is a model that costs what the source costs and gives no correct answer. Points outside
-    the cube add nothing. The axis of a perplexity is the source's perplexity divided by it, at most 1.
+    The cube's axes are top-1 / 100, or balanced accuracy or agreement / 100, and the saved share of the source's MACs,
+    parameters or latency. Its worst corner is a model that costs what the source costs and gives no correct answer.
+    Points outside the cube add nothing. The axis of a perplexity is the source's perplexity divided by it, at most 1.
 
     Args:
         points: anything that has the objectives as attributes.
@@ -215,6 +218,6 @@ def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: 
 
 def _loss(name: str, found: pareto.Floats, source: Mapping[str, float]) -> pareto.Floats:
     """Return a column of values as shares of the cube's axis, where less is better."""
-    if name in ("top1", "agreement"):
+    if name in ("top1", "balanced", "agreement"):
         return -found / 100
     return -np.minimum(source["ppl"] / found, 1) if name == "ppl" else found / float(source[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -100,6 +100,7 @@ class Result:
     loss: float | None = None
     images: int | None = None
     given: str | None = None  # as of the task
+    balanced: float | None = None  # mean of the classes' recalls, in percent
 
     @property
     def id(self) -> str:
@@ -108,7 +109,7 @@ class Result:
     @property
     def figures(self) -> EvalMetrics:
         """The figures of the evaluation."""
-        return EvalMetrics(self.top1, self.ppl, self.agreement, self.kl, loss=self.loss, images=self.images)
+        return EvalMetrics.of(asdict(self))
 
 
 class Ending(BaseModel):
@@ -152,6 +153,7 @@ class SourceFacts(BaseModel):
     kl: float | None = None
     loss: float | None = None
     images: int | None = None
+    balanced: float | None = None
     latency_ms: float | None = None
     search: dict[str, float] = {}  # figures on the images by which candidates are compared
 

@@ -57,6 +57,15 @@ MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
 SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
 
 
+def _facts(result: Result) -> dict[str, Any]:
+    """A result's fields, without one that results of earlier versions lack, so that their digests stay."""
+    return {name: value for name, value in asdict(result).items() if name != "balanced" or value is not None}
+
+
+def _digest(result: Result) -> str:
+    return digest(_facts(result))
+
+
 def place_of(task_id: str) -> tuple[int, int]:
     """Return the rung and the number of a task, from its name. Raises ValueError for a name that is none."""
     found = FOLDER.fullmatch(task_id)
@@ -224,7 +233,7 @@ class Run:
 
     def write_validation(self, result: Result, figures: EvalMetrics) -> None:
         """Keep what the model of a result gives on the validation split."""
-        kept = {"result": digest(asdict(result)), "figures": figures.as_dict()}
+        kept = {"result": _digest(result), "figures": figures.as_dict()}
         self._write(self.trial(result.id) / "validation.json", sealed(kept))
 
     def write_test(self, result: Result, figures: EvalMetrics) -> None:
@@ -233,11 +242,11 @@ class Run:
         self._write(self.trial(result.id) / "test.json", sealed(kept))
 
     def _tested(self, result: Result) -> str:
-        return digest({**asdict(result), "test": self.test_data})
+        return digest({**_facts(result), "test": self.test_data})
 
     def validation(self, result: Result) -> EvalMetrics | None:
         """What ``write_validation`` wrote of this very result; None where it did not, or the file is damaged."""
-        return self._measured(result, "validation.json", digest(asdict(result)))
+        return self._measured(result, "validation.json", _digest(result))
 
     def test(self, result: Result) -> EvalMetrics | None:
         """What ``write_test`` wrote of this very result and these data; None where it did not, or it is damaged."""

@@ -27,7 +27,7 @@ def test_answers_that_are_no_numbers_have_no_accuracy() -> None:
     assert math.isfinite(evaluate(model, batches)["top1"])
     batches[1][0][0] = math.nan
     found = evaluate(model, batches)
-    assert {name for name, value in found.items() if math.isnan(value)} == {"top1", "top5", "loss"}
+    assert {name for name, value in found.items() if math.isnan(value)} == {"top1", "balanced", "loss"}
     assert "an answer of the model is NaN" in (chance_warning(model, data, EvalMetrics.of(found)) or "")
 
 
@@ -122,3 +122,36 @@ def test_features_are_compared_in_one_pass_however_they_come() -> None:
     assert str(EvalMetrics.of(found)).startswith(f"cosine {found['cosine']:.4f}, relative error ")
     with pytest.raises(UserError, match="the model has no head, so it gives features and no answers"):
         evaluate(small, batches)
+
+
+class Answers(torch.nn.Module):
+    """Answers what it is given."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.num_classes, self.scale = classes, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, wanted: torch.Tensor) -> torch.Tensor:
+        return self.scale * torch.nn.functional.one_hot(wanted.long(), self.num_classes).float()
+
+
+def test_balanced_accuracy_is_the_mean_of_the_classes_recalls() -> None:
+    """Of 90 images of class 0 all are right, of 10 of class 1 three are, class 2 has no image."""
+    model = Answers(3)
+    wanted = torch.tensor([0] * 90 + [1] * 3 + [0] * 7)
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    batches = list(zip(wanted.split(32), labels.split(32), strict=True))
+    found = evaluate(model, batches, per_class=True)
+    assert (found["top1"], found["balanced"]) == pytest.approx((93, 65))
+    assert found["recall"] == [100, pytest.approx(30), None]
+    assert "recall" not in evaluate(model, batches)
+    assert ", balanced 65.00 %, " in EvalMetrics.of(found).full
+    even = evaluate(model, [(wanted[[0, 90]], labels[[0, 90]])])
+    assert even["balanced"] == even["top1"] == 100
+    assert "balanced" not in EvalMetrics.of(even).full
+
+
+@pytest.mark.parametrize("classes", [10, 11])
+def test_top5_is_of_more_than_ten_classes(classes: int) -> None:
+    found = evaluate(Answers(classes), [(torch.arange(4), torch.arange(4))])
+    assert ("top5" in found) == (classes > 10)

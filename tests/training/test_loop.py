@@ -243,7 +243,7 @@ def test_evaluation_compares_with_a_source(data) -> None:
     p = wanted.double().log_softmax(1)
     assert found["kl"] == pytest.approx((p.exp() * (p - got.double().log_softmax(1))).sum(1).mean().item())
     assert found["agreement"] == pytest.approx(100 * (wanted.argmax(1) == got.argmax(1)).double().mean().item())
-    assert {name: found[name] for name in ("top1", "top5", "loss", "images")} == evaluate(model, batches)
+    assert {name: found[name] for name in ("top1", "balanced", "loss", "images")} == evaluate(model, batches)
     same = evaluate(source, batches, source=source)
     assert (same["kl"], same["agreement"]) == (0, 100)
 
@@ -256,7 +256,8 @@ def test_options_train_too(data, fields: dict[str, Any]) -> None:
     recipe = Recipe(epochs=2, batch_size=64, lr=3e-3, **fields)
     assert fit(make(dim=32), data, recipe, on_epoch=epochs.append)
     assert epochs[1].loss < epochs[0].loss
-    assert epochs[1].top5 >= epochs[1].top1
+    assert epochs[1].top5 is None  # of so few classes
+    assert epochs[1].balanced > 0
 
 
 def test_the_average_is_evaluated_and_kept(data, tmp_path: Path) -> None:

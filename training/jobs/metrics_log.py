@@ -16,7 +16,7 @@ from ..loop import Epoch
 
 __all__ = ["MetricsLog", "StepRate"]
 
-QUALITIES = ("val_loss", "top1", "top5", "ppl", "agreement", "kl", "cosine", "relative_error")
+QUALITIES = ("val_loss", "top1", "top5", "balanced", "ppl", "agreement", "kl", "cosine", "relative_error")
 SCALARS = ("loss", *QUALITIES, "lr", "images_per_s")
 
 
