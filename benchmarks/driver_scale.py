@@ -39,6 +39,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import _board
 from prunesweep.search.report.display import Display
 from prunesweep.search.space.space import Candidate, Space
+from prunesweep.search.store.records import FORMAT, sealed
 from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.search.store.study import Study
 
@@ -63,7 +64,7 @@ def make_run(path: Path, arch: Arch, search: SearchTable) -> Run:
     (path / "trials").mkdir(parents=True)
     spent = cost(arch)
     source = {"name": "made up", "weights": "", "top1": 80.0, "macs": spent.macs, "params": spent.params}
-    write_text(path / "run.json", json.dumps({"source": source, "scores": {}, "versions": {}}))
+    write_text(path / "run.json", sealed({"format": FORMAT, "source": source, "scores": {}, "versions": {}}))
     write_text(path / "search.toml", tomli_w.dumps({"search": search.model_dump(mode="json", exclude_none=True)}))
     return Run(path)
 
@@ -137,7 +138,7 @@ def fill(run: Run, study: Study, space: Space, search: SearchTable, count: int) 
             result = made_up(unit, known[number % len(known)], search)
             folder = run.trial(unit.id)
             folder.mkdir()
-            (folder / "result.json").write_text(json.dumps({"state": "finished", "result": asdict(result)}))
+            (folder / "result.json").write_text(sealed({"state": "finished", "result": asdict(result)}))
             if result.has_model and number >= promoted:  # the others' models were taken over by the next rung
                 (folder / "model").mkdir()
             if rung == 0:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
 from .method_help import MethodCommand, ScoringCommand
-from .nothing_left import NothingLeft, check_answers, check_front, check_weights
+from .nothing_left import NothingLeft, check_answers, check_begun, check_front, check_weights
 from .promote import promote
 from .prune import prune, score
 from .published import published
@@ -144,13 +145,19 @@ def status(
     """Show how far a search is."""
     from prunesweep.search import Run
 
-    found = Run.existing(run).status() if address is None else remote_status(str(run), address)
+    lost = None
+    if address is None:
+        found = Run.existing(run).status()
+    else:
+        found, lost = remote_status(str(run), address)
     if as_json:
         print(json.dumps(found))
     else:
         _show_status(found)
     if address is None:
         check_front(Run(run))
+    elif lost:
+        raise NothingLeft(lost)
 
 
 def _show_status(found: dict[str, Any]) -> None:
@@ -202,6 +209,8 @@ def front(
         columns = dict.fromkeys(name for point in points for name in point)  # not all may be validated yet
         write_csv(sys.stdout, list(columns) or ["trial"], points)
     else:
+        if not points:
+            check_begun(found)
         console, source = PlainConsole(), found.metadata()["source"]
         print_front(console, points, source["macs"])
         if further:
@@ -378,10 +387,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except NothingLeft as error:
         _fail(str(error), NOTHING_LEFT)
+    except KeyboardInterrupt:  # between what the commands themselves catch
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not (remedy := write_refused(error)):
             raise
         _fail(f"{error}: what was finished before is whole; {remedy}, and the same command goes on")
+    finally:
+        _end_quietly()
+
+
+def _end_quietly() -> None:
+    """Let Ctrl-C end the process without a traceback while the interpreter ends, when nothing can catch it any more."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

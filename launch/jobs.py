@@ -78,12 +78,15 @@ def stop(run: NameArgument, address: AddressOption = None) -> None:
     print(f"go on with: prunesweep resume {run} --address {cluster.head.url}")
 
 
-def remote_status(run: str, address: str) -> dict[str, Any]:
+def remote_status(run: str, address: str) -> tuple[dict[str, Any], str | None]:
     """Return what ``prunesweep status`` prints for a run on a cluster, with ``job`` and ``state`` of its last attempt.
 
     Args:
         run: name of the run.
         address: address of the cluster's head.
+
+    Returns:
+        That, and where damage left nothing of the run's front, what is said of it there.
 
     Raises:
         UserError: the head does not know the run, or its folder is not there yet.
@@ -95,12 +98,19 @@ def remote_status(run: str, address: str) -> dict[str, Any]:
     last = cluster.latest(run)
     code, output = _call(cluster, last, "status", ["prunesweep", "status", last.folder, "--json"])
     found = last_json(output)
-    if code != 0 or not isinstance(found, dict):
+    if code not in (0, 1) or not isinstance(found, dict):
         raise UserError(
             f"{last.job} is {last.status.lower()}; it has no run yet in {last.folder}: before that it opens the data, "
             f"trains or loads the source and scores it (prunesweep logs {run})\n{output.strip()}"
         )
-    return {**found, "job": last.job, "state": last.status.lower()}
+    state = {**found, "job": last.job, "state": last.status.lower()}
+    return state, _reason(output) if code == 1 else None
+
+
+def _reason(output: str) -> str:
+    """What the last line of a command says that begins with ``error: ``."""
+    lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
+    return without_controls(lines[-1]) if lines else without_controls(output.strip())
 
 
 def _call(cluster: Any, last: Any, what: str, arguments: list[str]) -> tuple[int | None, str]:

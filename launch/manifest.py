@@ -43,7 +43,7 @@ def manifest(
     from prunesweep.launch.cluster.package import on_cluster
     from prunesweep.launch.cluster.ray_launcher import ray_launcher
     from prunesweep.launch.cluster.slurm import slurm
-    from prunesweep.models.io.files import write_text
+    from prunesweep.models.io.files import check_place, make_folder, write_text
     from prunesweep.search.config import load_config
 
     make = {Kind.kuberay: kuberay, Kind.slurm: slurm, Kind.ray_cluster: ray_launcher}[kind]
@@ -51,5 +51,7 @@ def manifest(
     if out is None:
         print(text, end="")
         return
+    check_place(out)
+    make_folder(out.absolute().parent)
     write_text(out, text)
     print(f"{out}: start with {HOW[kind].format(file=out)}")

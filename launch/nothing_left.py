@@ -1,4 +1,4 @@
-"""Commands that end with nothing to show because of damage: exit code 1, not a table without rows."""
+"""Commands that end with nothing to show, by damage or too early: exit code 1, not a table without rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prunesweep.search import Run
     from prunesweep.training import EvalMetrics
 
-__all__ = ["NothingLeft", "check_answers", "check_front", "check_weights"]
+__all__ = ["NothingLeft", "check_answers", "check_begun", "check_front", "check_weights"]
 
 
 class NothingLeft(Exception):
@@ -22,6 +22,17 @@ def check_front(run: Run) -> None:
     """Raise NothingLeft where a run's front is empty because of damage."""
     if reason := run.why_empty():
         raise NothingLeft(reason)
+
+
+def check_begun(run: Run) -> None:
+    """Raise NothingLeft where a run's front has no model yet."""
+    if not run.front():
+        state = run.status()
+        raise NothingLeft(
+            f"{run.shown}: its front has no model yet: {state['trials']['finished']} of {state['requested']} trials "
+            f"have finished, {state['trials']['running']} are running; 'prunesweep status {run.shown}' says how far "
+            "the search is"
+        )
 
 
 def check_weights(model: nn.Module, name: Any) -> None:

@@ -121,6 +121,7 @@ def prune(
 ) -> None:
     """Make a model smaller by one method: cut it, plan its tokens, or search while it trains, and finetune."""
     from prunesweep.models import UserError
+    from prunesweep.models.io.files import check_place
     from prunesweep.models.io.lock import reserve
     from prunesweep.training.jobs.placement import Placement
     from prunesweep.training.jobs.scoring import Calibration
@@ -184,6 +185,7 @@ def prune(
         console=PlainConsole(stderr=as_json),
     )
     request.check_stage()
+    check_place(cache, "--cache", folder=True)
     with nullcontext() if out is None else reserve(out):
         runner.run(request)
 
@@ -201,6 +203,7 @@ def score(
     unreadable: UnreadableOption = UNREADABLE,
 ) -> None:
     """Score a model's units by one method and keep the scores; any later budget is then solved without scoring."""
+    from prunesweep.models.io.files import check_place
     from prunesweep.search.report.display import Display
     from prunesweep.training import open_fitting, warn_at_chance
     from prunesweep.training.jobs.one_shot import open_source
@@ -208,6 +211,7 @@ def score(
 
     from .console import PlainConsole
 
+    check_place(cache, "--cache", folder=True)
     model, console = open_source(source), PlainConsole()
     opened = open_fitting(data, model, **data_options(class_order, classes, unreadable))
     display = Display(console)

@@ -30,6 +30,7 @@ def show(
 
     from prunesweep.models import UserError, cost, load, load_provenance, read_arch
     from prunesweep.models.counting import block_cost
+    from prunesweep.models.io.files import check_place, make_folder
     from prunesweep.models.precision import to_float32
     from prunesweep.search.report.token_picture import draw_tokens
     from prunesweep.search.store.computed import ComputedFront
@@ -79,9 +80,11 @@ def show(
     if tokens is None:
         return
     picture = out or model.with_name(f"{model.name}-tokens.png")
+    check_place(picture)
     try:
         image = Image.open(tokens)
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"--tokens {tokens}: is no image that can be read: {error}") from error
+    make_folder(picture.absolute().parent)
     draw_tokens(to_float32(load(model)), image, picture)
     console.print(f"drawn: {picture}", highlight=False, soft_wrap=True)

@@ -175,19 +175,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_place(path: Path, option: str = "--out") -> None:
+def check_place(path: Path, option: str = "--out", *, folder: bool = False) -> None:
     """Check that a file can be made, before the work is done whose result it is to hold.
 
     Args:
         path: the file; parents that are missing are taken for such as will be made.
         option: its name on the command line.
+        folder: ``path`` is a folder, which may be there, and files are to be made in it.
 
     Raises:
-        UserError: it is a folder, or nothing can be written there.
+        UserError: it is a folder, or none where it should be one, or nothing can be written there.
     """
-    if path.is_dir():
+    if not folder and path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file")
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if folder and path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path}: is a file; give a folder")
+    places = (path.absolute(), *path.absolute().parents)[0 if folder else 1 :]
+    place = next(parent for parent in places if parent.exists())
     probe = _scratch(place / path.name)
     try:
         probe.touch()

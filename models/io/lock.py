@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from prunesweep.models.errors import UserError
 
-__all__ = ["Fence", "Holder", "Lock", "Lost", "reserve"]
+__all__ = ["Fence", "Holder", "Lock", "Lost", "Vanished", "reserve"]
 
 BEAT, STALE = 10.0, 60.0  # seconds between two signs of life, and without any
 RELEASED = 0.0  # time of a lease that was given back
@@ -42,6 +42,10 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file 
 
 class Lost(UserError):
     """Another process has taken over what this one was working on."""
+
+
+class Vanished(Lost):
+    """What this process was working on is gone, with its lock: deleted, or on storage that went away."""
 
 
 class Holder(NamedTuple):
@@ -59,13 +63,18 @@ class Fence(NamedTuple):
     number: int
 
     def check(self) -> None:
-        """Raises Lost where another process has taken over."""
+        """Raises Lost where another process has taken over, and Vanished where there is nothing to take over."""
         for pause in (*LOOKS, None):
             found = _leases(self.place)
             if self.number in found and max(found) == self.number:
                 return
             if pause is not None:  # a process that came too late takes its lease away again at once
                 time.sleep(pause)
+        if not found:
+            gone = self.place if self.place.parent.is_dir() else self.place.parent
+            raise Vanished(
+                f"{gone} is gone: it was deleted, or its storage went away; bring it back. Nothing is written before"
+            )
         raise Lost(
             f"{self.place.parent}: another process has taken over, because this one gave no sign of life for "
             f"{STALE:.0f} seconds; nothing more is written"
@@ -158,7 +167,7 @@ class Lock:
         self.release()
 
     def check(self) -> None:
-        """Raises Lost where another process has taken over."""
+        """Raises Lost where another process has taken over, and Vanished where all of it is gone."""
         self.fence.check()
 
     def release(self) -> None:
@@ -191,6 +200,8 @@ class Lock:
                 with self._touching:
                     if not self._stop.is_set():
                         os.utime(_file(self.place, self.number))
+            except Vanished:  # storage may come back, and who works on it meets its absence by itself
+                continue
             except Lost as lost:
                 if self.on_lost and not self._stop.is_set():
                     self.on_lost(lost)

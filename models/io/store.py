@@ -10,17 +10,22 @@ model that was loaded carries its provenance as ``model.provenance``, and keeps 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import timm.models
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prunesweep.models.arch import Arch
 from prunesweep.models.builder import (
@@ -50,6 +55,7 @@ DIGEST, SEAL = "weights_sha256", "config_digest"  # absent from folders that old
 FIGURES = frozenset(
     {"top1", "top5", "balanced", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"}
 )
+IMPOSSIBLE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EINVAL)
 OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
 
 
@@ -109,9 +115,10 @@ def rebuilt(model: nn.Module) -> nn.Module:
     """Build a new module of the model's record that holds the model's own weights, and check that it computes the same.
 
     Raises:
-        UserError: the model cannot be represented, or was changed after it was built.
+        UserError: the model cannot be represented, was changed after it was built, or has no plain numbers as weights.
     """
     arch = arch_of(model)
+    _check_plain(model)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}  # files have no channels_last
     try:
         built = build_with(arch, weights, pretrained_cfg=preprocessing_of(model), drop_rates=drop_rates_of(model))
@@ -119,6 +126,39 @@ def rebuilt(model: nn.Module) -> nn.Module:
         raise UserError(f"the model was changed after it was built; its record no longer fits: {error}") from error
     check_unchanged(model, built)
     return built
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise UserError where a file cannot hold what a model has as weights."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor) or value.is_quantized or is_traceable_wrapper_subclass(value):
+            raise UserError(
+                f"the model is quantised or sharded: {name} is a {_kind(value)}, and a saved model has plain tensors. "
+                "Save it before that, and quantise or shard it again once it is loaded"
+            )
+        if value.is_meta:
+            raise UserError(
+                f"{name} is on the meta device and has no values, so there is nothing to save: give the model its "
+                "weights first (to_empty, then load_state_dict), or build it on a device that has memory"
+            )
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} tensor" if type(value) is torch.Tensor else type(value).__name__
+
+
+@contextlib.contextmanager
+def _possible(path: Path) -> Iterator[None]:
+    """Say in one line that a folder cannot be made where one is asked for; a full disk, or missing rights, stay."""
+    shown = str(path)
+    if path.name in ("", "..") or "\0" in shown or (os.path.exists(path) and not os.path.isdir(path)):
+        raise UserError(f"{shown!r}: a model is saved as a folder of its own: give the name of one, not of a file")
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in IMPOSSIBLE:
+            raise
+        raise UserError(f"{shown!r}: no folder can be made there: {error.strerror}") from error
 
 
 def save(
@@ -135,8 +175,9 @@ def save(
     a saved model; others are settings of training, and are not.
 
     Args:
-        model: the model. Its weights are stored as they are; those of a model that was cast to float32 for work
-            (``models.precision``), in the type that they had.
+        model: the model; what ``torch.compile`` made of one is saved as the model that it is. Weights are stored as
+            they are; those of a model that was cast to float32 for work (``models.precision``), in the type that they
+            had.
         path: the folder; one that is there is replaced.
         provenance: JSON-ready facts about where the weights come from; ``load_provenance`` gives them back. By default
             those of the model's own ``provenance``, which it has if it was loaded, without accuracies where its weights
@@ -148,17 +189,19 @@ def save(
             model. By default those that the model has already.
 
     Raises:
-        UserError: the model cannot be represented or was changed after it was built, or ``classes`` are not as many
-            different names as it has classes.
+        UserError: the model cannot be represented or was changed after it was built, is quantised or on the meta
+            device, ``classes`` are not as many different names as it has classes, or there can be no folder at
+            ``path``.
     """
-    path, ours = Path(path), rebuilt(model)
+    path, model = Path(path), getattr(model, "_orig_mod", model)  # of torch.compile, which shares its weights
+    ours = rebuilt(model)
     arch = arch_of(ours)
     if classes is not None:
         set_label_names(ours, _class_names(classes, arch.num_classes))
     if provenance is None:
         provenance = _carried(model)
     record, dtype = arch.to_dict(), stored_dtype(model)
-    with publish_folder(path) as folder:
+    with _possible(path), publish_folder(path) as folder:
         timm.models.save_for_hf(
             ours,
             str(folder),

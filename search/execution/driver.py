@@ -22,7 +22,7 @@ from tensorboardX import SummaryWriter
 from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import disk_full, make_folder, publish_folder, write_text
-from prunesweep.models.io.lock import Lock, reserve
+from prunesweep.models.io.lock import Lock, Vanished, reserve
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config
@@ -401,15 +401,13 @@ def _search(
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise
         except RunBroken as broken:
+            _check_there_still(run, broken)
             raise RunBroken(
                 f"{run.shown}: no trial can be done: {broken}\n"
                 f"No candidate has failed by that; once it is mended: prunesweep resume {run.shown}"
             ) from broken
-        except OSError as error:
-            if not run.path.is_dir():
-                raise UserError(
-                    f"{run.shown} is gone, and its storage with it: bring that back, then prunesweep resume {run.shown}"
-                ) from error
+        except (OSError, Vanished) as error:
+            _check_there_still(run, error)
             if not disk_full(error):
                 raise
             raise UserError(
@@ -443,6 +441,14 @@ def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bo
         else:
             work(progress)
     run.write_front()
+
+
+def _check_there_still(run: Run, error: Exception) -> None:
+    """Raise UserError where an error of a search means that the run's folder is gone."""
+    if not run.path.is_dir():
+        raise UserError(
+            f"{run.shown} is gone, and its storage with it: bring that back, then prunesweep resume {run.shown}"
+        ) from error
 
 
 def _nothing_found(run: Run, coordinator: Coordinator) -> str:

@@ -239,7 +239,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         try:
             self._coordinator.complete(self._units.pop(trial_id), error=lost)
             self._changed()
-        except (SearchFailed, OSError) as failure:
+        except (SearchFailed, UserError, OSError) as failure:
             self._give_up(failure)
 
     def _changed(self) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from prunesweep.models import UserError, arch_of, blocks_of
+from prunesweep.models.io.files import publish_file
 
 __all__ = ["draw_tokens", "patch_groups"]
 
@@ -64,7 +65,8 @@ def draw_tokens(model: nn.Module, image: Image.Image, out: Path) -> None:
         label = f"block {i}: {arch.blocks[i].tokens} of {arch.tokens} tokens, {passing} pass"
         ImageDraw.Draw(page).text((x, y), label, fill="black")
         page.paste(_tile(photo, own.tolist(), side), (x, y + LABEL))
-    page.save(out, "PNG")
+    with publish_file(out) as scratch:
+        page.save(scratch, "PNG")
 
 
 def _tile(photo: Image.Image, groups: list[list[int]], side: int) -> Image.Image:

@@ -93,6 +93,11 @@ class Run:
         """Raises UserError where ``path`` is not a run. One of its two main files may be lost."""
         run, names = cls(path), ("search.toml", "run.json")
         if not any((run / name).is_file() for name in names):
+            if (run / "front.json").is_file():
+                raise UserError(
+                    f"{path} is no run, but a front of 'prunesweep instant': 'prunesweep front {path}' shows it, and "
+                    "'prunesweep verify' checks it; its report.html is there already"
+                )
             raise UserError(
                 f"{path} is not a run: {' and '.join(names)} are missing. A run is made by 'prunesweep search'"
             )

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,16 @@ def run(tmp_path: Path) -> Path:
     (found.trial("r0-0003") / "spec.json").write_text("{}")
     found.write_result("r0-0003", error="boom")
     return found.path
+
+
+def test_ctrl_c_while_the_process_ends_is_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal; from prunesweep.launch.cli import main; "
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); main(['--help'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "")
+    assert "resume" in ended.stdout
 
 
 def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

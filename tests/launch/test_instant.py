@@ -198,6 +198,12 @@ def test_the_front_is_shown_again(capsys: pytest.CaptureFixture[str], source: Pa
     lines = list(csv.DictReader(io.StringIO(call(capsys, "front", out, "--csv")[1])))
     assert [line["budget"] for line in lines] == ["0.7", "0.4"]
     assert [int(line["macs"]) for line in lines] == [point["macs"] for point in points]
+    for command in ("status", "report"):
+        code, _, err = call(capsys, command, out)
+        assert (code, f"is no run, but a front of 'prunesweep instant': 'prunesweep front {out}' shows it" in err) == (
+            2,
+            True,
+        )
     code, _, err = call(capsys, "show", out, "--tokens", tmp_path / "image.png")
     assert code == 2
     assert "is a front of several models; name one" in err

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from prunesweep.launch import jobs
+from prunesweep.launch.cluster.client import Attempt
 from prunesweep.launch.nothing_left import NothingLeft, check_answers
 from prunesweep.models import save
 from prunesweep.search import Run
@@ -48,7 +50,36 @@ def test_a_run_that_has_no_front_yet_is_not_damaged(run: Path, capsys: pytest.Ca
     for number in range(3):
         shutil.rmtree(run / "trials" / f"r0-{number:04d}")
     for command, *options in READING:
-        assert call(capsys, command, run, *options)[0] == 0, command
+        code, out, error = call(capsys, command, run, *options)
+        if [command, *options] == ["front"]:  # people are told; scripts get a front without models
+            assert (code, out) == (1, "")
+            assert f"{run}: its front has no model yet: 0 of 6 trials have finished, 0 are running" in error
+        else:
+            assert code == 0, command
+
+
+def test_status_of_a_cluster_says_what_it_says_here(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is this command, run in this process in place of a cluster's."""
+
+    def job(_cluster: object, _last: object, _what: str, arguments: list[str]) -> tuple[int, str]:
+        code, out, error = call(capsys, *arguments[1:])
+        return code, f"a line of the job's\n{error}{out}"
+
+    class Head:
+        def latest(self, name: str) -> Attempt:
+            return Attempt(name, 1, f"{name}-1", "SUCCEEDED", str(run), "", None, None, "", pip=False)
+
+    monkeypatch.setattr(jobs, "_cluster", lambda _: Head())
+    monkeypatch.setattr(jobs, "_call", job)
+    address = ("--address", "http://head:8265")
+    assert call(capsys, "status", "r", *address)[0] == 0
+    for number in range(3):
+        DAMAGE["damaged results"](run / "trials" / f"r0-{number:04d}")
+    code, out, error = call(capsys, "status", "r", *address, "--json")
+    assert (code, json.loads(out)["trials"]["finished"]) == (1, 0)
+    assert error.startswith(f"error: {run}: nothing of its front is left")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -18,7 +18,7 @@ import pytest
 
 from prunesweep.models import UserError
 from prunesweep.models.io import lock
-from prunesweep.models.io.lock import RELEASED, STALE, Lock, Lost, reserve
+from prunesweep.models.io.lock import RELEASED, STALE, Lock, Lost, Vanished, reserve
 
 FORK = multiprocessing.get_context("fork")
 ENTER = (
@@ -249,6 +249,15 @@ def test_a_damaged_lease_is_a_holder_until_it_is_old(tmp_path: Path, damage: byt
     assert Lock.holder(tmp_path) is not None
     os.utime(lease, (0, 0))
     assert Lock.holder(tmp_path) is None
+
+
+def test_a_place_that_is_gone_was_not_taken_over(tmp_path: Path) -> None:
+    for gone in (tmp_path / "run", tmp_path / "run" / ".leases"):
+        place = tmp_path / "run" / ".leases"
+        with Lock(place, "it", keep=True) as held:
+            shutil.rmtree(gone)
+            with pytest.raises(Vanished, match=f"{gone} is gone: it was deleted, or its storage went away"):
+                held.check()
 
 
 def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,3 +391,42 @@ def test_publishing_is_all_or_nothing(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "y")
     assert (tmp_path / "file").read_text() == "y"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def stock() -> torch.nn.Module:
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 1, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **shape).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch moves its quantisation to torchao
+def test_weights_that_a_file_cannot_hold_are_refused(tmp_path: Path) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(stock(), {torch.nn.Linear}, dtype=torch.qint8)
+    with torch.device("meta"):
+        empty = stock()
+    partly = load(save(stock(), tmp_path / "model"))
+    partly.head.to("meta")
+    for model, said in (
+        (quantised, r"is quantised or sharded: .* Save it before that"),
+        (empty, "is on the meta device and has no values"),
+        (partly, r"head.weight is on the meta device"),
+    ):
+        with pytest.raises(UserError, match=said):
+            save(model, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_compiled_model_is_saved_as_the_model_that_it_is(tmp_path: Path) -> None:
+    ours = load(save(stock(), tmp_path / "ours", {"method": "test"}))
+    for model in (stock(), ours):
+        again = load(save(torch.compile(model), tmp_path / "model"))
+        assert all(torch.equal(own, again.state_dict()[name]) for name, own in model.state_dict().items())
+    assert load_provenance(tmp_path / "model") == {"method": "test"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "..", "file", "file/x", "/proc/nowhere", "null\0", "a" * 300])
+def test_a_folder_that_cannot_be_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError, match=r"a folder of its own|no folder can be made there"):
+        save(stock(), name)
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
