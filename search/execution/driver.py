@@ -50,6 +50,7 @@ from .validation import validate_front
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
 RAY_DIED, TAKEN_OVER = 3, 4  # exit codes
+REPORT_EVERY = 20.0  # seconds, at least, between two reports while a search runs
 GIVEN = "given"  # folder in a run's, of the saved models and decisions that it started from
 
 
@@ -392,7 +393,7 @@ def _search(
                     execute(
                         coordinator,
                         config.resources,
-                        [changed, logged],
+                        [changed, logged, _reporter(run, coordinator)],
                         count=partial(_room, connection, coordinator, display),
                         work=partial(run_task, fence=lock.fence),
                     )
@@ -468,6 +469,21 @@ def _room(connection: RayConnection, coordinator: Coordinator, display: Display)
         units = "unit fits" if now == 1 else "units fit"
         display.note(f"{now} {units} on the cluster's nodes now, before it were {before}")
     return now
+
+
+def _reporter(run: Run, coordinator: Coordinator) -> Callable[[], None]:
+    """Return a function that writes the report again once something has ended, in at most a twentieth of the time."""
+    told, due = coordinator.settled, time.monotonic() + REPORT_EVERY
+
+    def changed() -> None:
+        nonlocal told, due
+        if coordinator.settled == told or time.monotonic() < due:
+            return
+        begun, told = time.monotonic(), coordinator.settled
+        _write_report(run)
+        due = time.monotonic() + max(REPORT_EVERY, 20 * (time.monotonic() - begun))
+
+    return changed
 
 
 def _write_report(run: Run) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from prunesweep.models import Arch
 from prunesweep.models.io.files import write_text
 
-from .page import picture, render
+from .page import render
+from .savings import picture
 
 __all__ = ["write_computed_report"]
 

@@ -66,7 +66,7 @@ def test_the_front_is_measured_once_on_images_that_chose_nothing(
     assert seen == []
     page = write_report(run).read_text()
     assert json.dumps(front_notes(after)) in page
-    assert page.count('"validation": {"top1"') == len(after)
+    assert page.count('"validation":{"top1"') == len(after)
 
 
 def test_figures_are_of_the_very_result(tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path) -> None:

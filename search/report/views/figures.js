@@ -1,0 +1,156 @@
+// What candidates gave, as text, and the lines and tiles at the top of the page.
+const COMPARED = "compared",
+  VALIDATED = "validated";
+// what a candidate gave on the images in question, and the source
+const figures = t => (state.split === VALIDATED ? t.validation : t);
+const sourceFigures = () => (state.split === VALIDATED || !source.searched ? source : source.searched);
+const best = t => t.validation ?? t; // where it is said which
+const share = (t, name = "macs") => (number(source[name]) ? t[name] / source[name] : null);
+const between = own => (own.interval ? own.interval.map(x => x.toFixed(1)).join("-") : "");
+const shownQuality = own =>
+  QUALITIES[quality][0].replace(" (%)", "") + " " + fixed(own[quality], 2) + (quality === "ppl" ? "" : " %");
+const hover = (t, own) =>
+  "<b>" +
+  plain(t.unit) +
+  "</b>, " +
+  t.epochs +
+  " epochs<br>" +
+  plain(shownQuality(own)) +
+  (own.interval ? " (" + between(own) + ")" : "") +
+  (number(own.loss) ? "<br>loss " + fixed(own.loss, 4) : "") +
+  (number(own.kl) ? "<br>KL " + fixed(own.kl, 4) : "") +
+  "<br>" +
+  costs
+    .map(name => fixed(t[name] / COSTS[name][2], COSTS[name][3]) + " " + COSTS[name][1] + " " + COSTS[name][0])
+    .join("<br>") +
+  "<br>" +
+  percent(share(t)) +
+  " of the source's MACs";
+const imagesOf = () =>
+  (state.split === VALIDATED ? "validation" : page.data.search_split > 0 ? "search" : "validation") + " images";
+const brushed = t =>
+  Object.entries(state.brush).every(([name, [low, high]]) => {
+    const value = variable(t, name);
+    return !number(value) || ((low === null || value >= low) && (high === null || value <= high));
+  });
+const variable = (t, name) => (name === "share of MACs" ? share(t) : name === "quality" ? t[quality] : t.point[name]);
+
+function drawSummary() {
+  const now = page.activity,
+    running = now.running.length;
+  byId("name").textContent =
+    page.name + ": " + (front.length === 1 ? "a front of 1 model" : "a front of " + front.length + " models");
+  byId("summary").textContent =
+    source.name +
+    ", " +
+    page.source.arch.depth +
+    " blocks, " +
+    shownQuality(source) +
+    " at " +
+    fixed(source.macs / M, 2) +
+    " M MACs and " +
+    fixed(source.params / M, 3) +
+    " M parameters" +
+    (source.images
+      ? "; " +
+        source.images.toLocaleString("en") +
+        " validation images, one of them is " +
+        (100 / source.images).toPrecision(2) +
+        " points"
+      : "") +
+    ". " +
+    now.finished[0] +
+    " of " +
+    now.requested +
+    " candidates finished" +
+    now.finished
+      .slice(1)
+      .map((n, i) => ", " + n + " on rung " + (i + 1))
+      .join("") +
+    ", " +
+    (now.driver ? running + " running, " : running ? running + " interrupted, " : "") +
+    now.pending +
+    " pending, " +
+    now.failed +
+    " failed" +
+    (page.diverged ? ", " + page.diverged + " without a number (training diverged)" : "") +
+    (page.damaged.length ? ", " + page.damaged.length + " damaged" : "") +
+    ".";
+}
+
+function drawTiles() {
+  const head = page.headline,
+    find = place => place && front.find(t => t.trial === place[0] && t.rung === place[1]);
+  const alike = find(head.alike),
+    within = find(head.within);
+  const of = t => percent(share(t)) + " of the MACs";
+  const note = t => called(t) + ", " + shownQuality(best(t)) + (best(t).interval ? " (" + between(best(t)) + ")" : "");
+  const on =
+    head.split === "search"
+      ? "on images held out of training"
+      : head.images
+        ? "on " + head.images.toLocaleString("en") + " validation images"
+        : "";
+  const saved = t =>
+    page.causes
+      .slice(0, -1)
+      .map((cause, i) => [cause, t.saved[i]])
+      .filter(([, x]) => Math.abs(x) >= 0.005)
+      .sort((a, b) => b[1] - a[1])
+      .map(([cause, x]) => cause + " " + (100 * x).toFixed(0))
+      .join(" + ");
+  const tiles = [];
+  if (quality === "ppl")
+    tiles.push([
+      "lowest perplexity of the front",
+      front.length ? fixed(Math.min(...front.map(t => best(t).ppl)), 2) : "none",
+      "",
+    ]);
+  else {
+    tiles.push([
+      "smallest model not told apart from the source",
+      alike ? of(alike) : "none",
+      alike
+        ? note(alike) + " " + on
+        : front.length
+          ? head.images
+            ? "every member of the front is worse, at 95 % confidence"
+            : "the number of images is not known"
+          : "the front is empty",
+    ]);
+    tiles.push([
+      "smallest model within 1 point of the source",
+      within ? of(within) : "none",
+      within ? note(within) : "",
+    ]);
+  }
+  const told = alike ?? within ?? front[0];
+  if (told) tiles.push(["what saved them, points of MACs", saved(told) || "nothing", called(told)]);
+  tiles.push([
+    "hypervolume",
+    fixed(page.hypervolume, 4),
+    "of the box from (source's cost, quality 0) to (no cost, " +
+      (quality === "ppl" ? "the source's perplexity)" : "100 %)"),
+  ]);
+  tiles.push([
+    "what the run cost",
+    duration(page.spent.seconds),
+    page.spent.tasks + " tasks, " + page.spent.epochs + " epochs, summed over workers",
+  ]);
+  byId("tiles").replaceChildren(
+    ...tiles.map(([name, value, text]) => {
+      const tile = element("div"),
+        detail = element("dd", value);
+      detail.append(element("small", text));
+      tile.append(element("dt", name), detail);
+      return tile;
+    }),
+  );
+}
+
+const duration = seconds =>
+  seconds < 90
+    ? seconds.toFixed(0) + " s"
+    : seconds < 5400
+      ? (seconds / 60).toFixed(1) + " min"
+      : (seconds / 3600).toFixed(1) + " h";
