@@ -82,13 +82,13 @@ def open_model(name: str) -> nn.Module:
     """
     import timm
 
-    from prunesweep.models import Arch, load
+    from prunesweep.models import Arch, adopted, load
 
     folder = Path(name.removeprefix("local-dir:"))
     if folder.exists() or ("/" in name and not name.startswith("hf-hub:")):
         return load(folder)
     Arch.from_timm(name)  # its errors say what is unknown or cannot be represented
-    return timm.create_model(name)
+    return adopted(timm.create_model(name))
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -14,8 +14,8 @@ from prunesweep.models.latency.table import LatencyTable
 from prunesweep.models.latency.timing import Setting, measure
 from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
-from .arch import Arch, Block, Stage, Text
-from .builder import arch_of, blocks_of, build, num_params, preprocessing_of
+from .arch import Arch, Block, Rope, Stage, Text
+from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of
 from .counting import Cost, cost
 from .cutting import BlockCut, Cut, cut, cut_arch
 from .errors import UserError
@@ -30,10 +30,12 @@ __all__ = [
     "Cost",
     "Cut",
     "LatencyTable",
+    "Rope",
     "Setting",
     "Stage",
     "Text",
     "UserError",
+    "adopted",
     "arch_of",
     "block_views",
     "blocks_of",

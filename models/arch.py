@@ -28,7 +28,7 @@ from typing import Any
 
 from .errors import UserError, nearest
 
-__all__ = ["Arch", "Block", "Stage", "Text"]
+__all__ = ["Arch", "Block", "Rope", "Stage", "Text"]
 
 FORMAT = "prunesweep/arch/1"
 LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
@@ -38,6 +38,7 @@ LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, 
 class Block:
     """One transformer block: a token mixer and an MLP, each with its own residual connection.
 
+    ``qk`` counts a head's query/key channels, or the pairs of them that rotary position embedding turns.
     ``v`` is one width for all heads or, when ragged, one width per head; for a convolution it is the bottleneck width.
     ``scale`` multiplies the attention logits and is the source model's: it never follows from a pruned ``qk``. What
     does not apply is 0: heads, qk and scale of a convolution, those and v of a missing mixer, ``mlp`` of a missing MLP.
@@ -90,6 +91,23 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding: pairs of query and key channels are turned by angles that follow from a token's place.
+
+    Sources: arXiv 2303.11331 (``axial``), 2508.10104 (``centred``) and 2403.13298 (``mixed``). A head of the source
+    has ``pairs`` pairs; the first half of them turns by one coordinate of the place, the second half by the other, or,
+    ``mixed``, each by both, at frequencies that are weights. Prefix tokens are not turned.
+    """
+
+    kind: str  # axial | centred | mixed: places are counted, or lie in -1..1
+    pairs: int
+    temperature: float
+    column_first: bool = False  # the first coordinate is the column
+    offset: float = 0.0  # added to the number of a row or column
+    reference: tuple[int, int] | None = None  # axial: rows and columns of the grid that the angles are meant for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
     """The vocabulary of a language model in bands by frequency, and its positions.
 
@@ -111,7 +129,7 @@ class Text:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | swin | pvt_v2 | lm
+    family: str  # vit | eva | swin | pvt_v2 | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -131,12 +149,23 @@ class Arch:
     norm_eps: float = 1e-6
     act: str = "gelu"  # of hidden units: a name in ``models.layers.activations``
     feature_head: bool = False  # the head is a linear map to ``num_classes`` features, not a classifier
+    pos_embed: bool = True  # there is a learned position embedding of every place
+    k_bias: bool = True  # with ``qkv_bias``: keys have a bias, too
+    attn_norm: bool = False  # LayerNorm over all value channels before the output projection
+    glu: bool = False  # MLPs are gated, as in SwiGLU: of a unit's two inputs the first is activated and multiplies
+    mlp_norm: bool = False  # LayerNorm over the hidden units of an MLP
+    rope: Rope | None = None
     text: Text | None = None  # of family lm
 
     @property
     def prefix_tokens(self) -> int:
         """Class, distillation and register tokens in front of the patches."""
         return int(self.class_token) + int(self.dist_token) + self.reg_tokens
+
+    @property
+    def qk_rows(self) -> int:
+        """Channels of a query/key unit, which ``Block.qk`` counts: two that are turned together, or one."""
+        return 1 if self.rope is None else 2
 
     @property
     def tokens(self) -> int:
@@ -211,8 +240,9 @@ class Arch:
             raise UserError(f"arch.format = {found!r}: this version reads {FORMAT!r}")
         stages = _sequence(data, "stages", "arch")
         data["stages"] = tuple(_read_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
-        if data.get("text") is not None:
-            data["text"] = _read(Text, data["text"], "arch.text")
+        for name, record in (("text", Text), ("rope", Rope)):
+            if data.get(name) is not None:
+                data[name] = _read(record, data[name], f"arch.{name}")
         arch = _read(cls, data, "arch")
         arch.validate()
         return arch
@@ -281,6 +311,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "bool": (bool,),
     "Text": (Text,),  # read already
+    "Rope": (Rope,),
 }
 
 

@@ -16,12 +16,13 @@ from torch import nn
 from .arch import Arch
 from .errors import UserError, nearest
 from .families import FAMILIES, family_of
-from .precision import TYPES
+from .precision import TYPES, keep_dtype
 from .without_values import without_values
 
 __all__ = [
     "DROP_RATES",
     "ENTRY_POINT",
+    "adopted",
     "arch_of",
     "blocks_of",
     "build",
@@ -295,8 +296,39 @@ def _is_number(value: Any) -> bool:
 
 
 def arch_of(model: nn.Module) -> Arch:
-    """Return the record that a built or cut model carries, or that of a stock timm model."""
-    return Arch.from_timm(model)
+    """Return the record that a built or cut model carries, or that of a stock timm model.
+
+    Raises:
+        UserError: the model cannot be represented, or has to be taken over by ``adopted`` first.
+    """
+    arch = Arch.from_timm(model)
+    if family_of(arch).adopts and not isinstance(getattr(model, "arch", None), Arch):
+        raise UserError(
+            f"{arch.source} is timm's own {type(model).__name__}, whose weights are laid out in another way than those "
+            f"of family {arch.family!r}: give prunesweep.models.adopted(model) in its place, which computes the same"
+        )
+    return arch
+
+
+def adopted(model: nn.Module) -> nn.Module:
+    """Return a model with tensors as its record says: itself or, of a timm model that has others, a copy that has.
+
+    Only family ``eva`` has such models. The copy computes the same, in the same mode, with weights of its own.
+
+    Args:
+        model: a timm model that ``Arch.from_timm`` accepts, or one of ours; it is not changed.
+
+    Raises:
+        UserError: the model cannot be represented.
+    """
+    arch = Arch.from_timm(model)
+    family = family_of(arch)
+    if not family.adopts or isinstance(getattr(model, "arch", None), Arch):
+        return model
+    weights = {name: tensor.detach().clone() for name, tensor in family.adopted(model, arch).items()}
+    taken = build_with(arch, weights, pretrained_cfg=preprocessing_of(model), drop_rates=drop_rates_of(model))
+    keep_dtype(taken, model)
+    return taken.train(model.training)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

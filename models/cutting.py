@@ -24,7 +24,7 @@ from torch import nn
 from prunesweep.models.layers.token_merging import TokenPlan
 
 from .arch import Arch, Block, Text
-from .builder import arch_of, build_with, preprocessing_of
+from .builder import adopted, arch_of, build_with, preprocessing_of
 from .errors import UserError, nearest
 from .families import family_of
 from .feature_head import with_feature_head
@@ -32,7 +32,17 @@ from .precision import keep_dtype
 from .reduction import Choose, Reduction, reduce_tensor
 from .replace import replace_block, replace_tensors
 
-__all__ = ["BlockCut", "Cut", "cut", "cut_arch", "gather", "replaced", "space_reductions", "tensor_axes"]
+__all__ = [
+    "BlockCut",
+    "Cut",
+    "cut",
+    "cut_arch",
+    "gather",
+    "joint_values",
+    "replaced",
+    "space_reductions",
+    "tensor_axes",
+]
 
 Indices = tuple[int, ...]
 Change = tuple[Block, str | None, TokenPlan | None]
@@ -43,7 +53,8 @@ FORMAT = "prunesweep/cut/1"
 class BlockCut:
     """The part of a cut that concerns one block: what stays; ``None`` keeps all of it.
 
-    ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut; ``mlp`` lists
+    ``qk`` and ``v`` list, for every head that stays, flat channels h·width + j of the block being cut (``qk`` pairs of
+    them, where pairs are turned by places); ``mlp`` lists
     hidden units, and without any the MLP is dropped; ``sr`` lists channels of PVTv2's reduced map. Channels are
     ascending. Both of ``qk`` and ``v`` are given or neither, one entry per remaining head; a convolution has ``v``
     alone, with one entry: its bottleneck channels. A new head may take channels of several old ones, except in Swin,
@@ -82,6 +93,18 @@ class BlockCut:
             v=tuple(tuple(h * block.v + j for j in v) for h in heads),
             mlp=None if mlp is None else tuple(mlp),
         )
+
+
+def joint_values(block: Block, units: Sequence[int]) -> Indices:
+    """List the value channels that go with query/key units, where both are scored as one (``attn``).
+
+    Args:
+        block: the block's record, whose heads have equally many value channels for every query/key unit.
+        units: numbers of units, within a head or of all heads.
+    """
+    assert isinstance(block.v, int)
+    each = block.v // block.qk
+    return tuple(unit * each + n for unit in units for n in range(each))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +311,7 @@ def cut(model: nn.Module, decision: Cut) -> nn.Module:
     Raises:
         UserError: an index does not exist, or nothing would be left.
     """
+    model = adopted(model)
     small_arch = cut_arch(arch_of(model), decision)
     if small_arch.feature_head:
         model = with_feature_head(model)

@@ -58,6 +58,7 @@ class FusedMerge(nn.Module):
     def __init__(self, plan: Merge, enter: nn.Module | None, leave: nn.Module | None) -> None:
         super().__init__()
         self.plan: Any = plan if enter is None else None
+        self.whole = plan  # what merged tokens' places follow from
         self.enter, self.leave = enter, leave
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:

@@ -107,8 +107,9 @@ def _convolution(
     Heads with fewer value channels than the widest count as zero in the others.
     """
     proj = attention["attn.proj.weight"]
-    rows = attention["attn.qkv.weight"][-block.total_v :]
-    bias = attention["attn.qkv.bias"][-block.total_v :] if "attn.qkv.bias" in attention else rows.new_zeros(len(rows))
+    values = "attn.v_proj" if "attn.v_proj.weight" in attention else "attn.qkv"  # the last rows of either
+    rows = attention[f"{values}.weight"][-block.total_v :]
+    bias = attention.get(f"{values}.bias", rows.new_zeros(block.total_v))[-block.total_v :]
     sharing = family_of(arch).conv_sharing
     assert sharing is not None  # replace_block has refused other families
     width, widths = max(block.v_widths), block.v_widths

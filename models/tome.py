@@ -195,6 +195,11 @@ def apply_tome(model: nn.Module, r: Schedule, *, proportional: bool = True) -> T
 def _check(arch: Arch) -> None:
     if not family_of(arch).supports("global_attention"):
         raise UserError(f"ToMe: {arch.source} is of family {arch.family!r}, whose windows need the grid of patches")
+    if family_of(arch).supports("rotary"):
+        raise UserError(
+            f"ToMe: {arch.source} is of family {arch.family!r}, whose queries and keys are turned by the places of "
+            "tokens, which merging by similarity does not keep; take method 'pmvit'"
+        )
     for i, block in enumerate(arch.blocks):
         for wrong, what in (
             (block.conv_kernel, f"mixer {block.mixer!r} needs the grid of patches"),

@@ -25,6 +25,7 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.arch import Block
+from prunesweep.models.cutting import joint_values
 from prunesweep.models.layers.token_merging import TokenPlan
 
 from .fill import fill
@@ -130,7 +131,7 @@ class WidthPath:
             block,
             heads=own["heads"] or range(block.heads),
             qk=own["dim"] or own["qk"] or range(block.qk),
-            v=own["dim"] or own["v"] or range(block.v),
+            v=joint_values(block, own["dim"] or ()) or own["v"] or range(block.v),
             mlp=own["mlp"],
         )
         return dataclasses.replace(heads, sr=own["sr"], **new)

@@ -43,7 +43,8 @@ def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, tor
             for vector in dict.fromkeys(vectors):  # an axis may count a vector's units several times over
                 if vector in sums:
                     own = [part for part, where in zip(parts, vectors, strict=True) if where == vector]
-                    sums[vector] += torch.stack(own).sum(0)
+                    # a unit of ``attn`` may have several value channels, which lie side by side
+                    sums[vector] += torch.stack([part.view(len(sums[vector]), -1).sum(1) for part in own]).sum(0)
     return sums
 
 

@@ -20,6 +20,7 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.arch import Block
+from prunesweep.models.cutting import joint_values
 
 from .coupled import heads_and_dims
 from .fill import fill
@@ -183,7 +184,7 @@ def _choice(
         order = [torch.argsort(per_head[h], descending=True, stable=True)[: len(dims)] for h in heads]
         own = [tuple(sorted(channels.tolist())) for channels in order]
     flat = tuple(tuple(h * block.qk + j for j in channels) for h, channels in zip(heads, own, strict=True))
-    return BlockCut(qk=flat, v=flat, mlp=mlp, sr=sr)
+    return BlockCut(qk=flat, v=tuple(joint_values(block, head) for head in flat), mlp=mlp, sr=sr)
 
 
 def decide(

@@ -139,7 +139,8 @@ def _shorter_tail(arch: Arch, band: int, units: int) -> Arch:
 def _shrink(block: Block, kind: str, units: int) -> Block:
     if kind == "dim":
         assert isinstance(block.v, int)
-        return dataclasses.replace(block, qk=max(block.qk - units, 0), v=block.v - units)  # a convolution has no qk
+        each = block.v // block.qk if block.qk else 1  # a convolution has no qk
+        return dataclasses.replace(block, qk=max(block.qk - units, 0), v=block.v - units * each)
     return dataclasses.replace(block, **{kind: getattr(block, kind) - units})
 
 

@@ -44,21 +44,22 @@ def kind_of(name: str) -> str:
 def unit_counts(arch: Arch) -> dict[str, int]:
     """Return name and number of units of every vector that a method may score in ``arch``.
 
-    A block has ``attn`` where all its heads have one width for query, key and value, and ``heads``, ``qk`` and ``v``
+    A block has ``attn`` where all its heads have one width for query, key and value (where pairs of channels are turned
+    by places, a unit is one with two value channels), and ``heads``, ``qk`` and ``v``
     where values are at least equally wide in all heads; ragged values have none of them.
     """
     counts = {f"stages.{s}.embed": stage.width for s, stage in enumerate(arch.stages)}
     for i, block in enumerate(arch.blocks):
-        counts |= {f"blocks.{i}.{kind}": count for kind, count in _block_counts(block)}
+        counts |= {f"blocks.{i}.{kind}": count for kind, count in _block_counts(block, arch.qk_rows)}
     tails = arch.text.tails if arch.text else ()
     return counts | {f"bands.{b}.tail": width for b, width in enumerate(tails, start=1)}
 
 
-def _block_counts(block: Block) -> Iterator[tuple[str, int]]:
+def _block_counts(block: Block, qk_rows: int) -> Iterator[tuple[str, int]]:
     if block.mixer == "attn" and isinstance(block.v, int):
         yield from (("heads", block.heads), ("qk", block.qk), ("v", block.v))
-        if block.v == block.qk:
-            yield "attn", block.total_v
+        if block.v == block.qk * qk_rows:
+            yield "attn", block.heads * block.qk
     if block.mlp:
         yield "mlp", block.mlp
     if block.sr:

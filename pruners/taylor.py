@@ -104,7 +104,7 @@ def attention_pairs(terms: dict[str, torch.Tensor], block: BlockView) -> torch.T
         block: one of ``models.block_views``, whose attention reads keys and values from the residual stream.
 
     Returns:
-        (H·E, D).
+        (H·E, D); a row for every unit of ``attn``.
 
     Raises:
         UserError: the block has no attention, or keys and values from a reduced map.
@@ -113,4 +113,7 @@ def attention_pairs(terms: dict[str, torch.Tensor], block: BlockView) -> torch.T
     if attention is None or attention.reduction is not None:
         raise UserError(f"{block.name} has no attention whose queries, keys and values all read the residual stream")
     rows = {layer.name: terms[f"{block.name}.{layer.weight_name}"] for layer in attention.inputs}
-    return torch.stack(attention.split(rows)).sum(0) + terms[f"{block.name}.{attention.out.weight_name}"].T
+    q, k, v = attention.split(rows)
+    v = v + terms[f"{block.name}.{attention.out.weight_name}"].T
+    both = attention.per_unit(q) + attention.per_unit(k)  # (H, E, D)
+    return both.flatten(0, 1) + v.view(both.shape[0] * both.shape[1], -1, v.shape[1]).sum(1)

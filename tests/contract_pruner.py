@@ -19,10 +19,11 @@ GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, 
 
 
 def source(family: str, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A small model of a family whose heads have one width for queries, keys and values."""
+    """A small model of a family whose heads have one width for queries, keys and values (two channels for a pair)."""
     arch = random_arch(Random(seed), family, ragged=False, missing=False, extras=False)
     stages = tuple(
-        dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, v=b.qk) for b in s.blocks)) for s in arch.stages
+        dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, v=b.qk * arch.qk_rows) for b in s.blocks))
+        for s in arch.stages
     )
     return random_model(dataclasses.replace(arch, stages=stages), seed, dtype)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, Block, BlockCut, Cut, Stage, Text, build
+from prunesweep.models import Arch, Block, BlockCut, Cut, Rope, Stage, Text, build
 from prunesweep.models.layers.activations import ACTIVATIONS
 
-FAMILIES = ("vit", "swin", "pvt_v2")  # of images; there is "lm" too
+FAMILIES = ("vit", "eva", "swin", "pvt_v2")  # of images; there is "lm" too
 
 
 def random_block(
@@ -40,7 +40,7 @@ def random_arch(
     random: Random, family: str = "vit", *, ragged: bool = True, missing: bool = True, extras: bool = True
 ) -> Arch:
     """Any record of a family; ``extras`` are convolutions, token plans and what else is no width."""
-    makers = {"vit": random_vit, "swin": random_swin, "pvt_v2": random_pvt, "lm": random_lm}
+    makers = {"vit": random_vit, "eva": random_eva, "swin": random_swin, "pvt_v2": random_pvt, "lm": random_lm}
     return makers[family](random, ragged, missing, extras)
 
 
@@ -72,15 +72,52 @@ def random_vit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         layer_scale=random.random() < 0.25,
     )
     arch = dataclasses.replace(arch, act=Random(arch.hash).choice(list(ACTIVATIONS)))  # other draws stay as they are
-    if not extras:
-        return arch
-    planned = tuple(_with_tokens(random, arch, block) for block in blocks)
-    return dataclasses.replace(arch, stages=(dataclasses.replace(arch.stages[0], blocks=planned),))
+    return arch if not extras else _planned(random, arch)
+
+
+def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Every rotation and none, gated MLPs, norms within attention and MLP, keys with and without a bias."""
+    drawn = random_vit(random, ragged, missing, extras=False)
+    blocks = [random_block(random, i, ragged=ragged, missing=missing, extras=extras) for i in range(drawn.depth)]
+    kind = random.choice([None, "axial", "axial", "centred", "mixed"])
+    if kind is not None:  # pairs of channels, no more than the source has
+        blocks = [dataclasses.replace(block, qk=min(block.qk, 4)) for block in blocks]
+    grid = drawn.stages[0].grid
+    rope = kind and Rope(
+        kind=kind,
+        pairs=4,
+        temperature=random.choice([10.0, 100.0]),
+        column_first=random.random() < 0.5,
+        offset=0.0 if kind == "mixed" else random.choice([0.0, 1.0]),
+        reference=(3, 4) if kind == "axial" and random.random() < 0.5 else None,
+    )
+    glu = random.random() < 0.4
+    arch = dataclasses.replace(
+        drawn,
+        family="eva",
+        stages=(Stage(width=drawn.stages[0].width, grid=grid, blocks=tuple(blocks)),),
+        dist_token=False,
+        qk_norm=False,
+        pos_embed=random.random() < 0.5,
+        k_bias=random.random() < 0.5,
+        attn_norm=random.random() < 0.3,
+        mlp_norm=random.random() < 0.3,
+        glu=glu,
+        rope=rope,
+    )
+    return arch if not extras else _planned(random, arch)
+
+
+def _planned(random: Random, arch: Arch) -> Arch:
+    (stage,) = arch.stages
+    planned = tuple(_with_tokens(random, arch, block) for block in stage.blocks)
+    return dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=planned),))
 
 
 def _with_tokens(random: Random, arch: Arch, block: Block) -> Block:
     if block.conv_kernel or random.random() < 0.7:
-        return dataclasses.replace(block, token_scale=block.mixer == "attn" and random.random() < 0.1)
+        scaled = block.mixer == "attn" and random.random() < 0.1 and arch.family == "vit"
+        return dataclasses.replace(block, token_scale=scaled)
     tokens = random.randint(arch.prefix_tokens + 1, arch.tokens)
     return dataclasses.replace(block, tokens=tokens, merge=random.choice(["sparse", "dense"]))
 

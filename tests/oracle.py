@@ -125,6 +125,12 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
         v = _indicator(record.total_v, tuple(c for head in choice.v for c in head), weight)
         if hasattr(block.attn, "qkv"):
             scale(block.attn.qkv, torch.cat([qk, qk, v]))
+        elif hasattr(block.attn, "v_proj"):  # first channels of all pairs, then second ones
+            rows = qk.repeat(block.attn.q_proj.out_features // width)
+            for layer, mask in ((block.attn.q_proj, rows), (block.attn.k_proj, rows), (block.attn.v_proj, v)):
+                scale(layer, mask)
+            if isinstance(block.attn.norm, nn.LayerNorm):
+                hook(block.attn.norm, _masked_norm(v))
         else:
             scale(block.attn.q, qk)
             scale(block.attn.kv, torch.cat([qk, v]))
@@ -138,4 +144,6 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
         scale(block.mlp, weight.new_zeros(()))
     elif choice.mlp:
         mlp = _indicator(record.mlp, choice.mlp, weight)
+        if isinstance(getattr(block.mlp, "norm", None), nn.LayerNorm):
+            hook(block.mlp.norm, _masked_norm(mlp))
         hook(block.mlp.fc2, lambda _m, args: (args[0] * mlp,), before=True)

@@ -54,7 +54,7 @@ class MirrorFamily(VisionTransformerFamily):
 
     name = "mirror"
     timm_classes = (MirrorViT,)
-    capabilities = frozenset({"images", "width", "depth", "global_attention", "fused_qkv", "mixed_heads"})
+    capabilities = frozenset({"images", "width", "depth", "global_attention", "mixed_heads"})
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> MirrorViT:
         (stage,) = arch.stages

@@ -44,7 +44,7 @@ class ToyFamily(Family):
     """A ViT without positions, class token and convolutions."""
 
     name = "toy"
-    capabilities = frozenset({"images", "width", "depth", "fused_qkv", "mixed_heads"})
+    capabilities = frozenset({"images", "width", "depth", "mixed_heads"})
     single_stage = True
     fixed_fields: ClassVar = {"class_token": False, "dist_token": False, "reg_tokens": 0, "pool": "avg"}
     first_conv = "stem"

@@ -11,6 +11,7 @@ from prunesweep.models.arch import Arch
 
 from .base import CAPABILITIES, Family
 from .checks import check_one_of
+from .eva import EVA
 from .lm import LM
 from .pvt_v2 import PVT_V2
 from .swin import SWIN
@@ -18,7 +19,7 @@ from .vit import VIT
 
 __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, SWIN, PVT_V2, LM)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, EVA, SWIN, PVT_V2, LM)}
 
 
 def family_of(arch: Arch | str) -> Family:

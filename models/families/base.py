@@ -31,6 +31,17 @@ from .views import AttentionView, Entrance, MlpView, Reader, attention_view, con
 
 __all__ = ["CAPABILITIES", "Family", "Place", "tensor_shapes"]
 
+_JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(  # spaces side by side on an axis
+    {
+        "merged": ("embed",) * 4,
+        "qkv": ("q", "k", "v"),
+        "kv": ("k", "v"),
+        "turned_q": ("q", "q"),  # the first channels of all pairs, and the second ones
+        "turned_k": ("k", "k"),
+        "gated": ("mlp", "mlp"),  # what is activated, and what it multiplies
+    }
+)
+
 CAPABILITIES: Mapping[str, str] = MappingProxyType(
     {
         "images": "takes images B x C x rows x columns and gives one vector of logits, or of features, for each",
@@ -42,10 +53,10 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "tokens": "a block may have a token plan: fewer tokens inside it than between blocks",
         "token_scale": "attention may have a frozen factor per token",
         "global_attention": "every block attends over all tokens of the only stage, in no order",
-        "fused_qkv": "queries, keys and values come from the same tokens by one projection, ``attn.qkv``",
         "windows": "attention is within windows, whose size is in the stage's record, and may be shifted",
         "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
+        "rotary": "queries and keys may be turned by their tokens' places, whose units are pairs of channels then",
         "features": "the tokens behind any block are one vector per patch of the first grid",
         "streams": "it can be run and refitted part by part: stem, blocks, entrances of stages, heads",
     }
@@ -82,6 +93,7 @@ class Family(ABC):
     stage_tensors: ClassVar[Table] = {}  # by the name within a stage
     outer_tensors: ClassVar[Table]  # by the name within the model
 
+    adopts: ClassVar[bool] = False  # timm's modules have other tensors than those that it builds: see ``adopted``
     first_conv: ClassVar[str | None] = "patch_embed.proj"  # for timm's ``pretrained_cfg``
     probe_patch: ClassVar[int] = 1  # side of the patches of a model made to measure its blocks
 
@@ -113,6 +125,15 @@ class Family(ABC):
 
         timm stores its ``num_classes`` and ``num_features`` with it, so it must have both.
         """
+
+    def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:
+        """Give a timm model's weights the names and the layout of ``build(arch)``; by default they have them.
+
+        Args:
+            model: one of ``timm_classes``.
+            arch: its record.
+        """
+        return dict(model.state_dict())
 
     def current(self, model: Any, arch: Arch) -> Arch:
         """Return the record of a built module as it is now, after timm's ``reset_classifier`` or ``set_input_size``.
@@ -281,7 +302,7 @@ class Family(ABC):
         elif block.conv_kernel:
             mixer = convolution_cost(stage, block)
         if block.mlp:
-            mlp = self.mlp_cost(stage, block, tokens)
+            mlp = self.mlp_cost(arch, stage, block, tokens)
         norms = norm * ((block.mixer != "none" or block.norm_residual) + (block.mlp > 0))
         return Cost(macs + mixer[0] + mlp[0], params + mixer[1] + mlp[1] + norms)
 
@@ -296,15 +317,16 @@ class Family(ABC):
         """
         return global_attention_cost(arch, stage, block, tokens)
 
-    def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
+    def mlp_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
         """Count MACs and parameters of a block's MLP, by default two linear layers.
 
         Args:
+            arch: the model's record.
             stage: the block's stage.
             block: the block.
             tokens: number of tokens inside the block.
         """
-        return mlp_cost(stage, block, tokens)
+        return mlp_cost(arch, stage, block, tokens)
 
     # --- tensors and spaces ---
 
@@ -336,6 +358,8 @@ class Family(ABC):
     def _block_use(self, arch: Arch, stage: int, index: int, use: AxisUse) -> AxisUse:
         if use.axis in ("", "embed"):
             return AxisUse(use.axis and f"stages.{stage}.embed", use.role)
+        if use.axis == "mlp_in":
+            return AxisUse(f"blocks.{index}.{'gated' if arch.glu else 'mlp'}", use.role)
         return AxisUse(f"blocks.{index}.{use.axis}", use.role)
 
     def axes(self, arch: Arch, tensor: str) -> tuple[str, ...]:
@@ -350,8 +374,7 @@ class Family(ABC):
         if not axis:
             return ()
         where, _, own = axis.rpartition(".")
-        joint = {"merged": ("embed",) * 4, "qkv": ("q", "k", "v"), "kv": ("k", "v")}.get(own, (own,))
-        return tuple(f"{where}.{part}" for part in joint)
+        return tuple(f"{where}.{part}" for part in _JOINT.get(own, (own,)))
 
     def spaces(self, arch: Arch) -> dict[str, int]:
         """Return the size of every space of a record.
@@ -368,9 +391,9 @@ class Family(ABC):
     def block_spaces(self, arch: Arch, block: Block) -> dict[str, int]:
         """Return the size of the spaces within a block; 0 for one that this block lacks.
 
-        ``q`` and ``k`` (H·E each), ``v`` (all heads' value channels, or a convolution's bottleneck), ``mlp``, ``sr``
-        (PVTv2's reduced map); ``qk_norm`` (E) where all heads share norms of queries and keys, and ``heads`` where a
-        tensor has one entry per head.
+        ``q`` and ``k`` (H·E each; H·P pairs, where pairs of channels are turned), ``v`` (all heads' value channels, or
+        a convolution's bottleneck), ``mlp``, ``sr`` (PVTv2's reduced map); ``qk_norm`` (E) where all heads share norms
+        of queries and keys, and ``heads`` where a tensor has one entry per head.
         """
         qk = block.heads * block.qk
         shared_norm = block.qk * arch.qk_norm

@@ -31,14 +31,14 @@ def projection_params(arch: Arch, stage: Stage, block: Block, channels: int) -> 
         H E D + (H E + V) C + V D    weights of queries, of keys and values, and of the output
 
     Args:
-        arch: the record, for ``qkv_bias`` and ``qk_norm``.
+        arch: the record, for biases, norms and channels of a query/key unit.
         stage: the block's stage; D is its width.
         block: the block.
         channels: C, channels that keys and values are read from.
     """
-    qk, v = block.heads * block.qk, block.total_v
-    params = qk * (stage.width + arch.qkv_bias) + (qk + v) * (channels + arch.qkv_bias) + (v + 1) * stage.width
-    return params + 4 * block.qk * arch.qk_norm
+    qk, v, k_bias = block.heads * block.qk * arch.qk_rows, block.total_v, arch.qkv_bias and arch.k_bias
+    params = qk * (stage.width + arch.qkv_bias) + qk * (channels + k_bias) + v * (channels + arch.qkv_bias)
+    return params + (v + 1) * stage.width + 4 * block.qk * arch.qk_norm + 2 * v * arch.attn_norm
 
 
 def global_attention_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
@@ -53,7 +53,7 @@ def global_attention_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -
         block: the block.
         tokens: N.
     """
-    qk, v = block.heads * block.qk, block.total_v
+    qk, v = block.heads * block.qk * arch.qk_rows, block.total_v
     macs = tokens * (stage.width + tokens) * (qk + v) + tokens * stage.width * (qk + v)
     return macs, projection_params(arch, stage, block, stage.width)
 
@@ -73,12 +73,15 @@ def convolution_cost(stage: Stage, block: Block) -> Counts:
     return macs, (stage.width * (taps + 1) + 3) * block.total_v + stage.width
 
 
-def mlp_cost(stage: Stage, block: Block, tokens: int) -> Counts:
-    """Count MACs, 2 N D M, and parameters of two linear layers with biases.
+def mlp_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
+    """Count MACs, 2 N D M or, gated, 3 N D M, and parameters of two linear layers with biases and of a norm between.
 
     Args:
+        arch: the record.
         stage: the block's stage; D is its width.
         block: the block; M is its MLP width.
         tokens: N.
     """
-    return tokens * block.mlp * 2 * stage.width, block.mlp * (2 * stage.width + 1) + stage.width
+    inputs = 1 + arch.glu
+    unit = (inputs + 1) * stage.width
+    return tokens * block.mlp * unit, block.mlp * (unit + inputs + 2 * arch.mlp_norm) + stage.width

@@ -8,10 +8,14 @@ from typing import Any
 from prunesweep.models.arch import Arch
 from prunesweep.models.errors import UserError, nearest
 
-__all__ = ["PYRAMID", "check_at_least", "check_fixed", "check_one_of"]
+__all__ = ["PLAIN", "PYRAMID", "check_at_least", "check_fixed", "check_one_of"]
 
+# fields of a block as ViT has it
+PLAIN: Mapping[str, Any] = {"k_bias": True, "attn_norm": False, "glu": False, "mlp_norm": False, "rope": None}
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {
+    **PLAIN,
+    "pos_embed": True,
     "class_token": False,
     "dist_token": False,
     "reg_tokens": 0,

@@ -229,7 +229,7 @@ class LanguageModelFamily(Family):
     """The family ``lm``: the decoder of this module; its grid is one row of words."""
 
     name = "lm"
-    capabilities = frozenset({"text", "width", "depth", "fused_qkv", "mixed_heads", "streams"})
+    capabilities = frozenset({"text", "width", "depth", "mixed_heads", "streams"})
     single_stage = True
     fixed_fields: ClassVar[dict[str, Any]] = {
         **PYRAMID,

@@ -315,9 +315,9 @@ class PVTv2Family(Family):
         reduction = block.sr * (stage.width * stage.sr_ratio**2 + 3)
         return macs, projection_params(arch, stage, block, block.sr) + reduction
 
-    def mlp_cost(self, stage: Stage, block: Block, tokens: int) -> Counts:
+    def mlp_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
         """Count two linear layers and a 3x3 depthwise convolution between them."""
-        macs, params = mlp_cost(stage, block, tokens)
+        macs, params = mlp_cost(arch, stage, block, tokens)
         return macs + tokens * block.mlp * 9, params + 10 * block.mlp
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:

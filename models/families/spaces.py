@@ -104,7 +104,11 @@ CONVOLUTION: Table = {  # models.layers.mixers.ConvMixer: its bottleneck channel
     "attn.bconv.1.num_batches_tracked": (),
     **linear("attn.bconv.3", "embed", "v"),
 }
-MLP: Table = {**linear("mlp.fc1", "mlp", "embed"), **linear("mlp.fc2", "embed", "mlp")}
+MLP: Table = {  # of a gated one, the first layer has two rows for a unit
+    **linear("mlp.fc1", "mlp_in", "embed"),
+    **per_channel("mlp.norm", "mlp"),
+    **linear("mlp.fc2", "embed", "mlp"),
+}
 NORMS: Table = {**per_channel("norm1", "embed"), **per_channel("norm2", "embed")}
 TOKEN_PLAN: Table = {f"token_merge.{part}": () for part in ("assign", "weight", "matrix", "recover", "takes_part")}
 BLOCK: Table = {

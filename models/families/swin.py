@@ -171,7 +171,7 @@ class SwinFamily(Family):
     """timm's Swin: attention in windows, shifted or not, and patch merging between stages."""
 
     name = "swin"
-    capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "fused_qkv", "windows", "streams"})
+    capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "windows", "streams"})
     timm_classes = (SwinTransformer,)
     stages_name = "layers"
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import GluMlp
 from torch import nn
 
 from prunesweep.models.arch import Block
 from prunesweep.models.layers.mixers import attend
+from prunesweep.models.layers.rotary import RotaryAttention
 
 __all__ = [
     "AttentionView",
@@ -193,6 +195,9 @@ class AttentionView:
         windows: those that attention is within, where it is not over all tokens.
         causal: a token attends to itself and those before it only.
         scale: LayerScale on its output; the identity where there is none.
+        rotary: the attention, where pairs of its channels are turned or its queries and keys are laid out in pairs.
+        coordinates: gives the places of merged tokens, in a block with a token plan whose tokens are turned.
+        out_norm: over the value channels of all heads; the identity where there is none.
     """
 
     name: str
@@ -209,6 +214,9 @@ class AttentionView:
     windows: WindowView | None = None
     causal: bool = False
     scale: nn.Module = field(default_factory=nn.Identity)
+    rotary: RotaryAttention | None = None
+    coordinates: Callable[[], torch.Tensor] | None = None
+    out_norm: nn.Module = field(default_factory=nn.Identity)
 
     @property
     def token_scale(self) -> torch.Tensor | None:
@@ -226,9 +234,25 @@ class AttentionView:
         q, k, v = (rows[part.name][part.rows] for part in (self.q, self.k, self.v))
         return q, k, v
 
+    def per_unit(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sum what belongs to the rows of queries, or of keys, over units: (H, E, ...) or (H, P, ...).
+
+        Args:
+            rows: (H·E, ...), or (2 H P, ...).
+        """
+        return rows.view(-1, self.record.heads, self.record.qk, *rows.shape[1:]).sum(0)
+
     def by_head(self, q: torch.Tensor) -> torch.Tensor:
         """Reshape queries or keys (B, N, H·E) to (B, H, N, E)."""
-        return rearrange(q, "b n (h e) -> b h n e", h=self.record.heads)
+        return (
+            rearrange(q, "b n (h e) -> b h n e", h=self.record.heads) if self.rotary is None else self.rotary.by_head(q)
+        )
+
+    def turned(self, q: torch.Tensor) -> torch.Tensor:
+        """Turn queries or keys (B, H, n, E) of the first n tokens by their places, behind the norms."""
+        if self.rotary is None:
+            return q
+        return self.rotary.rotate(q, None if self.coordinates is None else self.coordinates())
 
     def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute (B, N, H·E), (B, N, H·E) and (B, N, V) of ``x`` (B, N, D), before the norms; each layer runs once."""
@@ -287,8 +311,8 @@ class AttentionView:
         options: dict[str, Any] = {"is_causal": True} if self.causal else {}
         if self.windows is not None:
             options["attn_mask"] = self.windows.logit_bias(len(q)).to(q.dtype)
-        q, k = self.q_norm(self.by_head(q)), self.k_norm(self.by_head(k))
-        out = attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options)
+        q, k = self.turned(self.q_norm(self.by_head(q))), self.turned(self.k_norm(self.by_head(k)))
+        out = self.out_norm(attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options))
         return out if self.windows is None else self.windows.join(out, x.shape[1:3])
 
     def projected(self, x: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -325,11 +349,14 @@ class MlpView:
         name: of the MLP within its block.
         module: all of it.
         norm: what its input comes from.
-        inputs: the layers whose rows are the hidden units; a gated MLP has two.
+        inputs: the layers whose rows are the hidden units; of a gated MLP, first those that are activated, then those
+            that they multiply.
         out: the layer whose columns are the hidden units.
         act_name: of the activation within the block.
         conv: a depthwise convolution of the hidden units before the activation, where there is one (PVTv2).
         scale: LayerScale on its output; the identity where there is none.
+        gated: every unit has two rows.
+        inner_norm: over the hidden units, behind the activation; the identity where there is none.
     """
 
     name: str
@@ -340,6 +367,12 @@ class MlpView:
     act_name: str
     conv: nn.Module | None = None
     scale: nn.Module = field(default_factory=nn.Identity)
+    gated: bool = False
+    inner_norm: nn.Module = field(default_factory=nn.Identity)
+
+    def per_unit(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sum what belongs to the rows of a layer of ``inputs`` over those of a unit, (M,)."""
+        return rows.view(2, -1).sum(0) if self.gated else rows
 
     @property
     def act(self) -> nn.Module:
@@ -364,11 +397,14 @@ class MlpView:
         return tuple(Reader(view.name, view.layer, self.norm, self.norm) for view in self.inputs)
 
     def activated(self, y: torch.Tensor, rows: int) -> torch.Tensor:
-        """Compute the hidden units (B, N, M) from the output of the layer in front of them, in the same shape."""
+        """Compute the hidden units (B, N, M) from the output of the layer in front of them, (B, N, its rows)."""
         if self.conv is not None:
             y = self.conv(rearrange(y, "b (h w) m -> b m h w", h=rows))
             y = rearrange(y, "b m h w -> b (h w) m")
-        return self.act(y)
+        if not self.gated:
+            return self.inner_norm(self.act(y))  # type: ignore[no-any-return]
+        gate, value = y.chunk(2, -1)
+        return self.inner_norm(self.act(gate) * value)  # type: ignore[no-any-return]
 
 
 def consecutive(name: str, layer: nn.Linear, *widths: int) -> tuple[LinearView, ...]:
@@ -391,6 +427,7 @@ def attention_view(
     *,
     windows: WindowView | None = None,
     causal: bool = False,
+    **rotary: Any,
 ) -> AttentionView:
     """View ``block.attn``, which follows ``block.norm1`` and ends with ``proj``.
 
@@ -401,6 +438,7 @@ def attention_view(
         reduction: what keys and values are read from, if not the attention's input.
         windows: those that attention is within, if not over all tokens.
         causal: a token attends to itself and those before it only.
+        rotary: ``rotary``, ``coordinates`` and ``out_norm`` of ``AttentionView``.
     """
     attn: Any = block.get_submodule("attn")
     q, k, v = projections
@@ -419,11 +457,12 @@ def attention_view(
         windows=windows,
         causal=causal,
         scale=getattr(block, "ls1", nn.Identity()),
+        **rotary,
     )
 
 
 def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
-    """View ``block.mlp``: behind ``block.norm2``, the layers ``fc1``, ``conv`` if it is given, ``act`` and ``fc2``.
+    """View ``block.mlp``: behind ``block.norm2``, ``fc1``, ``conv`` if it is given, ``act``, ``norm`` and ``fc2``.
 
     Args:
         block: the block's module.
@@ -439,4 +478,6 @@ def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
         act_name="mlp.act",
         conv=conv,
         scale=getattr(block, "ls2", nn.Identity()),
+        gated=isinstance(mlp, GluMlp),
+        inner_norm=getattr(mlp, "norm", nn.Identity()),
     )

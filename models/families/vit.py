@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from timm.layers import (
     Attention,
     DropPath,
     Format,
+    GluMlp,
     LayerNorm,
     LayerScale,
     Mlp,
@@ -34,17 +36,27 @@ from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS
 from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
+from prunesweep.models.layers.rotary import Places, merged_places
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
 
 from .base import Family
 from .block_costs import Cost
-from .checks import check_fixed, check_one_of
+from .checks import PLAIN, check_fixed, check_one_of
 from .reading import Require, activation_of, layer_norms, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, writes
 from .views import Reader
 
-__all__ = ["VIT", "HeteroBlock", "build_vit"]
+__all__ = [
+    "VIT",
+    "HeteroBlock",
+    "HeteroVisionTransformer",
+    "VisionTransformerFamily",
+    "build_vit",
+    "read_mlp",
+    "stock_attention",
+]
 
+MakeAttention = Callable[[Arch, Block, Any], nn.Module]  # of the record, a block's, and the class of norms
 # fields that timm's VisionTransformerDistilled fixes
 DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
 
@@ -64,6 +76,8 @@ class HeteroBlock(nn.Module):
         drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: Any = LayerNorm,
+        attention: MakeAttention | None = None,
+        places: Places | None = None,
     ) -> None:
         super().__init__()
         (stage,) = arch.stages
@@ -76,23 +90,33 @@ class HeteroBlock(nn.Module):
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
         self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
+        self.places, self.prefix_tokens = places, arch.prefix_tokens
         self.token_merge: SparseMerge | DenseMerge | None = None
         if block.tokens is not None:
             self.token_merge = make_merge(block.merge, arch.tokens, block.tokens, arch.prefix_tokens)
         if block.mixer != "none" or block.norm_residual:
             self.norm1 = norm_layer(dim)
-            self.attn = _mixer(arch, block, norm_layer)
+            self.attn = _mixer(arch, block, norm_layer, attention or stock_attention)
             self.ls1, self.drop_path1 = scale(), drop()
         if self.has_mlp:
             self.norm2 = norm_layer(dim)
-            self.mlp = Mlp(dim, block.mlp, act_layer=act_layer)
+            self.mlp = _mlp(arch, block, act_layer, norm_layer)
             self.ls2, self.drop_path2 = scale(), drop()
+
+    @property
+    def coordinates(self) -> Callable[[], torch.Tensor] | None:
+        """Gives the places of merged tokens; None where there is no token plan, or nothing is turned by places."""
+        places, merge = self.places, self.token_merge
+        if places is None or merge is None:
+            return None
+        return lambda: merged_places(merge, places.coordinates, self.prefix_tokens)
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Run the block on tokens, (B, N, D) to the same."""
         z = x if self.token_merge is None else self.token_merge.merge(x)
         if self.mixer == "attn":
-            y = self.attn(self.norm1(z), attn_mask=attn_mask, is_causal=is_causal)
+            merged = {} if self.coordinates is None else {"coordinates": self.coordinates()}
+            y = self.attn(self.norm1(z), attn_mask=attn_mask, is_causal=is_causal, **merged)
             z = z + self.drop_path1(self.ls1(y))
         elif self.mixer != "none" or self.norm_residual:
             z = z + self.drop_path1(self.ls1(self.attn(self.norm1(z))))
@@ -101,12 +125,26 @@ class HeteroBlock(nn.Module):
         return z if self.token_merge is None else self.token_merge.spread(z, x)
 
 
-def _mixer(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
+def _mlp(arch: Arch, block: Block, act_layer: Any, norm_layer: Any) -> nn.Module:
+    (stage,) = arch.stages
+    options = {"act_layer": act_layer, "norm_layer": norm_layer if arch.mlp_norm else None}
+    if arch.glu:
+        return GluMlp(stage.width, 2 * block.mlp, gate_last=False, **options)
+    return Mlp(stage.width, block.mlp, **options)
+
+
+def _mixer(arch: Arch, block: Block, norm_layer: Any, attention: MakeAttention) -> nn.Module:
     (stage,) = arch.stages
     if block.mixer == "none":
         return nn.Identity()
     if block.conv_kernel:
         return ConvMixer(stage.width, block.total_v, block.conv_kernel, stage.grid, arch.prefix_tokens)
+    return attention(arch, block, norm_layer)
+
+
+def stock_attention(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
+    """Make the attention of a ViT's block: timm's own where that can hold its heads."""
+    (stage,) = arch.stages
     options = {"qkv_bias": arch.qkv_bias, "qk_norm": arch.qk_norm, "norm_layer": norm_layer}
     if block.stock_heads and not block.token_scale:
         return Attention(stage.width, block.heads, attn_head_dim=block.qk, **options)
@@ -158,20 +196,31 @@ def _check_size(arch: Arch, img_size: tuple[int, int], patch_size: tuple[int, in
         )
 
 
-def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
-    """Build a timm VisionTransformer (with a distillation token, VisionTransformerDistilled) with ``arch``'s blocks.
+def build_vit(
+    arch: Arch,
+    *,
+    drop_path: float = 0.0,
+    model_class: type[VisionTransformer] = HeteroVisionTransformer,
+    attention: MakeAttention = stock_attention,
+    places: Places | None = None,
+) -> VisionTransformer:
+    """Build a timm VisionTransformer with ``arch``'s blocks.
 
     Args:
         arch: the record.
         drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+        model_class: VisionTransformer, or a class of the same arguments.
+        attention: makes the attention of a block from the record, the block's, and the class of norms.
+        places: of the patches, where pairs of channels are turned by them.
     """
     (stage,) = arch.stages
 
-    def block_fn(*, depth: int, drop_path: float, act_layer: Any, norm_layer: Any, **_: Any) -> HeteroBlock:
-        return HeteroBlock(arch, stage.blocks[depth], drop_path=drop_path, act_layer=act_layer, norm_layer=norm_layer)
+    def block_fn(*, depth: int, **options: Any) -> HeteroBlock:
+        own = {name: options[name] for name in ("drop_path", "act_layer", "norm_layer")}
+        return HeteroBlock(arch, stage.blocks[depth], attention=attention, places=places, **own)
 
     options: dict[str, Any] = {"reg_tokens": arch.reg_tokens} if arch.reg_tokens else {}
-    return (HeteroVisionTransformerDistilled if arch.dist_token else HeteroVisionTransformer)(
+    return model_class(
         img_size=arch.img_size,
         patch_size=arch.patch_size,
         in_chans=arch.in_chans,
@@ -181,6 +230,7 @@ def build_vit(arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         depth=len(stage.blocks),
         num_heads=1,  # the real numbers are in the record; timm would only pass this one on to block_fn
         class_token=arch.class_token,
+        pos_embed="learn" if arch.pos_embed else "none",
         no_embed_class=not arch.prefix_pos_embed,
         pre_norm=arch.pre_norm,
         final_norm=arch.head_norm != "none",
@@ -207,14 +257,14 @@ class VisionTransformerFamily(Family):
             "tokens",
             "token_scale",
             "global_attention",
-            "fused_qkv",
             "mixed_heads",
             "features",
             "streams",
         }
     )
-    timm_classes = (VisionTransformer, VisionTransformerDistilled)
+    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
     single_stage = True
+    fixed_fields: ClassVar[dict[str, Any]] = {name: PLAIN[name] for name in ("k_bias", "attn_norm", "rope")}
     conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e-2)
     block_tensors = BLOCK
     outer_tensors: ClassVar[Table] = {
@@ -237,11 +287,10 @@ class VisionTransformerFamily(Family):
         needs(model.attn_pool is None, "it has an attention pool")
         needs(model.global_pool in ("token", "avg"), f"its pooling is {model.global_pool!r}, not 'token' or 'avg'")
         needs(not model.pool_include_prefix, "its pooling includes the prefix tokens")
-        needs(model.pos_embed is not None, "it has no learned position embedding")
         eps = shared_eps(layer_norms(model, needs), needs)
         blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in bias, q/k norm, layer scale or activation")
-        qkv_bias, qk_norm, layer_scale, act = features[0]
+        qkv_bias, qk_norm, layer_scale, act, glu, mlp_norm = features[0]
         rows, columns = embed.grid_size
         arch = Arch(
             family=self.name,
@@ -263,13 +312,17 @@ class VisionTransformerFamily(Family):
             layer_scale=layer_scale,
             norm_eps=eps,
             act=act,
+            pos_embed=model.pos_embed is not None,
+            glu=glu,
+            mlp_norm=mlp_norm,
         )
         needs((embed.proj.bias is None) == arch.pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
         return arch
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         """Build a timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
-        return build_vit(arch, drop_path=drop_path)
+        kind = HeteroVisionTransformerDistilled if arch.dist_token else HeteroVisionTransformer
+        return build_vit(arch, drop_path=drop_path, model_class=kind)
 
     def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         """Compute tokens (B, N, D) with their positions from images."""
@@ -342,7 +395,7 @@ class VisionTransformerFamily(Family):
         pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
         macs = width * (patches * pixels + (1 + arch.dist_token) * arch.num_classes)
         embed = width * pixels + (0 if arch.pre_norm else width)
-        positions = patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0)
+        positions = arch.pos_embed * (patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0))
         norms = (arch.head_norm != "none") + arch.pre_norm
         heads = (1 + arch.dist_token) * (width + 1) * arch.num_classes
         return Cost(macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads)
@@ -364,7 +417,7 @@ def _check_any_tokens(arch: Arch, option: str) -> int:
     return arch.prefix_tokens
 
 
-def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, bool, bool, str]]:
+def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, bool, bool, str, bool, bool]]:
     """Read the record of one block, and the features that all blocks of a model must share."""
     where = f"block {index}"
     require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
@@ -373,23 +426,39 @@ def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[
     require(attn.gate is None, f"{where} gates its attention")
     require(isinstance(attn.norm, nn.Identity), f"{where} normalises its attention output")
     require(attn.proj.bias is not None, f"{where} has no projection bias")
-    act = activation_of(mlp, Mlp, where, require)
-    require(isinstance(mlp.norm, nn.Identity), f"{where} normalises inside its MLP")
+    units, act, glu, mlp_norm = read_mlp(mlp, where, require)
     record = Block(
         src=index,
         heads=attn.num_heads,
         qk=attn.head_dim,
         v=attn.head_dim,
         scale=float(attn.scale),
-        mlp=mlp.fc1.out_features,
+        mlp=units,
     )
     features = (
         attn.qkv.bias is not None,
         not isinstance(attn.q_norm, nn.Identity),
         isinstance(block.ls1, LayerScale),
         act,
+        glu,
+        mlp_norm,
     )
     return record, features
+
+
+def read_mlp(mlp: Any, where: str, require: Require) -> tuple[int, str, bool, bool]:
+    """Read hidden units, activation, whether it is gated and whether it normalises its units, of a block's MLP.
+
+    Args:
+        mlp: timm's Mlp or GluMlp.
+        where: the block, for the message.
+        require: ``require`` with the model's name bound.
+    """
+    glu = type(mlp) is GluMlp
+    act = activation_of(mlp, GluMlp if glu else Mlp, where, require)
+    require(not (glu and mlp.gate_last), f"{where} activates the second half of a gated MLP's inputs")
+    require(mlp.fc1.bias is not None and mlp.fc2.bias is not None, f"{where} has no biases in its MLP")
+    return mlp.fc2.in_features, act, glu, not isinstance(mlp.norm, nn.Identity)
 
 
 def _head_norm(model: Any) -> str:

@@ -31,6 +31,7 @@ from prunesweep.models.arch import Arch
 from prunesweep.models.builder import (
     DROP_RATES,
     ENTRY_POINT,
+    adopted,
     arch_of,
     build_with,
     create,
@@ -117,6 +118,7 @@ def rebuilt(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model cannot be represented, was changed after it was built, or has no plain numbers as weights.
     """
+    model = adopted(model)
     arch = arch_of(model)
     _check_plain(model)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}  # files have no channels_last

@@ -186,7 +186,7 @@ class LatencyTable:
         """Predict the milliseconds per batch that one unit less of every prunable vector saves, at ``arch``'s widths.
 
         NViT's one-unit backward differences, with the names of scores: ``stages.0.embed``; of every block, such as
-        ``blocks.3.qk``: heads, qk, v (of all heads at once), attn (one channel of one head's query, key and value),
+        ``blocks.3.qk``: heads, qk, v (of all heads at once), attn (one unit of one head's query, key and value),
         mlp and sr. 0 where the narrower point lies outside the grid, and where wider measured as faster, which is
         noise (a few per cent of the steps in NViT's own table).
         """
@@ -202,7 +202,7 @@ class LatencyTable:
             if block.mixer == "attn":
                 for kind in ("heads", "qk", "v"):
                     gains[f"blocks.{i}.{kind}"] = placed.gain(**{kind: at[kind] - 1})
-                gains[f"blocks.{i}.attn"] = placed.gain(qk=at["qk"] - 1, v=at["v"] - 1) / block.heads
+                gains[f"blocks.{i}.attn"] = placed.gain(qk=at["qk"] - 1, v=at["v"] - arch.qk_rows) / block.heads
             for kind, size in (("mlp", block.mlp), ("sr", block.sr)):
                 if size:
                     gains[f"blocks.{i}.{kind}"] = placed.gain(**{kind: size - 1})

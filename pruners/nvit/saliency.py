@@ -30,7 +30,9 @@ from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 __all__ = ["FAMILIES", "KINDS", "raw_saliency", "score"]
 
 KINDS = ("embed", "heads", "qk", "v", "mlp")
-FAMILIES = FamiliesWith("images", "width", "fused_qkv")  # no unit stands for a reduced map's channels
+FAMILIES = FamiliesWith(
+    "images", "width", without=("spatial_reduction",)
+)  # no unit stands for a reduced map's channels
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -105,7 +107,9 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
         i, s = block.index, block.stage
         if block.attention is not None:
             rows, inputs = _sums(block.attention.inputs)
-            q, k, v = (part.view(block.record.heads, -1) for part in block.attention.split(rows))  # heads x channels
+            q, k, v = block.attention.split(rows)
+            q, k = block.attention.per_unit(q), block.attention.per_unit(k)
+            v = v.view(block.record.heads, -1)
             raw[f"blocks.{i}.heads"] = q.sum(1) + k.sum(1) + v.sum(1)
             raw[f"blocks.{i}.qk"], raw[f"blocks.{i}.v"] = q.sum(0), v.sum(0)
             embed[s] = embed[s] + inputs + _rows_and_bias(block.attention.out)
@@ -115,7 +119,7 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
             embed[s] = embed[s] + inputs + _flat(part["attn.bconv.3.weight"]) + part["attn.bconv.3.bias"]
         if block.mlp is not None:
             rows, inputs = _sums(block.mlp.inputs)
-            raw[f"blocks.{i}.mlp"] = torch.stack(list(rows.values())).sum(0)
+            raw[f"blocks.{i}.mlp"] = torch.stack([block.mlp.per_unit(own) for own in rows.values()]).sum(0)
             embed[s] = embed[s] + inputs + _rows_and_bias(block.mlp.out)
     raw |= {f"stages.{s}.embed": vector for s, vector in enumerate(embed)}
     return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in raw.items()}

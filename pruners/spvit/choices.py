@@ -68,6 +68,10 @@ def check_family(arch: Arch) -> None:
     """Raise UserError where SPViT cannot serve the family of ``arch``."""
     if arch.family not in FAMILIES:
         raise UserError(f"{arch.source} is of family {arch.family!r}: SPViT serves families {', '.join(FAMILIES)}")
+    if arch.mlp_norm:
+        raise UserError(
+            f"{arch.source} normalises the hidden units of its MLPs: SPViT's unit gates would change those that stay"
+        )
 
 
 def fit_units(

@@ -125,7 +125,7 @@ class _Losses:
         i, record = view.index, view.record
         weight = attention.out.weight.double()
         whole = Batches(attention.mixed(x, stage.grid) for x in self._held())
-        if isinstance(record.v, int):
+        if isinstance(record.v, int) and can_project(self.arch, f"blocks.{i}.v"):
             # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
             covariance, mean = moments(attention.mixed(x, stage.grid).double() for x in self._rows(record.total_v))
             reached = covariance @ weight.T  # (V, D)

@@ -259,15 +259,18 @@ class Compression(Refit):
     def _project(self, own: Sequence[Reader], source: Sequence[Reader], s: int, prefix: str) -> None:
         if s not in self.gains:
             return
+        shifts: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by the norm, which several may read
         for reader, wanted in zip(own, source, strict=True):
             if reader.norm is None or wanted.norm is None:
                 continue
             reader.weight.mul_(self.gains[s])
             beta = wanted.norm.get_parameter("bias").double()
             if bool(beta.any()):
-                outputs = wanted.weight.double() @ beta
                 start = self._start(f"{prefix}{wanted.name}", wanted, s)
-                reader.norm.get_parameter("bias").copy_(solve_shift(start, outputs))
+                shifts.setdefault(reader.norm, []).append((start, wanted.weight.double() @ beta))
+        for norm, found in shifts.items():
+            starts, outputs = (torch.cat(parts) for parts in zip(*found, strict=True))
+            norm.get_parameter("bias").copy_(solve_shift(starts, outputs))
 
     def _start(self, name: str, source: Reader, s: int) -> torch.Tensor:
         """Project what a layer reads, with all of its outputs, (G, F) in float64."""
@@ -314,7 +317,7 @@ class Compression(Refit):
         wanted, record = source.attention, own.record
         assert wanted is not None
         full, columns = wanted.record, self._written(wanted.out.weight.double(), source.stage)
-        eye = torch.eye(full.qk, dtype=torch.float64, device=columns.device)
+        eye = torch.eye(full.qk * self.arch.qk_rows, dtype=torch.float64, device=columns.device)
         pairs = [(eye, eye)] * full.heads
         if record.qk < full.qk:
             queries, keys = (self.statistics.heads[source.index][n].to(columns.device) for n in range(2))

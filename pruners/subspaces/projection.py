@@ -38,7 +38,7 @@ def projected_widths(arch: Arch, decision: Cut) -> Widths:
 
 
 def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
-    """Leave whole what a projected model has whole: heads, and queries and keys that can only be chosen.
+    """Leave whole what a projected model has whole: heads, and queries and keys, or values, that can only be chosen.
 
     A cut with these groups has the record, and so the cost, of the model that is projected to its widths.
 
@@ -46,14 +46,19 @@ def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
         arch: the source's record.
         groups: units per group by kind; 0 leaves a kind whole.
     """
-    chosen = any(not can_project(arch, f"blocks.{i}.q") for i, block in enumerate(arch.blocks) if block.mixer == "attn")
-    return {**groups, "heads": 0, **({"qk": 0} if chosen else {})}
+    attends = [i for i, block in enumerate(arch.blocks) if block.mixer == "attn"]
+    chosen = [
+        kind
+        for kind, space in (("qk", "q"), ("v", "v"))
+        if any(not can_project(arch, f"blocks.{i}.{space}") for i in attends)
+    ]
+    return {**groups, "heads": 0, **dict.fromkeys(chosen, 0)}
 
 
 def projectable(arch: Arch, decision: Cut) -> Cut:
     """Return the cut with the record, and so the cost, of the model that is projected to a decision's widths.
 
-    Like any candidate that is projected, it keeps every head, and queries and keys that can only be chosen; channels
+    Like any candidate that is projected, it keeps every head, and what of it can only be chosen; channels
     and units are the first ones, as the subspace decides what stays.
 
     Args:
@@ -80,7 +85,8 @@ def _first(arch: Arch, i: int, decided: BlockCut, own: BlockWidths) -> BlockCut:
         width = own.qk if can_project(arch, f"blocks.{i}.q") else block.qk
         starts = [0, *accumulate(block.v_widths)]
         qk = tuple(tuple(range(h * block.qk, h * block.qk + width)) for h in range(block.heads))
-        v = tuple(tuple(range(start, start + n)) for start, n in zip(starts, own.v, strict=False))
+        values = own.v if can_project(arch, f"blocks.{i}.v") else block.v_widths
+        v = tuple(tuple(range(start, start + n)) for start, n in zip(starts, values, strict=False))
     return dataclasses.replace(
         decided,
         qk=qk,

@@ -99,7 +99,9 @@ def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
     blocks = tuple(
         BlockWidths(
             qk=part(block.qk) if block.mixer == "attn" and can_project(arch, f"blocks.{i}.q") else None,
-            v=tuple(part(v) for v in block.v_widths) if block.mixer == "attn" else None,
+            v=tuple(part(v) for v in block.v_widths)
+            if block.mixer == "attn" and can_project(arch, f"blocks.{i}.v")
+            else None,
             mlp=part(block.mlp) if block.mlp else None,
             sr=part(block.sr) if block.sr else None,
         )
@@ -175,6 +177,12 @@ def narrow_block(arch: Arch, i: int, own: BlockWidths) -> Block:
         kept = tuple(full if rank is None else rank for rank, full in zip(v, block.v_widths, strict=True))
         for rank, full in zip(kept, block.v_widths, strict=True):
             _check(f"{where}.v", rank, full)
+        if (
+            own.mixer is None
+            and kept != block.v_widths
+            and (reason := family_of(arch).only_chosen(arch, f"blocks.{i}.v"))
+        ):
+            raise UserError(f"{where}.v = {own.v}: {reason} of {arch.source}")
         changes["v"] = kept[0] if len(set(kept)) == 1 else kept
         if own.sr is not None:
             _check(f"{where}.sr", own.sr, block.sr)

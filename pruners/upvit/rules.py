@@ -24,6 +24,7 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.arch import Block
+from prunesweep.models.cutting import joint_values
 from prunesweep.pruners.scores import Scores, unit_counts
 
 from .importance import SKIP
@@ -106,7 +107,8 @@ def select(
         own_sr = None
         if block.sr and (kept := embed[s]) is not None:
             own_sr = _reduced(arch, i, s, scores, kept, sr)
-        choices.append(BlockCut(qk=attn, v=attn, mlp=mlp.get(i), sr=own_sr))
+        values = None if attn is None else tuple(joint_values(block, head) for head in attn)
+        choices.append(BlockCut(qk=attn, v=values, mlp=mlp.get(i), sr=own_sr))
     whole = embed == (None,) * count
     return Cut(embed=None if whole else embed, blocks=tuple(choices), tails=_tails(arch, scores, target))
 
@@ -213,12 +215,12 @@ def _attention(
 def _contiguous(arch: Arch, i: int, heads: int) -> int:
     """Return ``heads``, where block ``i``'s channels make as many groups."""
     block = arch.blocks[i]
-    able = [h for h in range(1, block.heads + 1) if block.total_v % h == 0]
+    able = [h for h in range(1, block.heads + 1) if block.heads * block.qk % h == 0]
     if arch.qk_norm:
         raise UserError("attn_group = 'contiguous': with q/k norm a head cannot mix others; use 'whole_heads'")
     if heads not in able:
         raise UserError(
-            f"target.heads = {heads}: the {block.total_v} channels of block {i} make equal contiguous groups for "
+            f"target.heads = {heads}: the {block.heads * block.qk} units of block {i} make equal contiguous groups for "
             f"{', '.join(map(str, able))} heads; take one of these, or attn_group = 'whole_heads'"
         )
     return heads

@@ -13,7 +13,7 @@ import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import nn
 
-from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, read_arch, save, weights_digest
+from prunesweep.models import Arch, UserError, adopted, arch_of, load, load_provenance, read_arch, save, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.files import make_folder
@@ -249,7 +249,7 @@ def open_source_data(config: SearchConfig) -> Data:
     else:
         with torch.device("meta"):
             model = timm.create_model(source.model, pretrained=False, **source.args)
-    arch = arch_of(model)
+    arch = Arch.from_timm(model)
     data = open_data(
         config.data.name, {**model.pretrained_cfg, "input_size": (arch.in_chans, *arch.img_size)}, **options
     )
@@ -280,7 +280,7 @@ def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[s
         raise UserError(f"source.model = {source.model!r} with args {dict(args)} cannot be made: {error}") from error
     if source.model.startswith("local-dir:"):  # timm makes float32 of it
         model.stored_dtype = dtype_in(Path(source.model.removeprefix("local-dir:"), WEIGHTS))
-    return model
+    return adopted(model)
 
 
 def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, Cost, Cut, UserError, arch_of, cost, cut, load, save, weights_digest
+from prunesweep.models import Arch, Cost, Cut, UserError, adopted, arch_of, cost, cut, load, save, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import versions
@@ -117,7 +117,7 @@ def open_source(name: str) -> Any:
         raise UserError(f"{name!r} is neither the folder of a saved model nor a timm model. {hint}".strip())
     Arch.from_timm(name)
     try:
-        model = timm.create_model(name, pretrained=True).eval()
+        model = adopted(timm.create_model(name, pretrained=True)).eval()
     except Exception as error:  # timm passes on all errors of its parts, mostly of downloads
         raise UserError(f"the weights of {name!r} cannot be had: {error}") from error
     check_finite(model, name)

@@ -94,8 +94,8 @@ def check_names(block: BlockView, state: dict[str, torch.Tensor]) -> None:
 
 
 def test_families_are_found_by_what_they_can() -> None:
-    assert list(FamiliesWith("images", "fused_qkv")) == ["vit", "swin"]
-    assert list(FamiliesWith("width", without=("windows",))) == ["vit", "pvt_v2", "lm"]
+    assert list(FamiliesWith("images", without=("spatial_reduction",))) == ["vit", "eva", "swin"]
+    assert list(FamiliesWith("width", without=("windows", "rotary"))) == ["vit", "pvt_v2", "lm"]
     assert "lm" not in FamiliesWith("images")
     with pytest.raises(KeyError, match="swimming"):
         FamiliesWith("swimming")
