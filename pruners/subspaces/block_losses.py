@@ -26,13 +26,13 @@ from prunesweep.models.families.views import AttentionView, MlpView
 
 from .batches import Batches
 from .compression import Compression, folded
-from .maps import query_key_maps, value_map
+from .maps import best_pairs, query_key_maps, value_map
 from .refit import SHRINKAGE, Streams
 from .sensitivity import Sensitivity
 from .source import SourceStatistics, open_source, to_model
 from .streams import SourceStreams, steps
 from .units import moments, unit_order
-from .widths import BlockWidths, Widths, can_project
+from .widths import BlockWidths, Widths, can_narrow
 
 __all__ = ["SPACES", "BlockLosses", "Choice", "measure_losses"]
 
@@ -125,7 +125,7 @@ class _Losses:
         i, record = view.index, view.record
         weight = attention.out.weight.double()
         whole = Batches(attention.mixed(x, stage.grid) for x in self._held())
-        if isinstance(record.v, int) and can_project(self.arch, f"blocks.{i}.v"):
+        if isinstance(record.v, int) and can_narrow(self.arch, f"blocks.{i}.v"):
             # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
             covariance, mean = moments(attention.mixed(x, stage.grid).double() for x in self._rows(record.total_v))
             reached = covariance @ weight.T  # (V, D)
@@ -135,7 +135,7 @@ class _Losses:
                 fitted = self._refitted(columns, down @ covariance @ down.T, (down @ reached).T)
                 change = fitted @ down - weight
                 own[rank] = self._loss(i, "attention", (_apply(change, one, mean) for one in whole))
-        if can_project(self.arch, f"blocks.{i}.q"):
+        if can_narrow(self.arch, f"blocks.{i}.q"):
             self._queries(view, attention, stage, whole)
         if record.sr:
             own = self._choice(i, "sr", record.sr)
@@ -155,10 +155,9 @@ class _Losses:
         full = Batches(attention.attended(q[n], k[n], v[n], x[n]) for n in range(fit))
         own = self._choice(i, "qk", record.qk)
         for rank in levels(record.qk, self.align)[1:]:
-            maps = [query_key_maps(queries[h], keys[h], rank) for h in range(record.heads)]
-            q_map, k_map = (torch.block_diag(*own_maps) for own_maps in zip(*maps, strict=True))  # type: ignore[no-untyped-call]
+            q_map, k_map = self._query_maps(queries, keys, rank)
 
-            def narrow(n: int, q_map: torch.Tensor = q_map.T, k_map: torch.Tensor = k_map.T) -> torch.Tensor:
+            def narrow(n: int, q_map: torch.Tensor = q_map, k_map: torch.Tensor = k_map) -> torch.Tensor:
                 return attention.attended(q[n] @ q_map.to(q[n]), k[n] @ k_map.to(k[n]), v[n], x[n])
 
             joint, mean = moments(torch.cat([narrow(n), full[n]], -1) for n in range(fit))
@@ -167,6 +166,22 @@ class _Losses:
             change = torch.cat([fitted, -weight], 1)
             held = (torch.cat([narrow(fit + n), one], -1) for n, one in enumerate(whole))
             own[rank] = self._loss(i, "attention", (_apply(change, both, mean) for both in held))
+
+    def _query_maps(self, queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the matrices that rows of all heads' queries and keys are multiplied by.
+
+        Where pairs are turned by places, they are all there, and those that go are zero.
+        """
+        heads = range(len(queries))
+        if self.arch.rope is None:
+            maps = [query_key_maps(queries[h], keys[h], rank) for h in heads]
+            q_map, k_map = (torch.block_diag(*own_maps) for own_maps in zip(*maps, strict=True))  # type: ignore[no-untyped-call]
+            return q_map.T, k_map.T
+        kept = queries.new_zeros(len(queries), queries.shape[1] // 2)
+        for h in heads:
+            kept[h, best_pairs(queries[h], keys[h], rank)] = 1
+        mask = torch.diag(kept.flatten().repeat(2))
+        return mask, mask
 
     def _mlp(self, i: int, mlp: MlpView, rows: int) -> None:
         weight = mlp.out.weight.double()

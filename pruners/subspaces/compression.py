@@ -17,6 +17,7 @@ Source: the closed forms of ``pruners.subspaces.maps`` and ``normal_equations``.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -37,7 +38,7 @@ from prunesweep.models.precision import narrowed, widened
 from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tensor
 
 from .calibration import shrinkage_for
-from .maps import query_key_maps, residual_map, value_map
+from .maps import best_pairs, query_key_maps, residual_map, value_map
 from .normal_equations import Moments
 from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, rows_of, run_together, solve_shift
 from .source import SourceStatistics, open_source
@@ -175,6 +176,7 @@ class Compression(Refit):
         outputs: LayerOutputs | None = None,
     ) -> None:
         arch, self.statistics, self.units = arch_of(model), statistics, units or {}
+        self.source_arch = arch
         narrow = compressed_arch(arch, widths)
         device = next(model.parameters()).device
         self.embed: dict[str, Reduction] = {}
@@ -206,7 +208,9 @@ class Compression(Refit):
             source, mlp = arch.blocks[i], views[i].mlp
             if record.mixer == "attn" and (record.qk, record.v) != (source.qk, source.v):  # weights are fitted later
                 heads = range(source.heads)
-                qk = Choose([h * source.qk + j for h in heads for j in range(record.qk)])
+                qk = Choose(
+                    self._kept_pairs(i, record.qk) or [h * source.qk + j for h in heads for j in range(record.qk)]
+                )
                 begins = accumulate((0, *source.v_widths[:-1]))
                 v = Choose([b + j for b, width in zip(begins, record.v_widths, strict=True) for j in range(width)])
                 reductions |= {f"blocks.{i}.q": qk, f"blocks.{i}.k": qk, f"blocks.{i}.v": v}
@@ -215,6 +219,15 @@ class Compression(Refit):
             if 0 < record.sr < source.sr:
                 reductions[f"blocks.{i}.sr"] = _best(_read_energy(model, arch, f"blocks.{i}.sr"), record.sr)
         return reductions
+
+    def _kept_pairs(self, i: int, count: int) -> list[int]:
+        """Choose the pairs of channels that stay of every head, where they are turned by places."""
+        full = self.source_arch.blocks[i]
+        if self.source_arch.rope is None or count == full.qk:
+            return []
+        queries, keys = self.statistics.heads[i]
+        best = (best_pairs(queries[h], keys[h], count).tolist() for h in range(full.heads))
+        return [h * full.qk + pair for h, own in enumerate(best) for pair in own]
 
     def _kept_units(self, i: int, mlp: MlpView, s: int, count: int) -> Choose:
         if i in self.units:
@@ -319,7 +332,7 @@ class Compression(Refit):
         full, columns = wanted.record, self._written(wanted.out.weight.double(), source.stage)
         eye = torch.eye(full.qk * self.arch.qk_rows, dtype=torch.float64, device=columns.device)
         pairs = [(eye, eye)] * full.heads
-        if record.qk < full.qk:
+        if record.qk < full.qk and self.arch.rope is None:
             queries, keys = (self.statistics.heads[source.index][n].to(columns.device) for n in range(2))
             pairs = [query_key_maps(queries[h], keys[h], record.qk) for h in range(full.heads)]
         down, kept, begin = [], [], 0
@@ -339,6 +352,8 @@ class Compression(Refit):
             to, of = getattr(own, part), getattr(wanted, part)
             weight, bias = (t[of.rows] for t in found[of.name])
             matrix = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
+            if part != "v" and self.arch.rope is not None:  # pairs were chosen
+                matrix = self.narrowed(f"{source.name}.{of.name}", matrix).T
             to.weight.copy_(matrix @ weight)
             if to.bias is not None:
                 to.bias.copy_(matrix @ bias)
@@ -363,6 +378,8 @@ class Compression(Refit):
         if own.record.v_widths == widths:
             return []
         readers = {reader.name: reader for reader in own.readers(stage.grid)}
+        # the source's attention turns all of its pairs, by the places that the small model's tokens have
+        turning = own if own.rotary is None else dataclasses.replace(wanted, coordinates=own.coordinates)
         sums = Moments(sum(widths), own.out.weight.device)
         for one in z[: self.fitted]:
             outputs = {
@@ -371,7 +388,7 @@ class Compression(Refit):
             }
             q, k, v = (outputs[part.name][..., part.rows] for part in (wanted.q, wanted.k, wanted.v))
             # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
-            sums.add(own.attended(q, k, v, one, widths).double())
+            sums.add(turning.attended(q, k, v, one, widths).double())
         covariance = sums.covariance
         ends = list(accumulate(widths))
         return [covariance[end - width : end, end - width : end] for end, width in zip(ends, widths, strict=True)]

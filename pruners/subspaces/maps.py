@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["query_key_maps", "residual_map", "root", "value_map"]
+__all__ = ["best_pairs", "query_key_maps", "residual_map", "root", "value_map"]
 
 CUT_OFF = 1e-9  # of the largest eigenvalue: smaller ones are lifted to it before roots are taken
 
@@ -60,6 +60,25 @@ def query_key_maps(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tupl
     u, s, vt = torch.linalg.svd(root(queries) @ root(keys))
     weight = s[:rank].sqrt()[:, None]
     return weight * (u[:, :rank].T @ root(queries, inverse=True)), weight * (vt[:rank] @ root(keys, inverse=True))
+
+
+def best_pairs(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> torch.Tensor:
+    """Choose the pairs of a head's channels whose products with each other are largest in the mean square.
+
+    Where pairs are turned by places, maps across them are none of queries and keys; of a pair, it is sum S_q S_k.
+
+    Args:
+        queries: S_q (d, d), the first channels of all pairs before the second ones.
+        keys: S_k (d, d), of keys centred per image.
+        rank: number of pairs.
+
+    Returns:
+        Their numbers, (rank,), ascending.
+    """
+    first, second = torch.arange(len(queries), device=queries.device).chunk(2)
+    product = queries * keys
+    energy = product[first, first] + 2 * product[first, second] + product[second, second]
+    return energy.topk(rank).indices.sort().values
 
 
 def value_map(output: torch.Tensor, projection: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.arch import Block
 
-from .widths import BlockWidths, Widths, can_project
+from .widths import BlockWidths, Widths, can_narrow
 
 __all__ = ["projectable", "projected_groups", "projected_widths"]
 
@@ -38,7 +38,7 @@ def projected_widths(arch: Arch, decision: Cut) -> Widths:
 
 
 def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
-    """Leave whole what a projected model has whole: heads, and queries and keys, or values, that can only be chosen.
+    """Leave whole what a projected model has whole: heads, and queries and keys or values that cannot be narrowed.
 
     A cut with these groups has the record, and so the cost, of the model that is projected to its widths.
 
@@ -50,7 +50,7 @@ def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
     chosen = [
         kind
         for kind, space in (("qk", "q"), ("v", "v"))
-        if any(not can_project(arch, f"blocks.{i}.{space}") for i in attends)
+        if any(not can_narrow(arch, f"blocks.{i}.{space}") for i in attends)
     ]
     return {**groups, "heads": 0, **dict.fromkeys(chosen, 0)}
 
@@ -58,7 +58,7 @@ def projected_groups(arch: Arch, groups: Mapping[str, int]) -> dict[str, int]:
 def projectable(arch: Arch, decision: Cut) -> Cut:
     """Return the cut with the record, and so the cost, of the model that is projected to a decision's widths.
 
-    Like any candidate that is projected, it keeps every head, and what of it can only be chosen; channels
+    Like any candidate that is projected, it keeps every head, and what of it cannot be narrowed; channels
     and units are the first ones, as the subspace decides what stays.
 
     Args:
@@ -82,10 +82,10 @@ def _first(arch: Arch, i: int, decided: BlockCut, own: BlockWidths) -> BlockCut:
     """Keep the first channels and units of a block, as many as ``own`` says."""
     block, qk, v = arch.blocks[i], decided.qk, decided.v
     if decided.mixer is None and own.qk is not None and isinstance(own.v, tuple):
-        width = own.qk if can_project(arch, f"blocks.{i}.q") else block.qk
+        width = own.qk if can_narrow(arch, f"blocks.{i}.q") else block.qk
         starts = [0, *accumulate(block.v_widths)]
         qk = tuple(tuple(range(h * block.qk, h * block.qk + width)) for h in range(block.heads))
-        values = own.v if can_project(arch, f"blocks.{i}.v") else block.v_widths
+        values = own.v if can_narrow(arch, f"blocks.{i}.v") else block.v_widths
         v = tuple(tuple(range(start, start + n)) for start, n in zip(starts, values, strict=False))
     return dataclasses.replace(
         decided,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from prunesweep.models import Arch, BlockView, UserError, arch_of, block_views
@@ -40,8 +39,9 @@ class SourceStatistics:
 
     ``streams`` has, by stage, the sum over the inputs of all norms of E[u u'], u = Ms / |Ms| (section 2 of the method:
     LayerNorm forgets a token's mean and length). ``heads`` has, by block with attention, the sums of q q' and of k k',
-    keys centred over those that a query sees (2, H, E, E); ``hidden``, by block with an MLP, the sum and the sum of
-    squares of every hidden unit (2, M), and ``tokens`` of how many tokens. ``rows`` counts tokens of the first stage.
+    turned by their places and keys centred over those that a query sees (2, H, E, E); ``hidden``, by block with an
+    MLP, the sum and the sum of squares of every hidden unit (2, M), and ``tokens`` of how many tokens. ``rows`` counts
+    tokens of the first stage.
     """
 
     images: int = 0
@@ -108,7 +108,9 @@ class SourceStatistics:
             for view in (view for view in views if view.stage == s):
                 if view.attention is not None:
                     q, k, v = view.attention.projected(x, stage.grid)
-                    own.heads[view.index] = _moments(q, k, view.record.heads)
+                    own.heads[view.index] = _moments(
+                        *(view.attention.turned(view.attention.by_head(t)) for t in (q, k))
+                    )
                     out = view.attention.out(view.attention.attended(q, k, v, x))
                     x = x + view.attention.scale(out)
                     own.streams[s] += _directions(x)
@@ -140,8 +142,8 @@ def _directions(x: torch.Tensor) -> torch.Tensor:
     return unit.T @ unit
 
 
-def _moments(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-    """Sum q q', and k k' with keys centred over a query's own, over tokens, (2, H, E, E)."""
-    q, k = (rearrange(t.double(), "b n (h e) -> b n h e", h=heads) for t in (q, k))
-    k = k - k.mean(1, keepdim=True)
-    return torch.stack([torch.einsum("bnhe,bnhf->hef", t, t) for t in (q, k)])
+def _moments(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Sum q q', and k k' with keys centred over a query's own, over tokens (B, H, N, E) as they meet, (2, H, E, E)."""
+    q, k = q.double(), k.double()
+    k = k - k.mean(2, keepdim=True)
+    return torch.stack([torch.einsum("bhne,bhnf->hef", t, t) for t in (q, k)])

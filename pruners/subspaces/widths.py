@@ -12,7 +12,7 @@ from prunesweep.models.families import family_of
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.models.replace import replace_block
 
-__all__ = ["BlockWidths", "Widths", "compressed_arch", "equal_shares", "narrow_block"]
+__all__ = ["BlockWidths", "Widths", "can_narrow", "can_project", "compressed_arch", "equal_shares", "narrow_block"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,18 @@ def can_project(arch: Arch, space: str) -> bool:
     return "project" in family_of(arch).reductions(arch, space)
 
 
+def can_narrow(arch: Arch, space: str) -> bool:
+    """Whether a space of queries, keys or values may be made smaller here.
+
+    That is where it can be projected, and where pairs of channels are turned by places: pairs are chosen.
+
+    Args:
+        arch: the source's record.
+        space: ``blocks.I.q``, ``blocks.I.k`` or ``blocks.I.v``.
+    """
+    return can_project(arch, space) or (arch.rope is not None and not space.endswith(".v"))
+
+
 def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
     """Take the same share of every width of a source.
 
@@ -98,9 +110,9 @@ def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:
 
     blocks = tuple(
         BlockWidths(
-            qk=part(block.qk) if block.mixer == "attn" and can_project(arch, f"blocks.{i}.q") else None,
+            qk=part(block.qk) if block.mixer == "attn" and can_narrow(arch, f"blocks.{i}.q") else None,
             v=tuple(part(v) for v in block.v_widths)
-            if block.mixer == "attn" and can_project(arch, f"blocks.{i}.v")
+            if block.mixer == "attn" and can_narrow(arch, f"blocks.{i}.v")
             else None,
             mlp=part(block.mlp) if block.mlp else None,
             sr=part(block.sr) if block.sr else None,
@@ -168,7 +180,7 @@ def narrow_block(arch: Arch, i: int, own: BlockWidths) -> Block:
     if block.mixer == "attn" and own.mixer != "none":
         qk = block.qk if own.qk is None or own.mixer is not None else own.qk
         _check(f"{where}.qk", qk, block.qk)
-        if qk < block.qk and not can_project(arch, f"blocks.{i}.q"):
+        if qk < block.qk and not can_narrow(arch, f"blocks.{i}.q"):
             raise UserError(f"{where}.qk = {qk}: {family_of(arch).only_chosen(arch, f'blocks.{i}.q')} of {arch.source}")
         changes["qk"] = qk
         v = own.v if isinstance(own.v, tuple) else (own.v,) * block.heads

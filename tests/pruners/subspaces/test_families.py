@@ -29,7 +29,7 @@ from prunesweep.pruners.subspaces.block_losses import BlockLosses
 from prunesweep.pruners.subspaces.compression import compress_all
 from tests.generate import random_arch, random_cut, random_images, random_model
 
-by_family = pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2", "lm"])
+by_family = pytest.mark.parametrize("family", ["vit", "eva", "swin", "pvt_v2", "lm"])
 SEEDS = range(5)
 
 
@@ -99,8 +99,9 @@ def test_recovered_is_nearer_to_the_source_than_cut(family: str) -> None:
         mended = recover(source, decision, batches_of(source))
         assert arch_of(mended) == cut_arch(arch_of(source), decision)
         ratios.append(distance(source, mended) / distance(source, cut(source, decision).eval()))
-    # random cuts leave a channel or two of some spaces; word tables are shared with the input, so they stay as they are
-    assert median(ratios) < (0.9 if family == "lm" else 0.3)
+    # random cuts leave a channel or two of some spaces, of a few pairs often one; word tables are shared with the
+    # input, so they stay as they are
+    assert median(ratios) < {"lm": 0.9, "eva": 0.5}.get(family, 0.3)
     assert max(ratios) < 1.1
 
 
@@ -133,7 +134,7 @@ def test_dropped_blocks_are_made_up_for(family: str) -> None:
             if drop:
                 decision = Cut(blocks=tuple(BlockCut(keep=i not in drop) for i in range(arch.depth)))
                 mended, small = recover(source, decision, batches_of(source)), cut(source, decision).eval()
-                assert distance(source, mended) < distance(source, small)
+                assert distance(source, mended) < distance(source, small) + 1e-20  # or the block does nothing
 
 
 @pytest.mark.parametrize("family", ["swin", "pvt_v2"])
