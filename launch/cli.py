@@ -39,6 +39,7 @@ from .published import published
 from .show import show
 from .submit import resubmit, submit
 from .verify import verify
+from .watch import watch
 
 if TYPE_CHECKING:
     from prunesweep.search import SearchResult
@@ -370,6 +371,7 @@ app.command()(stop)
 app.command()(fetch)
 app.command()(manifest)
 app.command()(doctor)
+app.command()(watch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

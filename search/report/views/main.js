@@ -97,3 +97,36 @@ byId("unbrush").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
 show();
+
+// The element that has the focus, as its place within the nearest element that has a name.
+function focused() {
+  const active = document.activeElement;
+  const home = active?.parentElement?.closest("[id]");
+  if (active?.id || !home) return () => {};
+  const list = () => Array.from(byId(home.id)?.querySelectorAll("button, pre, tr[tabindex], input, summary") ?? []);
+  const place = list().indexOf(active);
+  return () => (document.contains(active) ? active : list()[place])?.focus({ preventScroll: true });
+}
+
+// Ask the server that the page came from for data every other second; what has not changed is not drawn again.
+async function feed(tag) {
+  const status = byId("feed");
+  status.hidden = false;
+  try {
+    const answer = await fetch("data.json", { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {} });
+    if (answer.status === 200) {
+      page = await answer.json();
+      tag = answer.headers.get("ETag");
+      const restore = focused();
+      show();
+      restore();
+      status.textContent = "Up to date since " + new Date().toLocaleTimeString() + "; looks every 2 seconds.";
+    } else if (answer.status !== 304) status.textContent = "The run cannot be read: " + (await answer.text()).trim();
+  } catch {
+    status.textContent =
+      "The server does not answer any more; this is what it said last. Start it again with: prunesweep watch " +
+      shell(page.path);
+  }
+  setTimeout(feed, 2000, tag);
+}
+if (document.documentElement.dataset.feed === "live") feed();
