@@ -19,7 +19,9 @@ def import_model(
     file: Annotated[Path, typer.Argument(help="a checkpoint written by torch.save", show_default=False)],
     layout: Annotated[
         str,
-        typer.Option("--as", metavar="LAYOUT", help="nvit, upvit, uvc, spvit, pmvit or fairseq", show_default=False),
+        typer.Option(
+            "--as", metavar="LAYOUT", help="nvit, upvit, uvc, spvit, pmvit, fairseq or timm", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the model, which must not exist yet", show_default=False)],
     config: Annotated[
@@ -32,8 +34,16 @@ def import_model(
     img_size: Annotated[
         int | None, typer.Option(min=1, help="side of the images, where the file does not tell", show_default=False)
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="layout timm: name of the architecture, or a saved model of it, where the file does not tell",
+            show_default=False,
+        ),
+    ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="run the code that the file names")] = False,
-    ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights (model_ema)")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights (model_ema, state_dict_ema)")] = False,
 ) -> None:
     """Convert a checkpoint of another project to a saved model."""
     import hashlib
@@ -48,11 +58,13 @@ def import_model(
         raise UserError(f"--out {out}: is there already; give a new folder")
     numbers = None if heads is None else _numbers(heads)
     with reserve(out):
-        model = import_checkpoint(file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema)
+        imported = import_checkpoint(
+            file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema, model=model
+        )
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        save(model, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
-    arch, console = arch_of(model), PlainConsole()
+        save(imported, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
+    arch, console = arch_of(imported), PlainConsole()
     spent = cost(arch)
     console.print(_table(arch))
     console.print(f"{spent.macs:,} MACs, {spent.params:,} params; saved as {out}", highlight=False, soft_wrap=True)

@@ -4,12 +4,14 @@
     model = import_checkpoint("UP_DeiT_T.pth", "upvit", heads=3)
     model = import_checkpoint("ckpt.pth", "spvit", config="spvit_deit_ti_ft.json")
     model = import_checkpoint("adaptive_lm_wiki103.pt", "fairseq", heads=8)
+    model = import_checkpoint("output/train/model_best.pth.tar", "timm", ema=True)
 
 The result is a model like every other one here: it has a record, can be counted, cut, finetuned, saved and searched.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from .nvit import read_nvit
 from .pmvit import read_pmvit
 from .spvit import read_spvit
 from .tensors import Given, Tensors
+from .timm_checkpoint import read_timm
 from .upvit import read_upvit
 from .uvc import read_uvc
 
@@ -50,6 +53,7 @@ LAYOUTS: dict[str, Layout] = {
     "spvit": Layout(read_spvit, (".attn.head_probs", ".attn.bconv.", ".attn.qk."), "SPViT: DeiT and Swin, either form"),
     "pmvit": Layout(read_pmvit, (".attn.merge_matrix",), "Prune-and-Merge"),
     "fairseq": Layout(read_fairseq, ("decoder.embed_tokens.",), "fairseq's adaptive language models"),
+    "timm": Layout(read_timm, (), "timm's train.py, and saved models of this package that it has trained"),
 }
 
 
@@ -62,6 +66,7 @@ def import_checkpoint(
     img_size: int | tuple[int, int] | None = None,
     trust: bool = False,
     ema: bool = False,
+    model: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Read a foreign checkpoint and return its model, on the CPU and in eval mode.
@@ -75,6 +80,7 @@ def import_checkpoint(
         img_size: side or (rows, columns) of the images in pixels, where the file does not tell (PVTv2: 224).
         trust: run the code that the file names; without it a file that holds more than weights is refused.
         ema: the averaged weights that training kept beside the others.
+        model: layout ``timm`` only: a timm name or the folder of a saved model, where the file does not say it.
         dtype: of the model; the file's own if not given. Weights that are calculated are calculated in float64.
 
     Raises:
@@ -85,14 +91,21 @@ def import_checkpoint(
         raise UserError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}. {nearest(layout, LAYOUTS)}".strip())
     if config is not None and layout != "spvit":
         raise UserError(f"config = {config}: layout {layout!r} has no configuration; leave it out")
+    if model is not None and layout != "timm":
+        raise UserError(f"model = {model}: layout {layout!r} says itself what its model is; leave it out (--model)")
+    if heads is not None and layout == "timm":
+        raise UserError(f"heads = {heads}: the architecture says how many; leave it out (--heads)")
     sizes = (img_size, img_size) if isinstance(img_size, int) else img_size
     given = Given(
         heads=_whole_numbers("heads", (heads,) if isinstance(heads, int) else heads),
         img_size=None if sizes is None else (sizes[0], sizes[1]),
         config=None if config is None else read_config(Path(config)),
+        model=None if model is None else str(model),
     )
     _whole_numbers("img_size", given.img_size)
-    weights, beside = read_checkpoint(Path(path), trust=trust, ema=ema)
+    weights, beside = read_checkpoint(
+        Path(path), trust=trust, ema=ema, harmless=(argparse.Namespace,) if layout == "timm" else ()
+    )
     _check_signs(layout, weights)
     if dtype is not None:
         weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}

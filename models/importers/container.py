@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,31 @@ __all__ = ["read_checkpoint", "read_config"]
 TRAINING = re.compile(
     r"(optimizer|lr_scheduler|scheduler|scaler|loss_scaler|amp|best|max|train|test|rng|ema)(\d*|_\w+)"
     r"|model_ema|state_dict_ema|epoch|epochs|iteration|step|global_step|metric|args|config|cfg|version"
-    r"|extra_state|last_optimizer_state"
+    r"|extra_state|last_optimizer_state|saver"
 )
-DESCRIBING = ("dim", "channels", "args")
+DESCRIBING = ("dim", "channels", "args", "arch")
+WEIGHTS = {
+    "model": "model_ema",
+    "state_dict": "state_dict_ema",
+}  # entry of the weights and of averaged ones, timm's too
+# of data-parallel training, of torch.compile, of weight averaging
+PREFIXES = ("module.", "_orig_mod.", "model.")
 REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
-def read_checkpoint(path: Path, *, trust: bool, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_checkpoint(
+    path: Path, *, trust: bool, ema: bool, harmless: Sequence[type] = ()
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read the tensors of a checkpoint by name, on the CPU, and what else the file holds that describes the model.
 
-    The weights may be the whole file or its entry ``model``, with or without the prefix ``module.`` of data-parallel
-    training.
+    The weights may be the whole file or its entry ``model`` or ``state_dict``, with or without the prefixes of
+    data-parallel training, compiled models and weight averages (``PREFIXES``).
 
     Args:
         path: a file of ``torch.save``.
         trust: run the code that the file names where reading needs it; otherwise such a file is refused.
-        ema: take the averaged weights of the entry ``model_ema`` instead.
+        ema: take the averaged weights of the entry ``model_ema`` or ``state_dict_ema`` instead.
+        harmless: classes that may be in the file though they are no weights, because making one runs no code.
 
     Returns:
         (weights by name, describing entries by name).
@@ -43,16 +52,17 @@ def read_checkpoint(path: Path, *, trust: bool, ema: bool) -> tuple[dict[str, to
     Raises:
         UserError: the file cannot be read, needs ``trust``, or has entries that are not known.
     """
-    content = _load(path, trust)
+    with torch.serialization.safe_globals(list(harmless)):
+        content = _load(path, trust)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}: a checkpoint is a dictionary of named tensors")
-    wrapped = isinstance(content.get("model"), Mapping)
-    wanted = "model_ema" if ema else "model"
-    if ema and not isinstance(content.get(wanted), Mapping):
-        raise UserError(f"{path} has no averaged weights (entry model_ema); leave out ema (--ema)")
-    if wrapped or ema:
+    entry = next((name for name in WEIGHTS if isinstance(content.get(name), Mapping)), None)
+    averaged = next((name for name in WEIGHTS.values() if isinstance(content.get(name), Mapping)), None)
+    if ema and averaged is None:
+        raise UserError(f"{path} has no averaged weights (entry {WEIGHTS[entry or 'model']}); leave out ema (--ema)")
+    if wanted := averaged if ema else entry:
         weights = dict(content[wanted])
-        beside = {key: value for key, value in content.items() if key not in ("model", "model_ema")}
+        beside = {key: value for key, value in content.items() if key not in (*WEIGHTS, *WEIGHTS.values())}
     else:
         weights = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
         beside = {key: value for key, value in content.items() if key not in weights}
@@ -63,8 +73,8 @@ def read_checkpoint(path: Path, *, trust: bool, ema: bool) -> tuple[dict[str, to
         raise UserError(f"{path} has entries of unknown meaning: {', '.join(unknown)}; nothing was imported")
     if not weights:
         raise UserError(f"{path} holds no tensors: {', '.join(map(str, content)) or 'it is empty'}")
-    if all(key.startswith("module.") for key in weights):
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    while prefix := next((own for own in PREFIXES if all(key.startswith(own) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     # copies, because a file may hold one tensor under several names
     tensors = {key: value.detach().clone() for key, value in weights.items()}
     return tensors, {key: beside[key] for key in DESCRIBING if key in beside}

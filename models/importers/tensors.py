@@ -29,6 +29,7 @@ class Given:
     heads: tuple[int, ...] | None = None
     img_size: tuple[int, int] | None = None
     config: Mapping[str, Any] | None = None
+    model: str | None = None
 
 
 class Tensors:
