@@ -99,15 +99,10 @@ def latency(
 
 def _read_nvit(file: Path, arch: Arch, setting: Setting) -> LatencyTable:
     """Read a table from NViT's file. Raises UserError if there is no file, or it has another form."""
-    import json
-
-    from prunesweep.models import UserError
+    from prunesweep.models.io.reading import read_json
     from prunesweep.models.latency.nvit_format import from_nvit
 
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--from-nvit {file}: cannot be read as JSON: {error}") from error
+    data = read_json(file, what="table of --from-nvit")
     return from_nvit(data, source=arch, setting=setting, device_name=setting.device)
 
 

@@ -27,6 +27,7 @@ from itertools import pairwise
 from typing import Any
 
 from .errors import UserError, nearest
+from .io.reading import parse_json
 
 __all__ = ["Arch", "Block", "Rope", "Stage", "Text"]
 
@@ -255,9 +256,10 @@ class Arch:
             UserError: the text is no JSON, or as for ``from_dict``.
         """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise UserError(f"an architecture record must be JSON: {error}") from error
+        return cls.from_dict(data)
 
     @classmethod
     def from_timm(cls, model: Any, *, img_size: int | tuple[int, int] | None = None) -> Arch:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NotHere", "UserError", "explain", "nearest"]
+__all__ = ["NotHere", "UserError", "explain", "nearest", "plainly", "shown"]
+
+
+# what is expected, by pydantic's name of the error; its own messages speak of Python's types
+EXPECTED = {
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "string_type": "must be a text in quotes",
+}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 
 
 class UserError(ValueError):
@@ -45,5 +59,20 @@ def explain(problem: Mapping[str, Any], known: Iterable[str]) -> str:
     if problem["type"] == "extra_forbidden":
         names = list(known)
         return f"{key}: unknown field; known: {', '.join(names)}. {nearest(str(problem['loc'][-1]), names)}".strip()
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key else message
+    message = plainly(problem)
+    return f"{key} = {shown(problem['input'])}: {message}" if key else message
+
+
+def plainly(problem: Mapping[str, Any]) -> str:
+    """Return what one of pydantic's validation errors says, in the words of configuration files.
+
+    Args:
+        problem: an entry of ``ValidationError.errors()``.
+    """
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return EXPECTED.get(problem["type"], message)
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is written, cut short in the middle where it is long."""
+    return _SHORT.repr(value)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from prunesweep.models.settings_table import SettingsTable
 
 __all__ = ["IsomorphicSettings", "NViTSettings", "NoSettings", "ToMeSettings", "UPViTSettings"]
 
 Labels = Annotated[int, Field(ge=1)]
 
 
-class NoSettings(BaseModel):
+class NoSettings(SettingsTable):
     """Settings of a method that has none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class UPViTSettings(BaseModel):
+class UPViTSettings(SettingsTable):
     """Settings of UP-ViT's importance (``upvit.score``)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     importance: Literal["exact", "fisher", "hybrid"] | None = Field(
         default=None,
@@ -33,18 +31,14 @@ class UPViTSettings(BaseModel):
     memory_mb: int = Field(default=1024, ge=1, description="What one step of exact scoring may take, in MiB.")
 
 
-class IsomorphicSettings(BaseModel):
+class IsomorphicSettings(SettingsTable):
     """Settings of Isomorphic Pruning's rule (``isomorphic.decide``)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     round_to: int = Field(default=2, ge=1, description="Widths that lose units are multiples of this.")
 
 
-class NViTSettings(BaseModel):
+class NViTSettings(SettingsTable):
     """Settings of NViT's iterative pruning (``NViTPruning``)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     budgets: tuple[float, ...] = Field(
         default=(0.5,), min_length=1, description="MACs of the results over the source's."
@@ -58,9 +52,7 @@ class NViTSettings(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Of the average of saliency over pruning steps.")
 
 
-class ToMeSettings(BaseModel):
+class ToMeSettings(SettingsTable):
     """Settings of ToMe (``models.tome``)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     r: int = Field(ge=0, description="Tokens that every block merges.")

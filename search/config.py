@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -25,7 +23,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from prunesweep.models import Arch, UserError
-from prunesweep.models.errors import nearest
+from prunesweep.models.errors import nearest, plainly, shown
+from prunesweep.models.io.reading import parse_toml, read_toml
+from prunesweep.models.settings_table import SettingsTable
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.space.axes import AXES
@@ -45,15 +45,16 @@ __all__ = [
     "run_config",
 ]
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]  # more is a slip, and would only wait for memory or time
+Natural = Annotated[int, Field(ge=0, le=10_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
 
 BUDGETS = (0.75, 0.5, 0.3)  # of the methods that a search starts from, as far as they lie in its window
 DECIDING = 10  # epochs in which they decide, unless their recipe says otherwise
 
 
-class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Table(SettingsTable, BaseModel):  # ruff sees that it is one of pydantic's only by a name of pydantic's
+    pass
 
 
 def _absolute(name: str) -> str:
@@ -67,7 +68,7 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 
 class DataTable(Table):
     name: PathName  # digits | glyphs | imagefolder:PATH
-    loader_workers: Natural = 0
+    loader_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     class_order: ClassOrder | None = None  # of class folders: timm's "natural", or torchvision's "codepoint"
     classes: list[str] | str | None = None  # names by label, or a file with one per line
     unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
@@ -112,7 +113,7 @@ class ScoresTable(Table):
     method: str = "nvit"  # the width method, a name in pruners.METHODS
     images: Count = 1024  # calibration images, from the training split
     batch_size: Count = 16  # saliency is a mean of squared batch sums, so this matters
-    seed: Natural = 0
+    seed: Seed = 0
 
     @field_validator("method")
     @classmethod
@@ -244,6 +245,13 @@ class StartTable(Table):
         several = get_method(method, TrainedMethod).several
         return self.model_copy(update={"budgets": tuple(shares) if several else (shares[len(shares) // 2],)})
 
+    @field_validator("budgets")
+    @classmethod
+    def _once(cls, budgets: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(budgets)) < len(budgets):
+            raise ValueError("names a budget twice")
+        return budgets
+
     @field_validator("recipe")
     @classmethod
     def _trains(cls, recipe: Recipe) -> Recipe:
@@ -265,7 +273,7 @@ class SearchTable(Table):
     objectives: tuple[str, ...] = TWO
     rank_by: RankBy = "auto"  # what stands for the objectives' quality where candidates are compared
     sampler: Literal["auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
-    rungs: tuple[Natural, ...] = ()
+    rungs: Annotated[tuple[Natural, ...], Field(max_length=20)] = ()
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
     screen_images: Count = 1024
     recover: bool = True  # refit what a cut leaves, in closed form, where the source's family allows it
@@ -361,10 +369,10 @@ class ClusterTable(Table):
     data: Annotated[
         str | None, Field(pattern=FOLDER, description="folder of the data on the nodes, instead of data.name's path")
     ] = None
-    nodes: Annotated[int, Field(ge=1, description="machines that run trials")] = 1
-    cpus: Annotated[int, Field(ge=1, description="of each of them")] = 8
-    gpus: Annotated[int, Field(ge=0, description="of each of them")] = 0
-    memory_gib: Annotated[int, Field(ge=1, description="of each of them, in GiB")] = 32
+    nodes: Annotated[int, Field(ge=1, le=1_000_000, description="machines that run trials")] = 1
+    cpus: Annotated[int, Field(ge=1, le=1_000_000, description="of each of them")] = 8
+    gpus: Annotated[int, Field(ge=0, le=1_000_000, description="of each of them")] = 0
+    memory_gib: Annotated[int, Field(ge=1, le=1_000_000, description="of each of them, in GiB")] = 32
     env: Annotated[
         dict[VariableName, OneLine], Field(description="environment variables of driver and trials; no secrets")
     ] = {}
@@ -406,8 +414,8 @@ class ClusterTable(Table):
 
 
 class SearchConfig(Table):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the run's folder
-    seed: Natural = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # of the run's folder
+    seed: Seed = 0
     data: DataTable
     source: SourceTable
     scores: ScoresTable = ScoresTable()
@@ -492,7 +500,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
         UserError: the file is missing or not TOML, or a key or value is not allowed; the message names the key, what
             was given, what is allowed and the nearest known key.
     """
-    data = _read(Path(path))
+    data = read_toml(Path(path), what="configuration")
     for override in overrides:
         _apply(data, override)
     return parse_config(data, str(path))
@@ -509,7 +517,7 @@ def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Search
         UserError: as for ``load_config``.
     """
     path = Path(folder) / "search.toml"
-    return run_config(_read(path), str(path), overrides)
+    return run_config(read_toml(path, what="configuration"), str(path), overrides)
 
 
 def run_config(data: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -535,19 +543,6 @@ def run_config(data: dict[str, Any], where: str, overrides: Sequence[str] = ()) 
     return parse_config(data, where)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: {error}") from error
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, of tables that deep
-        raise UserError(f"{path} is not TOML: {error}") from error
-
-
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """``key.path=value`` options as nested tables. Raises UserError for one that has no key or no value."""
     data: dict[str, Any] = {}
@@ -562,8 +557,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"--set {override!r}: must be key=value, for example --set search.trials=48")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text.strip()  # a bare word is a string
     table = data
     for i, part in enumerate(parts[:-1]):
@@ -604,11 +599,10 @@ def _explain(problem: Any) -> str:
         return f"{key}: unknown key; known here: {', '.join(here)}. {close}".strip()
     if problem["type"] == "missing":
         return f"{key}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
+    message, given = plainly(problem), problem["input"]
     if isinstance(given, Mapping):  # a table's own rule: its message names the key
         return f"{key}: {message}"
-    return f"{key} = {given!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} = {shown(given)}: {message[0].lower()}{message[1:]}"
 
 
 def _known(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunesweep.models import Arch, LatencyTable, UserError, arch_of, cost, load, weights_digest
+from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.store import CONFIG
 from prunesweep.models.precision import to_float32
 from prunesweep.pruners import Scores
@@ -215,9 +216,9 @@ def _journal(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> 
     if outcomes.results and not outcomes.damaged:
         file = run / "front.json"
         try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            yield Problem(f"{file} is damaged or lost: {error}", again)
+            kept = read_json(file)
+        except UserError as error:
+            yield Problem(str(error), again)
             return
         if kept != json.loads(json.dumps(run.front(outcomes.current))):
             yield Problem(f"{file} is not the front of the results", again)

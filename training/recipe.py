@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import explain, nearest
+from prunesweep.models.io.reading import parse_toml, read_toml
+from prunesweep.models.settings_table import SettingsTable
 
 __all__ = ["Distill", "Recipe", "load_recipe", "recipe_names"]
 
@@ -27,11 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Distill(_Table):
+class Distill(SettingsTable):
     """One term of distillation, added to the loss with ``weight``.
 
     With student's and teacher's logits z and z', pooled features f and f' before the classifier (of a backbone without
@@ -52,15 +49,25 @@ class Distill(_Table):
     temperature: Positive = 1.0
     cache_teacher: bool = False
 
+    @model_validator(mode="after")
+    def _known_teacher(self) -> Self:
+        import timm
 
-class Recipe(_Table):
+        bare = self.teacher.split(".")[0]
+        if self.weight and self.teacher != "source" and not timm.is_model(bare):
+            hint = nearest(bare, timm.list_models())
+            raise ValueError(f"teacher = {self.teacher!r}: neither 'source' nor a timm model. {hint}".strip())
+        return self
+
+
+class Recipe(SettingsTable):
     """Optimizer, schedule, augmentation and losses of one training run."""
 
-    epochs: Annotated[int, Field(ge=0)] = 1
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 1
     batch_size: Annotated[int, Field(ge=2)] = 64  # images per update, over all workers and parts
     accumulate: Annotated[int, Field(ge=1)] = 1  # parts in which a worker does its share of a batch
     optimizer: str = "adamw"  # name of a timm optimizer
-    lr: Positive = 5e-4
+    lr: Annotated[float, Field(gt=0, le=100)] = 5e-4
     lr_by_share: tuple[tuple[Part, Positive], ...] = ()  # (share of the source's MACs, rate) in place of lr
     lr_batch: Annotated[int, Field(ge=1)] | None = None  # lr is for this batch size, and proportional to the real one
     min_lr: NotNegative = 0.0
@@ -92,6 +99,27 @@ class Recipe(_Table):
     loss_weight: NotNegative = 1.0  # weight of cross-entropy
     adapts: bool = False  # no labels or no head: no cross-entropy; no head: soft terms compare features
     distill: tuple[Distill, ...] = ()
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        from timm.optim import list_optimizers
+
+        if name not in (known := list_optimizers()):
+            raise ValueError(f"timm has none of that name. {nearest(name, known)}".strip())
+        return name
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _known_policy(cls, policy: str | None) -> str | None:
+        from timm.data import create_transform
+
+        if policy:
+            try:
+                create_transform((3, 32, 32), is_training=True, auto_augment=policy)
+            except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"is no policy of timm's, such as rand-m9-mstd0.5-inc1: {error}") from error
+        return policy
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -147,19 +175,17 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         path = Path(name)
         if not path.is_file():
             raise UserError(f"recipe {name}: no such file")
-        text = path.read_text()
+        table = read_toml(path, what="recipe")
     elif name in recipe_names():
-        text = (RECIPES / f"{name}.toml").read_text()
+        table = parse_toml((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
     else:
         known = ", ".join(recipe_names())
         raise UserError(f"unknown recipe {name!r}; known: {known}. {nearest(name, recipe_names())}".strip())
     try:
-        fields = {**tomllib.loads(text), **(overrides or {})}
+        fields = {**table, **(overrides or {})}
         if "lr" in (overrides or {}) and "lr_by_share" not in (overrides or {}):
             fields.pop("lr_by_share", None)
         return Recipe.model_validate(fields)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe {name}: {error}") from error
     except ValidationError as error:
         problems = [explain(problem, Recipe.model_fields) for problem in error.errors()]
         raise UserError("\n".join(f"recipe {name}: {problem}" for problem in problems)) from error

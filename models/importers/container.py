@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from prunesweep.models.errors import UserError
+from prunesweep.models.io.reading import parse_json
 
 __all__ = ["read_checkpoint", "read_config"]
 
@@ -29,6 +30,9 @@ WEIGHTS = {
 }  # entry of the weights and of averaged ones, timm's too
 # of data-parallel training, of torch.compile, of weight averaging
 PREFIXES = ("module.", "_orig_mod.", "model.")
+MOST_PARTS = 20_000  # of a file; the largest models have a few thousand tensors
+EXPANSION = 4  # how much more memory than bytes in the file tensors may take: some are there under several names
+BLOCKED = re.compile(r"unsupported GLOBAL (\S+) whose module \S+ is blocked")
 REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
@@ -75,6 +79,7 @@ def read_checkpoint(
         raise UserError(f"{path} holds no tensors: {', '.join(map(str, content)) or 'it is empty'}")
     while prefix := next((own for own in PREFIXES if all(key.startswith(own) for key in weights)), None):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    _check_tensors(path, weights)
     # copies, because a file may hold one tensor under several names
     tensors = {key: value.detach().clone() for key, value in weights.items()}
     return tensors, {key: beside[key] for key in DESCRIBING if key in beside}
@@ -83,9 +88,15 @@ def read_checkpoint(
 def _load(path: Path, trust: bool) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a checkpoint written by torch.save")
+    _check_contents(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own for a file that is not a checkpoint
+        if blocked := BLOCKED.search(str(error)):
+            raise UserError(
+                f"{path} would run code: reading it calls {blocked[1]}, which no checkpoint needs. Nothing of it was "
+                "run; do not use the file"
+            ) from error
         refused = REFUSED.search(str(error))
         if refused is None:
             raise _damaged(path, error) from error
@@ -96,6 +107,37 @@ def _load(path: Path, trust: bool) -> Any:
                 "made the file, read it all the same with trust=True (--trust)"
             ) from error
     return _load_trusted(path, refused[1])
+
+
+def _check_contents(path: Path) -> None:
+    """Raise UserError for an archive of more parts than a model has, or of more bytes than the file has itself."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of the older format, or damaged, which torch.load says
+    if len(parts) > MOST_PARTS:
+        raise UserError(f"{path} holds {len(parts):,} parts: a checkpoint of a model has at most {MOST_PARTS:,}")
+    if (whole := sum(part.file_size for part in parts)) > path.stat().st_size:
+        raise UserError(
+            f"{path} would expand to {whole:,} bytes, it has {path.stat().st_size:,}: torch.save does not compress, so "
+            "it is no checkpoint, or was packed again; unpack it with the tool that packed it"
+        )
+
+
+def _check_tensors(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError for tensors that are not plain numbers, or take more memory than what the file could hold."""
+    for key, value in weights.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
+            plain = f"{value.layout}, {value.dtype}".replace("torch.", "")
+            kind = "quantized" if value.is_quantized else "without values" if value.is_meta else plain
+            raise UserError(f"{path}: {key} is no plain tensor of numbers ({kind}); save the model's float weights")
+    whole, size = sum(value.numel() * value.element_size() for value in weights.values()), path.stat().st_size
+    if whole > EXPANSION * size + 2**20:
+        raise UserError(
+            f"{path} would take {whole:,} bytes of memory, {whole // max(size, 1):,} times what it has: its tensors "
+            "are views that repeat a few numbers; save copies of them (tensor.clone())"
+        )
 
 
 def _load_trusted(path: Path, refused: str) -> Any:
@@ -112,18 +154,20 @@ def _load_trusted(path: Path, refused: str) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+    advice = "Check the documentation"  # of torch.load, for whoever calls it
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(advice)]
+    reason = "it is empty" if not path.stat().st_size else lines[-1] if lines else type(error).__name__
     return UserError(f"{path} cannot be read as a checkpoint written by torch.save; it may be cut off: {reason}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a run's configuration, JSON or YAML by its suffix. Raises UserError where it cannot be read."""
-    readers = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    readers = {".json": parse_json, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
     if path.suffix not in readers:
         raise UserError(f"config = {path}: must be a file with suffix {', '.join(readers)}")
     try:
-        content = readers[path.suffix](path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        content = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: a configuration is a mapping of names to values")

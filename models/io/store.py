@@ -46,6 +46,7 @@ from prunesweep.models.precision import stored_dtype
 from .digest import weights_digest
 from .files import publish_folder
 from .provenance import digest
+from .reading import parse_json, read_json
 from .unchanged import check_unchanged
 
 __all__ = ["CONFIG", "WEIGHTS", "check_saved", "load", "load_provenance", "read_arch", "rebuilt", "save"]
@@ -245,9 +246,9 @@ def _config(path: str | Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a saved model: {name} is missing")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         architecture, _ = config["architecture"], config["pretrained_cfg"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
+    except (KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if architecture != ENTRY_POINT:
         raise UserError(f"{folder} holds a {architecture!r}, not a {ENTRY_POINT!r} model; load it with timm")
@@ -265,8 +266,8 @@ def read_arch(path: str | Path) -> Arch:
     record = _config(path).get("model_args", {}).get("arch")
     try:
         with safe_open(Path(path) / WEIGHTS, "pt") as file:
-            beside_weights = json.loads((file.metadata() or {}).get("arch", "null"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+            beside_weights = parse_json((file.metadata() or {}).get("arch", "null"))
+    except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{Path(path) / WEIGHTS} is damaged: {error}") from error
     try:
         arch = Arch.from_dict(record)

@@ -22,6 +22,7 @@ from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError, nearest
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
+from prunesweep.models.io.reading import read_json
 
 from .timing import Setting
 
@@ -301,11 +302,12 @@ class LatencyTable:
     def load(cls, path: str | Path) -> LatencyTable:
         """Read what ``save`` wrote. Raises UserError where the file is missing, damaged or of another kind."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path), what="latency table")
             seal = data.pop(SEAL, None) if isinstance(data, dict) else None
             table = cls.from_dict(data)
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"cannot read the latency table {path}: {error}") from error
+        except UserError as error:
+            known = str(path) in str(error)
+            raise error if known else UserError(f"cannot read the latency table {path}: {error}") from error
         if seal is not None and seal != digest(data):
             raise UserError(
                 f"{path} is damaged: it has changed since it was measured; measure it again, or copy it again"

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from prunesweep.models import UserError, arch_of, blocks_of
+from prunesweep.models.settings_table import SettingsTable
 from prunesweep.pruners.hook import Hook
 
 __all__ = ["PruneMergeSettings", "PruneMergeTraining"]
 
 
-class PruneMergeSettings(BaseModel):
+class PruneMergeSettings(SettingsTable):
     """Settings of finetuning a planned model. Weight decay acts on the matrices whatever their number of dimensions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     train_matrices: Literal["none", "recover", "both"] = Field(
         default="both", description="Which of merge and recover matrices are trained; the others stay as planned."

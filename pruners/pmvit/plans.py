@@ -18,11 +18,12 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.errors import explain
 from prunesweep.models.layers.token_merging import TokenPlan
+from prunesweep.models.settings_table import SettingsTable
 from prunesweep.pruners.measures import MACS, Measure
 from prunesweep.pruners.reached import Reached, meets
 from prunesweep.pruners.scores import Scores, kind_of
@@ -35,13 +36,11 @@ EPS = {"center": 1e-8, "gap": 1e-10}  # added to what a score is divided by, as 
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
-class PlanSettings(BaseModel):
+class PlanSettings(SettingsTable):
     """Rules for turning scores into plans.
 
     ``keep_rate`` sets the cost; ``prune_rate`` moves patches from merged to passing by.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     keep_rate: float = Field(
         default=0.6, gt=0, le=1, description="Share of patches that are centres, mean over blocks."

@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from prunesweep.models import Cut, UserError, arch_of, cost
+from prunesweep.models.settings_table import SettingsTable
 from prunesweep.pruners.hook import Collapsed, Hook
 
 from .choices import check_family, fit_units, spvit_cut
@@ -38,10 +39,8 @@ COLLAPSE = 0.7  # of the budget; a search that ends below it has lost more than 
 LETTERS = dict(zip(CHOICES, "s13M", strict=True))
 
 
-class SPViTSettings(BaseModel):
+class SPViTSettings(SettingsTable):
     """Settings of a gate search."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget: float = Field(default=0.6, gt=0, lt=1, description="MACs of the result over MACs of the source.")
     weight: float = Field(

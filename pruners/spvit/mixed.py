@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from prunesweep.models import Cut, UserError, arch_of, block_views, blocks_of, cut, cut_arch
@@ -20,6 +20,7 @@ from prunesweep.models.families import family_of
 from prunesweep.models.families.views import AttentionView
 from prunesweep.models.layers.conv_mixing import ConvSharing, MixedConv, mix_conv
 from prunesweep.models.layers.mixers import ConvMixer
+from prunesweep.models.settings_table import SettingsTable
 from prunesweep.pruners.hook import Hook
 
 from .supernet import run_bottleneck
@@ -27,10 +28,8 @@ from .supernet import run_bottleneck
 __all__ = ["MixedConvMixer", "SPViTMixed", "SPViTMixedSettings"]
 
 
-class SPViTMixedSettings(BaseModel):
+class SPViTMixedSettings(SettingsTable):
     """Settings of finetuning with mixed weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     alpha: float | None = Field(
         default=None,

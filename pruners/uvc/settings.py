@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from prunesweep.models.settings_table import SettingsTable
 
 __all__ = ["UVCSettings"]
 
@@ -12,11 +14,11 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(ge=0)]
 
 
-class UVCSettings(BaseModel):
+class UVCSettings(SettingsTable):
     """Settings of UVC's joint training. A rate that is ``None`` follows from ``ramp_steps``."""
 
     # skip = 1011 reads as a number where it comes from a command line
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     budgets: tuple[Ratio, ...] = Field(
         default=(0.5,), min_length=1, description="MACs of the results over the source's."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunesweep.models import UserError, load, read_arch, weights_digest
 from prunesweep.models.io.files import write_text
+from prunesweep.models.io.reading import parse_toml, read_toml
 from prunesweep.models.io.store import check_saved
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config, run_config
@@ -43,7 +43,7 @@ MOVED = "resume --set data.name=..., promote --data ..., eval RUN --data ..."
 
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """The settings that ``run.json`` keeps: what ``search.toml`` says when the run is made."""
-    return tomllib.loads(config.to_toml())
+    return parse_toml(config.to_toml())
 
 
 def write_config(folder: Path, config: SearchConfig) -> None:
@@ -162,8 +162,8 @@ def check_given(run: Run, config: SearchConfig) -> None:
 def _whole(file: Path) -> bool:
     """Whether a configuration is there, and is not torn; it may well be wrong."""
     try:
-        return {"name", "data", "source"} <= tomllib.loads(file.read_text(encoding="utf-8")).keys()
-    except (OSError, ValueError, RecursionError):
+        return {"name", "data", "source"} <= read_toml(file).keys()
+    except UserError:
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import nn
 
 from prunesweep.models import Arch, UserError, adopted, arch_of, load, load_provenance, read_arch, save, weights_digest
-from prunesweep.models.errors import nearest
+from prunesweep.models.errors import nearest, shown
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.files import make_folder
 from prunesweep.models.io.provenance import digest, versions
@@ -29,6 +30,7 @@ from prunesweep.search.store.front import quality_of
 from prunesweep.training import (
     Data,
     EvalMetrics,
+    Recipe,
     cache_logits,
     check_fits,
     check_labels,
@@ -45,12 +47,14 @@ from prunesweep.training.jobs.deciding import Deciding
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 from prunesweep.training.settling import settled
 
+from .checks import check_not_in_vain, check_space
 from .validation import open_test
 
-__all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_source_data", "open_space", "prepare"]
+__all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_checked", "open_source_data", "open_space", "prepare"]
 
 Made = TypeVar("Made")
 
+MOST_BLOCKS = 1000  # of a source
 FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwise, so that no older one is believed
 
 
@@ -123,14 +127,8 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
     Raises:
         UserError: the data or the source are not there, do not go together, or cannot meet the budget.
     """
-    model, data = _create(config)
+    model, data = open_checked(config)
     device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
-    arch = arch_of(model)
-    _check_fit(arch, data, config)
-    open_test(config, model, data)
-    Space.check(config.space, arch, config.scores.method, projected=config.search.projects(arch))
-    for start in _start_runs(config, model, data):
-        _deciding(start.check, start)
     key = _source_key(config, model, data)
     folder = cache / "sources" / _source_name(config, key)
     if not _is_kept(folder, key):
@@ -152,9 +150,6 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
         place = cache / "decisions"
         proposals += _deciding(partial(start.run, place, progress) if decide else partial(start.kept, place), start)
     logits: tuple[Path, ...] = ()
-    if (name := quality_of(config.search.objectives)) == ("ppl" if arch.text is None else "balanced"):
-        what = "a text" if arch.text is not None else "no text"
-        raise UserError(f"search.objectives has {name!r}: {data.info.name!r} is {what}; take 'top1' or 'agreement'")
     if any(config.search.rungs or [config.finetune.epochs]):
 
         def on_images(done: int, total: int) -> None:
@@ -178,6 +173,30 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
         searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement),
     )
     return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config, kept))
+
+
+def open_checked(config: SearchConfig) -> tuple[nn.Module, Data]:
+    """Create the source, not trained yet, open the data, and check all that can be checked before anything is made.
+
+    Args:
+        config: the search's configuration.
+
+    Returns:
+        (source on the CPU, data as it expects them).
+
+    Raises:
+        UserError: the data or the source are not there, do not go together, or cannot meet the budget.
+    """
+    check_not_in_vain(config)
+    model, data = _create(config)
+    arch = arch_of(model)
+    _check_fit(arch, data, config)
+    open_test(config, model, data)
+    space = Space.check(config.space, arch, config.scores.method, projected=config.search.projects(arch))
+    check_space(config, space)
+    for start in _start_runs(config, model, data):
+        _deciding(start.check, start)
+    return model, data
 
 
 def _start_runs(config: SearchConfig, model: nn.Module, data: Data, weights: str | None = None) -> list[Deciding]:
@@ -270,14 +289,46 @@ def _check_name(name: str) -> None:
         Arch.from_timm(timm.create_model(bare, num_classes=1000))
 
 
+def _check_args(source: SourceTable, args: Mapping[str, Any]) -> None:
+    """Raise UserError for keyword arguments that timm does not take or whose model has no room, on the meta device."""
+    where = f"source.model = {source.model!r} with args {shown(dict(args))} cannot be made"
+    depths = [args.get("depth"), *(own if isinstance(own := args.get("depths"), list | tuple) else [])]
+    if any(isinstance(own, int) and own > MOST_BLOCKS for own in depths):
+        raise UserError(f"{where}: it would have more than {MOST_BLOCKS:,} blocks")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(
+                source.model, pretrained=False, **{name: v for name, v in args.items() if name != "checkpoint_path"}
+            )
+            Arch.from_timm(model)
+    except UserError:
+        raise
+    except Exception as error:  # timm raises whatever its parts raise; all of it follows from what the user asked for
+        raise UserError(f"{where}: {error}") from error
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{where}: its weights would take {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}"
+        )
+    if source.pos_embed_std is not None and not isinstance(getattr(model, "pos_embed", None), nn.Parameter):
+        raise UserError(
+            f"source.pos_embed_std = {source.pos_embed_std:g}: {source.model!r} has no position embedding; drop it"
+        )
+
+
 def _timm_model(source: SourceTable, args: Mapping[str, Any], overlay: Mapping[str, Any]) -> Any:
     pretrained = source.pretrained or source.model.startswith("local-dir:")
+    if not source.model.startswith("local-dir:"):
+        _check_args(source, args)
     try:
         model = timm.create_model(
             source.model, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args
         )
     except Exception as error:  # timm raises whatever its parts raise; all of it follows from what the user asked for
-        raise UserError(f"source.model = {source.model!r} with args {dict(args)} cannot be made: {error}") from error
+        raise UserError(
+            f"source.model = {source.model!r} with args {shown(dict(args))} cannot be made: {error}"
+        ) from error
     if source.model.startswith("local-dir:"):  # timm makes float32 of it
         model.stored_dtype = dtype_in(Path(source.model.removeprefix("local-dir:"), WEIGHTS))
     return adopted(model)
@@ -303,18 +354,30 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
             f"data.name = {data.info.name!r}: has no labels for objectives = {list(config.search.objectives)}: set "
             'search.objectives = ["agreement", "macs"], the agreement with the source'
         )
+    if (quality := quality_of(config.search.objectives)) == ("ppl" if arch.text is None else "balanced"):
+        what = "a text" if arch.text is not None else "no text"
+        raise UserError(f"search.objectives has {quality!r}: {data.info.name!r} is {what}; take 'top1' or 'agreement'")
     if any(config.search.rungs or [config.finetune.epochs]):
         check_labels(data, settled(config.finetune, data, arch, arch))
-        only = trained_images(data.train_images, config.finetune)
-        images = data.train_images if only is None else len(only)
-        if config.finetune.batch_size > images:
-            held = "" if only is None and data.report is data else " beside those held out"
-            raise UserError(
-                f"finetune.batch_size = {config.finetune.batch_size}: data.name = {data.info.name!r} has only "
-                f"{images:,} training images{held}; lower it"
-            )
+        _check_batch("finetune", config.finetune, data)
+    if config.source.train is not None:
+        _check_batch("source.train", config.source.train, data.report)
+    if LEARNED in score_names(config.space, config.scores.method):
+        _check_batch("gates.recipe", config.gates.recipe, data)
     if config.source.pos_embed_std is not None and not config.source.train:
         raise UserError("source.pos_embed_std would overwrite trained weights: it needs a [source.train] table")
+
+
+def _check_batch(table: str, recipe: Recipe, data: Data) -> None:
+    """Raise UserError for a batch that is larger than the training images."""
+    only = trained_images(data.train_images, recipe)
+    images = data.train_images if only is None else len(only)
+    if recipe.batch_size > images:
+        held = "" if only is None and data.report is data else " beside those held out"
+        raise UserError(
+            f"{table}.batch_size = {recipe.batch_size}: data.name = {data.info.name!r} has only "
+            f"{images:,} training images{held}; lower it"
+        )
 
 
 def _source_key(config: SearchConfig, model: nn.Module, data: Data) -> str:

@@ -28,6 +28,7 @@ from .variables import MODEL, Params
 
 __all__ = [
     "axis_points",
+    "given_points",
     "met_points",
     "nearest_point",
     "neutral_points",
@@ -54,9 +55,7 @@ def start_points(config: SearchConfig, space: Space, proposals: Sequence[Path] =
         UserError: a point is not in the space.
     """
     search = config.search
-    points = [_checked("search.start", space, point) for point in search.start]
-    for name in dict.fromkeys(search.start_from):
-        points += _points_of(name, space)
+    points = given_points(config, space)
     points += proposed_points(space, proposals)
     if search.start_published:
         points += published_points(space).values()
@@ -65,6 +64,22 @@ def start_points(config: SearchConfig, space: Space, proposals: Sequence[Path] =
     if space.table.encoding == "full":
         drawn = prior_points(space, min(search.trials // 2, 2 * len(space.distributions)), config.seed)
         points += [space.placed(point) for point in drawn]
+    return points
+
+
+def given_points(config: SearchConfig, space: Space) -> list[Params]:
+    """Return the points of ``search.start`` and ``search.start_from``.
+
+    Args:
+        config: the search's configuration.
+        space: of its source.
+
+    Raises:
+        UserError: a point is not in the space, or a run or a model is not there.
+    """
+    points = [_checked("search.start", space, point) for point in config.search.start]
+    for name in dict.fromkeys(config.search.start_from):
+        points += _points_of(name, space)
     return points
 
 

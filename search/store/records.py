@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from prunesweep.models import UserError
+from prunesweep.models.io import reading
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics
 
@@ -174,10 +175,7 @@ class RunFacts(BaseModel):
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of ours. Raises UserError where it is damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {error}") from error
+    data = reading.read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} is damaged: no JSON object")
     return data

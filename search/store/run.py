@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import tomllib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from prunesweep.models import Cut, UserError, load_provenance
+from prunesweep.models.io import reading
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
@@ -273,8 +273,8 @@ class Run:
     def advice(self) -> list[str]:
         """What ``write_advice`` wrote; nothing where the search has not ended, or the file is damaged."""
         try:
-            return [str(line) for line in json.loads((self / "advice.json").read_text(encoding="utf-8"))]
-        except (OSError, ValueError, TypeError, RecursionError):
+            return [str(line) for line in reading.read_json(self / "advice.json")]
+        except (UserError, TypeError):
             return []
 
     def read_task(self, task_id: str) -> Task:
@@ -348,14 +348,14 @@ class Run:
         path = self / "search.toml"
         found: dict[str, Any] = {"rungs": [], "objectives": list(TWO), "rank_by": "objective"}  # as of earlier versions
         try:
-            found |= tomllib.loads(path.read_text(encoding="utf-8"))["search"]
+            found |= reading.read_toml(path)["search"]
             if type(found["trials"]) is not int or not all(type(epochs) is int for epochs in found["rungs"]):
                 raise ValueError("search.trials or search.rungs are no numbers")
             if unknown := [name for name in found["objectives"] if name not in OBJECTIVES]:
                 raise ValueError(f"search.objectives has {unknown[0]!r}")
             if found["rank_by"] not in get_args(RankBy):
                 raise ValueError(f"search.rank_by is {found['rank_by']!r}")
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UserError(
                 f"{path} is damaged: {reason}\nResults and models in {self / 'trials'} do not need it. Where the file "
@@ -390,8 +390,8 @@ class Run:
     def _data_table(self) -> dict[str, Any]:
         path = self / "search.toml"
         try:
-            return dict(tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}))
-        except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
+            return dict(reading.read_toml(path).get("data", {}))
+        except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: data: {error}") from error
 
     def searched_source(self) -> dict[str, Any]:
@@ -466,8 +466,8 @@ class Run:
     def _in_front(self) -> set[tuple[int, int]]:
         """Trials and rungs of the members that ``front.json`` has."""
         try:
-            return {(point["trial"], point["rung"]) for point in json.loads((self / "front.json").read_text())}
-        except (OSError, ValueError, TypeError, KeyError):
+            return {(point["trial"], point["rung"]) for point in reading.read_json(self / "front.json")}
+        except (UserError, TypeError, KeyError):
             return set()
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from prunesweep.models import UserError
 from prunesweep.pruners.nvit.hook import NViTPruning
-from prunesweep.training import Distill, Recipe
+from prunesweep.training import Recipe, load_recipe
 from prunesweep.training.task import make_task
 
 SHAPE = {"img_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 5, "embed_dim": 8, "depth": 1, "num_heads": 2}
@@ -78,8 +78,8 @@ def test_the_distillation_head_gets_its_term(batch) -> None:
     ],
 )
 def test_what_is_missing_is_named(term: dict, teacher: dict | None, message: str) -> None:
-    recipe = Recipe(distill=(Distill(**term),))
     with pytest.raises(UserError, match=message):
+        recipe = load_recipe("quick", {"distill": [term]})
         make_task(model(0), recipe, None if teacher is None else model(1, **teacher))
 
 

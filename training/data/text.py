@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from prunesweep.models import Arch, UserError
 from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import publish_folder
+from prunesweep.models.io.reading import read_json
 from prunesweep.training.recipe import Recipe
 from prunesweep.training.world import World
 
@@ -257,7 +258,7 @@ def _sha256(file: Path) -> str:
 def _is_sound(folder: Path) -> bool:
     """Whether a folder of cached texts is there and holds what was written."""
     try:
-        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        sums = read_json(folder / SUMS)
         return all(_sha256(folder / name) == sums.get(name) for name in ("words.txt", *(f"{s}.npy" for s in SPLITS)))
     except (OSError, ValueError, AttributeError):
         return False

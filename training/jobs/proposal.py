@@ -11,6 +11,7 @@ from typing import Any
 from prunesweep.models import Cut, UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
+from prunesweep.models.io.reading import read_json
 
 __all__ = ["Proposal", "is_proposal"]
 
@@ -45,11 +46,11 @@ class Proposal:
     def load(cls, path: Path) -> Proposal:
         """Read what ``save`` wrote. Raises UserError where the file is missing or damaged."""
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = read_json(path)
             if facts.pop("digest") != digest(facts):
                 raise ValueError("it has changed since it was written")
             return cls(Cut.from_dict(facts["cut"]), float(facts["budget"]), facts["run"], int(facts["of"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no decision that can be read: {error}") from error
 
 

@@ -109,6 +109,13 @@ class Axis:
     def check(self, table: SpaceTable) -> None:
         """Raise ValueError for values of ``table`` that contradict each other or ``limits``."""
 
+    def idle(self, table: SpaceTable) -> str:
+        """Return why a part of the range does nothing, and what to do; empty where all of it does something.
+
+        It is asked before a search starts; runs that were made are resumed as they are.
+        """
+        return ""
+
     def fit(self, table: SpaceTable, arch: Arch) -> None:
         """Raise UserError for a range that a source with this record cannot have."""
 

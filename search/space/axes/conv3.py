@@ -27,6 +27,12 @@ class Conv3(Axis):
         if table.conv3[0] > table.conv[1]:
             raise ValueError(f"conv3 = {list(table.conv3)}: these are among the {table.conv[1]} of conv")
 
+    def idle(self, table: SpaceTable) -> str:
+        """There are no more than ``conv`` makes."""
+        if table.conv3[1] <= table.conv[1]:
+            return ""
+        return f"these are among the convolutions of space.conv, of which there are {table.conv[1]} at most; lower it"
+
     def apply(self, draft: Draft, point: Params, source: ScoredSource) -> Draft:
         """Widen the last convolutions."""
         first = len(draft.mixers) - int(point[self.name])

@@ -23,6 +23,12 @@ __all__ = ["AXIS", "MergeStart"]
 class MergeStart(Axis):
     """Blocks before it work on all tokens; it matters where ``keep_rate`` is below 1."""
 
+    def idle(self, table: SpaceTable) -> str:
+        """Without a ``keep_rate`` below 1, nothing merges."""
+        if table.merge_start == (0, 0) or table.keep_rate[0] < 1:
+            return ""
+        return f"no tokens merge with space.keep_rate = {list(table.keep_rate)}; lower that, or drop merge_start"
+
     def fit(self, table: SpaceTable, arch: Arch) -> None:
         """It is one of the source's blocks."""
         check_depth(self.name, table, arch, arch.depth - 1)
