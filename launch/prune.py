@@ -184,6 +184,7 @@ def prune(
         as_json=as_json,
         console=PlainConsole(stderr=as_json),
     )
+    request.check_names()
     request.check_stage()
     check_place(cache, "--cache", folder=True)
     with nullcontext() if out is None else reserve(out):

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from prunesweep.models import LatencyTable, UserError, arch_of
+from prunesweep.models.errors import nearest
 from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, WidthMethod, latency
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
@@ -107,10 +108,9 @@ class Request:
         """
         data = open_fitting(self.data, model, **self.data_options)
         Display(self.console).data(data.describe())
-        after = self.finetune or self.method.finetune or "none"
-        if after != "none" and not isinstance(self.method, TrainedMethod):  # those train on labels in any case
+        if self.after != "none" and not isinstance(self.method, TrainedMethod):  # those train on labels in any case
             arch = arch_of(model)
-            recipe = settled(load_recipe(after, self.options()[2]), data, arch, arch)
+            recipe = settled(load_recipe(self.after, self.options()[2]), data, arch, arch)
             if arch.headless:
                 check_features(recipe, arch.source)
             check_labels(data, recipe)
@@ -152,8 +152,6 @@ class Request:
             fingerprint: of the data.
         """
         _, recipe, finetune = self.options()
-        after = self.finetune or self.method.finetune or "none"
-        deciding = self.recipe or self.method.recipe if isinstance(self.method, TrainedMethod) else None
         facts = {
             "command": "prune",
             "method": self.method.name,
@@ -167,8 +165,8 @@ class Request:
             "groups": dict(self.groups),
             "floors": dict(self.floors),
             "settings": list(self.settings),
-            "recipe": None if deciding is None else _recipe(deciding, recipe),
-            "finetune": None if after == "none" else _recipe(after, finetune),
+            "recipe": None if self.deciding is None else _recipe(self.deciding, recipe),
+            "finetune": None if self.after == "none" else _recipe(self.after, finetune),
             "second_stage": self.second_stage,
             "calibration": asdict(self.calibration),
             "recovery": [self.recover is not False, self.recover_images, self.project],
@@ -176,13 +174,43 @@ class Request:
         }
         return Work.beside(self.folder, facts)
 
+    def check_names(self) -> None:
+        """Check the recipes, their fields and the method's settings by their names, before anything is opened.
+
+        Raises:
+            UserError: one of them is unknown or not allowed, or fields are set of a training that does not happen.
+        """
+        settings, recipe, finetune = self.options()
+        known = self.method.option_names
+        for name in settings:
+            if name not in known:
+                hint = nearest(name, known)
+                raise UserError(f"method {self.method.name!r}: unknown setting {name!r}. {hint}".rstrip())
+        if self.deciding is not None:
+            load_recipe(self.deciding, recipe)
+        if self.after != "none":
+            load_recipe(self.after, finetune)
+        elif finetune:
+            fields = ", ".join(f"finetune.{name}" for name in finetune)
+            raise UserError(f"--set {fields}: nothing is finetuned; give a recipe, for example --finetune quick")
+
+    @property
+    def deciding(self) -> str | None:
+        """Name of the recipe of the training in which the method decides; None where it decides without."""
+        return self.recipe or self.method.recipe if isinstance(self.method, TrainedMethod) else None
+
+    @property
+    def after(self) -> str:
+        """Name of the recipe of finetuning, or none."""
+        return self.finetune or self.method.finetune or "none"
+
     def check_stage(self) -> None:
         """Raise UserError if a setting of the second stage is not allowed, or nothing is finetuned."""
         stage = self.stage
         if stage is None:
             return
         stage.configure()
-        if (self.finetune or self.method.finetune or "none") == "none":
+        if self.after == "none":
             raise UserError(f"--second-stage: is finetuning; give a recipe, for example --finetune {self.method.name}")
 
 

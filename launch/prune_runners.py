@@ -112,9 +112,9 @@ def prune_trained(request: Request) -> None:
     assert isinstance(method, TrainedMethod)
     whole = cost(arch_of(model))
     shares = [Budget(budget).limit(arch_of(model)) / whole.macs for budget in request.budgets]
-    options, recipe, _ = request.options()
-    chosen = load_recipe(request.recipe or method.recipe, recipe)
-    after = request.finetune or method.finetune
+    options, recipe, finetuning = request.options()
+    chosen = load_recipe(str(request.deciding), recipe)
+    after = request.after
     data = request.opened(model)
     work = request.work(model, data.info.fingerprint)
     decided = request.folder if after == "none" else work.folder / "decided"
@@ -136,6 +136,11 @@ def prune_trained(request: Request) -> None:
     warn_at_chance(request.source, model, data, before)
     work.claim()
     display = Display(request.console)
+    display.note(
+        f"{method.name} decides while it trains: {chosen.epochs} epochs of recipe {request.deciding}"
+        + ("" if after == "none" else f", then {load_recipe(after, finetuning).epochs} of {after}, for each budget")
+        + "; --recipe, --finetune and --set recipe.epochs=3 change that"
+    )
     if (work.folder / DECIDED).exists() and after != "none":
         found = run.saved_models()
     else:

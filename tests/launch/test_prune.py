@@ -225,6 +225,8 @@ def test_methods_that_decide_while_they_train(
     out = tmp_path / "small"
     result = by_method(source, method, "--budget", "0.6", *QUICK, *AFTER, *settings, "--out", str(out), "--json")
     assert result.exit_code == 0, (result.output, result.exception)
+    epochs = 3 if method == "spvit" else 2
+    assert f"{method} decides while it trains: {epochs} epochs of recipe quick, then 1 of quick" in result.output
     facts = json.loads(result.stdout.splitlines()[-1])
     small = load(out)
     whole = cost(arch_of(load(source))).macs
@@ -363,6 +365,27 @@ def test_options_that_do_not_fit_the_method(
     assert isinstance(result.exception, UserError), (result.output, result.exception)
     assert message in str(result.exception)
     assert not list(tmp_path.glob("small*"))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("nvit", ("--finetune", "qick"), "unknown recipe 'qick'"),
+        ("nvit", (*AFTER, "--set", "finetune.epochz=1"), "recipe quick: epochz: unknown field"),
+        ("nvit", ("--set", "finetune.epochs=1"), "finetune.epochs: nothing is finetuned; give a recipe"),
+        ("uvc", ("--recipe", "qick"), "unknown recipe 'qick'"),
+        ("uvc", ("--set", "recipe.optimizer=adamx"), "optimizer = 'adamx': timm has none of that name"),
+        ("uvc", ("--set", "recipe.epochs=1e0"), "epochs = 1.0: Input should be a valid integer"),
+        ("spvit", ("--set", "thta=1"), "method 'spvit': unknown setting 'thta'. did you mean 'theta'?"),
+    ],
+)
+def test_names_are_checked_before_anything_is_opened(
+    tmp_path: Path, method: str, options: tuple[str, ...], message: str
+) -> None:
+    result = by_method(tmp_path / "nowhere", method, "--budget", "0.6", *options, "--out", str(tmp_path / "small"))
+    assert isinstance(result.exception, UserError), (result.output, result.exception)
+    assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
