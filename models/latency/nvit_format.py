@@ -18,7 +18,7 @@ import numpy as np
 
 from prunesweep.models.arch import Arch
 from prunesweep.models.errors import UserError
-from prunesweep.models.families import family_of, names_with
+from prunesweep.models.families import family_of
 
 from .table import Grid, LatencyTable
 from .timing import Setting
@@ -44,9 +44,8 @@ def from_nvit(
     Raises:
         UserError: ``source`` is no ViT, a key is not of the form above, or a crossing of the grid is missing.
     """
-    if not family_of(source).supports("global_attention"):
-        able = names_with("global_attention")
-        raise UserError(f"source is of family {source.family!r}: NViT's tables are for {able}")
+    if not family_of(source).supports("global_attention") or family_of(source).supports("rotary"):
+        raise UserError(f"source is of family {source.family!r}: NViT's tables are for family 'vit'")
     cells = dict(_cells(data, 0, ()))
     axes = {name: sorted({cell[i] for cell in cells}) for i, name in enumerate(AXES)}
     shape = [len(points) for points in axes.values()]

@@ -29,7 +29,6 @@ from torch import nn
 from prunesweep.models.arch import Rope
 
 from .mixers import attend
-from .token_merging import DenseMerge, SparseMerge
 
 __all__ = ["Places", "RotaryAttention", "merged_places", "place_coordinates"]
 
@@ -149,14 +148,14 @@ def merged_places(merge: Any, coordinates: torch.Tensor, prefix: int) -> torch.T
     They are the means of the members' coordinates, weighted by the sizes of their entries of M; 0 without members.
 
     Args:
-        merge: a block's token plan.
+        merge: a block's token plan, in either form of its module, fused or not.
         coordinates: of all patches, (T, 2).
         prefix: number of prefix tokens.
     """
-    plan: SparseMerge | DenseMerge = getattr(merge, "whole", merge)
+    plan: Any = getattr(merge, "whole", merge)
     where = coordinates.float()
     tiny = torch.finfo(torch.float32).tiny
-    if isinstance(plan, DenseMerge):  # products entry by entry: two columns are no matter
+    if hasattr(plan, "matrix"):  # products entry by entry: two columns are no matter
         share = plan.matrix[prefix:, prefix:].detach().float().abs()
         share = share / share.sum(1, keepdim=True).clamp_min(tiny)
         return torch.stack([(share * own).sum(1) for own in where.unbind(1)], -1)

@@ -183,8 +183,8 @@ def _cls_attn(
         block, scale = view.record, view.token_scale
         q, k = (outputs[part.layer] if scale is None else outputs[part.layer] * scale for part in (view.q, view.k))
         q, k = q[:, :1, view.q.rows], k[..., view.k.rows]
-        q, k = (t.reshape(*t.shape[:2], block.heads, block.qk) for t in (q, k))
-        logits = torch.einsum("bqhe,bnhe->bhn", view.q_norm(q), view.k_norm(k)) * block.scale
+        q, k = view.turned(view.q_norm(view.by_head(q))), view.turned(view.k_norm(view.by_head(k)))
+        logits = torch.einsum("bhqe,bhne->bhn", q, k) * block.scale
         attention = logits.softmax(-1).sum(0, dtype=torch.float64).mean(0)
         rows.append(attention[arch.prefix_tokens :])
     images, total = _over_workers(len(x), torch.stack(rows))

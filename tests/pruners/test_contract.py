@@ -75,5 +75,7 @@ def test_the_contract_sees_budgets_that_are_missed() -> None:
 def test_unknown_methods_and_families_are_named() -> None:
     with pytest.raises(UserError, match="unknown method 'nvti'; known: nvit, .* did you mean 'nvit'"):
         get_method("nvti", WidthMethod)
-    with pytest.raises(UserError, match="method 'nvit' serves families vit, swin; pvt_v2_b0 is a 'pvt_v2', for which"):
+    with pytest.raises(
+        UserError, match="method 'nvit' serves families vit, eva, swin; pvt_v2_b0 is a 'pvt_v2', for which"
+    ):
         get_method("nvit", WidthMethod).check(Arch.from_timm("pvt_v2_b0"))

@@ -61,7 +61,8 @@ def run(attention: AttentionView, x: torch.Tensor, rows: int, *, causal: bool) -
         for one, other in zip((q, k, v), attention.queries_keys_values(x), strict=True):
             torch.testing.assert_close(one, other)
     q, k = attention.q_norm(attention.by_head(q)), attention.k_norm(attention.by_head(k))
-    return attention.out(attend(q, k, v, record.v_widths, record.scale, is_causal=causal))
+    q, k = attention.turned(q), attention.turned(k)
+    return attention.out(attention.out_norm(attend(q, k, v, record.v_widths, record.scale, is_causal=causal)))
 
 
 @by_family

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from prunesweep.models import Arch, Block, Stage, UserError, arch_of, build
+from prunesweep.models import Arch, Block, Rope, Stage, UserError, arch_of, build
 from prunesweep.models.io.export import FORMATS, agreement, default_path, export
 from tests.generate import random_images, random_model
 
@@ -47,6 +48,19 @@ VIT = Arch(
         ),
     ),
 )
+EVA = dataclasses.replace(
+    VIT,
+    family="eva",
+    dist_token=False,
+    qk_norm=False,
+    k_bias=False,
+    attn_norm=True,
+    glu=True,
+    mlp_norm=True,
+    act="silu",
+    rope=Rope(kind="axial", pairs=4, temperature=10.0),
+    stages=(dataclasses.replace(VIT.stages[0], blocks=(attn(0, v=(1, 3), tokens=6), *VIT.stages[0].blocks[3:])),),
+)
 SWIN = Arch(
     family="swin",
     source="test",
@@ -75,8 +89,8 @@ PVT = Arch(
         Stage(width=8, grid=(3, 2), blocks=(attn(1), other(2, "conv3x3", v=3))),
     ),
 )
-ARCHS = {"vit": VIT, "swin": SWIN, "pvt_v2": PVT}
-OPSETS = {"vit": 23, "swin": 20, "pvt_v2": 18}
+ARCHS = {"vit": VIT, "eva": EVA, "swin": SWIN, "pvt_v2": PVT}
+OPSETS = {"vit": 23, "eva": 20, "swin": 20, "pvt_v2": 18}
 
 
 # what torch.export makes of PVTv2 is what the ONNX exporter starts from

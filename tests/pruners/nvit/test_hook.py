@@ -59,7 +59,7 @@ def train(
     raise AssertionError("the last budget was not reached")
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin"])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_snapshot_is_the_masked_model_and_meets_its_budget(family: str, seed: int) -> None:
     """Any mixers, norms, token plans, stages; at the moment when it is taken, while the weights go on."""
@@ -86,7 +86,7 @@ def test_every_snapshot_is_the_masked_model_and_meets_its_budget(family: str, se
     assert not any(isinstance(m, KeptLayerNorm) for m in model.modules())
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_snapshot_gives_back_what_its_budget_allows(family: str, seed: int) -> None:
     """It is the model of that moment, before the step's groups are zeroed, without what the snapshot lacks."""
@@ -265,7 +265,7 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_models_that_cannot_be_served_are_refused() -> None:
     arch = random_arch(Random(0), "pvt_v2")
-    with pytest.raises(UserError, match="of family 'pvt_v2': NViT prunes families vit, swin"):
+    with pytest.raises(UserError, match="of family 'pvt_v2': NViT prunes families vit, eva, swin"):
         NViTPruning([1.0]).wrap(build(arch))
     arch = vit()
     for budgets in ([cost(arch).macs], [least(arch) - 1, least(arch)]):

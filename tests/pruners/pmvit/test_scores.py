@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prunesweep.models import Arch, UserError
+from prunesweep.models import Arch, UserError, block_views
+from prunesweep.models.families.views import AttentionView
 from prunesweep.pruners import Scores
 from prunesweep.pruners.pmvit.scores import IMPORTANCES, scorable, score
 from tests.generate import random_arch, random_images, random_model
@@ -20,13 +20,13 @@ from tests.models.test_fuse import planned
 from tests.oracle import hooks_of
 
 
-def source(seed: int) -> Arch:
+def source(seed: int, family: str = "vit") -> Arch:
     """Any ViT before it is planned, with attention somewhere."""
-    arch = random_arch(Random(seed), "vit")
+    arch = random_arch(Random(seed), family)
     (stage,) = arch.stages
     blocks = tuple(dataclasses.replace(b, tokens=None, merge="sparse") for b in stage.blocks)
     arch = dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=blocks),))
-    return arch if scorable(arch) else source(seed + 1000)
+    return arch if scorable(arch) else source(seed + 1000, family)
 
 
 def labelled(arch: Arch, batches: int = 2, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -36,29 +36,35 @@ def labelled(arch: Arch, batches: int = 2, size: int = 4) -> list[tuple[torch.Te
 class Spelled(nn.Module):
     """Attention with its map (B, H, N, N) spelled out, and kept."""
 
-    def __init__(self, attn: Any, block: Any) -> None:
+    def __init__(self, view: AttentionView) -> None:
         super().__init__()
-        self.attn, self.block = attn, block
+        self.attn, self.block, self.view = view.module, view.record, view
 
     def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
         block, attn = self.block, self.attn
-        qkv = attn.qkv(x) * (attn.token_scale if block.token_scale else 1)
-        q, k, v = qkv.split([block.heads * block.qk] * 2 + [block.total_v], dim=-1)
-        q, k = (t.unflatten(-1, (block.heads, block.qk)).transpose(1, 2) for t in (q, k))
-        self.map = (attn.q_norm(q) @ attn.k_norm(k).transpose(2, 3) * block.scale).softmax(-1)
+        if hasattr(attn, "qkv"):
+            qkv = attn.qkv(x) * (attn.token_scale if block.token_scale else 1)
+            q, k, v = qkv.split([block.heads * block.qk] * 2 + [block.total_v], dim=-1)
+            q, k = (t.unflatten(-1, (block.heads, block.qk)).transpose(1, 2) for t in (q, k))
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        else:
+            q, k = (attn.rotate(attn.by_head(own(x))) for own in (attn.q_proj, attn.k_proj))
+            v = attn.v_proj(x)
+        self.map = (q @ k.transpose(2, 3) * block.scale).softmax(-1)
         heads = [self.map[:, h] @ own for h, own in enumerate(v.split(list(block.v_widths), dim=-1))]
-        return attn.proj(torch.cat(heads, dim=-1))
+        return attn.proj(self.view.out_norm(torch.cat(heads, dim=-1)))
 
 
-@pytest.mark.parametrize("seed", range(15))
-def test_scores_by_values_are_those_by_the_attention_map(seed: int) -> None:
-    """Any prefix tokens, ragged heads, q/k norm, factors per token, convolutions in between."""
-    arch = source(seed)
+@pytest.mark.parametrize(("family", "seed"), [*(("vit", n) for n in range(15)), *(("eva", n) for n in range(5))])
+def test_scores_by_values_are_those_by_the_attention_map(family: str, seed: int) -> None:
+    """Any prefix tokens, ragged heads, q/k norm, factors per token, turned pairs, convolutions in between."""
+    arch = source(seed, family)
     model, batches = random_model(arch, seed), labelled(arch)
     found, by_cls = score(model, batches), {}
     if arch.class_token:
         by_cls = score(model, batches, importance="cls_attn").vectors
-    spelled = {i: Spelled(model.blocks[i].attn, arch.blocks[i]) for i in scorable(arch)}
+    views = block_views(model)
+    spelled = {i: Spelled(views[i].attention) for i in scorable(arch)}
     for i, module in spelled.items():
         model.blocks[i].attn = module
     sums, cls_sums = dict.fromkeys(spelled, 0.0), dict.fromkeys(spelled, 0.0)

@@ -171,11 +171,17 @@ def test_a_block_without_open_units_keeps_its_best_one() -> None:
     assert cost(cut_arch(swin(), decision)).macs <= 0.8 * cost(swin()).macs
 
 
+def test_gates_in_front_of_a_norm_are_refused() -> None:
+    arch = dataclasses.replace(VIT, mlp_norm=True)
+    with pytest.raises(UserError, match="normalises the hidden units"):
+        SPViT(SPViTSettings(budget=0.5)).wrap(build(arch))
+
+
 def test_what_cannot_be_searched_is_refused() -> None:
     for bad in ({"budget": 1.0}, {"budgets": 0.5}, {"penalty": "soft"}, {"theta_lr": 0}, {"seed": -1}):
         with pytest.raises(ValidationError, match=next(iter(bad))):
             SPViTSettings(**bad)
-    with pytest.raises(UserError, match="of family 'pvt_v2': SPViT serves families vit, swin"):
+    with pytest.raises(UserError, match="of family 'pvt_v2': SPViT serves families vit, eva, swin"):
         SPViT().wrap(build(random_arch(Random(0), "pvt_v2")))
     grid = swin(grid=5)
     with pytest.raises(UserError, match="use conv_scope = 'map'"):
