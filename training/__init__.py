@@ -4,7 +4,7 @@ from .chance import chance_warning, warn_at_chance
 from .checkpoint import load_state, save_state
 from .closest import Kept
 from .compatibility import check_features, check_fits, check_labels, check_order, open_fitting
-from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text
+from .data import Data, DataInfo, absolute_name, check_words, images_only, open_data, open_text, own_data
 from .evaluation import (
     EVAL_BATCH,
     Compared,
@@ -52,6 +52,7 @@ __all__ = [
     "open_data",
     "open_fitting",
     "open_text",
+    "own_data",
     "recipe_names",
     "save_state",
     "seeded",

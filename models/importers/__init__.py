@@ -93,8 +93,6 @@ def import_checkpoint(
         raise UserError(f"config = {config}: layout {layout!r} has no configuration; leave it out")
     if model is not None and layout != "timm":
         raise UserError(f"model = {model}: layout {layout!r} says itself what its model is; leave it out (--model)")
-    if heads is not None and layout == "timm":
-        raise UserError(f"heads = {heads}: the architecture says how many; leave it out (--heads)")
     sizes = (img_size, img_size) if isinstance(img_size, int) else img_size
     given = Given(
         heads=_whole_numbers("heads", (heads,) if isinstance(heads, int) else heads),

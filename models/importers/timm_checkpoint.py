@@ -31,6 +31,8 @@ def read_timm(tensors: Tensors, given: Given) -> nn.Module:
         UserError: no architecture is named or timm knows none of that name, a tensor is missing, left over or has
             another shape, or the model cannot be represented.
     """
+    if given.heads is not None:
+        raise UserError(f"heads = {list(given.heads)}: the architecture says how many; leave it out (--heads)")
     name = given.model or tensors.beside.get("arch")
     if not isinstance(name, str):
         raise UserError("the file does not say what architecture its weights are of: name it (--model NAME or FOLDER)")

@@ -25,7 +25,7 @@ from prunesweep.models.io.files import disk_full, make_folder, publish_folder, w
 from prunesweep.models.io.lock import Lock, Vanished, reserve
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners.subspaces import can_recover
-from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.config import SearchConfig, load_config, parse_config
 from prunesweep.search.report.advice import advice
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
@@ -33,7 +33,7 @@ from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import hypervolume, latest, quality_of
-from prunesweep.search.store.records import FORMAT, sealed
+from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.signals import handling
@@ -64,9 +64,11 @@ class SearchResult:
 
 
 def run_search(
-    config: SearchConfig | str | Path,
+    config: SearchConfig | Mapping[str, Any] | str | Path,
     out: str | Path | None = None,
     *,
+    on_trial: Callable[[Result], None] | None = None,
+    progress: bool = False,
     console: Console | None = None,
     address: str | None = None,
     dry_run: bool = False,
@@ -75,9 +77,11 @@ def run_search(
     """Run a search and return its front.
 
     Args:
-        config: the configuration, or the path of a TOML file.
+        config: the configuration, its tables as a mapping, or the path of a TOML file.
         out: the run's folder, which must not exist yet (unless ``dry_run``); ``runs/NAME`` by default.
-        console: where to draw; nothing is drawn by default.
+        on_trial: called in this process with the result of every unit of work that has finished.
+        progress: draw on standard output, as the command does.
+        console: where to draw instead; nothing is drawn by default.
         address: of a running Ray cluster, all of whose nodes see ``out``; a Ray of its own by default.
         dry_run: stop, and return None, after the space was shown. Where data or weights are not there, that is said,
             and the space is what the architecture alone can tell.
@@ -87,9 +91,11 @@ def run_search(
         UserError: the configuration, the data or the source cannot be used; nothing is created.
         SearchFailed: too many trials failed, or what all of them need is gone (``RunBroken``).
     """
-    if not isinstance(config, SearchConfig):
+    if isinstance(config, Mapping):
+        config = parse_config(dict(config), "the configuration")
+    elif not isinstance(config, SearchConfig):
         config = load_config(config)
-    display = Display(console or Console(quiet=True))
+    display = Display(console or Console(quiet=not progress))
     run = Run(out if out is not None else Path("runs") / config.name)
     if run.path.exists() and not dry_run:
         raise UserError(
@@ -125,7 +131,7 @@ def run_search(
         config = create_run(run, config, prepared)
         place.close()
         connection = ray if address is None else contextlib.nullcontext(ray)
-        return _search(run, config, space, display, connection, on_worker=address is not None)
+        return _search(run, config, space, display, connection, on_worker=address is not None, on_trial=on_trial)
 
 
 def resume_search(
@@ -134,6 +140,8 @@ def resume_search(
     trials: int | None = None,
     overrides: Sequence[str] = (),
     retry_failed: bool = False,
+    on_trial: Callable[[Result], None] | None = None,
+    progress: bool = False,
     console: Console | None = None,
     address: str | None = None,
     verbose: bool = False,
@@ -146,7 +154,9 @@ def resume_search(
         overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure
             (``reopen.HARMLESS``), and the place of data that were moved.
         retry_failed: do those trials again that have failed; what they failed by is kept beside their results.
-        console: where to draw; nothing is drawn by default.
+        on_trial: called in this process with the result of every unit of work that has finished.
+        progress: draw on standard output, as the command does.
+        console: where to draw instead; nothing is drawn by default.
         address: of a running Ray cluster; a Ray of its own by default.
         verbose: show Ray's own log lines.
 
@@ -156,7 +166,7 @@ def resume_search(
         SearchFailed: too many trials failed, or what all of them need is gone (``RunBroken``).
     """
     run = Run.existing(path)
-    display = Display(console or Console(quiet=True))
+    display = Display(console or Console(quiet=not progress))
     more = [] if trials is None else [f"search.trials={trials}"]
     config = reopen(run, [*overrides, *more], on_note=display.note)
     check_given(run, config)
@@ -165,12 +175,14 @@ def resume_search(
     if address is None:
         max_concurrent(config.resources)
         check_data(run, config)
-        return _search(run, config, space, display, ray, retry_failed=retry_failed)
+        return _search(run, config, space, display, ray, retry_failed=retry_failed, on_trial=on_trial)
     with ray:
-        with display.progress() as progress:
-            run_on_worker(partial(_check_there, run.path, config), config.resources, progress)
+        with display.progress() as shown:
+            run_on_worker(partial(_check_there, run.path, config), config.resources, shown)
         connection = contextlib.nullcontext(ray)
-        return _search(run, config, space, display, connection, retry_failed=retry_failed, on_worker=True)
+        return _search(
+            run, config, space, display, connection, retry_failed=retry_failed, on_worker=True, on_trial=on_trial
+        )
 
 
 def _check_there(path: Path, config: SearchConfig, progress: Progress) -> None:
@@ -337,6 +349,21 @@ def _died(run: Run) -> str:
     return f"Ray died. No finished trial is lost: prunesweep resume {run.shown}"
 
 
+def _telling(coordinator: Coordinator, on_trial: Callable[[Result], None] | None) -> Callable[[], None]:
+    """Return a function that calls ``on_trial`` with the results that have come since."""
+    told = {(result.trial, result.rung) for result in coordinator.results}
+
+    def tell() -> None:
+        if on_trial is None:
+            return
+        for result in list(coordinator.results):
+            if (result.trial, result.rung) not in told:
+                told.add((result.trial, result.rung))
+                on_trial(result)
+
+    return tell
+
+
 def _leaving(display: Display, text: str, lock: Lock | None = None) -> Callable[[], NoReturn]:
     """Return a function that prints ``text`` and ends this process; Ray would end it too, but with exit code 0."""
 
@@ -364,6 +391,7 @@ def _search(
     *,
     retry_failed: bool = False,
     on_worker: bool = False,
+    on_trial: Callable[[Result], None] | None = None,
 ) -> SearchResult:
     """Run the trials of a run whose source, scores and space are there; measure its front on a worker or here."""
     with run.lock(lambda lost: _leave(display, str(lost), TAKEN_OVER)) as lock:
@@ -393,7 +421,7 @@ def _search(
                     execute(
                         coordinator,
                         config.resources,
-                        [changed, logged, _reporter(run, coordinator)],
+                        [changed, logged, _reporter(run, coordinator), _telling(coordinator, on_trial)],
                         count=partial(_room, connection, coordinator, display),
                         work=partial(run_task, fence=lock.fence),
                     )

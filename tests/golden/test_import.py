@@ -18,7 +18,7 @@ from prunesweep.models.importers import LAYOUTS, import_checkpoint
 
 from .conftest import cases
 
-IMAGES = LAYOUTS.keys() - {"fairseq"}  # whose language models have tests of their own
+IMAGES = LAYOUTS.keys() - {"fairseq", "timm"}  # which have tests of their own
 MIXERS = {"msa": "attn", "skip": "none"}
 
 

@@ -4,8 +4,9 @@
 here. ``imagefolder:PATH`` has
 ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``images:PATH`` any tree of images without labels, ``wds:PATH``
 webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar``, ``hfds:NAME`` a data set of Hugging Face's ``datasets``;
-these use timm's transforms. ``pydocs`` and ``wikitext:PATH`` are texts. All are read by index, so that any number of
-workers sees every image once, in an order that a seed gives.
+these use timm's transforms. ``python:MODULE:FUNCTION`` is what a function of one's own returns. ``pydocs`` and
+``wikitext:PATH`` are texts. All are read by index, so that any number of workers sees every image once, in an order
+that a seed gives.
 """
 
 from .base import NO_LABEL, UNREADABLE, Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only
@@ -15,6 +16,7 @@ from .digits import Digits
 from .folder import ImageFolder
 from .glyphs import Glyphs
 from .huggingface import HuggingFace
+from .own import OwnData, own_data
 from .registry import KINDS, absolute_name, open_data, open_text, register
 from .shards import Shards
 from .text import TextData, check_words
@@ -33,6 +35,7 @@ __all__ = [
     "HuggingFace",
     "ImageFolder",
     "OpenOptions",
+    "OwnData",
     "Shards",
     "TextData",
     "UnlabelledImages",
@@ -43,6 +46,7 @@ __all__ = [
     "images_only",
     "open_data",
     "open_text",
+    "own_data",
     "read_names",
     "register",
 ]

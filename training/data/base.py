@@ -97,6 +97,28 @@ class Data(ABC):
     def __init__(self, *, loader_workers: int = 0) -> None:
         self.loader_workers = loader_workers
 
+    @staticmethod
+    def of(train: Dataset[Any], val: Dataset[Any], **options: Any) -> Data:
+        """Make data of two map-style data sets of (image, label).
+
+        Every image of a data set without ``targets`` is read once for its label. Data that go to other processes, such
+        as a search's, are named by a function that makes them: see ``own_data``.
+
+        Args:
+            train: training images, prepared as for evaluation: float tensors (C, rows, columns), all of one size, and
+                labels from 0.
+            val: validation images, likewise.
+            options: ``classes``, names by label; ``augmented``, the training images with random changes in the same
+                order, to train on; ``mean`` and ``std`` by channel, for saved models to say; ``name``, for messages;
+                ``loader_workers``, processes that load images.
+
+        Raises:
+            UserError: an item is not (image, label), images differ in size, or a label has no class.
+        """
+        from .own import OwnData
+
+        return OwnData(train, val, **options)
+
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:
         """Open the data set named ``KIND:argument``.
