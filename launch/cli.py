@@ -392,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:  # between what the commands themselves catch
         sys.exit(INTERRUPTED)
     except Exception as error:
+        _check_ray(error)
         if not (remedy := write_refused(error)):
             raise
         _fail(f"{error}: what was finished before is whole; {remedy}, and the same command goes on")
@@ -403,6 +404,13 @@ def _end_quietly() -> None:
     """Let Ctrl-C end the process without a traceback while the interpreter ends, when nothing can catch it any more."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def _check_ray(error: Exception) -> None:
+    """End by what says that Ray died, where an error is that; Ray is not loaded unless it was used."""
+    session = sys.modules.get("prunesweep.training.jobs.ray_session")
+    if session is not None and isinstance(error, session.RayDied):
+        _fail(f"{error}", session.RAY_DIED)
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

@@ -129,6 +129,7 @@ def _call(cluster: Any, last: Any, what: str, arguments: list[str]) -> tuple[int
 
 
 def fetch(
+    context: typer.Context,
     run: NameArgument,
     address: AddressOption = None,
     out: Annotated[
@@ -146,10 +147,10 @@ def fetch(
     from prunesweep.launch.cluster.unpacking import unpack_archive
     from prunesweep.models import UserError
     from prunesweep.models.io.files import publish_folder
+    from prunesweep.models.io.lock import reserve
 
     target = out if out is not None else Path("runs") / run
-    if target.exists():
-        raise UserError(f"--out {target}: is there already; give a new folder")
+    context.with_resource(reserve(target))
     cluster = _cluster(address)
     last = cluster.latest(run)
     arguments = ["prunesweep.launch.cluster.pack", last.folder, "--limit", str(limit * MIB)]
@@ -163,7 +164,7 @@ def fetch(
             f"{problem}; take fewer models with --top, allow more with --limit, or copy {last.folder} itself"
         )
     archive = unpack(output)
-    with publish_folder(target) as folder:
+    with publish_folder(target.absolute(), replace=False) as folder:
         unpack_archive(archive, folder, limit * MIB)
     models = len(list(target.glob("*/*/model/config.json")))
     print(f"{target}: {models} models, {len(archive) / MIB:.1f} MiB; see 'prunesweep front {target}'")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunesweep.models import Arch, LatencyTable, UserError, arch_of, cost, load, weights_digest
 from prunesweep.models.io.reading import read_json
+from prunesweep.models.io.scratch import scratch_folder
 from prunesweep.models.io.store import CONFIG
 from prunesweep.models.precision import to_float32
 from prunesweep.pruners import Scores
@@ -198,8 +198,8 @@ def _journal(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> 
         tasks[task.number] = task
     failed = {task.number for task in tasks.values() if task.id in outcomes.failures}
     if (run / "study.journal").is_file() or tasks:
-        with tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch) / "study.journal"
+        with scratch_folder() as scratch:
+            copy = scratch / "study.journal"
             if (run / "study.journal").is_file():
                 shutil.copyfile(run / "study.journal", copy)
             try:

@@ -60,7 +60,7 @@ def watched() -> Iterator[Watch]:
 
     def renaming(real: Callable[..., None]) -> Callable[..., None]:
         def rename(source: Any, target: Any, **options: Any) -> None:
-            if Path(source).name.startswith(".") or "scratch" in str(source) or ".export-" in str(source):
+            if Path(source).name.startswith(".") or "scratch" in str(source) or "/." in str(source):
                 watch.rename(Path(source), Path(target))
             real(source, target, **options)
 

@@ -6,7 +6,6 @@ import contextlib
 import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import distribution
@@ -15,6 +14,7 @@ from typing import Any
 
 import prunesweep
 from prunesweep.models import UserError
+from prunesweep.models.io.scratch import scratch_folder
 from prunesweep.search.config import ClusterTable, SearchConfig
 
 __all__ = ["CONFIG", "ENV", "driver", "environment", "facts", "on_cluster", "requirements", "staged"]
@@ -80,8 +80,8 @@ def staged(config: SearchConfig | None = None, exclude: Sequence[str] = ()) -> I
         UserError: it is larger than a cluster accepts; the message names the largest files.
     """
     root = Path(prunesweep.__file__).parent
-    with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as scratch:
+        folder = scratch / "code"
         for place in (root.glob("*"), *((root / package).rglob("*") for package in PACKAGES)):
             for path in sorted(place):
                 name = "prunesweep" / path.relative_to(root)

@@ -21,7 +21,6 @@ import importlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from prunesweep.models.builder import arch_of, blocks_of, example_input
 from prunesweep.models.errors import UserError, nearest
 from prunesweep.models.layers.token_merging import SparseMerge
 
-from .files import make_folder, publish, write_refused
+from .files import make_folder, publish, scratch_beside, write_refused
 from .store import rebuilt, save
 
 __all__ = ["FORMATS", "OPSETS", "PRECISIONS", "Agreement", "agreement", "default_path", "export"]
@@ -115,9 +114,9 @@ def export(
     ours = rebuilt(reference).eval()
     place = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        with torch.no_grad(), tempfile.TemporaryDirectory(dir=place, prefix=".export-") as scratch:
+        with torch.no_grad(), scratch_beside(place / path.name) as scratch:
             # no_grad: with gradients, Swin's biases are traced with another attention kernel than ONNX's lowering has
-            artefact = Path(scratch) / f"model{form.suffix}"
+            artefact = scratch / f"model{form.suffix}"
             write = partial(_write_onnx, half=True) if precision == "float16" else form.write
             write(model if to == "timm" else ours, artefact, opset)
             if precision.startswith("int8"):

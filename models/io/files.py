@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -27,6 +28,8 @@ __all__ = [
     "publish",
     "publish_file",
     "publish_folder",
+    "scratch_beside",
+    "sweep",
     "write_refused",
     "write_text",
 ]
@@ -37,9 +40,40 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that can
 def _scratch(path: Path) -> Path:
     """Name a scratch path that no other process uses.
 
-    The host's name is part of it: containers on several nodes may well have the same process ids.
+    The host's name and the namespace of process ids are part of it: containers may well have the same process ids.
     """
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{_namespace()}.{os.getpid()}.tmp")
+
+
+def _namespace() -> str:
+    """Return the number of this process's namespace of process ids; 0 where the system has none."""
+    with contextlib.suppress(OSError):
+        return "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
+    return "0"
+
+
+def sweep(path: Path, *, held: bool = False) -> None:
+    """Remove what processes on this host that were killed have left beside a file or folder that they were making.
+
+    Args:
+        path: what they were making.
+        held: this process alone may make it now, so all that others on this host have left goes; by default only what
+            is known to be of a process that has ended.
+    """
+    left = re.compile(re.escape(f".{path.name}.{socket.gethostname()}.") + r"(?:(\d+)\.)?(\d+)\.(tmp|old)(\.rights)?")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(path.parent):
+            if (found := left.fullmatch(name)) and (held or (found[1] == _namespace() and _ended(int(found[2])))):
+                one = path.with_name(name)
+                if one.is_dir():
+                    shutil.rmtree(one, ignore_errors=True)
+                else:
+                    one.unlink(missing_ok=True)
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process of this process's namespace has ended; only Linux tells."""
+    return Path("/proc/self/ns/pid").is_symlink() and not Path(f"/proc/{pid}").exists()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,9 +108,11 @@ def make_folder(path: Path, *, within: Path | None = None) -> None:
 def publish_file(path: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``path``, and publish the file there as ``path`` once the block ends well.
 
-    A file that exists is replaced. If the block fails, ``path`` is left as it was and the scratch file is removed.
+    A file that exists is replaced. If the block fails, ``path`` is left as it was and the scratch file is removed. What
+    a killed process has left of the same file goes, too.
     """
     scratch = _scratch(path)
+    sweep(path)
     try:
         yield scratch
         publish(scratch, path)
@@ -88,7 +124,8 @@ def publish_file(path: Path) -> Iterator[Path]:
 def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a scratch folder beside ``path``, and publish it as ``path`` once the block ends well.
 
-    If the block fails, ``path`` is left as it was and the scratch folder is removed.
+    If the block fails, ``path`` is left as it was and the scratch folder is removed. What a killed process has left of
+    the same folder goes, too.
 
     Args:
         path: the folder; missing parents are made.
@@ -97,16 +134,26 @@ def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         FileExistsError: there is a folder with something in it, and it is not to be replaced.
     """
-    scratch = _scratch(path)
-    shutil.rmtree(scratch, ignore_errors=True)
     make_folder(path.parent)
+    with scratch_beside(path) as scratch:
+        yield scratch
+        publish(scratch, path, replace=replace)
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, whose parent is there; it goes at the end of the block, if it is there still.
+
+    What a killed process has left of its own goes at the beginning.
+    """
+    scratch = _scratch(path)
+    sweep(path)
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
         yield scratch
-        publish(scratch, path, replace=replace)
-    except BaseException:
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def publish(scratch: Path, path: Path, *, replace: bool = True) -> None:

@@ -7,7 +7,6 @@ files of ``models.save`` are uploaded as they are, in one commit.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -17,6 +16,7 @@ from prunesweep.models.builder import arch_of
 from prunesweep.models.counting import cost
 from prunesweep.models.errors import UserError
 
+from .scratch import scratch_folder
 from .store import CONFIG, WEIGHTS, load, load_provenance, save
 
 __all__ = ["card", "push"]
@@ -35,8 +35,8 @@ def push(model: nn.Module | str | Path, repo_id: str, *, private: bool = False) 
     """
     _check(repo_id)
     if isinstance(model, nn.Module):
-        with tempfile.TemporaryDirectory() as scratch:
-            return _upload(save(model, Path(scratch) / "model"), repo_id, private)
+        with scratch_folder() as scratch:
+            return _upload(save(model, scratch / "model"), repo_id, private)
     return _upload(Path(model), repo_id, private)
 
 

@@ -18,8 +18,6 @@ import errno
 import json
 import os
 import random
-import re
-import shutil
 import socket
 import threading
 import time
@@ -30,6 +28,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from prunesweep.models.errors import UserError
+
+from .files import sweep
 
 __all__ = ["Fence", "Holder", "Lock", "Lost", "Vanished", "reserve"]
 
@@ -116,7 +116,7 @@ class Lock:
             return None
         scratch = place / f".{uuid.uuid4().hex}"
         try:
-            scratch.touch()
+            scratch.write_text(json.dumps(_own_place()))
             now: float | None = scratch.stat().st_mtime
         except OSError:
             now = None
@@ -158,6 +158,7 @@ class Lock:
             raise UserError(f"{self.what}: too many processes try to take it at once")
         for number in others:
             _file(self.place, number).unlink(missing_ok=True)
+        _sweep(self.place, now)
         threading.Thread(target=self._beat, daemon=True, name=f"lock of {self.place.name}").start()
         return self
 
@@ -236,18 +237,8 @@ def reserve(path: Path, option: str = "--out") -> Iterator[Path]:
             raise UserError(f"{option} {shown}: nothing can be written there: {error.strerror}") from error
         if path.exists():
             raise UserError(f"{option} {shown}: is there already; give a new one")
-        _sweep(path)
+        sweep(path, held=True)
         yield path
-
-
-def _sweep(path: Path) -> None:
-    """Remove what commands on this host that were killed have left of their work on a place that is held."""
-    left = re.compile(re.escape(f".{path.name}.{socket.gethostname()}.") + r"\d+\.tmp")
-    for found in [one for one in path.parent.iterdir() if left.fullmatch(one.name)]:
-        if found.is_dir():
-            shutil.rmtree(found, ignore_errors=True)
-        else:
-            found.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -265,6 +256,18 @@ def _leases(place: Path) -> set[int]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return {int(name) for name in os.listdir(place) if name.isdigit()}
     return set()
+
+
+def _sweep(place: Path, now: float) -> None:
+    """Remove scratch files of processes that were killed while they asked for the lock; else the folder stays."""
+    for path in place.glob(".*"):
+        with contextlib.suppress(OSError):
+            try:
+                dead = _died(json.loads(path.read_text()))
+            except (ValueError, TypeError, KeyError, AttributeError):  # being written
+                dead = False
+            if dead or now - path.stat().st_mtime > STALE:
+                path.unlink()
 
 
 def _link(scratch: Path, lease: Path) -> None:

@@ -24,6 +24,7 @@ from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import disk_full, make_folder, publish_folder, write_text
 from prunesweep.models.io.lock import Lock, Vanished, reserve
 from prunesweep.models.io.provenance import versions
+from prunesweep.models.io.scratch import remove_scratch_folders
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, load_config, parse_config
 from prunesweep.search.report.advice import advice
@@ -36,6 +37,7 @@ from prunesweep.search.store.front import hypervolume, latest, quality_of
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.training.jobs.proposal import is_proposal
+from prunesweep.training.jobs.ray_session import RAY_DIED, RayDied
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -49,7 +51,7 @@ from .validation import validate_front
 
 __all__ = ["RAY_DIED", "SearchResult", "resume_search", "run_search"]
 
-RAY_DIED, TAKEN_OVER = 3, 4  # exit codes
+TAKEN_OVER = 4  # exit code
 REPORT_EVERY = 20.0  # seconds, at least, between two reports while a search runs
 GIVEN = "given"  # folder in a run's, of the saved models and decisions that it started from
 
@@ -377,6 +379,7 @@ def _leaving(display: Display, text: str, lock: Lock | None = None) -> Callable[
 
 def _leave(display: Display, text: str, code: int) -> NoReturn:
     """End this process from whatever thread, at once."""
+    remove_scratch_folders()
     display.close()
     display.note(text)
     os._exit(code)
@@ -429,6 +432,8 @@ def _search(
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise
+        except RayDied as death:
+            raise RayDied(f"{death}. No finished trial is lost: prunesweep resume {run.shown}") from death
         except RunBroken as broken:
             _check_there_still(run, broken)
             raise RunBroken(

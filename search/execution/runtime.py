@@ -6,13 +6,11 @@ restores nothing; which unit runs next is the coordinator's decision, which Tune
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
 import os
-import socket
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,9 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from prunesweep.models import UserError
+from prunesweep.models.io.scratch import scratch_folder
 from prunesweep.search.config import ResourcesTable
 from prunesweep.search.store.run import Task
-from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, join, own_token, start
+from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, RayDied, alive, joined, own_ray
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
 
@@ -97,18 +96,19 @@ def _cpus(resources: ResourcesTable) -> int:
 class RayConnection:
     """A Ray of our own on this machine, or a running cluster, for the time of a ``with`` block.
 
-    ``on_death`` is called, in a thread, should Ray die; it may be replaced meanwhile. The loss of a node that is not
-    the head is no death.
+    ``on_death`` is called, in a thread maybe, should Ray die; it should end this process, and may be replaced
+    meanwhile. The loss of a node that is not the head is no death.
 
     Raises:
         UserError: nothing answers at ``address``, or no unit fits.
+        RayDied: a Ray of our own does not start.
     """
 
     def __init__(
         self, resources: ResourcesTable, *, address: str | None, verbose: bool, on_death: Callable[[], None]
     ) -> None:
         self._resources, self._address, self._verbose, self.on_death = resources, address, verbose, on_death
-        self._stop = threading.Event()
+        self._session = contextlib.ExitStack()
         self._max_concurrent, self._counted = 0, -math.inf
 
     @property
@@ -131,49 +131,22 @@ class RayConnection:
         logging.getLogger("ray").setLevel(level)
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
         if self._address is None:
-            own_token()
             own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
             # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
             dashboard = self._resources.workers_per_trial > 1
-            context = start(address="local", include_dashboard=dashboard, **own, **options)
+            session = own_ray(lambda: self.on_death(), include_dashboard=dashboard, **own, **options)
         else:
-            context = join(self._address, options)
-        try:
-            nodes = [node for node in ray.nodes() if node["Alive"]]
+            session = joined(self._address, lambda: self.on_death(), **options)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(session)
             self._max_concurrent = self._count()
-        except UserError:
-            ray.shutdown()
-            raise
-        host, _, port = context.address_info["gcs_address"].rpartition(":")
-        endpoints = [(host, int(port))]
-        if self._address is None:
-            endpoints.append((nodes[0]["NodeManagerAddress"], int(nodes[0]["NodeManagerPort"])))
-        threading.Thread(target=self._watch, args=(endpoints,), daemon=True).start()
+            self._session = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._stop.set()
-        ray.shutdown()
-
-    def _watch(self, endpoints: list[tuple[str, int]]) -> None:
-        """Call ``on_death`` soon after Ray dies; Ray notices only after a minute and then exits with code 0."""
-        closed = 0
-        while closed < 2:
-            if self._stop.wait(1.0):
-                return
-            closed = 0 if all(_open(endpoint) for endpoint in endpoints) else closed + 1
-        if not self._stop.is_set():
-            self.on_death()
-
-
-def _open(endpoint: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(endpoint, timeout=5).close()
-    except TimeoutError:
-        return True  # busy, not dead
-    except OSError:
-        return False
-    return True
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.__exit__(kind, error, trace)
 
 
 class _TaskActor(tune.Trainable):  # type: ignore[misc]
@@ -227,6 +200,9 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return {"unit": asdict(unit)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if error and not alive():  # nor did its candidate fail
+            self._give_up(RayDied("Ray died"))
+            return
         found = result or {}
         lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)" if error else None
         if found.get("state") == "disk full":
@@ -311,7 +287,7 @@ def execute(
     if resources.workers_per_trial > 1:  # its workers bring their own; the unit itself only waits for them, on the head
         own = {"cpu": 0, "node:__internal_head__": 0.001}
     trainable = tune.with_resources(_TaskActor, own)
-    with tempfile.TemporaryDirectory(prefix="prunesweep-") as scratch:
+    with scratch_folder() as scratch:
         tune.Tuner(
             trainable,
             param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial, "work": work},
@@ -320,7 +296,7 @@ def execute(
             ),
             run_config=tune.RunConfig(
                 name="units",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RESTARTS),
             ),

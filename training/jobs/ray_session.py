@@ -7,12 +7,18 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from rich.console import Console
 
 import prunesweep
 from prunesweep.models import UserError
+from prunesweep.models.io.scratch import remove_scratch_folders, scratch_folder
 
 from ..signals import deferred
 
@@ -24,9 +30,13 @@ for name, value in {
 
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
+from ray._private import worker as ray_worker  # noqa: E402
 from ray.job_config import JobConfig  # noqa: E402
 
-__all__ = ["OBJECT_STORE_BYTES", "connected", "join", "own_token", "start"]
+__all__ = ["OBJECT_STORE_BYTES", "RAY_DIED", "RayDied", "alive", "connected", "joined", "own_ray"]
+
+RAY_DIED = 3  # exit code
+LONGEST_PLACE = 34  # bytes: a socket's path has 107 at most, and Ray's names of session and socket take 73 of them
 
 SAFE_PATH = "PYTHONSAFEPATH"  # python -c, by which Ray starts some processes, puts the current folder first else
 OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
@@ -106,28 +116,169 @@ def _job_config() -> JobConfig:
     return config
 
 
-def join(address: str, options: Mapping[str, Any]) -> Any:
-    """Connect to a running cluster.
+class RayDied(Exception):
+    """The Ray that this process has started or joined is dead, or could not be started."""
+
+
+@contextlib.contextmanager
+def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
+    """Run a Ray of our own on this machine for the time of a ``with`` block; nothing of it stays afterwards.
+
+    Args:
+        on_death: called, in a thread or from the end of the block, within a second of the death of Ray's node manager
+            (raylet) or its central store (GCS). Ray's processes and its folder are gone by then. It should end this
+            process: what waits for Ray waits for minutes.
+        options: arguments of ``ray.init``.
+
+    Yields:
+        Ray's context.
+
+    Raises:
+        RayDied: Ray does not start.
+    """
+    own_token()
+    with _ray_folder() as folder:
+        try:
+            context = start(address="local", _temp_dir=folder, **options)
+        except UserError:
+            raise
+        except Exception as error:
+            ray.shutdown()
+            reason = str(error).strip().partition("\n")[0]
+            raise RayDied(f"Ray died while it started: {reason or type(error).__name__}") from error
+
+        def end() -> None:
+            with contextlib.suppress(Exception):  # the other thread may be ending them, too
+                _node().kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
+            remove_scratch_folders()
+            on_death()
+
+        with _watched(_own_alive, end, period=0.2, misses=1):
+            yield context
+
+
+@contextlib.contextmanager
+def joined(address: str, on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
+    """Join a running cluster for the time of a ``with`` block.
 
     Args:
         address: the cluster's address.
+        on_death: as for ``own_ray``, within a few seconds of the death of the cluster's head.
         options: further arguments of ``ray.init``.
 
-    Returns:
+    Yields:
         Ray's context.
 
     Raises:
         UserError: no cluster answers at ``address``.
     """
     try:
-        return start(address=address, **options)
+        context = start(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
+    host, _, port = context.address_info["gcs_address"].rpartition(":")
+
+    def end() -> None:
+        remove_scratch_folders()
+        on_death()
+
+    with _watched(lambda: _open(host, int(port)), end, period=1.0, misses=2):
+        yield context
+
+
+@contextlib.contextmanager
+def _watched(
+    lives: Callable[[], bool], on_death: Callable[[], object], *, period: float, misses: int
+) -> Iterator[None]:
+    """Look after a Ray for the time of a ``with`` block, and shut it down at the end.
+
+    Ray itself notices only after a minute, and then exits with code 0. What waits for a reply raises all kinds of
+    errors, sooner or later than the thread here sees why.
+    """
+    global _lives
+    stop, _lives = threading.Event(), lives
+    dead = threading.Lock()  # of two that notice, the second one waits for the end of this process
+
+    def watch() -> None:
+        missed = 0
+        while missed < misses:
+            if stop.wait(period):
+                return
+            missed = 0 if lives() else missed + 1
+        with dead:
+            if not stop.is_set():
+                on_death()
+
+    threading.Thread(target=watch, daemon=True, name="watches over Ray").start()
+    try:
+        yield
+    except Exception:
+        if not lives():
+            with dead:
+                stop.set()
+                on_death()
+        raise
+    finally:
+        stop.set()
+        _lives = None
+        ray.shutdown()
+
+
+_lives: Callable[[], bool] | None = None  # tells whether the Ray of this process lives
+
+
+def alive() -> bool:
+    """Whether the Ray that this process has started or joined lives, as far as it knows."""
+    return _lives is None or _lives()
+
+
+def _node() -> Any:
+    """The processes of a Ray of our own, as Ray knows them."""
+    return ray_worker._global_node
+
+
+def _own_alive() -> bool:
+    """Whether those two processes of a Ray of our own live without which it is dead."""
+    node = _node()
+    dead = () if node is None else (kind for kind, _ in node.dead_processes())
+    return not {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}.intersection(dead)
+
+
+def _open(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except TimeoutError:
+        return True  # busy, not dead
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _ray_folder() -> Iterator[str]:
+    """A scratch folder for Ray's sockets and logs; by default they stay in /tmp/ray for good."""
+    place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    if len(os.fsencode(place)) > LONGEST_PLACE:
+        place = Path("/tmp")
+    with scratch_folder(place) as folder:
+        yield str(folder)
+
+
+def _print_for_people(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Print what Ray has to tell, but for the end of a dead raylet's log: that Ray died is said in one line."""
+    lines = [line for line in data["lines"] if not line.startswith("Raylet is terminated.")]
+    if lines:
+        _print({**data, "lines": lines}, ignore_prefix)
+
+
+_print, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, _print_for_people
 
 
 @contextlib.contextmanager
 def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
     """Join a cluster, or start a Ray of our own, for the time of a ``with`` block.
+
+    Should Ray die meanwhile, this process says so and ends with ``RAY_DIED``.
 
     Args:
         address: the cluster's address; None for a Ray of our own, or the one that this process has joined already.
@@ -136,6 +287,7 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
 
     Raises:
         UserError: nothing answers at ``address``, or the cluster does not have the CPUs and GPUs.
+        RayDied: a Ray of our own does not start.
     """
     if address is None and ray.is_initialized():
         yield
@@ -143,19 +295,24 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        own_token()
         own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        start(address="local", **own, **options)
+        session = own_ray(_leave, **own, **options)
     else:
-        join(address, options)
-    try:
+        session = joined(address, _leave, **options)
+    with session:
         total = ray.cluster_resources()
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):
             if wanted > total.get(name, 0):
                 raise UserError(f"the workers need {wanted:g} {name}s in all, Ray has {total.get(name, 0):g}")
         yield
-    finally:
-        ray.shutdown()
+
+
+def _leave() -> NoReturn:
+    """Say that Ray died, and end this process from whatever thread, at once."""
+    console = Console(stderr=True)
+    console.show_cursor()
+    console.print("\nerror: Ray died; the same command goes on from what is saved", style="red", highlight=False)
+    os._exit(RAY_DIED)
 
 
 def own_token() -> None:

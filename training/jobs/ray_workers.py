@@ -29,6 +29,7 @@ import ray  # noqa: E402
 import ray.train  # noqa: E402
 import torch  # noqa: E402
 from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
 from ray.train import (  # noqa: E402
     Checkpoint,
     CheckpointConfig,
@@ -43,11 +44,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from prunesweep.models import UserError, save  # noqa: E402
 from prunesweep.models.io.files import publish_folder  # noqa: E402
+from prunesweep.models.io.scratch import scratch_folder  # noqa: E402
 from prunesweep.pruners.hook import Collapsed  # noqa: E402
 
 from ..loop import Epoch  # noqa: E402
 from ..trainer import Diverged, DoesNotFit  # noqa: E402
 from .placement import Placement  # noqa: E402
+from .ray_session import alive  # noqa: E402
 from .training_job import (  # noqa: E402
     STATE,
     CannotBegin,
@@ -62,6 +65,8 @@ from .training_job import (  # noqa: E402
 __all__ = ["TrainingFailed", "train_on_ray"]
 
 MODEL = "model"  # folder of the trained models in a checkpoint
+UPLOAD = "checkpoint-"  # prefix of folders that Ray uploads
+RESTARTS = 2  # of what directs the workers, where its process was lost
 
 
 class TrainingFailed(Exception):
@@ -126,10 +131,7 @@ def train_on_ray(
             ),
             torch_config=TorchConfig(backend=_backend(placement.gpus), timeout_s=300),
         )
-        try:
-            result = trainer.fit()
-        except Exception as error:  # Ray wraps the error of a worker
-            raise TrainingFailed(str(error)) from error
+        result = _fit(trainer)
     if "missing" in result.return_value:
         raise CannotBegin(result.return_value["missing"])
     if "diverged" in result.return_value:
@@ -142,6 +144,19 @@ def train_on_ray(
         shutil.copytree(Path(folder) / MODEL, target, dirs_exist_ok=True)
     _drop_orphans(result)
     return True
+
+
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    """Train; where the process that directs the workers was lost, once more from the last checkpoint."""
+    for attempt in range(RESTARTS + 1):
+        try:
+            return trainer.fit()
+        except RayActorError as error:
+            if attempt == RESTARTS or not alive():
+                raise TrainingFailed(str(error)) from error
+        except Exception as error:  # Ray wraps the error of a worker
+            raise TrainingFailed(str(error)) from error
+    raise AssertionError  # the last attempt has returned or raised
 
 
 def _drop_orphans(result: ray.train.Result) -> None:
@@ -163,8 +178,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     loaded, missing = _load(job, where)
     if loaded is None:
         return {"missing": missing}
-    with tempfile.TemporaryDirectory() as scratch:
-        state = Path(scratch) / STATE
+    with scratch_folder() as scratch:
+        state = scratch / STATE
         _restore(state)
 
         def on_epoch(epoch: Epoch) -> None:
@@ -182,10 +197,12 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         except (Collapsed, DoesNotFit) as error:  # likewise
             return {"failed": str(error)}
         if models is None:
+            _wait_for_uploads(scratch)
             return {"stopped": True}
         described = {where: (model, {**config["provenance"], **figures}) for where, (model, figures) in models.items()}
         figures = next(iter(models.values()))[1]
         _report(figures, state, described)
+        _wait_for_uploads(scratch)
     return figures
 
 
@@ -216,13 +233,19 @@ def _report(metrics: dict[str, Any], state: Path, models: TrainedModels) -> None
     """Report to Ray on all workers; the first one adds a checkpoint of the state and the models."""
     checkpoint = None
     if ray.train.get_context().get_world_rank() == 0:
-        folder = tempfile.mkdtemp()  # Ray deletes it once it is uploaded
+        folder = tempfile.mkdtemp(prefix=UPLOAD, dir=state.parent)  # Ray deletes it once it is uploaded
         if state.exists():
             shutil.copy(state, folder)
         for where, (model, provenance) in models.items():
             save(model.cpu(), Path(folder) / MODEL / where, provenance)
         checkpoint = Checkpoint.from_directory(folder)
     ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+
+
+def _wait_for_uploads(scratch: Path) -> None:
+    """Wait until Ray has uploaded, and deleted, all checkpoints that were reported to it."""
+    while any(scratch.glob(f"{UPLOAD}*")):
+        time.sleep(0.05)
 
 
 def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., None]:
@@ -238,7 +261,7 @@ def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., Non
     return maybe
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class _Log:
     """Collect what the workers report, for the process that started them."""
 
@@ -283,7 +306,11 @@ def _listening(reports: Reports) -> Iterator[Any]:
         over = False
         while not over:
             over = ended.wait(0.5)
-            events, latest = ray.get(log.since.remote(heard))
+            try:
+                events, latest = ray.get(log.since.remote(heard))
+            except RayActorError:  # its process was lost, with what was not heard of yet; Ray starts another one
+                heard = 0
+                continue
             heard += len(events)
             for kind, what in events:
                 if kind == "epoch" and reports.on_epoch:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prunesweep.launch.cli import main
 from prunesweep.search.config import ResourcesTable
 from prunesweep.search.execution.runtime import RayConnection
 from prunesweep.training.jobs import ray_session
-from prunesweep.training.jobs.ray_session import connected
+from prunesweep.training.jobs.ray_session import RayDied, connected
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +73,82 @@ def test_a_ray_of_our_own_listens_to_this_machine_alone() -> None:
         found = [(p.name(), c.laddr.ip) for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"]
     assert {"gcs_server", "raylet"} <= {name for name, _ in found}
     assert {address.removeprefix("::ffff:") for _, address in found} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("begin", [lambda: connected(None, cpus=1, gpus=0), for_units], ids=["workers", "units"])
+def test_a_ray_that_does_not_start_is_said_in_one_line(
+    begin: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where its raylet or its GCS is killed meanwhile."""
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nSome more lines.")
+
+    def command(_arguments: Any) -> None:
+        with begin():
+            pass
+
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray_session, "LONGEST_PLACE", 4096)
+    with pytest.raises(RayDied, match="^Ray died while it started: The current node timed out during startup.$"):
+        command([])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("prunesweep.launch.cli.app", command)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+WAITS = """
+import os, ray
+from ray._private import worker
+from prunesweep.training.jobs.ray_session import connected
+
+@ray.remote
+class Waits:
+    def pid(self):
+        return os.getpid()
+
+    def wait(self):
+        import time
+        time.sleep(600)
+
+with connected(None, cpus=1, gpus=0):
+    waits = Waits.remote()
+    pids = {p.process.pid for found in worker._global_node.all_processes.values() for p in found}
+    names = {name: found[0].process.pid for name, found in worker._global_node.all_processes.items()}
+    print(names["raylet"], names["gcs_server"], ray.get(waits.pid.remote()), *pids, flush=True)
+    ray.get(waits.wait.remote())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1], ids=["raylet", "gcs"])
+def test_a_ray_that_dies_ends_its_process_at_once_and_leaves_nothing(dead: int) -> None:
+    place = tempfile.mkdtemp(prefix="ps", dir="/tmp")  # short: Ray's sockets lie below it
+    environment = {**os.environ, "TMPDIR": place}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+    )
+    try:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) > 3
+        assert [path.name[:11] for path in Path(place).iterdir()] == ["prunesweep-"]
+        os.kill(pids[dead], signal.SIGKILL)
+        begun = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert time.monotonic() - begun < 15
+        assert output == "\nerror: Ray died; the same command goes on from what is saved\n"
+        deadline = time.monotonic() + 15
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+        assert list(Path(place).iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(place, ignore_errors=True)
