@@ -310,8 +310,10 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
 def _leave() -> NoReturn:
     """Say that Ray died, and end this process from whatever thread, at once."""
     console = Console(stderr=True)
-    console.show_cursor()
-    console.print("\nerror: Ray died; the same command goes on from what is saved", style="red", highlight=False)
+    if console.is_terminal:  # a progress bar may be there
+        console.show_cursor()
+        console.print()
+    console.print("error: Ray died; the same command goes on from what is saved", style="red", highlight=False)
     os._exit(RAY_DIED)
 
 

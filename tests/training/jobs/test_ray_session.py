@@ -142,7 +142,7 @@ def test_a_ray_that_dies_ends_its_process_at_once_and_leaves_nothing(dead: int) 
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 3
         assert time.monotonic() - begun < 15
-        assert output == "\nerror: Ray died; the same command goes on from what is saved\n"
+        assert output == "error: Ray died; the same command goes on from what is saved\n"
         deadline = time.monotonic() + 15
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.1)
