@@ -248,7 +248,7 @@ def differs(one: Any, other: Any) -> Any:
         pairs = [(one[place][name], other[place][name]) for place in one for name in one[place]]
         if all(a.shape == b.shape for a, b in pairs):
             return (
-                max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0) or False
+                max((float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs if a.numel()), default=0.0) or False
             )
     return one != other
 
@@ -273,7 +273,7 @@ def search_work(what: str, place: Path, config: Path, name: str) -> Work:
 
 def command_work(what: str, place: Path, source: Path, kept: Path, name: str) -> Work:
     """A command other than a search; ``kept`` is a finished run."""
-    out, data = place / name / "out", ["--data", "digits"]
+    out, data = place / name / ("out.pt2" if what == "export" else "out"), ["--data", "digits"]
     trained = ["--teacher", str(source), "--epochs", "12", "--workers", "2", *data]
     uvc = "--method uvc --budget 0.7 --recipe quick --set recipe.epochs=6 --set ramp_steps=20 --finetune quick"
     lines = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunesweep.models import Cost, UserError, arch_of, cost, load_provenance, save, weights_digest
-from prunesweep.models.io.files import write_text
+from prunesweep.models.io.files import publish, write_text
 from prunesweep.models.io.provenance import versions
 from prunesweep.pruners import AppliedMethod, TrainedMethod
 from prunesweep.search.report.display import Display
@@ -25,6 +25,7 @@ from prunesweep.training.jobs.one_shot import (
     save_pruned,
 )
 from prunesweep.training.jobs.prune_training import TrainedPruning
+from prunesweep.training.jobs.work import Work
 
 from .finetune import reports
 from .prune_request import Request
@@ -32,6 +33,7 @@ from .spent import spent_lines
 
 __all__ = ["apply_once", "prune_tokens", "prune_trained", "prune_widths"]
 
+FINETUNED = "finetuned"  # folder in the command's folder of work, of models that are trained
 DECIDED = "decided.json"  # in the command's folder of work, once all models are there that the method has decided on
 
 
@@ -97,7 +99,8 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
         work = request.work(model, pruned.provenance["data"])
         work.claim()
         untrained = save_pruned(pruned, work.folder / "untrained")
-        last = _finetune(request, model, untrained, request.folder, work.folder, str(request.finetune))
+        last = _finetune(request, model, untrained, work, ".", str(request.finetune))
+        publish(work.folder / FINETUNED, request.folder, replace=False)
         work.release()
     _report(request, pruned.source_cost, pruned.source, [_row(request, pruned, first, last)])
 
@@ -150,10 +153,12 @@ def prune_trained(request: Request) -> None:
         write_text(work.folder / DECIDED, "{}")  # a folder of several models may be there in part only
     rows = []
     for one in found:
-        folder, last = request.folder / one.folder.relative_to(decided), EvalMetrics(one.top1)
+        name, last = one.folder.relative_to(decided), EvalMetrics(one.top1)
         if after != "none":
-            last = _finetune(request, model, one.folder, folder, work.folder, after)
-        rows.append(Row(folder, one.cost, EvalMetrics(one.top1), last, one.spent))
+            last = _finetune(request, model, one.folder, work, str(name), after)
+        rows.append(Row(request.folder / name, one.cost, EvalMetrics(one.top1), last, one.spent))
+    if after != "none":
+        publish(work.folder / FINETUNED, request.folder, replace=False)
     work.release()
     _report(request, whole, before, rows)
     for missed in sorted({*shares}, reverse=True)[len(found) :]:  # the largest are reached first
@@ -162,13 +167,19 @@ def prune_trained(request: Request) -> None:
         )
 
 
-def _finetune(request: Request, source: Any, start: Path, out: Path, work: Path, recipe: str) -> EvalMetrics:
-    """Train ``start`` with the source as teacher; return the result's quality. ``work`` is the command's folder."""
-    teacher = work / "source"
+def _finetune(request: Request, source: Any, start: Path, work: Work, name: str, recipe: str) -> EvalMetrics:
+    """Train ``start`` with the source as teacher, unless that is done; return the result's quality.
+
+    The result lies in the command's folder of work until all of them are there: a command that is killed in between
+    leaves none that another could take for all.
+    """
+    out, teacher = work.folder / FINETUNED / name, work.folder / "source"
+    if out.joinpath("config.json").exists():
+        return EvalMetrics.of(load_provenance(out))
     if not teacher.exists():
         save(source.cpu(), teacher)
     _, _, fields = request.options()
-    part = "" if out == request.folder else f"-{out.name}"
+    part = "" if name == "." else f"-{name}"
     job = Finetuning(
         start,
         request.data,
@@ -178,8 +189,8 @@ def _finetune(request: Request, source: Any, start: Path, out: Path, work: Path,
         seed=request.seed,
         data_options=request.data_options,
         second_stage=request.stage,
-        work_folder=work / f"finetuning{part}",
-        teacher_logits=work / "teacher_logits",
+        work_folder=work.folder / f"finetuning{part}",
+        teacher_logits=work.folder / "teacher_logits",
     )
     display = Display(request.console)
     with display.progress() as progress:

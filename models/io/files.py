@@ -30,6 +30,7 @@ __all__ = [
     "publish_folder",
     "scratch_beside",
     "sweep",
+    "sweep_below",
     "write_refused",
     "write_text",
 ]
@@ -69,6 +70,15 @@ def sweep(path: Path, *, held: bool = False) -> None:
                     shutil.rmtree(one, ignore_errors=True)
                 else:
                     one.unlink(missing_ok=True)
+
+
+def sweep_below(folder: Path) -> None:
+    """Remove what processes on this host that were killed have left of any file or folder below a folder."""
+    left = re.compile(r"\.(.+)\." + re.escape(socket.gethostname()) + r"\.\d+\.\d+\.(?:tmp|old)")
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if found := left.fullmatch(name):
+                sweep(Path(place, found[1]))
 
 
 def _ended(pid: int) -> bool:

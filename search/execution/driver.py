@@ -21,7 +21,7 @@ from tensorboardX import SummaryWriter
 
 from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
-from prunesweep.models.io.files import disk_full, make_folder, publish_folder, write_text
+from prunesweep.models.io.files import disk_full, make_folder, publish_folder, sweep_below, write_text
 from prunesweep.models.io.lock import Lock, Vanished, reserve
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.scratch import remove_scratch_folders
@@ -399,6 +399,7 @@ def _search(
     """Run the trials of a run whose source, scores and space are there; measure its front on a worker or here."""
     with run.lock(lambda lost: _leave(display, str(lost), TAKEN_OVER)) as lock:
         run = Run(run.path, lock.check)
+        sweep_below(run.path)
         run.stop_file.unlink(missing_ok=True)
         display.failures(run.failures(), again=retry_failed)
         if retry_failed:

@@ -16,6 +16,7 @@ from prunesweep.launch.cli import app
 from prunesweep.models import BlockCut, Cut, UserError, arch_of, cost, cut, load, load_provenance, save
 from prunesweep.models.latency.building import macs_table
 from prunesweep.training import Recipe, fit, open_data, seeded
+from prunesweep.training.jobs.finetune import Finetuning
 from prunesweep.training.jobs.prune_training import TrainedPruning
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -308,6 +309,30 @@ def test_several_budgets_out_of_one_run(source: Path, tmp_path: Path) -> None:
         assert 0.995 * budget * whole <= small <= budget * whole
         spent = load_provenance(out / f"{budget}")["spent"]
         assert (spent["cost"], spent["limit_share"]) == (small, pytest.approx(budget))
+
+
+def test_several_budgets_are_there_together_or_not_at_all(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the command is killed between the two: the same one then finetunes the second, and only that."""
+    out, real, begun = tmp_path / "ladder", prune_runners.finetune, list[str]()
+    settings = ("--set", "interval=1", "--set", "groups_per_step=6", *AFTER)
+    command = ("nvit-iterative", "--budget", "0.8,0.6", *QUICK, *settings, "--out", str(out))
+
+    def finetune(job: Finetuning, *arguments: Any, **options: Any) -> None:
+        begun.append(job.out.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        real(job, *arguments, **options)
+
+    monkeypatch.setattr(prune_runners, "finetune", finetune)
+    assert by_method(source, *command).exit_code != 0
+    assert not out.exists()
+    result = by_method(source, *command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert begun == ["0.8", "0.6", "0.6"]
+    assert {path.name for path in out.iterdir()} == {"0.8", "0.6"}
+    assert {path.name for path in left_files(tmp_path)} <= {"metrics.jsonl"}
 
 
 def test_tokens_by_keep_rate_and_by_budget(source: Path, tmp_path: Path) -> None:

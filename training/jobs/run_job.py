@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from prunesweep.models import UserError, save
+from prunesweep.models.io.files import publish, publish_folder
 
 from ..data import Data
 from ..loop import Epoch
@@ -22,11 +23,11 @@ from ..trainer import batches_of
 from ..world import World
 from .metrics_log import MetricsLog
 from .placement import Placement
-from .training_job import STATE, LoadedJob, Reports, TrainingJob, load_job, train_models
+from .training_job import STATE, LoadedJob, Reports, TrainedModels, TrainingJob, load_job, train_models
 
 __all__ = ["run_job"]
 
-RAY = "ray"  # folder of checkpoints in the work folder
+RAY, MADE = "ray", "made"  # folders of checkpoints and of the result in the work folder
 
 
 def run_job(
@@ -97,10 +98,16 @@ def _run_here(
         if models is None:
             return False
         if world.first:
-            for where, (model, figures) in models.items():
-                save(model.cpu(), out / where, {**provenance, **figures})
+            _save(models, out, provenance)
             state.unlink(missing_ok=True)
     return True
+
+
+def _save(models: TrainedModels, out: Path, provenance: Mapping[str, Any]) -> None:
+    """Save the models of a job in one step: a folder of several is never there in part."""
+    with nullcontext(out) if "" in models else publish_folder(out) as folder:
+        for where, (model, figures) in models.items():
+            save(model.cpu(), folder / where, {**provenance, **figures})
 
 
 @contextmanager
@@ -129,7 +136,10 @@ def _run_on_ray(
     name: str,
     reports: Reports,
 ) -> bool:
-    """Train on Ray Train's workers; delete its checkpoints in ``work`` once the result is published."""
+    """Train on Ray Train's workers; delete its checkpoints in ``work`` once the result is published.
+
+    That is done when Ray has ended, which takes seconds: whoever has the result has all, and can delete the rest.
+    """
     from .ray_session import connected
     from .ray_workers import TrainingFailed, train_on_ray
 
@@ -141,9 +151,14 @@ def _run_on_ray(
     storage = placement.storage or str(work / RAY)
     with connected(placement.address, cpus=needed * placement.cpus, gpus=needed * placement.gpus):
         try:
-            done = train_on_ray(job, placement, out, storage=storage, name=name, provenance=provenance, reports=reports)
+            made = work / MADE
+            done = train_on_ray(
+                job, placement, made, storage=storage, name=name, provenance=provenance, reports=reports
+            )
         except TrainingFailed as error:
             raise UserError(f"training failed: {error}") from error
+    if done:
+        publish(made, out)
     if done and placement.storage is None:
         shutil.rmtree(work / RAY, ignore_errors=True)
     return done

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from prunesweep.models.io.files import publish_file, publish_folder, scratch_beside, write_text
+from prunesweep.models.io.files import publish_file, publish_folder, scratch_beside, sweep_below, write_text
 from prunesweep.models.io.lock import Lock, reserve
 from prunesweep.models.io.scratch import remove_scratch_folders, scratch_folder
 from tests.killing import inside, killed_inside
@@ -47,7 +47,9 @@ def test_what_a_killed_process_left_beside_a_file_goes_when_it_is_made(tmp_path:
     with inside(publish_file(file)) as live:
         write_text(file, "whole")
         assert [path.name.split(".")[-2] for path in tmp_path.glob(".file.*")] == [str(live)]
-    write_text(file, "whole")
+    killed_inside(publish_folder(folder))
+    sweep_below(tmp_path.parent)
+    assert list(tmp_path.iterdir()) == [file]
     with publish_folder(folder):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -111,7 +111,7 @@ def kill(name: str) -> None:
     """Kill the actor of this Ray of our own whose process has a name."""
     import psutil  # Ray brings it along
 
-    (found,) = [one for one in psutil.Process().children(recursive=True) if one.cmdline()[:1] == [name]]
+    (found,) = [one for one in psutil.Process().children(recursive=True) if one.name().startswith(name[:15])]
     found.kill()
 
 
