@@ -108,6 +108,7 @@ class Work:
     outcome: Callable[[], Any]
     finished: Callable[[], set[str]] = set
     twice: Callable[[], list[str]] = list
+    published: bool = True  # the result appears at the end, and the command then says that it is there
 
 
 class Started:
@@ -197,6 +198,9 @@ def series(place: Path, work: Work, kills: int, span: tuple[float, float], momen
                 print(text[-2000:], flush=True)
         seen |= work.finished()
         time.sleep(1)
+        if work.published and work.result.exists():  # it was killed when all was done
+            code, ends[-1]["done"] = 0, True
+            break
         started = Started(place, work.again())
     if code:
         print(started.output.read_text(errors="replace")[-2000:], flush=True)
@@ -248,7 +252,11 @@ def differs(one: Any, other: Any) -> Any:
         pairs = [(one[place][name], other[place][name]) for place in one for name in one[place]]
         if all(a.shape == b.shape for a, b in pairs):
             return (
-                max((float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs if a.numel()), default=0.0) or False
+                max(
+                    (float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs if a.numel()),
+                    default=0.0,
+                )
+                or False
             )
     return one != other
 
@@ -268,6 +276,7 @@ def search_work(what: str, place: Path, config: Path, name: str) -> Work:
         outcome=lambda: of_run(run),
         finished=lambda: {r.id for r in run.results()} if made() else set(),
         twice=lambda: ended_twice(run),
+        published=False,
     )
 
 
@@ -294,7 +303,9 @@ def command_work(what: str, place: Path, source: Path, kept: Path, name: str) ->
     }
     if what == "promote":
         shutil.copytree(kept, out)
-    return Work(line, lambda: line, victims.get(what, ("driver",)), out, outcome.get(what, lambda: of_models(out)))
+    found = outcome.get(what, lambda: of_models(out))
+    published = what not in ("score", "promote")
+    return Work(line, lambda: line, victims.get(what, ("driver",)), out, found, published=published)
 
 
 @contextlib.contextmanager
@@ -349,7 +360,7 @@ def main() -> None:
                     made = stack.enter_context(fetching(place, kept))
                 alone = made(f"{what}-alone")
                 _, seconds = _alone(place, alone)
-                expected, span = alone.outcome(), (seconds / 8, seconds)
+                expected, span = alone.outcome(), (seconds / 8, seconds * 0.8)
                 span = (seconds / 4, seconds) if what == "train-worker" else span
             found, moment = list[dict[str, Any]](), random.Random(given.seed)
             while sum(one["kills"] for one in found) < given.kills:
