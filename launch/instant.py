@@ -150,7 +150,10 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
     from prunesweep.models import arch_of, save, weights_digest
     from prunesweep.models.io.files import write_text
     from prunesweep.models.io.provenance import versions
+    from prunesweep.models.io.store import saved_digest
     from prunesweep.search.report.computed_page import write_computed_report
+    from prunesweep.search.store.computed import WEIGHTS
+    from prunesweep.search.store.records import sealed
 
     shared = {
         "method": "subspaces",
@@ -166,7 +169,8 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
             folder / row["model"],
             {**shared, **{k: v for k, v in row.items() if v is not None and k not in NOT_KEPT}},
         )
-    write_text(folder / "front.json", json.dumps(facts, indent=1))
+        row[WEIGHTS] = saved_digest(folder / row["model"])
+    write_text(folder / "front.json", sealed(facts))
     write_computed_report(folder, facts, [arch_of(model) for model in models])
 
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunesweep.models import Arch, LatencyTable, UserError, arch_of, cost, load, weights_digest
+from torch import nn
+
+from prunesweep.models import Arch, LatencyTable, UserError, arch_of, cost, load, read_arch, weights_digest
+from prunesweep.models.finite import check_finite
 from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.scratch import scratch_folder
-from prunesweep.models.io.store import CONFIG
+from prunesweep.models.io.store import CONFIG, check_saved
 from prunesweep.models.precision import to_float32
 from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig
+from prunesweep.search.execution.cutting import recovery_of
 from prunesweep.search.execution.promote import promoted
 from prunesweep.search.execution.reopen import check_given, check_settings, open_study, space_of
 from prunesweep.search.space.space import candidate_key
@@ -29,6 +33,7 @@ from prunesweep.training.teacher_cache import is_shard
 __all__ = ["Problem", "verify"]
 
 AGAIN = "'prunesweep resume {}' makes it again"
+REPORT = "report.html"
 
 
 class Problem(NamedTuple):
@@ -56,7 +61,7 @@ def verify(path: str | Path) -> list[Problem]:
     if ComputedFront.is_one(path):
         return list(_front(path))
     if (path / CONFIG).is_file() or any(path.glob("*.safetensors")):
-        return list(_said("copy the folder or save the model again", load, path))
+        return list(_said("copy the folder or save the model again", _loaded, path))
     raise UserError(f"{path} is no run, no saved model and no front of computed models")
 
 
@@ -68,6 +73,13 @@ def _said(remedy: str, check: Callable[..., object], *arguments: object) -> Iter
         yield Problem(str(error), remedy)
 
 
+def _loaded(folder: Path) -> nn.Module:
+    """Load a saved model. Raises UserError where it is damaged, or where weights are no numbers."""
+    model = load(folder)
+    check_finite(model, str(folder))
+    return model
+
+
 def _front(path: Path) -> Iterator[Problem]:
     remedy = "compute the front again with `prunesweep instant`, or copy it again"
     try:
@@ -75,12 +87,16 @@ def _front(path: Path) -> Iterator[Problem]:
     except UserError as error:
         yield Problem(str(error), remedy)
         return
-    for point, folder in zip(front.points, front.folders, strict=True):
-        yield from _said(remedy, _costs, folder, point)
+    if front.sealed and not (path / REPORT).is_file():
+        yield Problem(f"{path / REPORT} is lost", remedy)
+    for number in range(len(front.points)):
+        yield from _said(remedy, _computed, front, number)
 
 
-def _costs(folder: Path, point: dict[str, Any]) -> None:
-    found = cost(arch_of(load(folder)))
+def _computed(front: ComputedFront, number: int) -> None:
+    folder, point = front.folders[number], front.points[number]
+    found = cost(arch_of(_loaded(folder)))
+    front.check_model(number)
     if (found.macs, found.params) != (point["macs"], point["params"]):
         raise UserError(f"{folder} holds another model than the one that front.json is about")
 
@@ -104,6 +120,7 @@ def _run(run: Run) -> Iterator[Problem]:
     for file in sorted((run / "scores").glob("*.safetensors")):
         if file not in scores and not Known.is_sound(file):
             yield Problem(f"{file} is damaged", again)
+    yield from _shared(run, config, facts)
     for file in sorted(run.teacher_logits.rglob("*.safetensors")):
         if not is_shard(file):
             yield Problem(f"{file} is damaged", again)
@@ -114,14 +131,59 @@ def _run(run: Run) -> Iterator[Problem]:
     for reason in outcomes.damaged.values():
         yield Problem(reason, f"'prunesweep resume {run.shown}' does the trial again")
     yield from _trials(run, outcomes, again)
-    yield from _said("delete it, and promote again", promoted, run)
-    for folder in sorted((run / "promoted").glob("*/model")):
-        yield from _said("delete it, and promote again", load, folder)
+    yield from _promoted(run)
     yield from _journal(run, config, outcomes, again)
+    yield from _end(run, config, outcomes, again)
+
+
+def _shared(run: Run, config: SearchConfig, facts: dict[str, Any]) -> Iterator[Problem]:
+    """What all projections share, which the first of them has kept."""
+    arch = read_arch(run / "source")
+    recovery = recovery_of(config, arch)
+    if recovery is None or not recovery.project or all(r.given is not None for r in run.outcomes().results):
+        return
+    file, _ = recovery.kept(run / "scores", facts["source"]["weights"], arch, facts["data"])
+    if not file.is_file():
+        yield Problem(f"{file} is lost", "nothing that is finished needs it, and the next trial computes it again")
+
+
+def _promoted(run: Run) -> Iterator[Problem]:
+    again = "delete it, and promote again"
+    problems = list(_said(again, promoted, run))
+    yield from problems
+    known = {} if problems else {found["unit"]: found.get("weights") for found in promoted(run)}
+    for folder in sorted((run / "promoted").glob("*/model")):
+        yield from _said(again, _loaded, folder)
+        unit = folder.parent.name
+        if unit in known:
+            yield from _said(again, lambda folder=folder, unit=unit: check_saved(folder, weights=known[unit]))
+        elif not (file := folder.with_name("promoted.json")).is_file():
+            yield Problem(f"{file} is lost", "promote again with the same options, which trains nothing anew")
+
+
+def _end(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> Iterator[Problem]:
+    """What a search leaves when it has ended."""
+    advice, report = run / "advice.json", run / REPORT
+    settled, level = len(outcomes.results) + len(outcomes.failures), config.search.trials
+    expected = level
+    for _ in config.search.rungs[1:]:
+        level = int(level // config.search.reduction_factor)
+        expected += level
+    measured = any(any(run.path.glob(f"trials/*/{name}")) for name in ("validation.json", "test.json"))
+    if not (advice.is_file() or measured or settled >= expected):
+        return
+    if not report.is_file():
+        yield Problem(f"{report} is lost", f"'prunesweep report {run.shown}' writes it again")
+    try:
+        lines = json.loads(advice.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        lines = None
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        yield Problem(f"{advice} is damaged or lost", again)
 
 
 def _source(run: Run, facts: dict[str, Any]) -> None:
-    if weights_digest(to_float32(load(run / "source"))) != facts["source"]["weights"]:
+    if weights_digest(to_float32(_loaded(run / "source"))) != facts["source"]["weights"]:
         raise UserError(f"{run / 'source'} holds another model than the one that the run was made with")
 
 
@@ -174,10 +236,13 @@ def _state(run: Run, task: Task, _: Result | None) -> None:
         raise UserError(f"{file} is damaged, or of another version: its training begins anew")
 
 
-def _model(run: Run, task: Task, _: Result | None) -> None:
+def _model(run: Run, task: Task, result: Result | None) -> None:
     model = run.trial(task.id) / "model"
-    if model.is_dir() and arch_of(load(model)).hash != task.arch_hash:
+    if not model.is_dir():
+        return
+    if arch_of(_loaded(model)).hash != task.arch_hash:
         raise UserError(f"{model} holds another model than that of trial {task.number}")
+    check_saved(model, weights=None if result is None else result.weights)
 
 
 def _validation(run: Run, task: Task, _: Result | None) -> None:
@@ -208,11 +273,12 @@ def _journal(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> 
             except UserError as error:
                 yield Problem(str(error), again)
                 return
-        for note in study.notes:
-            if "was made again" not in note:
-                yield Problem(f"{run / 'study.journal'}: {note.partition(': kept as')[0]}", again)
-        if study.notes and not (run / "study.journal").is_file():
-            yield Problem(f"{run / 'study.journal'} is lost", again)
+        journal = run / "study.journal"
+        told = [note for note in study.notes if "was made again" not in note]
+        for note in told:
+            yield Problem(f"{journal}: {note.partition(': kept as')[0]}", again)
+        if study.notes and not told:
+            yield Problem(f"{journal} is {'empty' if journal.is_file() else 'lost'}", again)
     if outcomes.results and not outcomes.damaged:
         file = run / "front.json"
         try:

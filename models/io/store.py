@@ -49,7 +49,17 @@ from .provenance import digest
 from .reading import parse_json, read_json
 from .unchanged import check_unchanged
 
-__all__ = ["CONFIG", "WEIGHTS", "check_saved", "load", "load_provenance", "read_arch", "rebuilt", "save"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "check_saved",
+    "load",
+    "load_provenance",
+    "read_arch",
+    "rebuilt",
+    "save",
+    "saved_digest",
+]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIGEST, SEAL = "weights_sha256", "config_digest"  # absent from folders that older versions wrote
@@ -288,15 +298,32 @@ def load_provenance(path: str | Path) -> dict[str, Any]:
     return dict(config.get("provenance", {}))
 
 
-def check_saved(path: str | Path) -> Arch:
+def saved_digest(path: str | Path) -> str | None:
+    """Return the SHA-256 of a saved model's weights file, as ``save`` wrote it down; None where an older version did.
+
+    Raises UserError where the folder is not a saved model.
+    """
+    found = _config(path).get(DIGEST)
+    return None if found is None else str(found)
+
+
+def check_saved(path: str | Path, *, weights: str | None = None) -> Arch:
     """Check that the files of a saved model hold what was written, without building it; return its record.
 
-    Raises UserError where the folder is not a saved model, a file is damaged, or the weights are not those saved.
+    Args:
+        path: its folder.
+        weights: ``saved_digest`` of the model that it should be, if that is known.
+
+    Raises:
+        UserError: the folder is not a saved model, a file is damaged, or the weights are not those saved, or not those
+            of the model that it should be.
     """
     config = _config(path)
     _check_weights(config, Path(path))
     arch = read_arch(path)
     _check_seal(config, Path(path))
+    if weights is not None and config.get(DIGEST) != weights:
+        raise UserError(f"{path} holds another model: its weights are not those that it was measured with")
     return arch
 
 

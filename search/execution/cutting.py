@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Cut, arch_of, cut, cut_arch, load
+from prunesweep.models import Arch, Cut, arch_of, cut, cut_arch, load
 from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.subspaces import SourceStreams
@@ -20,7 +20,19 @@ from prunesweep.search.config import SearchConfig
 from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics
 from prunesweep.training.jobs.recovery import Known, Recovery
 
-__all__ = ["Cutter"]
+__all__ = ["Cutter", "recovery_of"]
+
+
+def recovery_of(config: SearchConfig, arch: Arch) -> Recovery | None:
+    """Return how the candidates of a search are recovered; None where they start as cut.
+
+    Args:
+        config: of the search.
+        arch: the source's record.
+    """
+    # another draw than the screen's, as far as there are images: those that were fitted to flatter
+    found = Recovery(config.search.recover_images, config.seed + 1, config.search.projects(arch))
+    return found if config.search.recovers(arch) else None
 
 
 class Cutter:
@@ -49,10 +61,7 @@ class Cutter:
         self.source, self.data, self.search, self.seed = source, data, config.search, config.seed
         self.kept, self.reading, self.seconds = kept, reading, 0.0
         self.agreeing = "agreement" in config.search.objectives
-        # another draw than the screen's, as far as there are images: those that were fitted to flatter
-        arch = arch_of(source)
-        recovery = Recovery(self.search.recover_images, self.seed + 1, self.search.projects(arch))
-        self.recovery = recovery if self.search.recovers(arch) else None
+        self.recovery = recovery_of(config, arch_of(source))
 
     @cached_property
     def screen(self) -> list[Any]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import reserve
-from prunesweep.models.io.store import check_saved
+from prunesweep.models.io.store import check_saved, saved_digest
 from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.search.store.records import EXACT, sealed
 from prunesweep.search.store.run import Run, task_id
@@ -51,6 +51,7 @@ class Promoted:
     model: str  # relative to the run
     agreement: float | None = None  # with the source, where that was searched for
     searched_agreement: float | None = None
+    weights: str | None = None  # SHA-256 of the model's weights file; None where an earlier version promoted it
 
 
 def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] = ()) -> list[dict[str, Any]]:
@@ -132,7 +133,7 @@ def promote(
         with reserve(job.out, "promoting"):
             finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
     else:
-        _check_promoted(job.out, recipe)
+        _check_promoted(job.out, recipe, _known_weights(run, folder))
     latency, facts = None, load_provenance(job.out)
     if setting is not None:
         latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
@@ -149,15 +150,25 @@ def promote(
         model=str(Path("promoted") / unit / "model"),
         agreement=facts.get("agreement"),
         searched_agreement=point.get("agreement"),
+        weights=saved_digest(job.out),
     )
     write_text(folder / "promoted.json", sealed(asdict(found)))
     return found
 
 
-def _check_promoted(model: Path, recipe: Recipe) -> None:
-    """Raise UserError where a model is damaged, or was promoted with another recipe."""
+def _known_weights(run: Run, folder: Path) -> str | None:
+    """The digest of the weights that were promoted to a folder before; None where its facts are lost or damaged."""
+    file = folder / "promoted.json"
     try:
-        check_saved(model)
+        return run.read(file, Promoted).get("weights") if file.is_file() else None
+    except UserError:
+        return None
+
+
+def _check_promoted(model: Path, recipe: Recipe, weights: str | None) -> None:
+    """Raise UserError where a model is damaged or is another one, or was promoted with another recipe."""
+    try:
+        check_saved(model, weights=weights)
     except UserError as error:
         raise UserError(f"{error}\nDelete {model}, and promote again") from error
     if not _promoted_by(model, recipe):

@@ -34,7 +34,7 @@ from prunesweep.models import (
 from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.provenance import versions
-from prunesweep.models.io.store import check_saved
+from prunesweep.models.io.store import check_saved, saved_digest
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
@@ -231,6 +231,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         epochs=sum(context.epochs(rung) for rung in range(unit.rung + 1)),
         latency_ms=candidate.latency_ms,
         has_model=(folder / "model").exists(),
+        weights=saved_digest(folder / "model") if (folder / "model").exists() else None,
         training_seconds=training,
         computing_seconds=context.cutter.seconds - before,
         ppl=after.ppl,
@@ -313,7 +314,7 @@ def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Modul
     if _starts_untrained(context, unit):
         return context.cutter.model(candidate.decision)
     below = context.run.trial(_below(unit))
-    if (below / "model").exists() and not _is_sound(below / "model"):
+    if (below / "model").exists() and not _is_sound(below / "model", _weights(context.run, below.name)):
         set_aside(below / "model")
     if not (below / "model").exists() and not _train(context, context.run.read_task(below.name), candidate, below):
         return None
@@ -322,10 +323,19 @@ def _start(context: WorkerContext, unit: Task, candidate: Candidate) -> nn.Modul
     return to_float32(load(below / "model")).to(next(context.source.parameters()).device)
 
 
-def _is_sound(model: Path) -> bool:
-    """Whether a saved model is there and holds what was written."""
+def _weights(run: Run, name: str) -> str | None:
+    """The digest of the weights that a task's result is of; None where that is not known."""
     try:
-        check_saved(model)
+        found = run.read_result(name)
+    except UserError:
+        return None
+    return None if found is None or found["state"] != "finished" else found["result"].get("weights")
+
+
+def _is_sound(model: Path, weights: str | None = None) -> bool:
+    """Whether a saved model is there, holds what was written, and has the weights of a digest if one is given."""
+    try:
+        check_saved(model, weights=weights)
     except UserError:
         return False
     return True

@@ -102,6 +102,7 @@ class Result:
     images: int | None = None
     given: str | None = None  # as of the task
     balanced: float | None = None  # mean of the classes' recalls, in percent
+    weights: str | None = None  # SHA-256 of the model's weights file; None where there is no model
 
     @property
     def id(self) -> str:

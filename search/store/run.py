@@ -54,12 +54,13 @@ __all__ = [
 
 FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
 MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
+LATER = ("balanced", "weights")  # fields of results that earlier versions did not have
 SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
 
 
 def _facts(result: Result) -> dict[str, Any]:
     """A result's fields, without one that results of earlier versions lack, so that their digests stay."""
-    return {name: value for name, value in asdict(result).items() if name != "balanced" or value is not None}
+    return {name: value for name, value in asdict(result).items() if name not in LATER or value is not None}
 
 
 def _digest(result: Result) -> str:
@@ -228,7 +229,7 @@ class Run:
         """Finish a unit, for good: with a result, or with the error that it failed by."""
         data: dict[str, Any] = {"state": "failed", "error": error}
         if result is not None:
-            data = {"state": "finished", "result": asdict(result)}
+            data = {"state": "finished", "result": _facts(result)}
         self._write(self.trial(task_id) / "result.json", sealed(data))
         return data
 
@@ -437,7 +438,7 @@ class Run:
         """Say that damage is why the front is empty; None where it has members, or nothing that it had is missing."""
         outcomes = self.outcomes()
         current = outcomes.current
-        if any(not _loss(self.model(r)) for r in self.members(current)):  # reads one intact model, not all of them
+        if any(not self._loss(r) for r in self.members(current)):  # reads one intact model, not all of them
             return None
         gone = {r.id for r, _ in self.lost_models(current)}
         known = {r.id for r in current} | outcomes.damaged.keys()
@@ -461,7 +462,18 @@ class Run:
         """
         front = self._in_front()
         members = [r for r in results if (r.trial, r.rung) in front]
-        return [(r, reason) for r in members if (reason := _loss(self.model(r)))]
+        return [(r, reason) for r in members if (reason := self._loss(r))]
+
+    def _loss(self, result: Result) -> str:
+        """What is wrong with the model of a result; empty where nothing is."""
+        model = self.model(result)
+        if not model.is_dir():
+            return f"{model} is gone"
+        try:
+            check_saved(model, weights=result.weights)
+        except UserError as error:
+            return str(error)
+        return ""
 
     def _in_front(self) -> set[tuple[int, int]]:
         """Trials and rungs of the members that ``front.json`` has."""
@@ -536,17 +548,6 @@ class Run:
             shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
             told.remove(unit)
         return front
-
-
-def _loss(model: Path) -> str:
-    """What is wrong with a model's folder; empty where nothing is."""
-    if not model.is_dir():
-        return f"{model} is gone"
-    try:
-        check_saved(model)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 class Outcomes(NamedTuple):

@@ -21,6 +21,7 @@ from prunesweep.models.latency.table import Grid
 from prunesweep.models.latency.timing import Setting
 from prunesweep.pruners import latency
 from prunesweep.training import EvalMetrics, open_data, open_text
+from tests.generate import random_model
 from tests.launch.digits_model import digits_model
 from tests.launch.test_cli import call
 from tests.pruners.subspaces.test_compress import vit
@@ -207,8 +208,23 @@ def test_the_front_is_shown_again(capsys: pytest.CaptureFixture[str], source: Pa
     code, _, err = call(capsys, "show", out, "--tokens", tmp_path / "image.png")
     assert code == 2
     assert "is a front of several models; name one" in err
-    facts = json.loads((out / "front.json").read_text())
+    assert call(capsys, "verify", out) == (0, f"{out}: all is sound\n", "")
+    written = (out / "front.json").read_text()
+    facts = json.loads(written)
+    (out / "front.json").write_text(json.dumps({**facts, "images": 65}))
+    for command, expected in (("verify", 1), ("front", 2), ("show", 2)):
+        code, said, err = call(capsys, command, out)
+        assert (code, "front.json is damaged: it has changed since it was written" in said + err) == (expected, True)
+    (out / "front.json").write_text(written)
+    save(random_model(arch_of(load(out / "0.4")), 0, torch.float32), out / "0.4")
+    (out / "report.html").unlink()
+    code, said, _ = call(capsys, "verify", out)
+    assert (code, len(said.splitlines())) == (1, 2)
+    assert f"{out / '0.4'} holds another model: its weights are not those" in said
+    assert f"{out / 'report.html'} is lost" in said
+    del facts["digest"]
     for row in facts["points"]:  # of an earlier version
+        row.pop("weights_sha256", None)
         del row["ppl"], row["cosine"], row["relative_error"], row["loss"], row["latency"], row["latency_ms"]
     (out / "front.json").write_text(json.dumps(facts))
     assert call(capsys, "front", out)[:2] == (0, text)

@@ -63,6 +63,19 @@ def test_another_model_in_a_front_is_seen(front: Path, capsys: pytest.CaptureFix
     assert (code, "0.5 holds another model than the one that front.json is about" in out) == (1, True)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_sound(
+    value: float, front: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = random_model(ARCH, 0, torch.float32)
+    with torch.no_grad():
+        broken.get_parameter("blocks.1.mlp.fc1.bias")[0] = value
+    save(broken, front / "0.5")
+    for path in (front, front / "0.5"):
+        code, out, _ = call(capsys, "verify", path)
+        assert (code, "0.5: blocks.1.mlp.fc1.bias has 1 values that are NaN or infinite" in out) == (1, True)
+
+
 def test_what_can_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = call(capsys, "verify", tmp_path)
     assert (code, f"{tmp_path} is no run, no saved model and no front" in error) == (2, True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prunesweep.models import Cut, UserError, arch_of, weights_digest
+from prunesweep.models import Arch, Cut, UserError, arch_of, weights_digest
 from prunesweep.models.io.digest import read_tensors, tensors_digest
 from prunesweep.models.io.files import make_folder, publish_file
 from prunesweep.models.io.provenance import digest
@@ -107,6 +107,25 @@ class Recovery:
         """Draw the images, as batches of (images, labels) that are read as they are asked for."""
         return data.calibration_loader(self.images, BATCH, self.seed)
 
+    def kept(self, cache: Path, weights: str, arch: Arch, data: str) -> tuple[Path, dict[str, Any]]:
+        """Return the file in which ``known`` is kept, and the key inside it.
+
+        Args:
+            cache: its folder.
+            weights: ``weights_digest`` of the source.
+            arch: its record.
+            data: the fingerprint of the data.
+        """
+        key = {
+            "weights": weights,
+            "arch": arch.hash,
+            "data": data,
+            "images": self.images,
+            "seed": self.seed,
+            "format": FORMAT,
+        }
+        return cache / f"subspaces-{digest(key)}.safetensors", key
+
     def known(
         self, source: nn.Module, data: Data, images: Iterable[Any], cache: Path | None, *, weights: str | None = None
     ) -> Known:
@@ -122,15 +141,7 @@ class Recovery:
         """
         if cache is None:
             return Known.of(source, images)
-        key = {
-            "weights": weights or weights_digest(source),
-            "arch": arch_of(source).hash,
-            "data": data.info.fingerprint,
-            "images": self.images,
-            "seed": self.seed,
-            "format": FORMAT,
-        }
-        path = cache / f"subspaces-{digest(key)}.safetensors"
+        path, key = self.kept(cache, weights or weights_digest(source), arch_of(source), data.info.fingerprint)
         found = Known.load(path, key)
         if found is None:
             found = Known.of(source, images)

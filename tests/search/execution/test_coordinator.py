@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from prunesweep.models.io.store import saved_digest
 from prunesweep.pruners import GROUP_SIZES
 from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator, SearchFailed
@@ -38,6 +39,7 @@ def work(run: Run, unit: Task, space: Any = SPACE) -> Result:
     candidate = space.decode(unit.point)
     assert candidate.arch.hash == unit.arch_hash
     assert candidate.key == unit.key
+    put_model(run.trial(unit.id) / "model")
     result = Result(
         trial=unit.number,
         rung=unit.rung,
@@ -51,8 +53,8 @@ def work(run: Run, unit: Task, space: Any = SPACE) -> Result:
         seconds=1.0,
         epochs=1,
         loss=1 + unit.point["skip"],  # not what its top-1 says
+        weights=saved_digest(run.trial(unit.id) / "model"),
     )
-    put_model(run.trial(unit.id) / "model")
     run.write_result(unit.id, result=result)
     return result
 

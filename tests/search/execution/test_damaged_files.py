@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from prunesweep.models import UserError
+from prunesweep.models import UserError, save
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.promote import choose
+from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, Task, task_id
 from prunesweep.search.store.study import RESULTS
+from tests.generate import random_model
 from tests.search.execution.test_coordinator import LADDER, SPACE, start, work
-from tests.search.helpers import make_older, make_run
+from tests.search.helpers import ARCH, make_older, make_run
 from tests.search.store.test_study import trials
 
 DONE, ASKED = 6, 9
@@ -260,6 +262,33 @@ def test_a_member_of_the_front_whose_model_is_damaged_is_named_and_made_again(la
     assert "kept as model.damaged-1" in coordinator.notes[0]
     assert [(task.number, task.rung) for task in go_on(coordinator)] == [(member["trial"], member["rung"])]
     assert ladder.front() == before
+
+
+def test_a_member_of_the_front_whose_model_was_replaced_is_named_and_made_again(ladder: Run) -> None:
+    """By a sound model of the same shapes, which nothing in its own folder tells."""
+    before, member = ladder.front(), top(ladder)
+    save(random_model(ARCH, 1), ladder / member["model"])
+    with pytest.warns(
+        UserWarning, match=rf"{member['model']} holds another model.*trial {member['trial']} is not shown"
+    ):
+        assert member not in ladder.front()
+    with pytest.warns(UserWarning, match="is not shown"), pytest.raises(UserError, match=r"holds another model"):
+        choose(ladder, top=1)
+    coordinator = start(ladder, ASKED, **LADDER)
+    assert "holds another model" in coordinator.notes[0]
+    assert [(task.number, task.rung) for task in go_on(coordinator)] == [(member["trial"], member["rung"])]
+    assert ladder.front() == before
+
+
+def test_results_that_do_not_say_what_their_weights_are_are_believed(ladder: Run) -> None:
+    """As an earlier version wrote them."""
+    before = ladder.front()
+    for path in ladder.path.glob("trials/*/result.json"):
+        data = json.loads(path.read_text())
+        del data["digest"], data["result"]["weights"]
+        path.write_text(sealed(data))
+    assert [point["trial"] for point in ladder.front()] == [point["trial"] for point in before]
+    assert start(ladder, ASKED, **LADDER).notes == []
 
 
 def test_a_damaged_result_below_a_member_of_the_front_is_made_again_and_replaces_nothing(ladder: Run) -> None:
