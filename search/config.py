@@ -285,6 +285,7 @@ class SearchTable(Table):
     start_neutral: Natural = 0  # of the points to begin with, over the budget's range, all other axes neutral
     start_published: bool = False  # begin with what papers published for models of the source's family too
     start_methods: tuple[str, ...] = ()  # begin with what these decide while they train: uvc, spvit, nvit-iterative
+    keep_models: Literal["front", "all"] = "front"  # of trained candidates: those of the front, or every one
 
     def recovers(self, arch: Arch) -> bool:
         """Whether candidates of a source are refitted."""

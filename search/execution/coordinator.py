@@ -33,6 +33,7 @@ from .rungs import MultiObjectiveASHA
 __all__ = ["BANDS", "Coordinator", "RunBroken", "SearchFailed"]
 
 MAX_REJECTED = 1000  # proposals in a row that are no new candidate
+LOOK = 1.05  # growth of the number of results after which it is asked which models are of no use any more
 BANDS = 5  # of the budget window, on its scale, over which promotions are spread
 
 
@@ -70,6 +71,8 @@ class Coordinator:
         self.seconds = 0.0  # that this driver spent on deciding and keeping, all units together
         self._models = run.models() & {r.id for r in self.results}
         self._latest: dict[int, Result] = {}  # by candidate
+        # units that cannot be promoted and are beaten by one of the last rung, for good; results at the last look
+        self._beaten, self._looked = set[str](), 0
         self.best: list[Result] = []  # the members of the front
         self.front = self._update_front(self.results)
 
@@ -394,14 +397,28 @@ class Coordinator:
     def _wanted_models(self) -> set[str]:
         """Models that a promotion may start from, or that come back to the front if a better result is replaced."""
         top = len(self.search.rungs) - 1
+        if self.search.keep_models == "all":
+            return set(self._models)
         if top < 1:
             return set()
         final = [r for r in self.current if r.rung == top and r.has_model]
         unbeaten = self._ranking.front(final)
-        below = [r for r in self.current if r.rung < top and r.has_model]
+        below = [r for r in self.current if r.rung < top and r.has_model and r.id not in self._beaten]
         if self.finished:  # more trials may be asked for later, and then promotions go on
             below = [r for r in below if r in self._ranking.front([*unbeaten, r])]
+        elif len(self.results) >= LOOK * self._looked:
+            self._looked, hopeless = len(self.results), self._hopeless()
+            self._beaten |= {r.id for r in below if r.id in hopeless and r not in self._ranking.front([*unbeaten, r])}
+            below = [r for r in below if r.id not in self._beaten]
         return {r.id for r in [*unbeaten, *below]}
+
+    def _hopeless(self) -> set[str]:
+        """Units whose candidates can never be promoted any more."""
+        found, most = set[str](), self.requested
+        for rung in range(1, len(self.search.rungs)):
+            found |= {task_id(number, rung - 1) for number in self._rungs.hopeless(rung, most)}
+            most = int(most // self.search.reduction_factor)
+        return found
 
     def _tell(self, number: int, found: Mapping[str, Any]) -> None:
         if found["state"] == "finished":

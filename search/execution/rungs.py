@@ -22,6 +22,8 @@ from prunesweep.search.store.pareto import Direction, Floats, as_losses, crowdin
 
 __all__ = ["MultiObjectiveASHA"]
 
+CHUNK = 256  # candidates that are compared with all others at a time
+
 
 class MultiObjectiveASHA:
     """Decides promotions; a state machine without processes, clocks or files.
@@ -83,6 +85,27 @@ class MultiObjectiveASHA:
                 if best is not None:
                     return rung, best
         return None
+
+    def hopeless(self, rung: int, most: int) -> set[int]:
+        """Return the candidates below ``rung`` that can never be promoted to it.
+
+        As many that wait dominate it as there are places left, or more: those always go before it, and no later result
+        changes that.
+
+        Args:
+            rung: above 0.
+            most: how many results there can be on the rung below.
+        """
+        results, promoted = self._results[rung - 1], self._promoted[rung]
+        waiting = [number for number in sorted(results) if number not in promoted]
+        places = int(most // self._reduction_factor) - len(promoted)
+        losses = _finite(as_losses([results[number] for number in waiting], self._directions))
+        found = set[int]()
+        for start in range(0, len(waiting), CHUNK):
+            own = losses[start : start + CHUNK, None]
+            better = ((losses <= own).all(axis=2) & (losses < own).any(axis=2)).sum(axis=1)
+            found |= {waiting[start + i] for i in np.flatnonzero(better >= places)}
+        return found
 
     def _best(self, rung: int) -> int | None:
         """Return the best candidate below ``rung`` that has not been promoted to it."""

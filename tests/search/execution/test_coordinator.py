@@ -367,17 +367,37 @@ def test_training_on_that_makes_a_candidate_worse_counts(tmp_path: Path) -> None
     assert again.front == coordinator.front
 
 
-def test_models_stay_while_a_promotion_may_start_from_them(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "r", 9, rungs=(1, 2), reduction_factor=3)
-    coordinator = start(run, 9, max_concurrent=1, rungs=(1, 2), reduction_factor=3)
-    for _ in range(8):
-        unit = coordinator.next()
-        assert unit is not None
-        work(run, unit)
-        coordinator.complete(unit.id)
-        promoted = {r.trial for r in coordinator.results if r.rung == 1}
-        kept = {p.parent.name for p in run.path.glob("trials/r0-*/model")}
-        assert kept >= {r.id for r in coordinator.results if r.rung == 0 and r.trial not in promoted}
+def kept_models(run: Run) -> set[str]:
+    return {path.parent.name for path in run.path.glob("trials/*/model")}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_models_stay_while_a_promotion_may_start_from_them(seed: int, tmp_path: Path) -> None:
+    """Others go before the end, and the front is what it is where all models stay."""
+    ladder: dict[str, Any] = {"rungs": (1, 2, 4), "reduction_factor": 2}
+    found = {}
+    for keep in ("front", "all"):
+        run, random = make_run(tmp_path / keep, 20, **ladder), Random(seed)
+        coordinator = start(run, 20, seed=seed, keep_models=keep, **ladder)
+        live, gone = list[Task](), set[str]()  # before the end, of candidates that were not promoted
+        while not coordinator.done:
+            if random.random() < 0.6 and (unit := coordinator.next()) is not None:
+                live.append(unit)
+                assert not unit.rung or task_id(unit.number, unit.rung - 1) in kept_models(run)
+            elif live:
+                unit = live.pop(random.randrange(len(live)))
+                work(run, unit)
+                coordinator.complete(unit.id)
+                if not coordinator.done:
+                    gone |= {r.id for r in coordinator.current if r.rung < 2} - kept_models(run)
+                members = {task_id(point["trial"], point["rung"]) for point in run.front()}
+                assert members == {task_id(p["trial"], p["rung"]) for p in run.front(coordinator.results)}
+                assert members <= kept_models(run)
+        found[keep] = (run.front(), {r.id for r in run.results()}, kept_models(run), gone)
+    assert found["front"][:2] == found["all"][:2]
+    assert found["all"][2] == found["all"][1]  # every model is there
+    assert found["front"][3]
+    assert not found["all"][3]
 
 
 def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path) -> None:
