@@ -371,7 +371,7 @@ def kept_models(run: Run) -> set[str]:
     return {path.parent.name for path in run.path.glob("trials/*/model")}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_models_stay_while_a_promotion_may_start_from_them(seed: int, tmp_path: Path) -> None:
     """Others go before the end, and the front is what it is where all models stay."""
     ladder: dict[str, Any] = {"rungs": (1, 2, 4), "reduction_factor": 2}
@@ -386,7 +386,8 @@ def test_models_stay_while_a_promotion_may_start_from_them(seed: int, tmp_path: 
                 assert not unit.rung or task_id(unit.number, unit.rung - 1) in kept_models(run)
             elif live:
                 unit = live.pop(random.randrange(len(live)))
-                work(run, unit)
+                result = work(run, unit)
+                run.write_result(unit.id, result=replace(result, top1=Random(f"{seed} {unit.id}").uniform(20, 80)))
                 coordinator.complete(unit.id)
                 if not coordinator.done:
                     gone |= {r.id for r in coordinator.current if r.rung < 2} - kept_models(run)

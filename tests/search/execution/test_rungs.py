@@ -190,3 +190,36 @@ def test_results_that_are_infinitely_bad_are_promoted_last() -> None:
         found = order(filled(values, reduction_factor=1.2))
     assert found[-1] in (0, 3)
     assert set(order(filled([(-math.inf, math.inf)] * 4, reduction_factor=2))) == {0, 1}
+
+
+def test_what_enough_others_dominate_can_never_be_promoted() -> None:
+    """Three results of six there can be, two places: beaten by both others is out, whatever comes; by one is not."""
+    asha = MultiObjectiveASHA(2, 3, ["maximize", "minimize"])
+    for candidate, values in enumerate([(80, 1), (70, 2), (60, 3)]):
+        asha.add(0, candidate, values)
+    assert asha.hopeless(1, 6) == {2}
+    assert asha.hopeless(1, 9) == set()
+    asha.add(0, 3, (math.inf * -1, math.inf))  # no number
+    assert asha.hopeless(1, 9) == {3}
+    asha.promoted(1, 0)
+    assert asha.hopeless(1, 6) == {2, 3}
+    asha.promoted(1, 1)
+    assert asha.hopeless(1, 6) == {2, 3}
+    assert asha.hopeless(1, 9) == {3}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_one_is_promoted_that_was_hopeless(seed: int) -> None:
+    random, asha, out, seen = Random(seed), MultiObjectiveASHA(3, 2, ["maximize", "minimize"], bands=[0.5]), set(), 0
+    for candidate in range(40):
+        asha.add(0, candidate, (random.random() if random.random() < 0.9 else -math.inf, random.random()))
+        while (due := asha.next()) is not None and random.random() < 0.7:
+            rung, number = due
+            assert (rung, number) not in out
+            asha.promoted(rung, number)
+            if rung == 1:
+                asha.add(1, number, (random.random(), random.random()))
+        now = {(1, n) for n in asha.hopeless(1, 40)} | {(2, n) for n in asha.hopeless(2, 20)}
+        assert out <= now
+        out, seen = now, seen + len(now)
+    assert seen
