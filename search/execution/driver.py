@@ -33,7 +33,7 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
-from prunesweep.search.store.front import hypervolume, latest, quality_of
+from prunesweep.search.store.front import hypervolume, quality_of
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.training.jobs.proposal import is_proposal
@@ -548,12 +548,12 @@ def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Ite
 
     def changed() -> None:
         nonlocal logged
-        for result in coordinator.results[logged:]:
-            logged += 1
-            known = latest(coordinator.results[:logged])
-            best = coordinator.search.ranking.front(r for r in known if r.has_model)
+        new, best = coordinator.results[logged:], coordinator.best
+        logged += len(new)
+        if new:
             writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
             writer.add_scalar("front_size", len(best), logged)
+        for result in new:
             quality = quality_of(objectives)
             values = {f"hparam/{quality}": getattr(result, quality), "hparam/macs": result.macs}
             writer.add_hparams(dict(result.point), values, name=result.id)
