@@ -175,8 +175,8 @@ def _end(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> Iter
     if not report.is_file():
         yield Problem(f"{report} is lost", f"'prunesweep report {run.shown}' writes it again")
     try:
-        lines = json.loads(advice.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        lines = read_json(advice)
+    except UserError:
         lines = None
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         yield Problem(f"{advice} is damaged or lost", again)
