@@ -80,7 +80,7 @@ def vector_sizes(arch: Arch, kinds: tuple[str, ...]) -> dict[str, int]:
     of_heads = next((kind for kind in kinds if kind in ("heads", "qk", "v", "attn")), None)
     for i, block in enumerate(arch.blocks):
         if of_heads and block.mixer == "attn" and f"blocks.{i}.{of_heads}" not in counts:
-            widths = "ragged" if isinstance(block.v, tuple) else f"{block.v}, query/key width {block.qk}"
+            widths = "ragged" if isinstance(block.v, tuple) else f"{block.v}, query/key width {block.qk * arch.qk_rows}"
             raise UserError(f"blocks[{i}].v is {widths}: {of_heads!r} scores need equal widths in all heads")
     return {name: count for name, count in counts.items() if kind_of(name) in kinds}
 

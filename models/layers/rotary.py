@@ -56,8 +56,8 @@ def place_coordinates(rope: Rope, grid: tuple[int, int]) -> torch.Tensor:
 class Places(nn.Module):
     """The places of a grid of patches and the angles there; one serves all blocks of a model.
 
-    Nothing of it is a weight. ``coordinates`` (T, 2) and ``bands`` stay in float32 at least. The sines and cosines of
-    the places, ``table`` (T, 2 pairs), are rounded as timm's are: to the model's type; or, ``centred``, not at all.
+    Nothing of it is a weight, and nothing is rounded to less than float32, whatever the model's type: ``coordinates``
+    (T, 2), ``bands``, and ``table`` (T, 2 pairs), the sines and cosines of the places.
     """
 
     def __init__(self, rope: Rope, grid: tuple[int, int]) -> None:
@@ -101,9 +101,7 @@ class Places(nn.Module):
         exact = self.coordinates, self.bands, self.table
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         if self.coordinates.dtype in (torch.float16, torch.bfloat16):
-            coordinates, bands, table = (own.to(self.table.device) for own in exact)
-            self.coordinates, self.bands = coordinates, bands
-            self.table = table if self.rope.kind == "centred" else self.table
+            self.coordinates, self.bands, self.table = (own.to(self.table.device) for own in exact)
         return self
 
     def angles(
