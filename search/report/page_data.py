@@ -47,6 +47,7 @@ def page_data(run: Run) -> dict[str, Any]:
     return {
         "name": run.path.name,
         "path": run.shown,
+        "links": (run / "front").is_dir(),
         "objectives": run.objectives,
         "rank_by": sorted({run.ranking.names(r.epochs)[run.objectives.index(quality)] for r in members}),
         "family": source.family,

@@ -5,6 +5,7 @@
     source/          the source model          scores/    cached scores
     given/           saved models and decisions that the search started from
     teacher_logits/, latency_table.json        where the search uses them
+    front/01, ...    links to the models of the front's members, ascending in cost
     study.journal    Optuna's journal          front.json, report.html, tb/, advice.json (once the search has ended)
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
                      validation.json, test.json (of members of the front, once the search has ended)
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple, get_args
 
 from prunesweep.models import Cut, UserError, load_provenance
 from prunesweep.models.io import reading
-from prunesweep.models.io.files import write_text
+from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.io.store import check_saved
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
+PLACE = re.compile(r"\d{2,}")  # of a member in ``front/``
 MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
 LATER = ("balanced", "weights")  # fields of results that earlier versions did not have
 SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
@@ -529,10 +531,37 @@ class Run:
         return {path.parent.name for path in (self.path / "trials").glob("*/model")}
 
     def write_front(self, results: Sequence[Result] | None = None) -> list[dict[str, Any]]:
-        """Write ``front.json`` and return what it says."""
+        """Write ``front.json``, link its models as ``front/01`` and so on, and return what it says."""
         front = self.front(results)
         self._write(self / "front.json", json.dumps(front, indent=1))
+        self._link_front([point["model"] for point in front])
         return front
+
+    def _link_front(self, models: Sequence[str]) -> None:
+        """Make ``front/01``, ``front/02``, ... lead to models in the run's folder; remove those of members that left.
+
+        Each changes in one step, so that whoever opens it finds one model or another. File systems without links have
+        none.
+        """
+        folder, digits = self / "front", max(len(str(len(models))), 2)
+        links = {f"{place:0{digits}d}": Path("..") / model for place, model in enumerate(models, 1)}
+        try:
+            folder.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if path.name not in links and PLACE.fullmatch(path.name):
+                    _remove(path)
+            for name, target in links.items():
+                path, scratch = folder / name, folder / f".{name}.tmp"
+                if path.is_symlink() and path.readlink() == target:
+                    continue
+                if not path.is_symlink():  # a copy of a run may have folders in the place of links
+                    _remove(path)
+                scratch.unlink(missing_ok=True)
+                scratch.symlink_to(target, target_is_directory=True)
+                os.replace(scratch, path)
+        except OSError as error:
+            if disk_full(error):
+                raise
 
     def update_front(
         self, results: Sequence[Result], told: set[str], wanted: Collection[str] = ()
@@ -548,6 +577,14 @@ class Run:
             shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
             told.remove(unit)
         return front
+
+
+def _remove(path: Path) -> None:
+    """Remove a link, or a folder that stands in its place; what is not there is left alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 class Outcomes(NamedTuple):

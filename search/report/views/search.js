@@ -176,7 +176,14 @@ function drawSpeed() {
   if (!timed.length)
     throw new NotDrawn(
       "Nothing was measured. Measure the front with: prunesweep bench " +
-        (front.length ? shell(page.path) + "/front/* --source " + shell(page.path) + "/source" : "MODEL..."),
+        (!front.length
+          ? "MODEL..."
+          : (page.links
+              ? shell(page.path) + "/front/*"
+              : front.map(t => shell(page.path + "/trials/" + t.unit + "/model")).join(" ")) +
+            " --source " +
+            shell(page.path) +
+            "/source"),
     );
   table(
     "speed",

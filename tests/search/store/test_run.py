@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 from prunesweep.models import UserError
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.search.execution.task import run_task
-from prunesweep.search.store.run import Run, Task, failure_reasons, reason_of
-from tests.search.helpers import make_run
+from prunesweep.search.store.run import Result, Run, Task, failure_reasons, reason_of
+from tests.search.helpers import make_run, put_model
 
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
@@ -36,6 +37,37 @@ def test_what_another_driver_took_over_is_not_written_to(tmp_path: Path) -> None
                 write()
         assert run_task(run.path, Task(0, {}, "key", "hash", 0), lock.fence)["state"] == "broken"
     assert not run.failures()
+
+
+def test_members_of_the_front_have_paths_that_stay(tmp_path: Path) -> None:
+    """``front/01`` is the cheapest member, whatever has joined or left, in a copy of the run too."""
+    run = make_run(tmp_path / "run", objectives=["top1", "macs"], rank_by="objective")
+
+    def finish(trial: int, macs: int, top1: float) -> None:
+        put_model(run.trial(f"r0-000{trial}") / "model")
+        result = Result(trial, top1, 0.0, macs, 1, "a", {}, 1.0)
+        run.write_result(result.id, result=result)
+
+    def linked(place: Run) -> dict[str, str]:
+        return {p.name: p.resolve().parent.name for p in sorted((place / "front").iterdir()) if check(p)}
+
+    def check(path: Path) -> bool:
+        return (path / "model.safetensors").is_file()
+
+    for trial, macs, top1 in ((0, 300, 80.0), (1, 100, 70.0), (2, 200, 75.0)):
+        finish(trial, macs, top1)
+    run.write_front()
+    assert linked(run) == {"01": "r0-0001", "02": "r0-0002", "03": "r0-0000"}
+    finish(3, 90, 79.0)  # two leave
+    run.write_front()
+    assert linked(run) == {"01": "r0-0003", "02": "r0-0000"}
+    copied = Run(shutil.copytree(run.path, tmp_path / "copy"))  # folders in the place of links
+    copied.write_front()
+    assert linked(copied) == linked(run)
+    assert (copied / "front" / "01").readlink() == Path("../trials/r0-0003/model")
+    copied.write_front([])
+    assert linked(copied) == {}
+    assert check(copied.trial("r0-0003") / "model")
 
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
