@@ -14,7 +14,7 @@ from prunesweep.models.latency.table import LatencyTable
 from prunesweep.models.latency.timing import Setting, measure
 from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
-from .arch import Arch, Block, Rope, Stage, Text
+from .arch import Arch, AttentionPool, Block, Rope, Stage, Text
 from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of
 from .counting import Cost, cost
 from .cutting import BlockCut, Cut, cut, cut_arch
@@ -24,6 +24,7 @@ from .views import BlockView, block_views
 __all__ = [
     "PUBLISHED",
     "Arch",
+    "AttentionPool",
     "Block",
     "BlockCut",
     "BlockView",

@@ -29,7 +29,7 @@ from typing import Any
 from .errors import UserError, nearest
 from .io.reading import parse_json
 
-__all__ = ["Arch", "Block", "Rope", "Stage", "Text"]
+__all__ = ["Arch", "AttentionPool", "Block", "Rope", "Stage", "Text"]
 
 FORMAT = "prunesweep/arch/1"
 LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
@@ -127,6 +127,15 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPool:
+    """A pool of one learned query (SigLIP's "map"): it reads the stream, and gives features of a width of its own."""
+
+    width: int  # of query, keys, values and features; the source's, however narrow the stream is
+    heads: int
+    mlp: int  # hidden units of its MLP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
@@ -141,7 +150,9 @@ class Arch:
     dist_token: bool = False  # DeiT's distillation token, with a head of its own
     reg_tokens: int = 0
     prefix_pos_embed: bool = True  # the position embedding has entries for the prefix tokens
-    pool: str = "token"  # token | avg | none
+    pool: str = "token"  # token | avg | map | none
+    pool_prefix: bool = False  # the pool reads the prefix tokens, too
+    attn_pool: AttentionPool | None = None  # where ``pool`` is map
     head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
@@ -192,14 +203,15 @@ class Arch:
     @property
     def outputs(self) -> int:
         """Number of logits, or of features."""
-        return self.num_classes or self.stages[-1].width
+        return self.num_classes or (self.stages[-1].width if self.attn_pool is None else self.attn_pool.width)
 
     def with_stages(self, stages: tuple[Stage, ...]) -> Arch:
         """Return the record with other stages, narrower or not.
 
-        A backbone without a head gets a linear map to its features where the last stage's width changes.
+        A backbone without a head gets a linear map to its features where the last stage's width changes; an attention
+        pool ends with one.
         """
-        if self.num_classes or stages[-1].width == self.stages[-1].width:
+        if self.num_classes or self.attn_pool is not None or stages[-1].width == self.stages[-1].width:
             return replace(self, stages=stages)
         return replace(self, stages=stages, num_classes=self.outputs, feature_head=True)
 
@@ -241,7 +253,7 @@ class Arch:
             raise UserError(f"arch.format = {found!r}: this version reads {FORMAT!r}")
         stages = _sequence(data, "stages", "arch")
         data["stages"] = tuple(_read_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
-        for name, record in (("text", Text), ("rope", Rope)):
+        for name, record in (("text", Text), ("rope", Rope), ("attn_pool", AttentionPool)):
             if data.get(name) is not None:
                 data[name] = _read(record, data[name], f"arch.{name}")
         arch = _read(cls, data, "arch")
@@ -314,6 +326,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "Text": (Text,),  # read already
     "Rope": (Rope,),
+    "AttentionPool": (AttentionPool,),
 }
 
 

@@ -129,8 +129,9 @@ class ToMe(nn.Module):
         """Compute logits (B, K) of images (B, C, rows, columns). Average pooling weighs every token by its size."""
         x, size = self.forward_features(x)
         if self.record.pool == "avg":
-            prefix, patches = x.tensor_split([self.record.prefix_tokens], dim=1)
-            weight = size[:, self.record.prefix_tokens :]
+            first = 0 if self.record.pool_prefix else self.record.prefix_tokens
+            prefix, patches = x.tensor_split([first], dim=1)
+            weight = size[:, first:]
             x = torch.cat([prefix, (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)], dim=1)
         return self.model.forward_head(x)
 
@@ -200,6 +201,8 @@ def _check(arch: Arch) -> None:
             f"ToMe: {arch.source} is of family {arch.family!r}, whose queries and keys are turned by the places of "
             "tokens, which merging by similarity does not keep; take method 'pmvit'"
         )
+    if arch.attn_pool is not None:
+        raise UserError(f"ToMe: {arch.source} has an attention pool, which would have to weigh merged tokens")
     for i, block in enumerate(arch.blocks):
         for wrong, what in (
             (block.conv_kernel, f"mixer {block.mixer!r} needs the grid of patches"),

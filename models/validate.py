@@ -14,7 +14,7 @@ from .families.checks import check_at_least, check_one_of
 __all__ = ["MIXERS", "validate"]
 
 MIXERS = ("attn", "conv1x1", "conv3x3", "none")
-POOLS = ("token", "avg", "none")
+POOLS = ("token", "avg", "map", "none")
 HEAD_NORMS = ("tokens", "pooled", "none")
 MERGES = ("sparse", "dense")
 

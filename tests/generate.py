@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, Block, BlockCut, Cut, Rope, Stage, Text, build
+from prunesweep.models import Arch, AttentionPool, Block, BlockCut, Cut, Rope, Stage, Text, build
 from prunesweep.models.layers.activations import ACTIVATIONS
 
 FAMILIES = ("vit", "eva", "swin", "pvt_v2")  # of images; there is "lm" too
@@ -71,7 +71,7 @@ def random_vit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         qk_norm=random.random() < 0.25,
         layer_scale=random.random() < 0.25,
     )
-    arch = dataclasses.replace(arch, act=Random(arch.hash).choice(list(ACTIVATIONS)))  # other draws stay as they are
+    arch = _with_pool(Random(arch.hash), arch)  # a draw of its own: other draws stay as they are
     return arch if not extras else _planned(random, arch)
 
 
@@ -98,6 +98,9 @@ def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         stages=(Stage(width=drawn.stages[0].width, grid=grid, blocks=tuple(blocks)),),
         dist_token=False,
         qk_norm=False,
+        pool="avg" if drawn.attn_pool else drawn.pool,
+        pool_prefix=False,
+        attn_pool=None,
         pos_embed=random.random() < 0.5,
         k_bias=random.random() < 0.5,
         attn_norm=random.random() < 0.3,
@@ -112,6 +115,19 @@ def _planned(random: Random, arch: Arch) -> Arch:
     (stage,) = arch.stages
     planned = tuple(_with_tokens(random, arch, block) for block in stage.blocks)
     return dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=planned),))
+
+
+def _with_pool(random: Random, arch: Arch) -> Arch:
+    """Any activation; pools that read prefix tokens, and attention pools of widths of their own."""
+    arch = dataclasses.replace(arch, act=random.choice(list(ACTIVATIONS)))
+    if arch.dist_token or random.random() < 0.6:
+        return arch
+    if arch.pool == "avg" and random.random() < 0.5:
+        return dataclasses.replace(arch, pool_prefix=True)
+    heads = random.randint(1, 3)
+    pool = AttentionPool(width=heads * random.randint(1, 6), heads=heads, mlp=random.randint(1, 20))
+    norm = "tokens" if arch.head_norm == "pooled" else arch.head_norm
+    return dataclasses.replace(arch, pool="map", attn_pool=pool, head_norm=norm, pool_prefix=random.random() < 0.5)
 
 
 def _with_tokens(random: Random, arch: Arch, block: Block) -> Block:

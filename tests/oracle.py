@@ -87,6 +87,10 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
 def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook: Hook) -> None:
     """Norms outside the blocks, and what reads a residual stream there without a norm in between."""
     for name, module in model.named_modules():
+        if name.startswith("attn_pool."):  # it has channels of its own, which no cut takes away
+            continue
+        if name == "attn_pool":
+            hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
         if isinstance(module, nn.LayerNorm) and ".blocks." not in f".{name}":
             parts = name.split(".")
             s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
@@ -94,7 +98,7 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
                 hook(module, _masked_norm(embed[s - 1].repeat(4)))
             else:
                 hook(module, _masked_norm(embed[s]))
-        if name in ("head", "head_dist") and isinstance(module, nn.Linear):
+        if name in ("head", "head_dist") and isinstance(module, nn.Linear) and arch.attn_pool is None:
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
 
 

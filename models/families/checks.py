@@ -20,6 +20,8 @@ PYRAMID: Mapping[str, Any] = {
     "dist_token": False,
     "reg_tokens": 0,
     "pool": "avg",
+    "pool_prefix": False,
+    "attn_pool": None,
     "head_norm": "tokens",
     "pre_norm": False,
     "qk_norm": False,

@@ -87,7 +87,12 @@ class EvaFamily(VisionTransformerFamily):
     capabilities = frozenset({*VisionTransformerFamily.capabilities, "rotary"} - {"token_scale"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Eva,)
     adopts = True
-    fixed_fields: ClassVar[dict[str, Any]] = {"dist_token": False, "qk_norm": False}
+    fixed_fields: ClassVar[dict[str, Any]] = {
+        "dist_token": False,
+        "qk_norm": False,
+        "pool_prefix": False,
+        "attn_pool": None,
+    }
     block_tensors: ClassVar[Table] = {
         **{
             name: uses

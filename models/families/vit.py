@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +25,6 @@ from timm.layers import (
     Mlp,
     PatchDropout,
     PatchEmbed,
-    to_2tuple,
 )
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -39,12 +39,19 @@ from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
 from prunesweep.models.layers.rotary import Places, merged_places
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
 
+from .attention_pool import check_pool, pool_cost, read_pool
 from .base import Family
 from .block_costs import Cost
 from .checks import PLAIN, check_fixed, check_one_of
 from .reading import Require, activation_of, layer_norms, require, shared_eps
-from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, writes
+from .spaces import BLOCK, CLASSIFIERS, WHOLE, AxisUse, Table, linear, per_channel, writes
 from .views import Reader
+from .vit_models import (
+    AttentionPooledTransformer,
+    HeteroVisionTransformer,
+    HeteroVisionTransformerDistilled,
+    check_size,
+)
 
 __all__ = [
     "VIT",
@@ -58,7 +65,14 @@ __all__ = [
 
 MakeAttention = Callable[[Arch, Block, Any], nn.Module]  # of the record, a block's, and the class of norms
 # fields that timm's VisionTransformerDistilled fixes
-DISTILLED = {"class_token": True, "reg_tokens": 0, "prefix_pos_embed": True, "pool": "token", "head_norm": "tokens"}
+DISTILLED = {
+    "class_token": True,
+    "reg_tokens": 0,
+    "prefix_pos_embed": True,
+    "pool": "token",
+    "pool_prefix": False,
+    "head_norm": "tokens",
+}
 
 
 class HeteroBlock(nn.Module):
@@ -152,50 +166,6 @@ def stock_attention(arch: Arch, block: Block, norm_layer: Any) -> nn.Module:
     return HeteroAttention(stage.width, block.heads, block.qk, block.v_widths, block.scale, tokens=tokens, **options)
 
 
-class HeteroVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is untyped
-    """timm's ViT, whose ``set_input_size`` lets convolutions follow and refuses what token plans are not for."""
-
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Take another size of images or patches, as timm's; position embeddings are resampled.
-
-        Raises:
-            UserError: a block's token plan or factors are for one grid of patches.
-        """
-        embed, arch = self.patch_embed, getattr(self, "arch", None)
-        if arch is not None:
-            sizes = (img_size or embed.img_size, patch_size or embed.patch_size)
-            _check_size(arch, *(to_2tuple(size) for size in sizes))
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        for block in self.blocks:
-            if isinstance(conv := getattr(block, "attn", None), ConvMixer):
-                conv.grid = tuple(embed.grid_size)
-
-
-class HeteroVisionTransformerDistilled(HeteroVisionTransformer, VisionTransformerDistilled):  # type: ignore[misc]  # as above
-    """The same of timm's distilled DeiT."""
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace both classifiers, as timm's.
-
-        Raises:
-            UserError: another pooling is asked for: the classifiers read the class and the distillation token.
-        """
-        if global_pool not in (None, "", "token"):
-            raise UserError(f"global_pool = {global_pool!r}: must be 'token' with a distillation token")
-        super().reset_classifier(num_classes, global_pool)
-
-
-def _check_size(arch: Arch, img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
-    """Raise UserError where a block is bound to a grid of patches that would change."""
-    bound = [i for i, block in enumerate(arch.blocks) if block.tokens is not None or block.token_scale]
-    if bound and (tuple(img_size), tuple(patch_size)) != (arch.img_size, arch.patch_size):
-        raise UserError(
-            f"img_size = {list(img_size)}, patch_size = {list(patch_size)}: block {bound[0]} merges or scales tokens "
-            f"by a plan for {arch.img_size[0]}x{arch.img_size[1]} images; set the size of the model before it is "
-            "planned"
-        )
-
-
 def build_vit(
     arch: Arch,
     *,
@@ -220,7 +190,9 @@ def build_vit(
         return HeteroBlock(arch, stage.blocks[depth], attention=attention, places=places, **own)
 
     options: dict[str, Any] = {"reg_tokens": arch.reg_tokens} if arch.reg_tokens else {}
-    return model_class(
+    if not arch.dist_token:
+        options["pool_include_prefix"] = arch.pool_prefix
+    model: VisionTransformer = model_class(
         img_size=arch.img_size,
         patch_size=arch.patch_size,
         in_chans=arch.in_chans,
@@ -241,6 +213,7 @@ def build_vit(
         block_fn=block_fn,
         **options,
     )
+    return model
 
 
 class VisionTransformerFamily(Family):
@@ -274,6 +247,14 @@ class VisionTransformerFamily(Family):
         **per_channel("norm_pre", "in"),
         **per_channel("norm", "out"),
         **per_channel("fc_norm", "out"),
+        "attn_pool.latent": (),
+        **linear("attn_pool.q", "", ""),
+        **linear("attn_pool.kv", "", "out"),
+        **linear("attn_pool.proj", "", ""),
+        "attn_pool.norm.weight": (),
+        "attn_pool.norm.bias": (),
+        **linear("attn_pool.mlp.fc1", "", ""),
+        **linear("attn_pool.mlp.fc2", "", ""),
         **CLASSIFIERS,
     }
 
@@ -283,10 +264,13 @@ class VisionTransformerFamily(Family):
         embed = model.patch_embed
         needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
         needs(isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
-        needs(not model.dynamic_img_size, "it is built with dynamic_img_size")
-        needs(model.attn_pool is None, "it has an attention pool")
-        needs(model.global_pool in ("token", "avg"), f"its pooling is {model.global_pool!r}, not 'token' or 'avg'")
-        needs(not model.pool_include_prefix, "its pooling includes the prefix tokens")
+        padded = embed.dynamic_img_pad and any(i % p for i, p in zip(embed.img_size, embed.patch_size, strict=True))
+        needs(not padded, f"it pads images of {embed.img_size} to whole patches of {embed.patch_size}")
+        if model.dynamic_img_size:
+            size = "x".join(map(str, embed.img_size))
+            warnings.warn(f"{name} takes images of any size; its record is for {size} images", stacklevel=2)
+        pools = ("token", "avg", "map")
+        needs(model.global_pool in pools, f"its pooling is {model.global_pool!r}, not one of {', '.join(pools)}")
         eps = shared_eps(layer_norms(model, needs), needs)
         blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in bias, q/k norm, layer scale or activation")
@@ -305,6 +289,8 @@ class VisionTransformerFamily(Family):
             reg_tokens=model.num_reg_tokens,
             prefix_pos_embed=not model.no_embed_class,
             pool=model.global_pool,
+            pool_prefix=model.pool_include_prefix and model.global_pool != "token",
+            attn_pool=None if model.attn_pool is None else read_pool(model.attn_pool, act, needs),
             head_norm=_head_norm(model),
             pre_norm=not isinstance(model.norm_pre, nn.Identity),
             qkv_bias=qkv_bias,
@@ -321,7 +307,9 @@ class VisionTransformerFamily(Family):
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         """Build a timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
-        kind = HeteroVisionTransformerDistilled if arch.dist_token else HeteroVisionTransformer
+        kind: Any = HeteroVisionTransformerDistilled if arch.dist_token else HeteroVisionTransformer
+        if arch.attn_pool is not None:
+            kind = partial(AttentionPooledTransformer, arch.attn_pool)
         return build_vit(arch, drop_path=drop_path, model_class=kind)
 
     def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -335,8 +323,11 @@ class VisionTransformerFamily(Family):
         return None if isinstance(norm, nn.Identity) else norm
 
     def heads(self, model: Any, arch: Arch) -> tuple[Reader, ...]:
-        """List the classifier, and that of the distillation token; none of a backbone without a head."""
-        if not arch.num_classes:
+        """List the classifier, and that of the distillation token; none of a backbone without a head.
+
+        An attention pool reads the stream by its keys and values; what follows them is as in the source.
+        """
+        if not arch.num_classes and arch.attn_pool is None:
             return ()
         if arch.dist_token:
             return (
@@ -344,6 +335,9 @@ class VisionTransformerFamily(Family):
                 Reader("head_dist", model.head_dist, model.norm, lambda x: model.norm(x)[:, 1]),
             )
         norm = {"tokens": model.norm, "pooled": model.fc_norm, "none": None}[arch.head_norm]
+        if arch.attn_pool is not None:
+            first = 0 if arch.pool_prefix else arch.prefix_tokens
+            return (Reader("attn_pool.kv", model.attn_pool.kv, norm, lambda x: model.norm(x)[:, first:]),)
         return (Reader("head", model.head, norm, lambda x: model.fc_norm(model.pool(model.norm(x)))),)
 
     def finish(self, model: Any, arch: Arch, x: torch.Tensor) -> torch.Tensor:
@@ -354,10 +348,12 @@ class VisionTransformerFamily(Family):
     def current(self, model: Any, arch: Arch) -> Arch:
         """Follow ``set_input_size`` too; token plans and factors are for one grid of patches, and refuse another."""
         arch, embed = super().current(model, arch), model.patch_embed
+        if arch.attn_pool is not None and arch.pool != "map":
+            arch = dataclasses.replace(arch, attn_pool=None)
         img_size, patch_size = tuple(embed.img_size), tuple(embed.patch_size)
         if (img_size, patch_size) == (arch.img_size, arch.patch_size):
             return arch
-        _check_size(arch, img_size, patch_size)
+        check_size(arch, img_size, patch_size)
         (stage,) = arch.stages
         stage = dataclasses.replace(stage, grid=tuple(embed.grid_size))
         return dataclasses.replace(arch, img_size=img_size, patch_size=patch_size, stages=(stage,))
@@ -383,22 +379,31 @@ class VisionTransformerFamily(Family):
         check_one_of("act", arch.act, ACTIVATIONS)
         if arch.pool == "none":
             raise UserError("pool = 'none': is for family 'lm' only; use 'token' or 'avg'")
+        if arch.pool == "token" and arch.pool_prefix:
+            raise UserError("pool_prefix = True: is for pool = 'avg' or 'map' only")
+        check_pool(arch)
         if arch.pool == "token" and not arch.class_token:
             raise UserError("pool = 'token': needs class_token = true; use pool = 'avg'")
         if arch.dist_token:
             check_fixed(arch, "dist_token = true", DISTILLED)
 
     def outside_cost(self, arch: Arch) -> Cost:
-        """Count patch embedding, prefix tokens, positions, norms and classifier (two with a distillation token)."""
+        """Count patch embedding, prefix tokens, positions, norms, pool and classifiers."""
         (stage,) = arch.stages
         width, patches = stage.width, stage.grid[0] * stage.grid[1]
         pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
-        macs = width * (patches * pixels + (1 + arch.dist_token) * arch.num_classes)
+        pool = pool_cost(arch, stage)
+        features = width if arch.attn_pool is None else arch.attn_pool.width
+        macs = width * patches * pixels + features * (1 + arch.dist_token) * arch.num_classes + pool.macs
         embed = width * pixels + (0 if arch.pre_norm else width)
         positions = arch.pos_embed * (patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0))
         norms = (arch.head_norm != "none") + arch.pre_norm
-        heads = (1 + arch.dist_token) * (width + 1) * arch.num_classes
+        heads = (1 + arch.dist_token) * (features + 1) * arch.num_classes + pool.params
         return Cost(macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads)
+
+    def uses(self, arch: Arch, tensor: str) -> tuple[AxisUse, ...]:
+        """Return what axes count; a classifier behind an attention pool reads features, not the stream."""
+        return (WHOLE, WHOLE) if arch.attn_pool is not None and tensor == "head.weight" else super().uses(arch, tensor)
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
         """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output."""

@@ -144,7 +144,9 @@ class Forward:
         if self._pyramid:
             return model.head(normed(model.stages[-1].norm, x, gate).mean(1))
         x = normed(model.norm, x, gate)
-        if self.arch.head_norm == "tokens":
+        if self.arch.head_norm == "none" and self.arch.attn_pool is not None and gate is not None:
+            x = x * gate  # what reads the stream is in front of the pool
+        if self.arch.head_norm == "tokens" or self.arch.attn_pool is not None:
             return model.forward_head(x)
         pooled = model.pool(x)[:, None]
         if self.arch.head_norm == "pooled":
