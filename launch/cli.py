@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -245,6 +245,13 @@ def evaluate(
             help="a source to compare with, a folder or a timm name; needed without labels", show_default=False
         ),
     ] = None,
+    quality: Annotated[
+        Literal["knn", "probe"] | None,
+        typer.Option(
+            help="of a backbone without a head: top-1 of the nearest training images, or of a linear probe",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a saved model's accuracy or perplexity, and how far it agrees with a source; or a run's front again."""
@@ -264,7 +271,7 @@ def evaluate(
 
     other = length is not None or context or test
     if is_run(model):
-        if other or (class_order, classes, teacher, unreadable) != (None, None, None, UNREADABLE):
+        if other or (class_order, classes, teacher, quality, unreadable) != (None, None, None, None, UNREADABLE):
             raise UserError(f"of a run only --data and --json may be given: {model} is measured as it was searched")
         evaluate_run(model, data, as_json=as_json)
         return
@@ -281,11 +288,15 @@ def evaluate(
     else:
         opened = open_data(data, loaded.pretrained_cfg, **options)
     check_fits(arch, opened)
+    if quality is not None:
+        _measure_features(loaded, opened, quality, teacher, as_json=as_json)
+        return
     if teacher is None and not opened.info.labelled:
         raise UserError(f"{data} has no labels: give the model to compare with, --teacher SOURCE")
     if teacher is None and arch.headless:
         raise UserError(
-            f"{model} has no head, so it gives features: give the model to compare them with, --teacher SOURCE"
+            f"{model} has no head, so it gives features: give the model to compare them with, --teacher SOURCE, or "
+            "what they are measured by, --quality knn or probe"
         )
     source: Any = None if teacher is None else to_float32(open_source(teacher))
     if source is not None:
@@ -334,6 +345,29 @@ def _worst(recall: list[float | None], names: tuple[str, ...]) -> str:
     shown = known[:WORST]
     which = "recall by class, the worst first" if len(shown) == len(known) else f"recall of the worst {WORST} classes"
     return f"{which}: " + ", ".join(f"{names[label] if names else label} {share:.1f} %" for share, label in shown)
+
+
+def _measure_features(model: Any, opened: Any, quality: str, teacher: str | None, *, as_json: bool) -> None:
+    """Print what a backbone's features are worth by the data's labels."""
+    from prunesweep.models import UserError, arch_of, cost
+    from prunesweep.training.evaluation import wilson_interval
+    from prunesweep.training.labelled_features import labelled_top1
+
+    arch = arch_of(model)
+    if not arch.headless:
+        raise UserError(f"--quality {quality}: is for a backbone without a head; this model has {_outputs(arch)}")
+    if teacher is not None:
+        raise UserError(f"--quality {quality}: compares with labels, --teacher with a source; give one of them")
+    found, spent = labelled_top1(model, opened, quality), cost(arch)
+    top1, images = found[f"{quality}_top1"], int(found["images"])
+    low, high = (100 * end for end in wilson_interval(top1 / 100, images))
+    if as_json:
+        ends = {f"{quality}_top1_low": low, f"{quality}_top1_high": high}
+        print(json.dumps({**found, **ends, "macs": spent.macs, "params": spent.params}))
+        return
+    name = {"knn": "k-NN", "probe": "linear probe"}[quality]
+    text = f"{name} top-1 {top1:.2f} % ({low:.2f} to {high:.2f}), {images:,} images"
+    PlainConsole().print(f"{text}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False, soft_wrap=True)
 
 
 def _outputs(arch: Any) -> str:

@@ -193,3 +193,23 @@ def test_tokens_of_a_backbone_are_planned(
     )
     assert code == 0, err
     assert json.loads(text)["cosine"] == pytest.approx(quality(source, tmp_path / "small", tree)[0], rel=1e-4)
+
+
+def test_features_are_measured_by_labels(capsys: pytest.CaptureFixture[str], source: Path, tree: str) -> None:
+    tops = []
+    for quality in ("knn", "probe"):
+        code, text, err = call(capsys, "eval", source, "--data", "digits", "--quality", quality, "--json")
+        assert code == 0, err
+        found = json.loads(text)
+        assert found["images"] == 450
+        assert found[f"{quality}_top1_low"] < found[f"{quality}_top1"] < found[f"{quality}_top1_high"]
+        tops.append(found[f"{quality}_top1"])
+    assert min(tops) > 60  # of ten classes
+    code, text, _ = call(capsys, "eval", source, "--data", "digits", "--quality", "knn")
+    assert (code, f"k-NN top-1 {tops[0]:.2f} % (" in text) == (0, True)
+    for options, reason in (
+        (("--data", tree), "the data have no labels"),
+        (("--data", "digits", "--teacher", source), "give one of them"),
+    ):
+        code, _, err = call(capsys, "eval", source, *options, "--quality", "knn")
+        assert (code, reason in " ".join(err.split())) == (2, True)
