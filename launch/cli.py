@@ -32,6 +32,7 @@ from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
 from .method_help import MethodCommand, ScoringCommand
+from .models import models
 from .nothing_left import NothingLeft, check_answers, check_begun, check_front, check_weights
 from .promote import promote
 from .prune import prune, score
@@ -398,6 +399,7 @@ app.command(cls=ScoringCommand)(score)
 app.command()(show)
 app.command()(verify)
 app.command()(published)
+app.command()(models)
 app.command()(submit)
 app.command()(jobs)
 app.command()(logs)

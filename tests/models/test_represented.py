@@ -1,0 +1,46 @@
+"""Which of timm's names a record can express: the numbers that the README quotes, and the reasons."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+
+from prunesweep.models import Arch
+from prunesweep.models.represented import verdicts
+
+README = Path(__file__).parents[2] / "README.md"
+AT_LEAST = {"vit": 301, "swin": 19, "pvt_v2": 6}  # of timm 1.0.31
+
+
+def test_verdicts_say_why() -> None:
+    names = ["vit_tiny_patch16_224.augreg_in21k", "resnet18.a1_in1k", "pvt_v2_b2_li.in1k", "vit_base_mci_224"]
+    found = verdicts(names)
+    assert [(one.kind, one.family, one.reason) for one in found] == [
+        ("VisionTransformer", "vit", None),
+        ("ResNet", None, "is a ResNet"),
+        ("PyramidVisionTransformerV2", None, "block 0 has linear attention (pooled keys and values)"),
+        ("VisionTransformer", None, "its patch embedding is a HybridEmbed, not a PatchEmbed"),
+    ]
+    assert Arch.from_timm(names[0]).family == found[0].family
+
+
+@pytest.mark.slow
+def test_the_numbers_of_timm_s_names() -> None:
+    found = verdicts()
+    able = Counter(one.family for one in found if one.family)
+    quoted = re.search(r"(\d+) of the ([\d,]+) names that timm ([\d.]+) has weights for", README.read_text())
+    assert quoted is not None
+    if timm.__version__ != quoted[3]:
+        pytest.skip(f"the numbers are those of timm {quoted[3]}")
+    assert all(able[family] >= count for family, count in AT_LEAST.items())
+    assert (able.total(), len(found)) == (int(quoted[1]), int(quoted[2].replace(",", "")))
+    for part in ("dino.", "dinov2.", "mae", "siglip", "clip", "deit"):  # under their plain names
+        own = [one for one in found if part in one.name and one.kind.startswith("VisionTransformer")]
+        refused = Counter(one.reason for one in own if not one.family)
+        assert set(refused) <= {"block 0 has a GluMlp instead of an Mlp"} | {
+            "its patch embedding is a HybridEmbed, not a PatchEmbed"
+        }, part
