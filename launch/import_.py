@@ -16,11 +16,16 @@ __all__ = ["import_model"]
 
 
 def import_model(
-    file: Annotated[Path, typer.Argument(help="a checkpoint written by torch.save", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="a checkpoint written by torch.save, or a folder of transformers", show_default=False)
+    ],
     layout: Annotated[
         str,
         typer.Option(
-            "--as", metavar="LAYOUT", help="nvit, upvit, uvc, spvit, pmvit, fairseq or timm", show_default=False
+            "--as",
+            metavar="LAYOUT",
+            help="nvit, upvit, uvc, spvit, pmvit, fairseq, timm, torchvision or transformers",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the model, which must not exist yet", show_default=False)],
@@ -46,8 +51,6 @@ def import_model(
     ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights (model_ema, state_dict_ema)")] = False,
 ) -> None:
     """Convert a checkpoint of another project to a saved model."""
-    import hashlib
-
     from prunesweep.models import UserError, arch_of, cost, save
     from prunesweep.models.importers import import_checkpoint
     from prunesweep.models.io.lock import reserve
@@ -61,13 +64,24 @@ def import_model(
         imported = import_checkpoint(
             file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema, model=model
         )
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = _digest(file)
         save(imported, out, {"method": "import", "layout": layout, "file": file.name, "sha256": digest, "ema": ema})
     arch, console = arch_of(imported), PlainConsole()
     spent = cost(arch)
     console.print(_table(arch))
     console.print(f"{spent.macs:,} MACs, {spent.params:,} params; saved as {out}", highlight=False, soft_wrap=True)
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's weights, file after file."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with part.open("rb") as stream:
+            while piece := stream.read(2**20):
+                found.update(piece)
+    return found.hexdigest()
 
 
 def _numbers(text: str) -> tuple[int, ...]:

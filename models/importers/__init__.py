@@ -5,6 +5,8 @@
     model = import_checkpoint("ckpt.pth", "spvit", config="spvit_deit_ti_ft.json")
     model = import_checkpoint("adaptive_lm_wiki103.pt", "fairseq", heads=8)
     model = import_checkpoint("output/train/model_best.pth.tar", "timm", ema=True)
+    model = import_checkpoint("vit_b_16.pth", "torchvision")
+    model = import_checkpoint("dinov2-small", "transformers")
 
 The result is a model like every other one here: it has a record, can be counted, cut, finetuned, saved and searched.
 """
@@ -12,9 +14,11 @@ The result is a model like every other one here: it has a record, can be counted
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +27,13 @@ from prunesweep.models.errors import UserError, nearest
 
 from .container import read_checkpoint, read_config
 from .fairseq import read_fairseq
+from .hugging_face import read_folder, read_transformers
 from .nvit import read_nvit
 from .pmvit import read_pmvit
 from .spvit import read_spvit
 from .tensors import Given, Tensors
 from .timm_checkpoint import read_timm
+from .torchvision_models import read_torchvision
 from .upvit import read_upvit
 from .uvc import read_uvc
 
@@ -54,6 +60,14 @@ LAYOUTS: dict[str, Layout] = {
     "pmvit": Layout(read_pmvit, (".attn.merge_matrix",), "Prune-and-Merge"),
     "fairseq": Layout(read_fairseq, ("decoder.embed_tokens.",), "fairseq's adaptive language models"),
     "timm": Layout(read_timm, (), "timm's train.py, and saved models of this package that it has trained"),
+    "torchvision": Layout(
+        read_torchvision, ("encoder.layers.encoder_layer_", "features.1.0.attn."), "torchvision's ViT and Swin"
+    ),
+    "transformers": Layout(
+        read_transformers,
+        ("patch_embeddings.projection.", "patch_embedding.weight"),
+        "transformers' ViT, DeiT, DINOv2, Swin, CLIP and SigLIP",
+    ),
 }
 
 
@@ -72,7 +86,7 @@ def import_checkpoint(
     """Read a foreign checkpoint and return its model, on the CPU and in eval mode.
 
     Args:
-        path: a file written by ``torch.save``.
+        path: a file written by ``torch.save``; of layout ``transformers``, a folder.
         layout: whose names it has, a key of ``LAYOUTS``.
         config: the run's configuration, .json or .yaml (SPViT only, which needs it).
         heads: attention heads, where the file does not tell: one number for a ViT or a language model, one per stage
@@ -101,9 +115,14 @@ def import_checkpoint(
         model=None if model is None else str(model),
     )
     _whole_numbers("img_size", given.img_size)
-    weights, beside = read_checkpoint(
-        Path(path), trust=trust, ema=ema, harmless=(argparse.Namespace,) if layout == "timm" else ()
-    )
+    if Path(path).is_dir():
+        if layout != "transformers":
+            raise UserError(f"{path} is a folder: layout {layout!r} is read from a file written by torch.save")
+        weights, folder_config = read_folder(Path(path))
+        given, beside = dataclasses.replace(given, config=folder_config), dict[str, Any]()
+    else:
+        harmless = (argparse.Namespace,) if layout == "timm" else ()
+        weights, beside = read_checkpoint(Path(path), trust=trust, ema=ema, harmless=harmless)
     _check_signs(layout, weights)
     if dtype is not None:
         weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
