@@ -71,7 +71,7 @@ def random_vit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         qk_norm=random.random() < 0.25,
         layer_scale=random.random() < 0.25,
     )
-    arch = _with_pool(Random(arch.hash), arch)  # a draw of its own: other draws stay as they are
+    arch = dataclasses.replace(arch, act=Random(arch.hash).choice(list(ACTIVATIONS)))  # other draws stay as they are
     return arch if not extras else _planned(random, arch)
 
 
@@ -98,9 +98,6 @@ def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         stages=(Stage(width=drawn.stages[0].width, grid=grid, blocks=tuple(blocks)),),
         dist_token=False,
         qk_norm=False,
-        pool="avg" if drawn.attn_pool else drawn.pool,
-        pool_prefix=False,
-        attn_pool=None,
         pos_embed=random.random() < 0.5,
         k_bias=random.random() < 0.5,
         attn_norm=random.random() < 0.3,
@@ -117,11 +114,11 @@ def _planned(random: Random, arch: Arch) -> Arch:
     return dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=planned),))
 
 
-def _with_pool(random: Random, arch: Arch) -> Arch:
-    """Any activation; pools that read prefix tokens, and attention pools of widths of their own."""
-    arch = dataclasses.replace(arch, act=random.choice(list(ACTIVATIONS)))
-    if arch.dist_token or random.random() < 0.6:
-        return arch
+def random_pooled_vit(random: Random) -> Arch:
+    """A ViT whose pool reads prefix tokens, or that has an attention pool of widths of its own."""
+    arch = random_vit(random, ragged=True, missing=True, extras=True)
+    if arch.dist_token:
+        return random_pooled_vit(random)
     if arch.pool == "avg" and random.random() < 0.5:
         return dataclasses.replace(arch, pool_prefix=True)
     heads = random.randint(1, 3)

@@ -48,15 +48,9 @@ def headless(family: str, seed: int) -> Arch:
     return dataclasses.replace(random_arch(Random(seed), family), num_classes=0)
 
 
-def mapped(family: str, seed: int) -> Arch:
-    """A backbone whose features are its last stream's, so that they are mapped where that is narrowed."""
-    arch = headless(family, seed)
-    return dataclasses.replace(arch, pool="avg", attn_pool=None) if arch.attn_pool else arch
-
-
 def narrowed(family: str, seed: int) -> Cut:
     """A cut of the last stage's stream, whatever else."""
-    arch = mapped(family, seed)
+    arch = headless(family, seed)
     decision = random_cut(Random(seed), arch)
     last = tuple(range(arch.stages[-1].width - 1))
     return dataclasses.replace(decision, embed=(*(decision.embed or ())[:-1], last))
@@ -90,9 +84,8 @@ def test_masked_source_equals_cut_model(family: str, seed: int) -> None:
     small = cut(model, decision)
     record = arch_of(small)
     assert record == cut_arch(arch, decision)
-    last = None if arch.attn_pool else (decision.embed or (None,))[-1]  # a pool's features are not the stream's
-    assert record.feature_head == (last is not None and len(last) < arch.outputs)
-    kept = range(arch.outputs) if last is None else last
+    assert record.feature_head == (record.stages[-1].width < arch.outputs)
+    kept = range(arch.outputs) if (last := (decision.embed or (None,))[-1]) is None else last
     with torch.no_grad(), masked(model, decision):
         wanted = torch.zeros(3, arch.outputs, dtype=x.dtype).index_copy(1, torch.tensor(kept), model(x)[:, list(kept)])
     with torch.no_grad():
@@ -104,7 +97,7 @@ def test_masked_source_equals_cut_model(family: str, seed: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_saved_bit_equal(family: str, tmp_path: Path) -> None:
-    arch = mapped(family, 3)
+    arch = headless(family, 3)
     small = cut(random_model(arch, 3, torch.float32), narrowed(family, 3))
     assert arch_of(small).feature_head
     x = random_images(arch, 0, dtype=torch.float32)
@@ -119,7 +112,7 @@ def test_features_are_saved_bit_equal(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "to"), [("vit", "onnx"), ("swin", "torch-export"), ("pvt_v2", "timm")])
 def test_features_are_exported(family: str, to: str, tmp_path: Path) -> None:
-    small = cut(random_model(mapped(family, 3), 3, torch.float32), narrowed(family, 3))
+    small = cut(random_model(headless(family, 3), 3, torch.float32), narrowed(family, 3))
     assert export(small, tmp_path / "small", to) < 1e-5
     if to == "onnx":
         session = onnxruntime.InferenceSession(str(tmp_path / "small"))
@@ -129,7 +122,7 @@ def test_features_are_exported(family: str, to: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_classifier_replaces_the_features(family: str, tmp_path: Path) -> None:
     """Also through timm's ``num_classes``; taking the classifier away again gives the narrow features."""
-    arch = mapped(family, 3)
+    arch = headless(family, 3)
     model: Any = cut(random_model(arch, 3, torch.float32), narrowed(family, 3))
     path = save(model, tmp_path / "model")
     narrow = arch_of(model).stages[-1].width
@@ -143,12 +136,12 @@ def test_a_new_classifier_replaces_the_features(family: str, tmp_path: Path) -> 
 
 
 def test_a_whole_stream_needs_no_map() -> None:
-    arch = mapped("vit", 3)
+    arch = headless("vit", 3)
     assert cut_arch(arch, Cut(blocks=(BlockCut(),) * arch.depth)) == arch
 
 
 def test_impossible_heads_are_refused() -> None:
-    arch = mapped("vit", 3)
+    arch = headless("vit", 3)
     with pytest.raises(UserError, match="num_classes = 0: must be a whole number of at least 1"):
         dataclasses.replace(arch, feature_head=True).validate()
     with pytest.raises(UserError, match="num_classes = -1: must be a whole number of at least 0"):
@@ -160,7 +153,7 @@ def test_impossible_heads_are_refused() -> None:
 
 def test_figures_of_features_go_with_the_weights_that_had_them(tmp_path: Path) -> None:
     facts = {"method": "subspaces", "cosine": 0.95, "relative_error": 0.1, "images": 75}
-    model: Any = load(save(random_model(mapped("vit", 3), 3, torch.float32), tmp_path / "model", facts))
+    model: Any = load(save(random_model(headless("vit", 3), 3, torch.float32), tmp_path / "model", facts))
     assert load_provenance(save(model, tmp_path / "same")) == facts
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(1.1)
@@ -168,7 +161,7 @@ def test_figures_of_features_go_with_the_weights_that_had_them(tmp_path: Path) -
 
 
 def test_the_card_speaks_of_features() -> None:
-    arch = cut_arch(mapped("vit", 3), narrowed("vit", 3))
+    arch = cut_arch(headless("vit", 3), narrowed("vit", 3))
     text = card("me/small", arch, {"cosine": 0.95})
     assert f"| features | {arch.num_classes} |" in text
     assert "| cosine to the source's features | 0.95 |" in text

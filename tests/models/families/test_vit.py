@@ -30,7 +30,9 @@ from prunesweep.models import (
 from prunesweep.models.tome import apply_tome
 from prunesweep.pruners.subspaces.compression import compress
 from prunesweep.pruners.subspaces.widths import Widths
-from tests.generate import random_images, random_model
+from tests.contract_family import FamilyContract
+from tests.generate import random_images, random_model, random_pooled_vit
+from tests.models.test_counting import counted_macs
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
 
@@ -168,6 +170,19 @@ def test_an_attention_pool_is_projected_and_refitted() -> None:
 def test_impossible_pools_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(pooled(), **changes).validate()
+
+
+@pytest.mark.parametrize("tens", range(3))
+def test_pools_keep_the_family_s_contract(tens: int, tmp_path: Path) -> None:
+    """Exact cost, masked source == cut model, streams that add up, projections that change nothing, saved bit-equal."""
+    contract = FamilyContract("vit", random_pooled_vit)
+    for seed in range(10 * tens, 10 * tens + 10):
+        contract.check_cost(seed, counted_macs)
+        contract.check_cut(seed)
+        contract.check_axes(seed)
+        contract.check_streams(seed)
+    contract.check_projections(tens)
+    contract.check_saved(tens, tmp_path / "model")
 
 
 def test_tome_refuses_attention_pools() -> None:
