@@ -115,9 +115,7 @@ def import_checkpoint(
         model=None if model is None else str(model),
     )
     _whole_numbers("img_size", given.img_size)
-    if Path(path).is_dir():
-        if layout != "transformers":
-            raise UserError(f"{path} is a folder: layout {layout!r} is read from a file written by torch.save")
+    if layout == "transformers" and Path(path).is_dir():
         weights, folder_config = read_folder(Path(path))
         given, beside = dataclasses.replace(given, config=folder_config), dict[str, Any]()
     else:

@@ -282,7 +282,7 @@ def test_the_names_of_timm_are_no_other_layout(layout: str, message: str, tmp_pa
 
 
 def test_an_unknown_layout_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="must be one of nvit, upvit, uvc, spvit, pmvit, fairseq, timm. did you mean"):
+    with pytest.raises(UserError, match="must be one of nvit, .*fairseq, timm, .* did you mean"):
         import_checkpoint(DATA / "upvit_dev.pth", "upvits")
 
 

@@ -170,7 +170,7 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no model.safetensors"):
         import_checkpoint(tmp_path / "bare", "transformers")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is not a file"):
         import_checkpoint(tmp_path / "bare", "nvit")
     torch.save(vision(24).state_dict(), tmp_path / "theirs.pth")
     with pytest.raises(UserError, match="give heads"):
