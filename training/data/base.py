@@ -90,7 +90,7 @@ class Data(ABC):
     """
 
     kind: ClassVar[str]  # part of a data set's name before the colon
-    argument: ClassVar[Literal["", "PATH", "NAME"]] = ""  # what follows the colon
+    argument: ClassVar[Literal["", "PATH", "NAME", "MODULE:FUNCTION"]] = ""  # what follows the colon
     class_options: ClassVar[frozenset[str]] = frozenset()  # of "class_order" and "classes", those that concern it
     info: DataInfo
 

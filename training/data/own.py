@@ -65,7 +65,7 @@ class OwnData(Data):
         UserError: an item is not (image, label), images differ in size from the first one, or a label has no class.
     """
 
-    kind, argument = "python", "NAME"
+    kind, argument = "python", "MODULE:FUNCTION"
 
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:

@@ -55,7 +55,7 @@ def _forms(*, texts: bool) -> str:
     from .text import TextData
 
     kinds = [kind for kind in KINDS.values() if issubclass(kind, TextData) is texts]
-    kinds.sort(key=lambda kind: ("", "PATH", "NAME").index(kind.argument))
+    kinds.sort(key=lambda kind: ("", "PATH", "NAME", "MODULE:FUNCTION").index(kind.argument))
     return ", ".join(map(_form, kinds))
 
 

@@ -79,7 +79,8 @@ def test_image_folder_fingerprint_sees_changes(image_folder: Path) -> None:
 
 def test_errors_say_what_is_missing(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="must be 'digits', 'glyphs', .*'imagefolder:PATH', .*'images:PATH' or 'hfds:NAME'"
+        UserError,
+        match="must be 'digits', 'glyphs', .*'imagefolder:PATH', .*'images:PATH', 'hfds:NAME' or 'python:M",
     ):
         open_data("digit")
     with pytest.raises(UserError, match="no folder .*nowhere/train"):
