@@ -19,6 +19,7 @@ from torch import nn
 
 from prunesweep.models import UserError, arch_of, blocks_of
 from prunesweep.models.feature_head import is_headless
+from prunesweep.models.memory import out_of_memory
 from prunesweep.pruners.hook import Hook, TrainingHook
 
 from .batches import EpochBatches
@@ -148,7 +149,9 @@ class Trainer:
             try:
                 for index, piece in enumerate(todo, start=len(share) - len(todo) + 1):
                     loss = loss + self._backward(piece, sync=last and index == len(share))
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
                 if self.world.size > 1 and not self.manual_sync_steps:
                     raise  # the others are in DDP's reductions: start again
                 fits = False

@@ -25,6 +25,7 @@ from torch import nn
 
 from prunesweep.models.builder import arch_of, example_input
 from prunesweep.models.errors import UserError, nearest
+from prunesweep.models.memory import out_of_memory
 
 __all__ = ["Call", "Setting", "Timing", "device_name", "measure", "measure_all", "time_calls"]
 
@@ -242,7 +243,9 @@ def _conditions(setting: Setting, modules: int) -> Iterator[None]:
 def _memory(setting: Setting) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             f"batch = {setting.batch}: does not fit into the memory of {setting.device}: {error}"
         ) from error

@@ -16,7 +16,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from prunesweep.models import (
@@ -35,6 +34,7 @@ from prunesweep.models.io.files import disk_full, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.store import check_saved, saved_digest
+from prunesweep.models.memory import out_of_memory
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
@@ -66,10 +66,8 @@ def _needed_by_all() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if disk_full(error):
+        if disk_full(error) or out_of_memory(error):
             raise
         raise RunBroken(str(error) if isinstance(error, UserError) else traceback.format_exc()) from error
 

@@ -57,6 +57,33 @@ def test_what_is_drawn_is_as_if_the_parts_had_been_known(tmp_path: Path) -> None
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
 
 
+def test_a_cpu_s_memory_may_run_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its allocator raises no type of its own."""
+
+    def check(self: Tight, x: torch.Tensor) -> None:
+        if len(x) > self.limit:
+            torch.empty(2**50, dtype=torch.uint8)
+
+    wanted, *_ = train(None)
+    monkeypatch.setattr(Tight, "_check", check)
+    found, _, notes = train(3)
+    assert [note.partition(":")[0] for note in notes] == [
+        "out of memory with 12 images at a time",
+        "out of memory with 6 images at a time",
+    ]
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10)
+
+
+def test_an_error_of_another_kind_is_none_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(_self: Tight, _x: torch.Tensor) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Tight, "_check", check)
+    with pytest.raises(RuntimeError, match="something else"):
+        train(0)
+
+
 def test_not_even_one_image() -> None:
     with pytest.raises(UserError, match="out of memory with one image at a time: take a smaller model"):
         train(0)
