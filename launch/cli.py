@@ -433,7 +433,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(f"{error}: what was finished before is whole; {remedy}, and the same command goes on")
     finally:
-        _end_quietly()
+        if arguments is None:  # otherwise the process is a caller's, and goes on
+            _end_quietly()
 
 
 def _end_quietly() -> None:

@@ -54,9 +54,9 @@ def run(tmp_path: Path) -> Path:
 def test_ctrl_c_while_the_process_ends_is_no_traceback() -> None:
     code = (
         "import atexit, os, signal; from prunesweep.launch.cli import main; "
-        "atexit.register(os.kill, os.getpid(), signal.SIGINT); main(['--help'])"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (130, "")
     assert "resume" in ended.stdout
 
