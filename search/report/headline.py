@@ -74,7 +74,7 @@ def headline(
     by_cost = sorted((p for p in front if math.isfinite(p.get(quality, math.nan))), key=lambda p: p[cost])
     near = [p for p in by_cost if p[quality] >= value - WITHIN]
     found["within"] = _place(near)
-    if images := own.get("images"):
+    if (images := own.get("images")) and quality != "balanced":  # a mean of shares has no interval of one share
         found["least"] = 100 * least_alike(value / 100, images)
         found["alike"] = _place(
             [p for p in by_cost if p[quality] >= value or not told_apart(p[quality] / 100, value / 100, images)]

@@ -6,7 +6,10 @@ const figures = t => (state.split === VALIDATED ? t.validation : t);
 const sourceFigures = () => (state.split === VALIDATED || !source.searched ? source : source.searched);
 const best = t => t.validation ?? t; // where it is said which
 const share = (t, name = "macs") => (number(source[name]) ? t[name] / source[name] : null);
-const between = own => (own.interval ? own.interval.map(x => x.toFixed(1)).join("-") : "");
+// intervals are of the top-1 or, where there are no labels, of the agreement
+const intervalOf = own =>
+  quality === "top1" || (quality === "agreement" && !number(own.top1)) ? (own.interval ?? null) : null;
+const between = own => intervalOf(own)?.map(x => x.toFixed(1)).join("-") ?? "";
 const shownQuality = own =>
   QUALITIES[quality][0].replace(" (%)", "") + " " + fixed(own[quality], 2) + (quality === "ppl" ? "" : " %");
 const hover = (t, own) =>
@@ -16,7 +19,7 @@ const hover = (t, own) =>
   t.epochs +
   " epochs<br>" +
   plain(shownQuality(own)) +
-  (own.interval ? " (" + between(own) + ")" : "") +
+  (intervalOf(own) ? " (" + between(own) + ")" : "") +
   (number(own.loss) ? "<br>loss " + fixed(own.loss, 4) : "") +
   (number(own.kl) ? "<br>KL " + fixed(own.kl, 4) : "") +
   "<br>" +
@@ -84,7 +87,7 @@ function drawTiles() {
   const alike = find(head.alike),
     within = find(head.within);
   const of = t => percent(share(t)) + " of the MACs";
-  const note = t => called(t) + ", " + shownQuality(best(t)) + (best(t).interval ? " (" + between(best(t)) + ")" : "");
+  const note = t => called(t) + ", " + shownQuality(best(t)) + (intervalOf(best(t)) ? " (" + between(best(t)) + ")" : "");
   const on =
     head.split === "search"
       ? "on images held out of training"

@@ -66,7 +66,7 @@ function drawFront() {
         }),
       );
   }
-  const interval = y === quality && members.length && members.every(t => figures(t).interval);
+  const interval = y === quality && members.length && members.every(t => intervalOf(figures(t)));
   // the stairs go through what no cheaper member beats: others are of the front by another measure, or by chance
   const better = (a, b) => (LOGARITHMIC.includes(y) || y === "loss" ? a < b : a > b),
     rising = [];

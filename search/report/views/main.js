@@ -48,7 +48,7 @@ function choose(unit) {
 // Take the page's data in, keeping what was chosen.
 function show() {
   source = page.source;
-  quality = page.objectives.find(name => ["top1", "ppl", "agreement"].includes(name));
+  quality = page.objectives.find(name => ["top1", "balanced", "ppl", "agreement"].includes(name));
   if (!number(source[quality]) && quality === "agreement") {
     source.agreement = 100;
     if (source.searched) source.searched.agreement = 100;

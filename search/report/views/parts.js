@@ -6,6 +6,7 @@ const COSTS = {
 };
 const QUALITIES = {
   top1: ["top-1 (%)", 2],
+  balanced: ["balanced accuracy (%)", 2],
   ppl: ["perplexity", 2],
   agreement: ["agreement with the source (%)", 2],
   kl: ["KL to the source (nats)", 4],
