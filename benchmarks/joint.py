@@ -52,7 +52,7 @@ from prunesweep.search.store.run import Result, Run
 from prunesweep.training import EVAL_BATCH
 from prunesweep.training.data.digits import Digits
 from prunesweep.training.data.registry import register
-from prunesweep.training.evaluation import Z95, wilson_interval
+from prunesweep.training.metrics import Z95, wilson_interval
 
 FOLDER = Path(__file__).parent
 DIGITS, RESULT = FOLDER.parent / "examples" / "digits.toml", FOLDER / "results" / "joint.json"

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the search failed, or damage left nothing to show; 2 somet
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
@@ -51,7 +53,6 @@ USER_ERROR, SEARCH_FAILED, NOTHING_LEFT, INTERRUPTED = 2, 1, 1, 130
 
 WORST = 10  # classes that ``eval`` names
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Architecture search for compressed vision transformers.",
@@ -67,6 +68,25 @@ AddressOption = Annotated[
     ),
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's own log lines")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from prunesweep.models.io.provenance import versions
+
+        found = versions()
+        print(f"prunesweep {found.pop('prunesweep')} ({', '.join(map(' '.join, found.items()))})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="show the versions in use, and stop"),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -412,15 +432,16 @@ app.command()(watch)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: print a user's error as one message; anything else is a defect and keeps its traceback."""
-    # torch takes seconds to load, and turns a KeyboardInterrupt into other errors; later ones are caught elsewhere
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from prunesweep.models import UserError
     from prunesweep.models.io.files import write_refused
+    from prunesweep.training.signals import handling
 
-    signal.signal(signal.SIGINT, before)
+    # one that is ignored, as in a shell's background, stays so
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     warnings.showwarning = _warn
     try:
-        app(arguments)
+        with handling(_interrupt, signal.SIGINT) if heeded else contextlib.nullcontext():
+            app(arguments)
     except UserError as error:
         _fail(str(error))
     except NothingLeft as error:
@@ -448,6 +469,15 @@ def _check_ray(error: Exception) -> None:
     session = sys.modules.get("prunesweep.training.jobs.ray_session")
     if session is not None and isinstance(error, session.RayDied):
         _fail(f"{error}", session.RAY_DIED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end at once while torch is being loaded, which turns it into other errors."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

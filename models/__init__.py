@@ -5,21 +5,48 @@ Importing this package registers timm's entry point ``prunesweep``, so that
 architectures, so that ``timm.create_model("spvit_deit_small")`` builds them.
 """
 
-from prunesweep.models.io.digest import weights_digest
-from prunesweep.models.io.export import export
-from prunesweep.models.io.hub import push
-from prunesweep.models.io.store import load, load_provenance, read_arch, save
-from prunesweep.models.latency.building import build_table
-from prunesweep.models.latency.table import LatencyTable
-from prunesweep.models.latency.timing import Setting, measure
-from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
+from __future__ import annotations
 
-from .arch import Arch, AttentionPool, Block, Rope, Stage, Text
-from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of
-from .counting import Cost, cost
-from .cutting import BlockCut, Cut, cut, cut_arch
-from .errors import UserError
-from .views import BlockView, block_views
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prunesweep.models.io.digest import weights_digest
+    from prunesweep.models.io.export import export
+    from prunesweep.models.io.hub import push
+    from prunesweep.models.io.store import load, load_provenance, read_arch, save
+    from prunesweep.models.latency.building import build_table
+    from prunesweep.models.latency.table import LatencyTable
+    from prunesweep.models.latency.timing import Setting, measure
+    from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
+
+    from .arch import Arch, AttentionPool, Block, Rope, Stage, Text
+    from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of
+    from .counting import Cost, cost
+    from .cutting import BlockCut, Cut, cut, cut_arch
+    from .errors import UserError
+    from .views import BlockView, block_views
+else:
+    from prunesweep.models.lazy import look_up
+
+    __getattr__ = look_up(
+        __name__,
+        {
+            "io.digest": ("weights_digest",),
+            "io.export": ("export",),
+            "io.hub": ("push",),
+            "io.store": ("load", "load_provenance", "read_arch", "save"),
+            "latency.building": ("build_table",),
+            "latency.table": ("LatencyTable",),
+            "latency.timing": ("Setting", "measure"),
+            "published.comparison": ("PUBLISHED", "published_arch", "revit"),
+            "arch": ("Arch", "AttentionPool", "Block", "Rope", "Stage", "Text"),
+            "builder": ("adopted", "arch_of", "blocks_of", "build", "num_params", "preprocessing_of"),
+            "counting": ("Cost", "cost"),
+            "cutting": ("BlockCut", "Cut", "cut", "cut_arch"),
+            "errors": ("UserError",),
+            "views": ("BlockView", "block_views"),
+        },
+    )
 
 __all__ = [
     "PUBLISHED",

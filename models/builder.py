@@ -16,12 +16,12 @@ from torch import nn
 from .arch import Arch
 from .errors import UserError, nearest
 from .families import FAMILIES, family_of
+from .io.folder import ENTRY_POINT
 from .precision import TYPES, keep_dtype
 from .without_values import without_values
 
 __all__ = [
     "DROP_RATES",
-    "ENTRY_POINT",
     "adopted",
     "arch_of",
     "blocks_of",
@@ -36,7 +36,6 @@ __all__ = [
     "set_label_names",
 ]
 
-ENTRY_POINT = "prunesweep"  # the one architecture name that timm knows us by (models.io.store registers it)
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")  # timm's
 CLASS_NAMES = ("label_names", "label_descriptions")  # of the classes, in timm's ``pretrained_cfg``

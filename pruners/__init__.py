@@ -3,15 +3,44 @@
 ``METHODS`` is the one table of methods.
 """
 
-from prunesweep.pruners.upvit.importance import merge, score_blocks, score_depth
-from prunesweep.pruners.upvit.rules import Target, select
+from __future__ import annotations
 
-from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
-from .divergence import FeatureQuality, feature_quality, kl_divergence
-from .method import AppliedMethod, Method, ScoredMethod, TokenMethod, TrainedMethod, WidthMethod, cheapest_first
-from .methods import METHODS, get_method, method_names, register
-from .reached import TOLERANCE, Reached, meets, spent, suggestion
-from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prunesweep.pruners.upvit.importance import merge, score_blocks, score_depth
+    from prunesweep.pruners.upvit.rules import Target, select
+
+    from .budget import GROUP_SIZES, MACS, PARAMS, Measure, WidthPath, drop_order, latency, width_path
+    from .divergence import FeatureQuality, feature_quality, kl_divergence
+    from .method import AppliedMethod, Method, ScoredMethod, TokenMethod, TrainedMethod, WidthMethod, cheapest_first
+    from .methods import METHODS, get_method, method_names, register
+    from .reached import TOLERANCE, Reached, meets, spent, suggestion
+    from .scores import KINDS, Scores, kind_of, unit_counts, vector_sizes
+else:
+    from prunesweep.models.lazy import look_up
+
+    __getattr__ = look_up(
+        __name__,
+        {
+            "upvit.importance": ("merge", "score_blocks", "score_depth"),
+            "upvit.rules": ("Target", "select"),
+            "budget": ("GROUP_SIZES", "MACS", "PARAMS", "Measure", "WidthPath", "drop_order", "latency", "width_path"),
+            "divergence": ("FeatureQuality", "feature_quality", "kl_divergence"),
+            "method": (
+                "AppliedMethod",
+                "Method",
+                "ScoredMethod",
+                "TokenMethod",
+                "TrainedMethod",
+                "WidthMethod",
+                "cheapest_first",
+            ),
+            "methods": ("METHODS", "get_method", "method_names", "register"),
+            "reached": ("TOLERANCE", "Reached", "meets", "spent", "suggestion"),
+            "scores": ("KINDS", "Scores", "kind_of", "unit_counts", "vector_sizes"),
+        },
+    )
 
 __all__ = [
     "GROUP_SIZES",

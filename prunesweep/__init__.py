@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _RegisterWithTimm:
-    """Import ``prunesweep.models``, which registers our entry points, right after timm's own first import.
+    """Import ``prunesweep.models.entry_points``, which registers them, right after timm's own first import.
 
     timm has no plug-in mechanism; importing it here would make every command and every short job on a cluster load
     torch.
@@ -64,13 +64,13 @@ class _RegisterWithTimm:
             def execute_and_register(module: Any) -> None:
                 execute(module)
                 sys.meta_path.remove(self)  # type: ignore[arg-type]  # a finder need not inherit
-                importlib.import_module("prunesweep.models")
+                importlib.import_module("prunesweep.models.entry_points")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "timm" in sys.modules:
-    importlib.import_module("prunesweep.models")
+    importlib.import_module("prunesweep.models.entry_points")
 else:
     sys.meta_path.insert(0, _RegisterWithTimm())  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from prunesweep.models.feature_head import is_headless
 from prunesweep.models.precision import widened
 
 from .data import Batch, Data
-from .evaluation import EVAL_BATCH, EvalMetrics, evaluate, wilson_interval
+from .evaluation import EVAL_BATCH, evaluate
+from .metrics import EvalMetrics, wilson_interval
 
 __all__ = ["chance_warning", "warn_at_chance"]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 from collections import Counter
@@ -30,23 +29,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from prunesweep.models.arch import Arch
 from prunesweep.models.builder import (
     DROP_RATES,
-    ENTRY_POINT,
     adopted,
     arch_of,
     build_with,
-    create,
     drop_rates_of,
     preprocessing_of,
     set_label_names,
 )
 from prunesweep.models.errors import UserError
-from prunesweep.models.families.lm import lm_arch
 from prunesweep.models.precision import stored_dtype
 
 from .digest import weights_digest
 from .files import publish_folder
+from .folder import CONFIG, DIGEST, SEAL, WEIGHTS, check_seal, check_weights, load_provenance, read_config, sha256_of
 from .provenance import digest
-from .reading import parse_json, read_json
+from .reading import parse_json
 from .unchanged import check_unchanged
 
 __all__ = [
@@ -57,70 +54,16 @@ __all__ = [
     "load_provenance",
     "read_arch",
     "rebuilt",
+    "remember",
     "save",
     "saved_digest",
 ]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-DIGEST, SEAL = "weights_sha256", "config_digest"  # absent from folders that older versions wrote
 # of provenance: what the weights achieve
 FIGURES = frozenset(
     {"top1", "top5", "balanced", "loss", "ppl", "kl", "agreement", "cosine", "relative_error", "images"}
 )
 IMPOSSIBLE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EINVAL)
-OBJECTS = ("model_args", "pretrained_cfg", "provenance")  # entries of config.json that are JSON objects
-
-
-@timm.models.register_model
-def prunesweep(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Build a model from its record (timm's entry point of the same name).
-
-    Args:
-        pretrained: load the weights that ``pretrained_cfg`` points to.
-        options: ``arch``, a record or its JSON form, is needed; ``drop_path_rate`` and timm's own options may be given.
-
-    Raises:
-        UserError: ``arch`` is missing or impossible, or an option contradicts it.
-    """
-    arch, cfg = options.pop("arch", None), options.pop("pretrained_cfg", None)
-    if arch is None:
-        raise UserError(f"timm model {ENTRY_POINT!r} needs arch=...: a record or its JSON object")
-    if not isinstance(arch, Arch):
-        arch = Arch.from_dict(arch)
-    model = create(
-        arch, pretrained=pretrained, pretrained_cfg=cfg, drop_path=options.pop("drop_path_rate", 0.0), **options
-    )
-    if pretrained and isinstance(cfg, Mapping) and cfg.get("source") == "local-dir":
-        _remember(model, load_provenance(cfg["file"]))
-    return model
-
-
-@timm.models.register_model
-def adaptive_lm(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Build fairseq's ``transformer_lm_wiki103``, or a language model of that kind, with random weights.
-
-    Args:
-        pretrained: must be False: no weights are published here.
-        options: ``width``, ``depth``, ``heads``, ``mlp``, ``factor``, ``cutoffs`` and ``vocabulary`` as for
-            ``models.families.lm.lm_arch``; ``num_classes`` are the words and ``img_size`` is (1, length). By default
-            bands are the same shares of the words as in ``transformer_lm_wiki103``.
-
-    Raises:
-        UserError: ``pretrained`` is set, or the shape is impossible.
-    """
-    if pretrained:
-        raise UserError("no weights of 'adaptive_lm' are published here: read fairseq's with `prunesweep import`")
-    words, (_, length) = options.pop("num_classes", 267_744), options.pop("img_size", (1, 512))
-    shape: dict[str, Any] = {"width": 1024, "depth": 16, "heads": 8, "mlp": 4096}
-    shape |= {name: options.pop(name) for name in (*shape, "factor", "vocabulary") if name in options}
-    cutoffs = tuple(options.pop("cutoffs", (words * 20_000 // 267_744, words * 60_000 // 267_744)))
-    return create(
-        lm_arch(words=words, cutoffs=cutoffs, length=length, **shape),
-        pretrained=False,
-        pretrained_cfg=options.pop("pretrained_cfg", None),
-        drop_path=options.pop("drop_path_rate", 0.0),
-        **options,
-    )
 
 
 def rebuilt(model: nn.Module) -> nn.Module:
@@ -226,7 +169,7 @@ def save(
         weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(record)})
         config = json.loads((folder / CONFIG).read_text())
-        config[DIGEST] = _sha256(folder / WEIGHTS)
+        config[DIGEST] = sha256_of(folder / WEIGHTS)
         config[SEAL] = digest(config)
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
     return path
@@ -245,35 +188,12 @@ def _class_names(classes: Sequence[str], count: int) -> list[str]:
     return names
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _config(path: str | Path) -> dict[str, Any]:
-    folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a saved model: {name} is missing")
-    try:
-        config = read_json(folder / CONFIG)
-        architecture, _ = config["architecture"], config["pretrained_cfg"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from error
-    if architecture != ENTRY_POINT:
-        raise UserError(f"{folder} holds a {architecture!r}, not a {ENTRY_POINT!r} model; load it with timm")
-    for name in OBJECTS:
-        if not isinstance(config.get(name, {}), dict):
-            raise UserError(f"{folder / CONFIG} is damaged: {name} = {config[name]!r}: must be a JSON object")
-    return config
-
-
 def read_arch(path: str | Path) -> Arch:
     """Read the record of a saved model, without its weights.
 
     Raises UserError where the folder is not a saved model, or is damaged.
     """
-    record = _config(path).get("model_args", {}).get("arch")
+    record = read_config(path).get("model_args", {}).get("arch")
     try:
         with safe_open(Path(path) / WEIGHTS, "pt") as file:
             beside_weights = parse_json((file.metadata() or {}).get("arch", "null"))
@@ -288,22 +208,12 @@ def read_arch(path: str | Path) -> Arch:
     return arch
 
 
-def load_provenance(path: str | Path) -> dict[str, Any]:
-    """Read the facts about the weights' origin that ``save`` was given.
-
-    Raises UserError where the folder is not a saved model, or its configuration has changed since it was saved.
-    """
-    config = _config(path)
-    _check_seal(config, Path(path))
-    return dict(config.get("provenance", {}))
-
-
 def saved_digest(path: str | Path) -> str | None:
     """Return the SHA-256 of a saved model's weights file, as ``save`` wrote it down; None where an older version did.
 
     Raises UserError where the folder is not a saved model.
     """
-    found = _config(path).get(DIGEST)
+    found = read_config(path).get(DIGEST)
     return None if found is None else str(found)
 
 
@@ -318,29 +228,13 @@ def check_saved(path: str | Path, *, weights: str | None = None) -> Arch:
         UserError: the folder is not a saved model, a file is damaged, or the weights are not those saved, or not those
             of the model that it should be.
     """
-    config = _config(path)
-    _check_weights(config, Path(path))
+    config = read_config(path)
+    check_weights(config, Path(path))
     arch = read_arch(path)
-    _check_seal(config, Path(path))
+    check_seal(config, Path(path))
     if weights is not None and config.get(DIGEST) != weights:
         raise UserError(f"{path} holds another model: its weights are not those that it was measured with")
     return arch
-
-
-def _check_weights(config: Mapping[str, Any], folder: Path) -> None:
-    if DIGEST in config and (found := _sha256(folder / WEIGHTS)) != config[DIGEST]:
-        raise UserError(
-            f"{folder / WEIGHTS} is damaged: its SHA-256 is {found}, but {folder / CONFIG} says {config[DIGEST]}. "
-            "One of the two was cut short or changed after they were saved; copy the folder or save the model again"
-        )
-
-
-def _check_seal(config: Mapping[str, Any], folder: Path) -> None:
-    if SEAL in config and config[SEAL] != digest({name: value for name, value in config.items() if name != SEAL}):
-        raise UserError(
-            f"{folder / CONFIG} is damaged: it has changed since it was saved. Copy the folder or save the model "
-            f"again; where that was on purpose, remove its entry {SEAL!r}"
-        )
 
 
 def load(path: str | Path) -> nn.Module:
@@ -349,8 +243,8 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         UserError: the folder is not a saved model, a file is damaged, or the weights are not those that were saved.
     """
-    config, weights_file = _config(path), Path(path) / WEIGHTS
-    _check_weights(config, Path(path))
+    config, weights_file = read_config(path), Path(path) / WEIGHTS
+    check_weights(config, Path(path))
     arch = read_arch(path)
     names = config["pretrained_cfg"].get("label_names")
     if isinstance(names, list) and len(names) != arch.num_classes:
@@ -367,12 +261,12 @@ def load(path: str | Path) -> nn.Module:
         raise UserError(f"{weights_file} does not fit its record: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    _check_seal(config, Path(path))  # last: what is wrong with a value is said more exactly
-    _remember(model, dict(config.get("provenance", {})))
+    check_seal(config, Path(path))  # last: what is wrong with a value is said more exactly
+    remember(model, dict(config.get("provenance", {})))
     return model.eval()
 
 
-def _remember(model: Any, provenance: dict[str, Any]) -> None:
+def remember(model: Any, provenance: dict[str, Any]) -> None:
     """Let a model carry its provenance, and what its weights are if that says what they achieve."""
     model.provenance = provenance
     model.measured_weights = weights_digest(model) if FIGURES & provenance.keys() else None

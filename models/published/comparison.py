@@ -3,7 +3,7 @@
     from prunesweep.models.published import PUBLISHED, compare
     compare(PUBLISHED["spvit_deit_small"])
 
-Importing this module gives timm every row that has a record: ``timm.create_model("spvit_deit_small")``, with random
+timm knows every row that has a record (``models.entry_points``): ``timm.create_model("spvit_deit_small")``, with random
 weights. Trained ones are the authors' to give; ``prunesweep import`` reads their files.
 """
 
@@ -12,13 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
-
-import timm.models
-from torch import nn
 
 from prunesweep.models.arch import Arch
-from prunesweep.models.builder import create
 from prunesweep.models.errors import UserError, nearest
 
 from .archs import revit
@@ -28,7 +23,6 @@ from .rows import PUBLISHED, Published, Speed
 __all__ = ["PUBLISHED", "Comparison", "Published", "Speed", "compare", "published_arch", "revit"]
 
 UNITS = {"params_m": 1e6, "macs_g": 1e9}
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,33 +79,3 @@ def published_arch(name: str) -> Arch:
     if row.make is None:
         raise UserError(f"{row.title} ({row.paper}) cannot be built: its widths are not published, only its figures")
     return row.make()
-
-
-def _register(row: Published) -> None:
-    """Give timm an entry point of the row's name."""
-
-    def entry_point(pretrained: bool = False, **options: Any) -> nn.Module:
-        if pretrained:
-            raise UserError(
-                f"no weights of {row.name!r} are published here: get the authors' file ({row.title}, {row.paper}) "
-                f"and read it with `prunesweep import FILE --as {row.method}`; or pass pretrained=False"
-            )
-        arch = published_arch(row.name)
-        cfg = options.pop("pretrained_cfg", None) or _preprocessing(arch.source) or _preprocessing(row.dense)
-        drop_path = options.pop("drop_path_rate", 0.0)
-        return create(arch, pretrained=False, pretrained_cfg=cfg, drop_path=drop_path, **options)
-
-    entry_point.__name__ = entry_point.__qualname__ = row.name
-    entry_point.__doc__ = f"{row.title}, {row.paper}."
-    globals()[row.name] = timm.models.register_model(entry_point)  # timm also appends the name to __all__
-
-
-def _preprocessing(source: str) -> dict[str, Any]:
-    """Return how a timm model's images are prepared; empty where timm does not know the model."""
-    cfg = timm.models.get_pretrained_cfg(source)
-    return {} if cfg is None else {name: getattr(cfg, name) for name in PREPROCESSING}
-
-
-for _row in PUBLISHED.values():
-    if _row.make is not None and _row.method != "dense":
-        _register(_row)

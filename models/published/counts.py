@@ -11,12 +11,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prunesweep.models.arch import Arch, Block, Stage
-from prunesweep.models.counting import cost
-from prunesweep.models.families import family_of
+
+if TYPE_CHECKING:
+    from prunesweep.models.families.block_costs import Cost
 
 __all__ = ["NVIT", "PMVIT", "SPVIT", "UVC", "Counting", "exact_macs", "exact_params", "tables_twice"]
+
+
+def cost(arch: Arch) -> Cost:
+    """Count a record exactly, by ``models.cost``, which loads torch: only when something is counted."""
+    from prunesweep.models.counting import cost as exact
+
+    return exact(arch)
 
 
 def exact_macs(arch: Arch) -> int:
@@ -58,6 +67,8 @@ def _nvit_params(arch: Arch) -> int:
 
 def _spvit_macs(arch: Arch) -> int:
     """Count a norm as one MAC per element, without ViT's last, and Swin's as R²·D // 2^stages on R² patches."""
+    from prunesweep.models.families import family_of
+
     macs = cost(arch).macs
     for stage in arch.stages:
         patches = stage.grid[0] * stage.grid[1]

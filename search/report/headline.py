@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunesweep.training.evaluation import wilson_interval
+from prunesweep.training.metrics import wilson_interval
 
 __all__ = ["headline", "least_alike", "told_apart"]
 

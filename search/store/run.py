@@ -26,19 +26,22 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from prunesweep.models import Cut, UserError, load_provenance
+from prunesweep.models import UserError
 from prunesweep.models.io import reading
 from prunesweep.models.io.files import disk_full, write_text
+from prunesweep.models.io.folder import check_files, load_provenance
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
-from prunesweep.models.io.store import check_saved
 from prunesweep.training import EvalMetrics
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
 from .records import FORMAT, Ending, Result, RunFacts, Task, Validation, read_json, read_sealed, sealed, task_id
+
+if TYPE_CHECKING:
+    from prunesweep.models import Cut
 
 __all__ = [
     "Outcomes",
@@ -299,6 +302,8 @@ class Run:
 
     def read_cut(self, number: int) -> Cut | None:
         """What ``write_cut`` wrote; None in runs of before it was written. Raises UserError for a damaged file."""
+        from prunesweep.models import Cut
+
         path = self.trial(task_id(number)) / "cut.json"
         try:
             return Cut.from_dict(read_json(path)) if path.is_file() else None
@@ -472,7 +477,7 @@ class Run:
         if not model.is_dir():
             return f"{model} is gone"
         try:
-            check_saved(model, weights=result.weights)
+            check_files(model, weights=result.weights)
         except UserError as error:
             return str(error)
         return ""

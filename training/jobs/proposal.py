@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prunesweep.models import Cut, UserError
+from prunesweep.models import UserError
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.io.reading import read_json
+
+if TYPE_CHECKING:
+    from prunesweep.models import Cut
 
 __all__ = ["Proposal", "is_proposal"]
 
@@ -45,6 +48,8 @@ class Proposal:
     @classmethod
     def load(cls, path: Path) -> Proposal:
         """Read what ``save`` wrote. Raises UserError where the file is missing or damaged."""
+        from prunesweep.models import Cut
+
         try:
             facts = read_json(path)
             if facts.pop("digest") != digest(facts):

@@ -16,8 +16,9 @@ from prunesweep.pruners.hook import Hook
 
 from ..closest import Kept
 from ..data import Data, open_data
-from ..evaluation import EvalMetrics, evaluate_on
+from ..evaluation import evaluate_on
 from ..loop import Epoch, fit
+from ..metrics import EvalMetrics
 from ..recipe import Recipe
 from ..second_stage import SecondStageJob
 from ..settling import settled
