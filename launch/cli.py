@@ -28,12 +28,12 @@ from .doctor import doctor
 from .eval_run import evaluate_run, is_run
 from .export import export_model, push_model
 from .finetune import finetune
+from .help import MethodCommand, PlainGroup, ScoringCommand
 from .import_ import import_model
 from .instant import instant, print_computed
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
 from .manifest import manifest
-from .method_help import MethodCommand, ScoringCommand
 from .models import models
 from .nothing_left import NothingLeft, check_answers, check_begun, check_front, check_weights
 from .promote import promote
@@ -53,6 +53,7 @@ USER_ERROR, SEARCH_FAILED, NOTHING_LEFT, INTERRUPTED = 2, 1, 1, 130
 
 WORST = 10  # classes that ``eval`` names
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Architecture search for compressed vision transformers.",

@@ -13,7 +13,7 @@ from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, Unreadabl
 __all__ = ["prune", "score"]
 
 Source = Annotated[str, typer.Argument(help="folder of a saved model, or a timm name", show_default=False)]
-Method = Annotated[str, typer.Option(show_default=False)]  # its help comes from the table, see ``method_help``
+Method = Annotated[str, typer.Option(show_default=False)]  # its help comes from the table, see ``help``
 DataName = Annotated[
     str,
     typer.Option(

@@ -33,10 +33,7 @@ class Runner:
         Raises:
             UserError: an option does not apply to the method, or its budget is missing.
         """
-        allowed = {*self.options}
-        allowed |= {"--set"} if method.option_names and self.run is not apply_once else set()
-        allowed |= {"--r"} if "r" in method.option_names else set()
-        allowed |= {"--second-stage"} if method.second_stage is not None else set()
+        allowed = self.takes(method)
         for option, is_given in given.items():
             if is_given and option not in allowed:
                 takes = f"it takes {', '.join(sorted(allowed))}" if allowed else "it takes no options of its own"
@@ -44,11 +41,20 @@ class Runner:
         if self.needs_budget and not given["--budget"]:
             raise UserError(f"--budget: method {method.name!r} needs one, for example 0.5")
 
+    def takes(self, method: Method) -> set[str]:
+        """Return the options that mean something to a method, of those that do not to every one."""
+        allowed = {*self.options}
+        allowed |= {"--set"} if method.option_names and self.run is not apply_once else set()
+        allowed |= {"--r"} if "r" in method.option_names else set()
+        allowed |= {"--second-stage"} if method.second_stage is not None else set()
+        return allowed - (OF_A_PATH if isinstance(method, WidthMethod) and not method.along_path else set())
+
     def saves(self, method: Method) -> bool:
         """Return True if the method has a result that is saved."""
         return not isinstance(method, AppliedMethod) or method.saved
 
 
+OF_A_PATH = {"--drop", "--group", "--floor"}  # of removals, one after the other
 RECOVERY = ("--recover", "--recover-images")
 
 RUNNERS: Mapping[type[Method], Runner] = {

@@ -184,7 +184,7 @@ def test_what_cannot_be_recovered_stays_as_cut_and_says_so(tmp_path: Path) -> No
         ({"extra": ("--group", "mlp")}, "--group mlp: must be KIND=VALUE"),
         ({"extra": ("--drop", "3")}, "drop = 3: the model has 3 blocks"),
         ({"extra": ("--project", "--no-recover")}, "--project: projects, which is a way to recover, so it"),
-        ({"method": "isomorphic"}, "method 'isomorphic' decides by ratios per structure: it takes no drop, groups"),
+        ({"method": "isomorphic"}, "means nothing to method 'isomorphic'; it takes --budget, --measure, --project"),
     ],
 )
 def test_errors_leave_nothing_behind(source: Path, tmp_path: Path, options: dict, message: str) -> None:
