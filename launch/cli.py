@@ -372,8 +372,8 @@ def _worst(recall: list[float | None], names: tuple[str, ...]) -> str:
 def _measure_features(model: Any, opened: Any, quality: str, teacher: str | None, *, as_json: bool) -> None:
     """Print what a backbone's features are worth by the data's labels."""
     from prunesweep.models import UserError, arch_of, cost
-    from prunesweep.training.metrics import wilson_interval
     from prunesweep.training.labelled_features import labelled_top1
+    from prunesweep.training.metrics import wilson_interval
 
     arch = arch_of(model)
     if not arch.headless:
