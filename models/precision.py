@@ -81,7 +81,7 @@ def as_stored(model: nn.Module) -> bool:
     """
     dtype = stored_dtype(model)
     rounds = dtype in HALF and dtype != next(model.parameters()).dtype
-    for tensor in (*model.parameters(), *model.buffers()) if rounds else ():
+    for tensor in model.state_dict().values() if rounds else ():
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(dtype))
     return rounds

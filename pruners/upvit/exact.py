@@ -134,6 +134,9 @@ class Exact:
 
     def _mlp(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace = self.forward, self.trace[i]
+        if self.forward.arch.mlp_norm:  # over the units that are left
+            yield from self._gated_mlp(i)
+            return
         hidden = forward.hidden(i, trace.mixed).movedim(-1, 0)[..., None]  # (M, B, N, 1)
         mlp = forward.mlps[i]
         assert mlp is not None, "only blocks with an MLP have such a vector"
@@ -141,6 +144,20 @@ class Exact:
         for units in self._chunks(len(hidden)):
             z = torch.addcmul(trace.done, hidden[units], columns[units], value=-1)
             yield self._resume(i, z.flatten(0, 1))
+
+    def _gated_mlp(self, i: int) -> Iterator[torch.Tensor]:
+        size = self.forward.arch.blocks[i].mlp
+        for units in self._chunks(size):
+            gates = {f"blocks.{i}.mlp": self._gate(units, size)}
+            yield self._resume(i, self.forward.mlp(i, self._stack(self.trace[i].mixed, units), gates))
+
+    def _gated_attn(self, i: int) -> Iterator[torch.Tensor]:
+        forward, block = self.forward, self.forward.arch.blocks[i]
+        size = block.heads * block.qk
+        for units in self._chunks(size):
+            gates = {f"blocks.{i}.attn": self._gate(units, size)}
+            z = forward.mixer(i, self._stack(self.trace[i].entered, units), gates)
+            yield self._resume(i, forward.mlp(i, z))
 
     def _sr(self, i: int) -> Iterator[torch.Tensor]:
         forward, size = self.forward, self.forward.arch.blocks[i].sr
@@ -151,6 +168,9 @@ class Exact:
 
     def _attn(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace, block = self.forward, self.trace[i], self.forward.arch.blocks[i]
+        if forward.attention_of(i).rotary is not None:  # pairs are turned, or a norm follows
+            yield from self._gated_attn(i)
+            return
         weight = self.forward.attention_of(i).out.weight
         q, k, v = forward.qkv(i, forward.norm1(i, trace.entered), UNGATED)
         for head in torch.arange(block.total_v, device=q.device).view(block.heads, -1):

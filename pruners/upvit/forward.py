@@ -20,6 +20,7 @@ units, R channels and P places of the reduced map.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -189,7 +190,8 @@ class Forward:
         if attention := self.attention[i]:
             q, k, v = self.qkv(i, y, gates)
             q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
-            y = attention.out.layer(attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal))
+            mixed = attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal)
+            y = attention.out.layer(normed(attention.out_norm, mixed, self._value_gate(i, gates)))
         elif block.conv_kernel:
             y = module.attn(y)
         else:
@@ -215,8 +217,13 @@ class Forward:
             rows = self.arch.stages[self.stage_of[i]].grid[0]
             y = normed(reduction.norm, reduction.convolve(y, rows), gates.get(f"blocks.{i}.sr"))
         k, v = attention.keys_values(y)
-        gate = gates.get(f"blocks.{i}.attn")
+        gate = self._value_gate(i, gates)
         return q, k, v if gate is None else v * gate
+
+    def _value_gate(self, i: int, gates: Gates) -> torch.Tensor | None:
+        """Return the gate on value channels (B, 1, V): a unit of ``attn`` may have several, side by side."""
+        gate, block = gates.get(f"blocks.{i}.attn"), self.arch.blocks[i]
+        return None if gate is None else gate.repeat_interleave(block.total_v // gate.shape[-1], -1)
 
     def attention_of(self, i: int) -> AttentionView:
         """Return the view of block ``i``'s attention, which it has."""
@@ -238,8 +245,10 @@ class Forward:
         """
         attention = self.attention_of(i)
         q, k = attention.by_head(q), attention.by_head(k)
-        by_head = None if gate is None else attention.by_head(gate)
+        # the channels of a pair are one unit
+        by_head = None if gate is None else attention.by_head(torch.cat([gate] * self.arch.qk_rows, -1))
         if not self.arch.qk_norm:
+            q, k = attention.turned(q), attention.turned(k)
             return q if by_head is None else q * by_head, k
         if by_head is None:
             return attention.q_norm(q), attention.k_norm(k)
@@ -249,9 +258,11 @@ class Forward:
         """Compute the MLP's hidden units behind the activation, (B, N, M)."""
         s, mlp = self.stage_of[i], self.mlps[i]
         assert mlp is not None, "the caller has looked whether the block has an MLP"
-        y = mlp.hidden(normed(mlp.norm, z, gates.get(f"stages.{s}.embed")), self.arch.stages[s].grid[0])
-        gate = gates.get(f"blocks.{i}.mlp")
-        return y if gate is None else y * gate
+        gate, own = gates.get(f"blocks.{i}.mlp"), dataclasses.replace(mlp, inner_norm=nn.Identity())
+        y = own.hidden(normed(mlp.norm, z, gates.get(f"stages.{s}.embed")), self.arch.stages[s].grid[0])
+        if gate is not None:
+            y = y * gate
+        return normed(mlp.inner_norm, y, gate)
 
     def mlp(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Add the MLP's output to ``z``."""

@@ -43,7 +43,7 @@ from .lm import TextExact, TextForward, text_fisher_sums
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
-FAMILIES = FamiliesWith("width", without=("windows", "rotary"))  # ``forward`` has neither
+FAMILIES = FamiliesWith("width", without=("windows",))  # ``forward`` has no windows
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]

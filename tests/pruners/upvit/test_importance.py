@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
+from prunesweep.models.cutting import joint_values
 from prunesweep.pruners import Scores, kind_of, kl_divergence, upvit, vector_sizes
 from prunesweep.pruners.drawn_targets import draw_labels
 from prunesweep.pruners.upvit.forward import Forward
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 
-IMAGES = ("vit", "pvt_v2")  # test_upvit_lm has language models
+IMAGES = ("vit", "eva", "pvt_v2")  # test_upvit_lm has language models
 FAMILIES = [(family, seed) for family in IMAGES for seed in range(12)]
 by_family = pytest.mark.parametrize(("family", "seed"), FAMILIES)
 
@@ -27,7 +28,8 @@ def coupled(family: str, seed: int, **options: bool) -> nn.Module:
     arch = random_arch(Random(seed), family, ragged=False, **options)
     stages = tuple(
         dataclasses.replace(
-            s, blocks=tuple(dataclasses.replace(b, v=b.qk) if b.mixer == "attn" else b for b in s.blocks)
+            s,
+            blocks=tuple(dataclasses.replace(b, v=b.qk * arch.qk_rows) if b.mixer == "attn" else b for b in s.blocks),
         )
         for s in arch.stages
     )
@@ -47,7 +49,8 @@ def without(arch: Arch, name: str, unit: int) -> Cut:
     if kind == "embed":
         embed = tuple(kept if s == int(place) else None for s in range(len(arch.stages)))
         return Cut(embed=embed, blocks=(BlockCut(),) * arch.depth)
-    choice = BlockCut(qk=(kept,), v=(kept,)) if kind == "attn" else BlockCut(**{kind: kept})
+    block = arch.blocks[int(place)]
+    choice = BlockCut(qk=(kept,), v=(joint_values(block, kept),)) if kind == "attn" else BlockCut(**{kind: kept})
     return Cut(blocks=tuple(choice if i == int(place) else BlockCut() for i in range(arch.depth)))
 
 
@@ -184,13 +187,14 @@ def test_second_order_scores_are_exact_for_small_changes(family: str, seed: int)
                 block.mlp.fc2.weight *= small
             if hasattr(getattr(block, "attn", None), "proj"):
                 block.attn.proj.weight *= small
-                fused = getattr(block.attn, "qkv", None) or block.attn.q
-                fused.weight[: block.attn.proj.in_features] *= small
-                if fused.bias is not None:
-                    fused.bias[: block.attn.proj.in_features] *= small
-    names = [n for n in vector_sizes(arch_of(model), upvit.KINDS) if kind_of(n) in ("mlp", "attn")]
-    if arch_of(model).qk_norm:
-        names = [n for n in names if kind_of(n) == "mlp"]
+                layers = (getattr(block.attn, name, None) for name in ("qkv", "q", "q_proj"))
+                queries = next(layer for layer in layers if layer is not None)
+                queries.weight[: block.attn.proj.in_features] *= small
+                if queries.bias is not None:
+                    queries.bias[: block.attn.proj.in_features] *= small
+    arch = arch_of(model)
+    bent = {"attn": arch.qk_norm or arch.attn_norm, "mlp": arch.mlp_norm}  # a norm is not linear in a gate
+    names = [n for n in vector_sizes(arch, upvit.KINDS) if not bent.get(kind_of(n), True)]
     if names:
         batches = batches_of(model, 3)
         exact = upvit.score(model, batches, importance="exact", vectors=names).vectors
@@ -317,5 +321,5 @@ def test_wrong_settings_are_named() -> None:
             upvit.score(model, batches, **settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="images of shape .*: random is built for"):
         upvit.score(model, [(batches[0][0][..., 1:], batches[0][1])])
-    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, pvt_v2"):
+    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, eva, pvt_v2"):
         upvit.score(random_model(random_arch(Random(0), "swin"), 0), batches)
