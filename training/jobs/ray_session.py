@@ -32,8 +32,13 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray._private import worker as ray_worker  # noqa: E402
 from ray.job_config import JobConfig  # noqa: E402
+from ray.util.placement_group import (  # noqa: E402
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
-__all__ = ["OBJECT_STORE_BYTES", "RAY_DIED", "RayDied", "alive", "connected", "joined", "own_ray"]
+__all__ = ["OBJECT_STORE_BYTES", "RAY_DIED", "RayDied", "alive", "connected", "free_places", "joined", "own_ray"]
 
 RAY_DIED = 3  # exit code
 LONGEST_PLACE = 34  # bytes: a socket's path has 107 at most, and Ray's names of session and socket take 73 of them
@@ -230,6 +235,19 @@ _lives: Callable[[], bool] | None = None  # tells whether the Ray of this proces
 def alive() -> bool:
     """Whether the Ray that this process has started or joined lives, as far as it knows."""
     return _lives is None or _lives()
+
+
+def free_places() -> None:
+    """Give back what is reserved for workers of a Ray of our own, which serves this process alone.
+
+    Ray Train leaves that to a process of its own where the one that directs the workers is lost, and that process asks
+    the dashboard, which such a Ray does not have.
+    """
+    if _lives is not _own_alive:
+        return
+    for name, found in placement_group_table().items():
+        if found["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _node() -> Any:

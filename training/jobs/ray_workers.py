@@ -50,7 +50,7 @@ from prunesweep.pruners.hook import Collapsed  # noqa: E402
 from ..loop import Epoch  # noqa: E402
 from ..trainer import Diverged, DoesNotFit  # noqa: E402
 from .placement import Placement  # noqa: E402
-from .ray_session import alive  # noqa: E402
+from .ray_session import alive, free_places  # noqa: E402
 from .training_job import (  # noqa: E402
     STATE,
     CannotBegin,
@@ -154,6 +154,7 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
         except RayActorError as error:
             if attempt == RESTARTS or not alive():
                 raise TrainingFailed(str(error)) from error
+            free_places()
         except Exception as error:  # Ray wraps the error of a worker
             raise TrainingFailed(str(error)) from error
     raise AssertionError  # the last attempt has returned or raised
