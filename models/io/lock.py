@@ -31,7 +31,7 @@ from prunesweep.models.errors import UserError
 
 from .files import sweep
 
-__all__ = ["Fence", "Holder", "Lock", "Lost", "Vanished", "reserve"]
+__all__ = ["Fence", "Holder", "Lock", "Lost", "Vanished", "reserve", "started_at"]
 
 BEAT, STALE = 10.0, 60.0  # seconds between two signs of life, and without any
 RELEASED = 0.0  # time of a lease that was given back
@@ -304,7 +304,7 @@ def _held(place: Path, number: int, now: float | None) -> Holder | None:
 def _own_place() -> dict[str, Any]:
     """Where this process runs, and since when."""
     pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": _started(pid), **_kernel()}
+    return {"host": socket.gethostname(), "pid": pid, "started": started_at(pid), **_kernel()}
 
 
 def _kernel() -> dict[str, str]:
@@ -327,11 +327,11 @@ def _died(found: dict[str, Any]) -> bool:
         return True
     except PermissionError:
         pass
-    return _started(pid) != found["started"]  # else the number is another process's by now
+    return started_at(pid) != found["started"]  # else the number is another process's by now
 
 
-def _started(pid: int) -> str:
-    """When a process began; empty where the system does not tell."""
+def started_at(pid: int) -> str:
+    """Return when a process began, which no other one of its number did; empty where the system does not tell."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""

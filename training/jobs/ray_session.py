@@ -18,6 +18,7 @@ from rich.console import Console
 
 import prunesweep
 from prunesweep.models import UserError
+from prunesweep.models.io.lock import started_at
 from prunesweep.models.io.scratch import remove_scratch_folders, scratch_folder
 
 from ..signals import deferred
@@ -149,12 +150,11 @@ def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
             raise
         except Exception as error:
             ray.shutdown()
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise RayDied(f"Ray died while it started: {reason or type(error).__name__}") from error
 
         def end() -> None:
-            with contextlib.suppress(Exception):  # the other thread may be ending them, too
-                _node().kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
+            _end_processes()
             remove_scratch_folders()
             on_death()
 
@@ -256,10 +256,39 @@ def _node() -> Any:
 
 
 def _own_alive() -> bool:
-    """Whether those two processes of a Ray of our own live without which it is dead."""
+    """Whether those two processes of a Ray of our own live without which it is dead; notes what the first has begun."""
+    global _begun
     node = _node()
-    dead = () if node is None else (kind for kind, _ in node.dead_processes())
-    return not {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}.intersection(dead)
+    if node is None:
+        return True
+    dead = {kind for kind, _ in node.dead_processes()}
+    if dead & {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}:
+        return False
+    for found in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, ()):
+        _begun = _children(found.process.pid) or _begun
+    return True
+
+
+_begun: dict[int, str] = {}  # processes that the raylet has begun, with the times when they began
+
+
+def _children(pid: int) -> dict[int, str]:
+    """Processes that a process has begun; none where the system does not tell."""
+    found = dict[int, str]()
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found |= {int(child): started_at(int(child)) for child in listed.read_text().split()}
+    return found
+
+
+def _end_processes() -> None:
+    """Kill a Ray of our own. Workers and agents that a dead raylet has left would live on for half a minute."""
+    with contextlib.suppress(Exception):  # the other thread may be ending them, too
+        _node().kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
+    for pid, started in _begun.items():
+        if started and started_at(pid) == started:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _open(host: str, port: int) -> bool:

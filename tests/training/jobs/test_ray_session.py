@@ -91,7 +91,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(
     monkeypatch.setattr(ray_session.ray, "init", init)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray_session, "LONGEST_PLACE", 4096)
-    with pytest.raises(RayDied, match="^Ray died while it started: The current node timed out during startup.$"):
+    with pytest.raises(RayDied, match="^Ray died while it started: The current node timed out during startup$"):
         command([])
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("prunesweep.launch.cli.app", command)
@@ -102,7 +102,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(
 
 
 WAITS = """
-import os, ray
+import os, ray, time
 from ray._private import worker
 from prunesweep.training.jobs.ray_session import connected
 
@@ -119,7 +119,10 @@ with connected(None, cpus=1, gpus=0):
     waits = Waits.remote()
     pids = {p.process.pid for found in worker._global_node.all_processes.values() for p in found}
     names = {name: found[0].process.pid for name, found in worker._global_node.all_processes.items()}
-    print(names["raylet"], names["gcs_server"], ray.get(waits.pid.remote()), *pids, flush=True)
+    pid = ray.get(waits.pid.remote())
+    children = open(f"/proc/{names['raylet']}/task/{names['raylet']}/children").read()  # agents among them
+    print(names["raylet"], names["gcs_server"], pid, *pids, children, flush=True)
+    time.sleep(0.5)
     ray.get(waits.wait.remote())
 """
 
@@ -143,7 +146,7 @@ def test_a_ray_that_dies_ends_its_process_at_once_and_leaves_nothing(dead: int) 
         assert process.returncode == 3
         assert time.monotonic() - begun < 15
         assert output == "error: Ray died; the same command goes on from what is saved\n"
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 5  # by itself, some of it stays for half a minute
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
