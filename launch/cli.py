@@ -234,7 +234,7 @@ def front(
     else:
         if not points:
             check_begun(found)
-        console, source = PlainConsole(), found.metadata()["source"]
+        console, source = PlainConsole(), found.known_facts()["source"]
         print_front(console, points, source["macs"])
         if further:
             print_promoted(console, list(further.values()), source["macs"], run)

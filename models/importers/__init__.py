@@ -107,14 +107,15 @@ def import_checkpoint(
         raise UserError(f"config = {config}: layout {layout!r} has no configuration; leave it out")
     if model is not None and layout != "timm":
         raise UserError(f"model = {model}: layout {layout!r} says itself what its model is; leave it out (--model)")
-    sizes = (img_size, img_size) if isinstance(img_size, int) else img_size
+    sizes = _whole_numbers("img_size", (img_size, img_size) if isinstance(img_size, int) else img_size)
+    if sizes is not None and len(sizes) != 2:
+        raise UserError(f"img_size = {img_size!r}: must be one number, or rows and columns")
     given = Given(
         heads=_whole_numbers("heads", (heads,) if isinstance(heads, int) else heads),
         img_size=None if sizes is None else (sizes[0], sizes[1]),
         config=None if config is None else read_config(Path(config)),
         model=None if model is None else str(model),
     )
-    _whole_numbers("img_size", given.img_size)
     if layout == "transformers" and Path(path).is_dir():
         weights, folder_config = read_folder(Path(path))
         given, beside = dataclasses.replace(given, config=folder_config), dict[str, Any]()
@@ -128,7 +129,8 @@ def import_checkpoint(
 
 
 def _whole_numbers(name: str, values: Sequence[int] | None) -> tuple[int, ...] | None:
-    if values is not None and (not values or not all(type(n) is int and n > 0 for n in values)):
+    several = isinstance(values, Sequence) and len(values) > 0
+    if values is not None and not (several and all(type(n) is int and n > 0 for n in values)):
         raise UserError(f"{name} = {values!r}: must be positive whole numbers")
     return None if values is None else tuple(values)
 

@@ -31,7 +31,7 @@ def page_data(run: Run) -> dict[str, Any]:
     Raises:
         UserError: a file of the run that cannot be done without is damaged.
     """
-    facts, outcomes = run.metadata(), run.outcomes()
+    facts, outcomes = run.known_facts(), run.outcomes()
     results, current = outcomes.results, outcomes.current
     points = run.front()
     front = {(point["trial"], point["rung"]): point for point in points}

@@ -159,6 +159,37 @@ class Run:
             )
         return facts
 
+    def known_facts(self) -> dict[str, Any]:
+        """``run.json`` for commands that only show; where it is damaged, what the source's folder knows, and a warning.
+
+        Raises:
+            UserError: it is damaged and the source does not know its own figures, or it is of a later version.
+        """
+        try:
+            self.read(self / "run.json", RunFacts)
+        except UserError as error:
+            # torch, which commands that only show do without
+            from prunesweep.models import LatencyTable, cost, read_arch
+
+            try:
+                arch, told = read_arch(self / "source"), load_provenance(self / "source")
+                figures = EvalMetrics.of(told).as_dict()
+                searched = EvalMetrics.of(told.get("search", {})).as_dict()
+                if not figures:
+                    raise UserError("the source's folder has no figures of it")
+                if "agreement" in self.objectives:  # of the source with itself
+                    figures["agreement"] = searched["agreement"] = 100.0
+                predicted = LatencyTable.load(self.latency_table).predict(arch) if self.latency_table.exists() else None
+            except UserError:
+                raise self.unusable(error) from error
+            warnings.warn(f"{error}; what is shown of the source is from {self / 'source'}", stacklevel=1)
+            spent = cost(arch)
+            costs: dict[str, float] = {"macs": spent.macs, "params": spent.params}
+            costs |= {} if predicted is None else {"latency_ms": predicted}
+            source = {"name": arch.source, **figures, "search": searched, **costs}
+            return {"source": source, "scores": {}, "versions": told.get("versions", {}), "settings": {}}
+        return self.metadata()
+
     def read(self, path: Path, form: type) -> dict[str, Any]:
         """Read a file that ``sealed`` wrote; one without a digest is believed in a run of before format 1.
 
@@ -324,7 +355,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """The stable form for scripts: requested trials, how many are where, hypervolume, the source, and advice."""
-        facts = self.metadata()
+        facts = self.known_facts()
         table = self.search_table()
         outcomes = self.outcomes()
         results, failures, damaged = outcomes
@@ -356,7 +387,7 @@ class Run:
         path = self / "search.toml"
         found: dict[str, Any] = {"rungs": [], "objectives": list(TWO), "rank_by": "objective"}  # as of earlier versions
         try:
-            found |= reading.read_toml(path)["search"]
+            found |= self._settings(path)["search"]
             if type(found["trials"]) is not int or not all(type(epochs) is int for epochs in found["rungs"]):
                 raise ValueError("search.trials or search.rungs are no numbers")
             if unknown := [name for name in found["objectives"] if name not in OBJECTIVES]:
@@ -364,12 +395,28 @@ class Run:
             if found["rank_by"] not in get_args(RankBy):
                 raise ValueError(f"search.rank_by is {found['rank_by']!r}")
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            reason = f"{path} is damaged: {f'{error} is missing' if isinstance(error, KeyError) else error}"
+            reason = str(error) if isinstance(error, UserError) else reason
             raise UserError(
-                f"{path} is damaged: {reason}\nResults and models in {self / 'trials'} do not need it. Where the file "
+                f"{reason}\nResults and models in {self / 'trials'} do not need it. Where the file "
                 f"is torn, empty or lost, 'prunesweep resume {self.shown}' writes it again as it was at first"
             ) from error
         return found
+
+    def _settings(self, path: Path) -> dict[str, Any]:
+        """The tables of ``search.toml``; where it is torn or lost, those that ``run.json`` keeps, with a warning."""
+        try:
+            found, reason = reading.read_toml(path), f"{path} is damaged: search is missing"
+        except UserError as error:
+            found, reason = {}, str(error)
+        if "search" in found:
+            return found
+        with contextlib.suppress(UserError):
+            if kept := self.read(self / "run.json", RunFacts).get("settings"):
+                again = f"'prunesweep resume {self.shown}' writes it again"
+                warnings.warn(f"{reason}; read as it was when the run was made, and {again}", stacklevel=1)
+                return dict(kept)
+        raise UserError(reason)
 
     @cached_property
     def objectives(self) -> tuple[str, ...]:
@@ -398,13 +445,13 @@ class Run:
     def _data_table(self) -> dict[str, Any]:
         path = self / "search.toml"
         try:
-            return dict(reading.read_toml(path).get("data", {}))
-        except (AttributeError, TypeError, ValueError) as error:
+            return dict(self._settings(path).get("data", {}))
+        except (AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged: data: {error}") from error
 
     def searched_source(self) -> dict[str, Any]:
         """The source's costs and figures, those on the images by which candidates are compared."""
-        facts: dict[str, Any] = self.metadata()["source"]
+        facts: dict[str, Any] = self.known_facts()["source"]
         return {**facts, **facts.get("search", {})}
 
     def unfinished(self) -> Iterator[Task]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from prunesweep.models import UserError, cut_arch
+from prunesweep.models import UserError, cut_arch, save
 from prunesweep.search.execution.promote import Promoted
 from prunesweep.search.store.records import sealed
 from prunesweep.search.store.run import Run, Task
+from tests.generate import random_model
 from tests.launch import test_cli
 from tests.launch.test_cli import call
 from tests.search.helpers import ARCH, make_space
@@ -90,6 +91,40 @@ def test_the_damaged_file_is_named(
             assert f"Results and models in {run / 'trials'} do not need it" in error
             assert "prunesweep" in error  # what to do
     assert not (run / "promoted").exists()
+
+
+def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """What the commands that only show print, and what they warn of."""
+    found = [call(capsys, *arguments) for arguments in shown_by(run)]
+    assert [code for code, _, _ in found] == [0] * len(found), found
+    return [out for _, out, _ in found], "".join(error for _, _, error in found)
+
+
+def shown_by(run: Path) -> list[list[str | Path]]:
+    return [["status", run, "--json"], ["status", run], ["front", run, "--json"], ["front", run], ["report", run]]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "\0\0", None])
+@pytest.mark.parametrize("name", ["run.json", "search.toml"])
+def test_what_another_file_knows_is_shown_in_the_place_of_one_that_is_damaged(
+    run: Path, name: str, damage: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "run.json"
+    facts = {k: v for k, v in json.loads(file.read_text()).items() if k != "digest"}
+    settings = {"search": {"trials": 6, "objectives": ["top1", "macs"]}, "data": {"name": "digits"}}
+    file.write_text(sealed({**facts, "settings": settings}))
+    save(random_model(ARCH, 0), run / "source", {"top1": facts["source"]["top1"]})
+    before, warned = shown(run, capsys)
+    assert warned == ""
+    if damage is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(damage)
+    again, warned = shown(run, capsys)
+    assert again == before
+    assert f"{run / name} is damaged" in warned
+    assert (f"what is shown of the source is from {run / 'source'}" in warned) == (name == "run.json")
+    assert ("writes it again" in warned) == (name == "search.toml")
 
 
 @pytest.mark.parametrize(
