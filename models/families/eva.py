@@ -7,6 +7,7 @@ have one layout, so a timm model is *adopted*: its weights are given the names a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -23,12 +24,14 @@ from prunesweep.models.arch import Arch, Block, Rope, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.rotary import Places, RotaryAttention
 
+from .attention_pool import read_pool
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
 from .reading import Require, layer_norms, require, shared_eps
 from .spaces import BLOCK, WHOLE, AxisUse, Table, linear, per_channel, scales
 from .views import AttentionView, LinearView, attention_view
-from .vit import HeteroVisionTransformer, VisionTransformerFamily, build_vit, read_mlp
+from .vit import VisionTransformerFamily, build_vit, read_mlp
+from .vit_models import AttentionPooledTransformer, HeteroVisionTransformer
 
 __all__ = ["EVA", "RotaryVisionTransformer"]
 
@@ -63,6 +66,10 @@ class RotaryVisionTransformer(HeteroVisionTransformer):
         return {*super().no_weight_decay(), "blocks.*.attn.freqs"}
 
 
+class RotaryPooledTransformer(RotaryVisionTransformer, AttentionPooledTransformer):
+    """The same with an attention pool."""
+
+
 def _attention(places: Places | None, arch: Arch, block: Block, norm_layer: Any) -> RotaryAttention:
     (stage,) = arch.stages
     return RotaryAttention(
@@ -90,8 +97,6 @@ class EvaFamily(VisionTransformerFamily):
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
         "qk_norm": False,
-        "pool_prefix": False,
-        "attn_pool": None,
     }
     block_tensors: ClassVar[Table] = {
         **{
@@ -113,8 +118,11 @@ class EvaFamily(VisionTransformerFamily):
         embed = model.patch_embed
         needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
         needs(isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
-        needs(model.attn_pool is None, "it has an attention pool")
-        needs(model.global_pool in ("token", "avg"), f"its pooling is {model.global_pool!r}, not 'token' or 'avg'")
+        pools = ("token", "avg", "map")
+        needs(model.global_pool in pools, f"its pooling is {model.global_pool!r}, not one of {', '.join(pools)}")
+        if model.dynamic_img_size:
+            size = "x".join(map(str, embed.img_size))
+            warnings.warn(f"{name} takes images of any size; its record is for {size} images", stacklevel=2)
         kinds = {type(block).__name__ for block in model.blocks}
         needs("EvaBlockPostNorm" not in kinds, "its blocks normalise behind each half, where no linear layer follows")
         eps = shared_eps(layer_norms(model, needs), needs)
@@ -137,6 +145,8 @@ class EvaFamily(VisionTransformerFamily):
             pos_embed=model.pos_embed is not None,
             prefix_pos_embed=not model.no_embed_class,
             pool=model.global_pool,
+            pool_prefix=model.attn_pool is not None and model.num_prefix_tokens > 0,
+            attn_pool=None if model.attn_pool is None else read_pool(model.attn_pool, dict(features[0])["act"], needs),
             head_norm="tokens" if norms[0] else "pooled" if norms[1] else "none",
             pre_norm=not isinstance(model.norm_pre, nn.Identity),
             norm_eps=eps,
@@ -167,9 +177,10 @@ class EvaFamily(VisionTransformerFamily):
         (stage,) = arch.stages
         places = None if arch.rope is None else Places(arch.rope, stage.grid)
         attention = partial(_attention, places)
-        return build_vit(
-            arch, drop_path=drop_path, model_class=RotaryVisionTransformer, attention=attention, places=places
-        )
+        kind: Any = RotaryVisionTransformer
+        if arch.attn_pool is not None:
+            kind = partial(RotaryPooledTransformer, arch.attn_pool)
+        return build_vit(arch, drop_path=drop_path, model_class=kind, attention=attention, places=places)
 
     def set_patch_drop_rate(self, model: Any, arch: Arch, rate: float) -> None:
         """Leave out a share of the patches in training, where none is turned by its place."""
