@@ -362,7 +362,7 @@ def evaluate(
 def _worst(recall: list[float | None], names: tuple[str, ...]) -> str:
     """Say which classes are answered worst, all of them where they are few."""
     known = sorted((share, label) for label, share in enumerate(recall) if share is not None)
-    if not known:
+    if not known or known[0][0] == 100:
         return ""
     shown = known[:WORST]
     which = "recall by class, the worst first" if len(shown) == len(known) else f"recall of the worst {WORST} classes"

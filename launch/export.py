@@ -65,7 +65,7 @@ def export_model(
         print(json.dumps({"path": str(path), "to": to, "bytes": size, "max_error": error, **known, **compared}))
     else:
         outputs = "features" if arch_of(loaded).headless else "logits"
-        text = f"{path}: {size:,} bytes; its {outputs} differ from the model's by at most {error:.1e} on random images"
+        text = f"{path}: {size:,} bytes; its {outputs} differ from the model's by at most {error:.1e}"
         if found is not None:
             text += f"; of {found.images:,} answers on {data}, {found.same:.2f} % are the same, KL {found.kl:.2g}"
         PlainConsole().print(text, highlight=False, markup=False, soft_wrap=True)

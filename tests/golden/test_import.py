@@ -18,7 +18,8 @@ from prunesweep.models.importers import LAYOUTS, import_checkpoint
 
 from .conftest import cases
 
-IMAGES = LAYOUTS.keys() - {"fairseq", "timm"}  # which have tests of their own
+# the others have tests of their own
+IMAGES = LAYOUTS.keys() - {"fairseq", "timm", "torchvision", "transformers"}
 MIXERS = {"msa": "attn", "skip": "none"}
 
 

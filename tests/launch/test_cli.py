@@ -126,10 +126,14 @@ def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "eval", path, "--data", "digits", "--json")
     assert code == 0
     found = json.loads(out)
-    assert found.keys() == {"top1", "top1_low", "top1_high", "loss", "images", "macs", "params"}
+    figures = {"top1", "top1_low", "top1_high", "balanced", "recall", "loss", "images", "macs", "params"}
+    assert found.keys() == figures
+    assert sum(found["recall"]) / 10 == pytest.approx(found["balanced"])
     assert found["top1_low"] < found["top1"] < found["top1_high"]
     assert (found["macs"], found["params"]) == (cost(ARCH).macs, cost(ARCH).params)
-    assert call(capsys, "eval", path, "--data", "digits")[1].startswith(f"top-1 {found['top1']:.2f} %")
+    text = call(capsys, "eval", path, "--data", "digits")[1]
+    assert text.startswith(f"top-1 {found['top1']:.2f} %")
+    assert f"recall by class, the worst first: {found['recall'].index(min(found['recall']))} 0.0 %" in text
 
 
 def test_brackets_in_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
