@@ -33,6 +33,7 @@ from .import_ import import_model
 from .instant import instant, print_computed
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
+from .lists import config, methods, recipes
 from .manifest import manifest
 from .models import models
 from .nothing_left import NothingLeft, check_answers, check_begun, check_front, check_weights
@@ -421,6 +422,9 @@ app.command()(show)
 app.command()(verify)
 app.command()(published)
 app.command()(models)
+app.command()(methods)
+app.command()(recipes)
+app.command()(config)
 app.command()(submit)
 app.command()(jobs)
 app.command()(logs)

@@ -67,13 +67,31 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 
 
 class DataTable(Table):
-    name: PathName  # digits | glyphs | imagefolder:PATH
-    loader_workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    class_order: ClassOrder | None = None  # of class folders: timm's "natural", or torchvision's "codepoint"
-    classes: list[str] | str | None = None  # names by label, or a file with one per line
-    unreadable: Annotated[float, Field(ge=0, lt=1)] = 0.001  # share of a split's images; 10 always may be
-    search_split: Annotated[float, Field(ge=0, lt=1)] = 0.2  # of the training images, to compare candidates by
-    test: PathName | None = None  # other data of these classes: on their validation split the front is measured, too
+    name: PathName = Field(
+        description="What is trained and measured on: digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH, "
+        "hfds:NAME; texts: pydocs, wikitext:PATH.",
+    )
+    loader_workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0, description="Processes that read and prepare images beside each process that trains."
+    )
+    class_order: ClassOrder | None = Field(
+        default=None,
+        description="Order of class folders: timm's (natural) or torchvision's (codepoint); unset: by the "
+        "model's class names, else natural.",
+    )
+    classes: list[str] | str | None = Field(
+        default=None, description="Names of the classes by label, or a file with one per line."
+    )
+    unreadable: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.001, description="Share of a split's images that may be unreadable; 10 always may."
+    )
+    search_split: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.2, description="Share of the training images that is held out, to compare candidates by."
+    )
+    test: PathName | None = Field(
+        default=None,
+        description="Other data of the same classes, on whose validation split the front is measured too, at the end.",
+    )
 
     @field_validator("classes")
     @classmethod
@@ -93,11 +111,17 @@ class DataTable(Table):
 class SourceTable(Table):
     """The dense model: a timm name, or ``local-dir:PATH`` of a saved one; ``train`` trains it here."""
 
-    model: PathName
-    args: dict[str, Any] = {}  # timm.create_model's keyword arguments, checkpoint_path among them
-    pretrained: bool = False
-    pos_embed_std: Annotated[float, Field(gt=0)] | None = None  # of the position embedding before training
-    train: Recipe | None = None
+    model: PathName = Field(description="The dense model: a timm name, or local-dir:PATH of a saved one.")
+    args: dict[str, Any] = Field(
+        default={}, description="Keyword arguments of timm.create_model, checkpoint_path among them."
+    )
+    pretrained: bool = Field(default=False, description="Take the pretrained weights of the timm name.")
+    pos_embed_std: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Standard deviation of the position embedding before the source is trained."
+    )
+    train: Recipe | None = Field(
+        default=None, description="The recipe that trains the source here, with the keys of [finetune]."
+    )
 
     @model_validator(mode="after")
     def _weights_come_from_somewhere(self) -> Self:
@@ -110,10 +134,15 @@ class SourceTable(Table):
 
 
 class ScoresTable(Table):
-    method: str = "nvit"  # the width method, a name in pruners.METHODS
-    images: Count = 1024  # calibration images, from the training split
-    batch_size: Count = 16  # saliency is a mean of squared batch sums, so this matters
-    seed: Seed = 0
+    method: str = Field(
+        default="nvit", description="The width method that scores units; prunesweep methods lists them."
+    )
+    images: Count = Field(default=1024, description="Calibration images, from the training split.")
+    batch_size: Count = Field(
+        default=16,
+        description="Calibration images per batch; saliency is a mean of squared batch sums, so this matters.",
+    )
+    seed: Seed = Field(default=0, description="Of the choice of calibration images.")
 
     @field_validator("method")
     @classmethod
@@ -130,11 +159,21 @@ class SpaceTable(Table):
     Every axis is a range [low, high]; low = high fixes it.
     """
 
-    encoding: Literal["compact", "full"] = "compact"  # ordinal variables, or a bit and a mixer for every block
-    groups: dict[str, Natural] = dict(GROUP_SIZES)  # units removed at a time; 0 leaves a kind whole
-    params: tuple[float, float] | None = None  # window; what lies outside is never built
-    latency_ms: tuple[float, float] | None = None  # window of the prediction
-    latency_table: str | None = None  # file of `prunesweep latency`
+    encoding: Literal["compact", "full"] = Field(
+        default="compact", description="compact: a few numbers; full: a bit and a mixer for every block."
+    )
+    groups: dict[str, Natural] = Field(
+        default=dict(GROUP_SIZES), description="Units removed at a time, by kind; 0 leaves a kind whole."
+    )
+    params: tuple[float, float] | None = Field(
+        default=None, description="Window [low, high] of parameters; what lies outside is never built."
+    )
+    latency_ms: tuple[float, float] | None = Field(
+        default=None, description="Window [low, high] of the predicted latency in ms."
+    )
+    latency_table: str | None = Field(
+        default=None, description="File of prunesweep latency, by which latency is predicted."
+    )
 
     if TYPE_CHECKING:
 
@@ -181,6 +220,8 @@ def follow_axes() -> None:
         for axis in AXES.values()
         for key, (annotation, default) in axis.fields().items()
     }
+    for name in AXES.keys() & axes.keys():
+        axes[name].description = axes[name].description or f"Range: {AXES[name].meaning}."
     SpaceTable.__pydantic_fields__.clear()
     SpaceTable.__pydantic_fields__.update({"encoding": _OWN_FIELDS["encoding"], **axes, **_OWN_FIELDS})
     for model in (SpaceTable, SearchConfig):
@@ -190,8 +231,12 @@ def follow_axes() -> None:
 class GatesTable(Table):
     """The UVC run whose gates order the blocks, where ``space.skip_order`` is learned: one, before the search."""
 
-    recipe: Recipe = Recipe(epochs=10, min_lr=1e-5)
-    settings: dict[str, Any] = {}  # of pruners.uvc.UVCSettings
+    recipe: Recipe = Field(
+        default=Recipe(epochs=10, min_lr=1e-5), description="How the UVC run is trained, with the keys of [finetune]."
+    )
+    settings: dict[str, Any] = Field(
+        default={}, description="Settings of method uvc; prunesweep methods uvc lists them."
+    )
 
     @field_validator("settings")
     @classmethod
@@ -227,9 +272,19 @@ class StartTable(Table):
     from the recipe's updates where they are left out.
     """
 
-    recipe: Annotated[Recipe, BeforeValidator(_named_recipe)] = Field(default_factory=lambda: _named_recipe({}))
-    budgets: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    settings: dict[str, Any] = {}  # of the method, as of prunesweep prune --set
+    recipe: Annotated[Recipe, BeforeValidator(_named_recipe)] = Field(
+        default_factory=lambda: _named_recipe({}),
+        description="How the model is trained while the method decides: a recipe's name, or keys of [finetune] "
+        "and recipe; unset: quick, of 10 epochs.",
+    )
+    budgets: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(),
+        description="Shares of the source's MACs that it decides for; unset: of 0.75, 0.5 and 0.3 those within "
+        "space.budget.",
+    )
+    settings: dict[str, Any] = Field(
+        default={}, description="Settings of the method; prunesweep methods NAME lists them."
+    )
 
     def within(self, method: str, window: tuple[float, float]) -> StartTable:
         """Return the table with its budgets filled in.
@@ -269,23 +324,61 @@ class SearchTable(Table):
     there is one, of ``finetune.epochs``.
     """
 
-    trials: Count = 24
-    objectives: tuple[str, ...] = TWO
-    rank_by: RankBy = "auto"  # what stands for the objectives' quality where candidates are compared
-    sampler: Literal["auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "auto"
-    rungs: Annotated[tuple[Natural, ...], Field(max_length=20)] = ()
-    reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # candidates of a rung for each that is promoted
-    screen_images: Count = 1024
-    recover: bool = True  # refit what a cut leaves, in closed form, where the source's family allows it
-    project: bool = True  # and widths: their number is decided as ever, the subspace decides what stays (not for texts)
-    recover_images: Annotated[int, Field(ge=2)] = 512  # of the training split, whose labels are not read
-    start: tuple[dict[str, float | int | str], ...] = ()  # points to begin with
-    # runs and folders of computed or saved models: their fronts' points, and the models themselves, are begun with
-    start_from: Annotated[tuple[str, ...], BeforeValidator(lambda own: (own,) if isinstance(own, str) else own)] = ()
-    start_neutral: Natural = 0  # of the points to begin with, over the budget's range, all other axes neutral
-    start_published: bool = False  # begin with what papers published for models of the source's family too
-    start_methods: tuple[str, ...] = ()  # begin with what these decide while they train: uvc, spvit, nvit-iterative
-    keep_models: Literal["front", "all"] = "front"  # of trained candidates: those of the front, or every one
+    trials: Count = Field(default=24, description="Candidates.")
+    objectives: tuple[str, ...] = Field(
+        default=TWO,
+        description="One quality and one or more costs: top1, balanced, ppl or agreement, and macs, params or "
+        "latency_ms.",
+    )
+    rank_by: RankBy = Field(
+        default="auto",
+        description="What stands for the quality where candidates are compared; auto: loss, or KL to the source "
+        "for untrained ones.",
+    )
+    sampler: Literal["auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = Field(
+        default="auto", description="What proposes candidates; auto follows from the objectives."
+    )
+    rungs: Annotated[tuple[Natural, ...], Field(max_length=20)] = Field(
+        default=(),
+        description="Epochs of finetuning on each rung, the first of which may have 0; unset: one rung, of "
+        "finetune.epochs.",
+    )
+    reduction_factor: Annotated[float, Field(gt=1)] = Field(
+        default=3.0, description="Candidates of a rung for each that goes on to the next one."
+    )
+    screen_images: Count = Field(
+        default=1024, description="Images on which a first rung of 0 epochs compares candidates."
+    )
+    recover: bool = Field(
+        default=True, description="Refit what a cut leaves, in closed form, where the source's family allows it."
+    )
+    project: bool = Field(
+        default=True,
+        description="Project widths: how many stay is decided as ever, the best subspace decides what; not for texts.",
+    )
+    recover_images: Annotated[int, Field(ge=2)] = Field(
+        default=512, description="Images to refit on, from the training split; their labels are not read."
+    )
+    start: tuple[dict[str, float | int | str], ...] = Field(
+        default=(), description="Points to begin with, each a table of variables."
+    )
+    start_from: Annotated[tuple[str, ...], BeforeValidator(lambda own: (own,) if isinstance(own, str) else own)] = (
+        Field(default=(), description="Runs and folders of computed or saved models, whose fronts are begun with.")
+    )
+    start_neutral: Natural = Field(
+        default=0,
+        description="How many of the points to begin with lie over the budget's range, with all other axes neutral.",
+    )
+    start_published: bool = Field(
+        default=False, description="Begin with what papers published for models of the source's family too."
+    )
+    start_methods: tuple[str, ...] = Field(
+        default=(),
+        description="Methods that decide while they train, whose decisions are begun with: uvc, spvit, nvit-iterative.",
+    )
+    keep_models: Literal["front", "all"] = Field(
+        default="front", description="Whether models that left the front are deleted (front) or kept (all)."
+    )
 
     def recovers(self, arch: Arch) -> bool:
         """Whether candidates of a source are refitted."""
@@ -340,10 +433,16 @@ class SearchTable(Table):
 class ResourcesTable(Table):
     """What runs side by side. A trial of several workers trains on Ray Train; they may lie on different nodes."""
 
-    cpus: Count | None = None  # of this machine; all by default
-    workers_per_trial: Count = 1
-    cpus_per_trial: Count = 1  # of each of a trial's workers
-    gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0  # of each of a trial's workers
+    cpus: Count | None = Field(
+        default=None, description="CPUs of this machine that are used; unset: all that this process may use."
+    )
+    workers_per_trial: Count = Field(
+        default=1, description="Processes that train a candidate together; above 1 on Ray Train."
+    )
+    cpus_per_trial: Count = Field(default=1, description="CPUs of each of a trial's workers.")
+    gpus_per_trial: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="GPUs of each of a trial's workers; a part of one is allowed."
+    )
 
 
 # what ends up in scripts and manifests of others: no line breaks, and nothing that a shell or SLURM reads as more
@@ -415,18 +514,33 @@ class ClusterTable(Table):
 
 
 class SearchConfig(Table):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # of the run's folder
-    seed: Seed = 0
-    data: DataTable
-    source: SourceTable
-    scores: ScoresTable = ScoresTable()
-    gates: GatesTable = GatesTable()
-    space: SpaceTable = Field(default_factory=lambda: SpaceTable())  # not one of before an axis was added
-    search: SearchTable = SearchTable()
-    start: Annotated[dict[str, StartTable], Field(validate_default=True)] = {}  # by method
-    finetune: Recipe = Recipe()
-    resources: ResourcesTable = ResourcesTable()
-    cluster: ClusterTable | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
+        description="Of the run's folder, below runs/."
+    )
+    seed: Seed = Field(default=0, description="Of proposals, of training and of what is held out.")
+    data: DataTable = Field(description="The data.")
+    source: SourceTable = Field(description="The model that is compressed.")
+    scores: ScoresTable = Field(default=ScoresTable(), description="How units are scored, once.")
+    gates: GatesTable = Field(
+        default=GatesTable(), description="The UVC run whose gates order the blocks, where space.skip_order is learned."
+    )
+    space: SpaceTable = Field(
+        default_factory=lambda: SpaceTable(),
+        description="What is searched: a range [low, high] for every axis; low = high fixes it.",
+    )
+    search: SearchTable = Field(default=SearchTable(), description="What is optimised, by what, and how much is spent.")
+    start: Annotated[
+        dict[str, StartTable],
+        Field(validate_default=True, description="How the methods of search.start_methods decide, by their names."),
+    ] = {}
+    finetune: Recipe = Field(
+        default=Recipe(),
+        description="How candidates are trained; recipe = NAME takes a recipe's values where keys are left out.",
+    )
+    resources: ResourcesTable = Field(default=ResourcesTable(), description="What runs side by side.")
+    cluster: ClusterTable | None = Field(
+        default=None, description="Several machines: for submit, manifest and doctor; nothing here changes a result."
+    )
 
     @field_validator("start")
     @classmethod

@@ -42,12 +42,23 @@ class Distill(SettingsTable):
     computes the teacher's logits on the training images once; that needs images that look the same in every epoch.
     """
 
-    teacher: str = "source"  # the source model, or a timm name with its pretrained weights
-    kind: Literal["soft", "hard", "feature"] = "soft"
-    on: Literal["output", "token"] = "output"
-    weight: NotNegative = 1.0
-    temperature: Positive = 1.0
-    cache_teacher: bool = False
+    teacher: str = Field(
+        default="source",
+        description="The source model, a saved model's folder or a timm name with its pretrained weights.",
+    )
+    kind: Literal["soft", "hard", "feature"] = Field(
+        default="soft",
+        description="soft: KL divergence of the outputs; hard: the teacher's class as a label; feature: squared "
+        "distance before the head.",
+    )
+    on: Literal["output", "token"] = Field(
+        default="output", description="output, or token: the student's distillation head."
+    )
+    weight: NotNegative = Field(default=1.0, description="Of the term in the loss.")
+    temperature: Positive = Field(default=1.0, description="Of soft terms.")
+    cache_teacher: bool = Field(
+        default=False, description="Compute the teacher's logits once; needs images that look the same in every epoch."
+    )
 
     @model_validator(mode="after")
     def _known_teacher(self) -> Self:
@@ -63,42 +74,75 @@ class Distill(SettingsTable):
 class Recipe(SettingsTable):
     """Optimizer, schedule, augmentation and losses of one training run."""
 
-    epochs: Annotated[int, Field(ge=0, le=100_000)] = 1
-    batch_size: Annotated[int, Field(ge=2)] = 64  # images per update, over all workers and parts
-    accumulate: Annotated[int, Field(ge=1)] = 1  # parts in which a worker does its share of a batch
-    optimizer: str = "adamw"  # name of a timm optimizer
-    lr: Annotated[float, Field(gt=0, le=100)] = 5e-4
-    lr_by_share: tuple[tuple[Part, Positive], ...] = ()  # (share of the source's MACs, rate) in place of lr
-    lr_batch: Annotated[int, Field(ge=1)] | None = None  # lr is for this batch size, and proportional to the real one
-    min_lr: NotNegative = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"  # per update
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    warmup_updates: Annotated[int, Field(ge=0)] = 0  # instead of epochs; a quarter of all updates at most
-    warmup_lr: NotNegative | None = None  # rate at the start of warm-up; a hundredth of lr by default
-    weight_decay: NotNegative = 0.05
-    decay_all: bool = False  # decay biases, norms, tokens and position embeddings too
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # factor of lr from block to block, downwards
-    clip_grad: NotNegative = 1.0  # global norm; 0 is off
-    label_smoothing: Fraction = 0.0
-    drop_path: Fraction = 0.0
-    mixup: NotNegative = 0.0  # alpha of the Beta distribution; 0 is off
-    cutmix: NotNegative = 0.0
-    mix_prob: Share = 1.0
-    switch_prob: Share = 0.5  # probability of cutmix, not mixup, if both are on
-    auto_augment: str | None = None  # a timm policy such as rand-m9-mstd0.5-inc1; for image files
-    color_jitter: NotNegative = 0.4
-    random_erasing: Share = 0.0
-    fixed_view: bool = False  # training images as for evaluation: no random crop, flip, jitter or move
-    repeats: Annotated[int, Field(ge=1)] = 1  # repeated augmentation: views of an image in an epoch of the same length
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay per update; the average is evaluated and kept
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    channels_last: bool = False
-    compile: bool = False
-    keep: Literal["last", "best"] = "last"  # best: lowest KL to the source on held-out images, the model as given too
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training images, at most 2,000, for keep = "best"
-    loss_weight: NotNegative = 1.0  # weight of cross-entropy
-    adapts: bool = False  # no labels or no head: no cross-entropy; no head: soft terms compare features
-    distill: tuple[Distill, ...] = ()
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(default=1, description="Passes over the training images.")
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        default=64, description="Images per update, over all workers and parts."
+    )
+    accumulate: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Parts in which a worker does its share of a batch."
+    )
+    optimizer: str = Field(default="adamw", description="Name of a timm optimizer.")
+    lr: Annotated[float, Field(gt=0, le=100)] = Field(default=5e-4, description="Learning rate after warm-up.")
+    lr_by_share: tuple[tuple[Part, Positive], ...] = Field(
+        default=(), description="Pairs of a share of the source's MACs and a rate, in place of lr."
+    )
+    lr_batch: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Batch size that lr is for; the rate is proportional to the real one. Unset: lr as it is.",
+    )
+    min_lr: NotNegative = Field(default=0.0, description="Learning rate at the end of a cosine.")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Of the learning rate, per update.")
+    warmup_epochs: Annotated[int, Field(ge=0)] = Field(default=0, description="Epochs in which the rate rises.")
+    warmup_updates: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Updates in which the rate rises, instead of epochs; a quarter of all updates at most."
+    )
+    warmup_lr: NotNegative | None = Field(
+        default=None, description="Rate at the start of warm-up; unset: a hundredth of lr."
+    )
+    weight_decay: NotNegative = Field(default=0.05, description="Of the optimizer.")
+    decay_all: bool = Field(default=False, description="Decay biases, norms, tokens and position embeddings too.")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Factor of lr from block to block, downwards; unset: 1."
+    )
+    clip_grad: NotNegative = Field(default=1.0, description="Largest global norm of the gradient; 0 is off.")
+    label_smoothing: Fraction = Field(default=0.0, description="Share of the label that is spread over all classes.")
+    drop_path: Fraction = Field(default=0.0, description="Stochastic depth rate of the last block.")
+    mixup: NotNegative = Field(default=0.0, description="Alpha of the Beta distribution; 0 is off.")
+    cutmix: NotNegative = Field(default=0.0, description="Alpha of the Beta distribution; 0 is off.")
+    mix_prob: Share = Field(default=1.0, description="Probability that a batch is mixed.")
+    switch_prob: Share = Field(default=0.5, description="Probability of cutmix, not mixup, if both are on.")
+    auto_augment: str | None = Field(
+        default=None, description="A timm policy such as rand-m9-mstd0.5-inc1; for image files."
+    )
+    color_jitter: NotNegative = Field(
+        default=0.4, description="Strength of changes of brightness, contrast and saturation."
+    )
+    random_erasing: Share = Field(default=0.0, description="Probability that a part of an image is erased.")
+    fixed_view: bool = Field(
+        default=False, description="Training images as for evaluation: no random crop, flip, jitter or move."
+    )
+    repeats: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Views of an image in an epoch of the same length (repeated augmentation)."
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay per update of an average of the weights, which is evaluated and kept; unset: none.",
+    )
+    amp: Literal["off", "bf16", "fp16"] = Field(default="off", description="Mixed precision.")
+    channels_last: bool = Field(default=False, description="Memory order of images.")
+    compile: bool = Field(default=False, description="Train through torch.compile.")
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="best: the epoch of lowest KL to the source on held-out images, the model as given among them.",
+    )
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="Share of the training images for keep = best, at most 2,000 images."
+    )
+    loss_weight: NotNegative = Field(default=1.0, description="Of cross-entropy.")
+    adapts: bool = Field(
+        default=False, description="Without labels no cross-entropy; without a head soft terms compare features."
+    )
+    distill: tuple[Distill, ...] = Field(default=(), description="Terms of distillation, added to the loss.")
 
     @field_validator("optimizer")
     @classmethod

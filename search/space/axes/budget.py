@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from prunesweep.models import Arch, cost
 from prunesweep.pruners import suggestion
@@ -24,7 +26,16 @@ class Budget(Axis):
 
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """The range, and ``budget_scale``: whether equal steps or equal factors of it are equally much looked at."""
-        return {**super().fields(), "budget_scale": (Literal["linear", "log"], "linear")}
+        return {
+            **super().fields(),
+            "budget_scale": (
+                Annotated[
+                    Literal["linear", "log"],
+                    Field(description="Whether equal steps or equal factors of the budget are equally much looked at."),
+                ],
+                "linear",
+            ),
+        }
 
     def variables(self, table: SpaceTable, source: ScoredSource) -> tuple[Variable, ...]:
         """The range, on the scale of the table."""

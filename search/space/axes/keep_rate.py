@@ -28,7 +28,13 @@ class KeepRate(Axis):
 
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """The range, and ``prune_rate``: the share of patches that pass a merging block by."""
-        return {**super().fields(), "prune_rate": (Annotated[float, Field(ge=0, lt=1)], 0.1)}
+        return {
+            **super().fields(),
+            "prune_rate": (
+                Annotated[float, Field(ge=0, lt=1, description="Share of patches that pass a merging block by.")],
+                0.1,
+            ),
+        }
 
     def needs(self, table: SpaceTable, method: str) -> tuple[str, ...]:
         """The importance of patches, where any may be merged."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.errors import nearest
@@ -38,7 +38,16 @@ class Method(Axis):
 
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """``methods``: names in ``pruners.METHODS``."""
-        return {"methods": (Annotated[tuple[str, ...], AfterValidator(_known)], ())}
+        return {
+            "methods": (
+                Annotated[
+                    tuple[str, ...],
+                    AfterValidator(_known),
+                    Field(description="Width methods of which every candidate takes one; unset: scores.method."),
+                ],
+                (),
+            )
+        }
 
     def needs(self, table: SpaceTable, method: str) -> tuple[str, ...]:
         """The scores of all methods; scores are named by their method."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from prunesweep.models import Arch
 from prunesweep.pruners import Scores, drop_order
@@ -28,7 +29,16 @@ class Skip(Axis):
 
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """The range, and ``skip_order``: by leaving blocks out, or by the gates of a UVC run."""
-        return {**super().fields(), "skip_order": (Literal["measured", "learned"], "measured")}
+        return {
+            **super().fields(),
+            "skip_order": (
+                Annotated[
+                    Literal["measured", "learned"],
+                    Field(description="Which blocks go first: by leaving each out, or by the gates of a UVC run."),
+                ],
+                "measured",
+            ),
+        }
 
     def fit(self, table: SpaceTable, arch: Arch) -> None:
         """At least one block of every stage must stay."""
