@@ -59,10 +59,7 @@ def describe(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(describe(one, metadata) for one in arguments if one is not type(None)))
     bounds = " and ".join(
-        f"{sign} {getattr(rule, field)}"
-        for rule in metadata
-        for kind, field, sign in BOUNDS
-        if isinstance(rule, kind)
+        f"{sign} {getattr(rule, field)}" for rule in metadata for kind, field, sign in BOUNDS if isinstance(rule, kind)
     )
     if origin is Literal:
         kind = " | ".join(map(json.dumps, arguments))
