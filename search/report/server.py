@@ -98,7 +98,6 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD for two paths, and only under the names of this machine: no other site can read a run."""
 
     feed: Feed
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         port = self.connection.getsockname()[1]
