@@ -22,6 +22,7 @@ from prunesweep.models import UserError
 from prunesweep.models.io.scratch import scratch_folder
 from prunesweep.search.config import ResourcesTable
 from prunesweep.search.store.run import Task
+from prunesweep.training.container import usable_cpus
 from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, RayDied, alive, joined, own_ray
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -90,7 +91,7 @@ def _this_machine(resources: ResourcesTable) -> dict[str, float]:
 
 
 def _cpus(resources: ResourcesTable) -> int:
-    return resources.cpus or len(os.sched_getaffinity(0))
+    return resources.cpus or usable_cpus()
 
 
 class RayConnection:
