@@ -145,7 +145,12 @@ def test_a_wheel_holds_the_package_and_nothing_else(hostile: Path, tmp_path: Pat
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"prunesweep"}
     shipped = {str(path.relative_to(ROOT / "prunesweep")) for path in _data_files()}
-    assert {"search/report/report.html", "training/recipes/quick.toml", "py.typed"} <= shipped
+    assert {
+        "search/report/report.html",
+        "search/report/views/main.js",
+        "training/recipes/quick.toml",
+        "py.typed",
+    } <= shipped
     assert shipped <= {name.removeprefix("prunesweep/") for name in names}
     modules = {str(p.relative_to(ROOT)) for layer in LAYERS for p in (ROOT / layer).rglob("*.py")}
     assert modules <= {name.removeprefix("prunesweep/") for name in names}
@@ -165,5 +170,5 @@ def test_a_wheel_holds_the_package_and_nothing_else(hostile: Path, tmp_path: Pat
 def _data_files() -> Iterator[Path]:
     yield ROOT / "prunesweep" / "py.typed"
     for layer in LAYERS:
-        for pattern in ("*.html", "*.toml", "py.typed"):
+        for pattern in ("*.html", "*.css", "*.js", "*.LICENSE.txt", "*.toml", "py.typed"):
             yield from (ROOT / "prunesweep" / layer).rglob(pattern)
