@@ -8,6 +8,7 @@ placement. Every update sees the same images whatever their number. Ray has to b
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ for _name, _value in {
 import ray  # noqa: E402
 import ray.train  # noqa: E402
 import torch  # noqa: E402
-from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # noqa: E402
+from pyarrow.fs import FileSelector, FileSystem, FileType  # type: ignore[import-untyped]  # noqa: E402
 from ray.exceptions import RayActorError  # noqa: E402
 from ray.train import (  # noqa: E402
     Checkpoint,
@@ -62,9 +63,10 @@ from .training_job import (  # noqa: E402
     train_models,
 )
 
-__all__ = ["TrainingFailed", "train_on_ray"]
+__all__ = ["TrainingFailed", "drop_torn_snapshot", "train_on_ray"]
 
 MODEL = "model"  # folder of the trained models in a checkpoint
+SNAPSHOT = "checkpoint_manager_snapshot.json"
 UPLOAD = "checkpoint-"  # prefix of folders that Ray uploads
 RESTARTS = 2  # of what directs the workers, where its process was lost
 
@@ -131,7 +133,7 @@ def train_on_ray(
             ),
             torch_config=TorchConfig(backend=_backend(placement.gpus), timeout_s=300),
         )
-        result = _fit(trainer)
+        result = _fit(trainer, storage, name)
     if "missing" in result.return_value:
         raise CannotBegin(result.return_value["missing"])
     if "diverged" in result.return_value:
@@ -146,9 +148,10 @@ def train_on_ray(
     return True
 
 
-def _fit(trainer: TorchTrainer) -> ray.train.Result:
+def _fit(trainer: TorchTrainer, storage: str, name: str) -> ray.train.Result:
     """Train; where the process that directs the workers was lost, once more from the last checkpoint."""
     for attempt in range(RESTARTS + 1):
+        drop_torn_snapshot(storage, name)
         try:
             return trainer.fit()
         except RayActorError as error:
@@ -158,6 +161,26 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
         except Exception as error:  # Ray wraps the error of a worker
             raise TrainingFailed(str(error)) from error
     raise AssertionError  # the last attempt has returned or raised
+
+
+def drop_torn_snapshot(storage: str, name: str) -> None:
+    """Delete Ray's list of a run's checkpoints where it is no JSON: Ray writes it in place, and starts with none else.
+
+    Training then begins anew, and ends the same.
+
+    Args:
+        storage: as for ``train_on_ray``.
+        name: as for ``train_on_ray``.
+    """
+    files, place = FileSystem.from_uri(storage)
+    path = f"{place}/{name}/{SNAPSHOT}"
+    if files.get_file_info(path).type == FileType.File:
+        with files.open_input_stream(path) as file:
+            content = file.read()
+        try:
+            json.loads(content)
+        except ValueError:
+            files.delete_file(path)
 
 
 def _drop_orphans(result: ray.train.Result) -> None:

@@ -155,3 +155,15 @@ def test_a_ray_that_dies_ends_its_process_at_once_and_leaves_nothing(dead: int) 
         process.kill()
         process.wait()
         shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.parametrize("place", ["{}", "file://{}"])
+def test_a_list_of_checkpoints_that_was_being_written_does_not_stop_a_run_for_good(place: str, tmp_path: Path) -> None:
+    from prunesweep.training.jobs.ray_workers import SNAPSHOT, drop_torn_snapshot
+
+    for name, content, stays in (("torn", "", False), ("half", '{"a": [', False), ("whole", "{}", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SNAPSHOT).write_text(content)
+        drop_torn_snapshot(place.format(tmp_path), name)
+        assert (tmp_path / name / SNAPSHOT).exists() == stays
+    drop_torn_snapshot(place.format(tmp_path), "new")
