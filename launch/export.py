@@ -15,10 +15,10 @@ ModelArgument = Annotated[Path, typer.Argument(help="folder of a saved model", s
 
 def export_model(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="torch-export, onnx or timm", show_default=False)],
+    to: Annotated[str, typer.Option(help="torch-export, onnx, timm or standalone", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(help="a new file or, for timm, folder (default: beside MODEL)", show_default=False),
+        typer.Option(help="a new file or, for timm and standalone, folder (default: beside MODEL)", show_default=False),
     ] = None,
     opset: Annotated[int, typer.Option(help="version of the ONNX operators, 18 to 23")] = 20,
     precision: Annotated[

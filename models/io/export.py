@@ -3,7 +3,8 @@
     error = export(model, "small.onnx", "onnx")
 
 ``torch-export`` is a ``.pt2`` file that loads with torch alone, ``onnx`` an ONNX file for ONNX Runtime, ``timm`` the
-folder of ``models.save``. All take any number of images, (B, C, rows, columns) float32 normalised as the model's
+folder of ``models.save``, ``standalone`` a folder with a file of plain PyTorch beside the
+weights. All take any number of images, (B, C, rows, columns) float32 normalised as the model's
 ``pretrained_cfg`` says, and return logits (B, K), or features of a backbone without a head. The first two carry the
 record and the preprocessing as JSON: ``arch.json`` and ``preprocessing.json`` among the extra files of the ``.pt2``,
 ``arch`` and ``preprocessing`` in the metadata of the ONNX file. A language model's take any number of texts, (B, T)
@@ -38,6 +39,7 @@ from prunesweep.models.errors import UserError, nearest
 from prunesweep.models.layers.token_merging import SparseMerge
 
 from .files import make_folder, publish, scratch_beside, write_refused
+from .standalone import open_standalone, write_standalone
 from .store import rebuilt, save
 
 __all__ = ["FORMATS", "OPSETS", "PRECISIONS", "Agreement", "agreement", "default_path", "export"]
@@ -85,8 +87,8 @@ def export(
     Args:
         model: one of ours, or a timm model that ``Arch.from_timm`` accepts; it is not changed. The artefact computes on
             the CPU's float32, whatever the model's device and dtype; ``timm`` stores the weights as they are.
-        path: the file, or for ``timm`` the folder; it must not exist yet, missing parents are made.
-        to: ``torch-export``, ``onnx`` or ``timm``.
+        path: the file, or for ``timm`` and ``standalone`` the folder; it must not exist yet, missing parents are made.
+        to: ``torch-export``, ``onnx``, ``timm`` or ``standalone``.
         opset: version of the ONNX operators, 18..23; 23 has attention as one operator.
         tolerance: the largest difference allowed, relative to max(1, the largest logit's magnitude); by default that of
             ``PRECISIONS``: 1e-4 for float32, and for int8 as much as the largest logit.
@@ -368,6 +370,10 @@ def _open_onnx(path: Path) -> Run:
     return run
 
 
+def _write_standalone(model: nn.Module, path: Path, _: int) -> None:
+    write_standalone(model, path, example_input(arch_of(model), 2, seed=2), _facts(model))
+
+
 def _write_timm(model: nn.Module, path: Path, _: int) -> None:
     save(model, path)
 
@@ -381,4 +387,5 @@ FORMATS = {
     "torch-export": Format(".pt2", _write_torch_export, _open_torch_export),
     "onnx": Format(".onnx", _write_onnx, _open_onnx),
     "timm": Format("-timm", _write_timm, _open_timm),
+    "standalone": Format("-standalone", _write_standalone, open_standalone),
 }

@@ -187,7 +187,9 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
 
 def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = build(VIT), tmp_path / "m"
-    with pytest.raises(UserError, match=r"to = 'onyx': must be one of torch-export, onnx, timm. did you mean 'onnx'"):
+    with pytest.raises(
+        UserError, match=r"to = 'onyx': must be one of torch-export, onnx, timm, standalone. did you mean 'onnx'"
+    ):
         export(model, path, "onyx")
     with pytest.raises(UserError, match=r"opset = 17: must lie in 18\.\.23"):
         export(model, path, "onnx", opset=17)
