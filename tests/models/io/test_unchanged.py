@@ -119,10 +119,10 @@ def test_the_order_of_channels_in_memory_does_not_matter(member: Any, tmp_path: 
         torch.testing.assert_close(load(tmp_path / "other")(x), wanted)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda m: torch.nn.utils.parametrizations.weight_norm(m.head) and m])
-def test_other_tensors_than_the_records_are_named(wrap: Any, member: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)its record no longer fits.*(_orig_mod|parametrizations)"):
-        save(wrap(member), tmp_path / "other")
+def test_other_tensors_than_the_records_are_named(member: Any, tmp_path: Path) -> None:
+    torch.nn.utils.parametrizations.weight_norm(member.head)
+    with pytest.raises(UserError, match=r"(?s)its record no longer fits.*parametrizations"):
+        save(member, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["member"]
 
 
