@@ -300,7 +300,6 @@ class Poison(Hook):
     [
         ({"batch_size": 2000}, "batch_size = 2000, but digits has 1347 training images"),
         ({"batch_size": 66, "accumulate": 6, "mixup": 0.5}, "mixup needs an even number of images at a time, not 11"),
-        ({"optimizer": "adamx"}, "optimizer = 'adamx': timm has none of that name"),
     ],
 )
 def test_recipes_that_do_not_fit(data, fields: dict[str, Any], message: str) -> None:
