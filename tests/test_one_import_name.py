@@ -79,7 +79,7 @@ def python(*arguments: str, folder: Path, **environment: str) -> subprocess.Comp
 def readme_snippet(model: Path) -> str:
     """The README's lines that load a saved model, with the path of ``model``."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (snippet,) = [block for block in blocks if "timm.create_model" in block]
+    snippet = next(block for block in blocks if "timm.create_model" in block)
     code, count = re.subn(r"local-dir:[^\"]+", f"local-dir:{model}", snippet)
     assert count == 1
     return code

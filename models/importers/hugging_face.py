@@ -9,7 +9,6 @@ projected image features.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -27,6 +26,7 @@ from torch import nn
 
 from prunesweep.models.arch import Arch
 from prunesweep.models.errors import UserError
+from prunesweep.models.io.reading import read_json
 from prunesweep.models.layers.activations import ACTIVATIONS
 
 from .tensors import Given, Tensors, agree
@@ -277,10 +277,7 @@ def _preprocessing(given: Mapping[str, Any], config: Mapping[str, Any], arch: Ar
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a table of names and values")
-    return content
+    found = read_json(path, what="file")
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not a table of names and values")
+    return found

@@ -117,8 +117,7 @@ def test_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [t["front"] for t in data["trials"]] == [True, True, False]
     dropped = [t["arch"]["blocks"].count(None) for t in data["trials"]]
     assert dropped == [0, 1, 0]
-    shares = [b["share"] for b in data["source"]["arch"]["blocks"]]
-    assert shares == [{"qk": 1.0, "v": 1.0, "mlp": 1.0}] * 4
+    assert [block["macs"] for block in data["source"]["arch"]["blocks"]] == [1.0] * 4
 
 
 def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
