@@ -15,7 +15,7 @@ def _take_as_written(schema: Any) -> None:
         if schema.get("type") in ("int", "float", "bool"):
             schema["strict"] = True
         if schema.get("type") == "float":
-            schema["allow_inf_nan"] = False
+            schema.setdefault("allow_inf_nan", False)
         for name, part in schema.items():
             if name not in ("default", "metadata"):
                 _take_as_written(part)
@@ -28,7 +28,7 @@ class SettingsTable(BaseModel):
     """Base of the tables of a configuration, of recipes and of methods' settings.
 
     Numbers are taken as they are written: ``true``, ``"4"`` and ``4.0`` are no whole numbers, ``"0.5"`` and ``true``
-    are no numbers, ``1`` is not ``true``, and no number is NaN or infinite.
+    are no numbers, ``1`` is not ``true``, and no number is NaN or infinite, unless its field says ``allow_inf_nan``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -240,7 +240,7 @@ DATA: dict[str, Callable[[Inputs], None]] = {
 SETTINGS: dict[Callable[[Inputs], str], list[dict[str, Any]]] = {
     scores: [{"method": "magnitude"}, {"images": 6}, {"batch_size": 4}, {"seed": 1}],
     projections: [{"images": 6}, {"seed": 1}],
-    kept_source: [{"seed": 1}, {"train": {"lr": 2e-3}}, {"train": {"epochs": 0}}],
+    kept_source: [{"seed": 1}, {"train": {"lr": 2e-3}}, {"train": {"epochs": 2}}],
     teacher_logits: [{"amp": "bf16"}],
     finetuning: [{"seed": 1}, {"recipe": {"lr": 2e-3}}, {"recipe": {"mixup": 0.2, "fixed_view": False}}],
     deciding: [{"budgets": [0.5]}, {"seed": 1}, {"recipe": Recipe()}, {"options": {"skip": "01"}}],

@@ -62,7 +62,12 @@ def documents_with_python() -> list[Path]:
 
 
 def test_there_are_snippets() -> None:
-    assert {document.name for document in documents_with_python()} == {"README.md", "python.md", "subspaces.md"}
+    assert {document.name for document in documents_with_python()} == {
+        "README.md",
+        "python.md",
+        "subspaces.md",
+        "trust.md",
+    }
 
 
 @pytest.mark.slow

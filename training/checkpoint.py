@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from prunesweep.models import UserError
-from prunesweep.models.io.digest import read_tensors, tensors_digest
+from prunesweep.models.io.digest import read_tensors, tensors_digest, write_tensors
 from prunesweep.models.io.files import publish_file
 
 __all__ = ["load_state", "save_state"]
@@ -37,7 +36,7 @@ def save_state(path: Path, state: Any) -> None:
     with publish_file(path) as scratch:
         text = json.dumps(tree)
         facts = {"format": FORMAT, "tree": text, "sha256": tensors_digest(tensors, text)}
-        save_file(tensors, scratch, metadata=facts)
+        write_tensors(tensors, scratch, facts)
 
 
 def load_state(path: Path) -> Any | None:

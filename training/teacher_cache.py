@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
 from prunesweep.models import UserError, arch_of, weights_digest
-from prunesweep.models.io.digest import read_tensors, tensors_digest
+from prunesweep.models.io.digest import read_tensors, tensors_digest, write_tensors
 from prunesweep.models.io.files import make_folder, publish_file
 
 from .data import Data
@@ -173,7 +173,7 @@ def _shard(
             with publish_file(file) as scratch:
                 tensors = {"logits": logits}
                 facts = {"key": file.parent.name, "sha256": tensors_digest(tensors)}
-                save_file(tensors, scratch, metadata=facts)
+                write_tensors(tensors, scratch, facts)
         world.all_reduce(known)  # nobody reads before it is written
     assert file is not None
     missing = world.all_reduce(torch.tensor(float(not file.exists()), device=task.device)).item()

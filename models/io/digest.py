@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.precision import stored_dtype
 
-__all__ = ["read_tensors", "tensors_digest", "weights_digest"]
+__all__ = ["read_tensors", "tensors_digest", "weights_digest", "write_tensors"]
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; equal tensors and metadata give equal files.
+
+    Args:
+        tensors: by name, contiguous, on the CPU.
+        path: the file.
+        metadata: kept in its head. safetensors writes them in an order that changes from file to file, so they are put
+            into that of their names.
+    """
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(size))
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # escapes may be written in two ways; such a head stays as it is
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -31,6 +31,7 @@ __all__ = [
     "scratch_beside",
     "sweep",
     "sweep_below",
+    "sync",
     "write_refused",
     "write_text",
 ]
@@ -111,7 +112,7 @@ def make_folder(path: Path, *, within: Path | None = None) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(within))
     for folder in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
         folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -194,7 +195,7 @@ def publish(scratch: Path, path: Path, *, replace: bool = True) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(scratch, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _settle(path: Path) -> None:
@@ -217,10 +218,10 @@ def _settle_one(path: Path, rights: int) -> None:
     if stat.S_IMODE(path.stat().st_mode) != rights:
         with contextlib.suppress(PermissionError):  # a link to a file of someone else's
             path.chmod(rights)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or what a folder lists, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import timm.models
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -39,7 +39,7 @@ from prunesweep.models.builder import (
 from prunesweep.models.errors import UserError
 from prunesweep.models.precision import stored_dtype
 
-from .digest import weights_digest
+from .digest import weights_digest, write_tensors
 from .files import publish_folder
 from .folder import CONFIG, DIGEST, SEAL, WEIGHTS, check_seal, check_weights, load_provenance, read_config, sha256_of
 from .provenance import digest
@@ -167,7 +167,7 @@ def save(
         )
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ours.state_dict().items()}
         weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "arch": json.dumps(record)})
+        write_tensors(weights, folder / WEIGHTS, {"format": "pt", "arch": json.dumps(record)})
         config = json.loads((folder / CONFIG).read_text())
         config[DIGEST] = sha256_of(folder / WEIGHTS)
         config[SEAL] = digest(config)

@@ -86,7 +86,9 @@ class UVCSettings(SettingsTable):
     )
     zlr_epochs: int = Field(default=6, ge=1, description="Epochs per entry of zlr.")
     z_gain: Rate = Field(default=20.0, description="normalized: immediate push per share of MACs above the target.")
-    z_max: float = Field(default=1e4, gt=0, description="The budget's multiplier stays below.")
+    z_max: float = Field(
+        default=1e4, gt=0, allow_inf_nan=True, description="Limit of the budget's multiplier; inf for none."
+    )
     y_init: Rate = Field(default=1e-3, description="First value of the multipliers of s.")
     p_init: Rate = Field(default=1e-3, description="First value of the multipliers of r.")
     z_init: Rate = Field(default=1e-3, description="First value of the budget's multiplier.")

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from prunesweep.models import UserError
 from prunesweep.models.io import reading
-from prunesweep.models.io.files import disk_full, write_text
+from prunesweep.models.io.files import disk_full, sync, write_text
 from prunesweep.models.io.folder import check_files, load_provenance
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
@@ -595,7 +595,7 @@ class Run:
         Each changes in one step, so that whoever opens it finds one model or another. File systems without links have
         none.
         """
-        folder, digits = self / "front", max(len(str(len(models))), 2)
+        folder, digits, changed = self / "front", max(len(str(len(models))), 2), False
         links = {f"{place:0{digits}d}": Path("..") / model for place, model in enumerate(models, 1)}
         try:
             folder.mkdir(exist_ok=True)
@@ -611,6 +611,9 @@ class Run:
                 scratch.unlink(missing_ok=True)
                 scratch.symlink_to(target, target_is_directory=True)
                 os.replace(scratch, path)
+                changed = True
+            if changed:
+                sync(folder)
         except OSError as error:
             if disk_full(error):
                 raise

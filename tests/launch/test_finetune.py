@@ -74,7 +74,7 @@ def test_a_model_whose_channels_come_last_is_saved(source: Path, tmp_path: Path)
         (("--data", "imagefolder:/nowhere"), "no folder /nowhere/train"),
         (
             ("--set", 'distill=[{teacher="regnety_16O"}]'),
-            "distill.teacher = 'regnety_16O': neither 'source' nor a timm",
+            "teacher = 'regnety_16O': neither 'source' nor a timm",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def with_block(**changes: object) -> dict:
         (edited(in_chans="1"), "arch.in_chans = '1': must be int"),
         (edited(in_chans=True), "arch.in_chans = True: must be int"),
         (edited(img_size=[4]), "arch.img_size = [4]: must be tuple[int, int]"),
-        (edited(family="swim"), "family = 'swim': must be one of vit, swin, pvt_v2"),
+        (edited(family="swim"), "family = 'swim': must be one of vit, eva, swin, pvt_v2"),
         (edited(pool="tokens"), "did you mean 'token'?"),
         (edited(class_token=False), "needs class_token = true"),
         (edited(img_size=[8, 6]), "stages[0].grid = [2, 3]: img_size / patch_size gives [4, 3]"),
@@ -154,7 +154,6 @@ def test_full_record_is_the_same_function(name: str, options: dict) -> None:
         ("swinv2_tiny_window8_256", "is a SwinTransformerV2: this version represents timm's VisionTransformer,"),
         ("pvt_v2_b2_li", "linear attention"),
         ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock"),
-        ("vit_base_patch16_siglip_224", "attention pool"),
         ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'?"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 
 from prunesweep.models import Arch, Block, Rope, Stage, UserError, arch_of, build
 from prunesweep.models.io.export import FORMATS, agreement, default_path, export
+from prunesweep.models.io.standalone import open_standalone
 from tests.generate import random_images, random_model
 
 
@@ -124,6 +125,8 @@ def run(path: Path, to: str, images: torch.Tensor, arch: Arch) -> torch.Tensor:
         program = torch.export.load(path, extra_files=files)
         record, preprocessing = files["arch.json"], files["preprocessing.json"]
         logits = program.module()(images)
+    elif to == "standalone":
+        return open_standalone(path)(images)
     else:
         session = onnxruntime.InferenceSession(str(path))
         facts = session.get_modelmeta().custom_metadata_map

@@ -430,3 +430,10 @@ def test_a_folder_that_cannot_be_is_named(name: str, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=r"a folder of its own|no folder can be made there"):
         save(stock(), name)
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    """So digests of files tell models apart, and nothing else."""
+    model = random_model(random_arch(Random(3), "vit"), 3)
+    files = [(save(model, tmp_path / str(i)) / "model.safetensors").read_bytes() for i in range(6)]
+    assert set(files) == {files[0]}

@@ -34,13 +34,13 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
 ) -> None:
     config = tiny(space={"conv": [0, 2]}, search={"screen_images": 96})
     prepare_search(config, runs / "cache", nothing)  # source and scores are there from now on
-    looked: list[int] = []
+    looked, real = list[int](), training.evaluate
 
     def evaluate(
         model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], **options: Any
     ) -> dict[str, float]:
         looked.append(sum(len(labels) for _, labels, *_ in batches))
-        return training.evaluate(model, batches, **options)
+        return real(model, batches, **options)
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     seen: list[tuple[str, float]] = []
@@ -76,7 +76,7 @@ def test_a_point_of_another_space_is_refused_before_there_is_a_run(
     tiny: Callable[..., SearchConfig], runs: Path, tmp_path: Path
 ) -> None:
     config = tiny(search={"start": [{"budgte": 0.5}]})
-    shutil.copytree(prepare_search(config, runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
+    shutil.copytree(prepare_search(tiny(), runs / "cache", nothing).folder.parents[1], tmp_path / "cache")
     with pytest.raises(UserError, match="search.start: budgte: no variable of this space"):
         run_search(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
