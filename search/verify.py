@@ -113,14 +113,16 @@ def _run(run: Run) -> Iterator[Problem]:
     except UserError as error:
         yield Problem(str(error), f"'prunesweep resume {run.shown}' writes a torn or lost one again as it was")
         return
-    yield from _said("put that folder back: the cache beside the run has it, in sources/", _source, run, facts)
+    of_source = list(_said("put that folder back: the cache beside the run has it, in sources/", _source, run, facts))
+    yield from of_source
     scores = [run / "scores" / name for name in facts["scores"].values()]
     for file in scores:
         yield from _said("the cache has it, in scores/", Scores.load, file, "put it back")
     for file in sorted((run / "scores").glob("*.safetensors")):
         if file not in scores and not Known.is_sound(file):
             yield Problem(f"{file} is damaged", again)
-    yield from _shared(run, config, facts)
+    if not of_source:
+        yield from _shared(run, config, facts)
     for file in sorted(run.teacher_logits.rglob("*.safetensors")):
         if not is_shard(file):
             yield Problem(f"{file} is damaged", again)

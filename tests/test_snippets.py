@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from prunesweep.models import BlockCut, Cut, arch_of, save
+from prunesweep.search import run_search
+from prunesweep.search.config import parse_config
 from tests.conftest import TINY
 from tests.generate import random_model
 from tests.models.test_in_other_code import KINDS
@@ -37,9 +39,12 @@ def pair() -> tuple[TensorDataset, TensorDataset]:
 def prepared(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a document takes as given, in small: names, and files in the folder."""
     if document.name == "README.md":
-        save(random_model(KINDS["attention"], 0, torch.float32), folder / "runs/digits/trials/r1-0004/model")
+        save(random_model(KINDS["attention"], 0, torch.float32), folder / "runs/digits/front/01")
         (folder / "examples").mkdir()
         (folder / "examples/digits.toml").write_text(tomli_w.dumps({**TINY, "search": {"trials": 2}}))
+        return {}
+    if document.name == "trust.md":
+        run_search(parse_config({**TINY, "search": {"trials": 1}}, document.name), folder / "runs/digits")
         return {}
     if document.name == "python.md":
         (folder / "pictures.py").write_text(

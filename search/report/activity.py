@@ -63,6 +63,8 @@ def _running(run: Run, unit: str) -> dict[str, Any]:
 
 def _events(path: Path) -> Iterable[dict[str, Any]]:
     """The last events of a log; a line that is being written, or damaged, is left out."""
+    if not path.is_file():  # reading a pipe would wait for ever
+        return
     try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - TAIL, 0))

@@ -467,6 +467,8 @@ def _repair(journal: Path) -> list[str]:
     """
     if not journal.exists():
         return []
+    if not journal.is_file():  # reading a pipe would wait for ever
+        return [_aside(journal, "it is no file")]
     Path(f"{journal}.lock").unlink(missing_ok=True)
     data, notes = journal.read_bytes(), []
     end = data.rfind(b"\n") + 1
