@@ -5,6 +5,7 @@ Never another number, and never a traceback. The files are those that are there.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -141,6 +142,14 @@ def unseen(file: str, damage: str, run: Path) -> bool:
     return gone or (file, damage) == ("study.journal", "byte")
 
 
+def says_the_same(data: bytes | None, whole: bytes) -> bool:
+    """Whether the content of a JSON file is what it was, as where the last digit of a number changed nothing."""
+    try:
+        return data is not None and json.loads(data) == json.loads(whole)
+    except ValueError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["finished", "half"])
 def test_verify_names_every_file_that_is_damaged(
@@ -157,6 +166,8 @@ def test_verify_names_every_file_that_is_damaged(
             if unseen(file, damage, run):
                 continue
             data = DAMAGES[damage](whole)
+            if says_the_same(data, whole):
+                continue
             path.unlink()
             if data is not None:
                 path.write_bytes(data)
