@@ -27,7 +27,7 @@ from prunesweep.models.layers.rotary import Places, RotaryAttention
 from .attention_pool import read_pool
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
-from .reading import Require, layer_norms, require, shared_eps
+from .reading import Require, isotropic_record, layer_norms, require, shared_eps
 from .spaces import BLOCK, WHOLE, AxisUse, Table, linear, per_channel, scales
 from .views import AttentionView, LinearView, attention_view
 from .vit import VisionTransformerFamily, build_vit, read_mlp
@@ -131,30 +131,19 @@ class EvaFamily(VisionTransformerFamily):
         needs(len(set(features)) == 1, "its blocks differ in biases, norms, layer scale or MLPs")
         norms = [not isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm)]
         needs(not all(norms), "it has a norm in front of the pooling and another one behind it")
-        rows, columns = embed.grid_size
-        arch = Arch(
-            family=self.name,
-            source=name,
-            img_size=tuple(embed.img_size),
-            patch_size=tuple(embed.patch_size),
-            in_chans=embed.proj.in_channels,
-            num_classes=model.num_classes,
-            stages=(Stage(width=model.embed_dim, grid=(rows, columns), blocks=blocks),),
-            class_token=model.cls_token is not None,
+        return isotropic_record(
+            model,
+            self.name,
+            name,
+            blocks,
             reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1],
-            pos_embed=model.pos_embed is not None,
-            prefix_pos_embed=not model.no_embed_class,
-            pool=model.global_pool,
             pool_prefix=model.attn_pool is not None and model.num_prefix_tokens > 0,
             attn_pool=None if model.attn_pool is None else read_pool(model.attn_pool, dict(features[0])["act"], needs),
             head_norm="tokens" if norms[0] else "pooled" if norms[1] else "none",
-            pre_norm=not isinstance(model.norm_pre, nn.Identity),
             norm_eps=eps,
             rope=_read_rope(model, blocks[0].v, needs) if rotates else None,
             **dict(features[0]),
         )
-        needs((embed.proj.bias is None) == arch.pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
-        return arch
 
     def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:
         """Lay out a timm Eva's weights: pairs apart, three projections, two halves of a gated MLP side by side."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from timm.layers import LayerNorm
 from torch import nn
 
-from prunesweep.models.arch import Arch, Stage
+from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS, activation_name
 
-__all__ = ["Require", "activation_of", "layer_norms", "pyramid_record", "require", "shared_eps"]
+__all__ = ["Require", "activation_of", "isotropic_record", "layer_norms", "pyramid_record", "require", "shared_eps"]
 
 Require = Callable[[bool, str], None]  # ``require`` with the name given
 
@@ -70,6 +70,40 @@ def activation_of(
     act = activation_name(mlp.act)
     require(act in known, f"{where} has activation {act or type(mlp.act).__name__}; known: {', '.join(known)}")
     return str(act)
+
+
+def isotropic_record(model: Any, family: str, name: str, blocks: Sequence[Block], **fields: Any) -> Arch:
+    """Make the record of a model of one stage, whose tokens, positions and pooling are told as by timm's ViTs.
+
+    Args:
+        model: the timm model.
+        family: name of its family.
+        name: name of the source.
+        blocks: the blocks that were read.
+        fields: further fields of the record.
+
+    Raises:
+        UserError: the patch embedding has a bias and a norm behind it, or neither.
+    """
+    embed, pre_norm = model.patch_embed, not isinstance(model.norm_pre, nn.Identity)
+    rows, columns = embed.grid_size
+    arch = Arch(
+        family=family,
+        source=name,
+        img_size=tuple(embed.img_size),
+        patch_size=tuple(embed.patch_size),
+        in_chans=embed.proj.in_channels,
+        num_classes=model.num_classes,
+        stages=(Stage(width=model.embed_dim, grid=(rows, columns), blocks=tuple(blocks)),),
+        class_token=model.cls_token is not None,
+        pos_embed=model.pos_embed is not None,
+        prefix_pos_embed=not model.no_embed_class,
+        pool=model.global_pool,
+        pre_norm=pre_norm,
+        **fields,
+    )
+    require(name, (embed.proj.bias is None) == pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
+    return arch
 
 
 def pyramid_record(model: Any, family: str, name: str, stages: list[Stage], biases: set[bool], **fields: Any) -> Arch:

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prunesweep.models.arch import Arch, Block, Stage
+from prunesweep.models.arch import Arch, Block
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS
 from prunesweep.models.layers.conv_mixing import ConvSharing
@@ -43,7 +43,7 @@ from .attention_pool import check_pool, pool_cost, read_pool
 from .base import Family
 from .block_costs import Cost
 from .checks import PLAIN, check_fixed, check_one_of
-from .reading import Require, activation_of, layer_norms, require, shared_eps
+from .reading import Require, activation_of, isotropic_record, layer_norms, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, AxisUse, Table, linear, per_channel, writes
 from .views import Reader
 from .vit_models import (
@@ -275,35 +275,24 @@ class VisionTransformerFamily(Family):
         blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in bias, q/k norm, layer scale or activation")
         qkv_bias, qk_norm, layer_scale, act, glu, mlp_norm = features[0]
-        rows, columns = embed.grid_size
-        arch = Arch(
-            family=self.name,
-            source=name,
-            img_size=tuple(embed.img_size),
-            patch_size=tuple(embed.patch_size),
-            in_chans=embed.proj.in_channels,
-            num_classes=model.num_classes,
-            stages=(Stage(width=model.embed_dim, grid=(rows, columns), blocks=blocks),),
-            class_token=model.cls_token is not None,
+        return isotropic_record(
+            model,
+            self.name,
+            name,
+            blocks,
             dist_token=isinstance(model, VisionTransformerDistilled),
             reg_tokens=model.num_reg_tokens,
-            prefix_pos_embed=not model.no_embed_class,
-            pool=model.global_pool,
             pool_prefix=model.pool_include_prefix and model.global_pool != "token",
             attn_pool=None if model.attn_pool is None else read_pool(model.attn_pool, act, needs),
             head_norm=_head_norm(model),
-            pre_norm=not isinstance(model.norm_pre, nn.Identity),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             layer_scale=layer_scale,
             norm_eps=eps,
             act=act,
-            pos_embed=model.pos_embed is not None,
             glu=glu,
             mlp_norm=mlp_norm,
         )
-        needs((embed.proj.bias is None) == arch.pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
-        return arch
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
         """Build a timm VisionTransformer, or VisionTransformerDistilled where there is a distillation token."""
