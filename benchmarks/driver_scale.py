@@ -127,7 +127,8 @@ def decoding() -> float:
 
 def fill(run: Run, study: Study, space: Space, search: SearchTable, count: int) -> None:
     """``count`` candidates that have finished, the share that is due of them on every rung."""
-    rng, shapes = np.random.default_rng(0), space.summarise(SHAPES, 0).points
+    rng = np.random.default_rng(0)
+    shapes = [space.complete(point) for point in space.summarise(SHAPES, 0).points]
     points = [{**shapes[i % len(shapes)], "lr": float(rng.uniform(3e-5, 5e-4))} for i in range(count)]
     known = [space.decode(point) for point in shapes]
     rungs = [int(count // search.reduction_factor**rung) for rung in range(len(search.rungs))]

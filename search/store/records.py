@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -111,7 +111,7 @@ class Result:
     @property
     def figures(self) -> EvalMetrics:
         """The figures of the evaluation."""
-        return EvalMetrics.of(asdict(self))
+        return EvalMetrics.of(vars(self))
 
 
 class Ending(BaseModel):

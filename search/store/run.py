@@ -65,7 +65,7 @@ SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
 
 def _facts(result: Result) -> dict[str, Any]:
     """A result's fields, without one that results of earlier versions lack, so that their digests stay."""
-    return {name: value for name, value in asdict(result).items() if name not in LATER or value is not None}
+    return {name: value for name, value in vars(result).items() if name not in LATER or value is not None}
 
 
 def _digest(result: Result) -> str:
