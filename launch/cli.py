@@ -177,26 +177,21 @@ def status(
     if as_json:
         print(json.dumps(found))
     else:
-        _show_status(found)
+        _show_status(found, Run(run).shown if address is None else str(run))
     if address is None:
         check_front(Run(run))
     elif lost:
         raise NothingLeft(lost)
 
 
-def _show_status(found: dict[str, Any]) -> None:
-    from prunesweep.training import EvalMetrics
+def _show_status(found: dict[str, Any], run: str) -> None:
+    import time
 
-    trials, source = found["trials"], found["source"]
+    from prunesweep.search.report.words import status_lines
+
     console = PlainConsole()
-    console.print(
-        f"{trials['finished']} of {found['requested']} trials finished, {trials['running']} running, "
-        f"{trials['pending']} pending, {trials['failed']} failed; hypervolume {found['hypervolume']:.4f}",
-        highlight=False,
-    )
-    console.print(f"source: {EvalMetrics.of(source).full}, {source['macs']:,} MACs, {source['params']:,} params")
-    for line in found.get("advice", ()):  # a remote driver may be of an earlier version
-        console.print(f"advice: {line}", highlight=False, soft_wrap=True)
+    for line in status_lines(found, run, time.time()):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()

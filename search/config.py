@@ -30,6 +30,7 @@ from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_meth
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO, RankBy, Ranking
+from prunesweep.search.store.progress import REDUCTION_FACTOR
 from prunesweep.training import Recipe, absolute_name, load_recipe
 from prunesweep.training.data import ClassOrder, read_names
 
@@ -344,7 +345,7 @@ class SearchTable(Table):
         "finetune.epochs.",
     )
     reduction_factor: Annotated[float, Field(gt=1)] = Field(
-        default=3.0, description="Candidates of a rung for each that goes on to the next one."
+        default=REDUCTION_FACTOR, description="Candidates of a rung for each that goes on to the next one."
     )
     screen_images: Count = Field(
         default=1024, description="Images on which a first rung of 0 epochs compares candidates."

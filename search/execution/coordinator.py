@@ -24,6 +24,7 @@ from prunesweep.search.config import SearchTable
 from prunesweep.search.space.space import Candidate, Space, candidate_key, candidate_names
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.front import QUALITIES, latest
+from prunesweep.search.store.progress import planned
 from prunesweep.search.store.run import Result, Run, Task, place_of, set_aside, task_id
 from prunesweep.search.store.study import Study
 from prunesweep.training.jobs.proposal import is_proposal
@@ -232,6 +233,11 @@ class Coordinator:
         return len(self._live)
 
     @property
+    def running(self) -> list[str]:
+        """Names of the tasks that were handed out and have not ended, in that order."""
+        return list(self._live)
+
+    @property
     def stopping(self) -> bool:
         return self._stopping
 
@@ -243,11 +249,8 @@ class Coordinator:
     @property
     def expected(self) -> int:
         """Units that there will be, should all proposals be found and none fail."""
-        total = level = self.requested
-        for _ in self.search.rungs[1:]:
-            level = int(level // self.search.reduction_factor)
-            total += level
-        return max(total, self.settled)
+        whole = planned(self.requested, max(len(self.search.rungs), 1), self.search.reduction_factor)
+        return max(sum(whole), self.settled)
 
     @property
     def finished(self) -> bool:

@@ -122,13 +122,14 @@ def run_search(
             return None
         space = open_space(config, prepared)
         display.data(prepared.described)
-        display.space(space, prepared.summary, prepared.figures, prepared.zero_shot)
+        display.space(space, prepared.summary, prepared.figures, prepared.zero_shot, config.search.objectives)
         if config.search.recover and (reason := can_recover(prepared.arch)):
             display.note(f"candidates start as cut, not recovered: {reason}")
         if dry_run:
             _with_start(config, space, prepared.proposals, display)
             display.plan(config, units)
             return None
+        display.plan(config, units)
         config = _with_start(config, space, prepared.proposals, display)
         config = create_run(run, config, prepared)
         place.close()
@@ -263,7 +264,7 @@ def _plan_without(config: SearchConfig, error: NotHere, display: Display, units:
         table = table.model_copy(update={"latency_table": None, "latency_ms": None})
     space = Space.check(table, arch, config.scores.method, projected=config.search.projects(arch))
     display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
-    display.space(space, space.summarise(SAMPLE, config.seed), None, None)
+    display.space(space, space.summarise(SAMPLE, config.seed), None, None, config.search.objectives)
     display.plan(config, units)
 
 

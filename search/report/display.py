@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,19 @@ from prunesweep.pruners import TrainedMethod, get_method
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.space.space import Range, Space, Summary
-from prunesweep.search.store.front import hypervolume, quality_of, values
+from prunesweep.search.store.front import COSTS, TWO
+from prunesweep.search.store.progress import planned
 from prunesweep.search.store.run import Result, failure_reasons, reason_of
 from prunesweep.training import EvalMetrics
 
+from .live import live_view, result_line, state_line
+from .words import HEADINGS, MEASURES, clock
+
 __all__ = ["Display", "clock", "front_notes", "print_front", "print_promoted"]
 
-BANDS = 5
-HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "balanced": "balanced (%)", "agreement": "agreement (%)"}  # of qualities
 IMBALANCE = 1.0  # percent between top-1 and balanced accuracy from which both are shown
-MEASURES = {
-    "loss": "loss",
-    "kl": "KL to the source",
-    "ppl": "perplexity",
-    "top1": "top-1",
-    "balanced": "balanced accuracy",
-    "agreement": "agreement",
-}
+SILENCE = 30.0  # seconds after which work that goes on says so where there is no terminal
+PART = 0.05  # of the time so far, the longest silence of work that takes very long
 
 
 class Display:
@@ -46,10 +40,47 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live: Live | None = None
+        self._said = time.monotonic()  # when the last line was printed
 
     def note(self, text: str) -> None:
         """Print a line of plain text."""
+        self._said = time.monotonic()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _heard(self, say: Callable[[float], str]) -> Iterator[None]:
+        """Where there is no terminal, print a line whenever none came for half a minute, for the time of a block.
+
+        Of work that takes hours the pauses are a twentieth of the time so far.
+
+        Args:
+            say: the line, or nothing, from the seconds since the block began.
+        """
+        if self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        begun, over = time.monotonic(), threading.Event()
+
+        def silent() -> float:  # seconds until it has been for too long
+            now = time.monotonic()
+            return self._said + max(SILENCE, PART * (now - begun)) - now
+
+        def speak() -> None:
+            while not over.wait(max(silent(), 0.0)):
+                if silent() <= 0:
+                    line = say(time.monotonic() - begun)
+                    self._said = time.monotonic()
+                    if line:
+                        self.note(line)
+
+        self._said = begun
+        thread = threading.Thread(target=speak, daemon=True, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def data(self, lines: Sequence[str]) -> None:
         """Print what ``Data.describe`` says of the data."""
@@ -63,8 +94,8 @@ class Display:
             A function (what is being done, share done in [0, 1], note) that draws one bar for each ``what``.
         """
         columns = (
-            TextColumn("{task.description:22}"),
-            BarColumn(30),
+            TextColumn("{task.description}"),
+            BarColumn(20),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
@@ -73,22 +104,41 @@ class Display:
         )
         bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         tasks: dict[str, TaskID] = {}
+        latest: tuple[str, float, str, float] | None = None  # what, share, note, when it began
 
         def report(what: str, share: float, note: str) -> None:
+            nonlocal latest
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=1.0, note="")
+                latest = (what, share, note, time.monotonic())
                 if not self.console.is_terminal:
                     self.note(f"{what} ...")
             bars.update(tasks[what], completed=share, note=note)
+            latest = (what, share, note, latest[3] if latest and latest[0] == what else time.monotonic())
             if share >= 1 and not self.console.is_terminal:
                 self.note(f"{what}: {note}")
 
-        with bars:
+        def still(elapsed: float) -> str:
+            if latest is None or latest[1] >= 1:
+                return ""
+            what, share, note, begun = latest
+            took = time.monotonic() - begun
+            left = f", ETA {clock(took / share * (1 - share))}" if share > 0 else ""
+            return f"{what}: {share:.0%}, {clock(took)} elapsed{left}{f'  {note}' if note else ''}"
+
+        with bars, self._heard(still):
             self._live = bars.live
             yield report
         self._live = None
 
-    def space(self, space: Space, summary: Summary, quality: EvalMetrics | None, zero_shot: Range | None) -> None:
+    def space(
+        self,
+        space: Space,
+        summary: Summary,
+        quality: EvalMetrics | None,
+        zero_shot: Range | None,
+        objectives: Sequence[str] = TWO,
+    ) -> None:
         """Show the source, every variable with its range, the objectives over a sample, and what can be reached.
 
         Args:
@@ -96,6 +146,7 @@ class Display:
             summary: the objectives over a sample of the space.
             quality: accuracy or perplexity of the source, if it is known.
             zero_shot: range of accuracies before any finetuning, if it is known.
+            objectives: of the search, which are marked.
         """
         source = space.source_cost
         self.note(
@@ -110,18 +161,23 @@ class Display:
             else:
                 variables.add_row(v.name, f"{v.low:g}", f"{v.high:g}", v.meaning)
         accuracy = HEADINGS["top1" if quality is None or quality.agreement is None else "agreement"]
-        columns = ("objective", "min", "median", "max")
-        objectives = Table(*columns, title="over a sample of the space", title_justify="left")
-        for name, spread, unit, digits in (
-            ("macs (M) ↓", summary.macs, 1e6, 2),
-            ("macs / source", summary.macs, source.macs, 3),
-            ("params (M)", summary.params, 1e6, 3),
-            *([("latency (ms) ↓, predicted", summary.latency_ms, 1, 3)] if summary.latency_ms else []),
-            *([(f"{accuracy} ↑, before finetuning, training images", zero_shot, 1, 2)] if zero_shot else []),
-        ):
+        columns = ("", "min", "median", "max")
+        title = "over a sample of the space; arrows: objectives"
+        sample = Table(*columns, title=title, title_justify="left")
+        less = {name: " ↓" if name in objectives else "" for name in COSTS}
+        rows: list[tuple[str, Range, float, int]] = [
+            (f"MACs (M){less['macs']}", summary.macs, 1e6, 2),
+            ("MACs / source", summary.macs, source.macs, 3),
+            (f"params (M){less['params']}", summary.params, 1e6, 3),
+        ]
+        if summary.latency_ms:
+            rows.append((f"latency (ms){less['latency_ms']}, predicted", summary.latency_ms, 1, 3))
+        if zero_shot:
+            rows.append((f"{accuracy} ↑, before finetuning, training images", zero_shot, 1, 2))
+        for name, spread, unit, digits in rows:
             values = (spread.low, spread.median, spread.high)
-            objectives.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
-        self.console.print(Group(variables, objectives))
+            sample.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
+        self.console.print(Group(variables, sample))
         low, high = summary.reachable
         table = space.table
         share = "all points" if summary.feasible == 1 else f"{summary.feasible:.0%} of the points"
@@ -138,7 +194,7 @@ class Display:
             config: configuration of the search.
             units: number of tasks that run side by side, if it is known.
         """
-        search, count = config.search, config.search.trials
+        search = config.search
         for name, table in config.start.items():
             shares = ", ".join(f"{share:g}" for share in table.budgets)
             runs = 1 if get_method(name, TrainedMethod).several else len(table.budgets)
@@ -146,16 +202,21 @@ class Display:
                 f"plan: first, unless the cache has it, {name} decides in {runs} x {table.recipe.epochs} epochs for "
                 f"{shares} of the MACs"
             )
-        parts, epochs = [], 0
-        for rung, own in enumerate(search.rungs or (config.finetune.epochs,)):
-            count = search.trials if rung == 0 else int(count // search.reduction_factor)
-            epochs += count * own
-            parts.append(f"{count} x {own} epochs")
+        rungs = search.rungs or (config.finetune.epochs,)
+        whole = planned(search.trials, len(rungs), search.reduction_factor)
+        epochs = sum(count * own for count, own in zip(whole, rungs, strict=True))
+        parts = []
+        for rung, (count, own) in enumerate(zip(whole, rungs, strict=True)):
+            candidates = f"the best {count}" if rung else f"{count} candidate{'' if count == 1 else 's'}"
+            parts.append(f"{candidates} for {own} epoch{'' if own == 1 else 's'}" if own else f"{candidates} untrained")
+        several = f"{len(rungs)} rungs: " if len(rungs) > 1 else ""
         resources = config.resources
-        each = f"{resources.workers_per_trial} worker{'s' if resources.workers_per_trial > 1 else ''}"
-        each += f" of {resources.cpus_per_trial} CPUs and {resources.gpus_per_trial:g} GPUs"
+        workers, cpus, gpus = resources.workers_per_trial, resources.cpus_per_trial, resources.gpus_per_trial
+        each = f"{workers} worker{'s' if workers > 1 else ''} of {cpus} CPU{'s' if cpus > 1 else ''}"
+        each += f" and {gpus:g} GPU{'' if gpus == 1 else 's'}" if gpus else ""
         beside = "" if units is None else f"; {units} side by side here"
-        self.note(f"plan: {', then '.join(parts)}: {epochs} epochs in all, each on {each}{beside}")
+        trained = f"{epochs} epoch{'' if epochs == 1 else 's'} in all"
+        self.note(f"plan: {several}{', then '.join(parts)}; {trained}, each candidate on {each}{beside}")
 
     def failures(self, failures: Mapping[str, str], *, again: bool) -> None:
         """Show how many trials of a run have failed so far, and why, in a line for every distinct reason.
@@ -182,11 +243,10 @@ class Display:
         Yields:
             A function to call after every change.
         """
-        started, before = time.monotonic(), coordinator.settled
-        seen, failed = len(coordinator.results), set(coordinator.failures)
+        started, seen, failed = time.monotonic(), len(coordinator.results), set(coordinator.failures)
 
         def render() -> RenderableType:
-            return live_table(coordinator, source, window, time.monotonic() - started, before)
+            return live_view(coordinator, source, window, time.monotonic() - started)
 
         def changed() -> None:
             nonlocal seen
@@ -194,13 +254,13 @@ class Display:
                 if unit not in failed:
                     failed.add(unit)
                     self.note(f"trial {unit} failed: {reason_of(error)}")
-            if not self.console.is_terminal:
-                for result in coordinator.results[seen:]:
-                    self.note(_line(result, coordinator, source["macs"]))
+            for result in coordinator.results[seen:]:
+                self.note(result_line(result, coordinator, source))
             seen = len(coordinator.results)
 
         if not self.console.is_terminal:
-            yield changed
+            with self._heard(lambda elapsed: state_line(coordinator, elapsed)):
+                yield changed
             return
         with Live(get_renderable=render, console=self.console, refresh_per_second=2) as self._live:
             yield changed
@@ -251,87 +311,6 @@ class Display:
 def _work(result: Result) -> tuple[float, float]:
     """Seconds of a result's computing and training."""
     return result.computing_seconds, result.training_seconds
-
-
-def live_table(
-    coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float], elapsed: float, before: int
-) -> RenderableType:
-    """Build a table of trials, front, hypervolume, time left, and the best top-1 in every band of the budget window.
-
-    Args:
-        coordinator: the search.
-        source: the source's costs by name, ``macs`` among them.
-        window: smallest and largest budget, as shares of the source's MACs.
-        elapsed: seconds since this session began.
-        before: number of tasks that had ended by then.
-    """
-    failed, settled = len(coordinator.failures), coordinator.settled
-    quality = quality_of(coordinator.search.objectives)
-    quality = "top1" if quality == "ppl" else quality
-    results = [r for r in coordinator.current if r.has_model and math.isfinite(getattr(r, quality))]
-    eta = elapsed / (settled - before) * (coordinator.expected - settled) if settled > before else None
-    state = Table(box=None, show_header=False)
-    state.add_row(
-        f"[bold]{_rungs(coordinator)}[/] done",
-        f"{coordinator.live} running",
-        f"{failed} failed",
-        f"front {len(coordinator.front)}",
-        f"hypervolume {hypervolume(coordinator.best, source, coordinator.search.objectives):.4f}",
-        f"{clock(elapsed)} elapsed",
-        f"ETA {clock(eta)}" + ("  [yellow]stopping[/]" if coordinator.stopping else ""),
-    )
-    bands = Table("MACs / source", *(f"{low:.2f}-{high:.2f}" for low, high in _bands(window)), box=None)
-    best = [
-        max((getattr(r, quality) for r in results if low < r.macs / source["macs"] <= high), default=None)
-        for low, high in _bands(window)
-    ]
-    bands.add_row(f"best {HEADINGS[quality]}", *("-" if b is None else f"{b:.2f}" for b in best))
-    return Group(state, bands)
-
-
-def _bands(window: tuple[float, float]) -> list[tuple[float, float]]:
-    """Split the window into equal bands; the first one begins at 0, as coarse units can undershoot it."""
-    low, high = window
-    edges = [low + (high - low) * i / BANDS for i in range(BANDS + 1)]
-    edges[0] = 0.0
-    return list(pairwise(edges))
-
-
-def clock(seconds: float | None) -> str:
-    """Format seconds as mm:ss, or as h:mm:ss from an hour on."""
-    if seconds is None:
-        return "--:--"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
-
-
-def _rungs(coordinator: Coordinator) -> str:
-    """Return the number of finished tasks on every rung, and of the candidates that were asked for."""
-    counts = Counter(result.rung for result in coordinator.results)
-    above = "".join(f" > {counts[rung]}" for rung in range(1, len(coordinator.search.rungs)))
-    return f"{counts[0]}/{coordinator.requested}{above}"
-
-
-def _line(result: Result, coordinator: Coordinator, source_macs: int) -> str:
-    varying = {v.name for v in coordinator.space.variables if not v.fixed}
-    point = "  ".join(
-        f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in result.point.items() if k in varying
-    )
-    rung = f" on rung {result.rung}" if len(coordinator.search.rungs) > 1 else ""
-    agreeing = "agreement" in coordinator.search.objectives
-    quality = str(result.figures._replace(top1=None) if agreeing else result.figures)  # of agreement, with the KL
-    if "balanced" in coordinator.search.objectives:
-        quality = f"balanced {result.balanced:.2f} %, {quality}"
-    if not agreeing:
-        for measure in {"loss", "kl"} & {*coordinator.search.ranking.names(result.epochs)}:
-            quality += f", {MEASURES[measure]} {getattr(result, measure):.4g}"
-    if not all(map(math.isfinite, values(result, coordinator.search.objectives))):
-        quality = "diverged, which counts as worse than all others"
-    return (
-        f"[{_rungs(coordinator)}] trial {result.trial}{rung}: {quality}  "
-        f"MACs {result.macs / source_macs:.3f} of the source  ({point}; {result.seconds:.1f} s)"
-    )
 
 
 def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> None:

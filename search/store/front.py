@@ -20,6 +20,7 @@ __all__ = [
     "RankBy",
     "Ranking",
     "comparable",
+    "corner",
     "directions",
     "hypervolume",
     "latest",
@@ -214,6 +215,18 @@ def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: 
     losses = np.column_stack([_loss(name, column, source) for name, column in columns])
     corner = [0.0 if name in QUALITIES else 1.0 for name in objectives]
     return pareto.hypervolume(losses, corner)
+
+
+def corner(objectives: Sequence[str]) -> str:
+    """Name the point that ``hypervolume`` is counted from, its reference point.
+
+    Args:
+        objectives: names in ``OBJECTIVES``.
+    """
+    words = {"top1": "0 % top-1", "balanced": "0 % balanced accuracy", "agreement": "0 % agreement"}
+    words |= {"ppl": "infinite perplexity", "macs": "MACs", "params": "params", "latency_ms": "latency"}
+    quality = words[quality_of(objectives)]
+    return f"{quality} at the source's {' and '.join(words[name] for name in objectives if name in COSTS)}"
 
 
 def _loss(name: str, found: pareto.Floats, source: Mapping[str, float]) -> pareto.Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,18 +20,21 @@ from prunesweep.training import EvalMetrics
 
 __all__ = [
     "EXACT",
+    "FOLDER",
     "FORMAT",
     "Ending",
     "Result",
     "RunFacts",
     "Task",
     "Validation",
+    "place_of",
     "read_json",
     "read_sealed",
     "sealed",
     "task_id",
 ]
 
+FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
 EXACT = ConfigDict(strict=True, extra="forbid")
 FORMAT = 1  # of runs: from 1 on, every file that ``sealed`` writes must have its digest
 
@@ -43,6 +47,14 @@ def task_id(number: int, rung: int = 0) -> str:
         rung: on which it is evaluated.
     """
     return f"r{rung}-{number:04d}"
+
+
+def place_of(task_id: str) -> tuple[int, int]:
+    """Return the rung and the number of a task, from its name. Raises ValueError for a name that is none."""
+    found = FOLDER.fullmatch(task_id)
+    if found is None:
+        raise ValueError(f"{task_id!r} is not the name of a task")
+    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)

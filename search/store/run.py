@@ -38,7 +38,21 @@ from prunesweep.training import EvalMetrics
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
-from .records import FORMAT, Ending, Result, RunFacts, Task, Validation, read_json, read_sealed, sealed, task_id
+from .progress import REDUCTION_FACTOR, progress
+from .records import (
+    FOLDER,
+    FORMAT,
+    Ending,
+    Result,
+    RunFacts,
+    Task,
+    Validation,
+    place_of,
+    read_json,
+    read_sealed,
+    sealed,
+    task_id,
+)
 
 if TYPE_CHECKING:
     from prunesweep.models import Cut
@@ -56,7 +70,6 @@ __all__ = [
     "task_id",
 ]
 
-FOLDER = re.compile(r"r(\d+)-(\d{4,})")  # of a task
 PLACE = re.compile(r"\d{2,}")  # of a member in ``front/``
 MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
 LATER = ("balanced", "weights")  # fields of results that earlier versions did not have
@@ -70,14 +83,6 @@ def _facts(result: Result) -> dict[str, Any]:
 
 def _digest(result: Result) -> str:
     return digest(_facts(result))
-
-
-def place_of(task_id: str) -> tuple[int, int]:
-    """Return the rung and the number of a task, from its name. Raises ValueError for a name that is none."""
-    found = FOLDER.fullmatch(task_id)
-    if found is None:
-        raise ValueError(f"{task_id!r} is not the name of a task")
-    return int(found[1]), int(found[2])
 
 
 class Run:
@@ -354,42 +359,47 @@ class Run:
             return None
 
     def status(self) -> dict[str, Any]:
-        """The stable form for scripts: requested trials, how many are where, hypervolume, the source, and advice."""
-        facts = self.known_facts()
-        table = self.search_table()
-        outcomes = self.outcomes()
-        results, failures, damaged = outcomes
-        self._warn(damaged)
-        rungs = [sum(r.rung == rung for r in results) for rung in range(max(len(table["rungs"]), 1))]
-        failed = sum(unit.startswith("r0-") for unit in failures)
-        started = sum(path.parent.name.startswith("r0-") for path in self._trial_files("spec.json"))
-        running = started - rungs[0] - failed if Lock.holder(self.leases) else 0
+        """The stable form for scripts: what is finished, running and pending, hypervolume, the source, and advice.
+
+        ``trials`` counts finished candidates, those of rung 0, and the running, pending and failed tasks of all rungs;
+        those that were interrupted are pending. ``rungs`` has the finished tasks of each rung. The rest of how far the
+        search is, is as ``progress`` says.
+        """
+        facts, outcomes = self.known_facts(), self.outcomes()
+        self._warn(outcomes.damaged)
+        found = progress(self, outcomes.results, outcomes.failures)
+        tasks = found["tasks"]
+        of_all = {name: sum(level[name] for level in tasks) for name in ("running", "pending", "interrupted", "failed")}
         return {
-            "requested": table["trials"],
+            **found,
             "trials": {
-                "finished": rungs[0],
-                "running": running,
-                "pending": max(table["trials"] - rungs[0] - failed - running, 0),
-                "failed": len(failures),
+                "finished": tasks[0]["finished"],
+                "running": of_all["running"],
+                "pending": of_all["pending"] + of_all["interrupted"],
+                "failed": of_all["failed"],
             },
-            "rungs": rungs,
+            "rungs": [level["finished"] for level in tasks],
+            "objectives": list(self.objectives),
             "hypervolume": hypervolume(self.members(outcomes.current), self.searched_source(), self.objectives),
             "source": {k: v for k, v in facts["source"].items() if k in (*EvalMetrics._fields, "macs", "params")},
             "advice": self.advice(),
         }
 
     def search_table(self) -> dict[str, Any]:
-        """``trials``, ``rungs``, ``objectives`` and ``rank_by`` of the configuration.
+        """``trials``, ``rungs``, ``reduction_factor``, ``objectives`` and ``rank_by`` of the configuration.
 
         Raises:
             UserError: it is damaged.
         """
         path = self / "search.toml"
         found: dict[str, Any] = {"rungs": [], "objectives": list(TWO), "rank_by": "objective"}  # as of earlier versions
+        found["reduction_factor"] = REDUCTION_FACTOR
         try:
             found |= self._settings(path)["search"]
             if type(found["trials"]) is not int or not all(type(epochs) is int for epochs in found["rungs"]):
                 raise ValueError("search.trials or search.rungs are no numbers")
+            if type(found["reduction_factor"]) not in (int, float) or not found["reduction_factor"] > 1:
+                raise ValueError("search.reduction_factor is no number above 1")
             if unknown := [name for name in found["objectives"] if name not in OBJECTIVES]:
                 raise ValueError(f"search.objectives has {unknown[0]!r}")
             if found["rank_by"] not in get_args(RankBy):

@@ -14,7 +14,7 @@ import tomli_w
 from prunesweep.launch.cli import main
 from prunesweep.models import cost, cut_arch, save
 from prunesweep.search.execution.prepare import prepare_search
-from prunesweep.search.store.run import Result, Run
+from prunesweep.search.store.run import Result, Run, Task
 from prunesweep.training import EvalMetrics
 from tests.generate import random_model
 from tests.search.helpers import ARCH, make_run, make_space, put_model
@@ -66,9 +66,17 @@ def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     found = json.loads(out)
     assert found.pop("hypervolume") > 0
+    assert found.pop("seconds") >= 0
     spent = cost(ARCH)
+    level = {"planned": 6, "finished": 3, "failed": 1, "running": 0, "interrupted": 0, "pending": 2}
     assert found == {
         "requested": 6,
+        "driver": None,
+        "tasks": [{"rung": 0, "epochs": None, **level}],
+        "handed_out": [],
+        "worker_seconds": 3.0,
+        "seconds_left": None,
+        "objectives": ["top1", "macs"],
         "rungs": [3],
         "trials": {"finished": 3, "running": 0, "pending": 2, "failed": 1},
         "source": {"top1": 90.0, "macs": spent.macs, "params": spent.params},
@@ -79,6 +87,37 @@ def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "status", run)
     assert "advice: widen it" in out
     assert "3 of 6 trials finished, 0 running, 2 pending, 1 failed" in out
+    assert f"no search is running, go on with: prunesweep resume {run}" in out
+    assert "from 0 % top-1 at the source's MACs" in out
+
+
+def test_status_names_what_runs_on_every_rung(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tasks of the second rung run: that is not "0 running, 0 pending"."""
+    run = make_run(tmp_path / "run", trials=6, rungs=[1, 3], reduction_factor=2)
+    for number in range(6):
+        run.trial(f"r0-000{number}").mkdir()
+        point = {"budget": 0.5}
+        result = Result(number, 80.0, 50.0, 10, 10, "a", dict(point), 4.0, f"k{number}", epochs=1, has_model=False)
+        run.write_task(Task(number, dict(point), "a", f"k{number}", 0))
+        run.write_result(result.id, result=result)
+    for number in range(2):
+        unit = Task(number, {"budget": 0.5}, "a", f"k{number}", 0, rung=1)
+        run.trial(unit.id).mkdir()
+        run.write_task(unit)
+    epoch = {"time": 1.0, "event": "epoch", "epoch": 2, "epochs": 3, "loss": 0.125}
+    (run.trial("r1-0001") / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    with run.lock():
+        found = json.loads(call(capsys, "status", run.path, "--json")[1])
+        out = call(capsys, "status", run.path)[1]
+    assert found["trials"] == {"finished": 6, "running": 2, "pending": 1, "failed": 0}
+    # three tasks of three epochs at 4 s each, two side by side, just begun
+    assert 15 < found["seconds_left"] <= 18
+    assert "searching, process" in out
+    assert "rung 1 (3 epochs): 0 of 3 finished, 2 running, 1 pending" in out
+    assert "trial 1 on rung 1, epoch 2 of 3, loss 0.125, 00:0" in out
+    out = call(capsys, "status", run.path)[1]
+    assert "0 running, 3 pending" in out
+    assert "trial 0 on rung 1, interrupted" in out
 
 
 def test_front(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

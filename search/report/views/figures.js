@@ -38,9 +38,11 @@ const brushed = t =>
   });
 const variable = (t, name) => (name === "share of MACs" ? share(t) : name === "quality" ? t[quality] : t.point[name]);
 
+// Tasks of all rungs that are running, interrupted, pending, finished or failed.
+const tasks = name => page.activity.tasks.reduce((sum, level) => sum + level[name], 0);
+
 function drawSummary() {
-  const now = page.activity,
-    running = now.running.length;
+  const [first, ...further] = page.activity.tasks;
   byId("name").textContent =
     page.name + ": " + (front.length === 1 ? "a front of 1 model" : "a front of " + front.length + " models");
   byId("summary").textContent =
@@ -62,20 +64,16 @@ function drawSummary() {
         " points"
       : "") +
     ". " +
-    now.finished[0] +
+    first.finished +
     " of " +
-    now.requested +
+    first.planned +
     " candidates finished" +
-    now.finished
-      .slice(1)
-      .map((n, i) => ", " + n + " on rung " + (i + 1))
-      .join("") +
+    further.map(level => ", " + level.finished + " of " + level.planned + " on rung " + level.rung).join("") +
     ", " +
-    (now.driver ? running + " running, " : running ? running + " interrupted, " : "") +
-    now.pending +
-    " pending, " +
-    now.failed +
-    " failed" +
+    ["running", "interrupted", "pending", "failed"]
+      .filter(name => tasks(name) || !["running", "interrupted"].includes(name))
+      .map(name => tasks(name) + " " + name)
+      .join(", ") +
     (page.diverged ? ", " + page.diverged + " without a number (training diverged)" : "") +
     (page.damaged.length ? ", " + page.damaged.length + " damaged" : "") +
     ".";

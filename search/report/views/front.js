@@ -175,9 +175,9 @@ function drawFront() {
 }
 
 const nothingYet = () =>
-  page.activity.failed && !page.activity.finished[0]
+  tasks("failed") && !tasks("finished")
     ? "No candidate has a result: all " +
-      page.activity.failed +
+      tasks("failed") +
       ' that ended have failed. The reasons are under "What is it doing now?".'
     : page.diverged
       ? "No candidate has a result that is a number: training diverged."

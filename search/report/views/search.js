@@ -204,14 +204,34 @@ function drawSpeed() {
 function drawActivity() {
   const now = page.activity;
   byId("driver").textContent = now.driver
-    ? "A driver is alive: process " + now.driver.pid + " on " + now.driver.host + "."
+    ? "A driver is alive: process " +
+      now.driver.pid +
+      " on " +
+      now.driver.host +
+      "." +
+      (number(now.seconds_left) ? " About " + duration(now.seconds_left) + " are left." : "")
     : "No driver is alive." +
-      (now.pending || now.running.length ? " Go on with: prunesweep resume " + shell(page.path) : "");
+      (tasks("pending") + tasks("interrupted") ? " Go on with: prunesweep resume " + shell(page.path) : "");
+  table(
+    "rungs",
+    ["rung", "epochs", "tasks", "finished", "running", "interrupted", "pending", "failed"],
+    now.tasks.map(level => [
+      level.rung,
+      level.epochs ?? "",
+      level.planned,
+      level.finished,
+      level.running,
+      level.interrupted,
+      level.pending,
+      level.failed,
+    ]),
+    [],
+  );
   const since = t => (number(t) ? new Date(1000 * t).toLocaleTimeString() : "");
   table(
     "running",
     [now.driver ? "running" : "interrupted", "epoch", "loss", "since"],
-    now.running.map(t => [
+    now.handed_out.map(t => [
       t.unit,
       number(t.epoch) ? t.epoch + " of " + t.epochs : "not yet one",
       fixed(t.loss, 4),
@@ -225,9 +245,9 @@ function drawActivity() {
     now.failures.map(([unit, why]) => [unit, element("span", why, { className: "bad" })]),
     [0, 1],
   );
-  byId("running").closest(".scroll").hidden = !now.running.length;
+  byId("running").closest(".scroll").hidden = !now.handed_out.length;
   byId("failures").closest(".scroll").hidden = !now.failures.length;
   for (const id of ["running", "failures"])
     byId(id).closest(".scroll").nextElementSibling.hidden = byId(id).closest(".scroll").hidden;
-  if (!now.running.length && !now.failures.length) throw new NotDrawn("Nothing is running, and nothing has failed.");
+  if (!now.handed_out.length && !now.failures.length) throw new NotDrawn("Nothing is running, and nothing has failed.");
 }

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from prunesweep.search.config import SearchTable
 from prunesweep.search.execution.coordinator import Coordinator
+from prunesweep.search.report import display
 from prunesweep.search.report.display import Display, print_front, print_promoted
+from prunesweep.search.report.live import result_line
 from prunesweep.search.store.run import Result
 from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
@@ -70,8 +76,65 @@ def test_the_line_of_a_trial_shows_what_it_is_ranked_by(tmp_path: Path) -> None:
         coordinator.results += [screened, replace(screened, rung=1, epochs=2)]
         changed()
     first, second = console.file.getvalue().splitlines()
-    assert "trial 3 on rung 0: top-1 90.00 %, KL to the source 0.125  MACs 0.500" in first
-    assert "trial 3 on rung 1: top-1 90.00 %, loss 0.25  MACs 0.500" in second
+    assert first == "[rung 0: 1/12] trial 3: top-1 90.00 %, KL to the source 0.125, 0.500 of the MACs, 1.0 s"
+    assert second == "[rung 1: 1/4] trial 3: top-1 90.00 %, loss 0.25, 0.500 of the MACs, 1.0 s"
+
+
+def test_lines_of_trials_name_the_objectives_in_use_and_have_at_most_120_characters(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    search = SearchTable(
+        trials=12345, rungs=(0, 2), objectives=("agreement", "params", "latency_ms"), rank_by="kl", sampler="random"
+    )
+    study = Study(run / "study.journal", SPACE.distributions, 0, objectives=search.objectives)
+    coordinator = Coordinator(run, study, SPACE, SearchTable(trials=12345, rungs=(0, 2)), **ONE)
+    coordinator.search = search
+    long = Result(
+        12344, None, 90.0, 500_000, 10, "", {"budget": 0.5}, 123456.7, agreement=98.765, kl=1.2345e-4, latency_ms=0.5
+    )
+    coordinator.results.append(long)
+    line = result_line(long, coordinator, {"macs": 1_000_000, "params": 40, "latency_ms": 2.0})
+    assert "agreement 98.77 %, KL to the source 0.0001234, 0.250 of the params, 0.250 of the latency" in line
+    assert "MACs" not in line
+    assert len(line) <= 120
+
+
+def test_the_live_view_says_what_runs_and_prints_results_above_itself(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    study = Study(run / "study.journal", SPACE.distributions, 0)
+    coordinator = Coordinator(run, study, SPACE, SearchTable(trials=4, rungs=(1, 3), reduction_factor=2), **ONE)
+    coordinator.max_concurrent = 2
+    for _ in range(2):
+        assert coordinator.next() is not None
+    epoch = {"event": "epoch", "epoch": 2, "epochs": 3, "loss": 0.125}
+    (run.trial("r0-0001") / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    coordinator.results.append(replace(result_of(7), seconds=8.0))
+    source = {"macs": 1_000, "top1": 90.0}
+    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
+    with Display(console).live(coordinator, source, (0.3, 0.9)) as changed:
+        coordinator.results.append(replace(result_of(8), seconds=8.0))
+        changed()
+    text = console.file.getvalue()
+    assert "[rung 0: 2/4] trial 8: top-1 90.00 %, 0.100 of the MACs, 8.0 s" in text
+    view = text[text.rindex("rung 0: 2/4, rung 1: 0/2 done") :]
+    # what is left of two of 8 s, and two of three epochs for one, two at a time
+    assert re.search(r"ETA 00:3[0-5]", " ".join(view.split()))
+    assert "from 0 % top-1 at the source's MACs" in " ".join(view.split())
+    assert re.search(r"trial 1 on rung 0, epoch 2 of 3, loss 0\.125, 00:0\d", view)
+
+
+def test_work_without_a_terminal_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that takes long and tells nothing meanwhile, too."""
+    monkeypatch.setattr(display, "SILENCE", 0.05)
+    console = Console(file=io.StringIO(), width=200)
+    with Display(console).progress() as progress:
+        progress("training the source", 0.25, "loss 0.5")
+        time.sleep(0.2)
+        progress("training the source", 1.0, "top-1 90 %")
+        time.sleep(0.1)
+    lines = console.file.getvalue().splitlines()
+    assert (lines[0], lines[-1]) == ("training the source ...", "training the source: top-1 90 %")
+    assert len(lines) > 3
+    assert all(re.fullmatch(r"training the source: 25%, 00:00 elapsed, ETA 00:00  loss 0.5", x) for x in lines[1:-1])
 
 
 def test_the_end_of_a_session_says_what_its_time_went_into(tmp_path: Path) -> None:

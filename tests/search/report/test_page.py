@@ -105,6 +105,9 @@ def test_a_candidate_has_a_figure_for_every_rung_and_one_as_cut(run: Run) -> Non
     assert [(r["unit"], r["epochs"], r["top1"]) for r in first["rungs"]] == [("r0-0000", 1, 89.0), ("r1-0000", 2, 85.0)]
 
 
+STATES = ("planned", "finished", "running", "interrupted", "pending", "failed")
+
+
 def test_what_failed_runs_and_is_pending_is_told(run: Run) -> None:
     run.trial("r0-0004").mkdir()
     run.write_task(Task(number=4, point={}, arch_hash="a", key="k", seed=0))
@@ -112,12 +115,17 @@ def test_what_failed_runs_and_is_pending_is_told(run: Run) -> None:
     epoch = {"time": 5.0, "event": "epoch", "epoch": 2, "epochs": 9, "loss": 0.25}
     log.write_text(f'{json.dumps(epoch)}\n{{"time": 6.0, "eve')  # a line is being written
     now = page_data(run)["activity"]
-    assert (now["driver"], now["finished"], now["pending"], now["requested"]) == (None, [3, 1], 7, 12)
+    first, second = now["tasks"]
+    assert (now["driver"], now["requested"]) == (None, 12)
+    assert [first[name] for name in STATES] == [12, 3, 0, 1, 7, 1]
+    assert [second[name] for name in STATES] == [3, 1, 0, 0, 2, 0]  # of 11 that leave a result, one in three
     assert now["failures"] == [["r0-0003", "ValueError: no <b>room</b>"]]
-    (task,) = now["running"]
+    (task,) = now["handed_out"]
     assert {**epoch, **task} == {**task, "time": 5.0, "event": "epoch"}
     with run.lock():
-        assert page_data(run)["activity"]["driver"]["pid"] > 0
+        now = page_data(run)["activity"]
+    assert now["driver"]["pid"] > 0
+    assert [now["tasks"][0][name] for name in STATES] == [12, 3, 1, 0, 7, 1]
 
 
 def test_nothing_finished_and_all_failed_is_a_page_too(tmp_path: Path) -> None:
@@ -127,7 +135,8 @@ def test_nothing_finished_and_all_failed_is_a_page_too(tmp_path: Path) -> None:
         run.trial(f"r0-000{number}").mkdir()
         run.write_result(f"r0-000{number}", error="RuntimeError: out of luck")
     data = page_data(run)
-    assert (data["trials"], data["hypervolume"], data["growth"], data["activity"]["failed"]) == ([], 0.0, [], 5)
+    assert (data["trials"], data["hypervolume"], data["growth"]) == ([], 0.0, [])
+    assert data["activity"]["tasks"][0]["failed"] == 5
     assert data["headline"] == {"alike": None, "within": None, "least": None, "split": None, "images": None}
     assert "out of luck" in write_report(run).read_text()
 
