@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from .bench import bench
-from .console import PlainConsole
+from .console import PlainConsole, say_interrupted
 from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
 from .doctor import doctor
 from .eval_run import evaluate_run, is_run
@@ -446,7 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except NothingLeft as error:
         _fail(str(error), NOTHING_LEFT)
-    except KeyboardInterrupt:  # between what the commands themselves catch
+    except KeyboardInterrupt as error:  # before a command begins, or after it
+        say_interrupted(error)
         sys.exit(INTERRUPTED)
     except Exception as error:
         _check_ray(error)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-__all__ = ["PlainConsole", "without_controls"]
+__all__ = ["PlainConsole", "say_interrupted", "without_controls"]
 
 # C0 but for tab and newline, C1, and those that reorder what follows
 _CONTROLS = (*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -39,3 +39,9 @@ class PlainConsole(Console):
         """Render as rich does; only sequences that rich itself has made for the terminal stay."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(without_controls(segment.text), segment.style)
+
+
+def say_interrupted(error: KeyboardInterrupt) -> None:
+    """Print in one line that Ctrl-C ended the command, and how it goes on where the error says so (``Interrupted``)."""
+    how = f"; {error}" if str(error) else ""
+    PlainConsole(stderr=True).print(f"interrupted{how}", highlight=False, soft_wrap=True)

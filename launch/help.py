@@ -6,9 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.markup import escape
+from typer import Exit
 from typer.core import HAS_RICH, TyperCommand, TyperGroup
 
+from .console import say_interrupted
+
 __all__ = ["MethodCommand", "PlainGroup", "ScoringCommand"]
+
+INTERRUPTED = 130  # exit code
 
 
 def _plain(text: str | None) -> str | None:
@@ -26,6 +31,14 @@ class PlainGroup(TyperGroup):
                 setattr(command, name, _plain(getattr(command, name)))
             for parameter in command.params:
                 _set_help(parameter, getattr(parameter, "help", None))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Invoke the command, and say so where Ctrl-C ended it: typer would exit with 130 and nothing else."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            say_interrupted(error)
+            raise Exit(INTERRUPTED) from error
 
 
 def _set_help(parameter: Any, text: str | None) -> None:

@@ -97,11 +97,10 @@ def _finish(request: Request, model: Any, pruned: Pruned) -> None:
         save_pruned(pruned, request.folder)
     else:
         work = request.work(model, pruned.provenance["data"])
-        work.claim()
-        untrained = save_pruned(pruned, work.folder / "untrained")
-        last = _finetune(request, model, untrained, work, ".", str(request.finetune))
-        publish(work.folder / FINETUNED, request.folder, replace=False)
-        work.release()
+        with work.held():
+            untrained = save_pruned(pruned, work.folder / "untrained")
+            last = _finetune(request, model, untrained, work, ".", str(request.finetune))
+            publish(work.folder / FINETUNED, request.folder, replace=False)
     _report(request, pruned.source_cost, pruned.source, [_row(request, pruned, first, last)])
 
 
@@ -137,29 +136,28 @@ def prune_trained(request: Request) -> None:
     run.check()
     before = EvalMetrics.of(evaluate_on(model, data, source=model))
     warn_at_chance(request.source, model, data, before)
-    work.claim()
     display = Display(request.console)
     display.note(
         f"{method.name} decides while it trains: {chosen.epochs} epochs of recipe {request.deciding}"
         + ("" if after == "none" else f", then {load_recipe(after, finetuning).epochs} of {after}, for each budget")
         + "; --recipe, --finetune and --set recipe.epochs=3 change that"
     )
-    if (work.folder / DECIDED).exists() and after != "none":
-        found = run.saved_models()
-    else:
-        with display.progress() as progress:
-            say = reports(display, progress, chosen.batch_size, what=f"{method.name}: deciding")
-            found = run.run(request.placement, **say)
-        write_text(work.folder / DECIDED, "{}")  # a folder of several models may be there in part only
     rows = []
-    for one in found:
-        name, last = one.folder.relative_to(decided), EvalMetrics(one.top1)
+    with work.held():
+        if (work.folder / DECIDED).exists() and after != "none":
+            found = run.saved_models()
+        else:
+            with display.progress() as progress:
+                say = reports(display, progress, chosen.batch_size, what=f"{method.name}: deciding")
+                found = run.run(request.placement, **say)
+            write_text(work.folder / DECIDED, "{}")  # a folder of several models may be there in part only
+        for one in found:
+            name, last = one.folder.relative_to(decided), EvalMetrics(one.top1)
+            if after != "none":
+                last = _finetune(request, model, one.folder, work, str(name), after)
+            rows.append(Row(request.folder / name, one.cost, EvalMetrics(one.top1), last, one.spent))
         if after != "none":
-            last = _finetune(request, model, one.folder, work, str(name), after)
-        rows.append(Row(request.folder / name, one.cost, EvalMetrics(one.top1), last, one.spent))
-    if after != "none":
-        publish(work.folder / FINETUNED, request.folder, replace=False)
-    work.release()
+            publish(work.folder / FINETUNED, request.folder, replace=False)
     _report(request, whole, before, rows)
     for missed in sorted({*shares}, reverse=True)[len(found) :]:  # the largest are reached first
         request.console.print(

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["NotHere", "UserError", "explain", "nearest", "plainly", "shown"]
+__all__ = ["Interrupted", "NotHere", "UserError", "explain", "nearest", "plainly", "shown"]
 
 
 # what is expected, by pydantic's name of the error; its own messages speak of Python's types
@@ -32,6 +32,10 @@ class UserError(ValueError):
 
 class NotHere(UserError):
     """Data, weights or a package are not on this machine. Elsewhere, or later, the same command may run."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in work that can go on; the message says how, in one line."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

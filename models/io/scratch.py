@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["remove_scratch_folders", "scratch_folder"]
+__all__ = ["remove_left", "remove_scratch_folders", "scratch_folder"]
 
 PREFIX, OWNER = "prunesweep-", ".owner"
 
@@ -40,6 +40,15 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         _drop(folder)
+
+
+def remove_left(place: Path | None = None) -> None:
+    """Remove the folders of this user's processes that have ended without doing so.
+
+    Args:
+        place: the folder that they are in; that of temporary files by default.
+    """
+    _sweep(Path(tempfile.gettempdir()) if place is None else place)
 
 
 def remove_scratch_folders() -> None:

@@ -334,8 +334,8 @@ def test_an_interrupt_leaves_nothing(
 
     monkeypatch.setattr(where, interrupted)
     options = ("--data", "digits", "--images", "32", "--budgets", "0.5", "--out", tmp_path / "front")
-    code, _, _ = call(capsys, "instant", source, *options)
-    assert code == 130
+    code, _, err = call(capsys, "instant", source, *options)
+    assert (code, err.splitlines()[-1]) == (130, "interrupted")
     assert list(tmp_path.iterdir()) == []
 
 

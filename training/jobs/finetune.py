@@ -176,10 +176,10 @@ def finetune(
 
     Raises:
         UserError: the parts do not fit together, training failed or diverged, or the machine cannot hold the workers.
+        Interrupted: Ctrl-C; the message says how to go on.
     """
     data = job.check()
-    job.unfinished.claim()
-    with MetricsLog.beside(job.work) as log:
+    with job.unfinished.held(), MetricsLog.beside(job.work) as log:
         run_job(
             job.described,
             job.out,
@@ -191,4 +191,3 @@ def finetune(
             name=job.name,
             reports=Reports(on_step, on_epoch, on_note),
         )
-    job.unfinished.release()

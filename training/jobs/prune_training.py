@@ -141,13 +141,13 @@ class TrainedPruning:
 
         Raises:
             UserError: a setting does not fit, the budget cannot be met, the search collapsed, or training failed.
+            Interrupted: Ctrl-C; the message says how to go on.
         """
         data = self.check()
-        self.unfinished.claim()
         loaded = LoadedJob(to_device(in_float32(self.model)), None, data) if placement.here else None
-        if loaded is None and not self._source.exists():
-            save(self.model.cpu(), self._source)
-        with MetricsLog.beside(self.work) as log:
+        with self.unfinished.held(), MetricsLog.beside(self.work) as log:
+            if loaded is None and not self._source.exists():
+                save(self.model.cpu(), self._source)
             run_job(
                 self.described(placement),
                 self.out,
@@ -160,7 +160,6 @@ class TrainedPruning:
                 name=f"{self.out.name}-{digest({'format': FORMAT, **self.facts})}",
                 reports=Reports(on_step, on_epoch, on_note),
             )
-        self.unfinished.release()
         return self.saved_models()
 
     @property

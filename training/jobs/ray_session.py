@@ -10,6 +10,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from rich.console import Console
 import prunesweep
 from prunesweep.models import UserError
 from prunesweep.models.io.lock import started_at
-from prunesweep.models.io.scratch import remove_scratch_folders, scratch_folder
+from prunesweep.models.io.scratch import remove_left, remove_scratch_folders, scratch_folder
 
 from ..signals import deferred
 
@@ -39,10 +40,22 @@ from ray.util.placement_group import (  # noqa: E402
     remove_placement_group,
 )
 
-__all__ = ["OBJECT_STORE_BYTES", "RAY_DIED", "RayDied", "alive", "connected", "free_places", "joined", "own_ray"]
+__all__ = [
+    "OBJECT_STORE_BYTES",
+    "RAY_DIED",
+    "RayDied",
+    "alive",
+    "connected",
+    "free_places",
+    "joined",
+    "own_ray",
+    "owned",
+]
 
 RAY_DIED = 3  # exit code
 LONGEST_PLACE = 34  # bytes: a socket's path has 107 at most, and Ray's names of session and socket take 73 of them
+
+GONE = 5.0  # seconds for killed processes to be gone
 
 SAFE_PATH = "PYTHONSAFEPATH"  # python -c, by which Ray starts some processes, puts the current folder first else
 OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
@@ -158,8 +171,15 @@ def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
             remove_scratch_folders()
             on_death()
 
-        with _watched(_own_alive, end, period=0.2, misses=1):
-            yield context
+        try:
+            with _watched(_own_alive, end, period=0.2, misses=1):
+                try:
+                    yield context
+                finally:
+                    _own_alive()
+        finally:
+            _end_begun()
+            remove_left()
 
 
 @contextlib.contextmanager
@@ -237,13 +257,18 @@ def alive() -> bool:
     return _lives is None or _lives()
 
 
+def owned() -> bool:
+    """Whether the Ray of this process is one of our own."""
+    return _lives is _own_alive
+
+
 def free_places() -> None:
     """Give back what is reserved for workers of a Ray of our own, which serves this process alone.
 
     Ray Train leaves that to a process of its own where the one that directs the workers is lost, and that process asks
     the dashboard, which such a Ray does not have.
     """
-    if _lives is not _own_alive:
+    if not owned():
         return
     for name, found in placement_group_table().items():
         if found["state"] != "REMOVED":
@@ -285,10 +310,26 @@ def _end_processes() -> None:
     """Kill a Ray of our own. Workers and agents that a dead raylet has left would live on for half a minute."""
     with contextlib.suppress(Exception):  # the other thread may be ending them, too
         _node().kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
-    for pid, started in _begun.items():
-        if started and started_at(pid) == started:
+    _end_begun()
+
+
+def _end_begun() -> None:
+    """Kill what the raylet had begun and is there still, and wait until it is gone: then what it held can go."""
+    deadline = time.monotonic() + GONE
+    while left := [pid for pid, started in _begun.items() if started and started_at(pid) == started and not _over(pid)]:
+        for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+
+
+def _over(pid: int) -> bool:
+    """Whether a process has ended, though its parent has not asked how: in containers, nobody may ever ask."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
 
 
 def _open(host: str, port: int) -> bool:

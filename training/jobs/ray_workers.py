@@ -30,7 +30,7 @@ import ray  # noqa: E402
 import ray.train  # noqa: E402
 import torch  # noqa: E402
 from pyarrow.fs import FileSelector, FileSystem, FileType  # type: ignore[import-untyped]  # noqa: E402
-from ray.exceptions import RayActorError  # noqa: E402
+from ray.exceptions import GetTimeoutError, RayActorError  # noqa: E402
 from ray.train import (  # noqa: E402
     Checkpoint,
     CheckpointConfig,
@@ -51,7 +51,7 @@ from prunesweep.pruners.hook import Collapsed  # noqa: E402
 from ..loop import Epoch  # noqa: E402
 from ..trainer import Diverged, DoesNotFit  # noqa: E402
 from .placement import Placement  # noqa: E402
-from .ray_session import alive, free_places  # noqa: E402
+from .ray_session import alive, free_places, owned  # noqa: E402
 from .training_job import (  # noqa: E402
     STATE,
     CannotBegin,
@@ -68,6 +68,7 @@ __all__ = ["TrainingFailed", "drop_torn_snapshot", "train_on_ray"]
 MODEL = "model"  # folder of the trained models in a checkpoint
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 UPLOAD = "checkpoint-"  # prefix of folders that Ray uploads
+ABORT = 10.0  # seconds for training to end after Ctrl-C
 RESTARTS = 2  # of what directs the workers, where its process was lost
 
 
@@ -78,6 +79,18 @@ class TrainingFailed(Exception):
 def _backend(gpus: float) -> str:
     """The library that gradients travel by; NCCL refuses workers that share a GPU."""
     return "nccl" if gpus >= 1 else "gloo"
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer, which leaves Ctrl-C to its caller; Ray's own handler ends the process with exit code 0 or 1."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def abort(self) -> None:
+        """End the processes that train, within seconds, and what directs them."""
+        with contextlib.suppress(AttributeError, RayActorError, GetTimeoutError):
+            ray.get(self.controller.abort.remote(), timeout=ABORT)
 
 
 def train_on_ray(
@@ -116,7 +129,7 @@ def train_on_ray(
     """
     least = placement.min_workers
     with _listening(reports) as log:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _work,
             train_loop_config={"job": asdict(job), "provenance": dict(provenance or {}), "log": log},
             scaling_config=ScalingConfig(
@@ -148,12 +161,16 @@ def train_on_ray(
     return True
 
 
-def _fit(trainer: TorchTrainer, storage: str, name: str) -> ray.train.Result:
+def _fit(trainer: _Trainer, storage: str, name: str) -> ray.train.Result:
     """Train; where the process that directs the workers was lost, once more from the last checkpoint."""
     for attempt in range(RESTARTS + 1):
         drop_torn_snapshot(storage, name)
         try:
             return trainer.fit()
+        except KeyboardInterrupt:
+            if not owned():  # a Ray of our own ends with all of them
+                trainer.abort()
+            raise
         except RayActorError as error:
             if attempt == RESTARTS or not alive():
                 raise TrainingFailed(str(error)) from error
@@ -344,11 +361,14 @@ def _listening(reports: Reports) -> Iterator[Any]:
             if latest and reports.on_step:
                 reports.on_step(*latest)
 
-    thread = threading.Thread(target=listen, daemon=True)
+    thread, patience = threading.Thread(target=listen, daemon=True), 10.0
     thread.start()
     try:
         yield log
+    except KeyboardInterrupt:
+        patience = 0.0
+        raise
     finally:
         ended.set()
-        thread.join(timeout=10)
+        thread.join(timeout=patience)
         ray.kill(log)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import arch_of, preprocessing_of, weights_digest
+from prunesweep.models.errors import Interrupted
 from prunesweep.models.io.files import make_folder, write_text
 from prunesweep.models.io.provenance import digest
 
@@ -22,6 +24,7 @@ FORMAT = "prunesweep/work/1"  # to be counted up when unfinished work of older v
 FACTS = "job.json"  # of a folder: what the work in it depends on
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 LOGS = frozenset({"metrics.jsonl", "tb"})  # stay when the work is done
+BARE = frozenset({FACTS, ".validate_storage_marker"})  # nothing goes on from these; the second one is Ray Train's
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
@@ -62,6 +65,32 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
         make_folder(self.folder)
         write_text(file, text)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Claim the folder for a ``with`` block that does the work, and release it once that is done.
+
+        Where Ctrl-C comes before anything was saved, nothing stays.
+
+        Raises:
+            Interrupted: Ctrl-C; the message says how to go on.
+        """
+        self.claim()
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if not _first():
+                raise
+            if self.begun:
+                raise Interrupted(f"the same command goes on from what is saved in {self.folder}") from error
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise Interrupted("nothing was saved yet; the same command begins anew") from error
+        self.release()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder has something that the work can go on from."""
+        return any(path.is_file() and path.name not in BARE for path in self.folder.rglob("*"))
 
     def release(self) -> None:
         """Remove everything but the logs: the work is done, nothing goes on from it."""

@@ -12,6 +12,8 @@ import timm
 import torch
 
 from prunesweep.models import load, save
+from prunesweep.models.errors import Interrupted
+from prunesweep.models.io.files import make_folder
 from prunesweep.training.data import Data, open_data
 from prunesweep.training.jobs.finetune import Finetuning
 from prunesweep.training.jobs.placement import Placement
@@ -155,3 +157,27 @@ def test_logs_alone_stay(tmp_path: Path) -> None:
     bare.claim()
     bare.release()
     assert not bare.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "stays", "said"),
+    [
+        ([], False, "nothing was saved yet"),
+        (["ray/out/.validate_storage_marker"], False, "nothing was saved yet"),
+        (["ray/out/checkpoint_1/state.safetensors"], True, "goes on from what is saved in .*out-"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_and_keeps_only_what_can_go_on(
+    tmp_path: Path, left: list[str], stays: bool, said: str
+) -> None:
+    work = Work.beside(tmp_path / "out", {"seed": 1})
+    with pytest.raises(Interrupted, match=said), work.held():
+        for name in left:
+            make_folder((work.folder / name).parent)
+            (work.folder / name).write_text("")
+        raise KeyboardInterrupt
+    assert work.folder.exists() == stays
+    with work.held():
+        (work.folder / "metrics.jsonl").write_text("")
+        make_folder(work.folder / "ray")
+    assert [path.name for path in work.folder.iterdir()] == ["metrics.jsonl"]
