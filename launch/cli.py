@@ -36,6 +36,7 @@ from .latency import latency
 from .lists import config, methods, recipes
 from .manifest import manifest
 from .models import models
+from .next_commands import after_search, show_next
 from .nothing_left import NothingLeft, check_answers, check_begun, check_front, check_weights
 from .promote import promote
 from .prune import prune, score
@@ -99,7 +100,9 @@ def search(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. search.trials=48")
     ] = None,
     address: AddressOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the space, then stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the space, the plan and an estimate; make nothing")
+    ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Search for the Pareto front of accuracy against MACs."""
@@ -150,11 +153,18 @@ def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
         raise typer.Exit(INTERRUPTED) from None
     if result is None:
         return
-    shown = Run(result.path).shown
+    run = Run(result.path)
+    shown = run.shown
     if not result.finished:
         say(f"stopped; go on with: prunesweep resume {shown}")
         raise typer.Exit(INTERRUPTED)
     say(f"front: {shown}/front.json   report: {shown}/report.html")
+    links = (run / "front").is_dir()
+    models = [
+        f"{shown}/front/{place:02d}" if links else f"{shown}/{Path(point['model']).relative_to(run.path)}"
+        for place, point in enumerate(result.front, 1)
+    ]
+    show_next(console, list(after_search(shown, models, links=links, text="ppl" in run.objectives)))
 
 
 @app.command()

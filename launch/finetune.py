@@ -82,6 +82,7 @@ def finetune(
     from prunesweep.training.second_stage import SecondStageJob
 
     from .console import PlainConsole
+    from .next_commands import after_model, show_next
 
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if first:
@@ -123,6 +124,7 @@ def finetune(
         print(json.dumps({**found.as_dict(), "macs": spent.macs, "params": spent.params, "model": str(out)}))
     else:
         console.print(f"{found}, {spent.macs:,} MACs; saved as {out}", highlight=False, soft_wrap=True)
+        show_next(console, list(after_model(str(out), str(teacher or model))))
 
 
 def reports(

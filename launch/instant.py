@@ -70,6 +70,7 @@ def instant(
     from prunesweep.training.jobs.one_shot import evaluate_shown, open_source
 
     from .console import PlainConsole
+    from .next_commands import after_model, show_next
 
     shares = _shares(budgets)
     context.with_resource(reserve(out))
@@ -121,6 +122,7 @@ def instant(
         print(json.dumps(facts))
         return
     show_front(console, facts, out, [share for share in shares if share not in {p.budget for p in points}])
+    show_next(console, list(after_model(str(out / rows[-1]["model"]), source, data)))
 
 
 def _shares(text: str) -> list[float]:

@@ -45,11 +45,13 @@ def promote(
     from prunesweep.search.execution.promote import promote as promote_one
     from prunesweep.search.report.display import Display, print_promoted
     from prunesweep.search.report.page import write_report
+    from prunesweep.search.store.records import task_id
     from prunesweep.training import EvalMetrics, load_recipe
     from prunesweep.training.jobs.placement import Placement
 
     from .console import PlainConsole
     from .finetune import reports
+    from .next_commands import after_model, show_next
 
     found = Run.existing(run)
     limits = []
@@ -66,9 +68,11 @@ def promote(
     console = PlainConsole()
     display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
-        display.note(f"{number}/{len(chosen)}: trial {point['trial']}, {EvalMetrics.of(point)} in the search")
+        display.note(f"{number}/{len(chosen)}: trial {point['trial']}, {EvalMetrics.of(point)} before")
         with display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)
     write_report(found)
     print_promoted(console, promoted(found), found.metadata()["source"]["macs"], run)
+    last = found.path / "promoted" / task_id(chosen[0]["trial"], chosen[0]["rung"]) / "model"
+    show_next(console, list(after_model(str(run / last.relative_to(found.path)), str(run / "source"))))

@@ -28,6 +28,7 @@ from prunesweep.training.jobs.prune_training import TrainedPruning
 from prunesweep.training.jobs.work import Work
 
 from .finetune import reports
+from .next_commands import after_model, show_next
 from .prune_request import Request
 from .spent import spent_lines
 
@@ -219,6 +220,9 @@ def _report(request: Request, source: Cost, before: EvalMetrics, rows: Sequence[
         )
         for line in (*spent_lines(row.spent), *([_recovered(row.recovery)] if row.recovery else [])):
             request.console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for last in rows[-1:]:
+        data = request.data if last.final == last.untrained else None
+        show_next(request.console, list(after_model(str(last.folder), request.source, data)))
 
 
 def _recovered(facts: Mapping[str, Any]) -> str:

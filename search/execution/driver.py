@@ -41,11 +41,12 @@ from prunesweep.training.jobs.ray_session import RAY_DIED, RayDied
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
+from .estimate import estimate
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
 from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
 from .runtime import RayConnection, execute, max_concurrent
-from .source import Progress, SourceArtifacts, open_space
+from .source import NotMade, Progress, SourceArtifacts, open_space
 from .task import run_task
 from .validation import validate_front
 
@@ -85,8 +86,9 @@ def run_search(
         progress: draw on standard output, as the command does.
         console: where to draw instead; nothing is drawn by default.
         address: of a running Ray cluster, all of whose nodes see ``out``; a Ray of its own by default.
-        dry_run: stop, and return None, after the space was shown. Where data or weights are not there, that is said,
-            and the space is what the architecture alone can tell.
+        dry_run: stop, and return None, after the space, the plan and an estimate were shown. Nothing is downloaded,
+            trained, scored or measured: what is not there is named, and then the space is what the architecture alone
+            can tell.
         verbose: show Ray's own log lines.
 
     Raises:
@@ -112,13 +114,14 @@ def run_search(
         if address is not None:
             stack.enter_context(ray)
         units = _concurrency(config, ray if address is not None else None, must_fit=not dry_run)
+        here = units if address is None else None
         try:
             cache = run.path.parent / "cache"
             prepared = _prepare(config, cache, display, on_worker=address is not None, dry_run=dry_run)
         except NotHere as error:
             if not dry_run:
                 raise
-            _plan_without(config, error, display, units)
+            _plan_without(config, error, display, units, here)
             return None
         space = open_space(config, prepared)
         display.data(prepared.described)
@@ -128,6 +131,8 @@ def run_search(
         if dry_run:
             _with_start(config, space, prepared.proposals, display)
             display.plan(config, units)
+            train = prepared.content["train"]["images"] - prepared.content["held_out"]
+            display.note(estimate(config, prepared.arch, prepared.summary, train, here))
             return None
         display.plan(config, units)
         config = _with_start(config, space, prepared.proposals, display)
@@ -237,7 +242,7 @@ def _with_models(config: SearchConfig, folder: Path) -> SearchConfig:
 
 def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, dry_run: bool) -> PreparedSearch:
     """Call ``prepare_search`` here, or on a worker of the cluster that was joined."""
-    work = partial(prepare_search, config, cache, fetch=not dry_run, decide=not dry_run)
+    work = partial(prepare_search, config, cache, dry=dry_run)
     with display.progress() as progress:
         if not on_worker:
             return work(progress)
@@ -250,12 +255,28 @@ def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: 
     return prepared
 
 
-def _plan_without(config: SearchConfig, error: NotHere, display: Display, units: int | None) -> None:
-    """Show the space and the plan from the source's record alone. Raises ``error`` if timm does not know the source."""
-    display.note(f"not here: {error}")
+def _plan_without(config: SearchConfig, error: NotHere, display: Display, units: int | None, here: int | None) -> None:
+    """Show the space and the plan from the source's record alone.
+
+    Args:
+        config: of the search.
+        error: what is not here.
+        display: where to show them.
+        units: tasks that run side by side, if that is known.
+        here: the same, where they run on this machine.
+
+    Raises:
+        NotHere: ``error``, if timm does not know the source.
+    """
+    known = error if isinstance(error, NotMade) else NotMade("")
+    if known.described:
+        display.data(known.described)
+    display.note(f"{'first' if known.arch else 'not here'}: {error}")
+    arch = known.arch
     try:
-        with torch.device("meta"):
-            arch = Arch.from_timm(timm.create_model(config.source.model, pretrained=False, **config.source.args))
+        if arch is None:
+            with torch.device("meta"):
+                arch = Arch.from_timm(timm.create_model(config.source.model, pretrained=False, **config.source.args))
     except (RuntimeError, UserError, TypeError):
         raise error from None
     table = config.space
@@ -263,9 +284,13 @@ def _plan_without(config: SearchConfig, error: NotHere, display: Display, units:
         display.note(f"not here: the latency table {table.latency_table}; make it with `prunesweep latency`")
         table = table.model_copy(update={"latency_table": None, "latency_ms": None})
     space = Space.check(table, arch, config.scores.method, projected=config.search.projects(arch))
-    display.note("without them, widths are cut as if all units were worth the same: costs are exact, shapes are not")
-    display.space(space, space.summarise(SAMPLE, config.seed), None, None, config.search.objectives)
+    display.note("without that, widths are cut as if all units were worth the same: costs are exact, shapes are not")
+    summary = space.summarise(SAMPLE, config.seed)
+    display.space(space, summary, None, None, config.search.objectives)
     display.plan(config, units)
+    if known.content:
+        train = known.content["train"]["images"] - known.content["held_out"]
+        display.note(estimate(config, arch, summary, train, here))
 
 
 def _concurrency(config: SearchConfig, ray: RayConnection | None, *, must_fit: bool) -> int | None:
@@ -461,7 +486,7 @@ def _search(
             _validate(run, config, display, on_worker=on_worker)
             run.write_advice(lines := advice(run))
             _write_report(run)
-            display.front(run.front(), source["macs"])
+            display.front([{**p, "model": f"{run.shown}/{p['model']}"} for p in run.front()], source["macs"])
             display.advice(lines)
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 

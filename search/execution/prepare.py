@@ -32,15 +32,15 @@ class PreparedSearch(SourceArtifacts):
     Attributes:
         summary: costs of a sample of the space.
         zero_shot: top-1 in percent, before finetuning, of some points of the sample on ``search.screen_images`` images
-            of the training split.
+            of the training split; None in a dry run.
     """
 
     summary: Summary
-    zero_shot: Range
+    zero_shot: Range | None
 
 
 def prepare_search(
-    config: SearchConfig, folder: Path, progress: Progress, *, fetch: bool = True, decide: bool = True
+    config: SearchConfig, folder: Path, progress: Progress, *, decide: bool = True, dry: bool = False
 ) -> PreparedSearch:
     """Make the source and its scores or find them in the cache, and sample the space.
 
@@ -48,21 +48,21 @@ def prepare_search(
         config: the search's configuration.
         folder: the cache; see ``prepare``.
         progress: called with what is being done and the share of it done.
-        fetch: download weights that this machine does not have from the hub.
         decide: as for ``prepare``.
+        dry: download, train, score and measure nothing: find what the cache has.
 
     Raises:
         UserError: as ``prepare``.
-        NotHere: ``fetch`` is false and the weights are not on this machine.
+        NotHere: ``dry``, and something is not on this machine yet.
     """
-    if not fetch:
+    if dry:
         _check_downloaded(config.source)
-    prepared = prepare(config, folder, progress, decide=decide)
+    prepared = prepare(config, folder, progress, decide=decide and not dry, make=not dry)
     summary = prepared.space.summarise(SAMPLE, config.seed)
     return PreparedSearch(
         **{field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)},
         summary=summary,
-        zero_shot=_zero_shot(prepared, summary, config, folder / "scores", progress),
+        zero_shot=None if dry else _zero_shot(prepared, summary, config, folder / "scores", progress),
     )
 
 

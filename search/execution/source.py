@@ -15,7 +15,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import nn
 
 from prunesweep.models import Arch, UserError, adopted, arch_of, load, load_provenance, read_arch, save, weights_digest
-from prunesweep.models.errors import nearest, shown
+from prunesweep.models.errors import NotHere, nearest, shown
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.files import make_folder
 from prunesweep.models.io.provenance import digest, versions
@@ -50,12 +50,42 @@ from prunesweep.training.settling import settled
 from .checks import check_not_in_vain, check_space
 from .validation import open_test
 
-__all__ = ["LoadedSource", "Progress", "SourceArtifacts", "open_checked", "open_source_data", "open_space", "prepare"]
+__all__ = [
+    "LoadedSource",
+    "NotMade",
+    "Progress",
+    "SourceArtifacts",
+    "open_checked",
+    "open_source_data",
+    "open_space",
+    "prepare",
+]
 
 Made = TypeVar("Made")
 
 MOST_BLOCKS = 1000  # of a source
 FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwise, so that no older one is believed
+
+
+class NotMade(NotHere):
+    """What a search would make first is not in the cache, and nothing may be made.
+
+    Args:
+        message: what that is.
+        arch: the source's record.
+        content: what the data hold (``training.data.content_of``).
+        described: what ``Data.describe`` says of them.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        arch: Arch | None = None,
+        content: Mapping[str, Any] | None = None,
+        described: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.arch, self.content, self.described = arch, content or {}, described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +145,9 @@ def open_space(config: SearchConfig, kept: SourceArtifacts) -> Space:
     return Space(config.space, kept.arch, scores, projected=config.search.projects(kept.arch))
 
 
-def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bool = True) -> LoadedSource:
+def prepare(
+    config: SearchConfig, cache: Path, progress: Progress, *, decide: bool = True, make: bool = True
+) -> LoadedSource:
     """Open the data, make or find the source, score it or find its scores, and build the space.
 
     Args:
@@ -123,8 +155,10 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
         cache: folder for what takes long to make; created when the first file is written.
         progress: called with what is being done and the share of it done.
         decide: let the methods that the search starts from decide; otherwise only the cache's decisions are found.
+        make: train and measure the source, and score it; otherwise all that must be in the cache.
 
     Raises:
+        NotMade: ``make`` is false, and the cache does not have all of it.
         UserError: the data or the source are not there, do not go together, or cannot meet the budget.
     """
     model, data = open_checked(config)
@@ -132,25 +166,33 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
     key = _source_key(config, model, data)
     folder = cache / "sources" / _source_name(config, key)
     if not _is_kept(folder, key):
+        if not make:
+            raise _not_made([_missing_source(config, data)], model, data)
         _make(config, model.to(device), data, folder, key, progress)
     source = to_float32(load(folder))
     weights = weights_digest(source)
     source.to(device)
 
     settings = Calibration(**config.scores.model_dump(exclude={"method"}))
-    files = {}
+    files, missing = {}, []
     for name in score_names(config.space, config.scores.method):
-        if name == LEARNED:
-            run = (config.gates.recipe, config.gates.settings, config.seed)
-            files[name] = cached_gates(source, data, *run, cache / "scores", progress, weights=weights)
-        else:
-            files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, weights=weights)
+        kept: dict[str, Any] = {"weights": weights, "compute": make}
+        try:
+            if name == LEARNED:
+                run = (config.gates.recipe, config.gates.settings, config.seed)
+                files[name] = cached_gates(source, data, *run, cache / "scores", progress, **kept)
+            else:
+                files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, **kept)
+        except NotHere as error:
+            missing.append(str(error))
+    if missing:
+        raise _not_made(missing, model, data)
     proposals = list[Path]()
     for start in _start_runs(config, source, data, weights):
         place = cache / "decisions"
         proposals += _deciding(partial(start.run, place, progress) if decide else partial(start.kept, place), start)
     logits: tuple[Path, ...] = ()
-    if any(config.search.rungs or [config.finetune.epochs]):
+    if make and any(config.search.rungs or [config.finetune.epochs]):
 
         def on_images(done: int, total: int) -> None:
             progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
@@ -160,7 +202,7 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
     quality = EvalMetrics.of(provenance)
     agreement = 100.0 if "agreement" in config.search.objectives else None
     warn_at_chance(f"source.model = {config.source.model!r}", source, data, quality)
-    kept = SourceArtifacts(
+    found = SourceArtifacts(
         folder=folder,
         score_files=files,
         proposals=tuple(proposals),
@@ -172,7 +214,20 @@ def prepare(config: SearchConfig, cache: Path, progress: Progress, *, decide: bo
         figures=quality._replace(kl=None, agreement=agreement),
         searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement),
     )
-    return LoadedSource(**vars(kept), data=data, model=source, space=open_space(config, kept))
+    return LoadedSource(**vars(found), data=data, model=source, space=open_space(config, found))
+
+
+def _missing_source(config: SearchConfig, data: Data) -> str:
+    recipe, names = config.source.train, ", ".join(score_names(config.space, config.scores.method))
+    first = f"trained for {recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}, " if recipe is not None else ""
+    return (
+        f"the source is not in the cache: it is {first}measured on {data.report.val_images:,} images, then scored "
+        f"({names}) on {config.scores.images}"
+    )
+
+
+def _not_made(missing: list[str], model: nn.Module, data: Data) -> NotMade:
+    return NotMade("; ".join(missing), arch_of(model), content_of(data), tuple(data.describe()))
 
 
 def open_checked(config: SearchConfig) -> tuple[nn.Module, Data]:

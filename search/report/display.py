@@ -314,7 +314,7 @@ def _work(result: Result) -> tuple[float, float]:
 
 
 def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> None:
-    """Print a table of finetuned front members, with the quality that they had in the search, and their folders.
+    """Print a table of finetuned front members, with the quality that they had before, and their folders.
 
     Args:
         console: where to print.
@@ -324,7 +324,7 @@ def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_mac
     """
     table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
     quality = next(name for name in ("ppl", "top1", "agreement") if all(p.get(name) is not None for p in found))
-    for name in ("unit", HEADINGS[quality], "in the search", "/ source", "params (M)", "latency (ms)", "recipe"):
+    for name in ("unit", HEADINGS[quality], "before", "/ source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
     for p in found:
         latency = p["latency"]

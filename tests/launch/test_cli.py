@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,29 @@ def test_a_dry_run_takes_a_saved_source(runs: Path, tiny, capsys: pytest.Capture
     code, out, error = call(capsys, "search", tmp_path / "saved.toml", "--out", tmp_path / "dry", "--dry-run")
     assert code == 0, error
     assert "distinct candidates" in out
+
+
+def test_a_dry_run_makes_nothing(
+    tiny, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    """It says what a search would make first, and what that comes to; where the source is there, of its scores."""
+    (tmp_path / "tiny.toml").write_text(tiny(search={"rungs": [0, 2], "trials": 6}).to_toml())
+    kept = prepare_search(tiny(), runs / "cache", lambda *_: None).folder
+    for name in ("fit", "evaluate_on"):
+        monkeypatch.setattr(f"prunesweep.search.execution.source.{name}", None)
+    dry = ("search", tmp_path / "tiny.toml", "--out", tmp_path / "dry", "--dry-run")
+    code, out, error = call(capsys, *dry)
+    assert code == 0, error
+    text = " ".join(out.split())
+    assert "first: the source is not in the cache: it is trained for 1 epoch, measured on 450 images" in text
+    assert "plan: 2 rungs: 6 candidates untrained, then the best 2 for 2 epochs; 4 epochs in all" in text
+    assert "estimate: training sees 4,312 images" in text  # twice of 1,078 images each
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+    shutil.copytree(kept, tmp_path / "cache" / "sources" / kept.name)
+    code, out, error = call(capsys, *dry)
+    assert code == 0, error
+    assert "first: scores of nvit are not in the cache: they take 64 images; scores of" in " ".join(out.split())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sources"]
 
 
 def test_a_dry_run_shows_the_space_and_makes_no_run(

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from prunesweep.models import UserError, arch_of, weights_digest
+from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import make_folder, publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.precision import in_float32
@@ -51,6 +52,7 @@ def cached_scores(
     *,
     weights: str | None = None,
     options: Mapping[str, Any] | None = None,
+    compute: bool = True,
 ) -> Path:
     """Return the file of a method's scores of ``model``; compute them if the cache does not have it.
 
@@ -67,9 +69,11 @@ def cached_scores(
         progress: called with (what is being done, share done, note).
         weights: ``weights_digest(model)``, if it is known already.
         options: settings of the method's scoring; those left out have their defaults.
+        compute: compute what the cache does not have.
 
     Raises:
         UserError: the method is unknown, or cannot serve the model, or scores are not finite.
+        NotHere: the cache does not have them, and ``compute`` is false.
     """
     entry = None if method == DEPTH else get_method(method, ScoredMethod)
     if entry is not None:
@@ -84,6 +88,8 @@ def cached_scores(
         metadata["labels"] = "drawn"
     path = cache / f"{method}-{digest(metadata)}.safetensors"
     if not _holds(path, metadata):
+        if not compute:
+            raise NotHere(f"scores of {method} are not in the cache: they take {calibration.images} images")
         what = "measuring blocks" if entry is None else entry.progress
         batches = data.calibration(calibration.images, calibration.batch_size, calibration.seed)
         if drawn:
@@ -116,6 +122,7 @@ def cached_gates(
     progress: Progress,
     *,
     weights: str | None = None,
+    compute: bool = True,
 ) -> Path:
     """Return the file of block scores from the gates of one UVC run; train them if the cache does not have it.
 
@@ -129,9 +136,10 @@ def cached_gates(
         seed: seed of the run.
         cache: as for ``cached_scores``.
         progress: as for ``cached_scores``.
-        weights: as for ``cached_scores``.
+        weights, compute: as for ``cached_scores``.
 
     Raises:
+        NotHere: as for ``cached_scores``.
         UserError: UVC cannot serve the model, a setting does not fit, or training failed.
     """
     weights, model = weights or weights_digest(model), in_float32(model)
@@ -140,6 +148,8 @@ def cached_gates(
     path = cache / f"{LEARNED}-{digest(metadata)}.safetensors"
     if _holds(path, metadata):
         return path
+    if not compute:
+        raise NotHere(f"learned gates are not in the cache: they are trained for {recipe.epochs} epochs")
     make_folder(path.parent)
     hook, trained, state = UVC(UVCSettings.model_validate(settings)), copy.deepcopy(model), path.with_suffix(".state")
 
