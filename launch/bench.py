@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "numbers", "open_model", "progress_bar"]
 
+NAME = 20  # characters of a model's name in the table, which has eighty in all
+
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="measure torch.compile'd models")]
@@ -64,7 +66,7 @@ def bench(
     loaded = [open_model(name) for name in chosen]
     console = PlainConsole()
     timings = []
-    with progress_bar(console) as bar:
+    with progress_bar(PlainConsole(stderr=True)) as bar:
         for setting in settings:
             progress = bar(f"batch {setting.batch}")
             timings.append(measure_all(loaded, setting, min_seconds=seconds, progress=progress))
@@ -72,6 +74,10 @@ def bench(
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1))
     console.print(_table(found))
+    for number, model in enumerate(found["models"]):
+        if not _fits(model["model"]):
+            label = f"model {number}" if number else "source"
+            console.print(f"{label}: {model['model']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def open_model(name: str) -> nn.Module:
@@ -111,29 +117,15 @@ def numbers(option: str, text: str) -> list[int]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Show progress bars with an ETA for the time of a ``with`` block.
+    """Show progress for the time of a ``with`` block, as ``Display.progress`` does.
 
     Yields:
-        A function that takes a bar's label and returns a function (done, total) that moves the bar.
+        A function that takes what is measured and returns a function (done, total) that is called as it goes on.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from prunesweep.search.report.display import Display
 
-    columns = (
-        TextColumn("{task.description:10}"),
-        BarColumn(30),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-    def start(what: str) -> Callable[[int, int], None]:
-        task = bars.add_task(what)
-        return lambda done, total: bars.update(task, completed=done, total=total)
-
-    with bars:
-        yield start
+    with Display(console).progress() as report:
+        yield lambda what: lambda done, total: report(what, done / total, "done" if done == total else "")
 
 
 def _header(setting: Any) -> dict[str, Any]:
@@ -184,7 +176,7 @@ def _table(found: Mapping[str, Any]) -> Table:
     how = f"{found['dtype']}{', compiled' if found['compiled'] else ''}{threads}, torch {found['torch']}"
     caption = "/ MACs: speed-up / ratio of MACs; 1 where all saved MACs are saved time"
     table = Table(title=f"{found['device_name']}, {how}", caption=caption, show_lines=True)
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     for name in ("batch", "ms (IQR)", "images/s", "speed-up", "/ MACs"):
         table.add_column(name, justify="right", no_wrap=True)
     formats = (
@@ -194,8 +186,15 @@ def _table(found: Mapping[str, Any]) -> Table:
         "{speed_up:.2f}x",
         "{speed_up_per_macs_ratio:.2f}",
     )
-    for model in found["models"]:
-        cost = f"{model['macs'] / 1e9:.3f} G MACs\n{model['params'] / 1e6:.2f} M params"
+    for number, model in enumerate(found["models"]):
+        name = model["model"] if _fits(model["model"]) else "source" if number == 0 else f"model {number}"
+        macs = f"{model['macs'] / 1e9:.3f} G" if model["macs"] >= 1e9 else f"{model['macs'] / 1e6:.2f} M"
+        cost = f"{macs} MACs\n{model['params'] / 1e6:.2f} M params"
         lines = ("\n".join(form.format(**timing) for timing in model["timings"]) for form in formats)
-        table.add_row(Text(f"{model['model']}\n{cost}"), *lines)
+        table.add_row(Text(f"{name}\n{cost}"), *lines)
     return table
+
+
+def _fits(name: str) -> bool:
+    """Whether the name of a model has room in a column; one that is broken over lines cannot be copied."""
+    return len(name) <= NAME

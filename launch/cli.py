@@ -285,6 +285,7 @@ def evaluate(
     """Measure a saved model's accuracy or perplexity, and how far it agrees with a source; or a run's front again."""
     from prunesweep.models import UserError, arch_of, cost, load
     from prunesweep.models.precision import to_float32
+    from prunesweep.search.report.display import Display
     from prunesweep.training import (
         EVAL_BATCH,
         EvalMetrics,
@@ -347,7 +348,8 @@ def evaluate(
         PlainConsole(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
     listed = opened.val_images
     batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
-    figures, spent = measure(loaded, batches, source=source, per_class=True), cost(arch)
+    with Display(PlainConsole(stderr=True)).working(f"measuring {model}"):
+        figures, spent = measure(loaded, batches, source=source, per_class=True), cost(arch)
     found = EvalMetrics.of(figures)
     check_answers(found, model)
     recall = figures.get("recall", [])

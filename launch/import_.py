@@ -54,13 +54,14 @@ def import_model(
     from prunesweep.models import UserError, arch_of, cost, save
     from prunesweep.models.importers import import_checkpoint
     from prunesweep.models.io.lock import reserve
+    from prunesweep.search.report.display import Display
 
     from .console import PlainConsole
 
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
     numbers = None if heads is None else _numbers(heads)
-    with reserve(out):
+    with reserve(out), Display(PlainConsole()).working(f"reading {file.name}"):
         imported = import_checkpoint(
             file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema, model=model
         )

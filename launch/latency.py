@@ -76,7 +76,7 @@ def latency(
         table.save(out)
         console.print(f"{from_nvit} read; table saved as {out}", highlight=False, markup=False, soft_wrap=True)
         return
-    with progress_bar(console) as bar:
+    with progress_bar(PlainConsole(stderr=True)) as bar:
         table = build_table(
             arch,
             setting,
@@ -84,13 +84,13 @@ def latency(
             token_points=tokens,
             least=_widths(least or []),
             min_seconds=seconds,
-            progress=bar("blocks"),
+            progress=bar("measuring blocks"),
         )
         table.save(out)
         if to_nvit is not None:
             write_text(to_nvit, json.dumps(write_nvit(table)))
         if check:
-            error = prediction_error(table, n=check, min_seconds=3 * seconds, progress=bar("models"))
+            error = prediction_error(table, n=check, min_seconds=3 * seconds, progress=bar("measuring whole models"))
             table = dataclasses.replace(table, check=error.to_dict())
             table.save(out)
     for line in _report(table, arch, out):

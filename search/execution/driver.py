@@ -33,7 +33,7 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
-from prunesweep.search.store.front import hypervolume, quality_of
+from prunesweep.search.store.front import hypervolume
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.training.jobs.proposal import is_proposal
@@ -580,9 +580,9 @@ def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Ite
             writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
             writer.add_scalar("front_size", len(best), logged)
         for result in new:
-            quality = quality_of(objectives)
-            values = {f"hparam/{quality}": getattr(result, quality), "hparam/macs": result.macs}
-            writer.add_hparams(dict(result.point), values, name=result.id)
+            names = dict.fromkeys((*objectives, *coordinator.search.ranking.names(result.epochs)))
+            found = {f"hparam/{name}": v for name in names if (v := getattr(result, name)) is not None}
+            writer.add_hparams(dict(result.point), found, name=run.board(result.trial).name, global_step=result.rung)
 
     try:
         yield changed

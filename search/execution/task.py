@@ -244,7 +244,7 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
 
 def _screen(context: WorkerContext, unit: Task, candidate: Candidate) -> tuple[float, EvalMetrics, float]:
     found = context.cutter.screened(candidate.decision)
-    with _log(context.run, unit) as log:
+    with _log(context, unit) as log:
         log.event("end", **found.as_dict())
     return context.cutter.accuracy(found), found, 0.0
 
@@ -260,7 +260,7 @@ def _train(
     if model is None:
         return None
     zero_shot = _zero_shot(context, unit, model)
-    with _log(context.run, unit) as log:
+    with _log(context, unit) as log:
         log.event("start", resumed=(folder / STATE).exists(), zero_shot=zero_shot)
         begun = time.monotonic()
         try:
@@ -402,6 +402,8 @@ def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:
     }
 
 
-def _log(run: Run, unit: Task) -> MetricsLog:
-    """Lines of a unit's ``metrics.jsonl`` are events, and epochs are also TensorBoard's."""
-    return MetricsLog(run.trial(unit.id) / "metrics.jsonl", run / "tb" / unit.id, events=True)
+def _log(context: WorkerContext, unit: Task) -> MetricsLog:
+    """Lines of a unit's ``metrics.jsonl`` are events, and epochs are also TensorBoard's: one run per candidate."""
+    before = sum(context.epochs(rung) for rung in range(unit.rung))
+    board = context.run.board(unit.number)
+    return MetricsLog(context.run.trial(unit.id) / "metrics.jsonl", board, events=True, before=before)

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ class Display:
         """Print a line of plain text."""
         self._said = time.monotonic()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        """Say now and then that something goes on, where there is no terminal, for the time of a ``with`` block.
+
+        Args:
+            what: is being done.
+        """
+        return self._heard(lambda elapsed: f"{what}: {clock(elapsed)} elapsed")
 
     @contextlib.contextmanager
     def _heard(self, say: Callable[[float], str]) -> Iterator[None]:

@@ -136,6 +136,10 @@ class Run:
     def trial(self, task_id: str) -> Path:
         return self.path / "trials" / task_id
 
+    def board(self, number: int) -> Path:
+        """TensorBoard's folder of a candidate, whose rungs follow each other in it."""
+        return self.path / "tb" / f"trial-{number:04d}"
+
     @property
     def leases(self) -> Path:
         """Of the drivers that have worked on the run; see ``lock``."""

@@ -116,7 +116,7 @@ def test_the_folder_holds_everything(finished: tuple[Run, SearchResult, str]) ->
     page = (run / "report.html").read_text()
     assert "trial" in page
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)  # self-contained
-    assert list((run / "tb").glob("r0-0000/events*"))
+    assert list((run / "tb").glob("trial-0000/events*"))
     assert list((run / "tb" / "search").glob("events*"))
     events = [json.loads(line)["event"] for line in (run.trial("r0-0000") / "metrics.jsonl").open()]
     assert events == ["start", "epoch", "end"]

@@ -29,10 +29,11 @@ class MetricsLog:
         lines: the file of JSON lines, ``metrics.jsonl``.
         board: folder of TensorBoard's files.
         events: add to every line its time and the name of what happened (``event``). Without it, lines are epochs.
+        before: epochs of the same model in earlier logs, which TensorBoard counts on from.
     """
 
-    def __init__(self, lines: Path, board: Path, *, events: bool = False) -> None:
-        self._lines, self._board, self._events = lines, board, events
+    def __init__(self, lines: Path, board: Path, *, events: bool = False, before: int = 0) -> None:
+        self._lines, self._board, self._events, self._before = lines, board, events, before
         self._writer: SummaryWriter | None = None
 
     @classmethod
@@ -67,7 +68,7 @@ class MetricsLog:
         scalars = {name: value for name in SCALARS if (value := getattr(epoch, name)) is not None}
         scalars |= {f"facts/{name}": value for name, value in epoch.facts.items() if not isinstance(value, str)}
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, epoch.epoch)
+            self._writer.add_scalar(name, value, self._before + epoch.epoch)
 
 
 class StepRate:

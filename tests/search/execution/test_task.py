@@ -27,6 +27,7 @@ from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
 from prunesweep.training.jobs.training_job import TrainingJob
 from prunesweep.training.settling import rate_at
+from tests.board import scalars
 
 
 def nothing(what: str, share: float, note: str) -> None:
@@ -171,6 +172,10 @@ def test_before_finetuning_is_as_cut_on_every_rung(
     below = next(r for r in coordinator.results if (r.trial, r.rung) == (above.trial, 0))
     assert above.zero_shot == below.zero_shot != below.top1
     assert {p["epochs"] for p in run.front() if p["trial"] == above.trial} <= {8}
+    logged = scalars(run / "tb" / f"trial-{above.trial:04d}", "top1")
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6, 7, 8]  # one run for both rungs, in order
+    assert [logged[3][1], logged[7][1]] == pytest.approx([below.top1, above.top1])
+    assert {path.name for path in (run / "tb").iterdir()} == {"trial-0000", "trial-0001"}
 
 
 def test_a_decision_is_made_once_and_checked(started: tuple[Run, Coordinator], monkeypatch: pytest.MonkeyPatch) -> None:
