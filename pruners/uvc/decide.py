@@ -20,6 +20,7 @@ from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.counting import outside_cost
 
 from .primal_dual import Norms, PrimalDual, weakest
+from .resource import unit_macs
 
 __all__ = ["Counts", "Decider", "Widths"]
 
@@ -57,7 +58,7 @@ class Counts:
 
     def macs(self, arch: Arch, runs: torch.Tensor) -> int:
         """Count exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
-        per_head, per_channel, per_unit = _unit_macs(arch)
+        per_head, per_channel, per_unit = unit_macs(arch)
         block = self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
         return outside_cost(arch).macs + int((block * runs).sum())
 
@@ -89,9 +90,10 @@ class Decider:
     def __init__(self, arch: Arch, norms: Norms, *, r_mode: str, mlp_align: int) -> None:
         self.arch, self.r_mode = arch, r_mode
         block = arch.blocks[0]
-        self.H, self.d, self.D = block.heads, block.qk, block.mlp
+        self.H, self.d, self.D = block.heads, block.v_widths[0], block.mlp
+        self.qk = block.qk  # units of a head: channels, or pairs of them that are turned together
         self.align = min(mlp_align, self.D)
-        self.head_macs, self.v_macs, self.unit_macs = _unit_macs(arch)
+        self.head_macs, self.v_macs, self.unit_macs = unit_macs(arch)
         self.outside = outside_cost(arch).macs
         # strongest first; of equal ones the last, because primal_dual.weakest marks the first
         self.head_order = [_strongest(heads) for heads in norms.heads]
@@ -158,7 +160,7 @@ class Decider:
     def _choice(self, block: int, own: Widths) -> BlockCut:
         heads = sorted(self.head_order[block][: own.heads])
         return BlockCut(
-            qk=tuple(tuple(range(h * self.d, (h + 1) * self.d)) for h in heads),
+            qk=tuple(tuple(range(h * self.qk, (h + 1) * self.qk)) for h in heads),
             v=tuple(tuple(h * self.d + j for j in sorted(self.dim_order[block][h][: own.v[h]])) for h in heads),
             mlp=tuple(sorted(self.unit_order[block][: own.mlp])),
         )
@@ -212,12 +214,6 @@ class Decider:
     def _norm(self, block: int, own: Widths) -> float:
         kept = self.head_order[block][: own.heads]
         return sum(self.dim_norm[block][h][own.v[h]] for h in kept) + self.unit_norm[block][own.mlp]
-
-
-def _unit_macs(arch: Arch) -> tuple[int, int, int]:
-    """Count MACs of a head's queries and keys, of a value channel, and of an MLP unit."""
-    N, C = arch.tokens, arch.stages[0].width
-    return arch.blocks[0].qk * (2 * C + N) * N, (2 * C + N) * N, 2 * N * C
 
 
 def _strongest(values: torch.Tensor) -> list[int]:

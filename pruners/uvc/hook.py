@@ -35,7 +35,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = FamiliesWith("images", "width", "depth", "global_attention", without=("rotary",))
+FAMILIES = FamiliesWith("images", "width", "depth", "global_attention")
 
 
 class UVC(Hook):
@@ -95,7 +95,9 @@ class UVC(Hook):
     def _check_budgets(self, runs: list[bool] | None) -> None:
         total = cost(self.arch).macs
         block = self.arch.blocks[0]
-        ones = Norms(torch.ones(self.arch.depth, block.heads, block.qk), torch.ones(self.arch.depth, block.mlp))
+        ones = Norms(
+            torch.ones(self.arch.depth, block.heads, block.v_widths[0]), torch.ones(self.arch.depth, block.mlp)
+        )
         decider = Decider(self.arch, ones, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
         alive = [True] + [False] * (self.arch.depth - 1) if runs is None else runs
         least = decider.least(alive)
@@ -165,7 +167,7 @@ class UVC(Hook):
         sums = [w.double().square().sum(0) for w in (*proj, *fc2)]
         flat, block = torch.cat(sums).cpu(), self.arch.blocks[0]
         columns = len(proj) * block.total_v
-        return Norms(flat[:columns].view(-1, block.heads, block.qk), flat[columns:].view(-1, block.mlp))
+        return Norms(flat[:columns].view(-1, block.heads, block.v_widths[0]), flat[columns:].view(-1, block.mlp))
 
     def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """List the weights of all attention projections and of all second MLP layers."""
@@ -235,7 +237,7 @@ class UVC(Hook):
         widths, runs, _ = self._fit(self.budgets[-1], norms)
         block = self.arch.blocks[0]
         s = torch.tensor([[block.heads - own.heads, block.mlp - own.mlp] for own in widths])
-        r = block.qk - torch.tensor([own.v for own in widths])
+        r = block.v_widths[0] - torch.tensor([own.v for own in widths])
         self.machine.settle(s, r, torch.tensor(runs))
 
     def _fit(self, budget: float, norms: Norms) -> tuple[list[Widths], list[bool], Decider]:
@@ -296,10 +298,16 @@ def _check_served(arch: Arch) -> None:
     for i, block in enumerate(arch.blocks):
         if dataclasses.replace(block, src=first.src) != first:
             raise UserError(f"blocks[{i}] has another shape than blocks[0]: UVC starts from blocks of one shape")
-    if first.mixer != "attn" or first.v != first.qk or not first.mlp or first.tokens is not None:
+    if first.mixer != "attn" or first.v != first.qk * arch.qk_rows or not first.mlp or first.tokens is not None:
         raise UserError(
             f"{arch.source}: UVC needs blocks with attention whose values are as wide as its queries, an MLP, and all "
             "tokens"
+        )
+    if arch.attn_norm or arch.mlp_norm:
+        where = "value channels" if arch.attn_norm else "hidden units"
+        raise UserError(
+            f"{arch.source} has a norm over the {where} of a block: those that UVC shrinks to nothing still count in "
+            "it, so what is cut would be another function. Use a method that scores once, as subspaces or taylor"
         )
 
 

@@ -17,14 +17,15 @@ Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residu
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
-from prunesweep.models import Arch
-from prunesweep.models.counting import outside_cost
+from prunesweep.models import Arch, cost
+from prunesweep.models.counting import block_cost, outside_cost
 
-__all__ = ["Resource", "Usage", "paper_macs"]
+__all__ = ["Resource", "Usage", "paper_macs", "unit_macs"]
 
 
 def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
@@ -38,9 +39,21 @@ def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
     embed = patches * C * arch.in_chans * arch.patch_size[0] * arch.patch_size[1]
     rows = []
     for block in stage.blocks:
-        qk, v, hidden = block.heads * block.qk, block.total_v, N * C * block.mlp
-        rows.append([N * C * (2 * qk + v), N * N * qk, N * N * v, N * C * v, hidden, hidden])
+        qk, v, hidden = block.heads * block.qk * arch.qk_rows, block.total_v, N * C * block.mlp
+        rows.append([N * C * (2 * qk + v), N * N * qk, N * N * v, N * C * v, hidden * (1 + arch.glu), hidden])
     return embed, torch.tensor(rows, dtype=torch.float64)
+
+
+def unit_macs(arch: Arch) -> tuple[int, int, int]:
+    """Count MACs of a head's queries and keys, of a value channel, and of an MLP unit, in blocks of one shape."""
+    (stage,), block = arch.stages, arch.blocks[0]
+
+    def macs(heads: int, v: int, mlp: int) -> int:
+        return block_cost(arch, stage, dataclasses.replace(block, heads=heads, v=v, mlp=mlp)).macs
+
+    one = macs(1, 1, 1)
+    channel = macs(1, 2, 1) - one
+    return macs(2, 1, 1) - one - channel, channel, macs(1, 1, 2) - one
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +87,19 @@ class Resource:
             count: ``paper`` leaves out the classifier, and lets the rows of the value projection fall with heads
                 alone; ``exact`` is ``models.cost``.
         """
-        embed, macs = paper_macs(arch)
-        qkv, qk, av, proj, fc1, fc2 = macs.unbind(1)
-        rows = qkv / 3 if count == "exact" else torch.zeros_like(qkv)  # of the value projection
-        fixed = float(outside_cost(arch).macs if count == "exact" else embed)
-        total = fixed + float(macs.sum())
-        block = arch.blocks[0]
-        return cls(
-            fixed / total,
-            (qkv - rows + qk) / total,
-            (rows + av + proj) / total,
-            (fc1 + fc2) / total,
-            block.heads,
-            block.qk,
-            block.mlp,
-        )
+        block, L = arch.blocks[0], arch.depth
+        if count == "exact":
+            fixed, total = outside_cost(arch).macs, float(cost(arch).macs)
+            head, channel, unit = unit_macs(arch)
+            per_block = (block.heads * head, block.total_v * channel, block.mlp * unit)
+            heads, values, mlp = (torch.full((L,), float(macs), dtype=torch.float64) for macs in per_block)
+        else:
+            fixed, parts = paper_macs(arch)
+            total = fixed + float(parts.sum())
+            qkv, qk, av, proj, fc1, fc2 = parts.unbind(1)
+            heads, values, mlp = qkv + qk, av + proj, fc1 + fc2
+        shares = heads / total, values / total, mlp / total
+        return cls(fixed / total, *shares, num_heads=block.heads, head_dim=block.v_widths[0], hidden=block.mlp)
 
     def kept(self, s: torch.Tensor, r: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the shares (L,) of heads, value channels and MLP units that stay, not clamped.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
+from prunesweep.models.arch import Rope
 from prunesweep.pruners.hook import Collapsed
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
@@ -86,6 +88,41 @@ def test_evaluation_during_the_run_is_the_cut_model(settings: dict[str, Any]) ->
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert all(p.requires_grad for p in model.parameters())
     assert hooks_of(model) == []
+
+
+GATED = dataclasses.replace(ARCH, glu=True, act="silu")
+ROTARY = dataclasses.replace(
+    ARCH,
+    family="eva",
+    rope=Rope(kind="axial", pairs=4, temperature=10.0),
+    stages=tuple(
+        dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, qk=4) for b in s.blocks)) for s in ARCH.stages
+    ),
+)
+
+
+@pytest.mark.parametrize("arch", [GATED, ROTARY], ids=["gated MLPs", "rotary positions"])
+@pytest.mark.parametrize("r_mode", ["ragged", "uniform"])
+def test_gated_mlps_and_turned_queries_are_counted_and_cut_as_they_are(arch: Arch, r_mode: str) -> None:
+    model, own, optimizer = wrapped(arch, budgets=(0.3,), r_mode=r_mode, skip="111")
+    for t in range(55):
+        step(model, own, optimizer, t)
+    x = random_images(arch, 1000)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    (snapshot,) = own.finish()
+    assert own.facts["macs"] == snapshot.cost / cost(arch).macs
+    assert 0.29 * cost(arch).macs < snapshot.cost <= 0.3 * cost(arch).macs
+    assert any(block.heads == 1 for block in arch_of(snapshot.model).blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["attn_norm", "mlp_norm"])
+def test_a_norm_over_what_would_go_is_refused(norm: str) -> None:
+    arch = dataclasses.replace(ROTARY, **{norm: True})
+    with pytest.raises(UserError, match="has a norm over the"):
+        hook().wrap(random_model(arch, 0))
 
 
 def test_warm_up_is_half_of_every_block_and_decides_nothing() -> None:
@@ -235,7 +272,7 @@ def test_what_cannot_be_is_refused_before_training() -> None:
 
 def test_models_that_cannot_be_served_are_refused() -> None:
     for family in ("swin", "pvt_v2"):
-        with pytest.raises(UserError, match=f"of family '{family}': UVC prunes families vit"):
+        with pytest.raises(UserError, match=f"of family '{family}': UVC prunes families vit, eva"):
             hook().wrap(build(random_arch(Random(0), family)))
     (snapshot,) = finished(budgets=(0.5,))
     with pytest.raises(UserError, match="has another shape than blocks\\[0\\]|whose values are as wide"):
