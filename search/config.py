@@ -450,6 +450,9 @@ class ResourcesTable(Table):
 FOLDER = r"^/[^\x00-\x1f\x7f:$`\"\\]*$"  # a colon parts the two sides of a container's mount
 ADDRESS = r"^https?://[^\x00-\x20\x7f$`\"'\\;]+$"
 OBJECT = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+LABEL = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"  # of Kubernetes
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$"
+TAINT = rf"{LABEL[:-1]}(={LABEL_VALUE[1:-1]})?:(NoSchedule|PreferNoSchedule|NoExecute)$"
 SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.,@:+-]*$"
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]*$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -471,6 +474,10 @@ class ClusterTable(Table):
         str | None, Field(pattern=FOLDER, description="folder of the data on the nodes, instead of data.name's path")
     ] = None
     nodes: Annotated[int, Field(ge=1, le=1_000_000, description="machines that run trials")] = 1
+    max_nodes: Annotated[
+        int | None,
+        Field(ge=1, le=1_000_000, description="of them that come when asked and go when idle; unset: nodes are fixed"),
+    ] = None
     cpus: Annotated[int, Field(ge=1, le=1_000_000, description="of each of them")] = 8
     gpus: Annotated[int, Field(ge=0, le=1_000_000, description="of each of them")] = 0
     memory_gib: Annotated[int, Field(ge=1, le=1_000_000, description="of each of them, in GiB")] = 32
@@ -494,6 +501,14 @@ class ClusterTable(Table):
     data_claim: Annotated[
         str | None, Field(pattern=OBJECT, description="PersistentVolumeClaim mounted, read-only, at data")
     ] = None
+    node_selector: Annotated[
+        dict[Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]],
+        Field(description="labels of the Kubernetes nodes that run trials, e.g. of a spot pool"),
+    ] = {}
+    tolerations: Annotated[
+        tuple[Annotated[str, Field(pattern=TAINT)], ...],
+        Field(description="taints of Kubernetes nodes that trials may run on, KEY[=VALUE]:EFFECT, e.g. of a spot pool"),
+    ] = ()
     hosts: Annotated[tuple[HostName, ...], Field(description="addresses of machines for ray up, the head first")] = ()
     ssh_user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9._-]*$", description="who logs in to hosts")] = (
         "ubuntu"

@@ -24,6 +24,7 @@ __all__ = ["kuberay"]
 PLACE = "/etc/prunesweep"  # where the configuration is mounted
 NAME_LIMIT = 47  # KubeRay's limit on the name of a RayJob, in characters
 HEAD = {"cpus": 4, "memory_gib": 16}  # driver, Optuna, Ray's own servers; no trial runs there
+IDLE = 120  # seconds until a worker without work goes; Ray's default of a minute is about what a new one takes to come
 SHARED_MEMORY = "8Gi"  # loaders hand batches over in it; Kubernetes gives 64 MiB otherwise
 
 
@@ -109,9 +110,17 @@ def _ray_cluster(cluster: ClusterTable, name: str) -> dict[str, Any]:
         {"name": "client", "containerPort": 10001},
     ]
     worker = _container("ray-worker", cluster, cluster.cpus, cluster.memory_gib, cluster.gpus)
+    pod = _pod(cluster, name, worker)
+    if cluster.node_selector:
+        pod["spec"]["nodeSelector"] = dict(cluster.node_selector)
+    if cluster.tolerations:
+        pod["spec"]["tolerations"] = [_toleration(taint) for taint in cluster.tolerations]
+    grows = cluster.max_nodes is not None
+    fewest, most = (0, cluster.max_nodes) if grows else (cluster.nodes, cluster.nodes)
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
+        **({"enableInTreeAutoscaling": True, "autoscalerOptions": {"idleTimeoutSeconds": IDLE}} if grows else {}),
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
             "template": _pod(cluster, name, head),
@@ -119,14 +128,23 @@ def _ray_cluster(cluster: ClusterTable, name: str) -> dict[str, Any]:
         "workerGroupSpecs": [
             {
                 "groupName": "trials",
-                "replicas": cluster.nodes,
-                "minReplicas": cluster.nodes,
-                "maxReplicas": cluster.nodes,
+                "replicas": fewest,
+                "minReplicas": fewest,
+                "maxReplicas": most,
                 "rayStartParams": {},
-                "template": _pod(cluster, name, worker),
+                "template": pod,
             }
         ],
     }
+
+
+def _toleration(taint: str) -> dict[str, str]:
+    """What lets a pod onto nodes with a taint ``KEY[=VALUE]:EFFECT``."""
+    name, _, effect = taint.rpartition(":")
+    key, equals, value = name.partition("=")
+    if not equals:
+        return {"key": key, "operator": "Exists", "effect": effect}
+    return {"key": key, "operator": "Equal", "value": value, "effect": effect}
 
 
 def _container(name: str, cluster: ClusterTable, cpus: int, memory_gib: int, gpus: int) -> dict[str, Any]:

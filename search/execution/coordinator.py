@@ -262,6 +262,15 @@ class Coordinator:
         """Nothing is running and nothing more will be handed out."""
         return (self._stopping and not self._live) or self.finished
 
+    @property
+    def exhausted(self) -> bool:
+        """Nothing more will be handed out, whatever the units that run will give; a stopped search may go on later."""
+        last = len(self.search.rungs) - 1
+        if self.done:
+            return True
+        over = not self._waiting and not self._proposing() and self._rungs.next() is None
+        return over and not self._stopping and all(unit.rung >= last for unit in self._live.values())
+
     def _proposing(self) -> bool:
         return self._begun < self.requested and not self._exhausted
 

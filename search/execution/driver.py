@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from prunesweep.models.io.lock import Lock, Vanished, reserve
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.scratch import remove_scratch_folders
 from prunesweep.pruners.subspaces import can_recover
-from prunesweep.search.config import SearchConfig, load_config, parse_config
+from prunesweep.search.config import ResourcesTable, SearchConfig, load_config, parse_config
 from prunesweep.search.report.advice import advice
 from prunesweep.search.report.display import Display
 from prunesweep.search.report.page import write_report
@@ -42,6 +43,7 @@ from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .estimate import estimate
+from .growth import Waiting
 from .prepare import SAMPLE, PreparedSearch, prepare_search
 from .remote import run_on_worker
 from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
@@ -107,7 +109,13 @@ def run_search(
         )
     config = _with_table(config, config.space.latency_table)
     died = "Ray died before the first trial; the same command goes on from what is saved"
-    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, died))
+    ray = RayConnection(
+        config.resources,
+        address=address,
+        verbose=verbose,
+        on_death=_leaving(display, died),
+        cluster=config.cluster,
+    )
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as place:
         if not dry_run:
             place.enter_context(reserve(run.path))
@@ -179,14 +187,20 @@ def resume_search(
     config = reopen(run, [*overrides, *more], on_note=display.note)
     check_given(run, config)
     space = space_of(run, config)
-    ray = RayConnection(config.resources, address=address, verbose=verbose, on_death=_leaving(display, _died(run)))
+    ray = RayConnection(
+        config.resources,
+        address=address,
+        verbose=verbose,
+        on_death=_leaving(display, _died(run)),
+        cluster=config.cluster,
+    )
     if address is None:
         max_concurrent(config.resources)
         check_data(run, config)
         return _search(run, config, space, display, ray, retry_failed=retry_failed, on_trial=on_trial)
     with ray:
         with display.progress() as shown:
-            run_on_worker(partial(_check_there, run.path, config), config.resources, shown)
+            run_on_worker(partial(_check_there, run.path, config), config.resources, shown, note=display.note)
         connection = contextlib.nullcontext(ray)
         return _search(
             run, config, space, display, connection, retry_failed=retry_failed, on_worker=True, on_trial=on_trial
@@ -246,7 +260,7 @@ def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: 
     with display.progress() as progress:
         if not on_worker:
             return work(progress)
-        prepared = run_on_worker(work, config.resources, progress)
+        prepared = run_on_worker(work, config.resources, progress, note=display.note)
     for path in (prepared.folder, *prepared.score_files.values(), *prepared.proposals, *prepared.teacher_logits):
         if not path.exists():
             raise UserError(
@@ -294,9 +308,14 @@ def _plan_without(config: SearchConfig, error: NotHere, display: Display, units:
 
 
 def _concurrency(config: SearchConfig, ray: RayConnection | None, *, must_fit: bool) -> int | None:
-    """How many units run side by side on the cluster or, without one, here; None where none fits and none must."""
+    """How many units run side by side on the cluster, with all nodes that may come, or, without one, here.
+
+    None where none fits and none must, and where only the cluster knows how many nodes may come.
+    """
     if ray is not None:
-        return ray.max_concurrent
+        if ray.most is None:
+            return ray.fitting
+        return None if math.isinf(ray.most) else int(max(ray.most, ray.fitting))
     try:
         return max_concurrent(config.resources)
     except UserError:
@@ -446,16 +465,17 @@ def _search(
                     _interruptible(coordinator, display),  # after Ray, which takes SIGTERM for itself
                 ):
                     connection.on_death = _leaving(display, _died(run), lock)
-                    coordinator.max_concurrent = connection.max_concurrent
+                    room = _Room(connection, coordinator, config.resources, display)
                     before, begun = len(coordinator.results), time.monotonic()
                     execute(
                         coordinator,
                         config.resources,
                         [changed, logged, _reporter(run, coordinator), _telling(coordinator, on_trial)],
-                        count=partial(_room, connection, coordinator, display),
+                        count=room.look,
+                        note=display.note,
                         work=partial(run_task, fence=lock.fence),
                     )
-                    display.overhead(coordinator, before, time.monotonic() - begun)
+                    display.overhead(coordinator, before, time.monotonic() - begun, room.seconds)
         except KeyboardInterrupt:
             if not coordinator.stopping:  # the second one ends a search that the first one has stopped already
                 raise
@@ -498,7 +518,7 @@ def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bo
     work = partial(validate_front, run.path, config)
     with display.progress() as progress:
         if on_worker:
-            run_on_worker(work, config.resources, progress)
+            run_on_worker(work, config.resources, progress, note=display.note)
         else:
             work(progress)
     run.write_front()
@@ -522,13 +542,32 @@ def _nothing_found(run: Run, coordinator: Coordinator) -> str:
     return f"no trial of {run.shown} has a result that can be compared:\n{text}{again}"
 
 
-def _room(connection: RayConnection, coordinator: Coordinator, display: Display) -> int:
-    """Return how many units fit now, and tell the user if nodes have come or gone."""
-    now, before = connection.max_concurrent, coordinator.max_concurrent
-    if now != before:
-        units = "unit fits" if now == 1 else "units fit"
-        display.note(f"{now} {units} on the cluster's nodes now, before it were {before}")
-    return now
+class _Room:
+    """How many units may be handed out, as nodes come and go; tells the user when they do, and what is waited for.
+
+    Attributes:
+        seconds: time of all places for units together, in which units could run.
+    """
+
+    def __init__(
+        self, connection: RayConnection, coordinator: Coordinator, resources: ResourcesTable, display: Display
+    ) -> None:
+        self._connection, self._coordinator, self._display = connection, coordinator, display
+        self._waiting = Waiting(resources, display.note)
+        self._fitting, self._looked, self.seconds = connection.fitting, time.monotonic(), 0.0
+        coordinator.max_concurrent = connection.max_concurrent
+
+    def look(self) -> int:
+        """Count again."""
+        now, fitting = time.monotonic(), self._connection.fitting
+        self.seconds += (now - self._looked) * self._fitting
+        if fitting != self._fitting:
+            units = "unit fits" if fitting == 1 else "units fit"
+            self._display.note(f"{fitting} {units} on the cluster's nodes now, before it were {self._fitting}")
+        self._fitting, self._looked = fitting, now
+        asked = f"; {self._coordinator.live} units have been handed out" if self._coordinator.live else ""
+        self._waiting.look(not fitting, asked)
+        return self._connection.max_concurrent
 
 
 def _reporter(run: Run, coordinator: Coordinator) -> Callable[[], None]:

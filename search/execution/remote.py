@@ -19,6 +19,7 @@ from prunesweep.training.jobs.scoring import Progress
 from prunesweep.training.signals import handling
 
 from .coordinator import SearchFailed
+from .growth import Waiting
 
 __all__ = ["run_on_worker"]
 
@@ -29,7 +30,13 @@ RESTARTS = 2  # of work whose process was lost
 WAITING = "waiting for a worker"
 
 
-def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, progress: Progress) -> T:
+def run_on_worker(
+    work: Callable[[Progress], T],
+    resources: ResourcesTable,
+    progress: Progress,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+) -> T:
     """Call ``work`` in a process with the resources of one of a trial's workers, and return what it returns.
 
     It is started again where its process or node is lost. Ctrl-C and SIGTERM end it with a KeyboardInterrupt, there and
@@ -39,6 +46,7 @@ def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, prog
         work: can be sent, and so can what it returns; it must bear being begun anew.
         resources: of the search.
         progress: is told here what ``work`` tells there.
+        note: is told for what is waited, and how long, while no node has room for ``work``.
 
     Raises:
         UserError: ``work`` raised it.
@@ -51,10 +59,11 @@ def run_on_worker(work: Callable[[Progress], T], resources: ResourcesTable, prog
     running = _work.options(**own).remote(work, board, resources.cpus_per_trial)
     try:
         with handling(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C; Ray would end this process at once
-            ended = False
+            ended, begun, waiting = False, False, Waiting(resources, note)
             while not ended:
                 ended = bool(ray.wait([running], timeout=LOOK)[0])
-                _pass_on(board, progress)
+                begun = _pass_on(board, progress) or begun
+                waiting.look(not begun)
             return ray.get(running)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
@@ -102,6 +111,9 @@ class _Board:
         return latest
 
 
-def _pass_on(board: Any, progress: Progress) -> None:
-    for what, (share, note) in ray.get(board.take.remote()).items():
+def _pass_on(board: Any, progress: Progress) -> bool:
+    """Tell what was reported; whether anything was."""
+    found = ray.get(board.take.remote())
+    for what, (share, note) in found.items():
         progress(what, share, note)
+    return bool(found)

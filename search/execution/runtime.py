@@ -20,17 +20,19 @@ from typing import Any
 
 from prunesweep.models import UserError
 from prunesweep.models.io.scratch import scratch_folder
-from prunesweep.search.config import ResourcesTable
+from prunesweep.search.config import ClusterTable, ResourcesTable
 from prunesweep.search.store.run import Task
 from prunesweep.training.container import usable_cpus
 from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, RayDied, alive, joined, own_ray
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
+from .growth import AHEAD, has_autoscaler
 
 for name, value in {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # units write their own logs
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the driver's, see search.driver
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # fifty lines for each; ``Losses`` says it in one
 }.items():
     os.environ.setdefault(name, value)
 
@@ -40,20 +42,25 @@ from ray.exceptions import RayActorError, RayTaskError, RuntimeEnvSetupError  # 
 from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
+from .losses import Losses  # noqa: E402
 from .task import run_task  # noqa: E402
 
 __all__ = ["RayConnection", "execute", "max_concurrent"]
 
 RESTARTS = 2  # of a unit whose process was lost
 COUNT = 5.0  # seconds between two looks at the nodes of a cluster
+PENDING = 10_000  # units that Tune may have waiting for places: the coordinator hands out no more than it should
 
 
-def max_concurrent(resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+def max_concurrent(
+    resources: ResourcesTable, nodes: Sequence[Mapping[str, float]] | None = None, *, offered: str | None = None
+) -> int:
     """Count the units that can run side by side on ``nodes``, by default on this machine.
 
     Args:
         resources: what a unit needs: ``workers_per_trial`` times ``cpus_per_trial`` and ``gpus_per_trial``.
         nodes: ``CPU`` and ``GPU`` of every node; a worker lies within one of them.
+        offered: who offers them, and the verb, for the error.
 
     Raises:
         UserError: not even one unit fits.
@@ -63,11 +70,12 @@ def max_concurrent(resources: ResourcesTable, nodes: Sequence[Mapping[str, float
     cpus, gpus, workers = resources.cpus_per_trial, resources.gpus_per_trial, resources.workers_per_trial
     places = sum(_places(node, cpus, gpus) for node in nodes)
     if places < workers:
-        where = "this machine offers" if own else f"the cluster's {len(nodes)} nodes offer"
-        offered = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes[:8])
+        where = offered or ("this machine offers" if own else f"the cluster's {len(nodes)} nodes offer")
+        found = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes[:8])
+        later = "" if own or offered else "; cluster.max_nodes says how many more nodes come when asked"
         raise UserError(
             f"resources: a trial needs {workers} x (cpus_per_trial = {cpus}, gpus_per_trial = {gpus:g}), but {where} "
-            f"{offered}: room for {places} of {workers} workers"
+            f"{found}: room for {places} of {workers} workers{later}"
         )
     return places // workers
 
@@ -100,28 +108,54 @@ class RayConnection:
     ``on_death`` is called, in a thread maybe, should Ray die; it should end this process, and may be replaced
     meanwhile. The loss of a node that is not the head is no death.
 
+    Nodes come when asked where ``cluster.max_nodes`` says so, or the cluster has an autoscaler: then units are handed
+    out ahead, and as Ray finds no place for them, it asks for nodes; what is asked for ends with this process.
+
+    Attributes:
+        most: units that fit once all nodes are there; infinite where only the cluster knows how many may come, None
+            where none come when asked.
+
     Raises:
-        UserError: nothing answers at ``address``, or no unit fits.
+        UserError: nothing answers at ``address``, or no unit fits, or none would on the nodes of ``cluster``.
         RayDied: a Ray of our own does not start.
     """
 
     def __init__(
-        self, resources: ResourcesTable, *, address: str | None, verbose: bool, on_death: Callable[[], None]
+        self,
+        resources: ResourcesTable,
+        *,
+        address: str | None,
+        verbose: bool,
+        on_death: Callable[[], None],
+        cluster: ClusterTable | None = None,
     ) -> None:
         self._resources, self._address, self._verbose, self.on_death = resources, address, verbose, on_death
         self._session = contextlib.ExitStack()
-        self._max_concurrent, self._counted = 0, -math.inf
+        self._fitting, self._counted = 0, -math.inf
+        self.most: float | None = None
+        if address is not None and cluster is not None and cluster.max_nodes is not None:
+            self.most = max_concurrent(
+                resources,
+                [{"CPU": float(cluster.cpus), "GPU": float(cluster.gpus)}] * cluster.max_nodes,
+                offered="cluster.max_nodes, cluster.cpus and cluster.gpus offer",
+            )
 
     @property
-    def max_concurrent(self) -> int:
+    def fitting(self) -> int:
         """How many units fit on the nodes that are there now, 0 if all are lost; counted every few seconds."""
         if self._address is not None and time.monotonic() - self._counted > COUNT:
             try:
-                self._max_concurrent = self._count()
+                self._fitting = self._count()
             except UserError:
-                self._max_concurrent = 0
+                self._fitting = 0
             self._counted = time.monotonic()
-        return self._max_concurrent
+        return self._fitting
+
+    @property
+    def max_concurrent(self) -> int:
+        """How many units may be handed out: those that fit now and, where nodes come when asked, as many again."""
+        fitting = self.fitting
+        return fitting if self.most is None else int(max(fitting, min(self.most, fitting + max(fitting, AHEAD))))
 
     def _count(self) -> int:
         own = self._address is None
@@ -140,7 +174,10 @@ class RayConnection:
             session = joined(self._address, lambda: self.on_death(), **options)
         with contextlib.ExitStack() as stack:
             stack.enter_context(session)
-            self._max_concurrent = self._count()
+            if self._address is not None and self.most is None and has_autoscaler():
+                self.most = math.inf
+            if self.most is None:
+                self._fitting = self._count()
             self._session = stack.pop_all()
         return self
 
@@ -187,18 +224,23 @@ class _Searcher(Searcher):  # type: ignore[misc]
         self.failure: Exception | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self._count:
-            self._coordinator.max_concurrent = self._count()
+        self.count()
         try:
             unit = self._coordinator.next()
         except (UserError, OSError) as error:
             self._give_up(error)
             unit = None
         if unit is None:
-            return Searcher.FINISHED if self._coordinator.done else None
+            # so Tune lets go of actors that have nothing to do, and their nodes may go
+            return Searcher.FINISHED if self._coordinator.exhausted else None
         self._units[trial_id] = unit.id
         self._changed()
         return {"unit": asdict(unit)}
+
+    def count(self) -> None:
+        """Count again how many units can run side by side."""
+        if self._count:
+            self._coordinator.max_concurrent = self._count()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error and not alive():  # nor did its candidate fail
@@ -237,6 +279,19 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return {}
 
 
+class _Steps(tune.Callback):  # type: ignore[misc]
+    """Lets the searcher count again even when Tune needs no more units."""
+
+    def __init__(self, searcher: _Searcher) -> None:
+        self._searcher = searcher
+
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+        self._searcher.count()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     """Tells the searcher by what a trial has ended, before Tune tells it that it has."""
 
@@ -265,6 +320,7 @@ def execute(
     on_change: Sequence[Callable[[], None]] = (),
     *,
     count: Callable[[], int] | None = None,
+    note: Callable[[str], None] = lambda _: None,
     work: Callable[[Path, Task], Mapping[str, Any]] = run_task,
 ) -> None:
     """Run units until the coordinator is done. Needs a ``RayConnection``.
@@ -274,6 +330,7 @@ def execute(
         on_change: told of every start and end.
         count: returns how many units can run side by side now, as nodes come and go; ``coordinator.max_concurrent``
             throughout by default.
+        note: is told of every unit whose process was lost.
         work: does a unit of the run at a path, in an actor.
 
     Raises:
@@ -283,7 +340,7 @@ def execute(
     """
     searcher = _Searcher(coordinator, on_change, count)
     # by default Tune asks for the second unit once the first one's process is up; they should start side by side
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(coordinator.max_concurrent)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(PENDING)
     own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
     if resources.workers_per_trial > 1:  # its workers bring their own; the unit itself only waits for them, on the head
         own = {"cpu": 0, "node:__internal_head__": 0.001}
@@ -300,6 +357,7 @@ def execute(
                 storage_path=str(scratch),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                callbacks=[Losses(coordinator.run, note), _Steps(searcher)],
             ),
         ).fit()
     if searcher.failure:

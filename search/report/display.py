@@ -275,18 +275,18 @@ class Display:
             yield changed
         self._live = None
 
-    def overhead(self, coordinator: Coordinator, before: int, elapsed: float) -> None:
+    def overhead(self, coordinator: Coordinator, before: int, elapsed: float, whole: float) -> None:
         """Show what this session's results took: computing and measuring models, training, and all else.
 
         Args:
             coordinator: the search.
             before: number of results when this session began.
             elapsed: seconds since then.
+            whole: seconds of all places for units together.
         """
         found = coordinator.results[before:]
-        if not found:
+        if not found or not whole:
             return
-        whole = elapsed * coordinator.max_concurrent  # of the workers
         computing, training = (sum(times) / whole for times in zip(*map(_work, found), strict=True))
         again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
         each = coordinator.seconds / len(found)

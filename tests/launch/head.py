@@ -17,6 +17,9 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -46,7 +49,17 @@ class RunningHead:
 
 
 @contextlib.contextmanager
-def running_head(*, token_file: Path | None = None, cpus: int = 1) -> Iterator[RunningHead]:
+def running_head(
+    *, token_file: Path | None = None, cpus: int = 1, comes: tuple[int, int] | None = None
+) -> Iterator[RunningHead]:
+    """Start a head.
+
+    Args:
+        token_file: with the token that it asks for; None asks for none.
+        cpus: of the head.
+        comes: CPUs of a node that its autoscaler starts when asked, and how many of them there may be. They are
+            processes of this machine, and go after nine seconds without work.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ps", dir="/tmp"))  # short: Ray's sockets lie below it
     port, dashboard, client, agent, metrics = free_ports(5)
     auth = {"HOME": str(folder)}  # nothing says how, and no token lies there: Ray asks for none
@@ -64,6 +77,11 @@ def running_head(*, token_file: Path | None = None, cpus: int = 1) -> Iterator[R
         "object-store-memory": 100_000_000,
         "temp-dir": folder,
     }
+    if comes is not None:
+        environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
+        options |= {"node-ip-address": "127.0.0.1", "autoscaling-config": folder / "autoscaler.json"}
+        (folder / "autoscaler.json").write_text(json.dumps(_autoscaler(f"127.0.0.1:{port}", *comes)))
     command = [
         str(BIN / "ray"),
         "start",
@@ -83,7 +101,50 @@ def running_head(*, token_file: Path | None = None, cpus: int = 1) -> Iterator[R
             process.wait(timeout=40)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+        for pid in _session(process.pid):  # the nodes that its autoscaler has started
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _autoscaler(gcs: str, cpus: int, count: int) -> dict[str, Any]:
+    """The settings of an autoscaler whose nodes are processes of this machine."""
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "fake",
+        "max_workers": count,
+        "provider": {"type": "fake_multinode", "gcs_address": gcs, "use_node_id_as_ip": True, "launch_multiple": True},
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": cpus, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": count,
+            },
+        },
+        "head_node_type": "ray.head.default",
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 0.15,
+        "auth": {},
+        "docker": {},
+        **{f"{name}_commands": [] for name in commands},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+    }
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of the session that a process leads."""
+    found = []
+    for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == leader:
+                found.append(pid)
+    return found
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:

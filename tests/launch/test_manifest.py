@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shlex
 import subprocess
@@ -81,6 +82,62 @@ def test_kuberay_has_nodes_gpus_storage_and_restarts(config: Callable[..., Searc
         assert volumes[mounts["/etc/prunesweep"]["name"]]["configMap"]["name"] == "my-run-1"
     resources = workers["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == resources["requests"] == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "4"}
+
+
+def check_fields(value: Any, fields: Any, where: str = "RayJob") -> None:
+    """Whether a manifest has only fields that ``rayjob_fields.json`` knows, of its types; ``*`` stands for any name."""
+    if isinstance(fields, dict):
+        assert isinstance(value, dict), where
+        for name, inner in value.items():
+            assert name in fields or "*" in fields, f"{where}.{name}"
+            check_fields(inner, fields.get(name, fields.get("*")), f"{where}.{name}")
+    elif isinstance(fields, list):
+        assert isinstance(value, list), where
+        for i, inner in enumerate(value):
+            check_fields(inner, fields[0], f"{where}[{i}]")
+    else:
+        types = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "quantity": str}
+        assert isinstance(value, types[fields]), f"{where} = {value!r}: must be a {fields}"
+        assert fields == "boolean" or not isinstance(value, bool), where
+
+
+GROWS = {
+    "max_nodes": 20,
+    "node_selector": {"cloud.google.com/gke-spot": "true"},
+    "tolerations": ["cloud.google.com/gke-spot=true:NoSchedule", "spot:NoExecute"],
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"data_claim": None, "gpus": 0}, GROWS])
+def test_kuberay_has_the_fields_of_a_rayjob(config: Callable[..., SearchConfig], more: dict[str, Any]) -> None:
+    _, job = yaml.safe_load_all(kuberay(config(**more).model_copy(update={"name": "run"})))
+    check_fields(job, json.loads((Path(__file__).parent / "rayjob_fields.json").read_text()))
+
+
+def test_kuberay_brings_nodes_when_they_are_asked_for(config: Callable[..., SearchConfig]) -> None:
+    """From none on, spot machines for the trials alone."""
+    _, job = yaml.safe_load_all(kuberay(config(**GROWS).model_copy(update={"name": "run"})))
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    (workers,) = cluster["workerGroupSpecs"]
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (0, 0, 20)
+    pod = workers["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
+    assert pod["tolerations"] == [
+        {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
+        {"key": "spot", "operator": "Exists", "effect": "NoExecute"},
+    ]
+    assert not {"nodeSelector", "tolerations"} & set(cluster["headGroupSpec"]["template"]["spec"])
+    _, fixed = yaml.safe_load_all(kuberay(config().model_copy(update={"name": "run"})))
+    assert "enableInTreeAutoscaling" not in fixed["spec"]["rayClusterSpec"]
+
+
+@pytest.mark.parametrize(
+    "table", [{"tolerations": ["spot"]}, {"tolerations": ["a b:NoSchedule"]}, {"node_selector": {"a\nb": "c"}}]
+)
+def test_labels_and_taints_are_those_of_kubernetes(config: Callable[..., SearchConfig], table: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="cluster.(tolerations|node_selector)"):
+        config(**table)
 
 
 @pytest.mark.parametrize("name", ["a_b", "A..B", "7-fold", "b-", "x" * 48])

@@ -18,7 +18,8 @@ __all__ = ["without_ray"]
 class _Connection:
     """In the place of ``RayConnection``."""
 
-    max_concurrent = 1
+    max_concurrent = fitting = 1
+    most = None
 
     def __init__(self, *_: Any, **options: Any) -> None:
         self.on_death = options["on_death"]

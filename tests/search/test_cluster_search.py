@@ -132,7 +132,9 @@ def starts_of(unit: list[dict[str, Any]]) -> list[bool]:
     return [event["resumed"] for event in unit if event["event"] == "start"]
 
 
-def test_a_node_is_lost(tiny: Callable[..., SearchConfig], cluster: Cluster, tmp_path: Path) -> None:
+def test_a_node_is_lost(
+    tiny: Callable[..., SearchConfig], cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its unit goes on elsewhere, from its last epoch; nothing fails, and nothing is done twice."""
     config, run, text = tiny(search={"trials": 3}, finetune={"epochs": EPOCHS}), Run(tmp_path / "run"), StringIO()
 
@@ -149,8 +151,14 @@ def test_a_node_is_lost(tiny: Callable[..., SearchConfig], cluster: Cluster, tmp
     assert result.finished
     assert run.status()["trials"] == {"finished": 3, "running": 0, "pending": 0, "failed": 0}
     assert "1 unit fits on the cluster's nodes now, before it were 2" in text.getvalue()
+    (lost,) = re.findall(r"trial \d was lost with its node; it goes on elsewhere from epoch \d+", text.getvalue())
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed
+    assert "Error" not in printed
 
     found = events(run)
+    (moved,) = (unit for unit, of in found.items() if len(starts_of(of)) == 2)
+    assert f"trial {int(moved.rpartition('-')[2])} " in lost
     assert sorted(map(starts_of, found.values())) == [[False], [False], [False, True]]
     for of in found.values():
         assert [event["event"] for event in of].count("end") == 1

@@ -526,3 +526,21 @@ def test_the_front_and_promotions_are_best_by_what_ranks(tmp_path: Path) -> None
         assert {task_id(p["trial"], p["rung"]) for p in run.front()} == unbeaten
         promoted.append({r.trial for r in run.results() if r.rung == 1})
     assert promoted[0] != promoted[1]
+
+
+def test_nothing_more_comes_once_all_that_run_are_on_the_last_rung(tmp_path: Path) -> None:
+    """While any is below, it may be promoted, or make room for another one."""
+    run = make_run(tmp_path / "r")
+    coordinator = start(run, requested=6, max_concurrent=2, rungs=(1, 2), reduction_factor=3.0)
+    said = list[tuple[bool, list[int]]]()
+    live: list[Task] = []
+    while not coordinator.done:
+        while (unit := coordinator.next()) is not None:
+            assert not any(exhausted for exhausted, _ in said)
+            live.append(unit)
+        said.append((coordinator.exhausted, sorted(unit.rung for unit in live)))
+        unit = live.pop(0)
+        work(run, unit)
+        coordinator.complete(unit.id)
+    assert [rungs for exhausted, rungs in said if exhausted] == [[1]]
+    assert coordinator.exhausted

@@ -12,6 +12,7 @@ import pytest
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
 from prunesweep.search.execution.coordinator import RunBroken
+from prunesweep.search.execution.growth import has_autoscaler
 from prunesweep.search.execution.runtime import RayConnection, execute, max_concurrent
 from prunesweep.search.store.run import Task
 from tests.search.execution.test_coordinator import start
@@ -82,9 +83,11 @@ def test_processes_that_cannot_begin_break_the_run(where: str, tmp_path: Path, m
 @pytest.mark.slow
 def test_a_process_that_is_lost_again_and_again_fails_its_candidate(tmp_path: Path) -> None:
     run, resources = make_run(tmp_path / "run"), ResourcesTable(cpus=1)
-    coordinator = start(run, requested=1, max_concurrent=1)
+    coordinator, told = start(run, requested=1, max_concurrent=1), list[str]()
     with RayConnection(resources, address=None, verbose=False, on_death=lambda: None):
-        execute(coordinator, resources, work=die)
+        execute(coordinator, resources, work=die, note=told.append)
+        assert not has_autoscaler()
+    assert told == ["trial 0 was lost with its process; it goes on elsewhere from its start"] * 2
     assert list(coordinator.failures) == ["r0-0000"]
     assert "was lost 3 times" in coordinator.failures["r0-0000"]
 

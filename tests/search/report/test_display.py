@@ -141,14 +141,14 @@ def test_the_end_of_a_session_says_what_its_time_went_into(tmp_path: Path) -> No
     """Computing models and training are the work; what is left over, of all workers, is overhead."""
     run, table = make_run(tmp_path / "run"), SearchTable(trials=3)
     coordinator = Coordinator(run, Study(run / "journal", SPACE.distributions, 0), SPACE, table, **ONE)
-    coordinator.max_concurrent, coordinator.seconds = 2, 0.3
+    coordinator.seconds = 0.3
     times = [(4.0, 0.0), (2.0, 3.0), (1.0, 8.0)]  # of the first result it was another session's
     coordinator.results = [
         replace(result_of(i), computing_seconds=own, training_seconds=training)
         for i, (own, training) in enumerate(times)
     ]
     console = Console(file=io.StringIO(), width=300)
-    Display(console).overhead(coordinator, before=1, elapsed=10.0)
+    Display(console).overhead(coordinator, before=1, elapsed=10.0, whole=20.0)
     text = console.file.getvalue()
     assert (
         "2 units in 00:10: of the workers' time 15% went into computing and measuring models, 55% into training, 30%"
