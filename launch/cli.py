@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -233,6 +234,9 @@ def front(
             point["promoted_top1"] = again and again["top1"]
             point["promoted_model"] = again and str(run / again["model"])
     if as_json:
+        for point in points:
+            unit = (task_id(point["trial"], point["rung"]), point["arch_hash"])
+            point["speed"] = [asdict(row) for row in found.speed() if (row.unit, row.arch_hash) == unit]
         print(json.dumps(points))
     elif as_csv:
         columns = dict.fromkeys(name for point in points for name in point)  # not all may be validated yet

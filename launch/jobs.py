@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import io
 import json
 import time
+import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +17,11 @@ import typer
 from .console import without_controls
 from .submit import AddressOption, FollowOption, follow_job
 
-__all__ = ["fetch", "jobs", "logs", "remote_status", "stop"]
+__all__ = ["fetch", "jobs", "logs", "remote_page", "remote_status", "stop"]
 
 NameArgument = Annotated[str, typer.Argument(help="the run's name, for example digits", show_default=False)]
 MIB = 2**20
+PAGE = 64 * MIB  # bytes of the data of a page, at most
 PATIENCE = 600.0  # seconds for a short job, with the installation of its environment
 
 
@@ -107,6 +111,44 @@ def remote_status(run: str, address: str) -> tuple[dict[str, Any], str | None]:
     return state, _reason(output) if code == 1 else None
 
 
+def remote_page(run: str, address: str) -> dict[str, Any]:
+    """Return what the page of a run on a cluster shows, as ``page_data`` gives it.
+
+    Args:
+        run: name of the run.
+        address: address of the cluster's head.
+
+    Raises:
+        UserError: the head does not know the run, its folder is not there yet, or what came back is damaged.
+    """
+    from prunesweep.launch.cluster.client import last_json
+    from prunesweep.models import UserError
+
+    cluster = _cluster(address)
+    last = cluster.latest(run)
+    code, output = _call(cluster, last, "watch", ["prunesweep.launch.cluster.page", last.folder])
+    if code != 0:
+        found = last_json(output)
+        problem = found["error"] if isinstance(found, dict) and "error" in found else output.strip()
+        raise UserError(f"{last.job} is {last.status.lower()}: {without_controls(str(problem))}")
+    try:
+        data = json.loads(_inflated(unpack(output)))
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"what came back of {run} is no page's data: {error}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise UserError(f"what came back of {run} is no page's data")
+    return data
+
+
+def _inflated(data: bytes) -> bytes:
+    """Unpack gzip. Raises ValueError where it holds more than any page."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        found = file.read(PAGE + 1)
+    if len(found) > PAGE:
+        raise ValueError(f"it has more than {PAGE // MIB} MiB")
+    return found
+
+
 def _reason(output: str) -> str:
     """What the last line of a command says that begins with ``error: ``."""
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
@@ -166,8 +208,20 @@ def fetch(
     archive = unpack(output)
     with publish_folder(target.absolute(), replace=False) as folder:
         unpack_archive(archive, folder, limit * MIB)
+        _link_front(folder)
     models = len(list(target.glob("*/*/model/config.json")))
     print(f"{target}: {models} models, {len(archive) / MIB:.1f} MiB; see 'prunesweep front {target}'")
+
+
+def _link_front(folder: Path) -> None:
+    """Make the links of a front's models, which no archive may have, from the trials and rungs that it names."""
+    from prunesweep.search import Run
+    from prunesweep.search.store.records import task_id
+
+    run = Run(folder)
+    listed = run.listed()
+    if all(type(number) is int and number >= 0 for place in listed for number in place):
+        run.link_front([task_id(*place) for place in listed])
 
 
 def unpack(output: str) -> bytes:

@@ -21,19 +21,32 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="of a head that RUN was submitted to, by its name: http://HEAD:8265", show_default=False),
+    ] = None,
 ) -> None:
     """Serve the run's page to a browser on this machine, up to date every 2 seconds; Ctrl-C ends it.
 
-    Nothing of the run is written or locked, so it can be watched while a search goes on, and after.
+    Nothing of the run is written or locked, so it can be watched while a search goes on, and after. Of a cluster it is
+    asked for by a short job, every half minute while somebody looks.
     """
     import contextlib
 
     from prunesweep.search import Run
-    from prunesweep.search.report.server import HOST, page_server
+    from prunesweep.search.report.server import HOST, Feed, RemoteFeed, Source, page_server
 
-    found = Run.existing(run)
-    found.metadata()
-    with page_server(found, port) as server:
-        print(f"{found.shown}: http://{HOST}:{server.server_address[1]}/   (Ctrl-C ends)", flush=True)
+    feed: Source
+    if address is None:
+        found = Run.existing(run)
+        found.metadata()
+        feed, shown = Feed(found), found.shown
+    else:
+        from .jobs import remote_page
+
+        shown = str(run)
+        feed = RemoteFeed(lambda: remote_page(shown, address))
+    with page_server(feed, port) as server:
+        print(f"{shown}: http://{HOST}:{server.server_address[1]}/   (Ctrl-C ends)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -377,6 +377,9 @@ class SearchTable(Table):
         default=(),
         description="Methods that decide while they train, whose decisions are begun with: uvc, spvit, nvit-iterative.",
     )
+    measure_front: bool = Field(
+        default=False, description="Measure at the end how fast the front is beside the source, at batch 1 and 64."
+    )
     keep_models: Literal["front", "all"] = Field(
         default="front", description="Whether models that left the front are deleted (front) or kept (all)."
     )

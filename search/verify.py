@@ -23,6 +23,7 @@ from prunesweep.search.execution.promote import promoted
 from prunesweep.search.execution.reopen import check_given, check_settings, open_study, space_of
 from prunesweep.search.space.space import candidate_key
 from prunesweep.search.store.computed import ComputedFront
+from prunesweep.search.store.progress import planned
 from prunesweep.search.store.records import Validation
 from prunesweep.search.store.run import Outcomes, Result, Run, Task, task_id
 from prunesweep.training import load_state
@@ -166,11 +167,8 @@ def _promoted(run: Run) -> Iterator[Problem]:
 def _end(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> Iterator[Problem]:
     """What a search leaves when it has ended."""
     advice, report = run / "advice.json", run / REPORT
-    settled, level = len(outcomes.results) + len(outcomes.failures), config.search.trials
-    expected = level
-    for _ in config.search.rungs[1:]:
-        level = int(level // config.search.reduction_factor)
-        expected += level
+    settled = len(outcomes.results) + len(outcomes.failures)
+    expected = sum(planned(config.search.trials, max(len(config.search.rungs), 1), config.search.reduction_factor))
     measured = any(any(run.path.glob(f"trials/*/{name}")) for name in ("validation.json", "test.json"))
     if not (advice.is_file() or measured or settled >= expected):
         return
@@ -182,6 +180,7 @@ def _end(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> Iter
         lines = None
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         yield Problem(f"{advice} is damaged or lost", again)
+    yield from _said(again, run.read_speed)
 
 
 def _source(run: Run, facts: dict[str, Any]) -> None:

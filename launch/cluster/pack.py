@@ -18,11 +18,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["BEGIN", "END", "chosen"]
+__all__ = ["BEGIN", "END", "chosen", "print_bytes"]
 
 BEGIN, END = "prunesweep-archive", "prunesweep-end"
-ALWAYS = ("search.toml", "run.json", "front.json", "report.html", "study.journal", "latency_table.json")
-OF_TRIALS = ("spec.json", "arch.json", "result.json", "validation.json", "metrics.jsonl")
+ALWAYS = (
+    "search.toml",
+    "run.json",
+    "front.json",
+    "report.html",
+    "study.journal",
+    "latency_table.json",
+    "advice.json",
+    "speed.json",
+)
+OF_TRIALS = ("spec.json", "arch.json", "result.json", "validation.json", "test.json", "metrics.jsonl")
 LINE = 49_152  # bytes of a line; a multiple of 3
 
 
@@ -90,14 +99,25 @@ def main() -> int:
         except OverflowError:
             print(json.dumps({"error": f"{run}: the archive exceeds the limit of {arguments.limit / 2**20:g} MiB"}))
             return 2
-        size = file.tell()
-        file.seek(0)
-        print(BEGIN, size, hashlib.file_digest(file, "sha256").hexdigest())
-        file.seek(0)
-        while block := file.read(LINE):
-            print(base64.b64encode(block).decode())
-    print(END, flush=True)
+        print_bytes(file)
     return 0
+
+
+def print_bytes(file: IO[bytes]) -> None:
+    """Print the content of a file as lines that survive a job's log, with its length and checksum.
+
+    Args:
+        file: written to its end.
+    """
+    size, digest = file.tell(), hashlib.sha256()
+    file.seek(0)
+    while block := file.read(LINE):
+        digest.update(block)
+    print(BEGIN, size, digest.hexdigest())
+    file.seek(0)
+    while block := file.read(LINE):
+        print(base64.b64encode(block).decode())
+    print(END, flush=True)
 
 
 if __name__ == "__main__":

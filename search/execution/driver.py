@@ -49,6 +49,7 @@ from .remote import run_on_worker
 from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
 from .runtime import RayConnection, execute, max_concurrent
 from .source import NotMade, Progress, SourceArtifacts, open_space
+from .speed import measure_speed
 from .task import run_task
 from .validation import validate_front
 
@@ -503,7 +504,7 @@ def _search(
             raise SearchFailed(_nothing_found(run, coordinator))
         if coordinator.finished:
             study.settle(coordinator.results)
-            _validate(run, config, display, on_worker=on_worker)
+            _measure_front(run, config, display, on_worker=on_worker)
             run.write_advice(lines := advice(run))
             _write_report(run)
             display.front([{**p, "model": f"{run.shown}/{p['model']}"} for p in run.front()], source["macs"])
@@ -511,16 +512,20 @@ def _search(
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 
 
-def _validate(run: Run, config: SearchConfig, display: Display, *, on_worker: bool) -> None:
-    """Measure the front on the validation split and on test data, and write it again."""
-    if not config.data.search_split and config.data.test is None:
-        return
-    work = partial(validate_front, run.path, config)
-    with display.progress() as progress:
-        if on_worker:
-            run_on_worker(work, config.resources, progress, note=display.note)
-        else:
-            work(progress)
+def _measure_front(run: Run, config: SearchConfig, display: Display, *, on_worker: bool) -> None:
+    """Measure the front on the validation split and on test data, and its speed where that is wanted."""
+    looks: list[Callable[[Path, SearchConfig, Progress], None]] = []
+    if config.data.search_split or config.data.test is not None:
+        looks.append(validate_front)
+    if config.search.measure_front:
+        looks.append(measure_speed)
+    for look in looks:
+        work = partial(look, run.path, config)
+        with display.progress() as progress:
+            if on_worker:
+                run_on_worker(work, config.resources, progress, note=display.note)
+            else:
+                work(progress)
     run.write_front()
 
 

@@ -15,7 +15,7 @@ from prunesweep.search.store.run import Run
 
 from .page_data import page_data
 
-__all__ = ["render", "render_run", "write_report"]
+__all__ = ["as_script", "render", "render_data", "render_run", "write_report"]
 
 FOLDER = Path(__file__).parent
 # of the page of a run, in this order
@@ -46,8 +46,17 @@ def render_run(run: Run, *, live: bool = False) -> str:
         run: the run.
         live: the page asks the server that it came from for ``data.json``, again and again.
     """
-    data = page_data(run)
-    return render("report.html", f"prunesweep: {run.path.name}", data, scripts=VIEWS, live=live)
+    return render_data(page_data(run), live=live)
+
+
+def render_data(data: Mapping[str, Any], *, live: bool = False) -> str:
+    """Return the page of what ``page_data`` gave.
+
+    Args:
+        data: that.
+        live: as for ``render_run``.
+    """
+    return render("report.html", f"prunesweep: {data['name']}", data, scripts=VIEWS, live=live)
 
 
 def render(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from prunesweep.models import Arch, UserError, cut_arch, read_arch
@@ -43,6 +44,7 @@ def page_data(run: Run) -> dict[str, Any]:
     epochs, stations = own_epochs(results), dict[int, list[Result]]()
     for result in results:  # ascending in the rung
         stations.setdefault(result.trial, []).append(result)
+    macs = {(r.id, r.arch_hash): r.macs for r in current}
     members = [r for r in shown if (r.trial, r.rung) in front]
     return {
         "name": run.path.name,
@@ -68,6 +70,11 @@ def page_data(run: Run) -> dict[str, Any]:
         "damaged": sorted(outcomes.damaged),
         "activity": activity(run, results, outcomes.failures),
         "importance": importance(results, run.ranking),
+        "speed": [
+            {**asdict(row), "promised": facts["source"]["macs"] / macs[row.unit, row.arch_hash]}
+            for row in run.speed()
+            if (row.unit, row.arch_hash) in macs
+        ],
         "growth": growth(run, results, run.ranking, searched),
         "spectra": spectra(run, facts["scores"], source),
         "data": settings.get("data", {}),

@@ -5,24 +5,36 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
 from prunesweep.models import UserError
 from prunesweep.models.io.lock import Lock
 from prunesweep.models.io.provenance import digest
 from prunesweep.search.store.run import Run
 
-from .page import as_script, render_run
+from .page import as_script, render_data, render_run
 from .page_data import page_data
 
-__all__ = ["HOST", "PORT", "Feed", "page_server"]
+__all__ = ["HOST", "PORT", "Feed", "RemoteFeed", "page_server"]
 
 HOST, PORT = "127.0.0.1", 8642
 PORTS = 20  # that are tried from the first on
+PAUSE = 30.0  # seconds after an answer from afar until the next is asked for
+
+
+class Source(Protocol):
+    """Where the server has the data of a page from."""
+
+    def read(self) -> tuple[str, str]:
+        """Return the data as JSON, and a tag that differs where they do. Raises UserError or OSError."""
+
+    def page(self) -> str:
+        """Return the page with them."""
 
 
 class Feed:
@@ -52,6 +64,10 @@ class Feed:
                 self._tag, self._seen = f'"{digest({"text": self._text})}"', seen
             return self._text, self._tag
 
+    def page(self) -> str:
+        """Return the page with the data as they are now."""
+        return render_run(self.run, live=True)
+
     def _files(self) -> Iterator[tuple[str, int, int]]:
         """Names, times and sizes of the files that the page is made of."""
         for pattern in ("*.json", "*.toml", "trials/*/*.json*", "promoted/*/promoted.json"):
@@ -61,19 +77,70 @@ class Feed:
                     yield str(path), facts.st_mtime_ns, facts.st_size
 
 
-def page_server(run: Run, port: int | None = None) -> ThreadingHTTPServer:
+class RemoteFeed:
+    """What the page of a run far away shows; it is asked for again while somebody looks, not more often than ``PAUSE``.
+
+    Args:
+        ask: returns ``page_data`` of the run, which may take seconds; called once at once. Its data are not trusted:
+            they are shown as text.
+
+    Raises:
+        UserError: as ``ask``.
+    """
+
+    def __init__(self, ask: Callable[[], Mapping[str, Any]]) -> None:
+        self._ask, self._lock, self._asking = ask, threading.Lock(), False
+        self._error: UserError | None = None
+        self._take(ask())
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        self._data, text = data, as_script(data)
+        self._text, self._tag = text, f'"{digest({"text": text})}"'
+        self._due = time.monotonic() + PAUSE
+
+    def _again(self) -> None:
+        try:
+            data = self._ask()
+            with self._lock:
+                self._take(data)
+                self._error = None
+        except Exception as error:  # whatever a client of a cluster raises; the next question may be answered
+            with self._lock:
+                self._error, self._due = UserError(str(error)), time.monotonic() + PAUSE
+        finally:
+            self._asking = False
+
+    def read(self) -> tuple[str, str]:
+        """Return the latest data as JSON, and a tag that differs where they do; ask for newer ones where that is due.
+
+        Raises:
+            UserError: the last question was not answered.
+        """
+        with self._lock:
+            if time.monotonic() >= self._due and not self._asking:
+                self._asking = True
+                threading.Thread(target=self._again, daemon=True, name="page").start()
+            if self._error is not None:
+                raise self._error
+            return self._text, self._tag
+
+    def page(self) -> str:
+        """Return the page with the latest data."""
+        return render_data(self._data, live=True)
+
+
+def page_server(feed: Source, port: int | None = None) -> ThreadingHTTPServer:
     """Return a server of a run's page on 127.0.0.1, to be started by ``serve_forever``.
 
     ``/`` is the page, ``/data.json`` its data, with an ETag: what has not changed is not sent again.
 
     Args:
-        run: the run.
+        feed: where its data are from.
         port: 0 takes a free one; by default the first free one from ``PORT`` on.
 
     Raises:
         UserError: the port is in use.
     """
-    feed = Feed(run)
 
     class Handler(_Handler):
         pass
@@ -97,7 +164,7 @@ def page_server(run: Run, port: int | None = None) -> ThreadingHTTPServer:
 class _Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD for two paths, and only under the names of this machine: no other site can read a run."""
 
-    feed: Feed
+    feed: Source
 
     def do_GET(self) -> None:
         port = self.connection.getsockname()[1]
@@ -113,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
                 warnings.simplefilter("ignore")  # the page counts what is damaged
                 text, tag = self.feed.read()
                 if path == "/":
-                    self._answer(HTTPStatus.OK, "text/html", render_run(self.feed.run, live=True))
+                    self._answer(HTTPStatus.OK, "text/html", self.feed.page())
                     return
         except (UserError, OSError) as error:
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"{error}\n")

@@ -25,6 +25,8 @@ __all__ = [
     "Ending",
     "Result",
     "RunFacts",
+    "Speed",
+    "Speeds",
     "Task",
     "Validation",
     "place_of",
@@ -150,6 +152,31 @@ class Validation(BaseModel):
 
     result: str  # digest of the result
     figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The latency of a front's member and of the source, measured side by side: medians, in ms per batch."""
+
+    __pydantic_config__: ClassVar = EXACT
+
+    unit: str
+    arch_hash: str
+    device: str
+    device_name: str
+    dtype: str
+    threads: int | None  # of the CPU
+    batch: PositiveInt
+    median_ms: float
+    source_ms: float
+
+
+class Speeds(BaseModel):
+    """What ``speed.json`` says."""
+
+    model_config = EXACT
+
+    rows: list[Speed]
 
 
 class SourceFacts(BaseModel):

@@ -6,7 +6,8 @@
     given/           saved models and decisions that the search started from
     teacher_logits/, latency_table.json        where the search uses them
     front/01, ...    links to the models of the front's members, ascending in cost
-    study.journal    Optuna's journal          front.json, report.html, tb/, advice.json (once the search has ended)
+    study.journal    Optuna's journal          front.json, report.html, tb/
+    advice.json, speed.json                    once the search has ended
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
                      validation.json, test.json (of members of the front, once the search has ended)
 
@@ -45,6 +46,8 @@ from .records import (
     Ending,
     Result,
     RunFacts,
+    Speed,
+    Speeds,
     Task,
     Validation,
     place_of,
@@ -312,6 +315,23 @@ class Run:
             return None
         return EvalMetrics.of(kept["figures"]) if kept.get("result") == of else None
 
+    def write_speed(self, rows: Sequence[Speed]) -> None:
+        """Keep what was measured of the speed of the front's members."""
+        self._write(self / "speed.json", sealed({"rows": [asdict(row) for row in rows]}))
+
+    def read_speed(self) -> list[Speed]:
+        """What ``write_speed`` wrote; nothing where it did not. Raises UserError where the file is damaged."""
+        path = self / "speed.json"
+        return [Speed(**row) for row in self.read(path, Speeds)["rows"]] if path.is_file() else []
+
+    def speed(self) -> list[Speed]:
+        """``read_speed``; nothing where the file is damaged, with a warning."""
+        try:
+            return self.read_speed()
+        except UserError as error:
+            warnings.warn(f"{error}; left out, 'prunesweep resume {self.shown}' makes it again", stacklevel=2)
+            return []
+
     def write_advice(self, lines: Sequence[str]) -> None:
         """Keep what the end of the search said about its settings."""
         write_text(self / "advice.json", json.dumps(list(lines), indent=1))
@@ -513,7 +533,7 @@ class Run:
         lost = {
             "damaged results": sorted(outcomes.damaged),
             "models that are gone or damaged": sorted(gone),
-            "lost results": sorted({task_id(*member) for member in self._in_front()} - known),
+            "lost results": sorted({task_id(*member) for member in self.listed()} - known),
         }
         said = [f"{what}: {_listed(units)}" for what, units in lost.items() if units]
         if not said:
@@ -528,7 +548,7 @@ class Run:
 
         Other models are deleted by purpose.
         """
-        front = self._in_front()
+        front = set(self.listed())
         members = [r for r in results if (r.trial, r.rung) in front]
         return [(r, reason) for r in members if (reason := self._loss(r))]
 
@@ -543,12 +563,12 @@ class Run:
             return str(error)
         return ""
 
-    def _in_front(self) -> set[tuple[int, int]]:
-        """Trials and rungs of the members that ``front.json`` has."""
+    def listed(self) -> list[tuple[int, int]]:
+        """Trials and rungs of the members that ``front.json`` has, in its order; none where it is damaged."""
         try:
-            return {(point["trial"], point["rung"]) for point in reading.read_json(self / "front.json")}
+            return [(point["trial"], point["rung"]) for point in reading.read_json(self / "front.json")]
         except (UserError, TypeError, KeyError):
-            return set()
+            return []
 
     def front(self, results: Sequence[Result] | None = None, *, absolute: bool = False) -> list[dict[str, Any]]:
         """The entries of ``front.json`` for ``members``; paths of models are relative by default.
@@ -600,17 +620,24 @@ class Run:
         """Write ``front.json``, link its models as ``front/01`` and so on, and return what it says."""
         front = self.front(results)
         self._write(self / "front.json", json.dumps(front, indent=1))
-        self._link_front([point["model"] for point in front])
+        self.link_front([task_id(point["trial"], point["rung"]) for point in front])
         return front
 
-    def _link_front(self, models: Sequence[str]) -> None:
+    def link_front(self, units: Sequence[str]) -> None:
         """Make ``front/01``, ``front/02``, ... lead to models in the run's folder; remove those of members that left.
 
         Each changes in one step, so that whoever opens it finds one model or another. File systems without links have
         none.
+
+        Args:
+            units: names of the members' tasks; one whose model is not there has no link, and keeps its place.
         """
-        folder, digits, changed = self / "front", max(len(str(len(models))), 2), False
-        links = {f"{place:0{digits}d}": Path("..") / model for place, model in enumerate(models, 1)}
+        folder, digits, changed = self / "front", max(len(str(len(units))), 2), False
+        links = {
+            f"{place:0{digits}d}": Path("..") / "trials" / unit / "model"
+            for place, unit in enumerate(units, 1)
+            if (self.trial(unit) / "model").is_dir()
+        }
         try:
             folder.mkdir(exist_ok=True)
             for path in folder.iterdir():

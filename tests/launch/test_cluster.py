@@ -13,17 +13,23 @@ import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from prunesweep.launch.cluster import entrypoint, package
+from prunesweep.launch import jobs
+from prunesweep.launch.cluster import entrypoint, package, page
 from prunesweep.launch.cluster.auth import find_token, greet
 from prunesweep.launch.cluster.pack import chosen
 from prunesweep.launch.jobs import unpack
 from prunesweep.models import UserError
 from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.report.page_data import page_data
 from tests.launch.head import AUTH, clean_environment
+from tests.launch.test_cli import call
 from tests.search.helpers import make_run
+from tests.search.report.test_page import small_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -279,6 +285,63 @@ def test_what_is_packed_comes_out(run: Path, options: list[str], models: set[int
     }
     assert {"run.json", "search.toml", "front.json", "trials/r0-0002/result.json"} <= names
     assert not [name for name in names if "state" in name]
+
+
+class Answering:
+    """In the place of a cluster, whose short jobs print ``output``."""
+
+    def __init__(self, output: str, code: int = 0) -> None:
+        self.answer = (code, output)
+
+    def latest(self, run: str) -> Any:
+        return SimpleNamespace(folder=run, job=f"{run}-1", status="RUNNING")
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Let commands find a cluster whose jobs print this and end so."""
+
+    def answer(output: str, code: int = 0) -> None:
+        monkeypatch.setattr(jobs, "_cluster", lambda _: Answering(output, code))
+        monkeypatch.setattr(jobs, "_call", lambda cluster, *_: cluster.answer)
+
+    return answer
+
+
+def test_what_is_fetched_has_links_to_the_front_at_its_places(
+    run: Path, tmp_path: Path, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = json.loads((run / "front.json").read_text())
+    (run / "front.json").write_text(json.dumps([{**point, "rung": 0} for point in listed]))
+    for model in run.glob("trials/*/model"):
+        (model / "config.json").write_text("{}")
+    answering(pack(run, "--top", "1").stdout)
+    assert call(capsys, "fetch", "run", "--out", tmp_path / "here")[0] == 0
+    (link,) = (tmp_path / "here" / "front").iterdir()
+    assert (link.name, link.readlink()) == ("02", Path("../trials/r0-0001/model"))  # the second of the front
+    assert (link / "config.json").is_file()
+    (run / "front.json").write_text(json.dumps([{**listed[0], "rung": "../../../..", "trial": 0}]))
+    answering(pack(run).stdout)
+    assert call(capsys, "fetch", "run", "--out", tmp_path / "hostile")[0] == 0
+    assert not (tmp_path / "hostile" / "front").exists()
+
+
+def test_the_page_of_a_run_on_a_cluster_is_what_its_files_say(
+    tmp_path: Path, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = small_run(tmp_path / "run")
+    assert page.main(str(found.path)) == 0
+    output = f"a warning of Ray\n{capsys.readouterr().out}"
+    answering(output)
+    assert jobs.remote_page("run", "http://head") == json.loads(json.dumps(page_data(found)))
+    for broken in (output.replace("A", "B"), "nothing"):
+        answering(broken)
+        with pytest.raises(UserError, match="length or checksum"):
+            jobs.remote_page("run", "http://head")
+    assert page.main(str(tmp_path / "none")) == 2
+    answering(capsys.readouterr().out, 2)
+    with pytest.raises(UserError, match="run-1 is running: .*none is not a run"):
+        jobs.remote_page("run", "http://head")
 
 
 def test_torn_and_altered_archives_are_refused(run: Path) -> None:

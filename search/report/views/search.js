@@ -172,32 +172,28 @@ function filters(scales) {
 }
 
 function drawSpeed() {
-  const timed = page.speed ?? [];
-  if (!timed.length)
+  if (!page.speed.length)
     throw new NotDrawn(
-      "Nothing was measured. Measure the front with: prunesweep bench " +
-        (!front.length
-          ? "MODEL..."
-          : (page.links
-              ? shell(page.path) + "/front/*"
-              : front.map(t => shell(page.path + "/trials/" + t.unit + "/model")).join(" ")) +
-            " --source " +
-            shell(page.path) +
-            "/source"),
+      "Nothing was measured." +
+        (front.length
+          ? " Measure the front with: prunesweep resume " + shell(page.path) + " --set search.measure_front=true"
+          : ""),
     );
+  const [{ device_name, dtype, threads }] = page.speed;
+  byId("device").textContent =
+    "Measured on " + device_name + ", " + dtype + (threads === null ? "" : ", threads: " + threads) + ".";
   table(
     "speed",
-    ["model", "device", "batch", "measured (ms)", "source (ms)", "measured speed-up", "promised by MACs"],
-    timed.map(p => [
+    ["model", "batch", "measured (ms)", "source (ms)", "measured speed-up", "promised by MACs"],
+    page.speed.map(p => [
       p.unit,
-      p.device,
       p.batch,
       fixed(p.median_ms, 3),
-      number(p.source_ms) ? fixed(p.source_ms, 3) : "",
-      number(p.source_ms) ? (p.source_ms / p.median_ms).toFixed(2) + " x" : "",
+      fixed(p.source_ms, 3),
+      (p.source_ms / p.median_ms).toFixed(2) + " x",
       p.promised.toFixed(2) + " x",
     ]),
-    [0, 1],
+    [0],
   );
 }
 

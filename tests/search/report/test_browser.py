@@ -20,7 +20,7 @@ from prunesweep.launch.cli import app
 from prunesweep.models import cost, load, save
 from prunesweep.search.report.page import VIEWS, render, write_report
 from prunesweep.search.report.page_data import page_data
-from prunesweep.search.report.server import page_server
+from prunesweep.search.report.server import Feed, page_server
 from prunesweep.search.store.run import Run
 from tests.generate import random_arch, random_model
 from tests.search.helpers import ARCH, make_run, put_model
@@ -292,7 +292,7 @@ def test_shown_commands_do_what_they_say(
 
 def test_a_page_that_is_fed_keeps_what_was_chosen(tmp_path: Path, visit: Callable[..., Any]) -> None:
     run = varied_run(tmp_path / "run")
-    with page_server(run, 0) as server:
+    with page_server(Feed(run), 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         page = visit(f"http://127.0.0.1:{server.server_address[1]}/")

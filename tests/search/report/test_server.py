@@ -5,14 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prunesweep.models import UserError
+from prunesweep.search.report import server
 from prunesweep.search.report.page_data import page_data
-from prunesweep.search.report.server import page_server
+from prunesweep.search.report.server import Feed, RemoteFeed, page_server
 from prunesweep.search.store.run import Run
 from tests.search.helpers import ARCH
 from tests.search.report.test_page import add, small_run
@@ -27,11 +30,11 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def port(run: Run) -> Iterator[int]:
-    with page_server(run, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    with page_server(Feed(run), 0) as served:
+        thread = threading.Thread(target=served.serve_forever, args=(0.05,))
         thread.start()
-        yield int(server.server_address[1])
-        server.shutdown()
+        yield int(served.server_address[1])
+        served.shutdown()
         thread.join()
 
 
@@ -92,6 +95,39 @@ def test_other_sites_other_paths_and_other_methods_get_nothing(port: int) -> Non
     assert ask(port, "/", "HEAD")[2] == ""
 
 
+def test_a_page_from_afar_is_asked_for_again_while_somebody_looks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PAUSE", 0.0)
+    answers: list[Any] = [page_data(run)]
+
+    def ask() -> dict[str, Any]:
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        return answers[-1]
+
+    feed = RemoteFeed(ask)
+    text, tag = feed.read()
+    assert json.loads(text) == json.loads(json.dumps(answers[0]))
+    answers.append({**answers[0], "name": "<b>another</b>"})
+    assert until(lambda: feed.read()[1] != tag)
+    assert "<b>another" not in feed.page()
+    answers.append(UserError("the head is gone"))
+    assert until(lambda: said(feed) == "the head is gone")
+    answers.append(answers[0])
+    assert until(lambda: said(feed) == "" and feed.read()[1] == tag)
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    return any(holds() or time.sleep(0.01) for _ in range(500))
+
+
+def said(feed: RemoteFeed) -> str:
+    try:
+        feed.read()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_a_port_in_use_is_said(run: Run, port: int) -> None:
     with pytest.raises(UserError, match=rf"--port {port}: is not free"):
-        page_server(run, port)
+        page_server(Feed(run), port)
