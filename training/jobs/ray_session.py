@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,10 +22,11 @@ from rich.console import Console
 
 import prunesweep
 from prunesweep.models import UserError
-from prunesweep.models.io.lock import started_at
 from prunesweep.models.io.scratch import remove_left, remove_scratch_folders, scratch_folder
 
 from ..signals import deferred
+from . import ray_processes
+from .ray_processes import MAIN, children, name_of, named, over, started_at
 
 for name, value in {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder that the user is in
@@ -62,7 +66,7 @@ OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
 
 
 def start(**options: Any) -> Any:
-    """Call ``ray.init`` so that no Ctrl-C is lost meanwhile, and none leaves processes of Ray behind.
+    """Call ``ray.init`` so that no Ctrl-C is lost meanwhile.
 
     Processes of Ray do not look for modules in the current folder: what the user has there may be ``datasets.py``. A
     Ray of our own (``address="local"``) listens to this machine alone.
@@ -73,13 +77,9 @@ def start(**options: Any) -> Any:
     Returns:
         Ray's context.
     """
-    try:
-        own = options.get("address") == "local"
-        with deferred(signal.SIGINT), _setting(SAFE_PATH, "1"), _on_loopback() if own else contextlib.nullcontext():
-            return ray.init(job_config=_job_config(), **options)
-    except KeyboardInterrupt:
-        ray.shutdown()
-        raise
+    own = options.get("address") == "local"
+    with deferred(signal.SIGINT), _setting(SAFE_PATH, "1"), _on_loopback() if own else contextlib.nullcontext():
+        return ray.init(job_config=_job_config(), **options)
 
 
 @contextlib.contextmanager
@@ -156,26 +156,32 @@ def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
         RayDied: Ray does not start.
     """
     own_token()
-    with _ray_folder() as folder:
-        try:
-            context = start(address="local", _temp_dir=folder, **options)
-        except UserError:
-            raise
-        except Exception as error:
-            ray.shutdown()
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise RayDied(f"Ray died while it started: {reason or type(error).__name__}") from error
+    with _ray_folder() as folder, contextlib.ExitStack() as stack:
+        helper = stack.enter_context(_helped(folder))
 
         def end() -> None:
-            _end_processes()
+            helper()
+            _end_processes(folder)
             remove_scratch_folders()
             on_death()
+
+        try:
+            with _looked_after(_Starting().alive, end, period=0.1, misses=1):
+                context = start(address="local", _temp_dir=folder, **options)
+        except BaseException as error:
+            helper()
+            ray.shutdown()
+            if isinstance(error, UserError) or not isinstance(error, Exception):
+                raise
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise RayDied(f"Ray died while it started: {reason or type(error).__name__}") from error
 
         try:
             with _watched(_own_alive, end, period=0.2, misses=1):
                 try:
                     yield context
                 finally:
+                    helper()
                     _own_alive()
         finally:
             _end_begun()
@@ -199,6 +205,9 @@ def joined(address: str, on_death: Callable[[], object], **options: Any) -> Iter
     """
     try:
         context = start(address=address, **options)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster can be reached at {address}: {error}") from error
     host, _, port = context.address_info["gcs_address"].rpartition(":")
@@ -215,13 +224,27 @@ def joined(address: str, on_death: Callable[[], object], **options: Any) -> Iter
 def _watched(
     lives: Callable[[], bool], on_death: Callable[[], object], *, period: float, misses: int
 ) -> Iterator[None]:
-    """Look after a Ray for the time of a ``with`` block, and shut it down at the end.
+    """Look after a Ray for the time of a ``with`` block, and shut it down at the end."""
+    global _lives
+    _lives = lives
+    try:
+        with _looked_after(lives, on_death, period=period, misses=misses):
+            yield
+    finally:
+        _lives = None
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _looked_after(
+    lives: Callable[[], bool], on_death: Callable[[], object], *, period: float, misses: int
+) -> Iterator[None]:
+    """Look after a Ray for the time of a ``with`` block.
 
     Ray itself notices only after a minute, and then exits with code 0. What waits for a reply raises all kinds of
     errors, sooner or later than the thread here sees why.
     """
-    global _lives
-    stop, _lives = threading.Event(), lives
+    stop = threading.Event()
     dead = threading.Lock()  # of two that notice, the second one waits for the end of this process
 
     def watch() -> None:
@@ -245,8 +268,6 @@ def _watched(
         raise
     finally:
         stop.set()
-        _lives = None
-        ray.shutdown()
 
 
 _lives: Callable[[], bool] | None = None  # tells whether the Ray of this process lives
@@ -290,24 +311,85 @@ def _own_alive() -> bool:
     if dead & {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}:
         return False
     for found in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, ()):
-        _begun = _children(found.process.pid) or _begun
+        _begun = children(found.process.pid) or _begun
     return True
+
+
+class _Starting:
+    """The processes of a Ray that ``ray.init`` is starting, before Ray tells which they are."""
+
+    def __init__(self) -> None:
+        self._others = set(children(os.getpid()))
+        self._seen: dict[int, str] = {}
+
+    def alive(self) -> bool:
+        """Whether its node manager and its central store live, as far as they have begun."""
+        for pid, started in children(os.getpid()).items():
+            if pid not in self._others and name_of(pid) in MAIN:
+                self._seen[pid] = started
+        return not any(over(pid) or started_at(pid) != started for pid, started in self._seen.items())
+
+
+DIED = (
+    "error: Ray died; the same command goes on from what is saved (prunesweep resume RUN, of a search that has begun)"
+)
+
+
+@contextlib.contextmanager
+def _helped(folder: str) -> Iterator[Callable[[], None]]:
+    """Let another process look after a Ray that starts in a folder, for where Ray lets no thread of this one run.
+
+    Yields:
+        A function that ends it.
+    """
+    if sys.platform != "linux":  # nothing there tells of processes
+        yield lambda: None
+        return
+    command = [sys.executable, "-I", "-S", ray_processes.__file__, str(os.getpid()), folder, DIED]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # Ctrl-C is for this process
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+
+    try:
+        with _quitting():
+            yield end
+    finally:
+        end()
+
+
+@contextlib.contextmanager
+def _quitting() -> Iterator[None]:
+    """End this process with ``RAY_DIED`` by SIGQUIT, whatever it is doing: the C library's ``_exit`` handles it.
+
+    That gets the signal's number, 3, as its argument.
+    """
+    assert RAY_DIED == signal.SIGQUIT
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    before = library.signal(signal.SIGQUIT, ctypes.cast(library._exit, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        library.signal(signal.SIGQUIT, before)
 
 
 _begun: dict[int, str] = {}  # processes that the raylet has begun, with the times when they began
 
 
-def _children(pid: int) -> dict[int, str]:
-    """Processes that a process has begun; none where the system does not tell."""
-    found = dict[int, str]()
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found |= {int(child): started_at(int(child)) for child in listed.read_text().split()}
-    return found
+def _end_processes(folder: str) -> None:
+    """Kill a Ray of our own. Workers and agents that a dead raylet has left would live on for half a minute.
 
-
-def _end_processes() -> None:
-    """Kill a Ray of our own. Workers and agents that a dead raylet has left would live on for half a minute."""
+    Args:
+        folder: the Ray's own.
+    """
+    global _begun
+    _begun = {**_begun, **named(folder)}
     with contextlib.suppress(Exception):  # the other thread may be ending them, too
         _node().kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
     _end_begun()
@@ -316,20 +398,13 @@ def _end_processes() -> None:
 def _end_begun() -> None:
     """Kill what the raylet had begun and is there still, and wait until it is gone: then what it held can go."""
     deadline = time.monotonic() + GONE
-    while left := [pid for pid, started in _begun.items() if started and started_at(pid) == started and not _over(pid)]:
+    while left := [pid for pid, started in _begun.items() if started and started_at(pid) == started and not over(pid)]:
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             return
         time.sleep(0.02)
-
-
-def _over(pid: int) -> bool:
-    """Whether a process has ended, though its parent has not asked how: in containers, nobody may ever ask."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
 
 
 def _open(host: str, port: int) -> bool:

@@ -35,6 +35,7 @@ from ray.train import (  # noqa: E402
     Checkpoint,
     CheckpointConfig,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -171,8 +172,9 @@ def _fit(trainer: _Trainer, storage: str, name: str) -> ray.train.Result:
             if not owned():  # a Ray of our own ends with all of them
                 trainer.abort()
             raise
-        except RayActorError as error:
-            if attempt == RESTARTS or not alive():
+        except (RayActorError, ControllerError) as error:  # the second one: of a worker, lost before it began
+            lost = isinstance(error, RayActorError) or isinstance(error.controller_failure, RayActorError)
+            if attempt == RESTARTS or not lost or not alive():
                 raise TrainingFailed(str(error)) from error
             free_places()
         except Exception as error:  # Ray wraps the error of a worker

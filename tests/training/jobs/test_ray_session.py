@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +100,55 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(
         main([])
     assert ended.value.code == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_process_that_ray_cannot_do_without_and_dies_while_it_starts_is_noticed_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / name).symlink_to(shutil.which("sleep") or "")
+    noticed = threading.Event()
+
+    def init(**_: Any) -> None:
+        process = subprocess.Popen([tmp_path / name, "60"])
+        assert not noticed.wait(0.3)
+        process.kill()
+        assert noticed.wait(5)
+        process.wait()
+        raise ConnectionError("there is no Ray in this test")
+
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    with pytest.raises(RayDied), ray_session.own_ray(noticed.set):
+        pass
+
+
+STUCK = """
+import ctypes, subprocess, sys
+from prunesweep.training.jobs import ray_session
+
+def init(**_):
+    process = subprocess.Popen([sys.argv[1], "60"])
+    ctypes.pythonapi.usleep(300_000)
+    process.kill()
+    ctypes.pythonapi.usleep(60_000_000)  # holds the interpreter's lock all the time
+
+ray_session.ray.init = init
+with ray_session.own_ray(lambda: None):
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_ray_that_dies_while_nothing_of_python_can_run_ends_the_process(tmp_path: Path) -> None:
+    """As ``ray.init`` waits for a GCS that is gone: for a minute, and then it ends the process with exit code 1."""
+    (tmp_path / "gcs_server").symlink_to(shutil.which("sleep") or "")
+    begun, environment = time.monotonic(), {**os.environ, "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    process = [sys.executable, "-c", STUCK, str(tmp_path / "gcs_server")]
+    ended = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=50)
+    assert (ended.returncode, ended.stderr.count("\n")) == (3, 1), ended.stderr
+    assert ended.stderr.startswith("error: Ray died; the same command goes on")
+    assert time.monotonic() - begun < 40
+    assert [path.name for path in tmp_path.iterdir()] == ["gcs_server"]
 
 
 WAITS = """
