@@ -22,6 +22,7 @@ from typing import Any
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import nearest
+from prunesweep.models.io.scratch import scratch_for_libraries
 
 from .auth import Head, greet
 
@@ -138,12 +139,13 @@ class Cluster:
             UserError: the cluster rejects the job.
         """
         try:
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job,
-                runtime_env={"working_dir": str(staged), **environment},
-                metadata=dict(metadata),
-            )
+            with scratch_for_libraries():  # Ray packs the folder into a file that a kill would leave
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job,
+                    runtime_env={"working_dir": str(staged), **environment},
+                    metadata=dict(metadata),
+                )
         except RuntimeError as error:
             raise UserError(f"{self.head.url} does not take the job {job}: {error}") from error
 

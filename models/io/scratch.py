@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["remove_left", "remove_scratch_folders", "scratch_folder"]
+__all__ = ["remove_left", "remove_scratch_folders", "scratch_folder", "scratch_for_libraries"]
 
 PREFIX, OWNER = "prunesweep-", ".owner"
 
@@ -40,6 +40,18 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         _drop(folder)
+
+
+@contextlib.contextmanager
+def scratch_for_libraries() -> Iterator[None]:
+    """Let libraries make their temporary files in a scratch folder for the time of a ``with`` block: theirs stay else."""
+    before = tempfile.tempdir
+    with scratch_folder() as folder:
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def remove_left(place: Path | None = None) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from prunesweep.models.io.files import publish_file, publish_folder, scratch_beside, sweep_below, write_text
 from prunesweep.models.io.lock import Lock, reserve
-from prunesweep.models.io.scratch import remove_scratch_folders, scratch_folder
+from prunesweep.models.io.scratch import remove_scratch_folders, scratch_folder, scratch_for_libraries
 from tests.killing import inside, killed_inside
 
 
@@ -37,6 +42,24 @@ def test_a_process_that_ends_at_once_removes_its_folders(tmp_path: Path) -> None
     with scratch_folder(tmp_path) as folder:
         remove_scratch_folders()
         assert not folder.exists()
+
+
+def test_what_libraries_of_a_killed_process_left_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray's archive of what ``submit`` sends."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    @contextlib.contextmanager
+    def packing() -> Iterator[None]:
+        with scratch_for_libraries(), tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "package.zip").write_text("x")
+            yield
+
+    killed_inside(packing())
+    assert list(tmp_path.rglob("package.zip"))
+    with packing():
+        assert len(list(tmp_path.rglob("package.zip"))) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert tempfile.gettempdir() == str(tmp_path)
 
 
 def test_what_a_killed_process_left_beside_a_file_goes_when_it_is_made(tmp_path: Path) -> None:
