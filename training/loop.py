@@ -105,6 +105,7 @@ def fit(
     on_note: Callable[[str], None] | None = None,
     on_kept: Callable[[Kept], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    halvings: int = 0,
 ) -> bool:
     """Train ``model`` in place, in float32 where its weights are in half precision.
 
@@ -129,6 +130,8 @@ def fit(
             through the model in smaller parts from now on.
         on_kept: told, on every worker, which epoch's model it is in the end, if the recipe says ``keep = "best"``.
         should_stop: called after every epoch; training ends if it returns True on any worker.
+        halvings: how often the number of images that go through the model at a time is halved from the start, where it
+            is known that more do not fit into memory; batches stay the same.
 
     Returns:
         True if all epochs are done, False if ``should_stop`` ended training.
@@ -145,6 +148,8 @@ def fit(
     teacher = None if teacher is None else widened(teacher)
     reports: dict[str, Any] = {"on_step": on_step, "on_note": on_note}
     trainer = Trainer(model, data, recipe, hook, teacher, World.current(), teacher_cache=teacher_cache, **reports)
+    for _ in range(halvings):
+        trainer.micro_batch = (trainer.micro_batch + 1) // 2
     done = trainer.resume(state)
     finished = done == recipe.epochs or hook.done
     closest = trainer.closest

@@ -44,7 +44,7 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_for_libraries() -> Iterator[None]:
-    """Let libraries make their temporary files in a scratch folder for the time of a ``with`` block: theirs stay else."""
+    """Let libraries make their temporary files in a scratch folder for the time of a ``with`` block."""
     before = tempfile.tempdir
     with scratch_folder() as folder:
         tempfile.tempdir = str(folder)

@@ -22,8 +22,8 @@ from prunesweep.models import UserError
 from prunesweep.models.io.scratch import scratch_folder
 from prunesweep.search.config import ClusterTable, ResourcesTable
 from prunesweep.search.store.run import Task
-from prunesweep.training.container import usable_cpus
-from prunesweep.training.jobs.ray_session import OBJECT_STORE_BYTES, RayDied, alive, joined, own_ray
+from prunesweep.training.container import memory_kills, usable_cpus, usable_memory
+from prunesweep.training.jobs.ray_session import RayDied, alive, joined, object_store_bytes, own_ray
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .growth import AHEAD, has_autoscaler
@@ -48,6 +48,7 @@ from .task import run_task  # noqa: E402
 __all__ = ["RayConnection", "execute", "max_concurrent"]
 
 RESTARTS = 2  # of a unit whose process was lost
+OWN_BYTES, PROCESS_BYTES = 3 * 2**29, 2**30  # memory of the driver with its Ray, and of every process that does trials
 COUNT = 5.0  # seconds between two looks at the nodes of a cluster
 PENDING = 10_000  # units that Tune may have waiting for places: the coordinator hands out no more than it should
 
@@ -99,7 +100,12 @@ def _this_machine(resources: ResourcesTable) -> dict[str, float]:
 
 
 def _cpus(resources: ResourcesTable) -> int:
-    return resources.cpus or usable_cpus()
+    return resources.cpus or min(usable_cpus(), _room(resources) * resources.cpus_per_trial)
+
+
+def _room(resources: ResourcesTable) -> int:
+    """Count the processes of trials that memory has room for, and no less than one trial has."""
+    return max(resources.workers_per_trial, (usable_memory() - OWN_BYTES) // PROCESS_BYTES)
 
 
 class RayConnection:
@@ -166,7 +172,7 @@ class RayConnection:
         logging.getLogger("ray").setLevel(level)
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
         if self._address is None:
-            own = {"num_cpus": _cpus(self._resources), "object_store_memory": OBJECT_STORE_BYTES}
+            own = {"num_cpus": _cpus(self._resources), "object_store_memory": object_store_bytes()}
             # stopping a trial's own workers in mid-run takes Ray's state API, which the dashboard serves
             dashboard = self._resources.workers_per_trial > 1
             session = own_ray(lambda: self.on_death(), include_dashboard=dashboard, **own, **options)
@@ -222,6 +228,17 @@ class _Searcher(Searcher):  # type: ignore[misc]
         self._units: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}  # of Tune's trials that end by one
         self.failure: Exception | None = None
+        self._kills = memory_kills()
+
+    def _lost(self) -> str:
+        """Say why a unit failed whose process was lost again and again."""
+        if memory_kills() == self._kills:
+            return f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)"
+        return (
+            f"the unit's process was lost {RESTARTS + 1} times, and the kernel has killed processes for memory: there "
+            f"are {usable_memory() / 2**30:.1f} GiB in all. Let fewer trials run side by side (resources.cpus), or "
+            "train with smaller batches (finetune.batch_size)"
+        )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         self.count()
@@ -247,7 +264,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
             self._give_up(RayDied("Ray died"))
             return
         found = result or {}
-        lost = f"the unit's process was lost {RESTARTS + 1} times (out of memory, or killed)" if error else None
+        lost = self._lost() if error else None
         if found.get("state") == "disk full":
             self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._coordinator.run.path)))
         elif found.get("state") == "broken":

@@ -7,8 +7,10 @@ has a result returns it.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.run import Result, Run, Task, set_aside, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
+from prunesweep.training.container import memory_kills
 from prunesweep.training.jobs.metrics_log import MetricsLog
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.proposal import is_proposal
@@ -54,6 +57,7 @@ from .reopen import check_data, space_of
 
 __all__ = ["run_task"]
 
+ATTEMPT = "attempt.json"  # of a training that has begun and not ended: how often processes were killed for memory then
 SCRATCH = ("start", "train")  # folders of a unit that is trained on workers of its own: its first model, checkpoints
 
 
@@ -267,6 +271,7 @@ def _train(
             finished = _finetune(context, model, unit, folder, log)
         except Diverged as error:
             log.event("diverged", reason=str(error))
+            (folder / ATTEMPT).unlink(missing_ok=True)
             _remove_scratch(folder)
             (folder / STATE).unlink(missing_ok=True)
             ppl, balanced = (None, math.nan) if context.arch.text is None else (math.nan, None)
@@ -350,6 +355,9 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         storage=str(checkpoints),
     )
     loaded = LoadedJob(model, context.source, context.data) if placement.here else None
+    halvings = _lost_for_memory(folder)
+    if halvings:
+        log.event("note", text="killed for memory before: half as many images at a time as then, in the same batches")
     if loaded is None and not _is_sound(start):
         save(model.cpu(), start)
     job = TrainingJob(
@@ -361,6 +369,7 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         seed=unit.seed,
         data_options=context.config.data.options,
         stop_file=str(run.stop_file),
+        halvings=halvings,
     )
     finished = run_job(
         job,
@@ -374,9 +383,20 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         name=f"{run.path.name}-{unit.id}-{unit.key}",
         reports=Reports(on_note=lambda text: log.event("note", text=text)),
     )
+    (folder / ATTEMPT).unlink(missing_ok=True)
     if finished:
         _remove_scratch(folder)
     return finished
+
+
+def _lost_for_memory(folder: Path) -> int:
+    """How often this training's process was killed for memory, as far as it tells by what it noted when it began."""
+    file, host, kills, lost = folder / ATTEMPT, socket.gethostname(), memory_kills(), 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        before = json.loads(file.read_text())
+        lost = int(before["lost"]) + (before["host"] == host and kills > before["kills"])
+    write_text(file, json.dumps({"host": host, "kills": kills, "lost": lost}))
+    return lost
 
 
 def _remove_scratch(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunesweep.training.container import usable_cpus
+from prunesweep.training.container import memory_kills, usable_cpus, usable_memory
 
 OWN = 64
 
@@ -36,3 +36,40 @@ def test_cpus_that_a_quota_leaves(files: dict[str, str], cpus: int, tmp_path: Pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert usable_cpus(tmp_path) == cpus
+
+
+V1 = "4:memory:/pod/one\n1:cpu,cpuacct:/pod/one\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "gib"),
+    [
+        ({"memory.max": f"{4 * 2**30}\n"}, "0::/\n", 4),
+        ({"memory.max": "max\n"}, "0::/\n", None),
+        ({"pod/memory.max": f"{2**30}\n", "pod/one/memory.max": "max\n"}, "0::/pod/one\n", 1),
+        ({"pod/memory.max": f"{2**30}\n"}, "0::/other\n", None),
+        ({"memory/memory.limit_in_bytes": f"{2**30}\n"}, V1, 1),
+        ({"memory/pod/one/memory.limit_in_bytes": f"{2**30}\n", "memory/memory.limit_in_bytes": f"{2**63}"}, V1, 1),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, V1, None),
+        ({}, "", None),
+    ],
+)
+def test_memory_that_a_limit_leaves(files: dict[str, str], own: str, gib: int | None, tmp_path: Path) -> None:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    assert usable_memory(tmp_path, tmp_path / "own") == (whole if gib is None else min(gib * 2**30, whole))
+
+
+def test_processes_that_were_killed_for_memory_are_counted(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text(V1)
+    assert memory_kills(tmp_path, own) == 0
+    (tmp_path / "memory/pod/one").mkdir(parents=True)
+    (tmp_path / "memory/pod/one/memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    assert memory_kills(tmp_path, own) == 3
+    own.write_text("0::/\n")
+    (tmp_path / "memory.events").write_text("low 0\noom 7\noom_kill 5\noom_group_kill 0\n")
+    assert memory_kills(tmp_path, own) == 5

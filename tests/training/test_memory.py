@@ -20,10 +20,10 @@ def train(limit: int | None, *, backward: bool = False, seed: int = 1, **fields:
     if limit is not None:
         model.norm_pre = Tight(limit, backward=backward)
     state = fields.pop("state", None)
-    stop = fields.pop("stop", False)
+    stop, halvings = fields.pop("stop", False), fields.pop("halvings", 0)
     recipe = Recipe(**{"epochs": 2, "batch_size": 12, "lr": 1e-3, "clip_grad": 0.5, **fields})
     reports: dict[str, Any] = {"on_epoch": epochs.append, "on_note": notes.append}
-    fit(model, Noise(), recipe, seed=seed, state=state, should_stop=lambda: stop, **reports)
+    fit(model, Noise(), recipe, seed=seed, state=state, should_stop=lambda: stop, halvings=halvings, **reports)
     return model.state_dict(), [e.loss for e in epochs], notes
 
 
@@ -45,6 +45,14 @@ def test_a_batch_that_does_not_fit_is_done_in_parts(fields: dict[str, Any], back
         said.append(f"out of memory with {size} images at a time: going on with {half}, which changes no batch (batch_")
         size = half
     assert [note[: len(line)] for note, line in zip(notes, said, strict=True)] == said
+
+
+def test_a_training_may_begin_with_smaller_parts() -> None:
+    wanted, _, notes = train(6)
+    found, _, silent = train(6, halvings=1)
+    assert (len(notes), silent) == (1, [])
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10)
 
 
 def test_what_is_drawn_is_as_if_the_parts_had_been_known(tmp_path: Path) -> None:

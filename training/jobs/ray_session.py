@@ -24,6 +24,7 @@ import prunesweep
 from prunesweep.models import UserError
 from prunesweep.models.io.scratch import remove_left, remove_scratch_folders, scratch_folder
 
+from ..container import usable_memory
 from ..signals import deferred
 from . import ray_processes
 from .ray_processes import MAIN, children, name_of, named, over, started_at
@@ -45,13 +46,13 @@ from ray.util.placement_group import (  # noqa: E402
 )
 
 __all__ = [
-    "OBJECT_STORE_BYTES",
     "RAY_DIED",
     "RayDied",
     "alive",
     "connected",
     "free_places",
     "joined",
+    "object_store_bytes",
     "own_ray",
     "owned",
 ]
@@ -62,7 +63,7 @@ LONGEST_PLACE = 34  # bytes: a socket's path has 107 at most, and Ray's names of
 GONE = 5.0  # seconds for killed processes to be gone
 
 SAFE_PATH = "PYTHONSAFEPATH"  # python -c, by which Ray starts some processes, puts the current folder first else
-OBJECT_STORE_BYTES = 128 * 2**20  # processes exchange files, not objects
+STORE = (80 * 2**20, 128 * 2**20)  # bytes for objects, which Ray wants 75 MiB for; processes exchange files
 
 
 def start(**options: Any) -> Any:
@@ -458,7 +459,7 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        own = {"num_cpus": int(cpus) + 1, "include_dashboard": False, "object_store_memory": object_store_bytes()}
         session = own_ray(_leave, **own, **options)
     else:
         session = joined(address, _leave, **options)
@@ -478,6 +479,12 @@ def _leave() -> NoReturn:
         console.print()
     console.print("error: Ray died; the same command goes on from what is saved", style="red", highlight=False)
     os._exit(RAY_DIED)
+
+
+def object_store_bytes() -> int:
+    """Return how much memory a Ray of our own may take for objects: little, and less where little is left to us."""
+    least, most = STORE
+    return max(least, min(most, usable_memory() // 32))
 
 
 def own_token() -> None:

@@ -52,6 +52,7 @@ class TrainingJob:
         stop_file: path; training ends after an epoch once this file exists.
         prune: a ``PruneJob`` as JSON, for a method that decides while training; the published models are then cut.
         second_stage: a ``SecondStageJob`` as JSON, for finetuning in a pruning method's own way.
+        halvings: as for ``fit``; of a job without ``prune``.
     """
 
     model: str
@@ -64,6 +65,7 @@ class TrainingJob:
     stop_file: str | None = None
     prune: Mapping[str, Any] | None = None
     second_stage: Mapping[str, Any] | None = None
+    halvings: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,16 @@ def train_models(job: TrainingJob, loaded: LoadedJob, *, state: Path, reports: R
     stage = None if job.second_stage is None else SecondStageJob(**job.second_stage)
     hook = Hook() if stage is None else stage.hook(job.model, job.teacher)
     by_share, recipe = bool(recipe.lr_by_share), settled(recipe, loaded.data, loaded.model, loaded.teacher)
-    if not fit(loaded.model, loaded.data, recipe, teacher=loaded.teacher, hook=hook, on_kept=on_kept, **options):
+    if not fit(
+        loaded.model,
+        loaded.data,
+        recipe,
+        teacher=loaded.teacher,
+        hook=hook,
+        on_kept=on_kept,
+        halvings=job.halvings,
+        **options,
+    ):
         return None
     hook.finish()
     rounded, earlier = as_stored(loaded.model), kept is not None and kept.epoch < recipe.epochs

@@ -11,6 +11,7 @@ import pytest
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
+from prunesweep.search.execution import runtime
 from prunesweep.search.execution.coordinator import RunBroken
 from prunesweep.search.execution.growth import has_autoscaler
 from prunesweep.search.execution.runtime import RayConnection, execute, max_concurrent
@@ -36,6 +37,18 @@ GPU_NODE, CPU_NODE = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}
 )
 def test_units_that_fit(resources: dict, nodes: list, expected: int) -> None:
     assert max_concurrent(ResourcesTable(**resources), nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("gib", "resources", "expected"),
+    [(100, {}, 64), (8, {}, 6), (8, {"cpus_per_trial": 4}, 6), (8, {"cpus": 64}, 64), (1, {}, 1)],
+)
+def test_no_more_units_run_here_than_memory_has_room_for(
+    gib: float, resources: dict, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "usable_cpus", lambda: 64)
+    monkeypatch.setattr(runtime, "usable_memory", lambda: int(gib * 2**30))
+    assert max_concurrent(ResourcesTable(**resources)) == expected
 
 
 @pytest.mark.parametrize(

@@ -456,3 +456,30 @@ def test_training_that_diverges_is_a_result_without_a_number(
     coordinator.complete(unit.id)
     assert coordinator.failures == {}
     assert coordinator.front == []
+
+
+def test_a_training_that_was_killed_for_memory_goes_on_with_smaller_parts(
+    started: tuple[Run, Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that the kernel has killed something since it began, and not where its process was lost otherwise."""
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+    given, train = list[int](), task.run_job
+
+    def lost(job: TrainingJob, *arguments: Any, **options: Any) -> bool:
+        given.append(job.halvings)
+        if len(given) < 4:
+            raise SystemExit
+        return train(job, *arguments, **options)
+
+    monkeypatch.setattr(task, "run_job", lost)
+    for kills in (3, 3, 4):
+        monkeypatch.setattr(task, "memory_kills", lambda kills=kills: kills)
+        with pytest.raises(SystemExit):
+            run_task(run.path, unit)
+    monkeypatch.setattr(task, "memory_kills", lambda: 9)
+    assert run_task(run.path, unit)["state"] == "finished"
+    assert given == [0, 0, 1, 2]
+    assert "note" in events(run, unit.id)
+    assert not (run.trial(unit.id) / task.ATTEMPT).exists()
