@@ -16,6 +16,7 @@ from prunesweep.search.store.run import Result, Run
 from .activity import activity, growth, own_epochs
 from .headline import headline
 from .importance import importance
+from .published_rows import published_rows
 from .savings import CAUSES, picture, savings
 from .spectra import spectra
 
@@ -75,6 +76,7 @@ def page_data(run: Run) -> dict[str, Any]:
             for row in run.speed()
             if (row.unit, row.arch_hash) in macs
         ],
+        "published": published_rows(source, run.objectives),
         "growth": growth(run, results, run.ranking, searched),
         "spectra": spectra(run, facts["scores"], source),
         "data": settings.get("data", {}),

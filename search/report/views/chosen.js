@@ -4,7 +4,7 @@ function drawChosen() {
     "model",
     trials.map(t => [
       t.unit,
-      t.unit + ", " + percent(share(t)) + " of the MACs, " + shownQuality(best(t)) + (t.front ? ", front" : ""),
+      t.unit + ", " + ofSource(t) + ", " + shownQuality(best(t)) + (t.front ? ", front" : ""),
     ]),
     "chosen",
   );
@@ -16,8 +16,8 @@ function drawChosen() {
       .map(name => fixed(t[name] / COSTS[name][2], COSTS[name][3]) + " " + COSTS[name][1] + " " + COSTS[name][0])
       .join(", ") +
     ", " +
-    percent(share(t)) +
-    " of the source's MACs; stream " +
+    ofSource(t) +
+    "; stream " +
     widths(t.arch.widths) +
     " of " +
     widths(source.arch.widths) +

@@ -5,7 +5,10 @@ const COMPARED = "compared",
 const figures = t => (state.split === VALIDATED ? t.validation : t);
 const sourceFigures = () => (state.split === VALIDATED || !source.searched ? source : source.searched);
 const best = t => t.validation ?? t; // where it is said which
-const share = (t, name = "macs") => (number(source[name]) ? t[name] / source[name] : null);
+const share = (t, name = costs[0]) => (number(source[name]) ? t[name] / source[name] : null);
+// The first objective that is a cost, as a share of the source's.
+const shareName = () => "share of " + COSTS[costs[0]][0];
+const ofSource = t => percent(share(t)) + " of the source's " + COSTS[costs[0]][0];
 // intervals are of the top-1 or, where there are no labels, of the agreement
 const intervalOf = own =>
   quality === "top1" || (quality === "agreement" && !number(own.top1)) ? (own.interval ?? null) : null;
@@ -27,8 +30,7 @@ const hover = (t, own) =>
     .map(name => fixed(t[name] / COSTS[name][2], COSTS[name][3]) + " " + COSTS[name][1] + " " + COSTS[name][0])
     .join("<br>") +
   "<br>" +
-  percent(share(t)) +
-  " of the source's MACs";
+  ofSource(t);
 const imagesOf = () =>
   (state.split === VALIDATED ? "validation" : page.data.search_split > 0 ? "search" : "validation") + " images";
 const brushed = t =>
@@ -36,7 +38,7 @@ const brushed = t =>
     const value = variable(t, name);
     return !number(value) || ((low === null || value >= low) && (high === null || value <= high));
   });
-const variable = (t, name) => (name === "share of MACs" ? share(t) : name === "quality" ? t[quality] : t.point[name]);
+const variable = (t, name) => (name === shareName() ? share(t) : name === "quality" ? t[quality] : t.point[name]);
 
 // Tasks of all rungs that are running, interrupted, pending, finished or failed.
 const tasks = name => page.activity.tasks.reduce((sum, level) => sum + level[name], 0);
@@ -84,7 +86,6 @@ function drawTiles() {
     find = place => place && front.find(t => t.trial === place[0] && t.rung === place[1]);
   const alike = find(head.alike),
     within = find(head.within);
-  const of = t => percent(share(t)) + " of the MACs";
   const note = t => called(t) + ", " + shownQuality(best(t)) + (intervalOf(best(t)) ? " (" + between(best(t)) + ")" : "");
   const on =
     head.split === "search"
@@ -110,7 +111,7 @@ function drawTiles() {
   else {
     tiles.push([
       "smallest model not told apart from the source",
-      alike ? of(alike) : "none",
+      alike ? ofSource(alike) : "none",
       alike
         ? note(alike) + " " + on
         : front.length
@@ -121,7 +122,7 @@ function drawTiles() {
     ]);
     tiles.push([
       "smallest model within 1 point of the source",
-      within ? of(within) : "none",
+      within ? ofSource(within) : "none",
       within ? note(within) : "",
     ]);
   }

@@ -1,3 +1,14 @@
+// Kinds of change, by the causes of what is saved: narrower streams, fewer ranks and units are all widths.
+const CHANGES = { "blocks dropped": "blocks", "attention replaced": "mixers", "tokens merged": "tokens" };
+
+// The only kind of change that made a candidate smaller, if it is one: what a search over that axis alone would find.
+function alone(t) {
+  const kinds = new Set(
+    page.causes.slice(0, -1).flatMap((cause, i) => (t.saved[i] > 0 ? [CHANGES[cause] ?? "widths"] : [])),
+  );
+  return kinds.size === 1 ? [...kinds][0] : null;
+}
+
 // Quality against cost.
 function drawFront() {
   if (!trials.length) throw new NotDrawn(nothingYet());
@@ -113,6 +124,26 @@ function drawFront() {
         marker: { symbol: "triangle-up", size: 11, color: colour("ink") },
       }),
     );
+  const single = list.filter(alone);
+  if (single.length && single.length < list.length)
+    traces.push(
+      points("one kind of change alone", single, {
+        text: single.map(t => hover(t, figures(t)) + "<br>only " + alone(t)),
+        marker: { symbol: "x-thin-open", size: 8, color: colour("ink") },
+      }),
+    );
+  const printed = y === "top1" ? page.published.filter(row => number(row[x])) : [];
+  if (printed.length)
+    traces.push({
+      name: "published (ImageNet-1K)",
+      type: "scatter",
+      mode: "markers",
+      x: printed.map(row => row[x] / source[x]),
+      y: printed.map(row => row.top1),
+      text: printed.map(row => plain(row.name + ", top-1 " + row.top1 + " % as printed in " + row.paper)),
+      marker: { symbol: "square-open", size: 9, color: colour("source") },
+      hovertemplate: "%{text}<extra></extra>",
+    });
   if (number(reference[y]))
     traces.push({
       name: "source",

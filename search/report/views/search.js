@@ -35,7 +35,7 @@ function drawVariables() {
   const names = [...new Set(trials.flatMap(t => Object.keys(t.point)))].filter(
     name => new Set(trials.map(t => t.point[name])).size > 1,
   );
-  const columns = [...names, "share of MACs", "quality"];
+  const columns = [...names, shareName(), "quality"];
   const scales = columns.map(name => {
     const values = trials.map(t => variable(t, name)),
       words = values.some(v => typeof v === "string");

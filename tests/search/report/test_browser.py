@@ -21,6 +21,7 @@ from prunesweep.models import cost, load, save
 from prunesweep.search.report.page import VIEWS, render, write_report
 from prunesweep.search.report.page_data import page_data
 from prunesweep.search.report.server import Feed, page_server
+from prunesweep.search.store.records import Speed
 from prunesweep.search.store.run import Run
 from tests.generate import random_arch, random_model
 from tests.search.helpers import ARCH, make_run, put_model
@@ -151,6 +152,27 @@ def test_every_mixer_and_token_plan_is_visible_and_figures_are_those_of_the_file
     assert sorted(drawn) == sorted(p["top1"] for p in front)
     assert "not told apart" in page.inner_text("#tiles")
     assert set(whys(page)) == {"view-spectrum", "view-speed", "view-activity"}
+    alone = page.evaluate("Object.fromEntries(trials.map(t => [t.unit, alone(t)]))")
+    assert sorted(map(str, alone.values())) == ["None", "None", "blocks", "mixers", "tokens"]
+    crosses = page.evaluate("scatter.data.find(t => t.name.endsWith('alone')).customdata")
+    assert set(crosses) == {unit for unit, kind in alone.items() if kind}
+
+
+def test_measured_speed_and_published_models_are_shown(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    run = varied_run(tmp_path / "run")
+    first, second = run.members()[:2]
+    where = ("cpu", "a <b>CPU</b>", "float32", 2)
+    run.write_speed([Speed(r.id, r.arch_hash, *where, batch, 2.0, 5.0) for r in (first, second) for batch in (1, 64)])
+    page = visit(write_report(run))
+    assert page.inner_text("#device") == "Measured on a <b>CPU</b>, float32, threads: 2."
+    promised = f"{cost(ARCH).macs / first.macs:.2f} x"
+    assert rows(page, "speed")[1] == [first.id, "64", "2.000", "5.000", "2.50 x", promised]
+    assert len(rows(page, "speed")) == 4
+    row = {"name": "small <b>", "paper": "a paper", "top1": 80.5, "macs": cost(ARCH).macs // 2, "params": 10}
+    page.evaluate("row => { page.published = [row]; drawAll(['view-front']); }", row)
+    (shown,) = page.evaluate("scatter.data.filter(t => t.name.startsWith('published')).map(t => [t.x[0], t.y[0]])")
+    assert shown == [pytest.approx(0.5, rel=0.01), 80.5]
+    assert "view-front" not in whys(page)
 
 
 def test_all_stages_of_a_pyramid_are_shown(tmp_path: Path, visit: Callable[..., Any]) -> None:
@@ -293,7 +315,7 @@ def test_shown_commands_do_what_they_say(
 def test_a_page_that_is_fed_keeps_what_was_chosen(tmp_path: Path, visit: Callable[..., Any]) -> None:
     run = varied_run(tmp_path / "run")
     with page_server(Feed(run), 0) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         page = visit(f"http://127.0.0.1:{server.server_address[1]}/")
         page.select_option("#model", "r0-0003")

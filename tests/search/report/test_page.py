@@ -14,11 +14,13 @@ import torch
 
 from prunesweep.models import Arch, cost
 from prunesweep.models.counting import block_cost
+from prunesweep.models.published import published_arch
 from prunesweep.pruners import Scores
 from prunesweep.search.report.headline import least_alike, told_apart
 from prunesweep.search.report.importance import importance
 from prunesweep.search.report.page import write_report
 from prunesweep.search.report.page_data import page_data
+from prunesweep.search.report.published_rows import published_rows
 from prunesweep.search.report.savings import CAUSES, picture, savings
 from prunesweep.search.store.front import Ranking
 from prunesweep.search.store.records import sealed
@@ -263,3 +265,15 @@ def test_spectra_say_what_lies_beyond_every_width(run: Run) -> None:
     assert (first["name"], first["size"], first["widths"]) == ("blocks.1.qk", 8, [*range(9)])
     assert first["lost"] == pytest.approx([1, 0.5, 0.25, 0.125, 0, 0, 0, 0, 0])
     assert (second["name"], second["lost"][8]) == ("stages.0.embed", pytest.approx(0.5))
+
+
+def test_published_forms_of_the_source_stand_beside_the_front() -> None:
+    """Those of the same source only, with their exact cost, where the figures are of the same thousand classes."""
+    source = published_arch("deit_small_patch16_224")
+    found = {row["name"]: row for row in published_rows(source, ("top1", "macs"))}
+    assert {"spvit_deit_small", "uvc_deit_small_r50_skips", "pm_vit_small_kr06"} == set(found)
+    spent = cost(published_arch("spvit_deit_small"))
+    assert found["spvit_deit_small"]["top1"] == 78.3
+    assert (found["spvit_deit_small"]["macs"], found["spvit_deit_small"]["params"]) == (spent.macs, spent.params)
+    assert published_rows(source, ("agreement", "macs")) == []
+    assert published_rows(replace(source, num_classes=10), ("top1", "macs")) == []
