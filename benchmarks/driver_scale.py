@@ -33,7 +33,7 @@ from rich.console import Console
 from prunesweep.models import Arch, arch_of, cost
 from prunesweep.models.io.files import write_text
 from prunesweep.pruners import Scores, vector_sizes
-from prunesweep.pruners.nvit.saliency import KINDS
+from prunesweep.pruners.nvit.schedule import KINDS
 from prunesweep.search.config import SearchTable, SpaceTable
 from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.execution.driver import _board

@@ -64,9 +64,19 @@ def methods(
 
 def _facts(method: Method) -> list[str]:
     found = [f"families: {', '.join(method.families)}"]
+    found += [f"    not {name}: {reason}" for name, reason in _refused(method)]
     found += [] if method.recipe is None else [f"recipe of training while it decides: {method.recipe}"]
     found += [] if method.finetune is None else [f"recipe of finetuning: {method.finetune}"]
     return found if method.option_names else [*found, "no settings"]
+
+
+def _refused(method: Method) -> list[tuple[str, str]]:
+    """The families that a method does not serve, each with the reason."""
+    from prunesweep.models.families import FAMILIES, FamiliesWith
+
+    if not isinstance(method.families, FamiliesWith):
+        return []
+    return [(name, reason) for name in FAMILIES if (reason := method.families.why_not(name)) is not None]
 
 
 def config(

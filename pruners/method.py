@@ -20,6 +20,7 @@ from torch import nn
 
 from prunesweep.models import Arch, Cut, UserError
 from prunesweep.models.errors import explain, nearest
+from prunesweep.models.families import FamiliesWith
 
 from .budget import width_path
 from .hook import Hook
@@ -161,8 +162,12 @@ class Method:
         able = [name for name, other in METHODS.items() if type(other) is type(self) and arch.family in other.families]
         raise UserError(
             f"method {self.name!r} serves families {', '.join(self.families)}; {arch.source} is a {arch.family!r}, "
-            f"for which there are: {', '.join(able) or 'none'}"
+            f"for which there are: {', '.join(able) or 'none'}{self._reason(arch.family)}"
         )
+
+    def _reason(self, family: str) -> str:
+        reason = self.families.why_not(family) if isinstance(self.families, FamiliesWith) else None
+        return f" (of {family!r}, {reason})" if reason else ""
 
 
 @dataclass(frozen=True, kw_only=True)

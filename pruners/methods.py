@@ -30,6 +30,7 @@ from .method import (
     TrainedMethod,
     WidthMethod,
 )
+from .nvit.schedule import FAMILIES as NARROWED
 from .ranked import GROUP_SIZES
 from .reached import Reached
 from .scores import Scores, vector_sizes
@@ -339,7 +340,7 @@ for _method in (
         name="nvit-iterative",
         description="NViT's saliency, a few groups removed every so many updates",
         paper=NVIT,
-        families=nvit.FAMILIES,
+        families=NARROWED,
         settings=_nvit_settings,
         recipe="nvit",
         finetune="nvit",

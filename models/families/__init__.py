@@ -62,6 +62,21 @@ class FamiliesWith(Collection[str]):
         self.capabilities, self.without = capabilities, tuple(without)
         families_with(*capabilities, *without)
 
+    def why_not(self, name: str) -> str | None:
+        """Say which capability keeps a family out; None for one that is served.
+
+        Args:
+            name: of the family.
+        """
+        family = family_of(name)
+        for own in self.capabilities:
+            if not family.supports(own):
+                return f"it lacks {own!r}: {CAPABILITIES[own]}"
+        for own in self.without:
+            if family.supports(own):
+                return f"it has {own!r}: {CAPABILITIES[own]}"
+        return None
+
     def _names(self) -> tuple[str, ...]:
         ruled_out = {name for own in self.without for name in families_with(own)}
         return tuple(name for name in families_with(*self.capabilities) if name not in ruled_out)

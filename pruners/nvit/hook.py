@@ -35,8 +35,10 @@ from prunesweep.pruners.reached import meets
 from prunesweep.pruners.scores import kind_of, vector_sizes
 from prunesweep.pruners.snapshot import Snapshot
 
-from .saliency import FAMILIES, KINDS, divisors, raw_saliency
+from .saliency import divisors, raw_saliency
 from .schedule import (
+    FAMILIES,
+    KINDS,
     NVIT_GROUPS,
     Grouping,
     Step,

@@ -1,4 +1,4 @@
-"""NViT's one-shot saliency of residual channels, heads, query/key channels, value channels and MLP units.
+"""NViT's one-shot saliency of residual, query/key and value channels, heads, MLP units and channels of reduced maps.
 
 Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023 (arXiv 2110.04869),
 eq. 6; which tensors enter, and the divisors, are those that its published models were made with:
@@ -10,7 +10,8 @@ eq. 6; which tensors enter, and the divisors, are those that its published model
     D_kind   divisor of the unit's kind (``divisors``)
 
 Only w * dL/dw of Q enters ``qk`` and that of V enters ``v``: K and the projection add the same amounts again, because
-the loss does not change when Q is scaled up and K down.
+the loss does not change when Q is scaled up and K down. For the same reason the convolution that reduces a map
+enters its channels (kind ``sr``, in PVTv2, which NViT does not have), and the keys and values that read it do not.
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
 __all__ = ["FAMILIES", "KINDS", "raw_saliency", "score"]
 
-KINDS = ("embed", "heads", "qk", "v", "mlp")
-FAMILIES = FamiliesWith(
-    "images", "width", without=("spatial_reduction",)
-)  # no unit stands for a reduced map's channels
+KINDS = ("embed", "heads", "qk", "v", "mlp", "sr")
+FAMILIES = FamiliesWith("images", "width")
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -52,7 +51,7 @@ def score(
     """Compute the saliency of every unit of ``model`` by one forward and backward pass per batch.
 
     Args:
-        model: a ViT or Swin that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
+        model: one that ``Arch.from_timm`` accepts; left in the mode it came in, without gradients.
         batches: (images B·C·H·W, labels B); without labels, targets of ``pruners.drawn_targets``. The
             batch size matters: scores are means of squared batch sums.
         loss: mean loss of (logits, labels).
@@ -75,7 +74,7 @@ def score(
             with torch.enable_grad():
                 torch.autograd.backward(loss(model(x.to(device)), y.to(device)))
             for name, raw in raw_saliency(model, arch).items():
-                sums[name] += (raw.double().cpu() / by_kind[kind_of(name)]) ** 2
+                sums[name] += (raw.double().cpu() / by_kind.get(kind_of(name), 1)) ** 2
             images += len(x)
             if progress:
                 progress(done, len(batches))
@@ -91,11 +90,12 @@ def score(
 def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
     """Compute the signed sum of w * dL/dw of every unit, from the gradients that ``model`` holds now.
 
-    For Swin, every stage has residual channels of its own, and patch merging enters as the patch embedding does. A
-    convolution enters the residual channels as attention does, with its first weights' inputs and its last's outputs.
+    For Swin and PVTv2, every stage has residual channels of its own, and what leads into it enters as the patch
+    embedding does. A convolution enters the residual channels as attention does, with its first weights' inputs and
+    its last's outputs.
 
     Args:
-        model: a ViT or Swin whose parameters have gradients; a missing gradient counts as 0.
+        model: its parameters have gradients; a missing gradient counts as 0.
         arch: its record.
 
     Returns:
@@ -106,7 +106,12 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
     for block in block_views(model, arch):
         i, s = block.index, block.stage
         if block.attention is not None:
-            rows, inputs = _sums(block.attention.inputs)
+            rows, columns = _sums(block.attention.inputs)
+            if (reduction := block.attention.reduction) is not None:  # keys and values read its channels
+                conv = _term(reduction.conv.weight)
+                raw[f"blocks.{i}.sr"] = _with_bias(reduction.conv, _flat(conv))
+                columns = {block.attention.q.name: columns[block.attention.q.name], "sr": conv.sum((0, 2, 3))}
+            inputs = torch.stack(list(columns.values())).sum(0)
             q, k, v = block.attention.split(rows)
             q, k = block.attention.per_unit(q), block.attention.per_unit(k)
             v = v.view(block.record.heads, -1)
@@ -118,9 +123,9 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
             inputs = part["attn.bconv.0.weight"].sum((0, 2, 3))
             embed[s] = embed[s] + inputs + _flat(part["attn.bconv.3.weight"]) + part["attn.bconv.3.bias"]
         if block.mlp is not None:
-            rows, inputs = _sums(block.mlp.inputs)
+            rows, columns = _sums(block.mlp.inputs)
             raw[f"blocks.{i}.mlp"] = torch.stack([block.mlp.per_unit(own) for own in rows.values()]).sum(0)
-            embed[s] = embed[s] + inputs + _rows_and_bias(block.mlp.out)
+            embed[s] = embed[s] + torch.stack(list(columns.values())).sum(0) + _rows_and_bias(block.mlp.out)
     raw |= {f"stages.{s}.embed": vector for s, vector in enumerate(embed)}
     return {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in raw.items()}
 
@@ -130,14 +135,11 @@ def _term(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).detach()
 
 
-def _sums(layers: Sequence[LinearView]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Sum w * dL/dw over the rows of every layer, by its name, and over the columns of all of them, (D,).
-
-    The layers are whole and read the same D channels. A row's sum has its bias in it.
-    """
-    terms = [_term(view.layer.weight) for view in layers]
-    rows = {view.name: _with_bias(view, term.sum(1)) for view, term in zip(layers, terms, strict=True)}
-    return rows, torch.stack([term.sum(0) for term in terms]).sum(0)
+def _sums(layers: Sequence[LinearView]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Sum w * dL/dw over the rows of every layer, with their biases, and over its columns, each by the layer's name."""
+    terms = {view.name: (view.layer, _term(view.layer.weight)) for view in layers}
+    rows = {name: _with_bias(layer, term.sum(1)) for name, (layer, term) in terms.items()}
+    return rows, {name: term.sum(0) for name, (_, term) in terms.items()}
 
 
 def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -146,11 +148,14 @@ def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _embedding(model: Any, s: int) -> torch.Tensor:
-    """Sum what a stage's residual channels receive where they begin: patch embedding, or Swin's patch merging."""
-    if s:
-        return _flat(_terms(model.layers[s].downsample)["reduction.weight"])
-    terms = _terms(model.patch_embed.proj)
-    return _flat(terms["weight"]) + terms.get("bias", 0)
+    """Sum what a stage's residual channels receive where they begin: patch embedding, or what is in front of it."""
+    if not s:
+        layer = model.patch_embed.proj
+    elif hasattr(model, "layers"):  # patch merging
+        layer = model.layers[s].downsample.reduction
+    else:  # a patch embedding of its own
+        layer = model.stages[s].downsample.proj
+    return _with_bias(layer, _flat(_term(layer.weight)))
 
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:
@@ -159,8 +164,8 @@ def _flat(weight: torch.Tensor) -> torch.Tensor:
 
 def _rows_and_bias(view: LinearView) -> torch.Tensor:
     """Sum over the rows of a whole layer, with their biases."""
-    return _with_bias(view, _term(view.layer.weight).sum(1))
+    return _with_bias(view.layer, _term(view.layer.weight).sum(1))
 
 
-def _with_bias(view: LinearView, rows: torch.Tensor) -> torch.Tensor:
-    return rows if view.layer.bias is None else rows + _term(view.layer.bias)
+def _with_bias(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    return rows if layer.bias is None else rows + _term(layer.bias)

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError
+from prunesweep.models.families import FamiliesWith
 from prunesweep.models.latency.table import LatencyTable
 from prunesweep.pruners.budget import GROUP_SIZES, Measure
 from prunesweep.pruners.scores import kind_of, vector_sizes
 
-from .saliency import KINDS
-
 __all__ = [
+    "FAMILIES",
+    "KINDS",
     "NVIT_GROUPS",
     "Grouping",
     "PruneGroup",
@@ -48,6 +49,8 @@ __all__ = [
     "unit_gains",
 ]
 
+KINDS = ("embed", "heads", "qk", "v", "mlp")
+FAMILIES = FamiliesWith("images", "width", without=("spatial_reduction",))  # a reduced map's channels are no such kind
 Vectors = Mapping[str, torch.Tensor]
 NVIT_GROUPS: Mapping[str, int] = MappingProxyType({kind: GROUP_SIZES[kind] for kind in KINDS})
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from prunesweep.models import Arch, UserError
-from prunesweep.pruners import METHODS, Measure, Reached, Scores, WidthMethod, get_method
+from prunesweep.pruners import METHODS, Measure, Reached, Scores, TokenMethod, WidthMethod, get_method
 from tests.contract_pruner import GROUPS, PrunerContract
 
 PAIRS = [(n, family) for n, m in METHODS.items() if isinstance(m, WidthMethod) for family in m.families]
@@ -76,6 +76,10 @@ def test_unknown_methods_and_families_are_named() -> None:
     with pytest.raises(UserError, match="unknown method 'nvti'; known: nvit, .* did you mean 'nvit'"):
         get_method("nvti", WidthMethod)
     with pytest.raises(
-        UserError, match="method 'nvit' serves families vit, eva, swin; pvt_v2_b0 is a 'pvt_v2', for which"
+        UserError,
+        match=r"method 'upvit' serves families vit, eva, pvt_v2, lm; swin_\w+ is a 'swin', for which there are: nvit, "
+        r".* \(of 'swin', it has 'windows': attention is within windows",
     ):
-        get_method("nvit", WidthMethod).check(Arch.from_timm("pvt_v2_b0"))
+        get_method("upvit", WidthMethod).check(Arch.from_timm("swin_tiny_patch4_window7_224"))
+    with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': a block may have a token plan"):
+        get_method("pmvit", TokenMethod).check(Arch.from_timm("pvt_v2_b0"))

@@ -186,7 +186,7 @@ def test_a_method_that_does_not_serve_the_family_is_refused_before_anything_is_m
     }
     table["space"] |= {"skip": [0, 0]}
     with pytest.raises(
-        UserError, match="search.start_methods, 'uvc': method 'uvc' serves families vit; .* spvit, nvit"
+        UserError, match="search.start_methods, 'uvc': method 'uvc' serves families vit, .* spvit, nvit"
     ):
         prepare(parse_config(table, "swin"), tmp_path / "cache", nothing)
     assert not (tmp_path / "cache").exists()

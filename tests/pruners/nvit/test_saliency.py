@@ -53,6 +53,36 @@ def test_identities_of_scale_invariance(seed: int) -> None:
         torch.testing.assert_close(raw[f"blocks.{i}.v"], columns, rtol=1e-7, atol=1e-10)
 
 
+def test_pvt_units_are_worth_what_scaling_their_weights_changes() -> None:
+    """A channel of a reduced map, and one of a stage's residual stream, with all tensors that write or read it."""
+    arch = next(
+        arch
+        for seed in range(1000)
+        if (arch := random_arch(Random(seed), "pvt_v2", ragged=False, missing=False, extras=False)).blocks[0].sr
+    )
+    model, (x, y) = random_model(arch, 0), labelled(arch, 0)
+    F.cross_entropy(model(x), y).backward()
+    raw = raw_saliency(model, arch)
+    block = model.stages[0].blocks[0]
+    reduced = [block.attn.sr.weight.data[1], block.attn.sr.bias.data[1:2]]
+    stream = [model.patch_embed.proj.weight.data[2], model.patch_embed.proj.bias.data[2:3]]
+    for own in model.stages[0].blocks:
+        attn = own.attn
+        read = (attn.q, own.mlp.fc1, *((attn.sr,) if attn.sr is not None else (attn.kv,)))
+        stream += [layer.weight.data[:, 2] for layer in read]
+        stream += [part.data[2:3] for layer in (attn.proj, own.mlp.fc2) for part in (layer.weight, layer.bias)]
+    for name, unit, tensors in (("blocks.0.sr", 1, reduced), ("stages.0.embed", 2, stream)):
+        losses = []
+        for step in (1e-5, -1e-5):
+            for tensor in tensors:
+                tensor.mul_(1 + step)
+            with torch.no_grad():
+                losses.append(float(F.cross_entropy(model(x), y)))
+            for tensor in tensors:
+                tensor.div_(1 + step)
+        assert float(raw[name][unit]) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5, abs=1e-8)
+
+
 def test_a_unit_that_does_nothing_scores_nothing() -> None:
     arch = random_arch(Random(3), ragged=False, missing=False, extras=False)
     model = random_model(arch, 3)

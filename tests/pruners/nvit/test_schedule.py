@@ -11,8 +11,8 @@ from prunesweep.models import Arch, Block, Stage, UserError, cost, cut_arch
 from prunesweep.models.latency.table import Grid, LatencyTable
 from prunesweep.models.latency.timing import Setting
 from prunesweep.pruners import MACS, PARAMS, kind_of, vector_sizes
-from prunesweep.pruners.nvit.saliency import KINDS
 from prunesweep.pruners.nvit.schedule import (
+    KINDS,
     Grouping,
     PruneGroup,
     adjust,

@@ -108,7 +108,7 @@ def test_what_does_not_go_together_is_refused_before_training(data: Data) -> Non
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=10, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)
     )
-    with pytest.raises(UserError, match="method 'uvc' serves families vit; .* for which there are: .*spvit"):
+    with pytest.raises(UserError, match="method 'uvc' serves families vit, .* for which there are: .*spvit"):
         Deciding(swin, data, "uvc", (0.5,), RECIPE).check()
     with pytest.raises(UserError, match="serves one budget in a run"):
         Deciding(source(), data, "spvit", (0.5, 0.4), RECIPE).check()
