@@ -38,7 +38,7 @@ from prunesweep.search.store.front import hypervolume
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.training.jobs.proposal import is_proposal
-from prunesweep.training.jobs.ray_session import RAY_DIED, RayDied
+from prunesweep.training.jobs.ray_session import RAY_DIED, RayDied, check_starts
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -196,7 +196,7 @@ def resume_search(
         cluster=config.cluster,
     )
     if address is None:
-        max_concurrent(config.resources)
+        check_starts(max_concurrent(config.resources) * config.resources.workers_per_trial)
         check_data(run, config)
         return _search(run, config, space, display, ray, retry_failed=retry_failed, on_trial=on_trial)
     with ray:
@@ -313,6 +313,8 @@ def _concurrency(config: SearchConfig, ray: RayConnection | None, *, must_fit: b
 
     None where none fits and none must, and where only the cluster knows how many nodes may come.
     """
+    if ray is None and must_fit:
+        check_starts(max_concurrent(config.resources) * config.resources.workers_per_trial)
     if ray is not None:
         if ray.most is None:
             return ray.fitting

@@ -111,6 +111,9 @@ def _room(resources: ResourcesTable) -> int:
 class RayConnection:
     """A Ray of our own on this machine, or a running cluster, for the time of a ``with`` block.
 
+    Where this process has a Ray already (``ray.init`` was called, as in a notebook), that is used, and goes on
+    afterwards.
+
     ``on_death`` is called, in a thread maybe, should Ray die; it should end this process, and may be replaced
     meanwhile. The loss of a node that is not the head is no death.
 
@@ -135,7 +138,8 @@ class RayConnection:
         on_death: Callable[[], None],
         cluster: ClusterTable | None = None,
     ) -> None:
-        self._resources, self._address, self._verbose, self.on_death = resources, address, verbose, on_death
+        self._resources, self._verbose, self.on_death = resources, verbose, on_death
+        self._address, self._found = address, False
         self._session = contextlib.ExitStack()
         self._fitting, self._counted = 0, -math.inf
         self.most: float | None = None
@@ -149,7 +153,7 @@ class RayConnection:
     @property
     def fitting(self) -> int:
         """How many units fit on the nodes that are there now, 0 if all are lost; counted every few seconds."""
-        if self._address is not None and time.monotonic() - self._counted > COUNT:
+        if not self._own and time.monotonic() - self._counted > COUNT:
             try:
                 self._fitting = self._count()
             except UserError:
@@ -163,11 +167,21 @@ class RayConnection:
         fitting = self.fitting
         return fitting if self.most is None else int(max(fitting, min(self.most, fitting + max(fitting, AHEAD))))
 
+    @property
+    def _own(self) -> bool:
+        return self._address is None and not self._found
+
     def _count(self) -> int:
-        own = self._address is None
-        return max_concurrent(self._resources, None if own else [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        if self._own:
+            return max_concurrent(self._resources)
+        there = max_concurrent(self._resources, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        return min(there, max_concurrent(self._resources)) if self._found and self._resources.cpus else there
 
     def __enter__(self) -> RayConnection:
+        if self._address is None and ray.is_initialized():
+            self._found = True
+            self._fitting = self._count()
+            return self
         level = logging.INFO if self._verbose else logging.ERROR
         logging.getLogger("ray").setLevel(level)
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}

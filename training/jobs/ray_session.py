@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import secrets
 import signal
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +51,7 @@ __all__ = [
     "RAY_DIED",
     "RayDied",
     "alive",
+    "check_starts",
     "connected",
     "free_places",
     "joined",
@@ -60,6 +63,8 @@ __all__ = [
 RAY_DIED = 3  # exit code
 LONGEST_PLACE = 34  # bytes: a socket's path has 107 at most, and Ray's names of session and socket take 73 of them
 
+PLACES = ("/tmp", "/var/tmp", "/dev/shm")  # for sockets, where temporary files lie too deep
+FILES, FILES_EACH = 100, 12  # that one process of Ray has open, by itself and for every process that works
 GONE = 5.0  # seconds for killed processes to be gone
 
 SAFE_PATH = "PYTHONSAFEPATH"  # python -c, by which Ray starts some processes, puts the current folder first else
@@ -156,6 +161,12 @@ def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
     Raises:
         RayDied: Ray does not start.
     """
+    if given := os.environ.get("RAY_ADDRESS"):
+        warnings.warn(
+            f"RAY_ADDRESS = {given} is not used: a Ray of our own starts on this machine. To take that cluster, whose "
+            "nodes must all see the folder of results, give --address auto",
+            stacklevel=2,
+        )
     own_token()
     with _ray_folder() as folder, contextlib.ExitStack() as stack:
         helper = stack.enter_context(_helped(folder))
@@ -418,13 +429,52 @@ def _open(host: str, port: int) -> bool:
     return True
 
 
+def check_starts(processes: int) -> None:
+    """Check that a Ray of our own can start in this process, before anything is worked on that it is needed for.
+
+    Args:
+        processes: those that are to work side by side.
+
+    Raises:
+        UserError: too few files may be open, or there is no place for Ray's sockets.
+    """
+    if ray.is_initialized():
+        return
+    _ray_place()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # Ray raises the other limit to this one
+    least = FILES + FILES_EACH * processes
+    if most != resource.RLIM_INFINITY and most < least:
+        raise UserError(
+            f"this process may have {most} files open at a time, and Ray needs {least} for {processes} "
+            f"{'process' if processes == 1 else 'processes'} side by side: raise the limit (ulimit -Hn {2 * least}, or "
+            "the service's or container's nofile), or let fewer work side by side"
+        )
+
+
+def _ray_place() -> Path:
+    """Where a Ray of our own may keep its sockets and logs: with temporary files, or where the paths are short enough.
+
+    Raises:
+        UserError: there is no such place.
+    """
+    own = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    for place in (own, *map(Path, PLACES)):
+        if len(os.fsencode(place.absolute())) <= LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise UserError(
+        f"{own}: Ray's sockets need a folder that may be written to, with a path of at most {LONGEST_PLACE} bytes, and "
+        f"{', '.join(PLACES)} are none either; name one with RAY_TMPDIR"
+    )
+
+
 @contextlib.contextmanager
 def _ray_folder() -> Iterator[str]:
     """A scratch folder for Ray's sockets and logs; by default they stay in /tmp/ray for good."""
-    place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    if len(os.fsencode(place)) > LONGEST_PLACE:
-        place = Path("/tmp")
-    with scratch_folder(place) as folder:
+    with scratch_folder(_ray_place()) as folder:
         yield str(folder)
 
 
@@ -456,6 +506,8 @@ def connected(address: str | None, *, cpus: float, gpus: float) -> Iterator[None
     if address is None and ray.is_initialized():
         yield
         return
+    if address is None:
+        check_starts(math.ceil(cpus))
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:

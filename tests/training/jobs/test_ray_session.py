@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 
 from prunesweep.launch.cli import main
-from prunesweep.search.config import ResourcesTable
+from prunesweep.models import UserError
+from prunesweep.search import run_search
+from prunesweep.search.config import ResourcesTable, SearchConfig
 from prunesweep.search.execution.runtime import RayConnection
 from prunesweep.training.jobs import ray_session
-from prunesweep.training.jobs.ray_session import RayDied, connected
+from prunesweep.training.jobs.ray_session import RayDied, check_starts, connected
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +152,69 @@ def test_a_ray_that_dies_while_nothing_of_python_can_run_ends_the_process(tmp_pa
     assert ended.stderr.startswith("error: Ray died; the same command goes on")
     assert time.monotonic() - begun < 40
     assert [path.name for path in tmp_path.iterdir()] == ["gcs_server"]
+
+
+def test_where_ray_s_sockets_do_not_fit_another_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("deep" * 20)
+    deep.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(deep))
+    short = Path(tempfile.mkdtemp(prefix="ps", dir="/tmp"))
+    try:
+        monkeypatch.setattr(ray_session, "PLACES", ("/nowhere", str(short)))
+        places = list[Path]()
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_session.ray, "init", lambda **options: places.append(Path(options["_temp_dir"]).parent))
+            with ray_session.own_ray(lambda: None):
+                pass
+        assert places == [short]
+        monkeypatch.setattr(ray_session, "PLACES", ("/nowhere",))
+        with pytest.raises(UserError, match=r"deep: Ray's sockets need a folder .* at most 34 bytes.*RAY_TMPDIR"):
+            check_starts(1)
+    finally:
+        short.rmdir()
+
+
+def test_too_few_open_files_are_said_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 256))
+    check_starts(4)
+    with pytest.raises(UserError, match=r"may have 256 files open .* Ray needs 484 for 32 processes .*ulimit -Hn 968"):
+        check_starts(32)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, resource.RLIM_INFINITY))
+    check_starts(32)
+
+
+def test_a_search_and_training_check_that_before_their_work(
+    tiny: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    with pytest.raises(UserError, match="64 files open"):
+        run_search(tiny(), tmp_path / "run")
+    with pytest.raises(UserError, match="64 files open"), connected(None, cpus=2, gpus=0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ray_that_this_process_has_is_used_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 5.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
+    monkeypatch.setattr(ray_session.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray_session.ray, "nodes", lambda: nodes)
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray_session.ray, name, lambda *_, **__: pytest.fail("it is someone else's"))
+    for given, expected in (({}, 5), ({"cpus": 2}, 2), ({"cpus_per_trial": 2}, 2)):
+        options: dict[str, Any] = {"address": None, "verbose": False, "on_death": lambda: None}
+        with RayConnection(ResourcesTable(**given), **options) as connection:
+            assert connection.fitting == expected
+    with connected(None, cpus=2, gpus=0):
+        pass
+
+
+def test_an_address_that_is_not_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(ray_session.ray, "init", lambda **_: None)
+    said = pytest.warns(UserWarning, match="RAY_ADDRESS = head:6379 is not used: .* --address auto")
+    with said, ray_session.own_ray(lambda: None):
+        pass
 
 
 WAITS = """
