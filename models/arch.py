@@ -29,7 +29,7 @@ from typing import Any
 from .errors import UserError, nearest
 from .io.reading import parse_json
 
-__all__ = ["Arch", "AttentionPool", "Block", "Rope", "Stage", "Text"]
+__all__ = ["Arch", "AttentionPool", "Block", "PositionBias", "Rope", "Stage", "Text"]
 
 FORMAT = "prunesweep/arch/1"
 LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
@@ -88,6 +88,7 @@ class Stage:
     grid: tuple[int, int]
     blocks: tuple[Block, ...]
     window: tuple[int, int] | None = None  # Swin: rows and columns of an attention window
+    reference_window: tuple[int, int] | None = None  # Swin V2: the window that distances are parts of; None for its own
     sr_ratio: int = 1  # PVTv2: stride of the spatial reduction
 
 
@@ -106,6 +107,18 @@ class Rope:
     column_first: bool = False  # the first coordinate is the column
     offset: float = 0.0  # added to the number of a row or column
     reference: tuple[int, int] | None = None  # axial: rows and columns of the grid that the angles are meant for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionBias:
+    """Relative position bias: attention logits of two tokens have a term that follows from how far apart they are.
+
+    Sources: BEiT, arXiv 2106.08254 (``table``: one weight per distance and head), and Swin V2, arXiv 2111.09883, as
+    timm's ViTs have it (``mlp``: an MLP of the logarithms of distances).
+    """
+
+    kind: str  # table | mlp
+    hidden: int = 0  # units of the MLP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +152,7 @@ class AttentionPool:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | swin | pvt_v2 | lm
+    family: str  # vit | eva | beit | swin | swin_v2 | pvt_v2 | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -167,6 +180,12 @@ class Arch:
     glu: bool = False  # MLPs are gated, as in SwiGLU: of a unit's two inputs the first is activated and multiplies
     mlp_norm: bool = False  # LayerNorm over the hidden units of an MLP
     rope: Rope | None = None
+    norm: str = "layer"  # layer | rms: norms take away the mean and have biases, or do neither (RMSNorm)
+    embed_norm: bool = False  # a norm behind the patch embedding, before positions are added
+    post_norm: bool = False  # a block's norms stand behind its attention and MLP, not in front of them
+    proj_bias: bool = True  # of attention's output projection
+    mlp_bias: bool = True  # of both layers of an MLP
+    position_bias: PositionBias | None = None
     text: Text | None = None  # of family lm
 
     @property
@@ -178,6 +197,11 @@ class Arch:
     def qk_rows(self) -> int:
         """Channels of a query/key unit, which ``Block.qk`` counts: two that are turned together, or one."""
         return 1 if self.rope is None else 2
+
+    @property
+    def norm_tensors(self) -> int:
+        """Weights that a norm has for every channel: a gain, and where it is a LayerNorm a bias."""
+        return 2 if self.norm == "layer" else 1
 
     @property
     def tokens(self) -> int:
@@ -253,7 +277,12 @@ class Arch:
             raise UserError(f"arch.format = {found!r}: this version reads {FORMAT!r}")
         stages = _sequence(data, "stages", "arch")
         data["stages"] = tuple(_read_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
-        for name, record in (("text", Text), ("rope", Rope), ("attn_pool", AttentionPool)):
+        for name, record in (
+            ("text", Text),
+            ("rope", Rope),
+            ("attn_pool", AttentionPool),
+            ("position_bias", PositionBias),
+        ):
             if data.get(name) is not None:
                 data[name] = _read(record, data[name], f"arch.{name}")
         arch = _read(cls, data, "arch")
@@ -327,6 +356,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Text": (Text,),  # read already
     "Rope": (Rope,),
     "AttentionPool": (AttentionPool,),
+    "PositionBias": (PositionBias,),
 }
 
 

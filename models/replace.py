@@ -120,7 +120,7 @@ def _convolution(
         rows.new_zeros(size, rows.shape[1]).index_copy(0, place, rows),
         bias.new_zeros(size).index_copy(0, place, bias),
         proj.new_zeros(proj.shape[0], size).index_copy(1, place, proj),
-        attention["attn.proj.bias"],
+        attention.get("attn.proj.bias", proj.new_zeros(len(proj))),
         columns=sharing.columns(kernel).to(rows.device),
         alpha=sharing.alpha,
     )

@@ -44,10 +44,10 @@ def arch_from_timm(model: str | nn.Module, img_size: int | tuple[int, int] | Non
             now.validate()
         arch = now
     else:
-        readers = {kind: family for family in FAMILIES.values() for kind in family.timm_classes}
-        family = readers.get(type(module))
+        readers = [family for family in FAMILIES.values() if type(module) in family.timm_classes]
+        family = next((reader for reader in readers if reader.takes(module)), None)
         if family is None:
-            known = ", ".join(kind.__name__ for kind in readers)
+            known = ", ".join({kind.__name__: None for own in FAMILIES.values() for kind in own.timm_classes})
             raise UserError(f"{name} is a {type(module).__name__}: this version represents timm's {known}")
         arch = family.read(module, name, to_2tuple(img_size or tuple(cfg.get("input_size", (3, 224, 224))[1:])))
         arch.validate()

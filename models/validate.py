@@ -66,6 +66,10 @@ def _validate_stage(family: Family, stage: Stage, where: str) -> None:
     for i, side in enumerate(stage.window or ()):
         if not 1 <= side <= stage.grid[i]:
             raise UserError(f"{where}.window[{i}] = {side}: must lie in 1..{stage.grid[i]}, the grid's side")
+    for i, side in enumerate(stage.reference_window or ()):
+        if not family.refers_to_windows:
+            raise UserError(f"{where}.reference_window: family {family.name!r} has no distances in parts of a window")
+        check_at_least(f"{where}.reference_window[{i}]", side, 1)
     check_at_least(f"{where}.sr_ratio", stage.sr_ratio, 1)
     reduces = family.supports("spatial_reduction")
     if stage.sr_ratio > 1 and (not reduces or stage.sr_ratio > min(stage.grid)):

@@ -1,6 +1,6 @@
 """Pruning a model while it trains: full-size tensors whose pruned entries are zero, and stay zero.
 
-Everything that ``models.cut`` would take away is zeroed, on both sides of a unit. A LayerNorm over residual channels
+Everything that ``models.cut`` would take away is zeroed, on both sides of a unit. A norm over residual channels
 then has to average over those that are kept, or the masked model is another function than the cut one.
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch
 from prunesweep.models.families import family_of
 
-__all__ = ["KeptLayerNorm", "Masking", "space_masks"]
+__all__ = ["KeptLayerNorm", "KeptRmsNorm", "Masking", "space_masks"]
 
 
 class KeptLayerNorm(nn.LayerNorm):
@@ -38,6 +40,25 @@ class KeptLayerNorm(nn.LayerNorm):
         return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
 
 
+class KeptRmsNorm(RmsNorm):  # type: ignore[misc]  # timm is untyped
+    """The same of an RMSNorm."""
+
+    kept: torch.Tensor | None
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight = norm.weight
+        self.register_buffer("kept", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (..., D) to the same shape; kept channels are as in the cut model."""
+        if self.kept is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        weight = self.weight.index_select(0, self.kept)
+        y = F.rms_norm(x.index_select(-1, self.kept), (len(self.kept),), weight, self.eps)
+        return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
+
+
 class Masking:
     """Holds a ViT's or Swin's parameters at the masks of ``set``.
 
@@ -47,8 +68,12 @@ class Masking:
 
     def __init__(self, model: nn.Module, arch: Arch, *, kept_norms: bool) -> None:
         self._model, self._arch = model, arch
-        norms = {name: m for name, m in model.named_modules() if kept_norms and isinstance(m, nn.LayerNorm)}
-        self._norms = {name: (norm, KeptLayerNorm(norm)) for name, norm in norms.items()}
+        self._norms: dict[str, tuple[nn.Module, KeptLayerNorm | KeptRmsNorm]] = {}
+        for name, module in list(model.named_modules()):
+            if kept_norms and isinstance(module, nn.LayerNorm):
+                self._norms[name] = module, KeptLayerNorm(module)
+            elif kept_norms and isinstance(module, RmsNorm):
+                self._norms[name] = module, KeptRmsNorm(module)
         self._pruned: list[tuple[nn.Parameter, list[torch.Tensor]]] = []
         self._place(1)
 
@@ -92,7 +117,7 @@ class Masking:
 
     @contextlib.contextmanager
     def stock_norms(self) -> Iterator[None]:
-        """Put the model's own LayerNorms back within the context, as ``Arch.from_timm`` expects it."""
+        """Put the model's own norms back within the context, as ``Arch.from_timm`` expects it."""
         self._place(0)
         try:
             yield
@@ -100,7 +125,7 @@ class Masking:
             self._place(1)
 
     def remove(self) -> None:
-        """Give the model its own LayerNorms back for good; its weights stay as they are."""
+        """Give the model its own norms back for good; its weights stay as they are."""
         self._place(0)
 
     def _place(self, which: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, AttentionPool, Block, BlockCut, Cut, Rope, Stage, Text, build
+from prunesweep.models import Arch, AttentionPool, Block, BlockCut, Cut, PositionBias, Rope, Stage, Text, build
 from prunesweep.models.layers.activations import ACTIVATIONS
 
-FAMILIES = ("vit", "eva", "swin", "pvt_v2")  # of images; there is "lm" too
+FAMILIES = ("vit", "eva", "beit", "swin", "swin_v2", "pvt_v2")  # of images; there is "lm" too
 
 
 def random_block(
@@ -40,7 +40,15 @@ def random_arch(
     random: Random, family: str = "vit", *, ragged: bool = True, missing: bool = True, extras: bool = True
 ) -> Arch:
     """Any record of a family; ``extras`` are convolutions, token plans and what else is no width."""
-    makers = {"vit": random_vit, "eva": random_eva, "swin": random_swin, "pvt_v2": random_pvt, "lm": random_lm}
+    makers = {
+        "vit": random_vit,
+        "eva": random_eva,
+        "beit": random_beit,
+        "swin": random_swin,
+        "swin_v2": random_swin_v2,
+        "pvt_v2": random_pvt,
+        "lm": random_lm,
+    }
     return makers[family](random, ragged, missing, extras)
 
 
@@ -105,7 +113,28 @@ def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         glu=glu,
         rope=rope,
     )
+    own = Random(arch.hash)  # other draws stay as they are
+    if own.random() < 0.4:
+        arch = dataclasses.replace(
+            arch,
+            norm=own.choice(["layer", "rms"]),
+            embed_norm=own.random() < 0.5,
+            proj_bias=own.random() < 0.5,
+            mlp_bias=own.random() < 0.5,
+            post_norm=not arch.layer_scale and own.random() < 0.4,
+        )
     return arch if not extras else _planned(random, arch)
+
+
+def random_beit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Position biases of either kind; tables for one prefix token at the most."""
+    drawn = random_eva(random, ragged, missing, extras=False)
+    (stage,) = drawn.stages
+    blocks = [random_block(random, i, ragged=ragged, missing=missing, extras=extras) for i in range(drawn.depth)]
+    stages = (dataclasses.replace(stage, blocks=tuple(blocks)),)
+    table = drawn.prefix_tokens < 2 and random.random() < 0.6
+    bias = PositionBias(kind="table") if table else PositionBias(kind="mlp", hidden=random.randint(1, 9))
+    return dataclasses.replace(drawn, family="beit", stages=stages, rope=None, position_bias=bias)
 
 
 def _planned(random: Random, arch: Arch) -> Arch:
@@ -151,6 +180,20 @@ def random_swin(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
         stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), window=window))
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     return _pyramid(random, "swin", img_size, (patch, patch), stages, norm_eps=1e-5)
+
+
+def random_swin_v2(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """The same, with windows that distances are meant for, or without; blocks may add their norm's output."""
+    drawn = random_swin(random, ragged, missing, extras=False)
+    stages = []
+    for stage in drawn.stages:
+        blocks = []
+        for block in stage.blocks:
+            own = {"scale": 1.0} if block.mixer == "attn" else {"norm_residual": extras and random.random() < 0.5}
+            blocks.append(dataclasses.replace(block, **own))
+        reference = random.choice([None, (random.randint(2, 5), random.randint(2, 5))])
+        stages.append(dataclasses.replace(stage, blocks=tuple(blocks), reference_window=reference))
+    return dataclasses.replace(drawn, family="swin_v2", k_bias=False, post_norm=True, stages=tuple(stages))
 
 
 def random_pvt(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:

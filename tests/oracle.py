@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timm.layers import RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
 
 Hook = Callable[..., None]
+NORMS = (nn.LayerNorm, RmsNorm)
 
 
 def _indicator(size: int, kept: tuple[int, ...] | None, like: torch.Tensor) -> torch.Tensor:
@@ -27,8 +29,10 @@ def _indicator(size: int, kept: tuple[int, ...] | None, like: torch.Tensor) -> t
 
 
 def _masked_norm(keep: torch.Tensor):
-    def hook(norm: nn.LayerNorm, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    def hook(norm: Any, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
         x, n = args[0].to(keep.dtype), keep.sum()
+        if isinstance(norm, RmsNorm):
+            return keep * norm.weight * x / ((x**2 * keep).sum(-1, keepdim=True) / n + norm.eps).sqrt()
         mean = (x * keep).sum(-1, keepdim=True) / n
         var = ((x - mean) ** 2 * keep).sum(-1, keepdim=True) / n
         return keep * (norm.weight * (x - mean) / (var + norm.eps).sqrt() + norm.bias)
@@ -91,13 +95,15 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
             continue
         if name == "attn_pool":
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
-        if isinstance(module, nn.LayerNorm) and ".blocks." not in f".{name}":
+        if isinstance(module, NORMS) and ".blocks." not in f".{name}":
             parts = name.split(".")
             s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
             if arch.family == "swin" and "downsample" in parts:  # over four neighbours of the stage before
                 hook(module, _masked_norm(embed[s - 1].repeat(4)))
             else:
                 hook(module, _masked_norm(embed[s]))
+        if name == "blocks.0" and arch.post_norm:  # which reads the first stream without a norm
+            hook(module, lambda _m, args: (args[0] * embed[0],), before=True)
         if name in ("head", "head_dist") and isinstance(module, nn.Linear) and arch.attn_pool is None:
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
 
@@ -133,7 +139,7 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
             rows = qk.repeat(block.attn.q_proj.out_features // width)
             for layer, mask in ((block.attn.q_proj, rows), (block.attn.k_proj, rows), (block.attn.v_proj, v)):
                 scale(layer, mask)
-            if isinstance(block.attn.norm, nn.LayerNorm):
+            if isinstance(getattr(block.attn, "norm", None), NORMS):
                 hook(block.attn.norm, _masked_norm(v))
         else:
             scale(block.attn.q, qk)
@@ -145,9 +151,10 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
     if choice.sr is not None:
         hook(block.attn.norm, _masked_norm(_indicator(record.sr, choice.sr, weight)))
     if choice.mlp == () and record.mlp:
-        scale(block.mlp, weight.new_zeros(()))
+        branch = block.norm2 if getattr(block, "post_norm", False) else block.mlp  # whose norm is the last of it
+        scale(branch, weight.new_zeros(()))
     elif choice.mlp:
         mlp = _indicator(record.mlp, choice.mlp, weight)
-        if isinstance(getattr(block.mlp, "norm", None), nn.LayerNorm):
+        if isinstance(getattr(block.mlp, "norm", None), NORMS):
             hook(block.mlp.norm, _masked_norm(mlp))
         hook(block.mlp.fc2, lambda _m, args: (args[0] * mlp,), before=True)

@@ -10,16 +10,18 @@ from collections.abc import Collection, Iterator, Sequence
 from prunesweep.models.arch import Arch
 
 from .base import CAPABILITIES, Family
+from .beit import BEIT
 from .checks import check_one_of
 from .eva import EVA
 from .lm import LM
 from .pvt_v2 import PVT_V2
 from .swin import SWIN
+from .swin_v2 import SWIN_V2
 from .vit import VIT
 
 __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, EVA, SWIN, PVT_V2, LM)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, EVA, BEIT, SWIN, SWIN_V2, PVT_V2, LM)}
 
 
 def family_of(arch: Arch | str) -> Family:

@@ -88,6 +88,7 @@ class Family(ABC):
     fixed_fields: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what its records always hold
     one_head_only: ClassVar[str] = ""  # without "mixed_heads": why a head keeps channels of one head only
     conv_sharing: ClassVar[ConvSharing | None] = None  # with "mixers"
+    refers_to_windows: ClassVar[bool] = False  # with "windows": a stage may have a ``reference_window``
 
     block_tensors: ClassVar[Table]  # by the name within a block
     stage_tensors: ClassVar[Table] = {}  # by the name within a stage
@@ -105,6 +106,10 @@ class Family(ABC):
         if unknown:
             raise KeyError(f"unknown capability {', '.join(unknown)}; known: {', '.join(CAPABILITIES)}")
         return self.capabilities.issuperset(capabilities)
+
+    def takes(self, model: Any) -> bool:
+        """Whether a module of ``timm_classes`` is for this family; false where another one reads this kind of it."""
+        return True
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
         """Read the record of a module of ``timm_classes``.
@@ -290,7 +295,7 @@ class Family(ABC):
         """Count MACs and parameters of one block in a stage of a model like ``arch``."""
         places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens  # between blocks
         tokens = block.tokens or places  # inside
-        norm = stage.width * (2 + arch.layer_scale)
+        norm = stage.width * (arch.norm_tensors + arch.layer_scale)
         macs = params = 0
         if block.tokens is not None:
             dense = block.merge == "dense"

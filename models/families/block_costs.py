@@ -38,7 +38,8 @@ def projection_params(arch: Arch, stage: Stage, block: Block, channels: int) -> 
     """
     qk, v, k_bias = block.heads * block.qk * arch.qk_rows, block.total_v, arch.qkv_bias and arch.k_bias
     params = qk * (stage.width + arch.qkv_bias) + qk * (channels + k_bias) + v * (channels + arch.qkv_bias)
-    return params + (v + 1) * stage.width + 4 * block.qk * arch.qk_norm + 2 * v * arch.attn_norm
+    norms = arch.norm_tensors * (2 * block.qk * arch.qk_norm + v * arch.attn_norm)
+    return params + (v + arch.proj_bias) * stage.width + norms
 
 
 def global_attention_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
@@ -74,7 +75,7 @@ def convolution_cost(stage: Stage, block: Block) -> Counts:
 
 
 def mlp_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-    """Count MACs, 2 N D M or, gated, 3 N D M, and parameters of two linear layers with biases and of a norm between.
+    """Count MACs, 2 N D M or, gated, 3 N D M, and parameters of two linear layers and of a norm between.
 
     Args:
         arch: the record.
@@ -84,4 +85,5 @@ def mlp_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
     """
     inputs = 1 + arch.glu
     unit = (inputs + 1) * stage.width
-    return tokens * block.mlp * unit, block.mlp * (unit + inputs + 2 * arch.mlp_norm) + stage.width
+    own = inputs * arch.mlp_bias + arch.norm_tensors * arch.mlp_norm
+    return tokens * block.mlp * unit, block.mlp * (unit + own) + stage.width * arch.mlp_bias

@@ -11,7 +11,19 @@ from prunesweep.models.errors import UserError, nearest
 __all__ = ["PLAIN", "PYRAMID", "check_at_least", "check_fixed", "check_one_of"]
 
 # fields of a block as ViT has it
-PLAIN: Mapping[str, Any] = {"k_bias": True, "attn_norm": False, "glu": False, "mlp_norm": False, "rope": None}
+PLAIN: Mapping[str, Any] = {
+    "k_bias": True,
+    "attn_norm": False,
+    "glu": False,
+    "mlp_norm": False,
+    "rope": None,
+    "norm": "layer",
+    "embed_norm": False,
+    "post_norm": False,
+    "proj_bias": True,
+    "mlp_bias": True,
+    "position_bias": None,
+}
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {
     **PLAIN,

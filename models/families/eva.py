@@ -1,46 +1,39 @@
-"""timm's ``Eva`` class: EVA and EVA-02, DINOv3, Perception Encoders, and ViTs with rotary position embedding.
+"""timm's ``Eva`` class (EVA and EVA-02, DINOv3, Perception Encoders, rotary ViTs), AIMv2, BEiT-3 and Qwen's towers.
 
-They are built as ViTs (``families.vit``) whose attention turns pairs of channels by their token's place
-(``layers.rotary``). timm lays pairs out in two ways, joins projections or not, and keeps some biases apart; here all
-have one layout, so a timm model is *adopted*: its weights are given the names and the order of rows of this one.
+They are ViTs that may have rotary position embedding, gated MLPs, norms within attention and MLPs, RMSNorm, and linear
+layers without bias. They are built as ViTs (``families.vit``) whose attention turns pairs of channels by their token's
+place (``layers.rotary``). timm lays pairs out in two ways, joins projections or not, and keeps some biases apart; here
+all have one layout, so a timm model is *adopted*: its weights are given the names and the order of rows of this one.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
-from timm.layers import AttentionRope, PatchEmbed, SwiGLU
-from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
-from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.qwen3_vit import Qwen3VitClassifier, resample_pos_embed_grid
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prunesweep.models.arch import Arch, Block, Rope, Stage
+from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.rotary import Places, RotaryAttention
 
 from .attention_pool import read_pool
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
-from .reading import Require, isotropic_record, layer_norms, require, shared_eps
+from .layouts import KINDS, adopted_block, is_plain, read_block, read_rope
+from .reading import Require, all_norms, isotropic_record, require, shared_eps
 from .spaces import BLOCK, WHOLE, AxisUse, Table, linear, per_channel, scales
 from .views import AttentionView, LinearView, attention_view
-from .vit import VisionTransformerFamily, build_vit, read_mlp
+from .vit import VisionTransformerFamily, build_vit
 from .vit_models import AttentionPooledTransformer, HeteroVisionTransformer
 
 __all__ = ["EVA", "RotaryVisionTransformer"]
-
-Features = tuple[tuple[str, Any], ...]
-KINDS: Mapping[type[nn.Module], str] = {
-    RotaryEmbeddingCat: "axial",
-    RotaryEmbeddingDinoV3: "centred",
-    RotaryEmbeddingMixed: "mixed",
-}
 
 
 class RotaryVisionTransformer(HeteroVisionTransformer):
@@ -82,6 +75,7 @@ def _attention(places: Places | None, arch: Arch, block: Block, norm_layer: Any)
         prefix_tokens=arch.prefix_tokens,
         qkv_bias=arch.qkv_bias,
         k_bias=arch.k_bias,
+        proj_bias=arch.proj_bias,
         out_norm=arch.attn_norm,
         norm_layer=norm_layer,
     )
@@ -92,12 +86,9 @@ class EvaFamily(VisionTransformerFamily):
 
     name = "eva"
     capabilities = frozenset({*VisionTransformerFamily.capabilities, "rotary"} - {"token_scale"})
-    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Eva,)
+    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Eva, VisionTransformer, Qwen3VitClassifier)
     adopts = True
-    fixed_fields: ClassVar[dict[str, Any]] = {
-        "dist_token": False,
-        "qk_norm": False,
-    }
+    fixed_fields: ClassVar[dict[str, Any]] = {"dist_token": False, "qk_norm": False, "position_bias": None}
     block_tensors: ClassVar[Table] = {
         **{
             name: uses
@@ -112,47 +103,81 @@ class EvaFamily(VisionTransformerFamily):
         "attn.freqs": (WHOLE, scales("q")),
     }
 
+    def takes(self, model: Any) -> bool:
+        """Whether a model is no VisionTransformer that family ``vit`` reads."""
+        return type(model) is not VisionTransformer or not is_plain(model)
+
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """Read the record of an Eva, which knows its image size; one for images of any size is read for that one."""
+        """Read the record of a model of ``timm_classes``; one for images of any size is read for its nominal one."""
         needs = partial(require, name)
-        embed = model.patch_embed
-        needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
-        needs(isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
-        pools = ("token", "avg", "map")
-        needs(model.global_pool in pools, f"its pooling is {model.global_pool!r}, not one of {', '.join(pools)}")
-        if model.dynamic_img_size:
-            size = "x".join(map(str, embed.img_size))
-            warnings.warn(f"{name} takes images of any size; its record is for {size} images", stacklevel=2)
-        kinds = {type(block).__name__ for block in model.blocks}
-        needs("EvaBlockPostNorm" not in kinds, "its blocks normalise behind each half, where no linear layer follows")
-        eps = shared_eps(layer_norms(model, needs), needs)
-        rotates = model.rope is not None
-        blocks, features = zip(*(_read_block(i, b, rotates, needs) for i, b in enumerate(model.blocks)), strict=True)
-        needs(len(set(features)) == 1, "its blocks differ in biases, norms, layer scale or MLPs")
+        if isinstance(model, Qwen3VitClassifier):
+            return self._read_classifier(model, name, needs)
         norms = [not isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm)]
         needs(not all(norms), "it has a norm in front of the pooling and another one behind it")
+        reg_token, attn_pool = (getattr(model, part, None) for part in ("reg_token", "attn_pool"))
+        if isinstance(model, VisionTransformer):
+            pool_prefix = model.pool_include_prefix and model.global_pool != "token"
+        else:
+            pool_prefix = attn_pool is not None and model.num_prefix_tokens > 0
+        return self._read_trunk(
+            model,
+            name,
+            needs,
+            reg_tokens=0 if reg_token is None else reg_token.shape[1],
+            pool_prefix=pool_prefix,
+            head_norm="tokens" if norms[0] else "pooled" if norms[1] else "none",
+        )
+
+    def _read_trunk(self, model: Any, name: str, needs: Require, **fields: Any) -> Arch:
+        """Read all but what ``fields`` tell."""
+        embed = model.patch_embed
+        needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
+        pools = ("token", "avg", "map")
+        pool = fields.get("pool") or model.global_pool
+        needs(pool in pools, f"its pooling is {pool!r}, not one of {', '.join(pools)}")
+        if getattr(model, "dynamic_img_size", False) or not embed.strict_img_size:
+            size = "x".join(map(str, embed.img_size))
+            warnings.warn(f"{name} takes images of any size; its record is for {size} images", stacklevel=4)
+        norm, norms = all_norms(model, needs)
+        rotates = getattr(model, "rope", None) is not None
+        blocks, features = zip(*(read_block(i, b, rotates, needs) for i, b in enumerate(model.blocks)), strict=True)
+        needs(len(set(features)) == 1, "its blocks differ in biases, norms, layer scale or MLPs")
+        own = dict(features[0])
+        attn_pool = getattr(model, "attn_pool", None)
         return isotropic_record(
             model,
             self.name,
             name,
             blocks,
-            reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1],
-            pool_prefix=model.attn_pool is not None and model.num_prefix_tokens > 0,
-            attn_pool=None if model.attn_pool is None else read_pool(model.attn_pool, dict(features[0])["act"], needs),
-            head_norm="tokens" if norms[0] else "pooled" if norms[1] else "none",
-            norm_eps=eps,
-            rope=_read_rope(model, blocks[0].v, needs) if rotates else None,
-            **dict(features[0]),
+            norm=norm,
+            norm_eps=shared_eps(norms, needs),
+            embed_norm=not isinstance(embed.norm, nn.Identity),
+            attn_pool=None if attn_pool is None else read_pool(attn_pool, own["act"], needs),
+            rope=read_rope(model, blocks[0].v, needs) if rotates else None,
+            **own,
+            **fields,
         )
 
+    def _read_classifier(self, model: Any, name: str, needs: Require) -> Arch:
+        """Read Qwen's image tower with a head: positions for one grid, the average, and a norm without weights."""
+        needs(model.encoder.merger is None, "it merges patches behind its blocks, for a language model")
+        needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
+        normed = not isinstance(model.norm, nn.Identity)
+        eps = [model.norm.eps] if normed else []
+        needs({*eps, model.encoder.blocks[0].norm1.eps} == {model.encoder.blocks[0].norm1.eps}, "its norms differ")
+        head = {"pool": "avg", "num_classes": model.num_classes, "head_norm": "pooled" if normed else "none"}
+        return self._read_trunk(model.encoder, name, needs, **head)
+
     def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:
-        """Lay out a timm Eva's weights: pairs apart, three projections, two halves of a gated MLP side by side."""
+        """Lay out a timm model's weights: pairs apart, three projections, halves of a gated MLP side by side."""
         state: dict[str, torch.Tensor] = dict(model.state_dict())
+        if isinstance(model, Qwen3VitClassifier):
+            state, model = _adopted_classifier(model, arch, state), model.encoder
         found = {name: tensor for name, tensor in state.items() if not name.startswith(("blocks.", "rope."))}
         for i, block in enumerate(model.blocks):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            found |= {prefix + name: tensor for name, tensor in _adopted_block(arch, block, own).items()}
+            found |= {prefix + name: tensor for name, tensor in adopted_block(arch, block, own).items()}
             if arch.rope is not None and arch.rope.kind == "mixed":
                 found[f"{prefix}attn.freqs"] = state["rope.freqs"][:, i].flatten(1).contiguous()
             elif arch.rope is not None:
@@ -201,6 +226,8 @@ class EvaFamily(VisionTransformerFamily):
     def check_fields(self, arch: Arch) -> None:
         """Raise UserError for impossible pooling or an impossible rotation."""
         super().check_fields(arch)
+        if arch.post_norm and arch.layer_scale:
+            raise UserError("post_norm = true: needs layer_scale = False, the norms have gains of their own")
         if arch.rope is not None:
             check_one_of("rope.kind", arch.rope.kind, KINDS.values())
             check_at_least("rope.pairs", arch.rope.pairs, 2)
@@ -225,101 +252,16 @@ class EvaFamily(VisionTransformerFamily):
         return super().only_chosen(arch, space)
 
 
-def _read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple[Block, Features]:
-    """Read the record of one block, and the fields that all blocks of a model must share."""
-    where = f"block {index}"
-    require(type(block) is EvaBlock, f"{where} is a {type(block).__name__}")
-    attn, mlp = block.attn, block.mlp
-    require(type(attn) in (EvaAttention, AttentionRope), f"{where} has a {type(attn).__name__}")
-    require(attn.gate is None, f"{where} gates its attention")
-    require(getattr(attn, "num_kv_groups", 1) == 1, f"{where} has fewer heads of keys and values than of queries")
-    require(isinstance(attn.q_norm, nn.Identity), f"{where} normalises queries and keys")
-    require((block.gamma_1 is None) == (block.gamma_2 is None), f"{where} has a layer scale in one half only")
-    require(attn.proj.bias is not None, f"{where} has no projection bias")
-    if type(mlp) is SwiGLU:
-        require(type(mlp.act) is nn.SiLU, f"{where} has activation {type(mlp.act).__name__} in a SwiGLU")
-        require(mlp.fc1_g.bias is not None and mlp.fc2.bias is not None, f"{where} has no biases in its MLP")
-        units, act, glu, mlp_norm = mlp.fc2.in_features, "silu", True, not isinstance(mlp.norm, nn.Identity)
-    else:
-        units, act, glu, mlp_norm = read_mlp(mlp, where, require)
-    q, k, v = (bias is not None for bias in _projections(attn, "bias"))
-    require(q == v and q >= k, f"{where} has biases of keys without those of queries, or of values")
-    width = attn.head_dim
-    record = Block(
-        src=index,
-        heads=attn.num_heads,
-        qk=width // 2 if rotates else width,
-        v=width,
-        scale=float(attn.scale),
-        mlp=units,
-    )
-    features = {
-        "qkv_bias": q,
-        "k_bias": k or not q,
-        "attn_norm": not isinstance(attn.norm, nn.Identity),
-        "layer_scale": block.gamma_1 is not None,
-        "act": act,
-        "glu": glu,
-        "mlp_norm": mlp_norm,
-    }
-    return record, tuple(features.items())
-
-
-def _read_rope(model: Any, width: int, require: Require) -> Rope:
-    """Read how a model with heads of ``width`` channels turns them."""
-    rope = model.rope
-    require(type(rope) in KINDS, f"its position embedding is a {type(rope).__name__}")
-    kind = KINDS[type(rope)]
-    own = rope.dim // model.blocks[0].attn.num_heads if kind == "mixed" else rope.dim
-    require(own == width and width % 4 == 0, f"it turns {own} of a head's {width} channels, or not a multiple of 4")
-    require(not rope.aug_active, "it changes its coordinates at random in training")
-    require(kind != "axial" or rope.grid_type == "index", "it turns by pixels, not by rows and columns")
-    centred = kind != "centred" or (rope.normalize_coords == "separate" and rope.min_period is None)
-    require(centred, "it scales its coordinates by one side of the grid, or has a range of periods")
-    reference = getattr(rope, "ref_feat_shape", None)
-    columns_first = rope.grid_indexing == "xy"
-    return Rope(
-        kind=kind,
-        pairs=width // 2,
-        temperature=float(rope.temperature),
-        column_first=columns_first,
-        offset=float(getattr(rope, "grid_offset", 0.0)),
-        reference=None if reference is None else (int(reference[0]), int(reference[1])),
-    )
-
-
-def _projections(attn: Any, part: str) -> tuple[torch.Tensor | None, ...]:
-    """Return ``weight`` or ``bias`` of queries, keys and values; None for a bias that is not there."""
-    if attn.qkv is None:
-        return tuple(getattr(layer, part) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-    if part == "bias" and getattr(attn, "q_bias", None) is not None:
-        return attn.q_bias, None, attn.v_bias
-    joint = getattr(attn.qkv, part)
-    return (None,) * 3 if joint is None else joint.chunk(3)
-
-
-def _adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Lay out the weights ``own`` of a timm block, by their names within it."""
-    joined = ("attn.q", "attn.k", "attn.v", "mlp.fc1", "gamma_")
-    found = {name: tensor for name, tensor in own.items() if not name.startswith(joined)}
-    for half in "12":
-        if f"gamma_{half}" in own:
-            found[f"ls{half}.gamma"] = own[f"gamma_{half}"]
-    for part in ("weight", "bias"):
-        for name, rows in zip("qkv", _projections(block.attn, part), strict=True):
-            if rows is not None:
-                rows = rows.detach()
-                apart = name != "v" and arch.rope is not None
-                found[f"attn.{name}_proj.{part}"] = _pairs_apart(block.attn, rows) if apart else rows
-        names = ("fc1_g", "fc1_x") if type(block.mlp) is SwiGLU else ("fc1",)
-        found[f"mlp.fc1.{part}"] = torch.cat([own[f"mlp.{name}.{part}"] for name in names])
+def _adopted_classifier(model: Any, arch: Arch, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name a Qwen tower's weights without their prefix, give its last norm weights, and positions to the grid."""
+    encoder, grid = model.encoder, arch.stages[0].grid
+    found = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
+    positions = resample_pos_embed_grid(found["pos_embed"], encoder.pos_embed_grid_size, grid)
+    found["pos_embed"] = positions.detach().clone()
+    if arch.head_norm == "pooled":
+        like = found["pos_embed"][0, 0]
+        found |= {"fc_norm.weight": torch.ones_like(like), "fc_norm.bias": torch.zeros_like(like)}
     return found
-
-
-def _pairs_apart(attn: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Order rows (H·E, ...) of queries or keys so that the first channels of all pairs come first."""
-    layout = "(h two p)" if attn.rotate_half else "(h p two)"
-    return rearrange(rows, f"{layout} ... -> (two h p) ...", two=2, h=attn.num_heads)
 
 
 EVA = EvaFamily()

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from timm.layers import LayerNorm
+from timm.layers import GluMlp, LayerNorm, Mlp, RmsNorm
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS, activation_name
 
-__all__ = ["Require", "activation_of", "isotropic_record", "layer_norms", "pyramid_record", "require", "shared_eps"]
+__all__ = [
+    "Require",
+    "activation_of",
+    "all_norms",
+    "isotropic_record",
+    "layer_norms",
+    "pyramid_record",
+    "read_mlp",
+    "require",
+    "shared_eps",
+]
 
 Require = Callable[[bool, str], None]  # ``require`` with the name given
 
@@ -36,10 +46,23 @@ def layer_norms(model: nn.Module, require: Require) -> list[Any]:
         model: the timm model.
         require: ``require`` with the model's name bound.
     """
-    norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    norms = _norms(model)
     require(all(type(m) in (LayerNorm, nn.LayerNorm) for m in norms), "it has a normalisation that is not LayerNorm")
     require(all(isinstance(m, nn.LayerNorm) and m.bias is not None for m in norms), "it has a LayerNorm without bias")
     return norms
+
+
+def all_norms(model: nn.Module, require: Require) -> tuple[str, list[Any]]:
+    """List all normalisation layers with ``Arch.norm``: RMSNorms, all of them, or LayerNorms as for ``layer_norms``."""
+    norms = _norms(model)
+    if norms and all(type(m) is RmsNorm and m.weight is not None for m in norms):
+        return "rms", norms
+    return "layer", layer_norms(model, require)
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    named = (m for m in model.modules() if "norm" in type(m).__name__.lower())
+    return [m for m in named if not any(m.children())]  # blocks may be called after theirs
 
 
 def shared_eps(norms: list[Any], require: Require) -> float:
@@ -50,7 +73,7 @@ def shared_eps(norms: list[Any], require: Require) -> float:
         require: ``require`` with the model's name bound.
     """
     eps = {m.eps for m in norms}
-    require(len(eps) == 1, f"its LayerNorms have different eps: {sorted(eps)}")
+    require(len(eps) == 1, f"its norms have different eps: {sorted(eps)}")
     return float(eps.pop())
 
 
@@ -80,25 +103,24 @@ def isotropic_record(model: Any, family: str, name: str, blocks: Sequence[Block]
         family: name of its family.
         name: name of the source.
         blocks: the blocks that were read.
-        fields: further fields of the record.
+        fields: further fields of the record, or others than ``num_classes`` and ``pool`` of the model.
 
     Raises:
         UserError: the patch embedding has a bias and a norm behind it, or neither.
     """
-    embed, pre_norm = model.patch_embed, not isinstance(model.norm_pre, nn.Identity)
+    embed, pre_norm = model.patch_embed, not isinstance(getattr(model, "norm_pre", nn.Identity()), nn.Identity)
     rows, columns = embed.grid_size
+    fields = {"num_classes": model.num_classes, "pool": model.global_pool, **fields}
     arch = Arch(
         family=family,
         source=name,
         img_size=tuple(embed.img_size),
         patch_size=tuple(embed.patch_size),
         in_chans=embed.proj.in_channels,
-        num_classes=model.num_classes,
         stages=(Stage(width=model.embed_dim, grid=(rows, columns), blocks=tuple(blocks)),),
-        class_token=model.cls_token is not None,
-        pos_embed=model.pos_embed is not None,
-        prefix_pos_embed=not model.no_embed_class,
-        pool=model.global_pool,
+        class_token=getattr(model, "cls_token", None) is not None,
+        pos_embed=getattr(model, "pos_embed", None) is not None,
+        prefix_pos_embed=not getattr(model, "no_embed_class", False),
         pre_norm=pre_norm,
         **fields,
     )
@@ -131,3 +153,17 @@ def pyramid_record(model: Any, family: str, name: str, stages: list[Stage], bias
         qkv_bias=biases.pop(),
         **fields,
     )
+
+
+def read_mlp(mlp: Any, where: str, require: Require) -> tuple[int, str, bool, bool]:
+    """Read hidden units, activation, whether it is gated and whether it normalises its units, of a block's MLP.
+
+    Args:
+        mlp: timm's Mlp or GluMlp.
+        where: the block, for the message.
+        require: ``require`` with the model's name bound.
+    """
+    glu = type(mlp) is GluMlp
+    act = activation_of(mlp, GluMlp if glu else Mlp, where, require)
+    require(not (glu and mlp.gate_last), f"{where} activates the second half of a gated MLP's inputs")
+    return mlp.fc2.in_features, act, glu, not isinstance(mlp.norm, nn.Identity)

@@ -32,7 +32,7 @@ from .reading import Require, activation_of, layer_norms, pyramid_record, requir
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .views import AttentionView, Entrance, Reader, WindowView, attention_view, consecutive
 
-__all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "build_swin"]
+__all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "SwinFamily", "build_swin", "fill_stages", "shift"]
 
 
 class HeteroWindowAttention(WindowAttention):  # type: ignore[misc]  # timm is untyped
@@ -135,22 +135,40 @@ def build_swin(arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
         norm_layer=norm_layer,
         drop_path_rate=0.0,
     )
+    fill_stages(model, arch, PatchMerging, _block, drop_path=drop_path, norm_layer=norm_layer)
+    model.init_weights(needs_reset=False)
+    return model
+
+
+def fill_stages(model: Any, arch: Arch, merging: Any, make_block: Any, *, drop_path: float, norm_layer: Any) -> None:
+    """Give a Swin without blocks those of ``arch``, patch merging between its widths, and a head.
+
+    Args:
+        model: timm's, of either version.
+        arch: the record.
+        merging: timm's class of patch merging.
+        make_block: makes a block from the record, the stage's, the block's, ``drop_path`` and ``norm_layer``.
+        drop_path: stochastic depth rate of the last block, rising linearly over the blocks.
+        norm_layer: the class of norms.
+    """
+    widths = [stage.width for stage in arch.stages]
     rates = calculate_drop_path_rates(drop_path, [len(stage.blocks) for stage in arch.stages], stagewise=True)
     for s, (stage, layer) in enumerate(zip(arch.stages, model.layers, strict=True)):
         if s:
-            layer.downsample = PatchMerging(widths[s - 1], stage.width, norm_layer=norm_layer)
-        pairs = zip(stage.blocks, rates[s], strict=True)
-        layer.blocks = nn.Sequential(*(_block(arch, stage, block, rate, norm_layer) for block, rate in pairs))
+            layer.downsample = merging(widths[s - 1], stage.width, norm_layer=norm_layer)
+        made = (
+            make_block(arch, stage, block, drop_path=rate, norm_layer=norm_layer)
+            for block, rate in zip(stage.blocks, rates[s], strict=True)
+        )
+        layer.blocks = type(layer.blocks)(made) if isinstance(layer.blocks, nn.ModuleList) else nn.Sequential(*made)
         layer.depth = len(stage.blocks)
         model.feature_info[s]["num_chs"] = stage.width
     model.num_features = model.head_hidden_size = widths[-1]
     model.norm = norm_layer(widths[-1])
     model.head = ClassifierHead(widths[-1], arch.num_classes, pool_type=arch.pool, input_fmt="NHWC")
-    model.init_weights(needs_reset=False)
-    return model
 
 
-def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer: Any) -> SwinTransformerBlock:
+def _block(arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> SwinTransformerBlock:
     if not (block.stock_heads and block.mlp):
         return HeteroSwinBlock(arch, stage, block, drop_path=drop_path, norm_layer=norm_layer)
     return SwinTransformerBlock(
@@ -172,7 +190,7 @@ class SwinFamily(Family):
 
     name = "swin"
     capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "windows", "streams"})
-    timm_classes = (SwinTransformer,)
+    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformer,)
     stages_name = "layers"
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
     one_head_only = "a Swin head has position biases of its own"
@@ -190,7 +208,7 @@ class SwinFamily(Family):
     }
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """Read the record of a SwinTransformer, which knows its image size."""
+        """Read the record of a Swin, which knows its image size."""
         needs = partial(require, name)
         embed = model.patch_embed
         needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
@@ -204,19 +222,30 @@ class SwinFamily(Family):
             needs(len(layer.blocks) > 0, f"stage {s} has no blocks")
             blocks = []
             for block in layer.blocks:
-                blocks.append(_read_block(index, block, needs))
-                biases.add(block.attn.qkv.bias is not None)
+                record, bias = self._read_block(index, block, needs)
+                blocks.append(record)
+                biases.add(bias)
                 index += 1
             window = tuple(layer.blocks[0].window_size)
-            stages.append(Stage(width=layer.blocks[0].dim, grid=grid, blocks=tuple(blocks), window=window))
+            own = {"blocks": tuple(blocks), "window": window, **self._stage_fields(layer)}
+            stages.append(Stage(width=layer.blocks[0].dim, grid=grid, **own))
         shape = {
             "img_size": tuple(embed.img_size),
             "patch_size": tuple(embed.patch_size),
             "in_chans": embed.proj.in_channels,
         }
-        return pyramid_record(model, self.name, name, stages, biases, norm_eps=eps, **shape)
+        fixed = {"norm_eps": eps, **{name: self.fixed_fields[name] for name in ("k_bias", "post_norm")}}
+        return pyramid_record(model, self.name, name, stages, biases, **fixed, **shape)
 
-    def build(self, arch: Arch, *, drop_path: float = 0.0) -> SwinTransformer:
+    def _stage_fields(self, layer: Any) -> dict[str, Any]:
+        """Return what else the record of a timm model's stage has."""
+        return {}
+
+    def _read_block(self, index: int, block: Any, require: Require) -> tuple[Block, bool]:
+        """Read the record of a block, and whether its queries and values have biases."""
+        return _read_block(index, block, require), block.attn.qkv.bias is not None
+
+    def build(self, arch: Arch, *, drop_path: float = 0.0) -> nn.Module:
         """Build a timm SwinTransformer with the blocks and widths of ``arch``."""
         return build_swin(arch, drop_path=drop_path)
 

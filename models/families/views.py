@@ -187,17 +187,18 @@ class AttentionView:
         name: of the attention within its block.
         module: all of it.
         record: the block's record, which has the number of heads, their widths and the scale.
-        norm: what its input comes from.
+        norm: what its input comes from; the identity where that is the stream.
         q, k, v: the layers and rows of queries (H·E), keys (H·E) and values (V), each head after head.
         out: the output projection, whose columns are the value channels.
         q_norm, k_norm: norms of a head's query and key; identities where there are none.
         reduction: what keys and values are read from, where that is not the attention's own input.
         windows: those that attention is within, where it is not over all tokens.
         causal: a token attends to itself and those before it only.
-        scale: LayerScale on its output; the identity where there is none.
+        scale: LayerScale on its output, or the norm that stands behind it; the identity where there is none.
         rotary: the attention, where pairs of its channels are turned or its queries and keys are laid out in pairs.
         coordinates: gives the places of merged tokens, in a block with a token plan whose tokens are turned.
         out_norm: over the value channels of all heads; the identity where there is none.
+        bias: gives position biases (1, H, N, N), which are added to logits; None where there are none.
     """
 
     name: str
@@ -217,6 +218,7 @@ class AttentionView:
     rotary: RotaryAttention | None = None
     coordinates: Callable[[], torch.Tensor] | None = None
     out_norm: nn.Module = field(default_factory=nn.Identity)
+    bias: Callable[[], torch.Tensor] | None = None
 
     @property
     def token_scale(self) -> torch.Tensor | None:
@@ -311,6 +313,8 @@ class AttentionView:
         options: dict[str, Any] = {"is_causal": True} if self.causal else {}
         if self.windows is not None:
             options["attn_mask"] = self.windows.logit_bias(len(q)).to(q.dtype)
+        elif self.bias is not None:
+            options["attn_mask"] = self.bias().to(q.dtype)
         q, k = self.turned(self.q_norm(self.by_head(q))), self.turned(self.k_norm(self.by_head(k)))
         out = self.out_norm(attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options))
         return out if self.windows is None else self.windows.join(out, x.shape[1:3])
@@ -348,13 +352,13 @@ class MlpView:
     Args:
         name: of the MLP within its block.
         module: all of it.
-        norm: what its input comes from.
+        norm: what its input comes from; the identity where that is the stream.
         inputs: the layers whose rows are the hidden units; of a gated MLP, first those that are activated, then those
             that they multiply.
         out: the layer whose columns are the hidden units.
         act_name: of the activation within the block.
         conv: a depthwise convolution of the hidden units before the activation, where there is one (PVTv2).
-        scale: LayerScale on its output; the identity where there is none.
+        scale: LayerScale on its output, or the norm that stands behind it; the identity where there is none.
         gated: every unit has two rows.
         inner_norm: over the hidden units, behind the activation; the identity where there is none.
     """
@@ -438,15 +442,16 @@ def attention_view(
         reduction: what keys and values are read from, if not the attention's input.
         windows: those that attention is within, if not over all tokens.
         causal: a token attends to itself and those before it only.
-        rotary: ``rotary``, ``coordinates`` and ``out_norm`` of ``AttentionView``.
+        rotary: ``rotary``, ``coordinates``, ``out_norm`` and ``bias`` of ``AttentionView``.
     """
     attn: Any = block.get_submodule("attn")
     q, k, v = projections
+    norm, scale = _norm_and_scale(block, "1")
     return AttentionView(
         name="attn",
         module=attn,
         record=record,
-        norm=block.get_submodule("norm1"),
+        norm=norm,
         q=q,
         k=k,
         v=v,
@@ -456,9 +461,17 @@ def attention_view(
         reduction=reduction,
         windows=windows,
         causal=causal,
-        scale=getattr(block, "ls1", nn.Identity()),
+        scale=scale,
         **rotary,
     )
+
+
+def _norm_and_scale(block: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
+    """Return what stands in front of a half of a block, and what behind it."""
+    norm = block.get_submodule(f"norm{half}")
+    if getattr(block, "post_norm", False):
+        return nn.Identity(), norm
+    return norm, getattr(block, f"ls{half}", nn.Identity())
 
 
 def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
@@ -469,15 +482,16 @@ def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
         conv: a depthwise convolution in front of the activation.
     """
     mlp: Any = block.get_submodule("mlp")
+    norm, scale = _norm_and_scale(block, "2")
     return MlpView(
         name="mlp",
         module=mlp,
-        norm=block.get_submodule("norm2"),
+        norm=norm,
         inputs=(LinearView("mlp.fc1", mlp.fc1),),
         out=LinearView("mlp.fc2", mlp.fc2),
         act_name="mlp.act",
         conv=conv,
-        scale=getattr(block, "ls2", nn.Identity()),
+        scale=scale,
         gated=isinstance(mlp, GluMlp),
         inner_norm=getattr(mlp, "norm", nn.Identity()),
     )

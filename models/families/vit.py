@@ -25,6 +25,7 @@ from timm.layers import (
     Mlp,
     PatchDropout,
     PatchEmbed,
+    RmsNorm,
 )
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -43,7 +44,8 @@ from .attention_pool import check_pool, pool_cost, read_pool
 from .base import Family
 from .block_costs import Cost
 from .checks import PLAIN, check_fixed, check_one_of
-from .reading import Require, activation_of, isotropic_record, layer_norms, require, shared_eps
+from .layouts import is_plain
+from .reading import Require, isotropic_record, layer_norms, read_mlp, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, AxisUse, Table, linear, per_channel, writes
 from .views import Reader
 from .vit_models import (
@@ -59,7 +61,6 @@ __all__ = [
     "HeteroVisionTransformer",
     "VisionTransformerFamily",
     "build_vit",
-    "read_mlp",
     "stock_attention",
 ]
 
@@ -104,6 +105,7 @@ class HeteroBlock(nn.Module):
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
         self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
+        self.post_norm = arch.post_norm
         self.places, self.prefix_tokens = places, arch.prefix_tokens
         self.token_merge: SparseMerge | DenseMerge | None = None
         if block.tokens is not None:
@@ -130,18 +132,24 @@ class HeteroBlock(nn.Module):
         z = x if self.token_merge is None else self.token_merge.merge(x)
         if self.mixer == "attn":
             merged = {} if self.coordinates is None else {"coordinates": self.coordinates()}
-            y = self.attn(self.norm1(z), attn_mask=attn_mask, is_causal=is_causal, **merged)
-            z = z + self.drop_path1(self.ls1(y))
+            options = {"attn_mask": attn_mask, "is_causal": is_causal, **merged}
+            z = z + self.drop_path1(self._normed(self.norm1, self.ls1, partial(self.attn, **options), z))
         elif self.mixer != "none" or self.norm_residual:
-            z = z + self.drop_path1(self.ls1(self.attn(self.norm1(z))))
+            z = z + self.drop_path1(self._normed(self.norm1, self.ls1, self.attn, z))
         if self.has_mlp:
-            z = z + self.drop_path2(self.ls2(self.mlp(self.norm2(z))))
+            z = z + self.drop_path2(self._normed(self.norm2, self.ls2, self.mlp, z))
         return z if self.token_merge is None else self.token_merge.spread(z, x)
+
+    def _normed(self, norm: nn.Module, scale: nn.Module, branch: Callable[..., Any], z: torch.Tensor) -> torch.Tensor:
+        """Run a half of the block with its norm in front of it or behind it, and its layer scale."""
+        found: torch.Tensor = scale(norm(branch(z)) if self.post_norm else branch(norm(z)))
+        return found
 
 
 def _mlp(arch: Arch, block: Block, act_layer: Any, norm_layer: Any) -> nn.Module:
     (stage,) = arch.stages
     options = {"act_layer": act_layer, "norm_layer": norm_layer if arch.mlp_norm else None}
+    options["bias"] = arch.mlp_bias
     if arch.glu:
         return GluMlp(stage.width, 2 * block.mlp, gate_last=False, **options)
     return Mlp(stage.width, block.mlp, **options)
@@ -189,6 +197,7 @@ def build_vit(
         own = {name: options[name] for name in ("drop_path", "act_layer", "norm_layer")}
         return HeteroBlock(arch, stage.blocks[depth], attention=attention, places=places, **own)
 
+    norm_layer = partial(RmsNorm if arch.norm == "rms" else LayerNorm, eps=arch.norm_eps)
     options: dict[str, Any] = {"reg_tokens": arch.reg_tokens} if arch.reg_tokens else {}
     if not arch.dist_token:
         options["pool_include_prefix"] = arch.pool_prefix
@@ -208,7 +217,8 @@ def build_vit(
         final_norm=arch.head_norm != "none",
         fc_norm=arch.head_norm == "pooled",
         drop_path_rate=drop_path,
-        norm_layer=partial(LayerNorm, eps=arch.norm_eps),
+        norm_layer=norm_layer,
+        embed_norm_layer=norm_layer if arch.embed_norm else None,
         act_layer=ACTIVATIONS[arch.act],
         block_fn=block_fn,
         **options,
@@ -237,13 +247,16 @@ class VisionTransformerFamily(Family):
     )
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
     single_stage = True
-    fixed_fields: ClassVar[dict[str, Any]] = {name: PLAIN[name] for name in ("k_bias", "attn_norm", "rope")}
+    fixed_fields: ClassVar[dict[str, Any]] = {
+        name: value for name, value in PLAIN.items() if name not in ("glu", "mlp_norm")
+    }
     conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e-2)
     block_tensors = BLOCK
     outer_tensors: ClassVar[Table] = {
         **{f"{tokens}_token": (WHOLE, WHOLE, writes("in")) for tokens in ("cls", "dist", "reg")},
         "pos_embed": (WHOLE, WHOLE, writes("in")),
         **linear("patch_embed.proj", "in", ""),
+        **per_channel("patch_embed.norm", "in"),
         **per_channel("norm_pre", "in"),
         **per_channel("norm", "out"),
         **per_channel("fc_norm", "out"),
@@ -257,6 +270,10 @@ class VisionTransformerFamily(Family):
         **linear("attn_pool.mlp.fc2", "", ""),
         **CLASSIFIERS,
     }
+
+    def takes(self, model: Any) -> bool:
+        """Whether a VisionTransformer's blocks have no part that only adopted ones have (``layouts.is_plain``)."""
+        return is_plain(model)
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
         """Read the record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
@@ -386,17 +403,20 @@ class VisionTransformerFamily(Family):
         macs = width * patches * pixels + features * (1 + arch.dist_token) * arch.num_classes + pool.macs
         embed = width * pixels + (0 if arch.pre_norm else width)
         positions = arch.pos_embed * (patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0))
-        norms = (arch.head_norm != "none") + arch.pre_norm
+        norms = (arch.head_norm != "none") + arch.pre_norm + arch.embed_norm
         heads = (1 + arch.dist_token) * (features + 1) * arch.num_classes + pool.params
-        return Cost(macs, embed + width * (arch.prefix_tokens + positions + 2 * norms) + heads)
+        return Cost(macs, embed + width * (arch.prefix_tokens + positions + arch.norm_tensors * norms) + heads)
 
     def uses(self, arch: Arch, tensor: str) -> tuple[AxisUse, ...]:
         """Return what axes count; a classifier behind an attention pool reads features, not the stream."""
         return (WHOLE, WHOLE) if arch.attn_pool is not None and tensor == "head.weight" else super().uses(arch, tensor)
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
-        """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output."""
-        return arch.pre_norm
+        """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output.
+
+        So it does with ``embed_norm``, before positions are added; with ``post_norm`` every block's do.
+        """
+        return arch.pre_norm or arch.embed_norm or arch.post_norm
 
 
 def _check_any_tokens(arch: Arch, option: str) -> int:
@@ -421,6 +441,7 @@ def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[
     require(isinstance(attn.norm, nn.Identity), f"{where} normalises its attention output")
     require(attn.proj.bias is not None, f"{where} has no projection bias")
     units, act, glu, mlp_norm = read_mlp(mlp, where, require)
+    require(mlp.fc1.bias is not None and mlp.fc2.bias is not None, f"{where} has no biases in its MLP")
     record = Block(
         src=index,
         heads=attn.num_heads,
@@ -438,21 +459,6 @@ def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[
         mlp_norm,
     )
     return record, features
-
-
-def read_mlp(mlp: Any, where: str, require: Require) -> tuple[int, str, bool, bool]:
-    """Read hidden units, activation, whether it is gated and whether it normalises its units, of a block's MLP.
-
-    Args:
-        mlp: timm's Mlp or GluMlp.
-        where: the block, for the message.
-        require: ``require`` with the model's name bound.
-    """
-    glu = type(mlp) is GluMlp
-    act = activation_of(mlp, GluMlp if glu else Mlp, where, require)
-    require(not (glu and mlp.gate_last), f"{where} activates the second half of a gated MLP's inputs")
-    require(mlp.fc1.bias is not None and mlp.fc2.bias is not None, f"{where} has no biases in its MLP")
-    return mlp.fc2.in_features, act, glu, not isinstance(mlp.norm, nn.Identity)
 
 
 def _head_norm(model: Any) -> str:

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Layout] = {
     "transformers": Layout(
         read_transformers,
         ("patch_embeddings.projection.", "patch_embedding.weight"),
-        "transformers' ViT, DeiT, DINOv2, Swin, CLIP and SigLIP",
+        "transformers' ViT, DeiT, DINOv2, BEiT, Swin, CLIP and SigLIP",
     ),
 }
 

@@ -1,9 +1,9 @@
 """Vision models of Hugging Face's transformers, from a local folder of config.json and safetensors.
 
-Read without transformers: ViT, DeiT, DINOv2 with and without registers, Swin, and the vision towers of CLIP and SigLIP,
-by themselves or within the whole model. A backbone's features are those that transformers calls ``pooler_output`` (of
-ViT, ``last_hidden_state[:, 0]``: the pooler of BERT's kind behind it is left out); a CLIP with its projection gives the
-projected image features.
+Read without transformers: ViT, DeiT, DINOv2 with and without registers, BEiT, Swin, and the vision towers of CLIP and
+SigLIP, by themselves or within the whole model. A backbone's features are those that transformers calls
+``pooler_output`` (of ViT, ``last_hidden_state[:, 0]``: the pooler of BERT's kind behind it is left out); a CLIP with
+its projection gives the projected image features.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import LayerNorm
+from timm.layers import GluMlp, LayerNorm
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -41,6 +42,14 @@ USUAL: dict[str, dict[str, Any]] = {
     "deit": {"patch_size": 16, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "intermediate_size": 3072},
     "dinov2": {"patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "mlp_ratio": 4},
     "dinov2_with_registers": {"patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "mlp_ratio": 4},
+    "beit": {
+        "patch_size": 16,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+        "intermediate_size": 3072,
+        "layer_scale_init_value": 0.1,
+        "use_mean_pooling": True,
+    },
     "swin": {"patch_size": 4, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "mlp_ratio": 4.0},
     "clip_vision_model": {
         "patch_size": 32,
@@ -61,8 +70,9 @@ WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # models
 ACTS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 RULES = [
     (r"(text_model|text_projection|logit_scale|logit_bias)\b.*", ""),  # of a whole model of images and texts
-    (r"(vit|deit|dinov2|dinov2_with_registers|swin|vision_model)\.", ""),
+    (r"(vit|deit|dinov2|dinov2_with_registers|beit|swin|vision_model)\.", ""),
     (r"embeddings\.(mask_token|position_ids)", ""),  # without effect on images that are seen whole
+    (r"pooler\.layernorm\.", "fc_norm."),  # of BEiT
     (r"pooler\..*", ""),
     (r".*relative_position_index", ""),
     (r"embeddings\.(cls_token|class_embedding)", "cls_token"),
@@ -83,6 +93,7 @@ RULES = [
     (r"head\.layernorm\.", "attn_pool.norm."),
     (r"head\.mlp\.", "attn_pool.mlp."),
     (r"(.*blocks\.\d+\.)(attention\.attention|attention\.self)\.(query|key|value)\.", r"\1attn.\3."),
+    (r"(.*blocks\.\d+\.)attention\.attention\.relative_position_bias\.", r"\1attn.rel_pos."),
     (r"(.*blocks\.\d+\.)self_attn\.([qkv])_proj\.", r"\1attn.\2."),
     (r"(.*blocks\.\d+\.)(attention\.output\.dense|self_attn\.out_proj)\.", r"\1attn.proj."),
     (r"(.*blocks\.\d+\.)attention\.self\.", r"\1attn."),
@@ -91,6 +102,9 @@ RULES = [
     (r"(.*blocks\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
     (r"(.*blocks\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
     (r"(.*blocks\.\d+\.)layer_scale([12])\.lambda1", r"\1ls\2.gamma"),
+    (r"(.*blocks\.\d+\.)lambda_([12])", r"\1ls\2.gamma"),
+    (r"(.*blocks\.\d+\.)mlp\.weights_in\.", r"\1mlp.fc1."),
+    (r"(.*blocks\.\d+\.)mlp\.weights_out\.", r"\1mlp.fc2."),
 ]
 
 
@@ -145,10 +159,12 @@ def read_transformers(tensors: Tensors, given: Given) -> nn.Module:
         raise UserError(f"model_type = {kind!r}: layout {LAYOUT!r} reads {', '.join([*USUAL, *WHOLE])}")
     config = {**(USUAL_SWIN if kind == "swin" else USUAL_VIT), **USUAL[kind], **config}
     weights = renamed(tensors.left, RULES)
-    join_rows(weights, ("attn.query", "attn.key", "attn.value"), "attn.qkv")
+    if kind != "beit":
+        join_rows(weights, ("attn.query", "attn.key", "attn.value"), "attn.qkv")
     join_rows(weights, ("attn.q", "attn.k", "attn.v"), "attn.qkv")
     try:
-        arch = _swin(config, weights) if kind == "swin" else _vit(kind, config, weights)
+        own = {"swin": _swin, "beit": _beit}.get(kind)
+        arch = _vit(kind, config, weights) if own is None else own(config, weights)
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json is not one of {kind}: {error}") from error
     agree("img_size", given.img_size, arch.img_size)
@@ -187,6 +203,10 @@ def _vit(kind: str, config: Mapping[str, Any], weights: dict[str, torch.Tensor])
     }
     if kind.startswith("dinov2"):
         options["init_values"] = 1.0
+    if config.get("use_swiglu_ffn"):
+        units = weights["blocks.0.mlp.fc2.weight"].shape[1]
+        mlp = {"mlp_layer": partial(GluMlp, gate_last=False), "mlp_ratio": (2 * units + 0.5) / width}
+        options |= {**mlp, "act_layer": nn.SiLU}
     if kind == "dinov2_with_registers":
         options |= {"reg_tokens": config.get("num_register_tokens", 4), "no_embed_class": True}
         if {"cls_token", "pos_embed"} <= weights.keys():  # timm's class token has no position
@@ -213,10 +233,38 @@ def _check_vit(kind: str, config: Mapping[str, Any], weights: Mapping[str, torch
             "the classifier reads the class token and the mean of the patches, which no timm model has: save the "
             "backbone alone (model.dinov2.save_pretrained(FOLDER)), and train a head on it"
         )
-    if config.get("use_swiglu_ffn"):
-        raise UserError("the model has SwiGLU MLPs (use_swiglu_ffn), which records of this family do not have")
     if kind == "siglip_vision_model" and not config.get("vision_use_head", True):
         raise UserError("vision_use_head = false: the model has no pool, so it has no one vector of features")
+
+
+def _beit(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Arch:
+    """Read the record of a BEiT; biases that its blocks share become those of every block."""
+    for name in list(weights):
+        for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v")):
+            if f".attn.{theirs}." in name:
+                weights[name.replace(f".attn.{theirs}.", f".attn.{ours}_proj.")] = weights.pop(name)
+    shared = weights.pop("encoder.relative_position_bias.relative_position_bias_table", None)
+    if shared is not None:
+        names = [f"blocks.{i}.attn.rel_pos.relative_position_bias_table" for i in range(config["num_hidden_layers"])]
+        weights |= {name: shared.clone() for name in names}
+    make = partial(
+        Beit,
+        img_size=config.get("image_size", 224),
+        patch_size=config["patch_size"],
+        in_chans=config.get("num_channels", 3),
+        num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
+        global_pool="avg" if config["use_mean_pooling"] else "token",
+        embed_dim=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        mlp_ratio=(config["intermediate_size"] + 0.5) / config["hidden_size"],
+        init_values=config["layer_scale_init_value"] or None,
+        use_abs_pos_emb=bool(config.get("use_absolute_position_embeddings")),
+        use_rel_pos_bias=bool(config.get("use_relative_position_bias")),
+        use_shared_rel_pos_bias=bool(config.get("use_shared_relative_position_bias")),
+        norm_layer=partial(LayerNorm, eps=config["layer_norm_eps"]),
+    )
+    return dataclasses.replace(record_of(make, f"{LAYOUT}_beit"), act=_activation(config))
 
 
 def _swin(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Arch:

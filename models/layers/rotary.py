@@ -184,6 +184,7 @@ class RotaryAttention(nn.Module):
         prefix_tokens: int,
         qkv_bias: bool = True,
         k_bias: bool = True,
+        proj_bias: bool = True,
         out_norm: bool = False,
         norm_layer: Any = LayerNorm,
     ) -> None:
@@ -200,7 +201,7 @@ class RotaryAttention(nn.Module):
             first = torch.arange(qk_dim).clamp(max=places.rope.pairs - 1)
             self.register_buffer("pairs", first.repeat(num_heads))
         self.norm = norm_layer(sum(self.v_dims)) if out_norm else nn.Identity()
-        self.proj = nn.Linear(sum(self.v_dims), dim)
+        self.proj = nn.Linear(sum(self.v_dims), dim, bias=proj_bias)
 
     def _random_freqs(self, rope: Rope) -> torch.Tensor:
         """Draw frequencies (2, H·P) as the source's were drawn, those of its first pairs."""

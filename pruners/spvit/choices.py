@@ -68,6 +68,10 @@ def check_family(arch: Arch) -> None:
     """Raise UserError where SPViT cannot serve the family of ``arch``."""
     if arch.family not in FAMILIES:
         raise UserError(f"{arch.source} is of family {arch.family!r}: SPViT serves families {', '.join(FAMILIES)}")
+    if arch.post_norm:
+        raise UserError(f"{arch.source} has its norms behind attention and MLPs: what SPViT skips leaves their bias")
+    if not arch.proj_bias:
+        raise UserError(f"{arch.source} has output projections without bias: SPViT's convolutions share theirs")
     if arch.mlp_norm:
         raise UserError(
             f"{arch.source} normalises the hidden units of its MLPs: SPViT's unit gates would change those that stay"

@@ -134,7 +134,7 @@ class Exact:
 
     def _mlp(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace = self.forward, self.trace[i]
-        if self.forward.arch.mlp_norm:  # over the units that are left
+        if self.forward.arch.mlp_norm or self.forward.arch.post_norm:  # a norm over units or outputs follows
             yield from self._gated_mlp(i)
             return
         hidden = forward.hidden(i, trace.mixed).movedim(-1, 0)[..., None]  # (M, B, N, 1)
@@ -168,7 +168,9 @@ class Exact:
 
     def _attn(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace, block = self.forward, self.trace[i], self.forward.arch.blocks[i]
-        if forward.attention_of(i).rotary is not None:  # pairs are turned, or a norm follows
+        attention = forward.attention_of(i)
+        # pairs are turned, logits have biases, or a norm follows
+        if attention.rotary is not None or attention.bias is not None or forward.arch.post_norm:
             yield from self._gated_attn(i)
             return
         weight = self.forward.attention_of(i).out.weight

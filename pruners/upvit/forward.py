@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from timm.layers import RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch, arch_of, block_views
@@ -37,28 +38,34 @@ __all__ = ["UNGATED", "Forward", "Gates", "normed", "normed_over"]
 
 Gates = Mapping[str, torch.Tensor]
 UNGATED: Gates = {}
+NORMS = (nn.LayerNorm, RmsNorm)
 
 
-def _standardised(x: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute (x - mean) / sqrt(var + eps) over the last axis, weighted by ``gate``; mean 0 if no channel is left."""
+def _standardised(x: torch.Tensor, gate: torch.Tensor, eps: float, *, centre: bool = True) -> torch.Tensor:
+    """Compute (x - mean) / sqrt(var + eps) over the last axis, weighted by ``gate``; mean 0 if no channel is left.
+
+    Without ``centre`` nothing is taken away, as RMSNorm has it.
+    """
     count = gate.sum(-1, keepdim=True).clamp(min=1)
-    centred = x - (x * gate).sum(-1, keepdim=True) / count
+    centred = x - (x * gate).sum(-1, keepdim=True) / count if centre else x
     return centred * ((centred.square() * gate).sum(-1, keepdim=True) / count + eps).rsqrt()
 
 
 def normed_over(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """Apply a LayerNorm with mean and variance over the channels that a gate leaves.
+    """Apply a LayerNorm or RMSNorm with mean and variance over the channels that a gate leaves.
 
     Args:
-        norm: the LayerNorm; a missing one (an identity) passes ``x`` on.
+        norm: the norm; a missing one (an identity) passes ``x`` on.
         x: (..., D).
         gate: 1 for channels that are left, 0 for others, shape (B, 1, D); ``None`` leaves all.
 
     Returns:
         (..., D), also for channels that are gone.
     """
-    if gate is None or not isinstance(norm, nn.LayerNorm):
+    if gate is None or not isinstance(norm, NORMS):
         return norm(x)
+    if isinstance(norm, RmsNorm):
+        return norm.weight * _standardised(x, gate, norm.eps, centre=False)
     return norm.weight * _standardised(x, gate, norm.eps) + norm.bias
 
 
@@ -66,7 +73,7 @@ def normed(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tenso
     """Apply ``normed_over`` and multiply by the gate.
 
     Args:
-        norm: the LayerNorm; a missing one (an identity) passes ``x`` on, for the next reader to gate.
+        norm: the norm; a missing one (an identity) passes ``x`` on, for the next reader to gate.
         x: (..., D).
         gate: as for ``normed_over``.
 
@@ -74,7 +81,7 @@ def normed(norm: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tenso
         (..., D).
     """
     y = normed_over(norm, x, gate)
-    return y if gate is None or not isinstance(norm, nn.LayerNorm) else gate * y
+    return y if gate is None or not isinstance(norm, NORMS) else gate * y
 
 
 class Forward:
@@ -190,17 +197,32 @@ class Forward:
         if attention := self.attention[i]:
             q, k, v = self.qkv(i, y, gates)
             q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
-            mixed = attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal)
+            bias = None if attention.bias is None else attention.bias()[:, :, : q.shape[2]].to(q.dtype)
+            mixed = attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal, attn_mask=bias)
             y = attention.out.layer(normed(attention.out_norm, mixed, self._value_gate(i, gates)))
         elif block.conv_kernel:
             y = module.attn(y)
         else:
             y = y[:, :rows]
-        return z[:, :rows] + self.layer_scaled(i, "ls1", y)
+        return z[:, :rows] + self.behind(i, "1", y, gates)
 
     def norm1(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Compute the token mixer's input."""
-        return normed(self.blocks[i].norm1, z, gates.get(f"stages.{self.stage_of[i]}.embed"))
+        return self._read(i, self.blocks[i].norm1, z, gates)
+
+    def _read(self, i: int, norm: nn.Module, z: torch.Tensor, gates: Gates) -> torch.Tensor:
+        """Compute what a half of a block reads: a norm's output or, where norms stand behind, the stream itself."""
+        gate = gates.get(f"stages.{self.stage_of[i]}.embed")
+        if not self.arch.post_norm:
+            return normed(norm, z, gate)
+        return z if gate is None else z * gate
+
+    def behind(self, i: int, half: str, y: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """Apply what stands behind half ``1`` or ``2`` of a block: a norm, or layer scale where there is one."""
+        if not self.arch.post_norm:
+            return self.layer_scaled(i, f"ls{half}", y)
+        norm = getattr(self.blocks[i], f"norm{half}")
+        return normed(norm, y, gates.get(f"stages.{self.stage_of[i]}.embed"))
 
     def layer_scaled(self, i: int, name: str, y: torch.Tensor) -> torch.Tensor:
         """Multiply ``y`` by the layer scale ``ls1`` or ``ls2``, where there is one."""
@@ -259,7 +281,7 @@ class Forward:
         s, mlp = self.stage_of[i], self.mlps[i]
         assert mlp is not None, "the caller has looked whether the block has an MLP"
         gate, own = gates.get(f"blocks.{i}.mlp"), dataclasses.replace(mlp, inner_norm=nn.Identity())
-        y = own.hidden(normed(mlp.norm, z, gates.get(f"stages.{s}.embed")), self.arch.stages[s].grid[0])
+        y = own.hidden(self._read(i, mlp.norm, z, gates), self.arch.stages[s].grid[0])
         if gate is not None:
             y = y * gate
         return normed(mlp.inner_norm, y, gate)
@@ -267,4 +289,4 @@ class Forward:
     def mlp(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Add the MLP's output to ``z``."""
         mlp = self.mlps[i]
-        return z if mlp is None else z + self.layer_scaled(i, "ls2", mlp.out.layer(self.hidden(i, z, gates)))
+        return z if mlp is None else z + self.behind(i, "2", mlp.out.layer(self.hidden(i, z, gates)), gates)

@@ -74,7 +74,7 @@ def with_block(**changes: object) -> dict:
         (edited(in_chans="1"), "arch.in_chans = '1': must be int"),
         (edited(in_chans=True), "arch.in_chans = True: must be int"),
         (edited(img_size=[4]), "arch.img_size = [4]: must be tuple[int, int]"),
-        (edited(family="swim"), "family = 'swim': must be one of vit, eva, swin, pvt_v2"),
+        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, swin, swin_v2, pvt_v2"),
         (edited(pool="tokens"), "did you mean 'token'?"),
         (edited(class_token=False), "needs class_token = true"),
         (edited(img_size=[8, 6]), "stages[0].grid = [2, 3]: img_size / patch_size gives [4, 3]"),
@@ -151,7 +151,7 @@ def test_full_record_is_the_same_function(name: str, options: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("swinv2_tiny_window8_256", "is a SwinTransformerV2: this version represents timm's VisionTransformer,"),
+        ("cait_xxs24_224", "is a Cait: this version represents timm's VisionTransformer,"),
         ("pvt_v2_b2_li", "linear attention"),
         ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock"),
         ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'?"),
@@ -180,7 +180,11 @@ CONV = {"mixer": "conv3x3", "heads": 0, "qk": 0, "v": 64, "scale": 0.0}
         ("deit_tiny_patch16_224", {"tokens": 9, **CONV}, "mixer 'conv3x3' needs the whole grid of patches"),
         ("deit_tiny_patch16_224", {"tokens": 9, "merge": "dens"}, "must be one of sparse, dense"),
         ("deit_tiny_patch16_224", {"sr": 4}, ".sr = 4: must be 0 without attention on a spatially reduced map"),
-        ("deit_tiny_patch16_224", {"shifted": True}, ".shifted: is for attention in the windows of family 'swin' only"),
+        (
+            "deit_tiny_patch16_224",
+            {"shifted": True},
+            ".shifted: is for attention in the windows of families 'swin'",
+        ),
         ("deit_tiny_patch16_224", {"norm_residual": True}, ".norm_residual: is for mixer 'none' only"),
         ("deit_tiny_patch16_224", {**CONV, "heads": 3}, "heads, qk and scale must be 0 where mixer is 'conv3x3'"),
         ("deit_tiny_patch16_224", {**CONV, "v": 0}, ".v = 0: must be a whole number of at least 1"),
@@ -200,7 +204,7 @@ def test_fields_of_one_family_or_mixer(name: str, changes: dict, message: str) -
     [
         ("swin_tiny_patch4_window7_224", {"window": [7, 57]}, {}, "stages[0].window[1] = 57: must lie in 1..56"),
         ("pvt_v2_b0", {"sr_ratio": 57}, {}, "stages[0].sr_ratio = 57: must not exceed the grid [56, 56]"),
-        ("pvt_v2_b0", {"window": [7, 7]}, {}, "is for family 'swin' only"),
+        ("pvt_v2_b0", {"window": [7, 7]}, {}, "is for families 'swin', 'swin_v2' only"),
         ("pvt_v2_b0", {"grid": [55, 56]}, {}, "stages[0].grid = [55, 56]: img_size / patch_size gives [56, 56]"),
         ("pvt_v2_b0", {}, {"patch_size": [8, 8]}, "the patch embedding of pvt_v2 has stride [4, 4]"),
         ("pvt_v2_b0", {}, {"class_token": True}, "needs class_token = False"),

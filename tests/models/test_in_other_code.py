@@ -18,7 +18,7 @@ from torch import nn
 
 from prunesweep.models import Arch, Block, Stage, UserError, arch_of, load, save
 from tests.generate import random_images, random_lm, random_model
-from tests.models.io.test_export import PVT, SWIN, VIT, attn, other
+from tests.models.io.test_export import BEIT, PVT, SWIN, SWIN_V2, VIT, attn, other
 
 
 def vit(*blocks: Block, **changes: Any) -> Arch:
@@ -39,7 +39,9 @@ KINDS = {
     "sparse": vit(attn(0), attn(1, tokens=6)),
     "dense": vit(attn(0), attn(1, tokens=6, merge="dense")),
     "distilled": vit(attn(0), attn(1), dist_token=True),
+    "beit": dataclasses.replace(BEIT, in_chans=3),
     "swin": SWIN,
+    "swin_v2": SWIN_V2,
     "pvt_v2": PVT,
     "lm": random_lm(Random(1), True, False, True),
 }
@@ -103,7 +105,11 @@ def test_a_trace_takes_any_batch(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [VIT, SWIN, PVT, KINDS["lm"]], ids=["vit", "swin", "pvt_v2", "lm"])
+@pytest.mark.parametrize(
+    "arch",
+    [VIT, BEIT, SWIN, SWIN_V2, PVT, KINDS["lm"]],
+    ids=["vit", "beit", "swin", "swin_v2", "pvt_v2", "lm"],
+)
 @torch.no_grad()
 def test_compiled_without_a_break_in_the_graph(arch: Arch) -> None:
     """The ViT has every kind of block."""
@@ -148,15 +154,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
         model = made(kind)[0].train()
         model.set_grad_checkpointing(checkpointing)
         counted: list[int] = []
-        last = next(m for m in model.modules() if isinstance(m, nn.LayerNorm))
-        last.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        first = next(module for name, module in model.named_modules() if name.endswith("norm1"))  # in a block
+        first.register_forward_hook(lambda *_, counted=counted: counted.append(1))
         model(inputs(arch)).square().mean().backward()
         gradients.append([torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()])
         runs.append(len(counted))
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two)
-    inside = kind not in ("swin", "pvt_v2")  # their first norm is in front of the blocks
-    assert runs[1] == runs[0] + inside, "blocks are to be computed again in the backward pass"
+    assert runs[1] == runs[0] + 1, "blocks are to be computed again in the backward pass"
 
 
 @images_only
@@ -204,8 +209,8 @@ def test_dropout_rates(kind: str, tmp_path: Path) -> None:
 @images_only
 def test_patches_are_dropped_where_attention_takes_any(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
-    if kind in ("conv1x1", "conv3x3", *BOUND, "swin", "pvt_v2"):
-        with pytest.raises(UserError, match=r"patch_drop_rate = 0\.5: (block 1 of test|the maps of)"):
+    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2", "pvt_v2"):
+        with pytest.raises(UserError, match=r"patch_drop_rate = 0\.5: (block 1 of test|the maps of|test has biases)"):
             member(kind, tmp_path, patch_drop_rate=0.5)
         return
     model = member(kind, tmp_path, patch_drop_rate=0.5)
@@ -224,8 +229,9 @@ def test_patches_are_dropped_where_attention_takes_any(kind: str, tmp_path: Path
 @torch.no_grad()
 def test_images_of_any_size(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
-    if kind in ("conv1x1", "conv3x3", *BOUND, "swin"):
-        with pytest.raises(UserError, match=r"dynamic_img_size = True: (block 1 of test|models of family 'swin')"):
+    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2"):
+        reason = "block 1 of test|models of family 'swin|test has position biases"
+        with pytest.raises(UserError, match=f"dynamic_img_size = True: ({reason})"):
             member(kind, tmp_path, dynamic_img_size=True)
         return
     model, size = member(kind, tmp_path, dynamic_img_size=True), (12, 16)
@@ -276,7 +282,7 @@ def test_images_of_other_channels(kind: str, tmp_path: Path) -> None:
 def test_another_pooling(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
     other_pool = "avg" if arch.pool == "token" else "token"
-    if kind in ("distilled", "swin", "pvt_v2"):
+    if kind in ("distilled", "swin", "swin_v2", "pvt_v2"):
         with pytest.raises(UserError, match=f"needs pool = '{arch.pool}', got '{other_pool}'"):
             member(kind, tmp_path, global_pool=other_pool)
         return

@@ -91,5 +91,5 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_a_family_that_cannot_be_scored_is_named() -> None:
     arch = random_arch(Random(0), "swin")
-    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, eva, pvt_v2, lm"):
+    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, eva, beit, pvt_v2, lm"):
         score_depth(random_model(arch, 0), labelled(random_images(arch, 0)))

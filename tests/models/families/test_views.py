@@ -23,9 +23,6 @@ by_family = pytest.mark.parametrize("family", [*FAMILIES, "lm"])
 def test_views_compute_what_the_modules_do(family: str, seed: int) -> None:
     model = random_model(random_arch(Random(seed), family), seed).double().eval()
     arch, views = arch_of(model), block_views(model)
-    for module in model.modules():  # views have no position biases
-        if isinstance(table := getattr(module, "relative_position_bias_table", None), nn.Parameter):
-            nn.init.zeros_(table)
     seen = watch(model)
     x = random_images(arch, seed)
     model(x.double() if x.is_floating_point() else x)
@@ -62,7 +59,11 @@ def run(attention: AttentionView, x: torch.Tensor, rows: int, *, causal: bool) -
             torch.testing.assert_close(one, other)
     q, k = attention.q_norm(attention.by_head(q)), attention.k_norm(attention.by_head(k))
     q, k = attention.turned(q), attention.turned(k)
-    return attention.out(attention.out_norm(attend(q, k, v, record.v_widths, record.scale, is_causal=causal)))
+    bias = None if attention.bias is None else attention.bias()
+    if attention.windows is not None:
+        bias = attention.windows.logit_bias(len(x))
+    mixed = attend(q, k, v, record.v_widths, record.scale, is_causal=causal, attn_mask=bias)
+    return attention.out(attention.out_norm(mixed))
 
 
 @by_family
@@ -95,8 +96,8 @@ def check_names(block: BlockView, state: dict[str, torch.Tensor]) -> None:
 
 
 def test_families_are_found_by_what_they_can() -> None:
-    assert list(FamiliesWith("images", without=("spatial_reduction",))) == ["vit", "eva", "swin"]
-    assert list(FamiliesWith("width", without=("windows",))) == ["vit", "eva", "pvt_v2", "lm"]
+    assert list(FamiliesWith("images", without=("spatial_reduction",))) == ["vit", "eva", "beit", "swin", "swin_v2"]
+    assert list(FamiliesWith("width", without=("windows",))) == ["vit", "eva", "beit", "pvt_v2", "lm"]
     assert "lm" not in FamiliesWith("images")
     with pytest.raises(KeyError, match="swimming"):
         FamiliesWith("swimming")

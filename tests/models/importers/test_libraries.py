@@ -24,6 +24,12 @@ VIT = {
     "patch_size": 8,
 }
 DINO = {name: value for name, value in VIT.items() if name != "intermediate_size"} | {"mlp_ratio": 2}
+BEIT = {
+    "use_shared_relative_position_bias": True,
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": False,
+    "layer_scale_init_value": 0.0,
+}
 SWIN = {
     "image_size": 24,
     "patch_size": 2,
@@ -62,6 +68,13 @@ CASES: list[tuple[Any, Any, bool]] = [  # model, its answer of images, whether i
         lambda m, x: m(x).pooler_output,
         True,
     ),
+    (hf.Dinov2Model(hf.Dinov2Config(use_swiglu_ffn=True, **DINO)), lambda m, x: m(x).pooler_output, True),
+    (
+        hf.BeitForImageClassification(hf.BeitConfig(num_labels=5, use_relative_position_bias=True, **VIT)),
+        lambda m, x: m(x).logits,
+        False,
+    ),
+    (hf.BeitModel(hf.BeitConfig(**BEIT, **VIT)), lambda m, x: m(x).pooler_output, True),
     (hf.SwinForImageClassification(hf.SwinConfig(num_labels=5, **SWIN)), lambda m, x: m(x).logits, False),
     (hf.SwinModel(hf.SwinConfig(**SWIN)), lambda m, x: m(x).pooler_output, True),
     (hf.CLIPVisionModel(hf.CLIPVisionConfig(**VIT)), lambda m, x: m(x).pooler_output, True),
@@ -158,11 +171,9 @@ def test_a_folder_that_does_not_fit_is_refused(changes: dict[str, Any], message:
 
 def test_other_forms_are_refused(tmp_path: Path) -> None:
     hf.Dinov2ForImageClassification(hf.Dinov2Config(num_labels=3, **DINO)).save_pretrained(tmp_path / "concat")
-    hf.Dinov2Model(hf.Dinov2Config(use_swiglu_ffn=True, **DINO)).save_pretrained(tmp_path / "glu")
     hf.DeiTModel(hf.DeiTConfig(**VIT)).save_pretrained(tmp_path / "bare")
     for folder, message in (
         ("concat", "reads the class token and the mean of the patches"),
-        ("glu", "SwiGLU"),
         ("bare", "not both classifiers"),
     ):
         with pytest.raises(UserError, match=message):

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from prunesweep.models import Arch, Block, Rope, Stage, UserError, arch_of, build
+from prunesweep.models import Arch, Block, PositionBias, Rope, Stage, UserError, arch_of, build
 from prunesweep.models.io.export import FORMATS, agreement, default_path, export
 from prunesweep.models.io.standalone import open_standalone
 from tests.generate import random_images, random_model
@@ -76,6 +76,16 @@ SWIN = Arch(
         Stage(width=7, grid=(3, 4), window=(3, 2), blocks=(attn(2, scale=0.3), attn(3), other(4, "conv1x1", v=3))),
     ),
 )
+SWIN_V2 = dataclasses.replace(
+    SWIN,
+    family="swin_v2",
+    k_bias=False,
+    post_norm=True,
+    stages=(
+        dataclasses.replace(SWIN.stages[0], blocks=(attn(0, v=(2, 3), scale=1.0, shifted=True),)),
+        Stage(width=7, grid=(3, 4), window=(3, 2), reference_window=(4, 4), blocks=(attn(1, scale=1.0),)),
+    ),
+)
 PVT = Arch(
     family="pvt_v2",
     source="test",
@@ -90,8 +100,20 @@ PVT = Arch(
         Stage(width=8, grid=(3, 2), blocks=(attn(1), other(2, "conv3x3", v=3))),
     ),
 )
-ARCHS = {"vit": VIT, "eva": EVA, "swin": SWIN, "pvt_v2": PVT}
-OPSETS = {"vit": 23, "eva": 20, "swin": 20, "pvt_v2": 18}
+BEIT = dataclasses.replace(
+    VIT,
+    family="beit",
+    dist_token=False,
+    qk_norm=False,
+    norm="rms",
+    embed_norm=True,
+    proj_bias=False,
+    mlp_bias=False,
+    position_bias=PositionBias(kind="mlp", hidden=5),
+    stages=(dataclasses.replace(VIT.stages[0], blocks=(attn(0, v=(1, 3)), *VIT.stages[0].blocks[1::3])),),
+)
+ARCHS = {"vit": VIT, "eva": EVA, "beit": BEIT, "swin": SWIN, "swin_v2": SWIN_V2, "pvt_v2": PVT}
+OPSETS = {"vit": 23, "eva": 20, "beit": 20, "swin": 20, "swin_v2": 20, "pvt_v2": 18}
 
 
 # what torch.export makes of PVTv2 is what the ONNX exporter starts from

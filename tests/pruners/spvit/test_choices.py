@@ -38,7 +38,11 @@ def test_impossible_choices_are_named() -> None:
         (conv, {"choices": ["conv3x3", *msa[1:]]}, r"choices\[0\] = 'conv3x3': block 0 has mixer 'conv1x1'"),
         (TINY, {"choices": msa, "skip_form": "none"}, "skip_form = 'none': must be one of identity, ln_residual"),
         (TINY, {"choices": msa, "mlp": [(0, 768), *[None] * 11]}, r"blocks\[0\].mlp: index 768 is outside 0..767"),
-        (random_arch(Random(0), "pvt_v2"), {"choices": []}, "of family 'pvt_v2': SPViT serves families vit, eva, swin"),
+        (
+            random_arch(Random(0), "pvt_v2"),
+            {"choices": []},
+            "of family 'pvt_v2': SPViT serves families vit, eva, beit, swin",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             spvit_cut(arch, **given)

@@ -29,7 +29,7 @@ from prunesweep.pruners.subspaces.block_losses import BlockLosses
 from prunesweep.pruners.subspaces.compression import compress_all
 from tests.generate import random_arch, random_cut, random_images, random_model
 
-by_family = pytest.mark.parametrize("family", ["vit", "eva", "swin", "pvt_v2", "lm"])
+by_family = pytest.mark.parametrize("family", ["vit", "eva", "beit", "swin", "pvt_v2", "lm"])
 SEEDS = range(5)
 
 
@@ -101,7 +101,7 @@ def test_recovered_is_nearer_to_the_source_than_cut(family: str) -> None:
         ratios.append(distance(source, mended) / distance(source, cut(source, decision).eval()))
     # random cuts leave a channel or two of some spaces, of a few pairs often one; word tables are shared with the
     # input, so they stay as they are
-    assert median(ratios) < {"lm": 0.9, "eva": 0.5}.get(family, 0.3)
+    assert median(ratios) < {"lm": 0.9, "eva": 0.5, "beit": 0.5}.get(family, 0.3)
     assert max(ratios) < 1.1
 
 

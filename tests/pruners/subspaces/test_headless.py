@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import arch_of, cost, cut, cut_arch, export, load, save
+from prunesweep.models.families import family_of
 from prunesweep.pruners import feature_quality
 from prunesweep.pruners.subspaces import (
     Widths,
@@ -23,10 +24,12 @@ from prunesweep.pruners.subspaces import (
     recover,
 )
 from prunesweep.pruners.subspaces.calibration import check_features
-from tests.generate import FAMILIES, random_cut, random_model
+from tests.generate import FAMILIES as IMAGES
+from tests.generate import random_cut, random_model
 from tests.pruners.subspaces.test_compress import VARIANTS, images, made, vit
 from tests.pruners.subspaces.test_families import batches_of, outputs, source_of, whole
 
+FAMILIES = [family for family in IMAGES if family_of(family).supports("streams")]
 SEEDS = range(4)
 
 

@@ -18,7 +18,7 @@ from prunesweep.pruners.upvit.forward import Forward
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 
-IMAGES = ("vit", "eva", "pvt_v2")  # test_upvit_lm has language models
+IMAGES = ("vit", "eva", "beit", "pvt_v2")  # test_upvit_lm has language models
 FAMILIES = [(family, seed) for family in IMAGES for seed in range(12)]
 by_family = pytest.mark.parametrize(("family", "seed"), FAMILIES)
 
@@ -136,13 +136,15 @@ def silenced(model: nn.Module, *, mlp: int, mixer: int | None) -> nn.Module:
     model = copy.deepcopy(model)
     blocks = blocks_of(model)
     layers = [blocks[mlp].mlp.fc2] if arch_of(model).blocks[mlp].mlp else []
+    if layers and arch_of(model).post_norm:  # whose bias would be left
+        layers.append(blocks[mlp].norm2)
     if mixer is not None and hasattr(blocks[mixer], "norm1"):
         attn = getattr(blocks[mixer], "attn", None)
         last = getattr(attn, "proj", None) or (attn.bconv[3] if hasattr(attn, "bconv") else None)
         layers += [layer for layer in (blocks[mixer].norm1, last) if layer is not None]
     for layer in layers:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
     return model
 
 
@@ -193,7 +195,8 @@ def test_second_order_scores_are_exact_for_small_changes(family: str, seed: int)
                 if queries.bias is not None:
                     queries.bias[: block.attn.proj.in_features] *= small
     arch = arch_of(model)
-    bent = {"attn": arch.qk_norm or arch.attn_norm, "mlp": arch.mlp_norm}  # a norm is not linear in a gate
+    normed = {"attn": arch.qk_norm or arch.attn_norm, "mlp": arch.mlp_norm}
+    bent = {kind: own or arch.post_norm for kind, own in normed.items()}  # a norm is not linear in a gate
     names = [n for n in vector_sizes(arch, upvit.KINDS) if not bent.get(kind_of(n), True)]
     if names:
         batches = batches_of(model, 3)
@@ -321,5 +324,5 @@ def test_wrong_settings_are_named() -> None:
             upvit.score(model, batches, **settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="images of shape .*: random is built for"):
         upvit.score(model, [(batches[0][0][..., 1:], batches[0][1])])
-    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, eva, pvt_v2"):
+    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, eva, beit, pvt_v2"):
         upvit.score(random_model(random_arch(Random(0), "swin"), 0), batches)

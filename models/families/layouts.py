@@ -1,0 +1,166 @@
+"""How timm lays out ViTs whose weights are adopted: reading their blocks and positions, and naming their tensors anew.
+
+Adopted weights are those of ``families.eva``: queries, keys and values in projections of their own, the first channels
+of all pairs before the second ones where pairs are turned, and a gated MLP's two halves side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from timm.layers import Attention, AttentionRope, RmsNorm, SwiGLU
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
+from timm.models import beit
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
+from torch import nn
+
+from prunesweep.models.arch import Arch, Block, Rope
+
+from .reading import Require, read_mlp
+
+__all__ = ["KINDS", "Features", "adopted_block", "is_plain", "read_block", "read_rope"]
+
+Features = tuple[tuple[str, Any], ...]
+KINDS: Mapping[type[nn.Module], str] = {
+    RotaryEmbeddingCat: "axial",
+    RotaryEmbeddingDinoV3: "centred",
+    RotaryEmbeddingMixed: "mixed",
+}
+POST_NORM = (EvaBlockPostNorm, ResPostBlock, ResPostRelPosBlock)
+BLOCKS = (EvaBlock, TimmBlock, beit.Block, RelPosBlock, *POST_NORM)
+ATTENTION = (EvaAttention, AttentionRope, Attention, beit.Attention, RelPosAttention)
+
+
+def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple[Block, Features]:
+    """Read the record of one block, and the fields that all blocks of a model must share."""
+    where = f"block {index}"
+    require(type(block) in BLOCKS, f"{where} is a {type(block).__name__}")
+    attn, mlp = block.attn, block.mlp
+    require(type(attn) in ATTENTION, f"{where} has a {type(attn).__name__}")
+    require(getattr(attn, "gate", None) is None, f"{where} gates its attention")
+    require(getattr(attn, "num_kv_groups", 1) == 1, f"{where} has fewer heads of keys and values than of queries")
+    normed = {part: _is_there(attn, part) for part in ("q_norm", "norm")}
+    require(not normed["q_norm"], f"{where} normalises queries and keys")
+    scaled = [_scale_of(block, half) is not None for half in "12"]
+    require(len(set(scaled)) == 1, f"{where} has a layer scale in one half only")
+    first: Any = mlp.fc1_g if type(mlp) is SwiGLU else getattr(mlp, "fc1", None)
+    if type(mlp) is SwiGLU:
+        require(type(mlp.act) is nn.SiLU, f"{where} has activation {type(mlp.act).__name__} in a SwiGLU")
+        units, act, glu, mlp_norm = mlp.fc2.in_features, "silu", True, not isinstance(mlp.norm, nn.Identity)
+    else:
+        units, act, glu, mlp_norm = read_mlp(mlp, where, require)
+    mlp_bias = first.bias is not None
+    require(mlp_bias == (mlp.fc2.bias is not None), f"{where} has a bias in one layer of its MLP only")
+    q, k, v = (bias is not None for bias in _projections(attn, "bias"))
+    require(q == v and q >= k, f"{where} has biases of keys without those of queries, or of values")
+    width = attn.proj.in_features // attn.num_heads
+    record = Block(
+        src=index,
+        heads=attn.num_heads,
+        qk=width // 2 if rotates else width,
+        v=width,
+        scale=float(attn.scale),
+        mlp=units,
+    )
+    features = {
+        "qkv_bias": q,
+        "k_bias": k or not q,
+        "post_norm": type(block) in POST_NORM,
+        "attn_norm": normed["norm"],
+        "layer_scale": scaled[0],
+        "act": act,
+        "glu": glu,
+        "mlp_norm": mlp_norm,
+        "proj_bias": attn.proj.bias is not None,
+        "mlp_bias": mlp_bias,
+    }
+    return record, tuple(features.items())
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a VisionTransformer's weights are named as those of family ``vit``, and its norms are LayerNorms there.
+
+    Otherwise its norms stand behind the halves of its blocks or are RMSNorms, its attention's output is normalised, its
+    gated MLPs have layers apart, or linear layers are without bias.
+    """
+    norms = (type(module) is RmsNorm for module in model.modules())
+    return not any(norms) and not any(
+        type(block) is ResPostBlock
+        or _is_there(getattr(block, "attn", None), "norm")
+        or type(getattr(block, "mlp", None)) is SwiGLU
+        for block in model.blocks
+    )
+
+
+def _is_there(module: Any, part: str) -> bool:
+    return not isinstance(getattr(module, part, nn.Identity()), nn.Identity)
+
+
+def _scale_of(block: Any, half: str) -> torch.Tensor | None:
+    """Return the layer scale of a block's first or second half; timm has it in the block or in a module of its own."""
+    own = getattr(block, f"gamma_{half}", None)
+    return getattr(getattr(block, f"ls{half}", None), "gamma", None) if own is None else own
+
+
+def read_rope(model: Any, width: int, require: Require) -> Rope:
+    """Read how a model with heads of ``width`` channels turns them."""
+    rope = model.rope
+    require(type(rope) in KINDS, f"its position embedding is a {type(rope).__name__}")
+    kind = KINDS[type(rope)]
+    own = rope.dim // model.blocks[0].attn.num_heads if kind == "mixed" else rope.dim
+    require(own == width and width % 4 == 0, f"it turns {own} of a head's {width} channels, or not a multiple of 4")
+    require(not rope.aug_active, "it changes its coordinates at random in training")
+    require(kind != "axial" or rope.grid_type == "index", "it turns by pixels, not by rows and columns")
+    centred = kind != "centred" or (rope.normalize_coords == "separate" and rope.min_period is None)
+    require(centred, "it scales its coordinates by one side of the grid, or has a range of periods")
+    reference = getattr(rope, "ref_feat_shape", None)
+    columns_first = rope.grid_indexing == "xy"
+    return Rope(
+        kind=kind,
+        pairs=width // 2,
+        temperature=float(rope.temperature),
+        column_first=columns_first,
+        offset=float(getattr(rope, "grid_offset", 0.0)),
+        reference=None if reference is None else (int(reference[0]), int(reference[1])),
+    )
+
+
+def _projections(attn: Any, part: str) -> tuple[torch.Tensor | None, ...]:
+    """Return ``weight`` or ``bias`` of queries, keys and values; None for a bias that is not there."""
+    if getattr(attn, "qkv", None) is None:
+        return tuple(getattr(layer, part) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if part == "bias" and getattr(attn, "q_bias", None) is not None:
+        return attn.q_bias, None, attn.v_bias
+    joint = getattr(attn.qkv, part)
+    return (None,) * 3 if joint is None else joint.chunk(3)
+
+
+def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Lay out the weights ``own`` of a timm block, by their names within it."""
+    joined = ("attn.q", "attn.k", "attn.v", "mlp.fc1", "gamma_")
+    found = {name: tensor for name, tensor in own.items() if not name.startswith(joined)}
+    for half in "12":
+        if f"gamma_{half}" in own:
+            found[f"ls{half}.gamma"] = own[f"gamma_{half}"]
+    for part in ("weight", "bias"):
+        for name, rows in zip("qkv", _projections(block.attn, part), strict=True):
+            if rows is not None:
+                rows = rows.detach()
+                apart = name != "v" and arch.rope is not None
+                found[f"attn.{name}_proj.{part}"] = _pairs_apart(block.attn, rows) if apart else rows
+        names = ("fc1_g", "fc1_x") if type(block.mlp) is SwiGLU else ("fc1",)
+        if part == "weight" or arch.mlp_bias:
+            found[f"mlp.fc1.{part}"] = torch.cat([own[f"mlp.{name}.{part}"] for name in names])
+    return found
+
+
+def _pairs_apart(attn: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Order rows (H·E, ...) of queries or keys so that the first channels of all pairs come first."""
+    layout = "(h two p)" if attn.rotate_half else "(h p two)"
+    return rearrange(rows, f"{layout} ... -> (two h p) ...", two=2, h=attn.num_heads)
