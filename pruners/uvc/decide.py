@@ -58,8 +58,8 @@ class Counts:
 
     def macs(self, arch: Arch, runs: torch.Tensor) -> int:
         """Count exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
-        per_head, per_channel, per_unit = unit_macs(arch)
-        block = self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
+        per_head, per_channel, per_unit, rest = unit_macs(arch)
+        block = rest + self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
         return outside_cost(arch).macs + int((block * runs).sum())
 
     def masks(self, norms: Norms) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ class Decider:
         self.H, self.d, self.D = block.heads, block.v_widths[0], block.mlp
         self.qk = block.qk  # units of a head: channels, or pairs of them that are turned together
         self.align = min(mlp_align, self.D)
-        self.head_macs, self.v_macs, self.unit_macs = unit_macs(arch)
+        self.head_macs, self.v_macs, self.unit_macs, self.rest_macs = unit_macs(arch)
         self.outside = outside_cost(arch).macs
         # strongest first; of equal ones the last, because primal_dual.weakest marks the first
         self.head_order = [_strongest(heads) for heads in norms.heads]
@@ -209,7 +209,7 @@ class Decider:
 
     def _macs(self, block: int, own: Widths) -> int:
         v = sum(own.v[h] for h in self.head_order[block][: own.heads])
-        return own.heads * self.head_macs + v * self.v_macs + own.mlp * self.unit_macs
+        return self.rest_macs + own.heads * self.head_macs + v * self.v_macs + own.mlp * self.unit_macs
 
     def _norm(self, block: int, own: Widths) -> float:
         kept = self.head_order[block][: own.heads]

@@ -44,8 +44,11 @@ def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
     return embed, torch.tensor(rows, dtype=torch.float64)
 
 
-def unit_macs(arch: Arch) -> tuple[int, int, int]:
-    """Count MACs of a head's queries and keys, of a value channel, and of an MLP unit, in blocks of one shape."""
+def unit_macs(arch: Arch) -> tuple[int, int, int, int]:
+    """Count MACs of a head without its values, of a value channel, of an MLP unit, and of a block without any of these.
+
+    Blocks have one shape.
+    """
     (stage,), block = arch.stages, arch.blocks[0]
 
     def macs(heads: int, v: int, mlp: int) -> int:
@@ -53,7 +56,8 @@ def unit_macs(arch: Arch) -> tuple[int, int, int]:
 
     one = macs(1, 1, 1)
     channel = macs(1, 2, 1) - one
-    return macs(2, 1, 1) - one - channel, channel, macs(1, 1, 2) - one
+    head, unit = macs(2, 1, 1) - one - channel, macs(1, 1, 2) - one
+    return head, channel, unit, one - head - channel - unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +94,8 @@ class Resource:
         block, L = arch.blocks[0], arch.depth
         if count == "exact":
             fixed, total = outside_cost(arch).macs, float(cost(arch).macs)
-            head, channel, unit = unit_macs(arch)
-            per_block = (block.heads * head, block.total_v * channel, block.mlp * unit)
+            head, channel, unit, rest = unit_macs(arch)  # what is left of a block goes with it, as its heads do
+            per_block = (block.heads * head + rest, block.total_v * channel, block.mlp * unit)
             heads, values, mlp = (torch.full((L,), float(macs), dtype=torch.float64) for macs in per_block)
         else:
             fixed, parts = paper_macs(arch)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
-from prunesweep.models.arch import Rope
+from prunesweep.models.arch import PositionBias, Rope
 from prunesweep.pruners.hook import Collapsed
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
@@ -44,7 +44,7 @@ def wrapped(arch: Arch = ARCH, seed: int = 0, **settings) -> tuple[nn.Module, UV
 
 def step(model: nn.Module, own: UVC, optimizer: torch.optim.Optimizer, t: int, part: slice = slice(None)) -> None:
     """One update on this part of random images, where the training loop has the hook."""
-    x = random_images(ARCH, t, batch=8)
+    x = random_images(own.arch, t, batch=8)
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x[part]), (torch.arange(8) % ARCH.num_classes)[part])
     own.loss({"loss": loss}).backward()
@@ -123,6 +123,33 @@ def test_a_norm_over_what_would_go_is_refused(norm: str) -> None:
     arch = dataclasses.replace(ROTARY, **{norm: True})
     with pytest.raises(UserError, match="has a norm over the"):
         hook().wrap(random_model(arch, 0))
+
+
+FAMILIES = {
+    "plain": dataclasses.replace(ARCH, family="eva", norm="rms", embed_norm=True, proj_bias=False, mlp_bias=False),
+    "behind": dataclasses.replace(ARCH, family="eva", post_norm=True),
+    "table": dataclasses.replace(ARCH, family="beit", position_bias=PositionBias(kind="table")),
+    "mlp": dataclasses.replace(ARCH, family="beit", position_bias=PositionBias(kind="mlp", hidden=3)),
+}
+
+
+@pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
+def test_other_families_are_evaluated_as_cut(arch: Arch) -> None:
+    model, own, optimizer = wrapped(arch, budgets=(0.5,))
+    for t in range(55):
+        step(model, own, optimizer, t)
+    assert own.machine.settled
+    x = random_images(arch, 1000)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    (snapshot,) = own.finish()
+    assert snapshot.cost == cost(arch_of(snapshot.model)).macs
+    assert snapshot.budget - 2 * unit(arch) < snapshot.cost <= snapshot.budget
+    assert cost(arch_of(snapshot.model)).macs == own.facts["macs"] * cost(arch).macs
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
+        with masked(model, snapshot.cut):
+            torch.testing.assert_close(evaluated, model(x), rtol=0, atol=1e-10)
 
 
 def test_warm_up_is_half_of_every_block_and_decides_nothing() -> None:
