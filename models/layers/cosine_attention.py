@@ -89,7 +89,7 @@ class CosineWindowAttention(WindowAttention):  # type: ignore[misc]  # timm is u
 
     def _get_rel_pos_bias(self) -> torch.Tensor:
         """Compute what is added to the logits of all windows, (1, H, N, N)."""
-        distances = self.relative_coords_table.to(self.cpb_mlp[0].weight)
+        distances = self.relative_coords_table.to(self.cpb_mlp[0].weight.dtype)
         table = self.cpb_mlp(distances).flatten(0, 2)[self.relative_position_index.flatten()]
         bias = 16 * table.sigmoid()
         return rearrange(bias, "(n m) h -> 1 h n m", n=self.window_size[0] * self.window_size[1]).contiguous()

@@ -59,7 +59,7 @@ class LogDistanceBias(RelPosMlp):  # type: ignore[misc]  # timm is untyped
 
     def get_bias(self) -> torch.Tensor:
         """Compute the biases, (1, H, N, N)."""
-        distances = self.rel_coords_log.to(self.mlp.fc1.weight)
+        distances = self.rel_coords_log.to(self.mlp.fc1.weight.dtype)
         table = self.mlp(distances).flatten(0, 1)[self.relative_position_index]
         bias = rearrange(table, "(n m) h -> 1 h n m", n=self.window_area)
         return F.pad(bias, [self.prefix_tokens, 0, self.prefix_tokens, 0]).contiguous()

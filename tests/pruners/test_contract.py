@@ -77,8 +77,8 @@ def test_unknown_methods_and_families_are_named() -> None:
         get_method("nvti", WidthMethod)
     with pytest.raises(
         UserError,
-        match=r"method 'upvit' serves families vit, eva, beit, pvt_v2, lm; swin_\w+ is a 'swin', for which there are: nvit, "
-        r".* \(of 'swin', it has 'windows': attention is within windows",
+        match=r"method 'upvit' serves families vit, eva, beit, pvt_v2, lm; swin_\w+ is a 'swin', for which there are: "
+        r"nvit, .* \(of 'swin', it has 'windows': attention is within windows",
     ):
         get_method("upvit", WidthMethod).check(Arch.from_timm("swin_tiny_patch4_window7_224"))
     with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': a block may have a token plan"):
