@@ -17,6 +17,7 @@ import yaml
 
 from prunesweep.launch.cluster.client import Cluster
 from prunesweep.launch.cluster.kuberay import kuberay
+from prunesweep.launch.jobs import remote_page
 from prunesweep.models import load
 from prunesweep.models.io.lock import Lock
 from prunesweep.search.config import ClusterTable, SearchConfig, load_config
@@ -100,6 +101,9 @@ def test_submitted_followed_watched_and_fetched(
     assert [(job["run"], job["job"], job["folder"]) for job in jobs] == [("far", "far-a1", str(runs / "far"))]
     assert re.search(r"\[4/4\] trial [0-3]", call(capsys, "logs", "far", *at)[1])
 
+    page = remote_page("far", head.url)  # what `watch --address` shows
+    assert [level["finished"] for level in page["activity"]["tasks"]] == [4]
+
     code, out, _ = call(capsys, "fetch", "far", *at, "--out", tmp_path / "near")
     assert code == 0
     near, far = Run(tmp_path / "near"), Run(runs / "far")
@@ -108,6 +112,7 @@ def test_submitted_followed_watched_and_fetched(
     for point in near.front(absolute=True):
         load(point["model"])
     assert "<html" in (near / "report.html").read_text()
+    assert len(list((near / "front").iterdir())) == len(near.front())
     assert call(capsys, "fetch", "far", *at, "--out", tmp_path / "near")[0] == 2
 
     code, _, err = call(capsys, "submit", configured("far"), *at)

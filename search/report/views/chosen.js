@@ -49,7 +49,9 @@ function drawChosen() {
     "stations",
     ["measured", "images", "epochs", QUALITIES[quality][0], "95 % interval", "loss", "KL"],
     [
-      ...(quality === "ppl" ? [] : [row("untrained: " + page.start, compared + count(t), first, 0)]),
+      ...(["top1", "agreement"].includes(quality)
+        ? [row("untrained: " + page.start, compared + count(t), first, 0)]
+        : []),
       ...t.rungs.map(r => row("after rung " + r.rung, compared + count(r), r, r.epochs)),
       ...(t.validation
         ? [row("after rung " + t.rung, "validation" + count(t.validation), t.validation, t.epochs)]
@@ -146,7 +148,7 @@ function drawTable() {
       ? []
       : [
           column(
-            "untrained (%), search",
+            "untrained " + (quality === "agreement" ? "agreement" : "top-1") + " (%), search",
             t => fixed(t.zero_shot, 2),
             t => t.zero_shot,
           ),
