@@ -128,9 +128,11 @@ class Display:
                 self.note(f"{what}: {note}")
 
         def still(elapsed: float) -> str:
-            if latest is None or latest[1] >= 1:
-                return ""
+            if latest is None:
+                return f"preparing: {clock(elapsed)} elapsed"
             what, share, note, begun = latest
+            if share >= 1:
+                return f"after {what}: {clock(elapsed)} elapsed"
             took = time.monotonic() - begun
             left = f", ETA {clock(took / share * (1 - share))}" if share > 0 else ""
             return f"{what}: {share:.0%}, {clock(took)} elapsed{left}{f'  {note}' if note else ''}"
