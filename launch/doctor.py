@@ -211,6 +211,7 @@ def check_nodes(
     nodes = [node for node in nodes if "error" not in node]
     yield from _check_versions(nodes, here)
     yield from _check_gpus(nodes)
+    yield from _check_sessions(nodes)
     apart = {node["host"]: max(abs(node["skew"]), abs(node.get("file_skew") or 0.0)) for node in nodes}
     skew = [node for node in nodes if apart[node["host"]] > SKEW]
     worst = max(apart.values(), default=0.0)
@@ -258,6 +259,20 @@ def _check_gpus(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("GPUs there", "wrong", seen, "install a torch that fits the driver (nvidia-smi shows its CUDA)")
     else:
         yield Finding("GPUs there", "ok", f"{total:g} on {len(nodes)} nodes")
+
+
+def _check_sessions(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
+    sharing = [node for node in nodes if node["sharing"] > 1]
+    for folder in sorted({node["session"] for node in sharing}):
+        own = [node for node in sharing if node["session"] == folder]
+        yield Finding(
+            "Ray's folder",
+            "warning",
+            f"{own[0]['sharing']} nodes, on {_names(own)}, share {folder}",
+            "Ray deletes the folders of jobs that run there: start every node with a local --temp-dir of its own",
+        )
+    if not sharing:
+        yield Finding("Ray's folder", "ok", "one for every node")
 
 
 def _names(nodes: list[dict[str, Any]]) -> str:

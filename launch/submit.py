@@ -45,7 +45,11 @@ def submit(
     again: Annotated[bool, typer.Option("--resume", help="go on with the run's folder where it is there")] = False,
     follow: FollowOption = False,
 ) -> None:
-    """Start a search on a cluster and return; it does not need this machine afterwards."""
+    """Start a search on a cluster and return; it does not need this machine afterwards.
+
+    Beyond `ray job submit`: ships this package, source and latency table, sets what the table cluster says, and
+    gives running trials time to save their state when the search is stopped.
+    """
     from prunesweep.launch.cluster.client import Cluster
     from prunesweep.models import UserError
     from prunesweep.search.config import load_config

@@ -532,6 +532,22 @@ class ClusterTable(Table):
         return env
 
 
+class LoggingTable(Table):
+    """Tools that are told of the search beside its own files. One that does not answer is told no more; nothing fails.
+
+    They are told by the driver. Nothing here changes a candidate or a figure.
+    """
+
+    mlflow: Annotated[
+        str | None,
+        Field(pattern=r"^[^\x00-\x20\x7f]+$", description="URI of MLflow's tracking server or store (extra mlflow)"),
+    ] = None
+    wandb: Annotated[
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9._-]+$", description="project of Weights & Biases (extra wandb)"),
+    ] = None
+
+
 class SearchConfig(Table):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         description="Of the run's folder, below runs/."
@@ -557,6 +573,7 @@ class SearchConfig(Table):
         description="How candidates are trained; recipe = NAME takes a recipe's values where keys are left out.",
     )
     resources: ResourcesTable = Field(default=ResourcesTable(), description="What runs side by side.")
+    logging: LoggingTable = Field(default=LoggingTable(), description="Tools that are told of the search.")
     cluster: ClusterTable | None = Field(
         default=None, description="Several machines: for submit, manifest and doctor; nothing here changes a result."
     )

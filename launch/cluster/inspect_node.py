@@ -19,6 +19,7 @@ from typing import Any
 __all__ = ["PACKAGES", "inspect_node", "inspect_nodes", "versions"]
 
 PACKAGES = ("ray", "torch", "timm", "optuna", "pydantic", "safetensors")
+MARK = ".prunesweep-node-"  # begins the names of files in the folders of Ray's sessions
 ROUNDS = 5  # requests for the time; the quickest answer counts
 PATIENCE = 120.0  # seconds for a process to start on a node
 
@@ -44,6 +45,13 @@ def inspect_node(data: str | None) -> dict[str, Any]:
     return {"host": socket.gethostname(), "versions": versions(), "gpus": gpus, "data_problem": _unreadable(data)}
 
 
+def _session_folder() -> Path:
+    """The folder of this node's processes of Ray: logs, sockets and the working directories of jobs."""
+    from ray._private.worker import global_worker
+
+    return Path(global_worker.node.get_session_dir_path())
+
+
 def _unreadable(data: str | None) -> str | None:
     if data is None:
         return None
@@ -66,6 +74,23 @@ class Node:
     def inspect(self, data: str | None) -> dict[str, Any]:
         """Describe this node; see ``inspect_node``."""
         return inspect_node(data)
+
+    def mark(self, name: str) -> str | None:
+        """Make an empty file in the folder of Ray's session here; return that folder, None where it cannot."""
+        folder = _session_folder()
+        try:
+            (folder / f"{MARK}{name}").touch()
+        except OSError:
+            return None
+        return str(folder)
+
+    def marks(self) -> list[str]:
+        """Return the names that this and other nodes have marked the folder of Ray's session with."""
+        return sorted(path.name.removeprefix(MARK) for path in _session_folder().glob(f"{MARK}*"))
+
+    def unmark(self, name: str) -> None:
+        """Delete the file of ``mark``."""
+        (_session_folder() / f"{MARK}{name}").unlink(missing_ok=True)
 
     def write(self, path: str, text: str) -> str | None:
         """Write a file and the folders above it; return the reason if this node cannot, otherwise None.
@@ -117,9 +142,9 @@ def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[s
 
     Returns:
         ``ray``, the version, and ``nodes``. A node has its address, its CPUs and GPUs as Ray counts them, the result of
-        ``inspect_node``, ``skew`` (seconds that its clock is ahead of the driver's) and ``storage_problem``; or
-            ``error``
-        if no process could be started on it.
+        ``inspect_node``, ``skew`` (seconds that its clock is ahead of the driver's), ``session`` (the folder of Ray's
+        session), ``sharing`` (how many nodes write to that folder) and ``storage_problem``; or ``error`` if no process
+        could be started on it.
     """
     import ray
 
@@ -142,6 +167,11 @@ def inspect_nodes(address: str, storage: str | None, data: str | None) -> dict[s
         except Exception as error:  # any error means that something is wrong with the node
             found[key]["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     healthy = {key: actor for key, actor in actors.items() if "error" not in found[key]}
+    sessions = _all(ray, {key: actor.mark.remote(key) for key, actor in healthy.items()})
+    seen = _all(ray, {key: actor.marks.remote() for key, actor in healthy.items()})
+    for key in healthy:
+        found[key] |= {"session": sessions[key], "sharing": len({*seen[key]} & {*healthy})}
+    _all(ray, {key: actor.unmark.remote(key) for key, actor in healthy.items()})
     if storage is not None:
         for key, problem in _check_storage(ray, healthy, found, storage):
             found[key]["storage_problem"] = problem

@@ -37,6 +37,8 @@ from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import hypervolume
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
+from prunesweep.search.tracking import check_backends, tracking
+from prunesweep.search.tracking.ray_metrics import gauges
 from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.jobs.ray_session import RAY_DIED, RayDied, check_starts
 from prunesweep.training.signals import handling
@@ -109,6 +111,7 @@ def run_search(
             f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
         )
     config = _with_table(config, config.space.latency_table)
+    check_backends(config.logging)
     died = "Ray died before the first trial; the same command goes on from what is saved"
     ray = RayConnection(
         config.resources,
@@ -187,6 +190,7 @@ def resume_search(
     more = [] if trials is None else [f"search.trials={trials}"]
     config = reopen(run, [*overrides, *more], on_note=display.note)
     check_given(run, config)
+    check_backends(config.logging)
     space = space_of(run, config)
     ray = RayConnection(
         config.resources,
@@ -445,7 +449,7 @@ def _search(
     on_trial: Callable[[Result], None] | None = None,
 ) -> SearchResult:
     """Run the trials of a run whose source, scores and space are there; measure its front on a worker or here."""
-    with run.lock(lambda lost: _leave(display, str(lost), TAKEN_OVER)) as lock:
+    with run.lock(lambda lost: _leave(display, str(lost), TAKEN_OVER)) as lock, contextlib.ExitStack() as stack:
         run = Run(run.path, lock.check)
         sweep_below(run.path)
         run.stop_file.unlink(missing_ok=True)
@@ -459,6 +463,7 @@ def _search(
         source = run.searched_source()
         for note in coordinator.notes:
             display.note(note)
+        told = stack.enter_context(tracking(run, config, coordinator, source, display.note))
         try:
             if not coordinator.done:
                 with (
@@ -469,11 +474,19 @@ def _search(
                 ):
                     connection.on_death = _leaving(display, _died(run), lock)
                     room = _Room(connection, coordinator, config.resources, display)
+                    metrics = [gauges(config.name, coordinator, source)] if on_worker else []
                     before, begun = len(coordinator.results), time.monotonic()
                     execute(
                         coordinator,
                         config.resources,
-                        [changed, logged, _reporter(run, coordinator), _telling(coordinator, on_trial)],
+                        [
+                            changed,
+                            logged,
+                            _reporter(run, coordinator),
+                            _telling(coordinator, on_trial),
+                            told.changed,
+                            *metrics,
+                        ],
                         count=room.look,
                         note=display.note,
                         work=partial(run_task, fence=lock.fence),

@@ -35,7 +35,7 @@ __all__ = [
 
 # keys that change no candidate and no figure; data are compared by their content
 DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable", "data.test")
-HARMLESS = ("search.trials", "search.keep_models", "search.measure_front", "resources.", "cluster.", *DATA)
+HARMLESS = ("search.trials", "search.keep_models", "search.measure_front", "resources.", "logging.", "cluster.", *DATA)
 
 SEAL = "# sha256 of the lines above: "  # begins the last line of a run's search.toml
 MOVED = "resume --set data.name=..., promote --data ..., eval RUN --data ..."

@@ -46,6 +46,7 @@ class RunningHead:
     gcs: str
     folder: Path  # Ray's own: logs are below it
     environment: Mapping[str, str]
+    metrics: str  # address of what Prometheus reads
 
 
 @contextlib.contextmanager
@@ -79,6 +80,7 @@ def running_head(
     }
     if comes is not None:
         environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        environment["RAY_metrics_report_interval_ms"] = "1000"
         environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
         options |= {"node-ip-address": "127.0.0.1", "autoscaling-config": folder / "autoscaler.json"}
         (folder / "autoscaler.json").write_text(json.dumps(_autoscaler(f"127.0.0.1:{port}", *comes)))
@@ -94,7 +96,7 @@ def running_head(
     try:
         url = f"http://127.0.0.1:{dashboard}"
         _wait(url, process, folder)
-        yield RunningHead(url, f"127.0.0.1:{port}", folder, environment)
+        yield RunningHead(url, f"127.0.0.1:{port}", folder, environment, f"http://127.0.0.1:{metrics}/metrics")
     finally:
         process.send_signal(signal.SIGTERM)  # it ends what it has started
         try:

@@ -35,6 +35,8 @@ def node(host: str, **changes: Any) -> dict[str, Any]:
         "file_skew": -0.02,
         "data_problem": None,
         "storage_problem": None,
+        "session": f"/tmp/{host}",
+        "sharing": 1,
     }
     return {**found, **changes}
 
@@ -55,6 +57,7 @@ def test_a_healthy_cluster_is_ok() -> None:
         ({"versions": {**HERE, "torch": "2.14.0"}}, "torch there", "wrong", "2.15.0 on a; 2.14.0 on b"),
         ({"versions": {**HERE, "timm": None}}, "timm there", "wrong", "1.0.31 on a; missing on b"),
         ({"gpus": 0}, "GPUs there", "wrong", "b: Ray has 4, torch sees 0"),
+        ({"session": "/tmp/ray", "sharing": 2}, "Ray's folder", "warning", "2 nodes, on b, share /tmp/ray"),
         ({"skew": -40.0}, "clocks", "wrong", "b: 40.0 s apart"),
         ({"file_skew": 30.0}, "clocks", "wrong", "b: 30.0 s apart"),
         ({"data_problem": "/data: is empty"}, "data", "wrong", "b: /data: is empty"),

@@ -18,6 +18,8 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
+from prunesweep.launch.doctor import check_nodes
 from prunesweep.models import UserError
 from prunesweep.search import SearchResult, run_search
 from prunesweep.search.config import SearchConfig
@@ -83,6 +85,16 @@ def test_a_users_error_on_a_worker_is_the_users(
     (pid,) = makers(text)
     assert pid != os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_sees_nodes_that_share_a_folder_of_rays(cluster: Cluster) -> None:
+    """As these three do: they are processes of one machine, started without a folder of their own."""
+    nodes = inspect_nodes(str(cluster.address), None, None)["nodes"]
+    assert [node["sharing"] for node in nodes] == [3, 3, 3]
+    (folder,) = {node["session"] for node in nodes}
+    assert list(Path(folder).glob(".prunesweep*")) == []
+    (finding,) = (one for one in check_nodes(nodes, versions(), None, None) if one.what == "Ray's folder")
+    assert (finding.state, finding.found.partition(":")[0].endswith(folder)) == ("warning", True)
 
 
 def test_the_source_is_made_by_a_worker_that_may_be_killed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prunesweep.search.config import ClusterTable, ResourcesTable
 from prunesweep.search.execution.growth import Waiting, has_autoscaler
 from prunesweep.search.execution.runtime import RayConnection, execute
 from prunesweep.search.store.run import Run, Task
+from prunesweep.search.tracking.ray_metrics import gauges
 from tests.launch.head import running_head
 from tests.search.execution.test_coordinator import start
 from tests.search.execution.test_coordinator import work as made_up
@@ -45,6 +47,19 @@ def test_a_unit_that_fits_on_none_of_the_nodes_that_may_come_is_refused() -> Non
             on_death=lambda: None,
             cluster=ClusterTable(max_nodes=2),
         )
+
+
+def exported(url: str, name: str, value: float) -> None:
+    """Wait for what Prometheus is given of a search to come to a value."""
+    deadline, found = time.monotonic() + 30, ""
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            found = answer.read().decode()
+        lines = [line for line in found.splitlines() if line.startswith(f"{name}{{") and 'run="one"' in line]
+        if lines and float(lines[0].split()[-1]) == value:
+            return
+        time.sleep(0.5)
+    raise AssertionError(found[-3000:])
 
 
 def hold(path: Path, unit: Task) -> dict[str, Any]:
@@ -81,8 +96,10 @@ def test_a_cluster_without_nodes_grows_and_shrinks_with_the_work_that_is_left(tm
                         (run / "shrunk").touch()
                 return connection.max_concurrent
 
-            execute(coordinator, resources, count=count, work=hold)
+            changed = gauges("one", coordinator, run.searched_source())
+            execute(coordinator, resources, [changed], count=count, work=hold)
             assert has_autoscaler()
+            exported(head.metrics, "ray_prunesweep_tasks_done", 2.0)
         assert coordinator.finished
         assert seen in ([0, 1, 2, 1], [0, 2, 1])
         assert coordinator.failures == {}
