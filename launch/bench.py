@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from prunesweep.models.latency.timing import Timing
+    from prunesweep.models import Arch
+    from prunesweep.models.latency.timing import Setting, Timing
 
 __all__ = ["bench", "numbers", "open_model", "progress_bar"]
 
@@ -42,6 +43,14 @@ def bench(
     compiled: CompileOption = False,
     threads: ThreadsOption = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="time to measure each model for, at each batch size")] = 2.0,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="of `prunesweep latency`: show what it predicts beside what is measured, at its batch size",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write the results here, too", show_default=False)
     ] = None,
@@ -63,6 +72,7 @@ def bench(
     settings = [Setting(batch=size, **common) for size in numbers("--batch", batch)]
     settings[0].require_device()
     chosen = list(dict.fromkeys([*([] if source is None else [source]), *names]))
+    predicted = _predictions(table, settings, chosen)
     loaded = [open_model(name) for name in chosen]
     console = PlainConsole()
     timings = []
@@ -70,7 +80,7 @@ def bench(
         for setting in settings:
             progress = bar(f"batch {setting.batch}")
             timings.append(measure_all(loaded, setting, min_seconds=seconds, progress=progress))
-    found = {**_header(settings[0]), "source": chosen[0], "models": _results(chosen, loaded, timings)}
+    found = {**_header(settings[0]), "source": chosen[0], "models": _results(chosen, loaded, timings, predicted)}
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1))
     console.print(_table(found))
@@ -78,6 +88,43 @@ def bench(
         if not _fits(model["model"]):
             label = f"model {number}" if number else "source"
             console.print(f"{label}: {model['model']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _predictions(file: Path | None, settings: Sequence[Setting], names: Sequence[str]) -> Mapping[int, Sequence[float]]:
+    """Predict every model's latency by a table, by the batch size that it is of.
+
+    Raises:
+        UserError: a model is neither saved nor timm's, or the table is of other conditions or of other models.
+    """
+    from prunesweep.models import LatencyTable, UserError
+
+    records = [_record(name) for name in names]
+    if file is None:
+        return {}
+    found = LatencyTable.load(file)
+    if found.setting not in settings:
+        own, here = found.setting.to_dict(), settings[0].to_dict()
+        differ = [key for key in own if key != "batch" and own[key] != here[key]]
+        key = differ[0] if differ else "batch"
+        raise UserError(
+            f"--table {file}: was measured with {key} {own[key]}: give --{'compile' if key == 'compiled' else key} "
+            f"accordingly, or measure another table by prunesweep latency"
+        )
+    return {found.setting.batch: [found.predict(record) for record in records]}
+
+
+def _record(name: str) -> Arch:
+    """The record of what ``open_model`` opens, without its weights."""
+    from prunesweep.models import Arch, read_arch
+
+    folder = _folder(name)
+    return Arch.from_timm(name) if folder is None else read_arch(folder)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a name is; None for a timm name."""
+    folder = Path(name.removeprefix("local-dir:"))
+    return folder if folder.exists() or ("/" in name and not name.startswith("hf-hub:")) else None
 
 
 def open_model(name: str) -> nn.Module:
@@ -90,8 +137,7 @@ def open_model(name: str) -> nn.Module:
 
     from prunesweep.models import Arch, adopted, load
 
-    folder = Path(name.removeprefix("local-dir:"))
-    if folder.exists() or ("/" in name and not name.startswith("hf-hub:")):
+    if (folder := _folder(name)) is not None:
         return load(folder)
     Arch.from_timm(name)  # its errors say what is unknown or cannot be represented
     return adopted(timm.create_model(name))
@@ -141,7 +187,10 @@ def _header(setting: Any) -> dict[str, Any]:
 
 
 def _results(
-    names: Sequence[str], loaded: Sequence[nn.Module], timings: Sequence[Sequence[Timing]]
+    names: Sequence[str],
+    loaded: Sequence[nn.Module],
+    timings: Sequence[Sequence[Timing]],
+    predicted: Mapping[int, Sequence[float]],
 ) -> list[dict[str, Any]]:
     """Return each model's cost, and its timing per batch size; the first model is the source."""
     from prunesweep.models import arch_of, cost
@@ -161,6 +210,7 @@ def _results(
                     "throughput": own[i].throughput,
                     "speed_up": speed_up,
                     "speed_up_per_macs_ratio": speed_up * spent.macs / costs[0].macs,
+                    **({"predicted_ms": predicted[own[i].batch][i]} if own[i].batch in predicted else {}),
                 }
             )
         results.append({"model": name, "macs": spent.macs, "params": spent.params, "timings": by_batch})
@@ -177,9 +227,10 @@ def _table(found: Mapping[str, Any]) -> Table:
     caption = "/ MACs: speed-up / ratio of MACs; 1 where all saved MACs are saved time"
     table = Table(title=f"{found['device_name']}, {how}", caption=caption, show_lines=True)
     table.add_column("model")
-    for name in ("batch", "ms (IQR)", "images/s", "speed-up", "/ MACs"):
+    by_table = any("predicted_ms" in timing for model in found["models"] for timing in model["timings"])
+    for name in ("batch", "ms (IQR)", *(["by table"] if by_table else []), "images/s", "speed-up", "/ MACs"):
         table.add_column(name, justify="right", no_wrap=True)
-    formats = (
+    formats: tuple[str, ...] = (
         "{batch}",
         "{latency_ms:.2f} ({iqr_ms:.2f})",
         "{throughput:.1f}",
@@ -190,7 +241,9 @@ def _table(found: Mapping[str, Any]) -> Table:
         name = model["model"] if _fits(model["model"]) else "source" if number == 0 else f"model {number}"
         macs = f"{model['macs'] / 1e9:.3f} G" if model["macs"] >= 1e9 else f"{model['macs'] / 1e6:.2f} M"
         cost = f"{macs} MACs\n{model['params'] / 1e6:.2f} M params"
-        lines = ("\n".join(form.format(**timing) for timing in model["timings"]) for form in formats)
+        lines = ["\n".join(form.format(**timing) for timing in model["timings"]) for form in formats]
+        if by_table:
+            lines.insert(2, "\n".join(map(_by_table, model["timings"])))
         table.add_row(Text(f"{name}\n{cost}"), *lines)
     return table
 
@@ -198,3 +251,10 @@ def _table(found: Mapping[str, Any]) -> Table:
 def _fits(name: str) -> bool:
     """Whether the name of a model has room in a column; one that is broken over lines cannot be copied."""
     return len(name) <= NAME
+
+
+def _by_table(timing: Mapping[str, Any]) -> str:
+    """What a table predicts, and how far that is from what was measured."""
+    if "predicted_ms" not in timing:
+        return ""
+    return f"{timing['predicted_ms']:.2f} ({timing['predicted_ms'] / timing['latency_ms'] - 1:+.0%})"

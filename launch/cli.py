@@ -17,20 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from .bench import bench
 from .console import PlainConsole, say_interrupted
-from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
 from .doctor import doctor
-from .eval_run import evaluate_run, is_run
+from .eval_model import evaluate
 from .export import export_model, push_model
 from .finetune import finetune
 from .help import MethodCommand, PlainGroup, ScoringCommand
 from .import_ import import_model
+from .init import init
 from .instant import instant, print_computed
 from .jobs import fetch, jobs, logs, remote_status, stop
 from .latency import latency
@@ -38,7 +38,7 @@ from .lists import config, methods, recipes
 from .manifest import manifest
 from .models import models
 from .next_commands import after_search, show_next
-from .nothing_left import NothingLeft, check_answers, check_begun, check_front, check_weights
+from .nothing_left import NothingLeft, check_begun, check_front
 from .promote import promote
 from .prune import prune, score
 from .published import published
@@ -54,7 +54,6 @@ __all__ = ["app", "main"]
 
 USER_ERROR, SEARCH_FAILED, NOTHING_LEFT, INTERRUPTED = 2, 1, 1, 130
 
-WORST = 10  # classes that ``eval`` names
 app = typer.Typer(
     cls=PlainGroup,
     no_args_is_help=True,
@@ -247,165 +246,7 @@ def front(
         console, source = PlainConsole(), found.known_facts()["source"]
         print_front(console, points, source["macs"])
         if further:
-            print_promoted(console, list(further.values()), source["macs"], run)
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[
-        Path, typer.Argument(help="folder of a saved model, or of a run, whose front is measured", show_default=False)
-    ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH or hfds:NAME; texts: pydocs or "
-            "wikitext:PATH; a run has its own",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="texts: words that are seen at a time  [default: the model's]")
-    ] = None,
-    context: Annotated[int, typer.Option(min=0, help="texts: how many of them are seen but not predicted")] = 0,
-    test: Annotated[bool, typer.Option("--test", help="texts: the test split")] = False,
-    class_order: ClassOrderOption = None,
-    classes: ClassesOption = None,
-    unreadable: UnreadableOption = UNREADABLE,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="a source to compare with, a folder or a timm name; needed without labels", show_default=False
-        ),
-    ] = None,
-    quality: Annotated[
-        Literal["knn", "probe"] | None,
-        typer.Option(
-            help="of a backbone without a head: top-1 of the nearest training images, or of a linear probe",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure a saved model's accuracy or perplexity, and how far it agrees with a source; or a run's front again."""
-    from prunesweep.models import UserError, arch_of, cost, load
-    from prunesweep.models.precision import to_float32
-    from prunesweep.search.report.display import Display
-    from prunesweep.training import (
-        EVAL_BATCH,
-        EvalMetrics,
-        chance_warning,
-        check_fits,
-        check_order,
-        open_data,
-        open_text,
-    )
-    from prunesweep.training import evaluate as measure
-    from prunesweep.training.jobs.one_shot import open_source
-
-    other = length is not None or context or test
-    if is_run(model):
-        if other or (class_order, classes, teacher, quality, unreadable) != (None, None, None, None, UNREADABLE):
-            raise UserError(f"of a run only --data and --json may be given: {model} is measured as it was searched")
-        evaluate_run(model, data, as_json=as_json)
-        return
-    if data is None:
-        raise UserError("--data is missing: name what the model is measured on, e.g. digits or imagefolder:PATH")
-    loaded = to_float32(load(model))
-    check_weights(loaded, model)
-    arch = arch_of(loaded)
-    options = data_options(class_order, classes, unreadable)
-    if other:
-        if class_order is not None or classes is not None:
-            raise UserError("--class-order, --classes: texts have no classes")
-        opened: Any = open_text(data, loaded.pretrained_cfg, length=length, context=context)
-    else:
-        opened = open_data(data, loaded.pretrained_cfg, **options)
-    check_fits(arch, opened)
-    if quality is not None:
-        _measure_features(loaded, opened, quality, teacher, as_json=as_json)
-        return
-    if teacher is None and not opened.info.labelled:
-        raise UserError(f"{data} has no labels: give the model to compare with, --teacher SOURCE")
-    if teacher is None and arch.headless:
-        raise UserError(
-            f"{model} has no head, so it gives features: give the model to compare them with, --teacher SOURCE, or "
-            "what they are measured by, --quality knn or probe"
-        )
-    source: Any = None if teacher is None else to_float32(open_source(teacher))
-    if source is not None:
-        check_fits(arch_of(source), opened, name=teacher)
-        if classes is None:
-            check_order(source.pretrained_cfg, opened, f"--teacher {teacher}")
-        theirs, ours = (tuple(one.pretrained_cfg.get("label_names") or ()) for one in (source, loaded))
-        if not opened.info.labelled and theirs != ours and set(theirs) == set(ours):
-            raise UserError(
-                f"--teacher {teacher}: has the classes of {model} in another order, from {theirs[0]!r} to "
-                f"{theirs[-1]!r} instead of from {ours[0]!r} to {ours[-1]!r}, so their answers do not compare"
-            )
-        given, own = _outputs(arch_of(source)), _outputs(arch)
-        if given != own:
-            raise UserError(
-                f"--teacher {teacher}: has {given}, {model} has {own}: only models of the same classes can agree, and "
-                "features be compared with as many of the model's own source"
-            )
-    if not as_json:
-        PlainConsole(stderr=True).print("\n".join(opened.describe()), highlight=False, soft_wrap=True, markup=False)
-    listed = opened.val_images
-    batches = opened.val_loader(EVAL_BATCH, **({"split": "test"} if test else {}))
-    with Display(PlainConsole(stderr=True)).working(f"measuring {model}"):
-        figures, spent = measure(loaded, batches, source=source, per_class=True), cost(arch)
-    found = EvalMetrics.of(figures)
-    check_answers(found, model)
-    recall = figures.get("recall", [])
-    if as_json:
-        by_class = {"recall": recall} if recall else {}
-        print(json.dumps({**found.with_interval(), **by_class, "macs": spent.macs, "params": spent.params}))
-    else:
-        listed_too = f" of {listed:,}" if opened.val_images != listed else ""  # some of them cannot be read
-        PlainConsole().print(
-            f"{found.full}{listed_too}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False, soft_wrap=True
-        )
-        if line := _worst(recall, opened.info.classes):
-            PlainConsole().print(line, highlight=False, soft_wrap=True, markup=False)
-    if warning := chance_warning(loaded, opened, found):
-        PlainConsole(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _worst(recall: list[float | None], names: tuple[str, ...]) -> str:
-    """Say which classes are answered worst, all of them where they are few."""
-    known = sorted((share, label) for label, share in enumerate(recall) if share is not None)
-    if not known or known[0][0] == 100:
-        return ""
-    shown = known[:WORST]
-    which = "recall by class, the worst first" if len(shown) == len(known) else f"recall of the worst {WORST} classes"
-    return f"{which}: " + ", ".join(f"{names[label] if names else label} {share:.1f} %" for share, label in shown)
-
-
-def _measure_features(model: Any, opened: Any, quality: str, teacher: str | None, *, as_json: bool) -> None:
-    """Print what a backbone's features are worth by the data's labels."""
-    from prunesweep.models import UserError, arch_of, cost
-    from prunesweep.training.labelled_features import labelled_top1
-    from prunesweep.training.metrics import wilson_interval
-
-    arch = arch_of(model)
-    if not arch.headless:
-        raise UserError(f"--quality {quality}: is for a backbone without a head; this model has {_outputs(arch)}")
-    if teacher is not None:
-        raise UserError(f"--quality {quality}: compares with labels, --teacher with a source; give one of them")
-    found, spent = labelled_top1(model, opened, quality), cost(arch)
-    top1, images = found[f"{quality}_top1"], int(found["images"])
-    low, high = (100 * end for end in wilson_interval(top1 / 100, images))
-    if as_json:
-        ends = {f"{quality}_top1_low": low, f"{quality}_top1_high": high}
-        print(json.dumps({**found, **ends, "macs": spent.macs, "params": spent.params}))
-        return
-    name = {"knn": "k-NN", "probe": "linear probe"}[quality]
-    text = f"{name} top-1 {top1:.2f} % ({low:.2f} to {high:.2f}), {images:,} images"
-    PlainConsole().print(f"{text}, {spent.macs:,} MACs, {spent.params:,} params", highlight=False, soft_wrap=True)
-
-
-def _outputs(arch: Any) -> str:
-    return f"{arch.outputs} {'features' if arch.headless else 'classes'}"
+            print_promoted(console, list(further.values()), source["macs"], run, found.measure)
 
 
 @app.command()
@@ -419,6 +260,8 @@ def report(run: RunArgument) -> None:
     check_front(found)
 
 
+app.command()(init)
+app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(latency)
 app.command("export")(export_model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["UNREADABLE", "ClassOrderOption", "ClassesOption", "UnreadableOption", "data_options"]
+__all__ = ["UNREADABLE", "ClassOrderOption", "ClassesOption", "UnreadableOption", "check_data", "data_options"]
 
 UNREADABLE = 0.001
 
@@ -28,6 +29,24 @@ ClassesOption = Annotated[
 UnreadableOption = Annotated[
     float, typer.Option(min=0, max=1, help="share of a split's images that may be unreadable; 10 always may")
 ]
+
+
+def check_data(name: str, options: Mapping[str, Any]) -> None:
+    """Check what ``--data`` names, before anything is opened.
+
+    Args:
+        name: of the data.
+        options: what ``data_options`` gave.
+
+    Raises:
+        UserError: there are no such data, or an option does not concern them.
+    """
+    from prunesweep.models import UserError
+    from prunesweep.training.data import check_data_name
+
+    kind, argument = check_data_name(name, options)
+    if kind.argument == "PATH" and not Path(argument).exists():
+        raise UserError(f"--data {name}: {argument} does not exist")
 
 
 def data_options(class_order: str | None, classes: str | None, unreadable: float = UNREADABLE) -> dict[str, Any]:

@@ -58,7 +58,6 @@ def doctor(
 ) -> None:
     """Check what a search needs, here and on every node of a cluster; with a configuration, its data too."""
     from rich.markup import escape
-    from rich.table import Table
 
     from prunesweep.search.config import ClusterTable, load_config
 
@@ -71,11 +70,12 @@ def doctor(
         findings.append(check_data(settings))
     if place := address or table.address:
         findings += check_cluster(place, table, storage or table.storage, data or table.data)
-    shown = Table("", "what", "found", "what to do", box=None)
-    signs = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "wrong": "[red]wrong[/]"}
-    for finding in findings:
-        shown.add_row(signs[finding.state], *map(escape, (finding.what, finding.found, finding.fix)))
-    PlainConsole(markup=True).print(shown)
+    signs = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "wrong": "[red]wrong  [/]"}
+    console, gap = PlainConsole(markup=True), " " * 9
+    for finding in findings:  # lines, of which none breaks a path or a command
+        text = f"{finding.what}: {finding.found}" + (f"\nto do: {finding.fix}" if finding.fix else "")
+        said = escape(text).replace("\n", f"\n{gap}")
+        console.print(f"{signs[finding.state]}  {said}", highlight=False, soft_wrap=True)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
 

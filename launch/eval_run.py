@@ -28,8 +28,9 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
     from prunesweep.models import UserError, arch_of, load
     from prunesweep.models.precision import to_float32
     from prunesweep.search import Run
+    from prunesweep.search.execution.cutting import measure_of
     from prunesweep.search.execution.reopen import check_data, reopen
-    from prunesweep.training import EVAL_BATCH, EvalMetrics
+    from prunesweep.training import EVAL_BATCH, EvalMetrics, quality_name
     from prunesweep.training import evaluate as measure
 
     from .console import PlainConsole
@@ -42,7 +43,9 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
         notes.print(text, highlight=False, markup=False, soft_wrap=True)
 
     config = reopen(run, () if data is None else [f"data.name={data}"], on_note=note)
-    opened = check_data(run, config).report
+    name = None if config.search.quality is None else quality_name(config.search.quality)
+    searched_on = check_data(run, config)
+    opened, further = searched_on.report, measure_of(config, searched_on)
     if not as_json:
         note("\n".join(opened.describe()))
     points = run.front()
@@ -57,13 +60,18 @@ def evaluate_run(path: Path, data: str | None, *, as_json: bool) -> None:
                 "back, or remove the folder, and resume the run to make it again"
             )
         check_weights(model, run / point["model"])
-        now = EvalMetrics.of(measure(model, opened.val_loader(EVAL_BATCH), source=source))
+        batches = opened.val_loader(EVAL_BATCH)
+        own = {} if further is None else further(model, batches)
+        now = EvalMetrics.of({**measure(model, batches, source=source), **own})
         check_answers(now, run / point["model"])
         found.append({**point, "model": str(path / point["model"]), "measured": now.with_interval()})
         if not as_json:
             searched = EvalMetrics.of({name: point.get(f"searched_{name}", point.get(name)) for name in now._fields})
             where = f"trial {point['trial']}, rung {point['rung']}"
-            print(f"{where}: {now.full}; {searched} in the search; {point['macs']:,} MACs, {point['params']:,} params")
+            print(
+                f"{where}: {now.told(name)}; {searched.brief(name)} in the search; {point['macs']:,} MACs, "
+                f"{point['params']:,} params"
+            )
     if as_json:
         print(json.dumps(found))
     elif not found:

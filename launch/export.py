@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .data_options import check_data
+
 __all__ = ["export_model", "push_model"]
 
 CALIBRATION_BATCH = 64
@@ -14,11 +16,17 @@ ModelArgument = Annotated[Path, typer.Argument(help="folder of a saved model", s
 
 
 def export_model(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(help="folder of a saved model, or a timm name with its pretrained weights", show_default=False),
+    ],
     to: Annotated[str, typer.Option(help="torch-export, onnx, timm or standalone", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(help="a new file or, for timm and standalone, folder (default: beside MODEL)", show_default=False),
+        typer.Option(
+            help="a new file or, for timm and standalone, folder (default: beside MODEL; of a timm name, here)",
+            show_default=False,
+        ),
     ] = None,
     opset: Annotated[int, typer.Option(help="version of the ONNX operators, 18 to 23")] = 20,
     precision: Annotated[
@@ -39,20 +47,24 @@ def export_model(
     import json
 
     from prunesweep.models import arch_of, load
-    from prunesweep.models.io.export import agreement, default_path, export
+    from prunesweep.models.io.export import agreement, check_export, default_path, export
     from prunesweep.models.io.lock import reserve
     from prunesweep.training import open_fitting
     from prunesweep.training.data.base import images_only
+    from prunesweep.training.jobs.one_shot import check_source, open_source
 
     from .console import PlainConsole
 
     path = default_path(model, to) if out is None else out
-    console = PlainConsole(stderr=True)
+    console, calibrated = PlainConsole(stderr=True), precision == "int8-static" and data is not None
+    if data is not None:
+        check_data(data, {})
+    check_export(check_source(model), path, to, opset=opset, precision=precision, calibrated=calibrated)
     with reserve(path), console.status(f"writing {path} and comparing it with the model"):
-        loaded = load(model)
+        loaded = load(model) if Path(model).exists() else open_source(model)
         opened = None if data is None else open_fitting(data, loaded)
         ranges = None
-        if opened is not None and precision == "int8-static":
+        if opened is not None and calibrated:
             ranges = images_only(opened.calibration(images, CALIBRATION_BATCH, seed=0))
         error = export(loaded, path, to, opset=opset, precision=precision, calibration=ranges)
         found = None

@@ -45,6 +45,15 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="side of the images to train at, where it is another than the model's: position embeddings are "
+            "resampled, the teacher's too; token plans are for one size",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[
         str,
@@ -70,7 +79,7 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Train a saved model; the same command continues a run that was stopped."""
-    from prunesweep.models import UserError, cost, load, load_provenance, read_arch
+    from prunesweep.models import UserError, cost, load_provenance, read_arch
     from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import to_float32
     from prunesweep.search.config import read_overrides
@@ -79,6 +88,7 @@ def finetune(
     from prunesweep.training.jobs.finetune import Finetuning
     from prunesweep.training.jobs.finetune import finetune as train
     from prunesweep.training.jobs.placement import Placement, worker_range
+    from prunesweep.training.jobs.training_job import load_sized
     from prunesweep.training.second_stage import SecondStageJob
 
     from .console import PlainConsole
@@ -96,7 +106,9 @@ def finetune(
     if not isinstance(stage, dict) or (stage and second_stage is None):
         raise UserError("--set second_stage...: give --second-stage METHOD, and second_stage.NAME=VALUE")
     least, most = worker_range(workers)
-    read_arch(model)
+    before = read_arch(model)
+    if img_size is not None and second_stage is not None:
+        raise UserError(f"--img-size: --second-stage {second_stage} trains what was cut, at its own size; drop one")
     job = Finetuning(
         model=model.absolute(),
         data=data,
@@ -106,15 +118,22 @@ def finetune(
         seed=seed,
         data_options={**data_options(class_order, classes, unreadable), "loader_workers": loader_workers},
         second_stage=None if second_stage is None else SecondStageJob(second_stage, stage),
+        img_size=None if img_size is None or before.img_size == (img_size, img_size) else (img_size, img_size),
     )
     placement = Placement(most, least if least < most else None, cpus, gpus, address, storage)
     console = PlainConsole(stderr=as_json)
     display = Display(console)
     opened = job.check()
     display.data(opened.describe())
+    if job.img_size is not None:
+        now = job.record(job.model)
+        was, own = ("{} x {}".format(*arch.img_size) for arch in (before, now))
+        display.note(f"images of {own} instead of {was}: {cost(now).macs:,} MACs, before {cost(before).macs:,}")
     if first:
         start = job.teacher or job.model
-        warn_at_chance(str(teacher or model), to_float32(load(start)), opened, untrained=teacher is None)
+        warn_at_chance(
+            str(teacher or model), to_float32(load_sized(start, job.img_size)), opened, untrained=teacher is None
+        )
     with display.progress() as progress:
         train(job, placement, **reports(display, progress, job.recipe.batch_size))
     if not out.exists():  # a worker of torchrun's that is not the first one

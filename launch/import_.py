@@ -52,7 +52,7 @@ def import_model(
 ) -> None:
     """Convert a checkpoint of another project to a saved model."""
     from prunesweep.models import UserError, arch_of, cost, save
-    from prunesweep.models.importers import import_checkpoint
+    from prunesweep.models.importers import check_layout, import_checkpoint
     from prunesweep.models.io.lock import reserve
     from prunesweep.search.report.display import Display
 
@@ -61,6 +61,11 @@ def import_model(
     if out.exists():
         raise UserError(f"--out {out}: is there already; give a new folder")
     numbers = None if heads is None else _numbers(heads)
+    check_layout(layout, config=config, model=model)
+    if not file.exists():
+        raise UserError(f"{file} is not a file: give a checkpoint written by torch.save, or a folder of transformers")
+    if config is not None and not config.exists():
+        raise UserError(f"--config {config}: No such file")
     with reserve(out), Display(PlainConsole()).working(f"reading {file.name}"):
         imported = import_checkpoint(
             file, layout, config=config, heads=numbers, img_size=img_size, trust=trust, ema=ema, model=model

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
+from .data_options import (
+    UNREADABLE,
+    ClassesOption,
+    ClassOrderOption,
+    UnreadableOption,
+    check_data,
+    data_options,
+)
+from .protect import ProtectOption, check_protected
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +57,7 @@ def instant(
         typer.Option(help="latency_ms: measure the latency of the source and of every point here", show_default=False),
     ] = None,
     align: Annotated[int, typer.Option(min=1, help="widths are multiples of it; 8 suits GPUs")] = 1,
+    protect: ProtectOption = None,
     images: Annotated[
         int, typer.Option(min=2, help="calibration images, from the training split, without labels")
     ] = 512,
@@ -64,10 +73,11 @@ def instant(
     from prunesweep.models.io.lock import reserve
     from prunesweep.models.precision import as_stored
     from prunesweep.pruners import latency
+    from prunesweep.pruners.subspaces import can_recover
     from prunesweep.pruners.subspaces import instant as compute
     from prunesweep.search.report.display import Display
     from prunesweep.training import open_fitting
-    from prunesweep.training.jobs.one_shot import evaluate_shown, open_source
+    from prunesweep.training.jobs.one_shot import check_source, evaluate_shown, open_source
 
     from .console import PlainConsole
     from .next_commands import after_model, show_next
@@ -80,11 +90,17 @@ def instant(
         raise UserError("--objective latency_ms and --table TABLE go together; `prunesweep latency` measures a table")
     if measure not in (None, "latency_ms"):
         raise UserError(f"--measure {measure}: must be latency_ms; what budgets are counted in is --objective")
+    options = data_options(class_order, classes, unreadable)
+    check_data(data, options)
     predictor = None if table is None else LatencyTable.load(table)
     setting = _setting(predictor) if measure else None
+    arch = check_source(source)
+    if reason := can_recover(arch):
+        raise UserError(f"{source}: cannot be projected: {reason}")
+    protected = check_protected(protect, source)
     model = open_source(source)
     budgeted: Any = objective if predictor is None else latency(predictor, arch_of(model))
-    dataset = open_fitting(data, model, **data_options(class_order, classes, unreadable))
+    dataset = open_fitting(data, model, **options)
     console = PlainConsole(stderr=as_json)
     display = Display(console)
     display.data(dataset.describe())
@@ -97,7 +113,7 @@ def instant(
         def progress(what: str, done: int, total: int) -> None:
             report(what, done / total, "done" if done == total else "")
 
-        points = compute(model, batches, shares, objective=budgeted, align=align, progress=progress)
+        points = compute(model, batches, shares, objective=budgeted, align=align, protect=protected, progress=progress)
         if not points:
             raise UserError(
                 f"--budgets {budgets}: the smallest widths, in steps of {align}, cost more; give larger ones"
@@ -114,7 +130,8 @@ def instant(
     for row in rows[1:]:
         row["model"] = f"{row['budget']:g}"
         row["spent"] = _spent(row, rows[0], objective, align)
-    facts = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
+    facts: dict[str, Any] = {"source": source, "data": data, "objective": objective, "images": images, "seed": seed}
+    facts |= {"protect": protected} if protected else {}
     facts |= {"peak_memory_mib": _peak_memory(), "points": rows}
     with publish_folder(out.absolute()) as folder:
         _save(folder, facts, models, dataset.info.fingerprint)
@@ -163,6 +180,7 @@ def _save(folder: Path, facts: dict[str, Any], models: Sequence[Any], fingerprin
         "data": fingerprint,
         "calibration_images": facts["images"],
         "seed": facts["seed"],
+        **({"protect": facts["protect"]} if "protect" in facts else {}),
         "versions": versions(),
     }
     for model, row in zip(models[1:], facts["points"][1:], strict=True):

@@ -39,8 +39,6 @@ def jobs(
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """List the searches on a cluster, attempt by attempt."""
-    from rich.table import Table
-
     from .console import PlainConsole
 
     attempts = _cluster(address).attempts()
@@ -48,12 +46,14 @@ def jobs(
         fields = ("run", "job", "status", "folder", "started", "ended", "message")
         print(json.dumps([{name: getattr(a, name) for name in fields} for a in attempts]))
         return
-    table = Table("run", "job", "status", "started", "took", "folder", box=None)
-    for a in attempts:
-        started = "" if a.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(a.started))
-        took = "" if a.started is None else _clock((a.ended or time.time()) - a.started)
-        table.add_row(a.run, a.job, a.status.lower(), started, took, a.folder)
-    PlainConsole().print(table if attempts else "no searches")
+    console = PlainConsole()
+    for a in attempts:  # lines, of which none breaks a path
+        started = "" if a.started is None else time.strftime(", since %Y-%m-%d %H:%M", time.localtime(a.started))
+        took = "" if a.started is None else f", {_clock((a.ended or time.time()) - a.started)}"
+        console.print(f"{a.run}: {a.job} {a.status.lower()}{started}{took}", highlight=False, soft_wrap=True)
+        console.print(f"    {a.folder}", highlight=False, soft_wrap=True)
+    if not attempts:
+        console.print("no searches")
 
 
 def _clock(seconds: float) -> str:

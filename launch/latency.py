@@ -69,7 +69,14 @@ def latency(
             check_place(file, option)
     if check == 1:
         raise UserError("--check 1: a rank correlation needs at least 2 models; 0 for none")
-    setting = Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads)
+    setting, smallest = (
+        Setting(batch=batch, device=device, dtype=dtype, compiled=compiled, threads=threads),
+        _widths(least or []),
+    )
+    if from_nvit is not None and not from_nvit.is_file():
+        raise UserError(f"--from-nvit {from_nvit}: No such file")
+    if from_nvit is None:
+        setting.require_device()
     arch, console = arch_of(open_model(source)), PlainConsole()
     if from_nvit is not None:
         table = _read_nvit(from_nvit, arch, setting)
@@ -82,7 +89,7 @@ def latency(
             setting,
             points=points,
             token_points=tokens,
-            least=_widths(least or []),
+            least=smallest,
             min_seconds=seconds,
             progress=bar("measuring blocks"),
         )

@@ -49,7 +49,7 @@ def _families(able: list[Verdict]) -> Table:
 
     table = Table(title="represented")
     for column in ("family", "names", "for example"):
-        table.add_column(column, justify="right" if column == "names" else "left")
+        table.add_column(column, justify="right" if column == "names" else "left", no_wrap=True)
     by_family: dict[str, list[str]] = defaultdict(list)
     for one in able:
         by_family[str(one.family)].append(one.name)
@@ -64,7 +64,8 @@ def _reasons(found: list[Verdict]) -> Table:
 
     table = Table(title="refused")
     for column in ("names", "why", "for example"):
-        table.add_column(column, justify="right" if column == "names" else "left", overflow="fold")
+        own = column != "why"  # a name that is wrapped cannot be copied
+        table.add_column(column, justify="right" if column == "names" else "left", overflow="fold", no_wrap=own)
     strange = {f"is a {one.kind}" for one in found}
     reasons = Counter(one.reason for one in found if one.reason and one.reason not in strange)
     for reason, count in reasons.most_common():

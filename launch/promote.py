@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .data_options import check_data
+
 __all__ = ["promote"]
 
 
@@ -53,6 +55,11 @@ def promote(
     from .finetune import reports
     from .next_commands import after_model, show_next
 
+    fields = load_recipe(recipe, read_overrides(overrides or []))
+    setting = Setting(batch=batch, device=device)
+    setting.require_device()
+    if data is not None:
+        check_data(data, {})
     found = Run.existing(run)
     limits = []
     for text in at or []:
@@ -62,9 +69,6 @@ def promote(
         except ValueError as error:
             raise UserError(f"--at {text}: must be COST=LIMIT with a number, for example macs=0.5") from error
     chosen = choose(found, top=top, at=limits)
-    fields = load_recipe(recipe, read_overrides(overrides or []))
-    setting = Setting(batch=batch, device=device)
-    setting.require_device()
     console = PlainConsole()
     display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
@@ -73,6 +77,6 @@ def promote(
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)
     write_report(found)
-    print_promoted(console, promoted(found), found.metadata()["source"]["macs"], run)
+    print_promoted(console, promoted(found), found.metadata()["source"]["macs"], run, found.measure)
     last = found.path / "promoted" / task_id(chosen[0]["trial"], chosen[0]["rung"]) / "model"
     show_next(console, list(after_model(str(run / last.relative_to(found.path)), str(run / "source"))))

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, data_options
+from .data_options import (
+    UNREADABLE,
+    ClassesOption,
+    ClassOrderOption,
+    UnreadableOption,
+    check_data,
+    data_options,
+)
+from .protect import ProtectOption, check_protected
 
 __all__ = ["prune", "score"]
 
@@ -62,7 +70,17 @@ def prune(
         ),
     ] = None,
     floors: Annotated[
-        list[str] | None, typer.Option("--floor", metavar="KIND=SHARE", help="share that stays, e.g. mlp=0.25")
+        list[str] | None,
+        typer.Option(
+            "--floor",
+            metavar="KIND=SHARE",
+            help="share that stays, e.g. mlp=0.25; one unit of a kind always stays, so 0 is no floor",
+        ),
+    ] = None,
+    protect: ProtectOption = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="scores of this model that `prunesweep score` wrote", show_default=False),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -139,6 +157,8 @@ def prune(
         "--drop": drop > 0,
         "--group": bool(groups),
         "--floor": bool(floors),
+        "--protect": bool(protect),
+        "--scores": scores is not None,
         "--set": means(settings or [], runner),
         "--recipe": recipe is not None,
         "--measure": measure != "macs",
@@ -170,6 +190,8 @@ def prune(
         drop=drop,
         groups=_pairs("--group", groups, int),
         floors=_pairs("--floor", floors, float),
+        protect=check_protected(protect, source),
+        scores=scores,
         settings=settings or [],
         recipe=recipe,
         finetune=finetune,
@@ -184,7 +206,12 @@ def prune(
         as_json=as_json,
         console=PlainConsole(stderr=as_json),
     )
+    if scores is not None and not scores.is_file():
+        raise UserError(f"--scores {scores}: there is no such file; prunesweep score writes one, and says where")
     request.check_names()
+    if any(share == 0 for share in request.floors.values()):
+        request.console.print("--floor KIND=0 is no floor: one unit of every kind always stays", highlight=False)
+    check_data(data, request.data_options)
     request.check_stage()
     check_place(cache, "--cache", folder=True)
     with nullcontext() if out is None else reserve(out):
@@ -205,22 +232,34 @@ def score(
 ) -> None:
     """Score a model's units by one method and keep the scores; any later budget is then solved without scoring."""
     from prunesweep.models.io.files import check_place
+    from prunesweep.pruners import ScoredMethod, TokenMethod, get_method
     from prunesweep.search.report.display import Display
     from prunesweep.training import open_fitting, warn_at_chance
-    from prunesweep.training.jobs.one_shot import open_source
+    from prunesweep.training.jobs.one_shot import check_source, open_source
     from prunesweep.training.jobs.scoring import Calibration, cached_scores
 
     from .console import PlainConsole
 
+    entry, options = get_method(method, ScoredMethod), data_options(class_order, classes, unreadable)
     check_place(cache, "--cache", folder=True)
+    check_data(data, options)
+    entry.check(check_source(source))
     model, console = open_source(source), PlainConsole()
-    opened = open_fitting(data, model, **data_options(class_order, classes, unreadable))
+    opened = open_fitting(data, model, **options)
     display = Display(console)
     display.data(opened.describe())
     warn_at_chance(source, model, opened)
     with display.progress() as progress:
         path = cached_scores(model, method, opened, Calibration(images, batch_size, seed), cache, progress)
+    budget = "--keep-rate 0.5" if isinstance(entry, TokenMethod) else "--budget 0.5"
     console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(
+        "used by the same options of prune, with this --cache and the same images, or anywhere by its name:\n"
+        f"  prunesweep prune {source} --method {method} {budget} --data {data} --out DIR --scores {path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _cost(text: str) -> float:

@@ -54,17 +54,17 @@ class Runner:
         return not isinstance(method, AppliedMethod) or method.saved
 
 
-OF_A_PATH = {"--drop", "--group", "--floor"}  # of removals, one after the other
+OF_A_PATH = {"--drop", "--group", "--floor", "--protect"}  # of removals, one after the other
 RECOVERY = ("--recover", "--recover-images")
 
 RUNNERS: Mapping[type[Method], Runner] = {
     WidthMethod: Runner(
         prune_widths,
-        frozenset({"--budget", "--drop", "--group", "--floor", "--measure", "--project", *RECOVERY}),
+        frozenset({"--budget", *OF_A_PATH, "--measure", "--project", "--scores", *RECOVERY}),
         needs_budget=True,
     ),
     TrainedMethod: Runner(prune_trained, frozenset({"--budget", "--set", "--recipe"}), needs_budget=True),
-    TokenMethod: Runner(prune_tokens, frozenset({"--budget", "--keep-rate", "--measure", *RECOVERY})),
+    TokenMethod: Runner(prune_tokens, frozenset({"--budget", "--keep-rate", "--measure", "--scores", *RECOVERY})),
     AppliedMethod: Runner(apply_once, frozenset()),
 }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prunesweep.models import LatencyTable, UserError, arch_of
 from prunesweep.models.errors import nearest
-from prunesweep.pruners import MACS, PARAMS, Measure, Method, TrainedMethod, WidthMethod, latency
+from prunesweep.pruners import MACS, PARAMS, Measure, Method, ScoredMethod, Scores, TrainedMethod, WidthMethod, latency
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
 from prunesweep.search.report.display import Display
@@ -20,7 +20,7 @@ from prunesweep.training import Data, absolute_name, check_features, check_label
 from prunesweep.training.jobs.one_shot import Budget
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.recovery import Recovery
-from prunesweep.training.jobs.scoring import Calibration
+from prunesweep.training.jobs.scoring import Calibration, given_scores
 from prunesweep.training.jobs.work import Work, model_facts
 from prunesweep.training.second_stage import SecondStageJob
 from prunesweep.training.settling import settled
@@ -47,6 +47,8 @@ class Request:
     drop: int
     groups: Mapping[str, int]
     floors: Mapping[str, float]
+    protect: Sequence[str]
+    scores: Path | None
     settings: Sequence[str]
     recipe: str | None
     finetune: str | None
@@ -76,6 +78,21 @@ class Request:
         if self.table is not None:
             measures["latency_ms"] = latency(LatencyTable.load(self.table), arch_of(model))
         return Budget(self.budgets[0], measures[self.measure])
+
+    def given(self, model: Any, options: Mapping[str, Any]) -> Scores | None:
+        """Return the scores of ``--scores``; None without it.
+
+        Args:
+            model: the source, opened.
+            options: settings of the method.
+
+        Raises:
+            UserError: as for ``given_scores``.
+        """
+        if self.scores is None:
+            return None
+        assert isinstance(self.method, ScoredMethod)
+        return given_scores(self.scores, model, self.method.name, self.method.split(options)[0])
 
     def recovery(self, model: Any) -> Recovery | None:
         """Return how a cut of the source is recovered, None where that is not wanted.
@@ -164,6 +181,8 @@ class Request:
             "drop": self.drop,
             "groups": dict(self.groups),
             "floors": dict(self.floors),
+            **({"protect": list(self.protect)} if self.protect else {}),
+            **({} if self.scores is None else {"scores": hashlib.sha256(self.scores.read_bytes()).hexdigest()}),
             "settings": list(self.settings),
             "recipe": None if self.deciding is None else _recipe(self.deciding, recipe),
             "finetune": None if self.after == "none" else _recipe(self.after, finetune),

@@ -1,4 +1,4 @@
-"""``prunesweep show``: describe a saved model, and draw which tokens its blocks work on."""
+"""``prunesweep show``: describe a saved model or one of timm's, and draw which tokens its blocks work on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ __all__ = ["show"]
 
 
 def show(
-    model: Annotated[
-        Path, typer.Argument(help="folder of a saved model or of `prunesweep instant`", show_default=False)
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="folder of a saved model or of `prunesweep instant`, or a timm name, of which no weights are needed",
+            show_default=False,
+        ),
     ],
     tokens: Annotated[
         Path | None,
@@ -28,23 +33,27 @@ def show(
     from rich import box
     from rich.table import Table
 
-    from prunesweep.models import UserError, cost, load, load_provenance, read_arch
+    from prunesweep.models import UserError, cost, load, load_provenance
     from prunesweep.models.counting import block_cost
     from prunesweep.models.io.files import check_place, make_folder
     from prunesweep.models.precision import to_float32
     from prunesweep.search.report.token_picture import draw_tokens
     from prunesweep.search.store.computed import ComputedFront
+    from prunesweep.training.jobs.one_shot import check_source
 
     from .console import PlainConsole
     from .instant import print_computed
 
+    model = Path(name)
+    if tokens is not None and not model.exists():
+        raise UserError(f"--tokens: a token plan is a saved model's; {name} is no folder")
     if ComputedFront.is_one(model):
         if tokens is not None:
             raise UserError(f"--tokens: {model} is a front of several models; name one, such as {model}/0.5")
         print_computed(model)
         return
 
-    arch, console = read_arch(model), PlainConsole()
+    arch, console = check_source(name), PlainConsole()
     spent = cost(arch)
     table = Table(box=box.SIMPLE)
     for name in ("block", "of the source", "mixer", "heads", "qk", "v", "mlp", "tokens", "MACs (M)"):
@@ -74,7 +83,7 @@ def show(
         highlight=False,
     )
     console.print(table)
-    facts = load_provenance(model)
+    facts = load_provenance(model) if model.exists() else {}
     if "given" in facts:
         console.print(f"began in a search as {facts['given']}, by method {facts['method']}", highlight=False)
     if tokens is None:

@@ -53,8 +53,10 @@ def submit(
     from prunesweep.launch.cluster.client import Cluster
     from prunesweep.models import UserError
     from prunesweep.search.config import load_config
+    from prunesweep.search.execution.checks import check_not_in_vain
 
     found = load_config(config, overrides or [])
+    check_not_in_vain(found)
     folder = _folder(found, out)
     url = address or (found.cluster and found.cluster.address)
     if not url:

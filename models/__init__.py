@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
     from .arch import Arch, AttentionPool, Block, PositionBias, Rope, Stage, Text
-    from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of
+    from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of, resize
     from .counting import Cost, cost
     from .cutting import BlockCut, Cut, cut, cut_arch
     from .errors import UserError
@@ -40,7 +40,7 @@ else:
             "latency.timing": ("Setting", "measure"),
             "published.comparison": ("PUBLISHED", "published_arch", "revit"),
             "arch": ("Arch", "AttentionPool", "Block", "PositionBias", "Rope", "Stage", "Text"),
-            "builder": ("adopted", "arch_of", "blocks_of", "build", "num_params", "preprocessing_of"),
+            "builder": ("adopted", "arch_of", "blocks_of", "build", "num_params", "preprocessing_of", "resize"),
             "counting": ("Cost", "cost"),
             "cutting": ("BlockCut", "Cut", "cut", "cut_arch"),
             "errors": ("UserError",),
@@ -82,6 +82,7 @@ __all__ = [
     "published_arch",
     "push",
     "read_arch",
+    "resize",
     "revit",
     "save",
     "weights_digest",

@@ -33,6 +33,7 @@ __all__ = [
     "example_input",
     "num_params",
     "preprocessing_of",
+    "resize",
     "set_label_names",
 ]
 
@@ -145,6 +146,29 @@ def create(
     if not features and model.pretrained_cfg.get("label_names"):
         set_label_names(model, model.pretrained_cfg["label_names"])
     return model
+
+
+def resize(model: Any, img_size: tuple[int, int]) -> Arch:
+    """Let a model take images of another size, in place; return its record.
+
+    Position embeddings are resampled; Swin's windows and tables of relative positions, and PVTv2, follow the size.
+
+    Args:
+        model: one of ours.
+        img_size: rows and columns.
+
+    Raises:
+        UserError: the model is for one size, as those with token plans are; the message says what is in the way.
+    """
+    arch, family = arch_of(model), family_of(arch_of(model))
+    if tuple(img_size) == arch.img_size:
+        return arch
+    if not family.supports("images"):
+        raise UserError(f"img_size = {list(img_size)}: is for models of images, {arch.source} reads texts")
+    model.arch = now = family.set_img_size(model, arch, img_size)
+    now.validate()
+    model.pretrained_cfg |= {"input_size": (arch.in_chans, *img_size)}
+    return now
 
 
 def _whole(name: str, value: Any) -> Any:

@@ -31,6 +31,7 @@ from prunesweep.models.layers.token_merging import TokenPlan
 from .fill import fill
 from .measures import MACS, PARAMS, Measure, latency
 from .narrowing import Narrowing, place_of
+from .protection import Protection
 from .ranked import GROUP_SIZES, Ranked
 from .reached import Reached, meets
 from .scores import Scores, check_scores_finite, kind_of, unit_counts
@@ -61,6 +62,7 @@ class WidthPath:
     mixers: Mapping[int, str]
     tokens: Mapping[int, TokenPlan]
     without_mlp: frozenset[int] = frozenset()
+    protected: Protection = Protection()  # noqa: RUF009 (frozen)
 
     def cut(self, step: int) -> Cut:
         """Return the decision after ``step`` steps."""
@@ -143,6 +145,7 @@ class WidthPath:
             raise UserError(
                 f"{budget:,.6g} {self.measure.name} cannot be reached with {len(self.dropped)} blocks dropped: the "
                 f"narrowest model has {self.costs[-1]:,.6g}. Raise the budget, drop more blocks, or use smaller groups"
+                + (f"; or protect less than {', '.join(self.protected.texts)}" if self.protected else "")
             )
         return step
 
@@ -199,6 +202,7 @@ def width_path(
     tokens: Mapping[int, TokenPlan] = MappingProxyType({}),
     without_mlp: Sequence[int] = (),
     least: float = 0.0,
+    protected: Protection = Protection(),  # noqa: B008 (frozen)
 ) -> WidthPath:
     """Compute all removals, in order, from ``arch`` without the ``dropped`` blocks down to the floors.
 
@@ -216,17 +220,21 @@ def width_path(
         tokens: token plans by block.
         without_mlp: blocks whose MLPs are left out, likewise.
         least: no budget below this will be asked for; the path ends with the first step within it.
+        protected: blocks and units that stay.
 
     Raises:
         UserError: scores of another model, an unknown kind, a stage without blocks, a block that does not exist, or a
-            mixer or plan that it cannot have.
+            mixer or plan that it cannot have; or what is decided touches what is protected.
     """
+    _check_protected(arch, protected, dropped, mixers, tokens, without_mlp)
     _check(arch, dropped, groups, floors or {})
     model = Narrowing(arch, measure, dropped=dropped, mixers=mixers, tokens=tokens, without_mlp=without_mlp)
     ranked: dict[str, Ranked] = {}
     for name, vector in live_vectors(arch, scores).items():
         floor = math.ceil((floors or {}).get(kind_of(name), 0.0) * len(vector))
-        ranked[name] = Ranked.of(vector, groups[kind_of(name)] if model.has(name) else 0, floor=floor)
+        ranked[name] = Ranked.of(
+            vector, groups[kind_of(name)] if model.has(name) and not protected.keeps(name) else 0, floor=floor
+        )
     gone = dict.fromkeys(ranked, 0)
     price: dict[str, float] = {}
 
@@ -249,7 +257,26 @@ def width_path(
             if other in ranked:
                 reprice(other)
     decided = mixers, tokens, frozenset(without_mlp)
-    return WidthPath(arch, frozenset(dropped), ranked, tuple(steps), tuple(costs), measure, *decided)
+    return WidthPath(arch, frozenset(dropped), ranked, tuple(steps), tuple(costs), measure, *decided, protected)
+
+
+def _check_protected(
+    arch: Arch,
+    protected: Protection,
+    dropped: Sequence[int],
+    mixers: Mapping[int, str],
+    tokens: Mapping[int, TokenPlan],
+    without_mlp: Sequence[int],
+) -> None:
+    protected.check(arch)
+    for what, blocks, keeps in (
+        ("is dropped", dropped, protected.stays),
+        ("gets another mixer", mixers, protected.keeps_attention),
+        ("merges tokens", tokens, protected.keeps_tokens),
+        ("loses its MLP", without_mlp, protected.keeps_mlp),
+    ):
+        if touched := sorted(filter(keeps, blocks)):
+            raise UserError(f"protect {', '.join(protected.texts)}: block {touched[0]} {what}; one of them has to give")
 
 
 def _check(arch: Arch, dropped: Sequence[int], groups: Mapping[str, int], floors: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +28,14 @@ from prunesweep.models.errors import nearest, plainly, shown
 from prunesweep.models.io.reading import parse_toml, read_toml
 from prunesweep.models.settings_table import SettingsTable
 from prunesweep.pruners import GROUP_SIZES, TrainedMethod, WidthMethod, get_method, method_names
+from prunesweep.pruners.protection import Protection
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.space.axes import AXES
-from prunesweep.search.store.front import OBJECTIVES, QUALITIES, TWO, RankBy, Ranking
+from prunesweep.search.store.front import OBJECTIVES, OWN, QUALITIES, TWO, RankBy, Ranking
 from prunesweep.search.store.progress import REDUCTION_FACTOR
 from prunesweep.training import Recipe, absolute_name, load_recipe
 from prunesweep.training.data import ClassOrder, read_names
+from prunesweep.training.metrics import NAMES as MEASURED
 
 __all__ = [
     "BUDGETS",
@@ -175,6 +178,11 @@ class SpaceTable(Table):
     latency_table: str | None = Field(
         default=None, description="File of prunesweep latency, by which latency is predicted."
     )
+    protect: tuple[str, ...] = Field(
+        default=(),
+        description="What no candidate touches: blocks=0,11, or units of a kind, mlp=0,1 in some blocks, embed or "
+        "heads everywhere.",
+    )
 
     if TYPE_CHECKING:
 
@@ -197,6 +205,10 @@ class SpaceTable(Table):
             axis.check(self)
         if self.latency_ms is not None and self.latency_table is None:
             raise ValueError("latency_ms: needs latency_table, the file of `prunesweep latency`")
+        try:
+            Protection.parse(self.protect)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         if unknown := sorted(set(self.groups) - set(GROUP_SIZES)):
             raise ValueError(f"groups.{unknown[0]}: unknown kind; known: {', '.join(GROUP_SIZES)}")
         return self
@@ -328,8 +340,13 @@ class SearchTable(Table):
     trials: Count = Field(default=24, description="Candidates.")
     objectives: tuple[str, ...] = Field(
         default=TWO,
-        description="One quality and one or more costs: top1, balanced, ppl or agreement, and macs, params or "
-        "latency_ms.",
+        description="One quality and one or more costs: top1, balanced, ppl, agreement or, with search.quality, "
+        "quality, and macs, params or latency_ms.",
+    )
+    quality: str | None = Field(
+        default=None,
+        description="A measure of models in the place of the accuracy: python:MODULE:FUNCTION, a function of one's "
+        "own; for sources without a head, knn or probe: top-1 of the nearest training images, or of a linear probe.",
     )
     rank_by: RankBy = Field(
         default="auto",
@@ -411,9 +428,33 @@ class SearchTable(Table):
             raise ValueError("sampler = 'excess' is now called 'budget_gp'; change it in the file, it is the same one")
         return sampler
 
+    @field_validator("quality")
+    @classmethod
+    def _named(cls, quality: str | None) -> str | None:
+        if quality is not None and quality not in MEASURED and not re.fullmatch(r"python:[\w.]+:\w+", quality):
+            raise ValueError(f"must be {', '.join(MEASURED)} or python:MODULE:FUNCTION")
+        return quality
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_quality(cls, given: Any) -> Any:
+        """Where only a quality is named, it and MACs are the objectives."""
+        if isinstance(given, dict) and given.get("quality") is not None and "objectives" not in given:
+            return {**given, "objectives": (OWN[0], *(name for name in TWO if name not in QUALITIES))}
+        return given
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         names = self.objectives
+        if (self.quality is None) == bool(set(OWN) & set(names)):
+            raise ValueError(
+                f"objectives = {list(names)}: "
+                + (
+                    "has quality, so search.quality must say what measures it: knn, probe or python:MODULE:FUNCTION"
+                    if self.quality is None
+                    else f"must have quality, which quality = {self.quality!r} measures, in the place of another one"
+                )
+            )
         for name in names:
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives: {name!r} is none; known: {', '.join(OBJECTIVES)}")

@@ -134,7 +134,7 @@ def test_workers_import_nothing_from_the_users_folder(
 def test_a_wheel_holds_the_package_and_nothing_else(hostile: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "installed"
     source.mkdir()
-    for name in ("prunesweep", "models", "pruners", "training", "search", "launch"):
+    for name in ("prunesweep", "models", "pruners", "training", "search", "launch", "examples"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
@@ -149,6 +149,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(hostile: Path, tmp_path: Pat
         "search/report/report.html",
         "search/report/views/main.js",
         "training/recipes/quick.toml",
+        "examples/digits.toml",
         "py.typed",
     } <= shipped
     assert shipped <= {name.removeprefix("prunesweep/") for name in names}
@@ -161,6 +162,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(hostile: Path, tmp_path: Pat
         "from prunesweep import Arch, run_search;"
         "print(*sorted({m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'prunesweep'}), sep='\\n')"
     )
+    began = python("-P", "-m", "prunesweep", "init", "digits", folder=tmp_path, PYTHONPATH=str(target))
+    assert "prunesweep search digits.toml" in began.stdout, began.stderr
     done = python("-c", code, folder=hostile, PYTHONPATH=str(target))
     assert done.returncode == 0, done.stderr
     assert all(Path(line).is_relative_to(target) for line in done.stdout.splitlines())
@@ -169,6 +172,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(hostile: Path, tmp_path: Pat
 
 def _data_files() -> Iterator[Path]:
     yield ROOT / "prunesweep" / "py.typed"
+    yield from (ROOT / "prunesweep" / "examples").glob("*.toml")
     for layer in LAYERS:
         for pattern in ("*.html", "*.css", "*.js", "*.LICENSE.txt", "*.toml", "py.typed"):
             yield from (ROOT / "prunesweep" / layer).rglob(pattern)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,13 @@ def prepared(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> d
             "from prunesweep.training import Data, own_data\nfrom tests.test_snippets import pair\n\n"
             "@own_data\ndef pictures():\n    return Data.of(*pair(), classes=['cat', 'dog', 'owl'])\n"
         )
+        own = document.read_text(encoding="utf-8").split("    @own_quality", 1)[1].split("\n\n")[0]
+        (folder / "measures.py").write_text(
+            "import torch\nfrom prunesweep.training import own_quality\n\n" + textwrap.dedent("    @own_quality" + own)
+        )
         monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, "pictures", raising=False)
+        for module in ("pictures", "measures"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
         importlib.import_module("pictures")
         train, val = pair()
         return {"train": train, "val": val}

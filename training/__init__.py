@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         evaluate_on,
     )
     from .loop import Diverged, Epoch, fit, name_classes, seeded
-    from .metrics import EvalMetrics
+    from .metrics import EvalMetrics, quality_name
+    from .own_measure import own_quality
+    from .quality import Quality
     from .recipe import Distill, Recipe, load_recipe, recipe_names
     from .teacher_cache import cache_logits
     from .trainer import DoesNotFit, batches_of
@@ -45,7 +47,9 @@ else:
             ),
             "evaluation": ("EVAL_BATCH", "Compared", "evaluate", "evaluate_all", "evaluate_on"),
             "loop": ("Diverged", "Epoch", "fit", "name_classes", "seeded"),
-            "metrics": ("EvalMetrics",),
+            "metrics": ("EvalMetrics", "quality_name"),
+            "own_measure": ("own_quality",),
+            "quality": ("Quality",),
             "recipe": ("Distill", "Recipe", "load_recipe", "recipe_names"),
             "teacher_cache": ("cache_logits",),
             "trainer": ("DoesNotFit", "batches_of"),
@@ -64,6 +68,7 @@ __all__ = [
     "Epoch",
     "EvalMetrics",
     "Kept",
+    "Quality",
     "Recipe",
     "World",
     "absolute_name",
@@ -87,6 +92,8 @@ __all__ = [
     "open_fitting",
     "open_text",
     "own_data",
+    "own_quality",
+    "quality_name",
     "recipe_names",
     "save_state",
     "seeded",

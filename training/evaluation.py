@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from prunesweep.pruners.divergence import FeatureQuality, feature_sums, kl_diver
 from .data import NO_LABEL, Data
 from .data.text import IGNORED
 from .metrics import EvalMetrics
+from .own_measure import Measure, measured_by
 from .world import World
 
 __all__ = [
@@ -42,6 +43,7 @@ def evaluate(
     *,
     source: nn.Module | None = None,
     per_class: bool = False,
+    quality: Measure | None = None,
 ) -> dict[str, Any]:
     """Measure accuracy and loss over all images, and agreement with a source; leave the model's mode as it was.
 
@@ -57,22 +59,28 @@ def evaluate(
         source: a model in evaluation mode, on the same device and of the same classes or as many features, to compare
             with.
         per_class: give ``recall`` too.
+        quality: a function with the decorator ``own_quality``, for one worker; ``batches`` are a list or a DataLoader.
 
     Returns:
-        ``images``, their number. ``top1`` in percent, ``top5`` where there are more than ten classes, ``loss`` (mean
-        cross-entropy) and, of images, ``balanced``, the mean over classes of the share of their images that are
-        answered right, in percent; for a language model, ``ppl``, the perplexity exp(loss), infinite where that is too
-        large for a float; none of them where no image has a label. With ``per_class``, ``recall`` lists that share by
-        label, None where no image has it. With a ``source``, ``kl`` (mean KL divergence of its distribution to the
-        model's, in nats) and ``agreement`` (equal answers, in percent). Of features, ``cosine`` and ``relative_error``
-        (``pruners.FeatureQuality``) in place of all of them. All but the number are NaN where an answer of the model is
-        NaN: the order of such answers says nothing.
+        What ``quality`` gives, by the function's name. ``images``, their number. ``top1`` in percent, ``top5`` where
+        there are more than ten classes, ``loss`` (mean cross-entropy) and, of images, ``balanced``, the mean over
+        classes of the share of their images that are answered right, in percent; for a language model, ``ppl``, the
+        perplexity exp(loss), infinite where that is too large for a float; none of them where no image has a label.
+        With ``per_class``, ``recall`` lists that share by label, None where no image has it. With a ``source``, ``kl``
+        (mean KL divergence of its distribution to the model's, in nats) and ``agreement`` (equal answers, in percent).
+        Of features, ``cosine`` and ``relative_error`` (``pruners.FeatureQuality``) in place of all of them. All but the
+        number are NaN where an answer of the model is NaN: the order of such answers says nothing.
 
     Raises:
         UserError: no image has a label, or the model has no head, and there is no source.
         ValueError: there are no images.
     """
-    return evaluate_all([model], batches, world, source=source, per_class=per_class)[0]
+    own: dict[str, Any] = {}
+    if quality is not None:
+        own[quality.__name__] = measured_by(quality, model, batches)
+        if source is None and is_headless(model):
+            return own
+    return {**own, **evaluate_all([model], batches, world, source=source, per_class=per_class)[0]}
 
 
 @torch.inference_mode()
@@ -230,10 +238,16 @@ class Compared:
     Args:
         batches: (images, labels) per batch, the same ones in every iteration.
         source: a classifier in evaluation mode, or a ``LanguageModel``, which ``measure`` asks every time.
+        further: gives more figures of a model on batches (``Quality.figures``).
     """
 
-    def __init__(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], source: nn.Module) -> None:
-        self.batches, self.source = batches, source
+    def __init__(
+        self,
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        source: nn.Module,
+        further: Callable[[nn.Module, Iterable[Any]], Mapping[str, float]] | None = None,
+    ) -> None:
+        self.batches, self.source, self.further = batches, source, further
         self._kept: list[torch.Tensor] = []
         self._room = LOGITS_KEPT
 
@@ -250,9 +264,10 @@ class Compared:
 
     def measure(self, model: nn.Module) -> EvalMetrics:
         """Measure a model over all images, and its agreement with the source."""
+        own = {} if self.further is None else self.further(model, self.batches)
         if isinstance(model, LanguageModel):  # logits of all words are too many to keep
-            return EvalMetrics.of(evaluate(model, self.batches, source=self.source))
-        return EvalMetrics.of(evaluate(model, self))
+            return EvalMetrics.of({**evaluate(model, self.batches, source=self.source), **own})
+        return EvalMetrics.of({**evaluate(model, self), **own})
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         for index, (x, y) in enumerate(batch for batch in self.batches if len(batch[1])):

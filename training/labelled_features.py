@@ -24,7 +24,9 @@ HELD_OUT = 5  # every fifth training image chooses the penalty
 AT_A_TIME = 2**24  # similarities
 
 
-def labelled_top1(model: nn.Module, data: Data, quality: str, batches: Iterable[Any] | None = None) -> dict[str, float]:
+def labelled_top1(
+    model: nn.Module, data: Data, quality: str, batches: Iterable[Any] | None = None, *, bank: int | None = None
+) -> dict[str, float]:
     """Measure a backbone by the labels of images: features of the training split answer for those of another one.
 
     Args:
@@ -32,6 +34,7 @@ def labelled_top1(model: nn.Module, data: Data, quality: str, batches: Iterable[
         data: with labels; training images are prepared as for evaluation.
         quality: ``knn``, the weighted vote of the nearest training images, or ``probe``, a linear classifier.
         batches: (images, labels) to answer for; the validation split by default.
+        bank: number of training images, at most, evenly drawn; all by default.
 
     Returns:
         ``knn_top1`` or ``probe_top1`` in percent, and ``images``, the number of images answered for.
@@ -41,13 +44,14 @@ def labelled_top1(model: nn.Module, data: Data, quality: str, batches: Iterable[
     """
     if not data.info.labelled:
         raise UserError(f"--quality {quality}: the data have no labels; compare with a source, --teacher SOURCE")
-    bank = features_and_labels(model, data.plain_loader(range(data.train_images), EVAL_BATCH))
+    drawn = range(0, data.train_images, -(-data.train_images // (bank or data.train_images)))
+    known = features_and_labels(model, data.plain_loader(drawn, EVAL_BATCH))
     queries, labels = features_and_labels(model, data.val_loader(EVAL_BATCH) if batches is None else batches)
-    for split, (features, _) in (("training", bank), ("validation", (queries, labels))):
+    for split, (features, _) in (("training", known), ("validation", (queries, labels))):
         if not len(features) or not bool(torch.isfinite(features).all()):
             reason = "has no labelled images" if not len(features) else "gives features that are no numbers"
             raise UserError(f"--quality {quality}: the {split} split {reason}")
-    found = (knn_answers if quality == "knn" else probe_answers)(*bank, queries)
+    found = (knn_answers if quality == "knn" else probe_answers)(*known, queries)
     return {f"{quality}_top1": 100 * float((found == labels).double().mean()), "images": len(labels)}
 
 

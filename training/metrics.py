@@ -6,9 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Z95", "EvalMetrics", "wilson_interval"]
+__all__ = ["NAMES", "Z95", "EvalMetrics", "quality_name", "wilson_interval"]
 
 Z95 = 1.959964  # of the standard normal distribution: 95 % lie within
+NAMES = {"knn": "k-NN top-1 (%)", "probe": "linear probe top-1 (%)"}  # of measures by labels, for people
+
+
+def quality_name(spec: str) -> str:
+    """Return what people are shown of ``knn``, ``probe`` or ``python:MODULE:FUNCTION``; nothing is imported."""
+    return NAMES.get(spec) or spec.rpartition(":")[2]
 
 
 def wilson_interval(share: float, number: int) -> tuple[float, float]:
@@ -34,7 +40,8 @@ class EvalMetrics(NamedTuple):
     ``top1`` and ``balanced`` (the mean of the classes' recalls) in percent, a language model's perplexity ``ppl``,
     ``agreement`` with the source's answers in percent and the divergence ``kl`` from it in nats; of features,
     ``cosine`` and ``relative_error``; ``loss``, the mean cross-entropy in nats, and ``images``, the number of images
-    (words of a text) that all of them were measured on; None where it was not measured.
+    (words of a text) that all of them were measured on; what a measure of one's own gave (``training.quality``) as
+    ``quality`` or, where lower is better, as ``error``; None where it was not measured.
     """
 
     top1: float | None
@@ -46,6 +53,8 @@ class EvalMetrics(NamedTuple):
     loss: float | None = None
     images: int | None = None
     balanced: float | None = None
+    quality: float | None = None
+    error: float | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> EvalMetrics:
@@ -83,8 +92,20 @@ class EvalMetrics(NamedTuple):
             return f"ppl {self.ppl:.2f}"
         if self.top1 is not None:
             return f"top-1 {self.top1:.2f} %"
+        if self.agreement is None:  # of features, without a source
+            return ""
         divergence = "" if self.kl is None else f", KL {self.kl:.4g}"
         return f"agreement {self.agreement:.2f} %{divergence}"
+
+    def brief(self, measure: str | None = None) -> str:
+        """Return the main figure in words: that of a measure of one's own, by its name, where there is one."""
+        own = self.error if self.quality is None else self.quality
+        return str(self) if measure is None or own is None else f"{measure} {own:.4g}"
+
+    def told(self, measure: str | None = None) -> str:
+        """Return ``full``, after the figure of a measure of one's own, by its name, where there is one."""
+        own = self.brief(measure)
+        return self.full if own == str(self) else ", ".join(filter(None, (own, self.full)))
 
     @property
     def uneven(self) -> bool:

@@ -37,7 +37,7 @@ from .torchvision_models import read_torchvision
 from .upvit import read_upvit
 from .uvc import read_uvc
 
-__all__ = ["LAYOUTS", "Layout", "import_checkpoint"]
+__all__ = ["LAYOUTS", "Layout", "check_layout", "import_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,23 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def check_layout(layout: str, *, config: str | Path | None = None, model: str | Path | None = None) -> None:
+    """Check the name of a layout and what it takes, before a file is read.
+
+    Args:
+        layout, config, model: as for ``import_checkpoint``.
+
+    Raises:
+        UserError: the layout is unknown, or does not take what is given.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}. {nearest(layout, LAYOUTS)}".strip())
+    if config is not None and layout != "spvit":
+        raise UserError(f"config = {config}: layout {layout!r} has no configuration; leave it out")
+    if model is not None and layout != "timm":
+        raise UserError(f"model = {model}: layout {layout!r} says itself what its model is; leave it out (--model)")
+
+
 def import_checkpoint(
     path: str | Path,
     layout: str,
@@ -101,12 +118,7 @@ def import_checkpoint(
         UserError: the file cannot be read or holds another layout; a key is missing, unknown or has another shape;
             ``config``, ``heads`` or ``img_size`` is needed or contradicts the file.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"layout = {layout!r}: must be one of {', '.join(LAYOUTS)}. {nearest(layout, LAYOUTS)}".strip())
-    if config is not None and layout != "spvit":
-        raise UserError(f"config = {config}: layout {layout!r} has no configuration; leave it out")
-    if model is not None and layout != "timm":
-        raise UserError(f"model = {model}: layout {layout!r} says itself what its model is; leave it out (--model)")
+    check_layout(layout, config=config, model=model)
     sizes = _whole_numbers("img_size", (img_size, img_size) if isinstance(img_size, int) else img_size)
     if sizes is not None and len(sizes) != 2:
         raise UserError(f"img_size = {img_size!r}: must be one number, or rows and columns")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +34,7 @@ WEIGHTS = {
 # of data-parallel training, of torch.compile, of weight averaging
 PREFIXES = ("module.", "_orig_mod.", "model.")
 MOST_PARTS = 20_000  # of a file; the largest models have a few thousand tensors
+OLDER = 4  # pickles of the older format: a number, its version, facts of the system, and what was saved
 EXPANSION = 4  # how much more memory than bytes in the file tensors may take: some are there under several names
 BLOCKED = re.compile(r"unsupported GLOBAL (\S+) whose module \S+ is blocked")
 REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
@@ -115,7 +119,8 @@ def _check_contents(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # of the older format, or damaged, which torch.load says
+        _check_older(path)
+        return
     if len(parts) > MOST_PARTS:
         raise UserError(f"{path} holds {len(parts):,} parts: a checkpoint of a model has at most {MOST_PARTS:,}")
     if (whole := sum(part.file_size for part in parts)) > path.stat().st_size:
@@ -123,6 +128,19 @@ def _check_contents(path: Path) -> None:
             f"{path} would expand to {whole:,} bytes, it has {path.stat().st_size:,}: torch.save does not compress, so "
             "it is no checkpoint, or was packed again; unpack it with the tool that packed it"
         )
+
+
+def _check_older(path: Path) -> None:
+    """Raise UserError for a file of the format before archives that names more tensors than a model has.
+
+    torch.load takes a millisecond for each, in Python, and does not say before how many there are.
+    """
+    named = 0
+    with contextlib.suppress(ValueError, OSError, OverflowError), path.open("rb") as stream:  # torch.load says what
+        names = (code.name for _ in range(OLDER) for code, _, _ in pickletools.genops(stream))
+        named = sum(1 for _ in itertools.islice((name for name in names if name == "BINPERSID"), MOST_PARTS + 1))
+    if named > MOST_PARTS:
+        raise UserError(f"{path} names more than {MOST_PARTS:,} tensors: a checkpoint of a model has fewer")
 
 
 def _check_tensors(path: Path, weights: Mapping[str, torch.Tensor]) -> None:

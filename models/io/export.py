@@ -42,7 +42,7 @@ from .files import make_folder, publish, scratch_beside, write_refused
 from .standalone import open_standalone, write_standalone
 from .store import rebuilt, save
 
-__all__ = ["FORMATS", "OPSETS", "PRECISIONS", "Agreement", "agreement", "default_path", "export"]
+__all__ = ["FORMATS", "OPSETS", "PRECISIONS", "Agreement", "agreement", "check_export", "default_path", "export"]
 
 OPSETS = range(18, 24)  # what torch's exporter writes
 ONNX_LIMIT = 2**31  # bytes of a protobuf message, which an ONNX file is
@@ -106,13 +106,9 @@ def export(
             is left behind.
     """
     form, path = _format(to), Path(path)
-    _check_precision(arch_of(model), to, precision, calibration)
+    check_export(arch_of(model), path, to, opset=opset, precision=precision, calibrated=calibration is not None)
     tolerance = PRECISIONS[precision] if tolerance is None else tolerance
     images = None if calibration is None else list(calibration)
-    if to == "onnx":
-        _check_onnx(opset)
-    if path.exists():
-        raise UserError(f"{path} is there already; remove it or give a new path")
     reference = copy.deepcopy(model).cpu().float().eval()
     ours = rebuilt(reference).eval()
     place = next(parent for parent in path.absolute().parents if parent.exists())
@@ -131,6 +127,25 @@ def export(
         what_to_do = write_refused(failure)
         raise UserError(f"cannot write {path}: {failure}" + (f"; {what_to_do}" if what_to_do else "")) from failure
     return error
+
+
+def check_export(arch: Arch, path: Path, to: str, *, opset: int, precision: str, calibrated: bool) -> None:
+    """Check all that ``export`` can tell from a record, before a model is loaded.
+
+    Args:
+        arch: the model's record.
+        path, to, opset, precision: as for ``export``.
+        calibrated: whether there are images to measure activations on.
+
+    Raises:
+        UserError: as for ``export``.
+    """
+    _format(to)
+    _check_precision(arch, to, precision, calibrated)
+    if to == "onnx":
+        _check_onnx(opset)
+    if path.exists():
+        raise UserError(f"{path} is there already; remove it or give a new path")
 
 
 def default_path(model: str | Path, to: str) -> Path:
@@ -178,7 +193,7 @@ def agreement(model: nn.Module, path: str | Path, to: str, batches: Iterable[tor
     return Agreement(100 * same / max(images, 1), divergence / max(images, 1), images)
 
 
-def _check_precision(arch: Arch, to: str, precision: str, calibration: Iterable[torch.Tensor] | None) -> None:
+def _check_precision(arch: Arch, to: str, precision: str, calibrated: bool) -> None:
     """Raise UserError where there is no such artefact, or what it needs is not given."""
     if precision not in PRECISIONS:
         hint = nearest(precision, PRECISIONS)
@@ -187,8 +202,8 @@ def _check_precision(arch: Arch, to: str, precision: str, calibration: Iterable[
         raise UserError(f"precision = {precision!r}: is for onnx; {to} keeps the type of the weights")
     if precision != "float32" and arch.text is not None:
         raise UserError(f"precision = {precision!r}: is for models of images, {arch.source} is a language model")
-    if (precision == "int8-static") != (calibration is not None):
-        need = "needs images to measure activations on (--data)" if calibration is None else "measures no activations"
+    if (precision == "int8-static") != calibrated:
+        need = "measures no activations" if calibrated else "needs images to measure activations on (--data)"
         raise UserError(f"precision = {precision!r}: {need}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from prunesweep.models import UserError, arch_of
 from prunesweep.models.precision import narrowed, widened
 from prunesweep.pruners.divergence import feature_quality, kl_divergence
 from prunesweep.pruners.measures import MACS, PARAMS, Measure
+from prunesweep.pruners.protection import Protection
 from prunesweep.pruners.reached import suggestion
 
 from .allocation import allocate
@@ -67,6 +69,7 @@ def instant(
     *,
     objective: str | Measure = "macs",
     align: int = 1,
+    protect: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Point]:
     """Compute a front of smaller models from unlabelled images, without training.
@@ -83,6 +86,7 @@ def instant(
         objective: ``macs``, ``params``, or a measure such as ``pruners.latency(table, arch_of(model))``, predicted
             milliseconds per batch.
         align: widths are multiples of it; 8 suits GPUs.
+        protect: what keeps its widths: ``blocks=0,11``, ``mlp=0,1``, ``qk``, ``v`` or ``embed`` (the residual streams).
         progress: told what goes on, how much of it is done, and of how much.
 
     Returns:
@@ -100,13 +104,15 @@ def instant(
             meant = suggestion(budget)
             hint = f"; {meant} Divide it by the {measure.name} of the source" if meant else ""
             raise UserError(f"budget {budget:g}: must be a share of the source's {measure.name}, in (0, 1]{hint}")
+    protected = Protection.parse(protect)
+    protected.check(arch_of(model))
     fit, held_out = hold_out(images_of(batches, arch_of(model)), HELD_OUT)
     if sum(fit.lengths) < 2:
         raise UserError("2 calibration images: give at least 3, of which one is held out; better 256 or more")
     mode = model.training
     model.eval()
     try:
-        front = _Front(widened(model), fit, held_out, measure, align, progress or (lambda *_: None))
+        front = _Front(widened(model), fit, held_out, measure, align, protected, progress or (lambda *_: None))
         points = front.points(budgets)
         for point in points:
             narrowed(point.model, model)
@@ -134,8 +140,10 @@ class _Front:
         held_out: Batches,
         objective: Measure,
         align: int,
+        protected: Protection,
         progress: Callable[[str, int, int], None],
     ) -> None:
+        self.protected = protected
         self.model, self.fit, self.held_out, self.align, self.progress = model, fit, held_out, align, progress
         self.arch, self.objective = arch_of(model), objective
         self.whole = self.objective(self.arch)
@@ -155,9 +163,12 @@ class _Front:
             shrinkage=self.shrinkage,
             progress=lambda done, total: progress("narrowing block by block", done, total),
         )
+        kept = {c: own for c, own in self.losses.losses.items() if not protected.keeps(f"blocks.{c[0]}.{c[1]}")}
+        self.losses = dataclasses.replace(self.losses, losses=kept)
         self.scouted = scouted(model, fit, self.statistics)
         full = tuple(stage.width for stage in self.arch.stages)
         rounded = [tuple(min(width, round(width * share / align) * align) for width in full) for share in STREAM]
+        rounded = rounded[:0] if "embed" in protected.spaces else rounded
         narrower = {widths for widths in rounded if min(widths) >= 2}
         self.streams = sorted({full, *narrower}, reverse=True)  # residual widths of all stages
 
@@ -209,10 +220,21 @@ class _Front:
     def _even(self, limit: float) -> list[Widths]:
         """Find the largest equal shares of all widths within a limit; none where there are none."""
         for step in range(256, 0, -1):
-            widths = equal_shares(self.arch, step / 256, self.align)
+            widths = self._protected(equal_shares(self.arch, step / 256, self.align))
             if self.objective(compressed_arch(self.arch, widths)) <= limit:
                 return [widths]
         return []
+
+    def _protected(self, widths: Widths) -> Widths:
+        """Set whole again what is protected."""
+        blocks = []
+        for i, own in enumerate(widths.blocks):
+            whole: dict[str, Any] = {
+                s: None for s in ("qk", "v", "mlp", "sr") if self.protected.keeps(f"blocks.{i}.{s}")
+            }
+            blocks.append(dataclasses.replace(own, **whole))
+        embed = self.streams[0] if "embed" in self.protected.spaces else widths.embed
+        return dataclasses.replace(widths, embed=embed, blocks=tuple(blocks))
 
     def _scouts(self, widths: Sequence[Widths]) -> list[_Scout]:
         models = self._compressed(widths, self.scouted)

@@ -17,10 +17,12 @@ from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.subspaces import SourceStreams
 from prunesweep.pruners.subspaces.calibration import images_of
 from prunesweep.search.config import SearchConfig
-from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics
+from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics, Quality
 from prunesweep.training.jobs.recovery import Known, Recovery
 
-__all__ = ["Cutter", "recovery_of"]
+__all__ = ["Cutter", "measure_of", "recovery_of"]
+
+Further = Callable[[nn.Module, Iterable[Any]], dict[str, float]]
 
 
 def recovery_of(config: SearchConfig, arch: Arch) -> Recovery | None:
@@ -33,6 +35,27 @@ def recovery_of(config: SearchConfig, arch: Arch) -> Recovery | None:
     # another draw than the screen's, as far as there are images: those that were fitted to flatter
     found = Recovery(config.search.recover_images, config.seed + 1, config.search.projects(arch))
     return found if config.search.recovers(arch) else None
+
+
+def measure_of(config: SearchConfig, data: Data) -> Further | None:
+    """Return what measures a model on batches by ``search.quality``; None without it.
+
+    Args:
+        config: of the search.
+        data: its data, whose training split may have the labels that answer.
+
+    Raises:
+        UserError: the function cannot be imported.
+    """
+    spec = config.search.quality
+    if spec is None:
+        return None
+    quality = Quality.find(spec)
+
+    def measure(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return quality.figures(model, data, batches)
+
+    return measure
 
 
 class Cutter:
@@ -61,6 +84,7 @@ class Cutter:
         self.source, self.data, self.search, self.seed = source, data, config.search, config.seed
         self.kept, self.reading, self.seconds = kept, reading, 0.0
         self.agreeing = "agreement" in config.search.objectives
+        self.further = measure_of(config, data)
         self.recovery = recovery_of(config, arch_of(source))
 
     @cached_property
@@ -137,15 +161,19 @@ class Cutter:
 
     @cached_property
     def _compared_screen(self) -> Compared:
-        return Compared(self.screen, self.source)
+        return Compared(self.screen, self.source, self.further)
 
     @cached_property
     def _compared(self) -> Compared:
-        return Compared(self.data.val_loader(EVAL_BATCH), self.source)
+        return Compared(self.data.val_loader(EVAL_BATCH), self.source, self.further)
 
     def accuracy(self, found: EvalMetrics) -> float:
-        """Return the agreement with the source where that is an objective, otherwise the top-1; in percent."""
-        accuracy = found.agreement if self.agreeing else found.top1
+        """Return the agreement with the source where that is an objective, otherwise the top-1; in percent.
+
+        Where the search has a measure of its own, what that gave.
+        """
+        own = found.error if found.quality is None else found.quality
+        accuracy = own if self.further else found.agreement if self.agreeing else found.top1
         assert accuracy is not None
         return accuracy
 

@@ -34,13 +34,15 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
-from prunesweep.search.store.front import hypervolume
+from prunesweep.search.store.front import OWN, QUALITIES, hypervolume
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.search.tracking import check_backends, tracking
 from prunesweep.search.tracking.ray_metrics import gauges
+from prunesweep.training import Quality
 from prunesweep.training.jobs.proposal import is_proposal
 from prunesweep.training.jobs.ray_session import RAY_DIED, RayDied, check_starts
+from prunesweep.training.own_measure import Measure, spec_of
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -75,6 +77,7 @@ def run_search(
     config: SearchConfig | Mapping[str, Any] | str | Path,
     out: str | Path | None = None,
     *,
+    quality: Measure | str | None = None,
     on_trial: Callable[[Result], None] | None = None,
     progress: bool = False,
     console: Console | None = None,
@@ -87,6 +90,8 @@ def run_search(
     Args:
         config: the configuration, its tables as a mapping, or the path of a TOML file.
         out: the run's folder, which must not exist yet (unless ``dry_run``); ``runs/NAME`` by default.
+        quality: a function with the decorator ``training.own_quality``, in the place of the configuration's
+            ``search.quality``.
         on_trial: called in this process with the result of every unit of work that has finished.
         progress: draw on standard output, as the command does.
         console: where to draw instead; nothing is drawn by default.
@@ -104,6 +109,7 @@ def run_search(
         config = parse_config(dict(config), "the configuration")
     elif not isinstance(config, SearchConfig):
         config = load_config(config)
+    config = _with_direction(config if quality is None else _with_quality(config, spec_of(quality)))
     display = Display(console or Console(quiet=not progress))
     run = Run(out if out is not None else Path("runs") / config.name)
     if run.path.exists() and not dry_run:
@@ -137,7 +143,8 @@ def run_search(
             return None
         space = open_space(config, prepared)
         display.data(prepared.described)
-        display.space(space, prepared.summary, prepared.figures, prepared.zero_shot, config.search.objectives)
+        search = config.search
+        display.space(space, prepared.summary, prepared.figures, prepared.zero_shot, search.objectives, search.quality)
         if config.search.recover and (reason := can_recover(prepared.arch)):
             display.note(f"candidates start as cut, not recovered: {reason}")
         if dry_run:
@@ -210,6 +217,22 @@ def resume_search(
         return _search(
             run, config, space, display, connection, retry_failed=retry_failed, on_worker=True, on_trial=on_trial
         )
+
+
+def _with_quality(config: SearchConfig, spec: str) -> SearchConfig:
+    """Set ``search.quality``; the quality among the objectives gives way to it."""
+    objectives = tuple(OWN[0] if name in QUALITIES else name for name in config.search.objectives)
+    table = {**config.search.model_dump(), "quality": spec, "objectives": objectives}
+    return parse_config({**config.model_dump(), "search": table}, "the configuration")
+
+
+def _with_direction(config: SearchConfig) -> SearchConfig:
+    """Say among the objectives whether more or less of ``search.quality`` is better, as its function says."""
+    if config.search.quality is None:
+        return config
+    own = Quality.find(config.search.quality).objective
+    objectives = tuple(own if name in OWN else name for name in config.search.objectives)
+    return config.model_copy(update={"search": config.search.model_copy(update={"objectives": objectives})})
 
 
 def _check_there(path: Path, config: SearchConfig, progress: Progress) -> None:

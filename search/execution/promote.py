@@ -17,12 +17,14 @@ from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import reserve
 from prunesweep.models.io.store import check_saved, saved_digest
 from prunesweep.models.latency.timing import Setting, measure_all
+from prunesweep.models.precision import to_float32
 from prunesweep.search.store.records import EXACT, sealed
 from prunesweep.search.store.run import Run, task_id
-from prunesweep.training import Epoch, Recipe
+from prunesweep.training import EVAL_BATCH, Epoch, Recipe
 from prunesweep.training.jobs.finetune import Finetuning, finetune
 from prunesweep.training.jobs.placement import Placement
 
+from .cutting import measure_of
 from .reopen import check_data, reopen
 
 __all__ = ["Promoted", "choose", "promote", "promoted"]
@@ -52,6 +54,10 @@ class Promoted:
     agreement: float | None = None  # with the source, where that was searched for
     searched_agreement: float | None = None
     weights: str | None = None  # SHA-256 of the model's weights file; None where an earlier version promoted it
+    quality: float | None = None  # what search.quality gave, on the validation split
+    searched_quality: float | None = None
+    error: float | None = None  # the same, where lower is better
+    searched_error: float | None = None
 
 
 def choose(run: Run, *, top: int | None = None, at: Sequence[tuple[str, float]] = ()) -> list[dict[str, Any]]:
@@ -119,7 +125,8 @@ def promote(
     unit = task_id(point["trial"], point["rung"])
     folder = run / "promoted" / unit
     config = reopen(run, () if data is None else [f"data.name={data}"], on_note=on_note)
-    check_data(run, config)
+    opened = check_data(run, config)
+    further = measure_of(config, opened)
     job = Finetuning(
         model=run / point["model"],
         data=config.data.name,
@@ -137,6 +144,10 @@ def promote(
     latency, facts = None, load_provenance(job.out)
     if setting is not None:
         latency = {**asdict(setting), **asdict(measure_all([load(job.out)], setting)[0])}
+    own = {}
+    if further is not None:
+        own = further(to_float32(load(job.out)), opened.report.val_loader(EVAL_BATCH))
+        own |= {f"searched_{name}": point[name] for name in own}
     found = Promoted(
         unit=unit,
         top1=facts.get("top1"),
@@ -151,6 +162,7 @@ def promote(
         agreement=facts.get("agreement"),
         searched_agreement=point.get("agreement"),
         weights=saved_digest(job.out),
+        **own,
     )
     write_text(folder / "promoted.json", sealed(asdict(found)))
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import UserError, load, read_arch, weights_digest
+from prunesweep.models import LatencyTable, UserError, arch_of, cost, load, load_provenance, read_arch, weights_digest
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.reading import parse_toml, read_toml
 from prunesweep.models.io.store import check_saved
@@ -15,8 +16,10 @@ from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config, run_config
 from prunesweep.search.space.space import Space, read_scores, score_names
 from prunesweep.search.space.variables import MODEL
+from prunesweep.search.store.records import FORMAT, RunFacts, sealed
 from prunesweep.search.store.run import Run, set_aside
 from prunesweep.search.store.study import Study
+from prunesweep.training import EvalMetrics
 from prunesweep.training.data import Data, content_changes, content_of, open_data
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
@@ -64,7 +67,8 @@ def _sha256(text: str) -> str:
 def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], None] | None = None) -> SearchConfig:
     """Return the configuration of a run, as its ``search.toml`` says it now.
 
-    A ``search.toml`` that is lost or torn is written again from ``run.json``.
+    A ``search.toml`` that is lost or torn is written again from ``run.json``; a ``run.json`` that is, from the source's
+    folder, the names of the scores and a ``search.toml`` that is as it was written.
 
     Args:
         run: the run.
@@ -74,6 +78,7 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
     Raises:
         UserError: ``search.toml`` was edited, or an override would change the search.
     """
+    _mend_facts(run, on_note)
     file, made = run / "search.toml", _made(run)
     if made is not None and not _whole(file):
         kept = f"kept as {set_aside(file).name}, and " if file.exists() else ""
@@ -90,6 +95,64 @@ def reopen(run: Run, overrides: Sequence[str] = (), *, on_note: Callable[[str], 
     if made is not None and on_note and not _is_as_written(file) and (edited := _changes(made, found, harmless=True)):
         on_note(f"{file} was edited, or is of an earlier version; it differs from when the run was made:\n{edited}")
     return own_table(run, wanted)
+
+
+def _mend_facts(run: Run, on_note: Callable[[str], None] | None) -> None:
+    """Write ``run.json`` again where it is damaged and all that it says is known; else leave that to who reads it."""
+    file = run / "run.json"
+    try:
+        run.read(file, RunFacts)
+        return
+    except UserError as error:
+        reason = error
+    try:
+        facts = _facts_again(run)
+    except (UserError, OSError):
+        return
+    if facts is None:
+        return
+    kept = f"kept as {set_aside(file).name}, and " if file.exists() else ""
+    write_text(file, sealed(facts))
+    if on_note:
+        on_note(f"{reason}: {kept}written again from source/, scores/ and search.toml, which are as they were")
+
+
+def _facts_again(run: Run) -> dict[str, Any] | None:
+    """What ``run.json`` said; None where something of it is not known. Raises UserError where a file is damaged."""
+    if not _whole(run / "search.toml") or not _is_as_written(run / "search.toml"):
+        return None
+    config, folder = load_run_config(run.path), run / "source"
+    check_saved(folder)
+    source, told = to_float32(load(folder)), load_provenance(folder)
+    figures = EvalMetrics.of(told)
+    scores = {name: _score_file(run, name) for name in score_names(config.space, config.scores.method)}
+    if None in scores.values() or not figures.as_dict() or "data" not in told or config.search.quality is not None:
+        return None
+    agreement = 100.0 if "agreement" in config.search.objectives else None
+    own, searched = (
+        one._replace(kl=None, agreement=agreement).as_dict()
+        for one in (figures, EvalMetrics.of(told.get("search", told)))
+    )
+    arch = arch_of(source)
+    spent, costs = cost(arch), dict[str, float]()
+    if run.latency_table.exists():
+        costs["latency_ms"] = LatencyTable.load(run.latency_table).predict(arch)
+    name = {"name": arch.source, "weights": weights_digest(source)}
+    return {
+        "format": FORMAT,
+        "source": {**name, **own, "search": searched, "macs": spent.macs, "params": spent.params, **costs},
+        "data": told["data"],
+        "content": {},
+        "scores": scores,
+        "versions": told.get("versions", {}),
+        "settings": settings_of(config),
+    }
+
+
+def _score_file(run: Run, name: str) -> str | None:
+    """The name of the only file of some scores; None where there is none, or are several."""
+    found = [p.name for p in (run / "scores").iterdir() if re.fullmatch(rf"{name}-[0-9a-f]+\.safetensors", p.name)]
+    return found[0] if len(found) == 1 else None
 
 
 def check_settings(run: Run) -> SearchConfig:

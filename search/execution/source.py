@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,18 +27,21 @@ from prunesweep.pruners.scores import LEARNED
 from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Space, score_names
-from prunesweep.search.store.front import quality_of
+from prunesweep.search.store.front import OWN, quality_of
 from prunesweep.training import (
+    EVAL_BATCH,
     Data,
     EvalMetrics,
     Recipe,
     cache_logits,
+    check_features,
     check_fits,
     check_labels,
     evaluate_on,
     fit,
     name_classes,
     open_data,
+    quality_name,
     seeded,
     warn_at_chance,
 )
@@ -45,9 +49,11 @@ from prunesweep.training.closest import trained_images
 from prunesweep.training.data import content_of
 from prunesweep.training.jobs.deciding import Deciding
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
+from prunesweep.training.metrics import NAMES as MEASURED
 from prunesweep.training.settling import settled
 
 from .checks import check_not_in_vain, check_space
+from .cutting import measure_of
 from .validation import open_test
 
 __all__ = [
@@ -201,6 +207,7 @@ def prepare(
     provenance = load_provenance(folder)
     quality = EvalMetrics.of(provenance)
     agreement = 100.0 if "agreement" in config.search.objectives else None
+    own = [_own_figures(config, source, split, progress) for split in (data.report, data)]
     warn_at_chance(f"source.model = {config.source.model!r}", source, data, quality)
     found = SourceArtifacts(
         folder=folder,
@@ -211,8 +218,8 @@ def prepare(
         fingerprint=data.info.fingerprint,
         content=content_of(data),
         described=tuple(data.describe()),
-        figures=quality._replace(kl=None, agreement=agreement),
-        searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement),
+        figures=quality._replace(kl=None, agreement=agreement, **own[0]),
+        searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement, **own[1]),
     )
     return LoadedSource(**vars(found), data=data, model=source, space=open_space(config, found))
 
@@ -228,6 +235,19 @@ def _missing_source(config: SearchConfig, data: Data) -> str:
 
 def _not_made(missing: list[str], model: nn.Module, data: Data) -> NotMade:
     return NotMade("; ".join(missing), arch_of(model), content_of(data), tuple(data.describe()))
+
+
+def _own_figures(config: SearchConfig, source: nn.Module, data: Data, progress: Progress) -> dict[str, Any]:
+    """Measure the source by ``search.quality``; nothing without it."""
+    measure = measure_of(config, data)
+    if measure is None or config.search.quality is None:
+        return {}
+    found = measure(source, data.val_loader(EVAL_BATCH))
+    name, value = quality_name(config.search.quality), next(iter(found.values()))
+    progress("evaluating the source", 1.0, f"{name} {value:.4g}")
+    if not math.isfinite(value):
+        raise UserError(f"search.quality = {config.search.quality!r}: gives {value:g} for the source, no number")
+    return found
 
 
 def open_checked(config: SearchConfig) -> tuple[nn.Module, Data]:
@@ -399,12 +419,24 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
             )
     remedy = "use data that it was trained on, or train it with a [source.train] table"
     check_fits(arch, data, name="source.model", remedy=remedy)
-    if arch.headless:
+    if arch.headless and config.search.quality is None:
         raise UserError(
             f"source.model = {config.source.model!r}: has no head, so it gives features, which no objective measures: "
-            "compute a front of it with `prunesweep instant`, or search with a classifier on it"
+            'set search.quality = "knn" or "probe" where the data have labels, or a function of your own, compute a '
+            "front of it with `prunesweep instant`, or search with a classifier on it"
         )
-    if not data.info.labelled and "agreement" not in config.search.objectives:
+    if not arch.headless and config.search.quality in MEASURED:
+        raise UserError(
+            f"search.quality = {config.search.quality!r}: is for a source without a head; this one has "
+            f"{arch.outputs} classes: drop it, and take objectives top1 or balanced"
+        )
+    if arch.headless and config.search.rank_by == "loss":
+        raise UserError("search.rank_by = 'loss': a source without a head has none; take 'auto'")
+    if arch.headless and config.search.rank_by == "kl":
+        raise UserError("search.rank_by = 'kl': a source without a head gives no answers; take 'auto'")
+    if not data.info.labelled and config.search.quality in MEASURED:
+        raise UserError(f"search.quality = {config.search.quality!r}: data.name = {data.info.name!r} has no labels")
+    if not data.info.labelled and not {"agreement", *OWN} & {*config.search.objectives}:
         raise UserError(
             f"data.name = {data.info.name!r}: has no labels for objectives = {list(config.search.objectives)}: set "
             'search.objectives = ["agreement", "macs"], the agreement with the source'
@@ -413,7 +445,10 @@ def _check_fit(arch: Arch, data: Data, config: SearchConfig) -> None:
         what = "a text" if arch.text is not None else "no text"
         raise UserError(f"search.objectives has {quality!r}: {data.info.name!r} is {what}; take 'top1' or 'agreement'")
     if any(config.search.rungs or [config.finetune.epochs]):
-        check_labels(data, settled(config.finetune, data, arch, arch))
+        recipe = settled(config.finetune, data, arch, arch)
+        if arch.headless:
+            check_features(recipe, config.source.model)
+        check_labels(data, recipe)
         _check_batch("finetune", config.finetune, data)
     if config.source.train is not None:
         _check_batch("source.train", config.source.train, data.report)

@@ -42,6 +42,7 @@ from prunesweep.search.config import SearchConfig, load_run_config
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.space.variables import MODEL
+from prunesweep.search.store.front import OWN
 from prunesweep.search.store.run import Result, Run, Task, set_aside, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.container import memory_kills
@@ -239,6 +240,8 @@ def _work(context: WorkerContext, unit: Task) -> Result | None:
         ppl=after.ppl,
         agreement=after.agreement,
         balanced=after.balanced,
+        quality=after.quality,
+        error=after.error,
         kl=after.kl,
         loss=after.loss,
         images=after.images,
@@ -275,7 +278,8 @@ def _train(
             _remove_scratch(folder)
             (folder / STATE).unlink(missing_ok=True)
             ppl, balanced = (None, math.nan) if context.arch.text is None else (math.nan, None)
-            nothing = EvalMetrics(math.nan, ppl, math.nan, math.nan, loss=math.nan, balanced=balanced)
+            own: dict[str, Any] = {name: math.nan for name in OWN if name in context.config.search.objectives}
+            nothing = EvalMetrics(math.nan, ppl, math.nan, math.nan, loss=math.nan, balanced=balanced, **own)
             return zero_shot, nothing, time.monotonic() - begun
         seconds = time.monotonic() - begun
         if not finished:
@@ -416,6 +420,7 @@ def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:
         "scores": context.facts["scores"],
         "data": context.data.info.fingerprint,
         "point": unit.point,
+        **({"protect": list(protect)} if (protect := context.config.space.protect) else {}),
         "rung": unit.rung,
         "seed": unit.seed,
         "versions": versions(),

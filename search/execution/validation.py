@@ -14,6 +14,7 @@ from prunesweep.search.store.run import Run
 from prunesweep.training import EVAL_BATCH, Compared, Data, open_fitting
 from prunesweep.training.jobs.scoring import Progress
 
+from .cutting import measure_of
 from .reopen import check_data
 
 __all__ = ["open_test", "validate_front"]
@@ -72,7 +73,7 @@ def validate_front(path: Path, config: SearchConfig, progress: Progress) -> None
         looks.append((test, untested, run.write_test))
     done, due = 0, len(unseen) + len(untested)
     for images, left, keep in looks:
-        compared = Compared(images.val_loader(EVAL_BATCH), source)
+        compared = Compared(images.val_loader(EVAL_BATCH), source, measure_of(config, data))
         for result in left:
             progress(WHAT, done / due, f"{done}/{due}")
             model = to_float32(load(run.trial(result.id) / "model")).to(device)

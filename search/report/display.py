@@ -23,13 +23,14 @@ from prunesweep.search.space.space import Range, Space, Summary
 from prunesweep.search.store.front import COSTS, TWO
 from prunesweep.search.store.progress import planned
 from prunesweep.search.store.run import Result, failure_reasons, reason_of
-from prunesweep.training import EvalMetrics
+from prunesweep.training.metrics import EvalMetrics, quality_name
 
 from .live import live_view, result_line, state_line
 from .words import HEADINGS, MEASURES, clock
 
 __all__ = ["Display", "clock", "front_notes", "print_front", "print_promoted"]
 
+LEAST = ("agree\n(%)", "balanced\n(%)", "epochs", "loss", "KL", "MACs\n(M)", "rung")  # of columns, the first to go
 IMBALANCE = 1.0  # percent between top-1 and balanced accuracy from which both are shown
 SILENCE = 30.0  # seconds after which work that goes on says so where there is no terminal
 PART = 0.05  # of the time so far, the longest silence of work that takes very long
@@ -120,7 +121,7 @@ class Display:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=1.0, note="")
                 latest = (what, share, note, time.monotonic())
-                if not self.console.is_terminal:
+                if not self.console.is_terminal and share < 1:
                     self.note(f"{what} ...")
             bars.update(tasks[what], completed=share, note=note)
             latest = (what, share, note, latest[3] if latest and latest[0] == what else time.monotonic())
@@ -149,6 +150,7 @@ class Display:
         quality: EvalMetrics | None,
         zero_shot: Range | None,
         objectives: Sequence[str] = TWO,
+        measure: str | None = None,
     ) -> None:
         """Show the source, every variable with its range, the objectives over a sample, and what can be reached.
 
@@ -158,10 +160,11 @@ class Display:
             quality: accuracy or perplexity of the source, if it is known.
             zero_shot: range of accuracies before any finetuning, if it is known.
             objectives: of the search, which are marked.
+            measure: the search's own measure, as ``search.quality`` has it.
         """
         source = space.source_cost
         self.note(
-            f"source: {space.arch.source}  {'' if quality is None else f'{quality}  '}"
+            f"source: {space.arch.source}  {'' if quality is None else f'{quality.brief(measure and quality_name(measure))}  '}"
             f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
         )
         variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
@@ -172,6 +175,8 @@ class Display:
             else:
                 variables.add_row(v.name, f"{v.low:g}", f"{v.high:g}", v.meaning)
         accuracy = HEADINGS["top1" if quality is None or quality.agreement is None else "agreement"]
+        accuracy = accuracy if measure is None else quality_name(measure)
+        better = "↓" if "error" in objectives else "↑"
         columns = ("", "min", "median", "max")
         title = "over a sample of the space; arrows: objectives"
         sample = Table(*columns, title=title, title_justify="left")
@@ -184,7 +189,7 @@ class Display:
         if summary.latency_ms:
             rows.append((f"latency (ms){less['latency_ms']}, predicted", summary.latency_ms, 1, 3))
         if zero_shot:
-            rows.append((f"{accuracy} ↑, before finetuning, training images", zero_shot, 1, 2))
+            rows.append((f"{accuracy} {better}, before finetuning, training images", zero_shot, 1, 2))
         for name, spread, unit, digits in rows:
             values = (spread.low, spread.median, spread.high)
             sample.add_row(name, *(f"{v / unit:.{digits}f}" for v in values))
@@ -324,7 +329,9 @@ def _work(result: Result) -> tuple[float, float]:
     return result.computing_seconds, result.training_seconds
 
 
-def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_macs: int, run: Path) -> None:
+def print_promoted(
+    console: Console, found: Sequence[dict[str, Any]], source_macs: int, run: Path, measure: str | None = None
+) -> None:
     """Print a table of finetuned front members, with the quality that they had before, and their folders.
 
     Args:
@@ -332,10 +339,13 @@ def print_promoted(console: Console, found: Sequence[dict[str, Any]], source_mac
         found: the contents of their ``promoted.json``.
         source_macs: MACs of the source.
         run: folder of the run.
+        measure: the name of the search's own measure, if it has one.
     """
     table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
-    quality = next(name for name in ("ppl", "top1", "agreement") if all(p.get(name) is not None for p in found))
-    for name in ("unit", HEADINGS[quality], "before", "/ source", "params (M)", "latency (ms)", "recipe"):
+    known = ("quality", "error", "ppl", "top1", "agreement")
+    quality = next(name for name in known if all(p.get(name) is not None for p in found))
+    heading = HEADINGS.get(quality) or str(measure)
+    for name in ("unit", heading, "before", "/ source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
     for p in found:
         latency = p["latency"]
@@ -362,6 +372,7 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE, padding=0)
     columns: dict[str, Callable[[Any], str]] = {
         **{name: lambda p, name=name: str(p[name]) for name in ("trial", "rung", "epochs")},  # type: ignore[misc]
+        _measure(front): lambda p: f"{p['quality' if 'quality' in p else 'error']:.4g}",
         "ppl": lambda p: f"{p['ppl']:.2f}",
         "top-1\n(%)": lambda p: f"{p['top1']:.2f}",
         "balanced\n(%)": lambda p: f"{p['balanced']:.2f}" if abs(p["balanced"] - p["top1"]) >= IMBALANCE else "",
@@ -375,18 +386,33 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         "params\n(M)": lambda p: f"{p['params'] / 1e6:.3f}",
         "latency\n(ms),\npredicted": lambda p: f"{p['latency_ms']:.3f}",
     }
-    if any("latency_ms" in point or "test" in point for point in front):
-        del columns["agree\n(%)"]  # eighty columns have no room for both
     rows = {name: [_cell(point, cell) for point in front] for name, cell in columns.items()}
     shown = {name: cells for name, cells in rows.items() if any(cells)}  # runs of earlier versions have fewer figures
+    left_out = []
+    for name in LEAST:  # a figure that is cut off is worse than one that is not there
+        if sum(_width(name, cells) + 1 for name, cells in shown.items()) >= console.width and name in shown:
+            left_out.append(name.replace("\n", " "))
+            del shown[name]
     for name in shown:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for cells in zip(*shown.values(), strict=True):
         table.add_row(*cells)
     console.print(table)
+    if left_out:
+        line = f"no room for {', '.join(left_out)}: in a wider terminal, or with --csv or --json"
+        console.print(line, highlight=False, soft_wrap=True)
     for line in front_notes(front):
         console.print(line, highlight=False, soft_wrap=True)
     _print_folders(console, [(f"trial {point['trial']}", point["model"]) for point in front])
+
+
+def _measure(front: Sequence[Mapping[str, Any]]) -> str:
+    """The heading of the search's own measure, as narrow as its name allows."""
+    return next((str(point["measure"]) for point in front if "measure" in point), "").replace(" ", "\n")
+
+
+def _width(heading: str, cells: Sequence[str]) -> int:
+    return max(map(len, (*heading.split("\n"), *cells)))
 
 
 def front_notes(front: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -402,7 +428,10 @@ def front_notes(front: Sequence[Mapping[str, Any]]) -> list[str]:
     for point in front:
         if "images" not in point or "split" not in point:
             continue
-        ranked, images = f"compared by {MEASURES[point['ranked_by']]}", f"{point['images']:,}"
+        ranked, images = (
+            f"compared by {MEASURES.get(point['ranked_by']) or point.get('measure')}",
+            f"{point['images']:,}",
+        )
         if point["split"] == "search":
             line = (
                 f"figures of {images} images held out of the training split, on which candidates are {ranked}: they "

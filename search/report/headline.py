@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prunesweep.search.store.front import OWN
 from prunesweep.training.metrics import wilson_interval
 
 __all__ = ["headline", "least_alike", "told_apart"]
@@ -69,7 +70,7 @@ def headline(
     if len(splits) > 1 or not isinstance(value, float) or not math.isfinite(value):
         return found
     found["split"] = next(iter(splits), None)
-    if quality == "ppl":
+    if quality in ("ppl", *OWN):  # no share of images
         return found
     by_cost = sorted((p for p in front if math.isfinite(p.get(quality, math.nan))), key=lambda p: p[cost])
     near = [p for p in by_cost if p[quality] >= value - WITHIN]

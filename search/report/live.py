@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesweep.search.execution.coordinator import Coordinator
-from prunesweep.search.store.front import COSTS, OBJECTIVES, hypervolume, quality_of, values
+from prunesweep.search.store.front import COSTS, OBJECTIVES, OWN, hypervolume, quality_of, values
 from prunesweep.search.store.progress import Level, levels, running_task, time_left
 from prunesweep.search.store.records import Result
 
-from .words import COST_NAMES, HEADINGS, MEASURES, clock, counts, front_line, task_line
+from .words import COST_NAMES, HEADINGS, MEASURES, clock, counts, front_line, named, task_line
 
 __all__ = ["live_view", "result_line", "state_line"]
 
@@ -45,15 +45,16 @@ def result_line(result: Result, coordinator: Coordinator, source: Mapping[str, A
     else:
         names = dict.fromkeys([quality, *coordinator.search.ranking.names(result.epochs)])
         measured = {name: getattr(result, name) for name in names if name not in COSTS}
-        found = ", ".join(_figure(name, value) for name, value in measured.items() if value is not None)
+        own = coordinator.search.quality
+        found = ", ".join(_figure(name, value, own) for name, value in measured.items() if value is not None)
     costs = ", ".join(_cost(name, getattr(result, name), source) for name in objectives if name in COSTS)
     line = f"[{counts(level, several)}] trial {result.trial}: {found}, {costs}"
     return f"{line}, {result.seconds:.1f} s"[:WIDTH]
 
 
-def _figure(name: str, value: float) -> str:
-    unit = " %" if name in ("top1", "balanced", "agreement") else ""
-    return f"{MEASURES[name]} {value:.2f}{unit}" if name in OBJECTIVES else f"{MEASURES[name]} {value:.4g}"
+def _figure(name: str, value: float, own: str | None) -> str:
+    unit, word = " %" if name in ("top1", "balanced", "agreement") else "", named(name, MEASURES, own)
+    return f"{word} {value:.2f}{unit}" if name in OBJECTIVES and name not in OWN else f"{word} {value:.4g}"
 
 
 def _cost(name: str, value: float, source: Mapping[str, Any]) -> str:
@@ -144,5 +145,6 @@ def _bands(coordinator: Coordinator, source: Mapping[str, Any], window: tuple[fl
         best((getattr(r, quality) for r in found if a < getattr(r, cost) / source[cost] <= b), default=None)
         for a, b in bands
     ]
-    table.add_row(f"best {HEADINGS[quality]}", *("-" if cell is None else f"{cell:.2f}" for cell in cells))
+    digits, heading = 4 if quality in OWN else 2, named(quality, HEADINGS, coordinator.search.quality)
+    table.add_row(f"best {heading}", *("-" if cell is None else f"{cell:.{digits}f}" for cell in cells))
     return table

@@ -52,6 +52,7 @@ def page_data(run: Run) -> dict[str, Any]:
         "path": run.shown,
         "links": (run / "front").is_dir(),
         "objectives": run.objectives,
+        "measure": run.measure,
         "rank_by": sorted({run.ranking.names(r.epochs)[run.objectives.index(quality)] for r in members}),
         "family": source.family,
         "source": {**facts["source"], "searched": searched, "arch": picture(source, source)},

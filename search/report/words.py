@@ -8,9 +8,9 @@ from typing import Any
 from prunesweep.search.store.front import corner
 from prunesweep.search.store.progress import Level
 from prunesweep.search.store.records import place_of
-from prunesweep.training.metrics import EvalMetrics
+from prunesweep.training.metrics import EvalMetrics, quality_name
 
-__all__ = ["COST_NAMES", "HEADINGS", "MEASURES", "clock", "counts", "front_line", "status_lines", "task_line"]
+__all__ = ["COST_NAMES", "HEADINGS", "MEASURES", "clock", "counts", "front_line", "named", "status_lines", "task_line"]
 
 HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "balanced": "balanced (%)", "agreement": "agreement (%)"}  # of qualities
 COST_NAMES = {"macs": "MACs", "params": "params", "latency_ms": "latency"}
@@ -22,6 +22,17 @@ MEASURES = {
     "balanced": "balanced accuracy",
     "agreement": "agreement",
 }
+
+
+def named(name: str, words: Mapping[str, str], measure: str | None) -> str:
+    """Say what a figure is called.
+
+    Args:
+        name: of an objective, or of what candidates are compared by.
+        words: ``HEADINGS`` or ``MEASURES``.
+        measure: the search's own measure of quality (``search.quality``), if it has one.
+    """
+    return words[name] if name in words else quality_name(str(measure))
 
 
 def clock(seconds: float | None) -> str:
@@ -91,7 +102,8 @@ def status_lines(found: Mapping[str, Any], run: str, now: float) -> Iterator[str
     hypervolume = f"hypervolume {found['hypervolume']:.4f}"
     yield hypervolume + (f" from {corner(found['objectives'])}" if "objectives" in found else "")
     source = found["source"]
-    yield f"source: {EvalMetrics.of(source).full}, {source['macs']:,} MACs, {source['params']:,} params"
+    figures = EvalMetrics.of(source).told(found.get("measure"))
+    yield f"source: {figures}, {source['macs']:,} MACs, {source['params']:,} params"
     for line in found.get("advice", ()):
         yield f"advice: {line}"
 

@@ -26,14 +26,16 @@ from optuna.distributions import BaseDistribution
 from prunesweep.models import Arch, Cost, Cut, LatencyTable, UserError, cost, cut_arch, read_arch
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.layers.token_merging import TokenPlan
-from prunesweep.pruners import MACS, Scores, WidthPath, pmvit, width_path
+from prunesweep.pruners import MACS, Scores, WidthPath, drop_order, pmvit, width_path
 from prunesweep.pruners.narrowing import Narrowing
+from prunesweep.pruners.protection import Protection
 from prunesweep.pruners.reached import TOLERANCE
 from prunesweep.pruners.subspaces import projectable, projected_groups
 from prunesweep.search.config import SpaceTable
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .axes import AXES, TOKENS, Draft, ScoredSource, active_axes, variables
+from .axes.base import DEPTH, LEARNED
 from .variables import MODEL, Params, Variable
 
 __all__ = [
@@ -148,6 +150,10 @@ class Space:
     def __init__(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores], *, projected: bool = False) -> None:
         for axis in AXES.values():
             axis.fit(table, arch)
+        self.protected = Protection.parse(table.protect, "space.protect")
+        self.protected.check(arch, "space.protect")
+        scores = {name: _with_protected(self.protected, own) for name, own in scores.items()}
+        self._check_skipped(table, arch, scores)
         self.table, self.arch, self.scores, self.source_cost = table, arch, scores, cost(arch)
         self._projected = projected
         self._axes, self._source = active_axes(table), ScoredSource(arch, scores)
@@ -161,6 +167,17 @@ class Space:
         self._whole = lru_cache(maxsize=1024)(self._full_width)
         self._path = lru_cache(maxsize=256)(self._make_path)
         self._plans = lru_cache(maxsize=64)(self._make_plans)
+
+    def _check_skipped(self, table: SpaceTable, arch: Arch, scores: Mapping[str, Scores]) -> None:
+        depth = scores.get(DEPTH) or scores.get(LEARNED)
+        if not self.protected or depth is None:
+            return
+        free = len(drop_order(depth))
+        if table.skip[1] > free:
+            raise UserError(
+                f"space.skip = {list(table.skip)}: only {free} of {arch.depth} blocks may be dropped, as space.protect "
+                f"= {list(table.protect)} and the stages need the others: lower skip[1]"
+            )
 
     @classmethod
     def blank(cls, table: SpaceTable, arch: Arch, method: str, *, projected: bool = False) -> Space:
@@ -220,6 +237,8 @@ class Space:
         arch = read_arch(decision) if isinstance(decision, Path) else cut_arch(self.arch, decision)
         if MODEL in point:
             self._check_given(arch)
+        if self.protected and (reason := self.protected.broken(self.arch, arch)):
+            raise UserError(f"space.protect = {list(self.table.protect)}: {reason}")
         found = cost(arch)
         predicted = None if self._latency is None else self._latency(arch)
         for name, value in (("params", found.params), ("latency_ms", predicted)):
@@ -391,13 +410,26 @@ class Space:
         draft = Draft()
         for axis in self._axes:
             draft = axis.apply(draft, full, self._source)
+        draft = self._sparing(draft)
         if not draft.kept(self.arch.depth):
             raise UserError("all blocks are dropped: at least one must be kept")
         return draft
 
+    def _sparing(self, draft: Draft) -> Draft:
+        """Take back what an axis has decided about something that is protected."""
+        if not self.protected:
+            return draft
+        return dataclasses.replace(
+            draft,
+            dropped=frozenset(i for i in draft.dropped if not self.protected.stays(i)),
+            mixers=tuple((i, mixer) for i, mixer in draft.mixers if not self.protected.keeps_attention(i)),
+            without_mlp=frozenset(i for i in draft.without_mlp if not self.protected.keeps_mlp(i)),
+        )
+
     def _make_plans(self, keep_rate: float, merge_start: int, without: frozenset[int]) -> Mapping[int, TokenPlan]:
         """Token plans of the blocks from ``merge_start`` on, but for those ``without`` attention."""
-        merging = [i for i in range(merge_start, self.arch.depth) if i not in without]
+        blocks = (i for i in range(merge_start, self.arch.depth) if i not in without)
+        merging = [i for i in blocks if not self.protected.keeps_tokens(i)]
         if keep_rate == 1 or not merging:
             return {}
         planned = pmvit.plan(
@@ -421,6 +453,7 @@ class Space:
             tokens=self._plans(draft.keep_rate, draft.merge_start, draft.dropped | set(mixers)),
             without_mlp=sorted(draft.without_mlp),
             least=self.table.budget[0] * self.source_cost.macs,
+            protected=self.protected,
         )
 
     def source_value(self, objective: str) -> float:
@@ -483,6 +516,16 @@ class Space:
             distinct += seen.isdisjoint(names)
             seen.update(names)
         return distinct
+
+
+def _with_protected(protected: Protection, scores: Scores) -> Scores:
+    """Scores by which no protected block is the next to be dropped."""
+    depth = scores.vectors.get("depth")
+    if not protected or depth is None:
+        return scores
+    depth = depth.clone()
+    depth[[i for i in range(len(depth)) if protected.stays(i)]] = math.inf
+    return dataclasses.replace(scores, vectors={**scores.vectors, "depth": depth})
 
 
 def _is_choice(variable: Variable) -> bool:

@@ -15,6 +15,7 @@ from .pareto import Direction, as_losses
 
 __all__ = [
     "OBJECTIVES",
+    "OWN",
     "QUALITIES",
     "TWO",
     "RankBy",
@@ -34,11 +35,14 @@ OBJECTIVES: dict[str, Direction] = {
     "balanced": "maximize",  # the mean of the classes' recalls
     "ppl": "minimize",  # of language models
     "agreement": "maximize",  # with the source's answers; needs no labels
+    "quality": "maximize",  # what search.quality measures
+    "error": "minimize",  # the same, where lower is better
     "macs": "minimize",
     "params": "minimize",
     "latency_ms": "minimize",
 }
-QUALITIES = ("top1", "balanced", "ppl", "agreement")
+OWN = ("quality", "error")  # of search.quality, on a scale of its own
+QUALITIES = ("top1", "balanced", "ppl", "agreement", *OWN)
 COSTS = ("macs", "params", "latency_ms")
 TWO = ("top1", "macs")  # default objectives
 RankBy = Literal["auto", "kl", "loss", "objective"]
@@ -150,7 +154,8 @@ class Ranking:
         objectives: names in ``OBJECTIVES``.
         rank_by: the measure: "objective", the quality itself; "loss", the mean cross-entropy; "kl"; "auto", the loss of
             trained candidates and the KL of untrained ones, as of all where the quality is agreement with the source.
-            The loss is a mean over images: where the quality is balanced accuracy, "auto" is the quality itself.
+            The loss is a mean over images: where the quality is balanced accuracy, "auto" is the quality itself, and
+            so it is where the search has a measure of its own.
     """
 
     objectives: tuple[str, ...] = TWO
@@ -162,7 +167,7 @@ class Ranking:
         measure: str = self.rank_by
         if self.rank_by == "auto":
             measure = "loss" if epochs and quality != "agreement" else "kl"
-            measure = "objective" if quality == "balanced" else measure
+            measure = "objective" if quality in ("balanced", *OWN) else measure
         return tuple(measure if name == quality and measure != "objective" else name for name in self.objectives)
 
     @property
@@ -202,7 +207,8 @@ def hypervolume(points: Sequence[Any], source: Mapping[str, float], objectives: 
 
     The cube's axes are top-1 / 100, or balanced accuracy or agreement / 100, and the saved share of the source's MACs,
     parameters or latency. Its worst corner is a model that costs what the source costs and gives no correct answer.
-    Points outside the cube add nothing. The axis of a perplexity is the source's perplexity divided by it, at most 1.
+    Points outside the cube add nothing. The axis of a perplexity is the source's perplexity divided by it, at most 1;
+    that of a measure of one's own is the share of the source's value, at most 1, or likewise where lower is better.
 
     Args:
         points: anything that has the objectives as attributes.
@@ -224,6 +230,7 @@ def corner(objectives: Sequence[str]) -> str:
         objectives: names in ``OBJECTIVES``.
     """
     words = {"top1": "0 % top-1", "balanced": "0 % balanced accuracy", "agreement": "0 % agreement"}
+    words |= {"quality": "no quality", "error": "infinite error"}
     words |= {"ppl": "infinite perplexity", "macs": "MACs", "params": "params", "latency_ms": "latency"}
     quality = words[quality_of(objectives)]
     return f"{quality} at the source's {' and '.join(words[name] for name in objectives if name in COSTS)}"
@@ -233,4 +240,13 @@ def _loss(name: str, found: pareto.Floats, source: Mapping[str, float]) -> paret
     """Return a column of values as shares of the cube's axis, where less is better."""
     if name in ("top1", "balanced", "agreement"):
         return -found / 100
+    if name in OWN:
+        return -_share(found if name == "quality" else -found, source[name] * (1 if name == "quality" else -1))
     return -np.minimum(source["ppl"] / found, 1) if name == "ppl" else found / float(source[name])
+
+
+def _share(found: pareto.Floats, own: float) -> pareto.Floats:
+    """Return values of which larger is better as shares of the source's, in [0, 1], whatever their signs are."""
+    if own > 0:
+        return np.clip(found / own, 0, 1)
+    return 1 / (1 + np.maximum(own - found, 0) / max(-own, np.finfo(float).tiny))

@@ -117,6 +117,8 @@ class Result:
     given: str | None = None  # as of the task
     balanced: float | None = None  # mean of the classes' recalls, in percent
     weights: str | None = None  # SHA-256 of the model's weights file; None where there is no model
+    quality: float | None = None  # what search.quality measures
+    error: float | None = None  # the same, where lower is better
 
     @property
     def id(self) -> str:
@@ -195,6 +197,8 @@ class SourceFacts(BaseModel):
     loss: float | None = None
     images: int | None = None
     balanced: float | None = None
+    quality: float | None = None
+    error: float | None = None
     latency_ms: float | None = None
     search: dict[str, float] = {}  # figures on the images by which candidates are compared
 

@@ -35,7 +35,7 @@ from prunesweep.models.io.files import disk_full, sync, write_text
 from prunesweep.models.io.folder import check_files, load_provenance
 from prunesweep.models.io.lock import Lock, Lost
 from prunesweep.models.io.provenance import digest
-from prunesweep.training import EvalMetrics
+from prunesweep.training import EvalMetrics, quality_name
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
@@ -75,7 +75,7 @@ __all__ = [
 
 PLACE = re.compile(r"\d{2,}")  # of a member in ``front/``
 MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
-LATER = ("balanced", "weights")  # fields of results that earlier versions did not have
+LATER = ("balanced", "weights", "quality", "error")  # fields of results that earlier versions did not have
 SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
 
 
@@ -222,7 +222,8 @@ class Run:
         """The error of a run whose ``run.json`` cannot be used, with what can be done."""
         return UserError(
             f"{reason}\nResults and models in {self / 'trials'} do not need it: 'prunesweep eval' takes each "
-            "trials/*/model. All else does: put the file back from a copy of the run, or start a new search"
+            f"trials/*/model. All else does: 'prunesweep resume {self.shown}' writes it again where source/, scores/ "
+            "and search.toml are whole; else put the file back from a copy of the run, or start a new search"
         )
 
     def _trial_files(self, name: str) -> Iterator[Path]:
@@ -405,19 +406,20 @@ class Run:
             "rungs": [level["finished"] for level in tasks],
             "objectives": list(self.objectives),
             "hypervolume": hypervolume(self.members(outcomes.current), self.searched_source(), self.objectives),
+            **({} if self.measure is None else {"measure": self.measure}),
             "source": {k: v for k, v in facts["source"].items() if k in (*EvalMetrics._fields, "macs", "params")},
             "advice": self.advice(),
         }
 
     def search_table(self) -> dict[str, Any]:
-        """``trials``, ``rungs``, ``reduction_factor``, ``objectives`` and ``rank_by`` of the configuration.
+        """``trials``, ``rungs``, ``reduction_factor``, ``objectives``, ``rank_by``, ``quality`` of the configuration.
 
         Raises:
             UserError: it is damaged.
         """
         path = self / "search.toml"
         found: dict[str, Any] = {"rungs": [], "objectives": list(TWO), "rank_by": "objective"}  # as of earlier versions
-        found["reduction_factor"] = REDUCTION_FACTOR
+        found |= {"reduction_factor": REDUCTION_FACTOR, "quality": None}
         try:
             found |= self._settings(path)["search"]
             if type(found["trials"]) is not int or not all(type(epochs) is int for epochs in found["rungs"]):
@@ -426,6 +428,8 @@ class Run:
                 raise ValueError("search.reduction_factor is no number above 1")
             if unknown := [name for name in found["objectives"] if name not in OBJECTIVES]:
                 raise ValueError(f"search.objectives has {unknown[0]!r}")
+            if found["quality"] is not None and not isinstance(found["quality"], str):
+                raise ValueError(f"search.quality is {found['quality']!r}")
             if found["rank_by"] not in get_args(RankBy):
                 raise ValueError(f"search.rank_by is {found['rank_by']!r}")
         except (KeyError, TypeError, ValueError) as error:
@@ -455,6 +459,12 @@ class Run:
     @cached_property
     def objectives(self) -> tuple[str, ...]:
         return tuple(self.search_table()["objectives"])
+
+    @cached_property
+    def measure(self) -> str | None:
+        """The name of the search's own measure of quality, if it has one."""
+        spec = self.search_table()["quality"]
+        return None if spec is None else quality_name(spec)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -598,6 +608,7 @@ class Run:
         found = self.validation(result) if self.search_split else None
         split = "search" if self.search_split and found is None else "val"
         facts = {**(found or result.figures).with_interval(), "split": split, "ranked_by": measure}
+        facts |= {} if self.measure is None else {"measure": self.measure}
         if found is not None:
             facts |= {f"searched_{name}": value for name, value in result.figures.with_interval().items()}
         if (tested := self.test(result)) is not None:

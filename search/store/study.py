@@ -56,13 +56,15 @@ PROPOSALS, RESULTS = "proposals", "results"
 OLDER = "r0"  # former name of the study of proposals
 SAMPLERS = ("auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 MANY = 1500  # more trials than this make proposals of TPE too slow
-SCALES = {
+SCALES: dict[str, Any] = {
     "top1": log_error,
     "balanced": log_error,
     "ppl": log_perplexity,
     "agreement": log_error,
     "kl": log_nats,
     "loss": log_nats,
+    "quality": None,  # as it is, negated where lower is better
+    "error": None,
 }
 NOTES = {
     PROPOSALS: "Every point that the sampler of search **{run}** proposed. Values are those of the first rung; a "

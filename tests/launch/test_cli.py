@@ -210,7 +210,7 @@ def test_brackets_in_names_are_printed_as_they_are(tmp_path: Path, capsys: pytes
         (["status", "nowhere"], "nowhere is not a run"),
         (["front", "nowhere"], "nowhere is not a run"),
         (["report", "nowhere"], "nowhere is not a run"),
-        (["eval", "nowhere", "--data", "digits"], "nowhere is not a saved model"),
+        (["eval", "nowhere", "--data", "digits"], "'nowhere' is neither the folder of a saved model nor a timm model"),
     ],
 )
 def test_user_errors_are_one_message_exit_code_2_and_nothing_created(

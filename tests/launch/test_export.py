@@ -43,7 +43,7 @@ def test_export_to_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["export", "{model}", "--to", "tflite"], "to = 'tflite': must be one of torch-export, onnx, timm"),
         (["export", "{model}", "--to", "onnx", "--opset", "9"], "opset = 9: must lie in 18..23"),
         (["export", "{model}", "--to", "timm", "--out", "{model}"], "is there already"),
-        (["export", "nowhere", "--to", "timm"], "nowhere is not a saved model"),
+        (["export", "nowhere", "--to", "timm"], "neither the folder of a saved model nor a timm model"),
         (["push", "{model}", "small"], "repo_id = 'small': must be OWNER/NAME"),
     ],
 )

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from prunesweep.launch.cli import app
 from prunesweep.models import UserError, arch_of, load, load_provenance, save
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
+from tests.generate import random_model
+from tests.models.test_in_other_code import KINDS
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 runner = CliRunner()
@@ -123,3 +125,46 @@ def test_two_workers_on_ray_survive_the_death_of_the_driver(source: Path, tmp_pa
     model = load(tmp_path / "killed")
     top1 = evaluate(model, open_data("digits").val_loader(EVAL_BATCH))["top1"]
     assert top1 == load_provenance(tmp_path / "killed")["top1"]
+
+
+def coloured(folder: Path, name: str = "vit_tiny_patch16_224", **shape: object) -> Path:
+    torch.manual_seed(0)
+    return save(timm.create_model(name, num_classes=2, **shape), folder / "source")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4},
+        ),
+    ],
+)
+def test_a_model_is_trained_at_another_size(
+    tmp_path: Path, image_folder: Path, name: str, shape: dict[str, object]
+) -> None:
+    source, out = coloured(tmp_path, name, **shape), tmp_path / "trained"
+    given = ["--data", f"imagefolder:{image_folder}", "--teacher", str(source), "--set", "distill=[{}]"]
+    training = [*given, "--epochs", "1", "--set", "batch_size=4", "--img-size", "24"]
+    result = runner.invoke(app, ["finetune", str(source), "--out", str(out), *training])
+    assert result.exit_code == 0, result.output
+    side = shape["img_size"]
+    assert f"images of 24 x 24 instead of {side} x {side}: " in result.output
+    trained = load(out)
+    assert arch_of(trained).img_size == (24, 24)
+    assert trained(torch.zeros(1, 3, 24, 24)).shape == (1, 2)
+    assert load_provenance(out)["img_size"] == [24, 24]
+    assert trained.pretrained_cfg["input_size"] == (3, 24, 24)  # type: ignore[index]
+
+
+def test_a_token_plan_is_for_one_size(tmp_path: Path, image_folder: Path) -> None:
+    source = save(random_model(KINDS["sparse"], 0, torch.float32), tmp_path / "source")
+    options = ["--data", f"imagefolder:{image_folder}", "--out", str(tmp_path / "out"), "--img-size", "24"]
+    result = runner.invoke(app, ["finetune", str(source), *options])
+    assert isinstance(result.exception, UserError)
+    assert "token" in str(result.exception)
+    result = runner.invoke(app, ["finetune", str(source), *options, "--second-stage", "pmvit"])
+    assert "--img-size: --second-stage pmvit trains what was cut, at its own size" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("source", "images")] == []

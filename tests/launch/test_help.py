@@ -55,7 +55,10 @@ def test_prunes_help_says_what_every_method_takes() -> None:
         options = runner_of(method).takes(method)
         assert set(re.findall(r"--[a-z-]+", said)) == options or not options
     ratios = "isomorphic: Taylor importance, ranked among structures of one kind, cut by ratios."
-    assert f"{ratios} Takes --budget, --measure, --project, --recover, --recover-images, --set (round_to)." in output
+    assert (
+        f"{ratios} Takes --budget, --measure, --project, --recover, --recover-images, --scores, --set (round_to)."
+        in output
+    )
 
 
 def test_scores_help_lists_the_methods_that_score() -> None:

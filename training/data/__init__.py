@@ -17,7 +17,7 @@ from .folder import ImageFolder
 from .glyphs import Glyphs
 from .huggingface import HuggingFace
 from .own import OwnData, own_data
-from .registry import KINDS, absolute_name, open_data, open_text, register
+from .registry import KINDS, absolute_name, check_data_name, open_data, open_text, register
 from .shards import Shards
 from .text import TextData, check_words
 from .unlabelled import UnlabelledImages
@@ -40,6 +40,7 @@ __all__ = [
     "TextData",
     "UnlabelledImages",
     "absolute_name",
+    "check_data_name",
     "check_words",
     "content_changes",
     "content_of",

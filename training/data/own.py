@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -13,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
+from prunesweep.training.named_code import allow, find_named
 from prunesweep.training.recipe import Recipe
 
 from .base import Batch, Data, DataInfo, OpenOptions
@@ -22,7 +21,6 @@ from .registry import register
 __all__ = ["OwnData", "own_data"]
 
 HASHED = 4096  # images of a split whose numbers are in the fingerprint; of more, as many at equal distances
-MODULES = "PRUNESWEEP_MODULES"  # environment: modules, by commas, whose functions data may be named by
 MARK = "__prunesweep_data__"
 Function = Callable[[], Data]
 
@@ -37,15 +35,7 @@ def own_data(function: Function) -> Function:
         function: takes nothing and returns ``Data.of(...)``; it is called in every process that needs the data, each of
             which must be able to import its module.
     """
-    setattr(function, MARK, True)
-    known = _modules()
-    if (module := function.__module__) not in known:
-        os.environ[MODULES] = ",".join([*known, module])
-    return function
-
-
-def _modules() -> list[str]:
-    return [name.strip() for name in os.environ.get(MODULES, "").split(",") if name.strip()]
+    return allow(function, MARK)
 
 
 @register
@@ -70,23 +60,7 @@ class OwnData(Data):
     @classmethod
     def open(cls, argument: str, options: OpenOptions) -> Self:
         name = f"python:{argument}"
-        place, colon, function = argument.rpartition(":")
-        if not colon:
-            raise UserError(f"data.name = {name!r}: must be python:MODULE:FUNCTION")
-        if place not in _modules():
-            raise UserError(
-                f"data.name = {name!r}: names code, which a configuration alone does not run: set {MODULES}={place}, "
-                f"or import {place} first"
-            )
-        try:
-            found = getattr(importlib.import_module(place), function, None)
-        except ImportError as error:
-            raise UserError(
-                f"data.name = {name!r}: {error}; the module must be one that every process can import: install it, or "
-                "put its folder on PYTHONPATH"
-            ) from error
-        if found is None or not getattr(found, MARK, False):
-            raise UserError(f"data.name = {name!r}: is no function with the decorator prunesweep.training.own_data")
+        found = find_named(name, "data.name", MARK, "prunesweep.training.own_data")
         data = found()
         if not isinstance(data, cls):
             raise UserError(f"data.name = {name!r}: returned a {type(data).__name__}, not Data.of(train, val)")

@@ -13,7 +13,7 @@ from .base import ClassOrder, Data, OpenOptions
 if TYPE_CHECKING:
     from .text import TextData
 
-__all__ = ["KINDS", "absolute_name", "open_data", "open_text", "register"]
+__all__ = ["KINDS", "absolute_name", "check_data_name", "open_data", "open_text", "register"]
 
 KINDS: dict[str, type[Data]] = {}
 Kind = TypeVar("Kind", bound=type[Data])
@@ -67,6 +67,31 @@ def _listed(forms: str, word: str) -> str:
     return f" {word} ".join(forms.rsplit(", ", 1))
 
 
+def check_data_name(name: str, options: Mapping[str, Any]) -> tuple[type[Data], str]:
+    """Check a name, and that options concern its kind of data, before anything is opened.
+
+    Args:
+        name: as for ``open_data``.
+        options: of its keyword arguments; others than ``class_order`` and ``classes`` are for every kind.
+
+    Returns:
+        The kind of the data, and what follows it in the name.
+
+    Raises:
+        UserError: the name is unknown, or an option does not concern this kind of data.
+    """
+    found = _find(name)
+    if found is None:
+        known = f"{_listed(_forms(texts=False), 'or')}; of texts, {_listed(_forms(texts=True), 'or')}"
+        raise UserError(f"data.name = {name!r}: must be {known}")
+    for option in ("class_order", "classes"):
+        if options.get(option) is not None and option not in found[0].class_options:
+            for_it = [_form(kind) for kind in KINDS.values() if option in kind.class_options]
+            flag = f"--{option.replace('_', '-')}"
+            raise UserError(f"data.{option} ({flag}): is for {_listed(', '.join(for_it), 'and')}, not for {name!r}")
+    return found
+
+
 def open_data(
     name: str,
     preprocessing: Mapping[str, Any] | None = None,
@@ -97,16 +122,7 @@ def open_data(
         UserError: the name is unknown, or the data are not there or not as they must be, or an option does not concern
             this kind of data.
     """
-    found = _find(name)
-    if found is None:
-        known = f"{_listed(_forms(texts=False), 'or')}; of texts, {_listed(_forms(texts=True), 'or')}"
-        raise UserError(f"data.name = {name!r}: must be {known}")
-    given = {"class_order": class_order, "classes": classes}
-    for option, value in given.items():
-        if value is not None and option not in found[0].class_options:
-            for_it = [_form(kind) for kind in KINDS.values() if option in kind.class_options]
-            flag = f"--{option.replace('_', '-')}"
-            raise UserError(f"data.{option} ({flag}): is for {_listed(', '.join(for_it), 'and')}, not for {name!r}")
+    found = check_data_name(name, {"class_order": class_order, "classes": classes})
     options = OpenOptions(
         preprocessing=preprocessing or {},
         loader_workers=loader_workers,

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunesweep.models import UserError, load, load_provenance, read_arch
+from prunesweep.models import Arch, UserError, arch_of, load, load_provenance, read_arch
 from prunesweep.models.io.provenance import digest, versions
 
 from ..compatibility import check_features, check_fits, check_labels, check_order
@@ -20,7 +20,7 @@ from ..settling import check_settles, settled
 from .metrics_log import MetricsLog
 from .placement import Placement
 from .run_job import run_job
-from .training_job import Reports, TrainingJob
+from .training_job import Reports, TrainingJob, load_sized
 from .work import FORMAT, Work, model_facts
 
 __all__ = ["Finetuning", "finetune"]
@@ -43,6 +43,7 @@ class Finetuning:
         second_stage: the pruning method whose own way of finetuning is used, if any.
         work_folder: folder to use as ``work``, for a job that is part of another one.
         teacher_logits: folder to use as ``teacher_cache``, for a job that is part of another one.
+        img_size: rows and columns of the images to train at, the teacher too; the model's own by default.
     """
 
     model: Path
@@ -55,11 +56,23 @@ class Finetuning:
     second_stage: SecondStageJob | None = None
     work_folder: Path | None = None
     teacher_logits: Path | None = None
+    img_size: tuple[int, int] | None = None
+
+    def record(self, path: Path) -> Arch:
+        """Return the record of the model or of the teacher as it is trained, at ``img_size``.
+
+        Raises:
+            UserError: it is for one size, as a model with a token plan is.
+        """
+        try:
+            return read_arch(path) if self.img_size is None else arch_of(load_sized(path, self.img_size))
+        except UserError as error:
+            raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
 
     @cached_property
     def opened(self) -> Data:
         """The data as the model expects them."""
-        model: Any = load(self.model)
+        model = load_sized(self.model, self.img_size)
         return open_data(self.data, model.pretrained_cfg, **self.data_options)
 
     @cached_property
@@ -72,6 +85,7 @@ class Finetuning:
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.seed,
             "second_stage": None if self.second_stage is None else asdict(self.second_stage),
+            **({} if self.img_size is None else {"img_size": list(self.img_size)}),
         }
 
     @property
@@ -106,12 +120,12 @@ class Finetuning:
                 continue
             head = f"timm.create_model('local-dir:{path}', pretrained=True, num_classes={data.info.num_classes})"
             remedy = f"give it a new head with {head} and models.save, or take data of its classes"
-            check_fits(read_arch(path), data, name=f"{what} {path}", remedy=remedy)
+            check_fits(self.record(path), data, name=f"{what} {path}", remedy=remedy)
         if self.teacher is not None and self.data_options.get("classes") is None:
             teacher: Any = load(self.teacher)
             check_order(teacher.pretrained_cfg, data, f"teacher {self.teacher}")
         check_settles(self.recipe, source=self.teacher is not None, method=self.second_stage is not None)
-        arch, source = read_arch(self.model), None if self.teacher is None else read_arch(self.teacher)
+        arch, source = self.record(self.model), None if self.teacher is None else self.record(self.teacher)
         recipe = settled(self.recipe, data, arch, source)
         if arch.headless:
             check_features(recipe, f"model {self.model}")
@@ -137,6 +151,7 @@ class Finetuning:
             seed=self.seed,
             data_options=dict(self.data_options),
             second_stage=None if self.second_stage is None else asdict(self.second_stage),
+            img_size=self.img_size,
         )
 
     def provenance(self, data: Data) -> dict[str, Any]:
@@ -152,6 +167,7 @@ class Finetuning:
             "seed": self.seed,
             "versions": versions(),
             **({} if self.second_stage is None else {"second_stage": asdict(self.second_stage)}),
+            **({} if self.img_size is None else {"img_size": list(self.img_size)}),
         }
 
 

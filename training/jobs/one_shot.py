@@ -12,7 +12,20 @@ import timm
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, Cost, Cut, UserError, adopted, arch_of, cost, cut, load, save, weights_digest
+from prunesweep.models import (
+    Arch,
+    Cost,
+    Cut,
+    UserError,
+    adopted,
+    arch_of,
+    cost,
+    cut,
+    load,
+    read_arch,
+    save,
+    weights_digest,
+)
 from prunesweep.models.errors import nearest
 from prunesweep.models.finite import check_finite
 from prunesweep.models.io.provenance import versions
@@ -31,6 +44,7 @@ from prunesweep.pruners import (
     spent,
     suggestion,
 )
+from prunesweep.pruners.protection import Protection
 from prunesweep.pruners.scores import DEPTH
 from prunesweep.pruners.subspaces import can_recover, compressed_arch, projected_widths
 from prunesweep.pruners.subspaces.calibration import images_of
@@ -42,6 +56,7 @@ from .scoring import Calibration, Progress, cached_scores
 __all__ = ["Budget", "Pruned", "evaluate_shown", "open_source", "plan_once", "prune_once", "save_pruned", "to_device"]
 
 SMALLEST = 1e-6  # a keep rate that is valid with any other setting
+GIVEN = "given"  # of scores that were not made or found, but given, in provenance
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,20 @@ class Pruned:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_source(name: str) -> Arch:
+    """Read the record of a saved folder or of a timm model, without its weights.
+
+    Raises:
+        UserError: ``name`` is neither, or the architecture is not supported.
+    """
+    if Path(name).exists():
+        return read_arch(name)
+    if not timm.is_model(name.split(".")[0]):
+        hint = nearest(name.split(".")[0], timm.list_models())
+        raise UserError(f"{name!r} is neither the folder of a saved model nor a timm model. {hint}".strip())
+    return Arch.from_timm(name)
+
+
 def open_source(name: str) -> Any:
     """Load the model in a saved folder, for work in float32, or build a timm model with its pretrained weights.
 
@@ -112,10 +141,7 @@ def open_source(name: str) -> Any:
         model = to_float32(load(name))
         check_finite(model, name)
         return model
-    if not timm.is_model(name.split(".")[0]):
-        hint = nearest(name.split(".")[0], timm.list_models())
-        raise UserError(f"{name!r} is neither the folder of a saved model nor a timm model. {hint}".strip())
-    Arch.from_timm(name)
+    check_source(name)
     try:
         model = adopted(timm.create_model(name, pretrained=True)).eval()
     except Exception as error:  # timm passes on all errors of its parts, mostly of downloads
@@ -133,6 +159,8 @@ def prune_once(
     drop: int = 0,
     groups: Mapping[str, int] | None = None,
     floors: Mapping[str, float] | None = None,
+    protect: Sequence[str] = (),
+    given: Scores | None = None,
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     recovery: Recovery | None = Recovery(),  # noqa: B008 (frozen)
@@ -149,6 +177,8 @@ def prune_once(
         drop: number of blocks to drop first, by the least importance that ``pruners.score_depth`` measures.
         groups: units per group by kind; those left out have the method's own.
         floors: share of every vector that has to stay, by kind.
+        protect: what nothing touches, as for ``Protection.parse``.
+        given: scores of the model by the method, in place of making or finding them (``given_scores``).
         options: settings of the method, by name.
         calibration: the images to score on.
         recovery: how the cut model is refitted, where its family allows that; None leaves it as cut.
@@ -172,8 +202,12 @@ def prune_once(
         raise UserError(f"drop = {drop}: the model has {arch.depth} blocks, at least one must stay")
     if drop > arch.depth - len(arch.stages):
         raise UserError(f"drop = {drop}: {arch.depth} blocks are in {len(arch.stages)} stages, each must keep one")
+    protected = Protection.parse(protect)
+    protected.check(arch)
+    if (free := sum(not protected.stays(i) for i in range(arch.depth))) < drop:
+        raise UserError(f"drop = {drop}: only {free} blocks may be dropped, others are protected")
     opened = open_fitting(data, model)
-    settings = {**_path_settings(entry, drop, groups, floors), **deciding}
+    settings = {**_path_settings(entry, drop, groups, floors, protected), **deciding}
     calibration = calibration or Calibration()
     weights = weights_digest(model)
     to_device(model)
@@ -182,15 +216,17 @@ def prune_once(
         path = cached_scores(model, of, opened, calibration, cache, progress, weights=weights, **how)
         return Scores.load(path), path.name
 
-    widths, name = scores(method, options=scoring)
+    widths, name = scores(method, options=scoring) if given is None else (given, GIVEN)
     if drop:
-        settings["dropped"] = drop_order(scores(DEPTH)[0])[:drop]
+        settings["dropped"] = [i for i in drop_order(scores(DEPTH)[0]) if not protected.stays(i)][:drop]
     reached = entry.decide(arch, widths, limit, measure=budget.measure, **settings)
     if projecting:
         reached = _projected(arch, reached, budget.measure)
     metadata = {"budget": budget.spent(arch, reached), "scores": name, "seed": calibration.seed}
     if options:
         metadata["settings"] = dict(options)
+    if protected:
+        metadata["protect"] = list(protect)
     return _make(
         model, reached.cut, opened, recovery, cache, {"method": method, "weights": weights, **metadata}, progress
     )
@@ -204,6 +240,7 @@ def plan_once(
     keep_rate: float | None = None,
     budget: Budget | None = None,
     settings: Mapping[str, Any] | None = None,
+    given: Scores | None = None,
     calibration: Calibration | None = None,
     recovery: Recovery | None = Recovery(),  # noqa: B008 (frozen)
     cache: Path,
@@ -218,6 +255,7 @@ def plan_once(
         keep_rate: share of patches that are centres, in (0, 1].
         budget: what the result may cost; give either this or ``keep_rate``.
         settings: other settings of the method, by name.
+        given: as for ``prune_once``.
         calibration: as for ``prune_once``.
         recovery: as for ``prune_once``.
         cache: as for ``prune_once``.
@@ -238,8 +276,10 @@ def plan_once(
     opened = open_fitting(data, model)
     calibration = calibration or Calibration()
     weights = weights_digest(to_device(model))
-    path = cached_scores(model, method, opened, calibration, cache, progress, weights=weights, options=scoring)
-    scores = Scores.load(path)
+    scores, name = given, GIVEN
+    if scores is None:
+        path = cached_scores(model, method, opened, calibration, cache, progress, weights=weights, options=scoring)
+        scores, name = Scores.load(path), path.name
     metadata: dict[str, Any] = {}
     if budget is not None and limit is not None:
         reached = entry.plan_for_budget(arch, scores, limit, measure=budget.measure, **deciding)
@@ -250,7 +290,7 @@ def plan_once(
     metadata |= {
         "keep_rate": keep_rate,
         "settings": options,
-        "scores": path.name,
+        "scores": name,
         "seed": calibration.seed,
     }
     return _make(model, decision, opened, recovery, cache, {"method": method, "weights": weights, **metadata}, progress)
@@ -310,13 +350,19 @@ def _projected(arch: Arch, reached: Reached, measure: Measure) -> Reached:
 
 
 def _path_settings(
-    method: WidthMethod, drop: int, groups: Mapping[str, int] | None, floors: Mapping[str, float] | None
+    method: WidthMethod,
+    drop: int,
+    groups: Mapping[str, int] | None,
+    floors: Mapping[str, float] | None,
+    protected: Protection,
 ) -> dict[str, Any]:
     """Return the settings, besides the budget, of a method's path of widths."""
     if method.along_path:
-        return {"groups": {**method.groups, **(groups or {})}, "floors": floors}
-    if drop or groups or floors:
-        raise UserError(f"method {method.name!r} decides by ratios per structure: it takes no drop, groups or floors")
+        return {"groups": {**method.groups, **(groups or {})}, "floors": floors, "protected": protected}
+    if drop or groups or floors or protected:
+        raise UserError(
+            f"method {method.name!r} decides by ratios per structure: it takes no drop, groups, floors or protect"
+        )
     return {}
 
 

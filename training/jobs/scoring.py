@@ -17,15 +17,15 @@ from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import make_folder, publish_file
 from prunesweep.models.io.provenance import digest
 from prunesweep.models.precision import in_float32
-from prunesweep.pruners import ScoredMethod, Scores, get_method, score_depth
+from prunesweep.pruners import ScoredMethod, Scores, WidthMethod, get_method, score_depth
 from prunesweep.pruners.drawn_targets import with_drawn_features, with_drawn_labels
-from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED, check_scores_finite
+from prunesweep.pruners.scores import DEPTH, FORMAT, LEARNED, check_scores_finite, unit_counts
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
 from prunesweep.pruners.zeros import zero_notes
 from prunesweep.training import Data, Recipe, fit
 
-__all__ = ["Calibration", "Progress", "cached_gates", "cached_scores"]
+__all__ = ["Calibration", "Progress", "cached_gates", "cached_scores", "given_scores"]
 
 Progress = Callable[[str, float, str], None]  # what is being done, the share of it done in [0, 1], a note
 
@@ -87,7 +87,9 @@ def cached_scores(
     if drawn := entry is not None and entry.labels and (headless or not data.info.labelled):
         metadata["labels"] = "drawn"
     path = cache / f"{method}-{digest(metadata)}.safetensors"
-    if not _holds(path, metadata):
+    if _holds(path, metadata):
+        progress("scores from the cache", 1.0, str(path))
+    else:
         if not compute:
             raise NotHere(f"scores of {method} are not in the cache: they take {calibration.images} images")
         what = "measuring blocks" if entry is None else entry.progress
@@ -110,6 +112,40 @@ def cached_scores(
     for note in zero_notes(model, Scores.load(path)):
         warnings.warn(f"{method}: {note}", stacklevel=2)
     return path
+
+
+def given_scores(path: Path, model: nn.Module, method: str, options: Mapping[str, Any] | None = None) -> Scores:
+    """Read scores that were made elsewhere, and check that they are of a model by a method.
+
+    Args:
+        path: the file.
+        model: the model that is decided about.
+        method: name of the method that decides.
+        options: settings of its scoring that are given.
+
+    Raises:
+        UserError: the file is not there or damaged, or it says that it is of another model, method or settings.
+    """
+    if not path.is_file():
+        raise UserError(f"--scores {path}: there is no such file; prunesweep score writes one, and says where")
+    found = Scores.load(path, "give a file that prunesweep score wrote")
+    facts = found.provenance
+    wanted = {"method": method, "arch": arch_of(model).hash, "weights": weights_digest(model)}
+    for name, value in wanted.items():
+        if (own := facts.get(name, value)) != value:
+            what = f"by method {own!r}, not {method!r}" if name == "method" else f"of a model with other {name}"
+            what = what.replace("other arch", "another architecture")
+            raise UserError(f"--scores {path}: is {what}: score this model with prunesweep score --method {method}")
+    if (own := facts.get("settings", {})) != dict(options or {}):
+        raise UserError(f"--scores {path}: was made with settings {own}, --set gives {dict(options or {})}")
+    counts = unit_counts(arch_of(model))
+    for name, vector in found.vectors.items():
+        if name in counts and vector.shape != (counts[name],):
+            raise UserError(f"--scores {path}: {name} has {vector.numel()} entries, the model needs {counts[name]}")
+        if name not in counts and isinstance(get_method(method, ScoredMethod), WidthMethod):
+            raise UserError(f"--scores {path}: {name} is no vector of {arch_of(model).source}")
+    check_scores_finite(found, method)
+    return found
 
 
 def cached_gates(
@@ -147,6 +183,7 @@ def cached_gates(
     metadata = {**_facts(model, LEARNED, data, weights), **run}
     path = cache / f"{LEARNED}-{digest(metadata)}.safetensors"
     if _holds(path, metadata):
+        progress("scores from the cache", 1.0, str(path))
         return path
     if not compute:
         raise NotHere(f"learned gates are not in the cache: they are trained for {recipe.epochs} epochs")

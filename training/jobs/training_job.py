@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import UserError, load
+from prunesweep.models import UserError, load, resize
 from prunesweep.models.precision import as_stored, to_float32
 from prunesweep.pruners.hook import Hook
 
@@ -25,7 +25,17 @@ from ..settling import settled
 from ..world import World
 from .prune_loop import PruneJob, prune_while_training
 
-__all__ = ["STATE", "CannotBegin", "LoadedJob", "Reports", "TrainedModels", "TrainingJob", "load_job", "train_models"]
+__all__ = [
+    "STATE",
+    "CannotBegin",
+    "LoadedJob",
+    "Reports",
+    "TrainedModels",
+    "TrainingJob",
+    "load_job",
+    "load_sized",
+    "train_models",
+]
 
 STATE = "state.safetensors"  # file name of the state of a training that is not done
 
@@ -53,6 +63,7 @@ class TrainingJob:
         prune: a ``PruneJob`` as JSON, for a method that decides while training; the published models are then cut.
         second_stage: a ``SecondStageJob`` as JSON, for finetuning in a pruning method's own way.
         halvings: as for ``fit``; of a job without ``prune``.
+        img_size: rows and columns of the images, where model and teacher are trained at another size than they have.
     """
 
     model: str
@@ -66,6 +77,7 @@ class TrainingJob:
     prune: Mapping[str, Any] | None = None
     second_stage: Mapping[str, Any] | None = None
     halvings: int = 0
+    img_size: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +98,23 @@ class Reports:
     on_note: Callable[[str], None] | None = None
 
 
+def load_sized(path: str | Path, img_size: Sequence[int] | None) -> Any:
+    """Load a saved model, for images of a size.
+
+    Args:
+        path: its folder.
+        img_size: rows and columns; the model's own by default.
+
+    Raises:
+        UserError: as for ``load`` and ``resize``.
+    """
+    model = load(path)
+    if img_size is not None:
+        rows, columns = img_size
+        resize(model, (rows, columns))
+    return model
+
+
 def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = None) -> LoadedJob:
     """Load a job's models, for work in float32, and open its data.
 
@@ -94,8 +123,9 @@ def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = N
         device: where the models go.
         data: the job's data, if it is open already.
     """
-    model: Any = to_float32(load(job.model)).to(device)
-    teacher = None if job.teacher is None else to_float32(load(job.teacher)).to(device)
+    model, teacher = (None if path is None else load_sized(path, job.img_size) for path in (job.model, job.teacher))
+    model, teacher = (None if own is None else to_float32(own).to(device) for own in (model, teacher))
+    assert model is not None
     data = data or open_data(job.data, model.pretrained_cfg, **job.data_options)
     return LoadedJob(model, teacher, data)
 

@@ -37,7 +37,7 @@ function drawChosen() {
     what,
     images,
     epochs,
-    fixed(own[quality], 2),
+    fixed(own[quality], QUALITIES[quality][1]),
     between(own),
     fixed(own.loss, 4),
     fixed(own.kl, 4),
@@ -130,7 +130,7 @@ function drawTable() {
     column("epochs", t => t.epochs),
     column(
       QUALITIES[quality][0] + (known(t => t.validation) ? ", validation" : ""),
-      t => fixed(best(t)[quality], 2),
+      t => fixed(best(t)[quality], QUALITIES[quality][1]),
       t => best(t)[quality],
     ),
     column("95 % interval", t => between(best(t))),
@@ -139,7 +139,7 @@ function drawTable() {
       ? [
           column(
             QUALITIES[quality][0] + ", search",
-            t => fixed(t[quality], 2),
+            t => fixed(t[quality], QUALITIES[quality][1]),
             t => t[quality],
           ),
         ]
@@ -148,8 +148,10 @@ function drawTable() {
       ? []
       : [
           column(
-            "untrained " + (quality === "agreement" ? "agreement" : "top-1") + " (%), search",
-            t => fixed(t.zero_shot, 2),
+            OWN.includes(quality)
+              ? "untrained, search"
+              : "untrained " + (quality === "agreement" ? "agreement" : "top-1") + " (%), search",
+            t => fixed(t.zero_shot, QUALITIES[quality][1]),
             t => t.zero_shot,
           ),
         ]),
@@ -162,7 +164,7 @@ function drawTable() {
           t => best(t)[name],
         ),
       ),
-    column("promoted", t => (t.promoted ? fixed(t.promoted[quality], 2) : "")),
+    column("promoted", t => (t.promoted ? fixed(t.promoted[quality], QUALITIES[quality][1]) : "")),
     ...costs.map(name =>
       column(
         COSTS[name][0] + " (" + COSTS[name][1] + ")",

@@ -14,7 +14,17 @@ const intervalOf = own =>
   quality === "top1" || (quality === "agreement" && !number(own.top1)) ? (own.interval ?? null) : null;
 const between = own => intervalOf(own)?.map(x => x.toFixed(1)).join("-") ?? "";
 const shownQuality = own =>
-  QUALITIES[quality][0].replace(" (%)", "") + " " + fixed(own[quality], 2) + (quality === "ppl" ? "" : " %");
+  QUALITIES[quality][0].replace(" (%)", "") +
+  " " +
+  fixed(own[quality], QUALITIES[quality][1]) +
+  (QUALITIES[quality][0].endsWith(" (%)") ? " %" : "");
+const ownScale = () => quality === "ppl" || OWN.includes(quality); // no share of 100 %
+const atBest = () =>
+  quality === "ppl"
+    ? "the source's perplexity"
+    : OWN.includes(quality)
+      ? "the source's " + QUALITIES[quality][0]
+      : "100 %";
 const hover = (t, own) =>
   "<b>" +
   plain(t.unit) +
@@ -102,12 +112,15 @@ function drawTiles() {
       .map(([cause, x]) => cause + " " + (100 * x).toFixed(0))
       .join(" + ");
   const tiles = [];
-  if (quality === "ppl")
+  if (ownScale()) {
+    const low = quality !== "quality";
+    const values = front.map(t => best(t)[quality]).filter(number);
     tiles.push([
-      "lowest perplexity of the front",
-      front.length ? fixed(Math.min(...front.map(t => best(t).ppl)), 2) : "none",
+      (low ? "lowest " : "highest ") + QUALITIES[quality][0] + " of the front",
+      values.length ? fixed((low ? Math.min : Math.max)(...values), QUALITIES[quality][1]) : "none",
       "",
     ]);
+  }
   else {
     tiles.push([
       "smallest model not told apart from the source",
@@ -132,7 +145,8 @@ function drawTiles() {
     "hypervolume",
     fixed(page.hypervolume, 4),
     "of the box from (source's cost, quality 0) to (no cost, " +
-      (quality === "ppl" ? "the source's perplexity)" : "100 %)"),
+      atBest() +
+      ")",
   ]);
   tiles.push([
     "what the run cost",

@@ -48,7 +48,8 @@ function choose(unit) {
 // Take the page's data in, keeping what was chosen.
 function show() {
   source = page.source;
-  quality = page.objectives.find(name => ["top1", "balanced", "ppl", "agreement"].includes(name));
+  quality = page.objectives.find(name => ["top1", "balanced", "ppl", "agreement", ...OWN].includes(name));
+  if (OWN.includes(quality)) QUALITIES[quality] = [page.measure ?? quality, 4];
   if (!number(source[quality]) && quality === "agreement") {
     source.agreement = 100;
     if (source.searched) source.searched.agreement = 100;

@@ -12,6 +12,7 @@ const QUALITIES = {
   kl: ["KL to the source (nats)", 4],
   loss: ["loss (nats)", 4],
 };
+const OWN = ["quality", "error"]; // what a measure of one's own gave, the second where lower is better
 const LOGARITHMIC = ["ppl", "kl"];
 const state = { cost: null, quality: null, split: null, chosen: null, place: null, over: 0, brush: {} };
 const byId = id => document.getElementById(id);

@@ -5,9 +5,9 @@ function drawGrowth() {
   byId("over").value = String(state.over);
   byId("corner").textContent =
     "Hypervolume of the front as tasks ended. Its box reaches from the worst corner, the source's cost at " +
-    (quality === "ppl" ? "an endless perplexity" : "0 %") +
+    (quality === "ppl" ? "an endless perplexity" : OWN.includes(quality) ? "no quality" : "0 %") +
     ", to no cost at " +
-    (quality === "ppl" ? "the source's perplexity" : "100 %") +
+    atBest() +
     ".";
   plot(
     "growth",

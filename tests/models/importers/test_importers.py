@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from prunesweep.models import UserError, arch_of, load, save
-from prunesweep.models.importers import LAYOUTS, import_checkpoint
+from prunesweep.models.importers import LAYOUTS, container, import_checkpoint
 
 DATA = Path(__file__).parents[2] / "golden" / "data" / "import"
 CONFIG = {"deit": DATA / "spvit_deit_mixed_dev_config.json", "swin": DATA / "spvit_swin_mixed_dev_config.yaml"}
@@ -414,3 +414,16 @@ def test_a_tensor_under_two_names_can_be_saved(tmp_path: Path) -> None:
     again = load(save(model, tmp_path / "model"))
     assert torch.equal(again.blocks[0].norm1.weight, content["blocks.0.norm2.weight"])
     assert model.blocks[0].norm1.weight.data_ptr() != model.blocks[0].norm2.weight.data_ptr()
+
+
+def test_an_older_file_that_names_too_many_tensors_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "many.pth"
+    content = {f"blocks.{i}.weight": torch.zeros(1) for i in range(60)}
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    assert len(container.read_checkpoint(file, trust=False, ema=False)[0]) == 60
+    monkeypatch.setattr(container, "MOST_PARTS", 50)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match="names more than 50 tensors"):
+        container.read_checkpoint(file, trust=False, ema=False)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from prunesweep.models import UserError, build
 from prunesweep.training import Data, Recipe, evaluate_on, fit, open_data, own_data
-from prunesweep.training.data.own import MODULES
+from prunesweep.training.named_code import MODULES
 from tests.models.test_in_other_code import KINDS
 
 ARCH = KINDS["attention"]
