@@ -162,10 +162,10 @@ class Display:
             objectives: of the search, which are marked.
             measure: the search's own measure, as ``search.quality`` has it.
         """
-        source = space.source_cost
+        source, own = space.source_cost, None if measure is None else quality_name(measure)
+        told = "" if quality is None else f"{quality.brief(own)}  "
         self.note(
-            f"source: {space.arch.source}  {'' if quality is None else f'{quality.brief(measure and quality_name(measure))}  '}"
-            f"{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
+            f"source: {space.arch.source}  {told}{source.macs / 1e6:.2f} M MACs  {source.params / 1e6:.3f} M params"
         )
         variables = Table("variable", "low", "high", "meaning", title="search space", title_justify="left")
         free = [v for v in space.variables if not v.fixed]
@@ -175,7 +175,7 @@ class Display:
             else:
                 variables.add_row(v.name, f"{v.low:g}", f"{v.high:g}", v.meaning)
         accuracy = HEADINGS["top1" if quality is None or quality.agreement is None else "agreement"]
-        accuracy = accuracy if measure is None else quality_name(measure)
+        accuracy = own or accuracy
         better = "↓" if "error" in objectives else "↑"
         columns = ("", "min", "median", "max")
         title = "over a sample of the space; arrows: objectives"

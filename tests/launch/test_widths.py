@@ -56,7 +56,7 @@ def test_commands_print_paths_whole(
     save(random_model(KINDS["attention"], 0, torch.float32), place)
     code, out, _ = call(capsys, "bench", place, "--batch", "1", "--seconds", "0", "--threads", "1")
     assert code == 0
-    assert f"1: {place}\n" in out
+    assert f"source: {place}\n" in out
     assert all(len(line) <= int(width) for line in out.splitlines() if "\u2502" in line)
 
     from prunesweep.launch import doctor
