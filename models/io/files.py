@@ -24,6 +24,7 @@ from prunesweep.models.errors import UserError
 __all__ = [
     "check_place",
     "disk_full",
+    "machine_fails",
     "make_folder",
     "publish",
     "publish_file",
@@ -267,6 +268,14 @@ def write_refused(error: BaseException) -> str:
         if said or (isinstance(error, OSError) and error.errno == code):
             return "take a place that you may write to, or have its rights changed"
     return ""
+
+
+def machine_fails(error: BaseException) -> bool:
+    """Whether an error is the machine's, whatever is being done on it: too many open files, storage that fails."""
+    codes = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.EROFS)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(os.strerror(code) in str(error) for code in codes[:2])  # libraries in other languages
 
 
 def disk_full(error: BaseException) -> bool:

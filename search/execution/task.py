@@ -32,7 +32,7 @@ from prunesweep.models import (
     read_arch,
     save,
 )
-from prunesweep.models.io.files import disk_full, write_text
+from prunesweep.models.io.files import disk_full, machine_fails, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.store import check_saved, saved_digest
@@ -191,6 +191,8 @@ def run_task(path: Path, unit: Task, fence: Fence | None = None) -> dict[str, An
     except Exception as error:
         if disk_full(error):  # it is no fault of the unit's, which goes on once there is room
             return {"state": "disk full"}
+        if machine_fails(error):
+            return {"state": "broken", "reason": f"{socket.gethostname()}: {error}"}
         failure = traceback.format_exc()
         if reason := _broken(run):
             return {"state": "broken", "reason": reason}

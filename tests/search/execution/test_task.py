@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -483,3 +484,31 @@ def test_a_training_that_was_killed_for_memory_goes_on_with_smaller_parts(
     assert given == [0, 0, 1, 2]
     assert "note" in events(run, unit.id)
     assert not (run.trial(unit.id) / task.ATTEMPT).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "broken"),
+        (OSError(errno.EIO, "Input/output error"), "broken"),
+        (RuntimeError("unable to open file: Too many open files"), "broken"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full"),
+        (RuntimeError("shapes do not match"), "failed"),
+    ],
+)
+def test_what_the_machine_refuses_is_not_the_candidate_s_failure(
+    started: tuple[Run, Coordinator], monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+) -> None:
+    run, coordinator = started
+    unit = coordinator.next()
+    assert unit is not None
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(task, "_work", fail)
+    found = run_task(run.path, unit)
+    assert found["state"] == state
+    assert (run.read_result(unit.id) is None) == (state != "failed")
+    if state == "broken":
+        assert found["reason"].endswith(str(error))
