@@ -298,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # one that is ignored, as in a shell's background, stays so
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     warnings.showwarning = _warn
+    with contextlib.suppress(AttributeError):  # characters that the locale has not are no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         with handling(_interrupt, signal.SIGINT) if heeded else contextlib.nullcontext():
             app(arguments)

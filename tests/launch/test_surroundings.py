@@ -29,10 +29,10 @@ def place(tmp_path: Path) -> Path:
     return real.parent / "link"
 
 
-def start(place: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start(place: Path, arguments: Sequence[str], **variables: str) -> subprocess.Popen[str]:
     """Start a command of the command line in ``place``, whose output is one stream; Ctrl-C reaches all it starts."""
     environment = {name: value for name, value in os.environ.items() if name != "HOME"}
-    environment |= {"LC_ALL": "C", "TMPDIR": str(place / ("tmp" * 20)), "OMP_NUM_THREADS": "1"}
+    environment |= {"LC_ALL": "C", "TMPDIR": str(place / ("tmp" * 20)), "OMP_NUM_THREADS": "1", **variables}
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # may be ignored where tests run
     code += "from prunesweep.launch.cli import main; main()"
     limited = ["bash", "-c", 'ulimit -n 256; umask 077; exec "$@"', "bash", sys.executable, "-c", code, *arguments]
@@ -63,8 +63,9 @@ def test_a_search_where_little_is_as_usual(place: Path, image_folder: Path) -> N
     assert stat.S_IMODE((model / "model.safetensors").stat().st_mode) == 0o600
     timm.create_model(f"local-dir:{model}", pretrained=True)
     assert left(place) == []
-    shown = start(place, ["front", str(run.relative_to(place))])
-    assert "Pareto front" in shown.communicate(timeout=60)[0] or shown.returncode == 0
+    shown = start(place, ["front", str(run.relative_to(place))], PYTHONIOENCODING="ascii")
+    assert "epochs" in shown.communicate(timeout=60)[0]
+    assert shown.returncode == 0
 
 
 def test_ctrl_c_of_training_on_workers(place: Path) -> None:
@@ -84,8 +85,7 @@ def test_ctrl_c_of_training_on_workers(place: Path) -> None:
     output, _ = training.communicate(timeout=60)
     assert training.returncode == 130, "".join(seen) + output
     (work,) = place.resolve().glob(".ergebnis*")
-    assert output.splitlines()[-1].startswith("interrupted; the same command goes on from what is saved in ")
-    assert output.splitlines()[-1].endswith(f"{place.name}/{work.name}")
+    assert output.splitlines()[-1] == f"interrupted; the same command goes on from what is saved in {work}"
     assert "Traceback" not in output
     assert left(place) == []
     assert set(os.listdir("/dev/shm")) <= memory
