@@ -82,7 +82,7 @@ def _attention(places: Places | None, arch: Arch, block: Block, norm_layer: Any)
 
 
 class EvaFamily(VisionTransformerFamily):
-    """timm's Eva models, whose queries and keys have pairs of channels that are turned by places."""
+    """ViTs with queries, keys and values apart, pairs of whose channels may be turned by places."""
 
     name = "eva"
     capabilities = frozenset({*VisionTransformerFamily.capabilities, "rotary"} - {"token_scale"})
