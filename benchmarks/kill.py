@@ -108,6 +108,7 @@ class Work:
     outcome: Callable[[], Any]
     finished: Callable[[], set[str]] = set
     twice: Callable[[], list[str]] = list
+    failed: Callable[[], list[str]] = list  # candidates whose process was killed three times
     published: bool = True  # the result appears at the end, and the command then says that it is there
 
 
@@ -157,8 +158,9 @@ def left(place: Path, result: Path, memory: set[str]) -> list[str]:
     found += [f"tmp/{path.name}" for path in (place / "tmp").iterdir() if not path.name.startswith("torchinductor")]
     found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - memory]
     for path in result.parent.rglob(".*"):
-        logs = path.is_dir() and {one.name for one in path.iterdir()} <= {"metrics.jsonl", "tb"}
-        if not logs and path.name != ".teacher_logits":
+        files = [one for one in path.rglob("*") if one.is_file()]
+        logs = path.is_dir() and all(one.name == "metrics.jsonl" or "tb" in one.parts for one in files)
+        if not logs and not {".teacher_logits", ".leases"} & set(path.relative_to(place).parts):  # both are of results
             found.append(str(path.relative_to(place)))
     return found
 
@@ -209,6 +211,7 @@ def series(place: Path, work: Work, kills: int, span: tuple[float, float], momen
         "exit_code": code,
         "lost": sorted(seen - work.finished()),
         "twice": work.twice(),
+        "failed": work.failed(),
         "seconds": time.monotonic() - begun,
         "ends": ends,
         "left": left(place, work.result, memory),
@@ -276,6 +279,7 @@ def search_work(what: str, place: Path, config: Path, name: str) -> Work:
         outcome=lambda: of_run(run),
         finished=lambda: {r.id for r in run.results()} if made() else set(),
         twice=lambda: ended_twice(run),
+        failed=lambda: sorted(run.failures()) if made() else [],
         published=False,
     )
 
@@ -395,6 +399,7 @@ def keep(what: str, found: list[dict[str, Any]]) -> None:
         "kills": len(ends),
         "lost": sum(len(one["lost"]) for one in found),
         "twice": sum(len(one["twice"]) for one in found),
+        "failed": sum(len(one.get("failed", [])) for one in found),
         "equal": sum(one["differs"] is False for one in found),
         "largest_difference": max(float(one["differs"]) for one in found),
         "ended": len(found),

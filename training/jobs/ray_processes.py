@@ -79,18 +79,21 @@ def _main(driver: int, folder: str, text: str) -> None:
     def going() -> bool:
         return not over(driver) and started_at(driver) == began
 
+    def dead() -> bool:
+        return any(over(pid) or started_at(pid) != started for pid, started in seen.items())
+
     while going():
         for pid, started in children(driver).items() if len(seen) < len(MAIN) else ():
             if name_of(pid) in MAIN:
                 seen[pid] = started
         if time.monotonic() > due:
             begun, due = {child: at for pid in seen for child, at in children(pid).items()} or begun, due + LISTED
-        if not died and any(over(pid) or started_at(pid) != started for pid, started in seen.items()):
+        if not died and dead():
             died = time.monotonic()
         if died and time.monotonic() > died + OWN:
             break
         time.sleep(LOOK)
-    if died:
+    if died or dead():  # the second one: it ended the other process with it
         sys.stderr.write(f"{text}\n")
     if going():  # before the rest: were its connections cut, it would end with exit code 1
         os.kill(driver, signal.SIGQUIT)

@@ -126,13 +126,15 @@ def test_a_process_that_ray_cannot_do_without_and_dies_while_it_starts_is_notice
 
 
 STUCK = """
-import ctypes, subprocess, sys
+import ctypes, os, subprocess, sys
 from prunesweep.training.jobs import ray_session
 
 def init(**_):
     process = subprocess.Popen([sys.argv[1], "60"])
     ctypes.pythonapi.usleep(300_000)
     process.kill()
+    if "ends" in sys.argv:
+        os._exit(1)
     ctypes.pythonapi.usleep(60_000_000)  # holds the interpreter's lock all the time
 
 ray_session.ray.init = init
@@ -142,13 +144,14 @@ with ray_session.own_ray(lambda: None):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_ray_that_dies_while_nothing_of_python_can_run_ends_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "code"), [("waits", 3), ("ends", 1)])
+def test_a_ray_that_dies_while_nothing_of_python_can_run_is_said(how: str, code: int, tmp_path: Path) -> None:
     """As ``ray.init`` waits for a GCS that is gone: for a minute, and then it ends the process with exit code 1."""
     (tmp_path / "gcs_server").symlink_to(shutil.which("sleep") or "")
     begun, environment = time.monotonic(), {**os.environ, "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
-    process = [sys.executable, "-c", STUCK, str(tmp_path / "gcs_server")]
-    ended = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=50)
-    assert (ended.returncode, ended.stderr.count("\n")) == (3, 1), ended.stderr
+    process = [sys.executable, "-c", STUCK, str(tmp_path / "gcs_server"), how]
+    ended = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=50)  # until all is closed
+    assert (ended.returncode, ended.stderr.count("\n")) == (code, 1), ended.stderr
     assert ended.stderr.startswith("error: Ray died; the same command goes on")
     assert time.monotonic() - begun < 40
     assert [path.name for path in tmp_path.iterdir()] == ["gcs_server"]
