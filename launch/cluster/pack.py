@@ -57,7 +57,7 @@ def _badness(point: Mapping[str, Any]) -> float:
     """What a member of the front was chosen by, negated where more is better."""
     measure = point.get("ranked_by", "agreement" if "agreement" in point else "top1")  # earlier versions do not say
     value = float(point.get(f"searched_{measure}", point[measure]))
-    return value if measure in ("loss", "kl", "ppl") else -value
+    return value if measure in ("loss", "kl", "ppl", "error") else -value
 
 
 def write_archive(run: Path, top: int | None, file: IO[bytes], limit: int) -> None:

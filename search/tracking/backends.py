@@ -20,7 +20,8 @@ from prunesweep.search.store.run import Result, Run
 __all__ = ["Backend", "MLflow", "WandB", "backends", "check_backends"]
 
 EXPERIMENT = "prunesweep"  # MLflow's, of all searches
-FIGURES = ("top1", "balanced", "ppl", "agreement", "loss", "kl", "zero_shot", "macs", "params", "latency_ms", "seconds")
+QUALITIES = ("top1", "balanced", "ppl", "agreement", "quality", "error")
+FIGURES = (*QUALITIES, "loss", "kl", "zero_shot", "macs", "params", "latency_ms", "seconds")
 DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")  # schemes of stores that are no servers
 OFFLINE = ("offline", "disabled", "dryrun")
 
