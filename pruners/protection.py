@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prunesweep.models import Arch, UserError
 from prunesweep.models.errors import nearest
@@ -109,6 +109,15 @@ class Protection:
         if where != "blocks":
             return kind in self.spaces
         return int(place) in self.blocks or self._has(REACH.get(kind, (kind,)), int(place))
+
+    def with_heads(self) -> Protection:
+        """Protect heads too where queries and keys or values are: projection shares out what is left among all heads."""
+        narrow = [self.spaces[kind] for kind in ("heads", "qk", "v", "dim") if kind in self.spaces]
+        if not narrow:
+            return self
+        numbered = [own for own in narrow if own is not None]
+        heads = None if len(numbered) < len(narrow) else frozenset[int]().union(*numbered)
+        return replace(self, spaces={**self.spaces, "heads": heads})
 
     def broken(self, source: Arch, small: Arch) -> str | None:
         """Say what of a smaller model is not as in its source; None where all that is protected is.

@@ -197,6 +197,7 @@ def resume_search(
     more = [] if trials is None else [f"search.trials={trials}"]
     config = reopen(run, [*overrides, *more], on_note=display.note)
     check_given(run, config)
+    _with_direction(config)  # a function of one's own must be there
     check_backends(config.logging)
     space = space_of(run, config)
     ray = RayConnection(

@@ -148,6 +148,10 @@ class WorkerContext:
     @cached_property
     def cutter(self) -> Cutter:
         """Makes the models that units start from."""
+        with _needed_by_all():  # a function of one's own must be there
+            return self._cutter()
+
+    def _cutter(self) -> Cutter:
         return Cutter(self.source, self.data, self.config, kept=self.run / "scores", reading=_needed_by_all)
 
     def epochs(self, rung: int) -> int:

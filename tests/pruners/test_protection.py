@@ -64,6 +64,12 @@ def test_what_contradicts_is_refused(source: Path) -> None:
             width_path(arch, even(arch), groups=GROUPS, protected=Protection.parse(["blocks=0"]), **decided)  # type: ignore[arg-type]
 
 
+def test_projection_keeps_the_heads_whose_values_are_protected() -> None:
+    assert Protection.parse(["v=1", "qk=0"]).with_heads().spaces["heads"] == {0, 1}
+    assert Protection.parse(["v"]).with_heads().keeps("blocks.7.heads")
+    assert not Protection.parse(["mlp"]).with_heads().keeps("blocks.0.heads")
+
+
 @pytest.mark.parametrize("command", ["prune", "instant"])
 def test_commands_protect(source: Path, tmp_path: Path, command: str) -> None:
     out = tmp_path / "out"

@@ -15,7 +15,7 @@ from torch import nn
 
 from prunesweep.launch.cli import main
 from prunesweep.models import UserError, save
-from prunesweep.search import run_search
+from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import parse_config
 from prunesweep.search.store.front import Ranking, hypervolume
 from prunesweep.search.store.run import Run
@@ -125,6 +125,10 @@ def test_a_function_is_the_objective_of_a_search(
         with pytest.raises(SystemExit, match="0"):
             main(command)
         assert command[0] == "report" or "misses" in capsys.readouterr().out
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PRUNESWEEP_MODULES", "")
+        with pytest.raises(UserError, match="names code, which a configuration alone does not run"):
+            resume_search(run, trials=3)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert '"measure": "misses"' in page or '"measure":"misses"' in page
 

@@ -204,6 +204,7 @@ def prune_once(
         raise UserError(f"drop = {drop}: {arch.depth} blocks are in {len(arch.stages)} stages, each must keep one")
     protected = Protection.parse(protect)
     protected.check(arch)
+    protected = protected.with_heads() if projecting else protected
     if (free := sum(not protected.stays(i) for i in range(arch.depth))) < drop:
         raise UserError(f"drop = {drop}: only {free} blocks may be dropped, others are protected")
     opened = open_fitting(data, model)
