@@ -111,7 +111,7 @@ class Protection:
         return int(place) in self.blocks or self._has(REACH.get(kind, (kind,)), int(place))
 
     def with_heads(self) -> Protection:
-        """Protect heads too where queries and keys or values are: projection shares out what is left among all heads."""
+        """Protect heads too where queries, keys or values are: projection shares out what is left among all heads."""
         narrow = [self.spaces[kind] for kind in ("heads", "qk", "v", "dim") if kind in self.spaces]
         if not narrow:
             return self
