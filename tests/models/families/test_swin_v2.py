@@ -55,7 +55,7 @@ def test_every_published_name_is_read() -> None:
     names = sorted(name for name in found if _model_to_module[name] == "swin_transformer_v2")
     for name in names:
         with without_values():
-            model = timm.create_model(name)
+            model = timm.create_model(name, depths=(2, 2, 2, 2))  # all blocks of a stage are alike, or shifted
             arch = Arch.from_timm(model)
             own, given = build(arch).state_dict(), family_of(arch).adopted(model, arch)
         assert {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in given.items()}, name
