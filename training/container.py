@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["memory_kills", "usable_cpus", "usable_memory"]
+from prunesweep.models.errors import UserError
+
+__all__ = ["check_shared_memory", "memory_kills", "usable_cpus", "usable_memory"]
 
 GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -24,6 +27,21 @@ def usable_cpus(groups: Path = GROUPS, own: Path = OWN) -> int:
     cpus = len(os.sched_getaffinity(0))
     quotas = [quota for place in _places(groups, own, "cpu") if (quota := _quota(place)) is not None]
     return max(1, min([cpus, *map(math.ceil, quotas)]))
+
+
+def check_shared_memory() -> None:
+    """Check that processes can share locks, as logs and loaders of images need.
+
+    Raises:
+        UserError: they cannot, because nothing is mounted as /dev/shm, or it is full.
+    """
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(
+            f"processes cannot share memory here ({error.strerror}): /dev/shm is missing or full. Mount it (mount -t "
+            "tmpfs tmpfs /dev/shm; for containers --shm-size or an emptyDir with medium: Memory), or make room"
+        ) from error
 
 
 def usable_memory(groups: Path = GROUPS, own: Path = OWN) -> int:

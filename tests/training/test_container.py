@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 
-from prunesweep.training.container import memory_kills, usable_cpus, usable_memory
+from prunesweep.models import UserError
+from prunesweep.search import run_search
+from prunesweep.training.container import check_shared_memory, memory_kills, usable_cpus, usable_memory
+from tests.conftest import tiny_config
 
 OWN = 64
+
+
+def test_where_no_memory_can_be_shared_it_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_shared_memory()
+
+    def lock() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    with pytest.raises(UserError, match="/dev/shm is missing or full"):
+        check_shared_memory()
+    with pytest.raises(UserError, match="/dev/shm is missing or full"):
+        run_search(tiny_config(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ import prunesweep
 from prunesweep.models import UserError
 from prunesweep.models.io.scratch import remove_left, remove_scratch_folders, scratch_folder
 
-from ..container import usable_memory
+from ..container import check_shared_memory, usable_memory
 from ..signals import deferred
 from . import ray_processes
 from .ray_processes import MAIN, children, name_of, named, over, started_at
@@ -438,6 +438,7 @@ def check_starts(processes: int) -> None:
     Raises:
         UserError: too few files may be open, or there is no place for Ray's sockets.
     """
+    check_shared_memory()
     if ray.is_initialized():
         return
     _ray_place()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from prunesweep.models import UserError, save
 from prunesweep.models.io.files import publish, publish_folder
 
+from ..container import check_shared_memory
 from ..data import Data
 from ..loop import Epoch
 from ..recipe import Recipe
@@ -89,6 +90,7 @@ def _run_here(
     reports: Reports,
 ) -> bool:
     """Train in this process, which may be one of torchrun's; the first one reports and saves."""
+    check_shared_memory()
     with _process_group() as (world, device):
         loaded = loaded or load_job(job, device, data)
         state = work / STATE

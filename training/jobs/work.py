@@ -70,7 +70,7 @@ class Work:
     def held(self) -> Iterator[None]:
         """Claim the folder for a ``with`` block that does the work, and release it once that is done.
 
-        Where Ctrl-C comes before anything was saved, nothing stays.
+        Where Ctrl-C or an error comes before anything was saved, nothing stays.
 
         Raises:
             Interrupted: Ctrl-C; the message says how to go on.
@@ -85,6 +85,10 @@ class Work:
                 raise Interrupted(f"the same command goes on from what is saved in {self.folder}") from error
             shutil.rmtree(self.folder, ignore_errors=True)
             raise Interrupted("nothing was saved yet; the same command begins anew") from error
+        except Exception:
+            if _first() and not self.begun:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         self.release()
 
     @property

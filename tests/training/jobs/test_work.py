@@ -12,7 +12,7 @@ import timm
 import torch
 
 from prunesweep.models import load, save
-from prunesweep.models.errors import Interrupted
+from prunesweep.models.errors import Interrupted, UserError
 from prunesweep.models.io.files import make_folder
 from prunesweep.training.data import Data, open_data
 from prunesweep.training.jobs.finetune import Finetuning
@@ -176,6 +176,9 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_only_what_can_go_on(
             make_folder((work.folder / name).parent)
             (work.folder / name).write_text("")
         raise KeyboardInterrupt
+    assert work.folder.exists() == stays
+    with pytest.raises(UserError), work.held():
+        raise UserError("it cannot be done")
     assert work.folder.exists() == stays
     with work.held():
         (work.folder / "metrics.jsonl").write_text("")
