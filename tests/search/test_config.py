@@ -49,7 +49,7 @@ def test_overrides(tmp_path: Path, tiny) -> None:
     [
         (
             {"search": {"trails": 9}},
-            "start, start_from, start_neutral, start_published, start_methods, keep_models. did you mean 'trials'?",
+            "start_neutral, start_published, start_methods, measure_front, keep_models. did you mean 'trials'?",
         ),
         ({"trials": 9}, "did you mean 'search.trials'?"),
         ({"search": {"eta": 3}}, "search.eta: is called search.reduction_factor now"),
