@@ -133,9 +133,9 @@ def settings(config: SearchConfig, space: str, candidates: int, *, trained: bool
         if axis in AXES and axis not in free
     }
     fixed = {k: tuple(map(int, v)) if AXES[k].whole else v for k, v in fixed.items()}  # type: ignore[arg-type]
-    search = {"trials": candidates}
-    if not trained:  # none is promoted
-        search["reduction_factor"] = 1e9
+    search: dict[str, Any] = {"trials": candidates}
+    if not trained:
+        search["rungs"] = (0,)
     return config.model_copy(
         update={
             "name": space.replace(" ", "-"),
@@ -277,7 +277,7 @@ def of_seed(
             yield {"seed": config.seed, "images": len(judge.labels), "source": source, "spaces": found}
 
 
-def picture(seeds: Sequence[Mapping[str, Any]]) -> str:
+def picture(seeds: Sequence[Mapping[str, Any]], *, trained: bool = False) -> str:
     """Draw the KL within every budget, the median over the sources, for the joint search and each axis alone."""
     series = dict[str, list[tuple[float, float]]]()
     for space in ("joint", *PARTS):
@@ -285,7 +285,8 @@ def picture(seeds: Sequence[Mapping[str, Any]]) -> str:
             found = [seed["spaces"][space]["within"][str(budget)] for seed in seeds if space in seed["spaces"]]
             if found and None not in found:
                 series.setdefault(space, []).append((budget, max(median(found), BEST)))
-    title = f"KL to the source, untrained, {seeds[0]['images']:,} images: all axes and each alone"
+    how = "trained" if trained else "untrained"
+    title = f"KL to the source, {how}, {seeds[0]['images']:,} images: all axes and each alone"
     return plot(title, "MACs / source", series, (0.03, 0.05, 0.1, 0.2, 0.5, 1))
 
 
@@ -315,7 +316,7 @@ def main() -> None:
             rows = [row, *(other for other in kept if other["seed"] != seed)]
             rows.sort(key=lambda own: own["seed"])
             write_result(path, candidates=given.candidates, seeds=rows)
-            write_text(DOCS / f"{name}.svg", picture(rows))
+            write_text(DOCS / f"{name}.svg", picture(rows, trained=bool(given.trained)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.joint import (
 )
 from benchmarks.pictures import DOCS
 from prunesweep.search.config import load_config
+from prunesweep.search.execution.checks import check_not_in_vain
 
 
 def member(macs: float, kl: float, right: float = 0.9, images: int = 400) -> Member:
@@ -47,6 +48,14 @@ def test_a_space_of_some_axes_leaves_all_others_as_they_are() -> None:
     without = settings(config, "without blocks", 9, trained=True)
     assert without.space.model_copy(update={"skip": config.space.skip}) == config.space
     assert set(SPACES["without blocks"]) == set(PARTS) - {"blocks"}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_searches_are_what_a_search_takes(trained: bool) -> None:
+    config = load_config(DIGITS, WIDE)
+    own = settings(config, "joint", 48, trained=trained)
+    check_not_in_vain(own)
+    assert own.search.rungs == (config.search.rungs if trained else (0,))
 
 
 def test_a_hypervolume_is_the_share_of_the_square_that_a_front_covers() -> None:
@@ -84,4 +93,6 @@ def test_the_picture_has_a_line_for_every_space_that_was_searched() -> None:
 
 
 def test_the_picture_is_that_of_the_results() -> None:
-    assert (DOCS / "joint.svg").read_text() == picture(json.loads(RESULT.read_text())["seeds"])
+    for name, trained in (("joint", False), ("joint_trained", True)):
+        rows = json.loads(RESULT.with_name(f"{name}.json").read_text())["seeds"]
+        assert (DOCS / f"{name}.svg").read_text() == picture(rows, trained=trained), name
