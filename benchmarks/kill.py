@@ -155,7 +155,9 @@ def left(place: Path, result: Path, memory: set[str]) -> list[str]:
     while (alive := _alive(str(place))) and time.monotonic() < deadline:
         time.sleep(0.2)
     found = [f"process {name}" for name in alive]
-    found += [f"tmp/{path.name}" for path in (place / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+    others = ("torchinductor", "wandb")  # of libraries: timm loads wandb where that is installed
+    temporary = [path.name for path in (place / "tmp").iterdir()]
+    found += [f"tmp/{name}" for name in temporary if not any(other in name for other in others)]
     found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - memory]
     for path in result.parent.rglob(".*"):
         files = [one for one in path.rglob("*") if one.is_file()]
