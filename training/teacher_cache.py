@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .recipe import Recipe
 from .task import DistillationTask, make_task
 from .world import World
 
-__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers", "is_shard"]
+__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers", "is_shard", "missing_shards"]
 
 FORMAT = "prunesweep/teacher/1"  # to be counted up when the answers change, so that no older ones are believed
 SHARD = 8192  # images
@@ -55,7 +55,13 @@ class TeacherLogits:
 
 
 def cache_logits(
-    source: nn.Module, data: Data, recipe: Recipe, folder: Path, on_images: Callable[[int, int], None]
+    source: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    on_images: Callable[[int, int], None],
+    *,
+    shards: Sequence[int] | None = None,
 ) -> tuple[Path, ...]:
     """Compute the logits that a recipe asks for, before any training by it, or find them in ``folder``.
 
@@ -65,6 +71,8 @@ def cache_logits(
         recipe: recipe of the trainings to come.
         folder: where the logits are kept; the trainings find them with this folder as their ``teacher_cache``.
         on_images: called with (images answered, images in all).
+        shards: numbers of the shards to compute, ``SHARD`` images each; the others are another process's. All by
+            default.
 
     Returns:
         A folder in ``folder`` for each teacher; none if the recipe has no ``cache_teacher``.
@@ -72,13 +80,34 @@ def cache_logits(
     Raises:
         UserError: a teacher cannot be loaded, or does not fit the model.
     """
-    terms = tuple(term for term in recipe.distill if term.cache_teacher and term.weight)
-    if not terms:
+    cached = _cached_terms(recipe)
+    if cached is None:
         return ()
-    recipe = recipe.model_copy(update={"distill": terms})  # the others may have hooks put on the source
-    task = make_task(source, recipe, source).to(next(source.parameters()).device)
-    found = cache_teachers(task, data, recipe, World.current(), folder, on_images=on_images)
+    task = make_task(source, cached, source).to(next(source.parameters()).device)
+    found = cache_teachers(task, data, cached, World.current(), folder, on_images=on_images, shards=shards)
     return tuple(logits.folder for logits in found.values() if logits.folder)
+
+
+def missing_shards(source: nn.Module, data: Data, recipe: Recipe, folder: Path) -> list[int]:
+    """Return the numbers of the shards that ``cache_logits`` would have to compute. Arguments are as for that."""
+    cached = _cached_terms(recipe)
+    if cached is None:
+        return []
+    task = make_task(source, cached, source)
+    names = dict.fromkeys(term.teacher for term in cached.distill)
+    places = [folder / _key(task, name, data, cached) for name in names] if isinstance(task, DistillationTask) else []
+    numbers = range(-(-data.train_images // SHARD))
+    return [number for number in numbers if not all(_file(place, number).exists() for place in places)]
+
+
+def _cached_terms(recipe: Recipe) -> Recipe | None:
+    """The recipe with those terms alone whose teachers are asked once; None where it has none."""
+    terms = tuple(term for term in recipe.distill if term.cache_teacher and term.weight)
+    return recipe.model_copy(update={"distill": terms}) if terms else None  # others may have hooks put on the source
+
+
+def _file(place: Path, shard: int) -> Path:
+    return place / f"{shard:05}.safetensors"
 
 
 def cache_teachers(
@@ -89,6 +118,7 @@ def cache_teachers(
     folder: Path | None,
     on_note: Callable[[str], None] | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
+    shards: Sequence[int] | None = None,
 ) -> dict[str, TeacherLogits]:
     """Compute the logits of all teachers whose terms have ``cache_teacher``, with all workers together.
 
@@ -102,6 +132,7 @@ def cache_teachers(
         folder: where the logits are kept; None keeps them in memory.
         on_note: called with a line of text before logits are computed.
         on_images: called with (images answered, images in all).
+        shards: as for ``cache_logits``; what is returned then is not to be asked by image.
 
     Returns:
         The logits by the teacher's name.
@@ -117,11 +148,12 @@ def cache_teachers(
         if on_note and not (place and place.exists()):
             on_note(f"computing the logits of teacher {name!r} on {data.train_images:,} images")
         with torch.random.fork_rng():  # a run that finds them must draw what one that computes them does
-            shards = [
+            answers = [
                 _shard(task, name, data, recipe, world, place, start, on_images)
                 for start in range(0, data.train_images, SHARD)
+                if shards is None or start // SHARD in shards
             ]
-        found[name] = TeacherLogits(shards, place)
+        found[name] = TeacherLogits(answers, place)
     task.release_cached_teachers()
     return found
 
@@ -161,7 +193,7 @@ def _shard(
 
     The first worker decides which, and writes what was computed.
     """
-    file = None if place is None else place / f"{start // SHARD:05}.safetensors"
+    file = None if place is None else _file(place, start // SHARD)
     known = torch.tensor(float(world.first and file is not None and is_shard(file)), device=task.device)
     if world.all_reduce(known).item() == 0:
         images = range(start, min(start + SHARD, data.train_images))

@@ -48,11 +48,11 @@ from prunesweep.training.signals import handling
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .estimate import estimate
 from .growth import Waiting
-from .prepare import SAMPLE, PreparedSearch, prepare_search
-from .remote import run_on_worker
+from .prepare import SAMPLE, PreparedSearch, prepare_or_share, prepare_search
+from .remote import run_on_worker, run_on_workers
 from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
 from .runtime import RayConnection, execute, max_concurrent
-from .source import NotMade, Progress, SourceArtifacts, open_space
+from .source import NotMade, Progress, SourceArtifacts, open_space, prepare_part
 from .speed import measure_speed
 from .task import run_task
 from .validation import validate_front
@@ -135,7 +135,7 @@ def run_search(
         here = units if address is None else None
         try:
             cache = run.path.parent / "cache"
-            prepared = _prepare(config, cache, display, on_worker=address is not None, dry_run=dry_run)
+            prepared = _prepare(config, cache, display, ray if address is not None else None, dry_run=dry_run)
         except NotHere as error:
             if not dry_run:
                 raise
@@ -283,13 +283,25 @@ def _with_models(config: SearchConfig, folder: Path) -> SearchConfig:
     return config.model_copy(update={"search": config.search.model_copy(update={"start": tuple(points)})})
 
 
-def _prepare(config: SearchConfig, cache: Path, display: Display, *, on_worker: bool, dry_run: bool) -> PreparedSearch:
-    """Call ``prepare_search`` here, or on a worker of the cluster that was joined."""
+def _prepare(
+    config: SearchConfig, cache: Path, display: Display, cluster: RayConnection | None, *, dry_run: bool
+) -> PreparedSearch:
+    """Call ``prepare_search`` here, or on a worker of the cluster that was joined.
+
+    Where there is enough of it, all workers that fit make the scores and ask the teacher first.
+    """
     work = partial(prepare_search, config, cache, dry=dry_run)
     with display.progress() as progress:
-        if not on_worker:
+        if cluster is None:
             return work(progress)
-        prepared = run_on_worker(work, config.resources, progress, note=display.note)
+        run = partial(run_on_worker, resources=config.resources, progress=progress, note=display.note)
+        places = 1 if dry_run else cluster.fitting * config.resources.workers_per_trial
+        found = run(work if places < 2 else partial(prepare_or_share, config, cache, places))
+        if isinstance(found, int):
+            parts = [partial(prepare_part, config, cache, part=i, parts=found) for i in range(found)]
+            run_on_workers(parts, config.resources, progress, note=display.note)
+            found = run(work)
+    prepared: PreparedSearch = found
     for path in (prepared.folder, *prepared.score_files.values(), *prepared.proposals, *prepared.teacher_logits):
         if not path.exists():
             raise UserError(

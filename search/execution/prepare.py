@@ -17,9 +17,9 @@ from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Range, Summary
 
 from .cutting import Cutter
-from .source import LoadedSource, Progress, SourceArtifacts, prepare
+from .source import LoadedSource, Progress, SourceArtifacts, Unshared, prepare
 
-__all__ = ["SAMPLE", "PreparedSearch", "prepare_search"]
+__all__ = ["SAMPLE", "PreparedSearch", "prepare_or_share", "prepare_search"]
 
 SAMPLE = 256  # points of the space whose cost is shown before the search
 SCORED = 8  # of them, those whose models are also made and evaluated without training
@@ -40,7 +40,13 @@ class PreparedSearch(SourceArtifacts):
 
 
 def prepare_search(
-    config: SearchConfig, folder: Path, progress: Progress, *, decide: bool = True, dry: bool = False
+    config: SearchConfig,
+    folder: Path,
+    progress: Progress,
+    *,
+    decide: bool = True,
+    dry: bool = False,
+    share: int = 1,
 ) -> PreparedSearch:
     """Make the source and its scores or find them in the cache, and sample the space.
 
@@ -50,20 +56,30 @@ def prepare_search(
         progress: called with what is being done and the share of it done.
         decide: as for ``prepare``.
         dry: download, train, score and measure nothing: find what the cache has.
+        share: as for ``prepare``.
 
     Raises:
+        Unshared: as ``prepare``.
         UserError: as ``prepare``.
         NotHere: ``dry``, and something is not on this machine yet.
     """
     if dry:
         _check_downloaded(config.source)
-    prepared = prepare(config, folder, progress, decide=decide and not dry, make=not dry)
+    prepared = prepare(config, folder, progress, decide=decide and not dry, make=not dry, share=share)
     summary = prepared.space.summarise(SAMPLE, config.seed)
     return PreparedSearch(
         **{field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)},
         summary=summary,
         zero_shot=None if dry else _zero_shot(prepared, summary, config, folder / "scores", progress),
     )
+
+
+def prepare_or_share(config: SearchConfig, folder: Path, share: int, progress: Progress) -> PreparedSearch | int:
+    """``prepare_search``; or the number of parts that ``prepare_part`` is to make before, for ``share`` processes."""
+    try:
+        return prepare_search(config, folder, progress, share=share)
+    except Unshared as unshared:
+        return unshared.parts
 
 
 def _zero_shot(prepared: LoadedSource, summary: Summary, config: SearchConfig, kept: Path, progress: Progress) -> Range:

@@ -1,11 +1,11 @@
-"""One piece of work in another process of the cluster that this process has joined, as if it were done here."""
+"""Work in other processes of the cluster that this process has joined, as if it were done here."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -21,7 +21,7 @@ from prunesweep.training.signals import handling
 from .coordinator import SearchFailed
 from .growth import Waiting
 
-__all__ = ["run_on_worker"]
+__all__ = ["run_on_worker", "run_on_workers"]
 
 T = TypeVar("T")
 
@@ -37,46 +37,65 @@ def run_on_worker(
     *,
     note: Callable[[str], None] = lambda _: None,
 ) -> T:
-    """Call ``work`` in a process with the resources of one of a trial's workers, and return what it returns.
+    """Call ``work`` on one worker; see ``run_on_workers``."""
+    (found,) = run_on_workers([work], resources, progress, note=note)
+    return found
 
-    It is started again where its process or node is lost. Ctrl-C and SIGTERM end it with a KeyboardInterrupt, there and
-    here.
+
+def run_on_workers(
+    works: Sequence[Callable[[Progress], T]],
+    resources: ResourcesTable,
+    progress: Progress,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+) -> list[T]:
+    """Call each of ``works`` in a process with the resources of one of a trial's workers, and return what they return.
+
+    One is started again where its process or node is lost. Ctrl-C and SIGTERM end all with a KeyboardInterrupt, there
+    and here; so does an error of one of them.
 
     Args:
-        work: can be sent, and so can what it returns; it must bear being begun anew.
+        works: can be sent, and so can what they return; they must bear being begun anew.
         resources: of the search.
-        progress: is told here what ``work`` tells there.
-        note: is told for what is waited, and how long, while no node has room for ``work``.
+        progress: is told here what they tell there.
+        note: is told for what is waited, and how long, while no node has room for any of them.
 
     Raises:
-        UserError: ``work`` raised it.
+        UserError: one of them raised it.
         SearchFailed: the process was lost again and again.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     own = {"num_cpus": resources.cpus_per_trial, "num_gpus": resources.gpus_per_trial}
     progress(WAITING, 0.0, "")
-    running = _work.options(**own).remote(work, board, resources.cpus_per_trial)
+    running = [_work.options(**own).remote(work, board, resources.cpus_per_trial) for work in works]
     try:
         with handling(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C; Ray would end this process at once
-            ended, begun, waiting = False, False, Waiting(resources, note)
-            while not ended:
-                ended = bool(ray.wait([running], timeout=LOOK)[0])
+            left, begun, waiting = running, False, Waiting(resources, note)
+            while left:
+                ended, left = ray.wait(left, timeout=LOOK)
                 begun = _pass_on(board, progress) or begun
                 waiting.look(not begun)
+                ray.get(ended)  # one that failed ends them all
             return ray.get(running)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+    except BaseException as error:
+        _end(running)
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             raise error.cause from None  # as if it had been raised here; Ray's own has a traceback for its text
-        raise
-    except RayError as error:
-        raise SearchFailed(f"the source and its scores: {error}") from error
-    except BaseException:
-        ray.cancel(running)
-        ray.wait([running], timeout=END)
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+            raise SearchFailed(f"the source and its scores: {error}") from error
         raise
     finally:
         ray.kill(board)
+
+
+def _end(running: Sequence[Any]) -> None:
+    """Cancel what has not ended, and give it time to do so."""
+    _, left = ray.wait(list(running), num_returns=len(running), timeout=0)
+    for one in left:
+        ray.cancel(one)
+    if left:
+        ray.wait(left, num_returns=len(left), timeout=END)
 
 
 @ray.remote(max_retries=RESTARTS, max_calls=1)  # its process ends with it: memory is for the units that follow

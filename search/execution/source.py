@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from prunesweep.training.jobs.deciding import Deciding
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 from prunesweep.training.metrics import NAMES as MEASURED
 from prunesweep.training.settling import settled
+from prunesweep.training.teacher_cache import SHARD, missing_shards
 
 from .checks import check_not_in_vain, check_space
 from .cutting import measure_of
@@ -61,16 +62,26 @@ __all__ = [
     "NotMade",
     "Progress",
     "SourceArtifacts",
+    "Unshared",
     "open_checked",
     "open_source_data",
     "open_space",
     "prepare",
+    "prepare_part",
 ]
 
 Made = TypeVar("Made")
 
 MOST_BLOCKS = 1000  # of a source
 FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwise, so that no older one is believed
+
+
+class Unshared(Exception):
+    """What a search makes first is to be divided among so many processes before one goes on with it."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__(f"{parts} parts")
+        self.parts = parts
 
 
 class NotMade(NotHere):
@@ -152,7 +163,7 @@ def open_space(config: SearchConfig, kept: SourceArtifacts) -> Space:
 
 
 def prepare(
-    config: SearchConfig, cache: Path, progress: Progress, *, decide: bool = True, make: bool = True
+    config: SearchConfig, cache: Path, progress: Progress, *, decide: bool = True, make: bool = True, share: int = 1
 ) -> LoadedSource:
     """Open the data, make or find the source, score it or find its scores, and build the space.
 
@@ -162,48 +173,29 @@ def prepare(
         progress: called with what is being done and the share of it done.
         decide: let the methods that the search starts from decide; otherwise only the cache's decisions are found.
         make: train and measure the source, and score it; otherwise all that must be in the cache.
+        share: processes that could divide the scores and the teacher's answers among them.
 
     Raises:
+        Unshared: there is enough of it to be divided: then ``prepare_part`` comes first.
         NotMade: ``make`` is false, and the cache does not have all of it.
         UserError: the data or the source are not there, do not go together, or cannot meet the budget.
     """
-    model, data = open_checked(config)
-    device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
-    key = _source_key(config, model, data)
-    folder = cache / "sources" / _source_name(config, key)
-    if not _is_kept(folder, key):
-        if not make:
-            raise _not_made([_missing_source(config, data)], model, data)
-        _make(config, model.to(device), data, folder, key, progress)
-    source = to_float32(load(folder))
+    model, data, folder, source = _source(config, cache, progress, make=make)
     weights = weights_digest(source)
-    source.to(device)
-
-    settings = Calibration(**config.scores.model_dump(exclude={"method"}))
-    files, missing = {}, []
-    for name in score_names(config.space, config.scores.method):
-        kept: dict[str, Any] = {"weights": weights, "compute": make}
-        try:
-            if name == LEARNED:
-                run = (config.gates.recipe, config.gates.settings, config.seed)
-                files[name] = cached_gates(source, data, *run, cache / "scores", progress, **kept)
-            else:
-                files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, **kept)
-        except NotHere as error:
-            missing.append(str(error))
-    if missing:
+    names = score_names(config.space, config.scores.method)
+    files, missing = _scores(config, names, source, data, weights, cache, progress, make=make and share < 2)
+    if missing and not make:
         raise _not_made(missing, model, data)
+    if make and share > 1:
+        parts = _parts(config, source, data, cache, len(missing))
+        if parts > 1:
+            raise Unshared(min(parts, share))
+        files, _ = _scores(config, names, source, data, weights, cache, progress, make=True)
     proposals = list[Path]()
     for start in _start_runs(config, source, data, weights):
         place = cache / "decisions"
         proposals += _deciding(partial(start.run, place, progress) if decide else partial(start.kept, place), start)
-    logits: tuple[Path, ...] = ()
-    if make and any(config.search.rungs or [config.finetune.epochs]):
-
-        def on_images(done: int, total: int) -> None:
-            progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
-
-        logits = cache_logits(source, data, config.finetune, cache / "teacher_logits", on_images)
+    logits = _logits(config, source, data, cache, progress) if make else ()
     provenance = load_provenance(folder)
     quality = EvalMetrics.of(provenance)
     agreement = 100.0 if "agreement" in config.search.objectives else None
@@ -222,6 +214,110 @@ def prepare(
         searched=EvalMetrics.of(provenance.get("search", provenance))._replace(kl=None, agreement=agreement, **own[1]),
     )
     return LoadedSource(**vars(found), data=data, model=source, space=open_space(config, found))
+
+
+def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part: int, parts: int) -> None:
+    """Do one of several parts of ``prepare``: some of the scores, and the teacher's answers to some of the images.
+
+    Every file is written whole by one process, as ``prepare`` would write it; so what all parts have made together is
+    what one process makes.
+
+    Args:
+        config, cache, progress: as for ``prepare``.
+        part: which one, from 0 on.
+        parts: how many there are.
+
+    Raises:
+        UserError: as for ``prepare``.
+    """
+
+    def own(what: str, share: float, note: str) -> None:
+        progress(f"{what}, part {part + 1} of {parts}", share, note)
+
+    _, data, _, source = _source(config, cache, own, make=True)
+    names = score_names(config.space, config.scores.method)[part::parts]
+    _scores(config, names, source, data, weights_digest(source), cache, own, make=True)
+    _logits(config, source, data, cache, own, part, parts)
+
+
+def _source(
+    config: SearchConfig, cache: Path, progress: Progress, *, make: bool
+) -> tuple[nn.Module, Data, Path, nn.Module]:
+    """Open the data, and make or find the source.
+
+    Returns:
+        (source as created, data, folder of the source, source as saved, on its device).
+    """
+    model, data = open_checked(config)
+    device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
+    key = _source_key(config, model, data)
+    folder = cache / "sources" / _source_name(config, key)
+    if not _is_kept(folder, key):
+        if not make:
+            raise _not_made([_missing_source(config, data)], model, data)
+        _make(config, model.to(device), data, folder, key, progress)
+    return model, data, folder, to_float32(load(folder)).to(device)
+
+
+def _scores(
+    config: SearchConfig,
+    names: Sequence[str],
+    source: nn.Module,
+    data: Data,
+    weights: str,
+    cache: Path,
+    progress: Progress,
+    *,
+    make: bool,
+) -> tuple[dict[str, Path], list[str]]:
+    """Make or find scores: their files by name, and what is missing where none are made."""
+    settings = Calibration(**config.scores.model_dump(exclude={"method"}))
+    files, missing = dict[str, Path](), list[str]()
+    for name in names:
+        kept: dict[str, Any] = {"weights": weights, "compute": make}
+        try:
+            if name == LEARNED:
+                run = (config.gates.recipe, config.gates.settings, config.seed)
+                files[name] = cached_gates(source, data, *run, cache / "scores", progress, **kept)
+            else:
+                files[name] = cached_scores(source, name, data, settings, cache / "scores", progress, **kept)
+        except NotHere as error:
+            missing.append(str(error))
+    return files, missing
+
+
+def _trains(config: SearchConfig) -> bool:
+    return any(config.search.rungs or [config.finetune.epochs])
+
+
+def _logits(
+    config: SearchConfig,
+    source: nn.Module,
+    data: Data,
+    cache: Path,
+    progress: Progress,
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[Path, ...]:
+    """Ask the recipe's teachers, where anything is trained, about all training images or those of one part."""
+    if not _trains(config):
+        return ()
+    place = cache / "teacher_logits"
+    shards = range(part, -(-data.train_images // SHARD), parts)
+
+    def on_images(done: int, total: int) -> None:
+        progress("asking the teacher", done / total, f"{done:,}/{total:,} images")
+
+    return cache_logits(source, data, config.finetune, place, on_images, shards=shards)
+
+
+def _parts(config: SearchConfig, source: nn.Module, data: Data, cache: Path, scores: int) -> int:
+    """Into how many parts what is missing can be divided; 1 where the data are so few that it is not worth it."""
+    if data.train_images <= SHARD:
+        return 1
+    place = cache / "teacher_logits"
+    asked = len(missing_shards(source, data, config.finetune, place)) if _trains(config) else 0
+    return max(asked, scores, 1)
 
 
 def _missing_source(config: SearchConfig, data: Data) -> str:

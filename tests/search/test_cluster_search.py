@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
 from prunesweep.launch.doctor import check_nodes
 from prunesweep.models import UserError
 from prunesweep.search import SearchResult, run_search
-from prunesweep.search.config import SearchConfig
+from prunesweep.search.config import ResourcesTable, SearchConfig
 from prunesweep.search.execution.prepare import prepare_search
+from prunesweep.search.execution.remote import run_on_workers
+from prunesweep.search.execution.runtime import RayConnection
 from prunesweep.search.store.run import Run
+from prunesweep.training.jobs.scoring import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -95,6 +99,31 @@ def test_doctor_sees_nodes_that_share_a_folder_of_rays(cluster: Cluster) -> None
     assert list(Path(folder).glob(".prunesweep*")) == []
     (finding,) = (one for one in check_nodes(nodes, versions(), None, None) if one.what == "Ray's folder")
     assert (finding.state, finding.found.partition(":")[0].endswith(folder)) == ("warning", True)
+
+
+def test_work_of_several_workers_ends_with_the_first_error(cluster: Cluster) -> None:
+    """And comes back in order where there is none, side by side."""
+    told, wait = dict[str, str](), partial(time.sleep, 100)
+
+    def progress(what: str, _: float, note: str) -> None:
+        told.setdefault(what, note)
+
+    def number(i: int, report: Progress) -> tuple[int, int]:
+        report(f"part {i}", 1.0, "")
+        return i, os.getpid()
+
+    def fail(_: Progress) -> None:
+        raise UserError("one of them")
+
+    with RayConnection(ResourcesTable(), address=str(cluster.address), verbose=False, on_death=print) as connection:
+        assert connection.fitting == 2
+        found = run_on_workers([partial(number, i) for i in range(3)], ResourcesTable(), progress)
+        assert [i for i, _ in found] == [0, 1, 2]
+        assert {"part 0", "part 1", "part 2"} <= set(told)
+        begun = time.monotonic()
+        with pytest.raises(UserError, match="^one of them$"):
+            run_on_workers([lambda _: wait(), fail], ResourcesTable(), progress)
+        assert time.monotonic() - begun < 60
 
 
 def test_the_source_is_made_by_a_worker_that_may_be_killed(

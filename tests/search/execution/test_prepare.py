@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from prunesweep import training
@@ -19,12 +20,13 @@ from prunesweep.models import UserError, load
 from prunesweep.models.latency.building import macs_table
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig, load_config
+from prunesweep.search.execution import source
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.prepare import SCORED, prepare_search
-from prunesweep.search.execution.source import open_space
+from prunesweep.search.execution.source import Unshared, open_space, prepare, prepare_part
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
-from prunesweep.training import evaluation
+from prunesweep.training import evaluation, teacher_cache
 from prunesweep.training.task import DistillationTask
 from tests.search.execution.test_task import begin, nothing
 
@@ -107,6 +109,41 @@ def test_a_teacher_is_asked_once_before_the_first_unit(
     unit = coordinator.next()
     assert unit is not None
     assert run_task(run.path, unit)["state"] == "finished"
+
+
+def test_what_several_processes_make_together_is_what_one_makes(
+    tiny: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and all; the one that goes on makes nothing again. Of few data one process makes everything."""
+    config = tiny(finetune={"epochs": 1, "fixed_view": True, "distill": [{"cache_teacher": True}]})
+
+    def made(cache: Path) -> dict[str, torch.Tensor]:
+        files = [path for path in cache.rglob("*.safetensors") if path.parts[-3] != "sources"]
+        read = {str(path.relative_to(cache)): load_file(path) for path in files}
+        return {f"{file}:{name}": tensor for file, tensors in read.items() for name, tensor in tensors.items()}
+
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert prepare(config, alone, nothing, share=3).teacher_logits
+    for module in (source, teacher_cache):
+        monkeypatch.setattr(module, "SHARD", 500)
+    shutil.rmtree(alone / "teacher_logits")
+    prepare(config, alone, nothing)
+    shutil.copytree(alone / "sources", together / "sources")
+    with pytest.raises(Unshared) as unshared:
+        prepare(config, together, nothing, share=2)
+    assert unshared.value.parts == 2
+    told = list[str]()
+    for part in (1, 0):
+        prepare_part(config, together, lambda what, *_: told.append(what), part=part, parts=2)
+    assert {what.rpartition(",")[2] for what in told} == {" part 1 of 2", " part 2 of 2"}
+    parts = made(together)
+    told.clear()
+    prepare(config, together, lambda what, *_: told.append(what), share=2)
+    assert told == []
+    whole = made(alone)
+    assert len({name.partition(":")[0] for name in whole}) == 2 + 3  # widths, blocks; 1,078 images
+    assert set(parts) == set(whole)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def test_no_teacher_is_asked_where_nothing_is_trained(
