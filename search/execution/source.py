@@ -190,6 +190,7 @@ def prepare(
         parts = _parts(config, source, data, cache, len(missing))
         if parts > 1:
             raise Unshared(min(parts, share))
+    if missing:
         files, _ = _scores(config, names, source, data, weights, cache, progress, make=True)
     proposals = list[Path]()
     for start in _start_runs(config, source, data, weights):
