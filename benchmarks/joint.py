@@ -134,8 +134,8 @@ def settings(config: SearchConfig, space: str, candidates: int, *, trained: bool
     }
     fixed = {k: tuple(map(int, v)) if AXES[k].whole else v for k, v in fixed.items()}  # type: ignore[arg-type]
     search: dict[str, Any] = {"trials": candidates}
-    if not trained:
-        search["rungs"] = (0,)
+    if not trained:  # one would go on, once all are done
+        search["reduction_factor"] = float(candidates)
     return config.model_copy(
         update={
             "name": space.replace(" ", "-"),
@@ -145,7 +145,9 @@ def settings(config: SearchConfig, space: str, candidates: int, *, trained: bool
     )
 
 
-def searched(config: SearchConfig, kept: LoadedSource, run: Run, seconds: float | None) -> tuple[Coordinator, float]:
+def searched(
+    config: SearchConfig, kept: LoadedSource, run: Run, seconds: float | None, *, trained: bool
+) -> tuple[Coordinator, float]:
     """Search in this process until all candidates are done, or the processor seconds are spent.
 
     Returns:
@@ -159,9 +161,11 @@ def searched(config: SearchConfig, kept: LoadedSource, run: Run, seconds: float 
     coordinator = Coordinator(run, study, kept.space, search, max_concurrent=1, seed=config.seed)
     while seconds is None or time.process_time() - begun < seconds:
         unit = coordinator.next()
-        if unit is None:
+        if unit is None or (unit.rung and not trained):
             break
-        run_task(run.path, unit)
+        found = run_task(run.path, unit)
+        if found["state"] not in ("finished", "failed"):
+            raise RuntimeError(f"{unit.id}: {found}")
         coordinator.complete(unit.id)
     return coordinator, time.process_time() - begun
 
@@ -259,7 +263,7 @@ def of_seed(
             own = settings(config, space, most, trained=trained)
             kept = prepare(own, cache, lambda *_: None)
             judge, run = Judge(own, kept, cache), Run(Path(folder) / own.name)
-            coordinator, spent = searched(own, kept, run, seconds)
+            coordinator, spent = searched(own, kept, run, seconds, trained=trained)
             front = [judge.member(run, result) for result in chosen(coordinator, trained=trained)]
             if seconds is None:
                 seconds, joint = spent, front

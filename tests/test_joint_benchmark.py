@@ -55,7 +55,7 @@ def test_searches_are_what_a_search_takes(trained: bool) -> None:
     config = load_config(DIGITS, WIDE)
     own = settings(config, "joint", 48, trained=trained)
     check_not_in_vain(own)
-    assert own.search.rungs == (config.search.rungs if trained else (0,))
+    assert own.search.reduction_factor == (config.search.reduction_factor if trained else 48)
 
 
 def test_a_hypervolume_is_the_share_of_the_square_that_a_front_covers() -> None:
