@@ -35,6 +35,7 @@ from prunesweep.models import (
 from prunesweep.models.io.files import disk_full, machine_fails, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.provenance import versions
+from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.store import check_saved, saved_digest
 from prunesweep.models.memory import out_of_memory
 from prunesweep.models.precision import to_float32
@@ -402,8 +403,8 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
 def _lost_for_memory(folder: Path) -> int:
     """How often this training's process was killed for memory, as far as it tells by what it noted when it began."""
     file, host, kills, lost = folder / ATTEMPT, socket.gethostname(), memory_kills(), 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        before = json.loads(file.read_text())
+    with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        before = read_json(file)
         lost = int(before["lost"]) + (before["host"] == host and kills > before["kills"])
     write_text(file, json.dumps({"host": host, "kills": kills, "lost": lost}))
     return lost

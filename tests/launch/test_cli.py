@@ -54,7 +54,8 @@ def run(tmp_path: Path) -> Path:
 
 def test_ctrl_c_while_the_process_ends_is_no_traceback() -> None:
     code = (
-        "import atexit, os, signal, time; from prunesweep.launch.cli import main; "
+        "import atexit, os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from prunesweep.launch.cli import main; "
         "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1))); main()"
     )
     ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)

@@ -153,7 +153,7 @@ def test_full_record_is_the_same_function(name: str, options: dict) -> None:
     [
         ("cait_xxs24_224", "is a Cait: this version represents timm's VisionTransformer,"),
         ("pvt_v2_b2_li", "linear attention"),
-        ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock"),
+        ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock"),
         ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'?"),
     ],
 )

@@ -49,7 +49,7 @@ def test_a_look_at_the_space_costs_the_same_on_any_data(
     found = prepare_search(config, runs / "cache", lambda what, share, _: seen.append((what, share)))
     assert looked == [96] * SCORED
     assert 0 < found.zero_shot.low <= found.zero_shot.high <= 100
-    assert {what for what, _ in seen} == {"sampling the space"}
+    assert {what for what, _ in seen} == {"scores from the cache", "sampling the space"}
     assert seen[-1][1] == 1
 
 
