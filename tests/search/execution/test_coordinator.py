@@ -401,8 +401,9 @@ def test_models_stay_while_a_promotion_may_start_from_them(seed: int, tmp_path: 
     assert not found["all"][3]
 
 
-def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path) -> None:
+def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A space of three architectures: the search ends when it has them all, and the study knows what they gave."""
+    monkeypatch.setattr("prunesweep.search.execution.coordinator.MAX_REJECTED", 150)  # which takes a while otherwise
     coarse = make_space(
         budget=(0.35, 0.9), skip=(0, 0), lr=(1e-3, 1e-3), groups={**dict.fromkeys(GROUP_SIZES, 0), "embed": 4}
     )
@@ -440,6 +441,7 @@ def test_the_same_candidate_is_not_evaluated_twice(tmp_path: Path) -> None:
 
 def test_one_architecture_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other axes save more than many budgets ask for, and decisions may differ in their groups of tokens only."""
+    monkeypatch.setattr("prunesweep.search.execution.coordinator.MAX_REJECTED", 150)  # which takes a while otherwise
     table = {"skip": (2, 3), "keep_rate": (0.4, 0.6), "budget": (0.5, 0.9), "lr": (1e-3, 1e-3)}
     space = make_space(**table, groups={**dict.fromkeys(GROUP_SIZES, 0), "embed": 4})
     decode = space.decode
