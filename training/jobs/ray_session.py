@@ -40,6 +40,7 @@ for name, value in {
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray._private import worker as ray_worker  # noqa: E402
+from ray._raylet import AuthenticationTokenLoader  # noqa: E402
 from ray.job_config import JobConfig  # noqa: E402
 from ray.util.placement_group import (  # noqa: E402
     PlacementGroup,
@@ -168,7 +169,9 @@ def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
             stacklevel=2,
         )
     own_token()
-    with _ray_folder() as folder, contextlib.ExitStack() as stack:
+    # of a Ray that this process had before Ray keeps the token, or, in this variable too, that there was none
+    AuthenticationTokenLoader.instance().reset_cache()
+    with _ray_folder() as folder, _setting("RAY_AUTH_MODE", "token"), contextlib.ExitStack() as stack:
         helper = stack.enter_context(_helped(folder))
 
         def end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 import urllib.request
 from pathlib import Path
@@ -74,32 +75,44 @@ def hold(path: Path, unit: Task) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_cluster_without_nodes_grows_and_shrinks_with_the_work_that_is_left(tmp_path: Path) -> None:
-    """Two units run side by side once both nodes are there; the one that has nothing to do goes before the end."""
-    run, resources, seen = make_run(tmp_path / "run"), ResourcesTable(), [0]
-    coordinator = start(run, requested=2, max_concurrent=0)
+    """Two units run side by side once both nodes are there; the one that has nothing to do goes before the end.
+
+    In a process of its own: Ray keeps how it was first reached, and where it was first measured.
+    """
     with running_head(cpus=0, comes=(1, 2)) as head, pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(head.folder))
-        table = ClusterTable(max_nodes=2, cpus=1)
-        options: dict[str, Any] = {"address": head.gcs, "verbose": False, "on_death": lambda: None}
-        with RayConnection(resources, cluster=table, **options) as connection:
-            assert (connection.fitting, connection.max_concurrent, connection.most) == (0, 2, 2)
+        process = multiprocessing.get_context("spawn").Process(target=grow, args=(tmp_path, head.gcs, head.metrics))
+        process.start()
+        process.join(150)
+        if process.is_alive():
+            process.kill()
+        assert process.exitcode == 0
 
-            def count() -> int:
-                now = sum(node["Alive"] for node in ray.nodes()) - 1
-                if seen[-1] != now:
-                    seen.append(now)
-                    if now == 2:
-                        (run / "grown").touch()
-                    elif now == 1 and (run / "grown").exists():
-                        (run / "shrunk").touch()
-                return connection.max_concurrent
 
-            changed = gauges("one", coordinator, run.searched_source())
-            execute(coordinator, resources, [changed], count=count, work=hold)
-            assert has_autoscaler()
-            exported(head.metrics, "ray_prunesweep_tasks_done", 2.0)
-        assert coordinator.finished
-        assert seen in ([0, 1, 2, 1], [0, 2, 1])
-        assert coordinator.failures == {}
+def grow(path: Path, address: str, metrics: str) -> None:
+    run, resources, seen = make_run(path / "run"), ResourcesTable(), [0]
+    coordinator = start(run, requested=2, max_concurrent=0)
+    table = ClusterTable(max_nodes=2, cpus=1)
+    options: dict[str, Any] = {"address": address, "verbose": False, "on_death": lambda: None}
+    with RayConnection(resources, cluster=table, **options) as connection:
+        assert (connection.fitting, connection.max_concurrent, connection.most) == (0, 2, 2)
+
+        def count() -> int:
+            now = sum(node["Alive"] for node in ray.nodes()) - 1
+            if seen[-1] != now:
+                seen.append(now)
+                if now == 2:
+                    (run / "grown").touch()
+                elif now == 1 and (run / "grown").exists():
+                    (run / "shrunk").touch()
+            return connection.max_concurrent
+
+        changed = gauges("one", coordinator, run.searched_source())
+        execute(coordinator, resources, [changed], count=count, work=hold)
+        assert has_autoscaler()
+        exported(metrics, "ray_prunesweep_tasks_done", 2.0)
+    assert coordinator.finished
+    assert seen in ([0, 1, 2, 1], [0, 2, 1])
+    assert coordinator.failures == {}
