@@ -40,7 +40,11 @@ for name, value in {
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray._private import worker as ray_worker  # noqa: E402
-from ray._raylet import AuthenticationTokenLoader  # noqa: E402
+from ray._raylet import (  # noqa: E402
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    get_authentication_mode,
+)
 from ray.job_config import JobConfig  # noqa: E402
 from ray.util.placement_group import (  # noqa: E402
     PlacementGroup,
@@ -169,9 +173,7 @@ def own_ray(on_death: Callable[[], object], **options: Any) -> Iterator[Any]:
             stacklevel=2,
         )
     own_token()
-    # of a Ray that this process had before Ray keeps the token, or, in this variable too, that there was none
-    AuthenticationTokenLoader.instance().reset_cache()
-    with _ray_folder() as folder, _setting("RAY_AUTH_MODE", "token"), contextlib.ExitStack() as stack:
+    with _ray_folder() as folder, _with_token(), contextlib.ExitStack() as stack:
         helper = stack.enter_context(_helped(folder))
 
         def end() -> None:
@@ -541,6 +543,23 @@ def object_store_bytes() -> int:
     """Return how much memory a Ray of our own may take for objects: little, and less where little is left to us."""
     least, most = STORE
     return max(least, min(most, usable_memory() // 32))
+
+
+@contextlib.contextmanager
+def _with_token() -> Iterator[None]:
+    """A Ray that is started in the block asks for the token, whatever Ray this process had before.
+
+    Ray keeps the token of the first one, until it is told to look again. For good it keeps that there was none, where
+    this process has joined a cluster without one; then there is none here either, and this machine's users can reach
+    that Ray.
+    """
+    with _setting("RAY_AUTH_MODE", "token"):
+        if get_authentication_mode() == AuthenticationMode.TOKEN:
+            AuthenticationTokenLoader.instance().reset_cache()
+            yield
+            return
+    with _setting("RAY_AUTH_MODE", "disabled"):
+        yield
 
 
 def own_token() -> None:
