@@ -40,7 +40,7 @@ for name, value in {
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray._private import worker as ray_worker  # noqa: E402
-from ray._raylet import (  # noqa: E402
+from ray._raylet import (  # type: ignore[attr-defined]  # noqa: E402  # its stub lacks them
     AuthenticationMode,
     AuthenticationTokenLoader,
     get_authentication_mode,
