@@ -21,7 +21,7 @@ from prunesweep.models.layers.position_bias import BiasedAttention
 
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
-from .eva import EvaFamily
+from .eva import EvaFamily, attention_apart
 from .reading import Require
 from .spaces import WHOLE, Table, scales
 from .views import AttentionView, LinearView, attention_view
@@ -49,23 +49,9 @@ class BiasedVisionTransformer(HeteroVisionTransformer):
 
 
 def _attention(arch: Arch, block: Block, norm_layer: Any) -> BiasedAttention:
-    (stage,) = arch.stages
     assert arch.position_bias is not None
-    return BiasedAttention(
-        stage.width,
-        block.heads,
-        block.qk,
-        block.v_widths,
-        block.scale,
-        bias=arch.position_bias,
-        grid=stage.grid,
-        prefix_tokens=arch.prefix_tokens,
-        qkv_bias=arch.qkv_bias,
-        k_bias=arch.k_bias,
-        proj_bias=arch.proj_bias,
-        out_norm=arch.attn_norm,
-        norm_layer=norm_layer,
-    )
+    own = {"bias": arch.position_bias, "grid": arch.stages[0].grid}
+    return attention_apart(BiasedAttention, arch, block, norm_layer, **own)
 
 
 class BeitFamily(EvaFamily):

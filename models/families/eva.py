@@ -9,8 +9,9 @@ all have one layout, so a timm model is *adopted*: its weights are given the nam
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.layers import PatchEmbed
@@ -33,7 +34,9 @@ from .views import AttentionView, LinearView, attention_view
 from .vit import VisionTransformerFamily, build_vit
 from .vit_models import AttentionPooledTransformer, HeteroVisionTransformer
 
-__all__ = ["EVA", "RotaryVisionTransformer"]
+__all__ = ["EVA", "EvaFamily", "RotaryVisionTransformer", "attention_apart"]
+
+Attention = TypeVar("Attention", bound=RotaryAttention)
 
 
 class RotaryVisionTransformer(HeteroVisionTransformer):
@@ -63,21 +66,22 @@ class RotaryPooledTransformer(RotaryVisionTransformer, AttentionPooledTransforme
     """The same with an attention pool."""
 
 
-def _attention(places: Places | None, arch: Arch, block: Block, norm_layer: Any) -> RotaryAttention:
+def attention_apart(kind: Callable[..., Attention], arch: Arch, block: Block, norm_layer: Any, **own: Any) -> Attention:
+    """Build attention of a class that has queries, keys and values apart; ``own`` are arguments of that class alone."""
     (stage,) = arch.stages
-    return RotaryAttention(
+    return kind(
         stage.width,
         block.heads,
         block.qk,
         block.v_widths,
         block.scale,
-        places,
         prefix_tokens=arch.prefix_tokens,
         qkv_bias=arch.qkv_bias,
         k_bias=arch.k_bias,
         proj_bias=arch.proj_bias,
         out_norm=arch.attn_norm,
         norm_layer=norm_layer,
+        **own,
     )
 
 
@@ -190,7 +194,7 @@ class EvaFamily(VisionTransformerFamily):
         """Build a ``RotaryVisionTransformer``."""
         (stage,) = arch.stages
         places = None if arch.rope is None else Places(arch.rope, stage.grid)
-        attention = partial(_attention, places)
+        attention = partial(attention_apart, RotaryAttention, places=places)
         kind: Any = RotaryVisionTransformer
         if arch.attn_pool is not None:
             kind = partial(RotaryPooledTransformer, arch.attn_pool)
