@@ -52,6 +52,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "mixers": "attention can be replaced by a convolution that shares its weights (``conv_sharing`` says how)",
         "tokens": "a block may have a token plan: fewer tokens inside it than between blocks",
         "token_scale": "attention may have a frozen factor per token",
+        "isotropic": "every block attends over all tokens of the only stage",
         "global_attention": "every block attends over all tokens of the only stage, in no order",
         "windows": "attention is within windows, whose size is in the stage's record, and may be shifted",
         "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",

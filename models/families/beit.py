@@ -58,7 +58,7 @@ class BeitFamily(EvaFamily):
     """timm's BEiT and VisionTransformerRelPos, with position biases per block and head."""
 
     name = "beit"
-    capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "features", "streams"})
+    capabilities = frozenset({"images", "width", "isotropic", "depth", "convolutions", "mixers", "features", "streams"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Beit, VisionTransformerRelPos)
     one_head_only = "a head has position biases of its own"
     fixed_fields: ClassVar[dict[str, Any]] = {"dist_token": False, "qk_norm": False, "rope": None}

@@ -234,6 +234,7 @@ class VisionTransformerFamily(Family):
         {
             "images",
             "width",
+            "isotropic",
             "depth",
             "convolutions",
             "mixers",

@@ -35,7 +35,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = FamiliesWith("images", "width", "depth", "features")
+FAMILIES = FamiliesWith("images", "width", "depth", "isotropic")
 
 
 class UVC(Hook):
