@@ -2,14 +2,16 @@
 
 The source is that of ``examples/glyphs.toml``, or one trained for N epochs. At every budget, what each method makes of
 it: as published, which is cut and nothing else; refitted in closed form (``prunesweep prune --recover``); projected to
-the widths that the method decides (``--project``). Then what methods make of it that decide while they train, and what
-an epoch of training is worth to some. Top-1 with its 95 % interval, loss and KL to the source, in nats, on the 10,000
-validation images; seconds are of the processor.
+the widths that the method decides (``--project``). Then what an epoch of training is worth to some, and what methods
+make of it that decide while they train (``--deciding`` epochs). Top-1 with its 95 % interval, loss and KL to the
+source, in nats, on the 10,000 validation images; seconds are of the processor. ``--part trained`` measures the methods
+that decide while they train alone, and leaves all other rows of the result as they are.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +38,7 @@ BUDGETS = (0.5, 0.25, 0.1)
 INSTANT = (0.5, 0.26, 0.25, 0.1, 0.05, 0.03)
 METHODS = ("nvit", "taylor", "isomorphic", "upvit", "magnitude", "random", "subspaces", "pmvit")
 TRAINED = ("uvc", "spvit", "nvit-iterative")
+DECIDING = "deciding"  # how a model of these came about
 FINETUNED = {"as published": "quick", "projected": "gentle"}  # the recipe that fits a model's way
 FINETUNED_METHODS = ("nvit", "taylor", "random")
 SCORED = Calibration(images=256)
@@ -80,7 +83,7 @@ def deciding(source: nn.Module, epochs: int) -> Iterator[Model]:
                 run = TrainedPruning(source, "glyphs", name, (budget,), recipe, Path(folder) / "out")
                 for one in run.run(Placement(1)):
                     seconds = time.process_time() - began
-                    yield {"method": name, "budget": budget, "how": "deciding", "seconds": seconds}, load(one.folder)
+                    yield {"method": name, "budget": budget, "how": DECIDING, "seconds": seconds}, load(one.folder)
 
 
 def finetuned(models: Sequence[Model], source: nn.Module, data: Any, epochs: int) -> Iterator[Model]:
@@ -117,30 +120,32 @@ def shown(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    given = begun(__doc__, seed=0, train=0, epochs=1, cache=Path("runs/cache"))
+    given = begun(__doc__, seed=0, train=0, epochs=1, deciding=8, cache=Path("runs/cache"), part="all")
     training = [f"source.train.epochs={given.train}"] if given.train else []
     source: Any = source_of(given.seed, given.cache, CONFIG, *training)
     data = open_data("glyphs", source.pretrained_cfg)
     answers, rows = Compared(data.val_loader(EVAL_BATCH), source), list[dict[str, Any]]()
+    alone = given.part == "trained"
+    if alone:
+        rows = [row for row in json.loads(RESULT.read_text())["rows"] if row["how"] != DECIDING]
 
     def keep(models: Sequence[Model]) -> None:
         for row in measured(models, answers):
             print(shown(row), flush=True)
             rows.append(row)
-        write_result(
-            RESULT, data=data.info.fingerprint, seed=given.seed, train=given.train, epochs=given.epochs, rows=rows
-        )
+        facts = {name: getattr(given, name) for name in ("seed", "train", "epochs", "deciding")}
+        write_result(RESULT, data=data.info.fingerprint, **facts, rows=rows)
 
-    keep([({"method": "source", "how": "as trained"}, source)])
-    models = list[Model]()
-    for _, own in groupby(untrained(source, data, given.cache), key=lambda one: one[0]["method"]):
-        models += (few := list(own))
-        keep(few)
-    if given.epochs:
-        for one in finetuned(models, source, data, given.epochs):
+    if not alone:
+        keep([({"method": "source", "how": "as trained"}, source)])
+        models = list[Model]()
+        for _, own in groupby(untrained(source, data, given.cache), key=lambda one: one[0]["method"]):
+            models += (few := list(own))
+            keep(few)
+        for one in finetuned(models, source, data, given.epochs) if given.epochs else ():
             keep([one])
-        for one in deciding(source, given.epochs):
-            keep([one])
+    for one in deciding(source, given.deciding) if given.deciding else ():
+        keep([one])
 
 
 if __name__ == "__main__":
