@@ -72,8 +72,8 @@ PathName = Annotated[str, AfterValidator(_absolute)]
 
 class DataTable(Table):
     name: PathName = Field(
-        description="What is trained and measured on: digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH, "
-        "hfds:NAME; texts: pydocs, wikitext:PATH.",
+        description="What is trained and measured on: digits, glyphs, imagefolder:PATH, images:PATH, wds:PATH "
+        "or wds:URL, hfds:NAME; texts: pydocs, wikitext:PATH.",
     )
     loader_workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=0, description="Processes that read and prepare images beside each process that trains."

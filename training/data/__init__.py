@@ -1,12 +1,11 @@
 """Data sets by name: a table of kinds, each a class behind one small interface.
 
-``digits`` is scikit-learn's hand-written digits, the embedded data set; ``glyphs`` are characters of many fonts, drawn
-here. ``imagefolder:PATH`` has
-``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``images:PATH`` any tree of images without labels, ``wds:PATH``
-webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar``, ``hfds:NAME`` a data set of Hugging Face's ``datasets``;
-these use timm's transforms. ``python:MODULE:FUNCTION`` is what a function of one's own returns. ``pydocs`` and
-``wikitext:PATH`` are texts. All are read by index, so that any number of workers sees every image once, in an order
-that a seed gives.
+``digits`` is scikit-learn's hand-written digits, the embedded data set; ``glyphs`` are characters of many fonts,
+drawn here. ``imagefolder:PATH`` has ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, ``images:PATH`` any tree of
+images without labels, ``wds:PATH`` webdataset shards ``PATH/train*.tar`` and ``PATH/val*.tar`` of a folder or URL,
+``hfds:NAME`` a data set of Hugging Face's ``datasets``; these use timm's transforms. ``python:MODULE:FUNCTION`` is
+what a function of one's own returns. ``pydocs`` and ``wikitext:PATH`` are texts. All are read by index, so that any
+number of workers sees every image once, in an order that a seed gives.
 """
 
 from .base import NO_LABEL, UNREADABLE, Batch, ClassOrder, Data, DataInfo, OpenOptions, images_only

@@ -91,6 +91,7 @@ class Data(ABC):
 
     kind: ClassVar[str]  # part of a data set's name before the colon
     argument: ClassVar[Literal["", "PATH", "NAME", "MODULE:FUNCTION"]] = ""  # what follows the colon
+    urls: ClassVar[bool] = False  # whether a path may be a URL
     class_options: ClassVar[frozenset[str]] = frozenset()  # of "class_order" and "classes", those that concern it
     info: DataInfo
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
 from prunesweep.models.builder import check_preprocessing
+from prunesweep.models.errors import NotHere
 from prunesweep.training.recipe import Recipe
 
 from .base import UNREADABLE, Batch, Data, DataInfo, OpenOptions, Replaced
@@ -250,6 +251,8 @@ class Readable(Dataset[Batch]):
         if index not in self.reasons:
             try:
                 image, label = self.data[index]
+            except NotHere:  # a store that does not answer is no damaged image
+                raise
             except READ_ERRORS as error:
                 self._count(index, error)
             else:

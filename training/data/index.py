@@ -94,17 +94,17 @@ def split_names(joined: npt.NDArray[np.uint8]) -> list[str]:
     return os.fsdecode(joined.tobytes()).split("\0") if len(joined) else []
 
 
-def _place(kind: str, path: Path) -> Path:
+def _place(kind: str, path: str | Path) -> Path:
     key = hashlib.sha256(os.fsencode(f"{FORMAT} {kind} {path}")).hexdigest()[:32]
     return cache_home("data") / f"{key}.npz"
 
 
-def load_index(kind: str, path: Path) -> tuple[dict[str, Any], Arrays] | None:
+def load_index(kind: str, path: str | Path) -> tuple[dict[str, Any], Arrays] | None:
     """Return the facts and arrays that were kept for a path; None if there are none, or they are damaged.
 
     Args:
         kind: kind of the data set.
-        path: the data set's folder.
+        path: the data set's folder, or its URL.
     """
     try:
         with np.load(_place(kind, path), allow_pickle=False) as kept:
@@ -115,12 +115,12 @@ def load_index(kind: str, path: Path) -> tuple[dict[str, Any], Arrays] | None:
     return (facts, arrays) if isinstance(facts, dict) and facts.get("path") == str(path) else None
 
 
-def save_index(kind: str, path: Path, facts: Mapping[str, Any], arrays: Arrays) -> None:
+def save_index(kind: str, path: str | Path, facts: Mapping[str, Any], arrays: Arrays) -> None:
     """Keep the facts and arrays of a path; do nothing if the cache cannot be written.
 
     Args:
         kind: kind of the data set.
-        path: the data set's folder.
+        path: the data set's folder, or its URL.
         facts: JSON-ready facts by name.
         arrays: arrays by name.
     """

@@ -32,9 +32,12 @@ def register(kind: Kind) -> Kind:
 
 
 def absolute_name(name: str) -> str:
-    """Return a data set's name with an absolute path, so that it names the same data in any process and folder."""
+    """Return a data set's name with an absolute path, so that it names the same data in any process and folder.
+
+    A URL is left as it is.
+    """
     kind, _, path = name.partition(":")
-    if kind in KINDS and KINDS[kind].argument == "PATH" and path:
+    if kind in KINDS and KINDS[kind].argument == "PATH" and path and not (KINDS[kind].urls and "://" in path):
         try:
             return f"{kind}:{Path(path).expanduser().absolute()}"
         except RuntimeError as error:  # ~user with an unknown user
@@ -78,12 +81,15 @@ def check_data_name(name: str, options: Mapping[str, Any]) -> tuple[type[Data], 
         The kind of the data, and what follows it in the name.
 
     Raises:
-        UserError: the name is unknown, or an option does not concern this kind of data.
+        UserError: the name is unknown or a URL that this kind does not read, or an option does not concern it.
     """
     found = _find(name)
     if found is None:
         known = f"{_listed(_forms(texts=False), 'or')}; of texts, {_listed(_forms(texts=True), 'or')}"
         raise UserError(f"data.name = {name!r}: must be {known}")
+    if found[0].argument == "PATH" and "://" in name and not found[0].urls:
+        able = ", ".join(f"{kind.kind}:URL" for kind in KINDS.values() if kind.urls)
+        raise UserError(f"data.name = {name!r}: must be a folder that this machine sees; from a URL read: {able}")
     for option in ("class_order", "classes"):
         if options.get(option) is not None and option not in found[0].class_options:
             for_it = [_form(kind) for kind in KINDS.values() if option in kind.class_options]
