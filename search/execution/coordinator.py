@@ -66,6 +66,8 @@ class Coordinator:
         self._waiting = deque(sorted(self._unfinished(), key=lambda unit: (not unit.rung, unit.rung, unit.number)))
         self._remember(*(unit for unit in self._waiting if unit.rung == 0))
         self._waiting.extend(self._adopt())
+        for unit in self._waiting:
+            run.waits(unit.id)  # who did it, did so for a driver that is gone
         begun = {r.trial for r in self.results} | {number for rung, number in map(place_of, self.failures) if rung == 0}
         self._begun = len(begun | {u.number for u in self._waiting if u.rung == 0})
         self.duplicates = 0  # proposals of this driver that were candidates already
@@ -233,7 +235,7 @@ class Coordinator:
         return len(self._live)
 
     @property
-    def running(self) -> list[str]:
+    def handed_out(self) -> list[str]:
         """Names of the tasks that were handed out and have not ended, in that order."""
         return list(self._live)
 
@@ -373,6 +375,7 @@ class Coordinator:
 
     def _complete(self, task_id: str, error: str | None) -> None:
         unit = self._live.pop(task_id)
+        self.run.waits(task_id)
         found = self.run.read_result(task_id)
         if found is None and error is None:
             self._waiting.append(unit)

@@ -273,6 +273,14 @@ class _Searcher(Searcher):  # type: ignore[misc]
         if self._count:
             self._coordinator.max_concurrent = self._count()
 
+    def moved(self, trial_id: str, *, begins: bool) -> None:
+        """A unit has begun in a process, or lost it."""
+        try:
+            run = self._coordinator.run
+            (run.begins if begins else run.waits)(self._units[trial_id])
+        except (UserError, OSError) as error:
+            self._give_up(error)
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error and not alive():  # nor did its candidate fail
             self._give_up(RayDied("Ray died"))
@@ -311,13 +319,19 @@ class _Searcher(Searcher):  # type: ignore[misc]
 
 
 class _Steps(tune.Callback):  # type: ignore[misc]
-    """Lets the searcher count again even when Tune needs no more units."""
+    """Tells the searcher what happens to units, and lets it count again even when Tune needs no more of them."""
 
     def __init__(self, searcher: _Searcher) -> None:
         self._searcher = searcher
 
     def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
         self._searcher.count()
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._searcher.moved(trial.trial_id, begins=True)
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._searcher.moved(trial.trial_id, begins=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -371,6 +371,8 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         log.event("note", text="killed for memory before: half as many images at a time as then, in the same batches")
     if loaded is None and not _is_sound(start):
         save(model.cpu(), start)
+    if loaded is None:
+        log.event("waiting", workers=placement.workers)  # until they tell that they have begun
     job = TrainingJob(
         model=str(start),
         data=context.config.data.name,

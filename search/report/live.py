@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -61,11 +61,12 @@ def _cost(name: str, value: float, source: Mapping[str, Any]) -> str:
     return f"{value / source[name]:.3f} of the {COST_NAMES[name]}"
 
 
-def tasks_of(coordinator: Coordinator) -> list[Level]:
-    """The tasks of a search that is running here, rung by rung."""
+def tasks_of(coordinator: Coordinator, waiting: Collection[str] = ()) -> list[Level]:
+    """The tasks of a search that is running here, rung by rung; ``waiting``: names of those that no process does."""
     search = coordinator.search
     table = {"trials": search.trials, "rungs": search.rungs, "reduction_factor": search.reduction_factor}
-    return levels(table, coordinator.results, coordinator.failures, running=coordinator.running)
+    running = [unit for unit in coordinator.handed_out if unit not in waiting]
+    return levels(table, coordinator.results, coordinator.failures, running=running, waiting=waiting)
 
 
 class _Now:
@@ -74,14 +75,21 @@ class _Now:
     def __init__(self, coordinator: Coordinator) -> None:
         self.time = time.time()
         self.several = len(coordinator.search.rungs) > 1
-        self.tasks = [running_task(coordinator.run, unit) for unit in coordinator.running]
-        self.levels = tasks_of(coordinator)
-        ran = {task["unit"]: max(self.time - (task["since"] or self.time), 0.0) for task in self.tasks}
+        self.tasks = [running_task(coordinator.run, unit) for unit in coordinator.handed_out]
+        running = [task for task in self.tasks if not task["waiting"]]
+        self.waiting = [task["unit"] for task in self.tasks if task["waiting"]]
+        self.levels = tasks_of(coordinator, self.waiting)
+        ran = {task["unit"]: max(self.time - (task["since"] or self.time), 0.0) for task in running}
         self.left = time_left(self.levels, coordinator.results, ran, coordinator.max_concurrent)
 
     @property
     def done(self) -> str:
         return ", ".join(counts(level, self.several) for level in self.levels) + " done"
+
+    @property
+    def going(self) -> str:
+        waiting = f", {len(self.waiting)} waiting for a worker" if self.waiting else ""
+        return f"{len(self.tasks) - len(self.waiting)} running{waiting}"
 
     @property
     def lines(self) -> list[str]:
@@ -96,7 +104,7 @@ def state_line(coordinator: Coordinator, elapsed: float) -> str:
         elapsed: seconds since this session began.
     """
     now = _Now(coordinator)
-    line = f"{now.done}, {clock(elapsed)} elapsed, ETA {clock(now.left)}; {len(now.tasks)} running"
+    line = f"{now.done}, {clock(elapsed)} elapsed, ETA {clock(now.left)}; {now.going}"
     for text in now.lines[:SHOWN]:
         if len(line) + len(text) + 3 > WIDTH:
             break
@@ -120,8 +128,7 @@ def live_view(
     """
     now, objectives = _Now(coordinator), coordinator.search.objectives
     state = Text(
-        f"{now.done}, {len(now.tasks)} running, {len(coordinator.failures)} failed; {clock(elapsed)} elapsed, "
-        f"ETA {clock(now.left)}"
+        f"{now.done}, {now.going}, {len(coordinator.failures)} failed; {clock(elapsed)} elapsed, ETA {clock(now.left)}"
     )
     if coordinator.stopping:
         state.append("  stopping", style="yellow")

@@ -65,6 +65,9 @@ def task_line(task: Mapping[str, Any], several: bool, now: float | None) -> str:
             parts.append(f"loss {task['loss']:.4g}")
     if now is None:
         parts.append("interrupted")
+    elif task.get("waiting"):
+        since = "" if task["since"] is None else f" for {clock(max(now - task['since'], 0.0))}"
+        parts.append(f"waiting for a worker{since}")
     elif task["since"] is not None:
         parts.append(clock(max(now - task["since"], 0.0)))
     return ", ".join(parts)
@@ -88,13 +91,17 @@ def status_lines(found: Mapping[str, Any], run: str, now: float) -> Iterator[str
     if tasks:
         yield _doing(found, run)
     state = f"{trials['finished']} of {found['requested']} trials finished, {trials['running']} running, "
-    yield f"{state}{trials['pending']} pending, {trials['failed']} failed"
+    waiting = sum(level.get("waiting", 0) for level in tasks)
+    of_them = f" ({waiting} of them waiting for a worker)" if waiting else ""
+    yield f"{state}{trials['pending']} pending{of_them}, {trials['failed']} failed"
     if len(tasks) > 1:
         for level in tasks:
             epochs = "1 epoch" if level["epochs"] == 1 else f"{level['epochs'] or 0} epochs"
             parts = [f"{level['finished']} of {level['planned']} finished"]
             parts += [
-                f"{level[name]} {name}" for name in ("running", "interrupted", "pending", "failed") if level[name]
+                f"{level[name]} {name}"
+                for name in ("running", "waiting", "interrupted", "pending", "failed")
+                if level.get(name)
             ]
             yield f"  rung {level['rung']} ({epochs}): {', '.join(parts)}"
     for task in found.get("handed_out", ()):

@@ -18,9 +18,10 @@ from .records import Result, place_of
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["REDUCTION_FACTOR", "Level", "events", "levels", "planned", "progress", "running_task", "time_left"]
+__all__ = ["BEGUN", "REDUCTION_FACTOR", "Level", "events", "levels", "planned", "progress", "running_task", "time_left"]
 
 REDUCTION_FACTOR = 3.0  # of results of a rung, one goes on to the next, unless the configuration says otherwise
+BEGUN = "begun"  # file of a task that a process does; its time is when that began
 TAIL = 8192  # bytes at the end of a log that are looked at
 
 
@@ -34,6 +35,7 @@ class Level:
         planned: tasks that there will be, should none fail any more.
         finished, failed: those that have ended.
         running: those that are being done.
+        waiting: those that were handed out, and wait for a node or a worker.
         interrupted: those that a driver which is gone has handed out, and that are gone on with first.
     """
 
@@ -44,11 +46,18 @@ class Level:
     failed: int
     running: int = 0
     interrupted: int = 0
+    waiting: int = 0
 
     @property
     def pending(self) -> int:
         """Tasks that have not begun."""
-        return max(self.planned - self.finished - self.failed - self.running - self.interrupted, 0)
+        begun = self.finished + self.failed + self.running + self.interrupted + self.waiting
+        return max(self.planned - begun, 0)
+
+    @property
+    def rest(self) -> int:
+        """Tasks that no process has begun, or does any more."""
+        return self.pending + self.waiting + self.interrupted
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, and ``pending``."""
@@ -78,21 +87,23 @@ def levels(
     *,
     running: Iterable[str] = (),
     interrupted: Iterable[str] = (),
+    waiting: Iterable[str] = (),
 ) -> list[Level]:
     """Count a search's tasks on every rung.
 
     Args:
         search: ``trials``, ``rungs`` and ``reduction_factor`` of the configuration.
         results: of all tasks that have finished.
-        failures, running, interrupted: names of the other tasks, see ``Level``.
+        failures, running, interrupted, waiting: names of the other tasks, see ``Level``.
     """
     finished = Counter(result.rung for result in results)
-    failed, begun, left = (Counter(place_of(unit)[0] for unit in units) for units in (failures, running, interrupted))
+    others = (failures, running, interrupted, waiting)
+    failed, *begun = (Counter(place_of(unit)[0] for unit in units) for units in others)
     rungs = list(search["rungs"]) or [None]
     whole = planned(search["trials"], len(rungs), search["reduction_factor"], failed)
     found = []
     for rung, (epochs, number) in enumerate(zip(rungs, whole, strict=True)):
-        counts = (finished[rung], failed[rung], begun[rung], left[rung])
+        counts = (finished[rung], failed[rung], *(units[rung] for units in begun))
         found.append(Level(rung, epochs, max(number, sum(counts)), *counts))
     return found
 
@@ -126,38 +137,47 @@ def time_left(
             shorter = each[below.rung]
             each[level.rung] = None if shorter is None else shorter * level.epochs / below.epochs
         seconds = each[level.rung]
-        if seconds is None and level.pending + level.interrupted + level.running:
+        if seconds is None and level.rest + level.running:
             return None
-        rest += (level.pending + level.interrupted) * (seconds or 0.0)
+        rest += level.rest * (seconds or 0.0)
     for unit, since in running.items():
         rest += max((each.get(place_of(unit)[0]) or 0.0) - since, 0.0)
     return rest / max(workers, 1)
 
 
 def running_task(run: Run, unit: str) -> dict[str, Any]:
-    """Describe a task that was handed out: since when, and the last epoch that it told of.
+    """Describe a task that was handed out: whether it waits, since when, and the last epoch that it told of.
+
+    A task waits until its process has begun, and one that is trained by several workers until they have.
 
     Args:
         run: the run.
         unit: the task's name.
 
     Returns:
-        ``unit``; ``since``, in seconds since 1970; ``epoch``, ``epochs`` and ``loss``; None for what is not known yet.
+        ``unit``; ``waiting``; ``since``, when it began, or was handed out, in seconds since 1970; ``epoch``, ``epochs``
+        and ``loss``; None for what is not known yet.
     """
     folder = run.trial(unit)
     lines = list(events(folder / "metrics.jsonl"))
     epoch: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "epoch"), {})
-    try:
-        since = (folder / "spec.json").stat().st_mtime
-    except OSError:
-        since = None
+    begun = _modified(folder / BEGUN)
     return {
         "unit": unit,
-        "since": since,
+        "waiting": begun is None or (bool(lines) and lines[-1].get("event") == "waiting"),
+        "since": _modified(folder / "spec.json") if begun is None else begun,
         "epoch": epoch.get("epoch"),
         "epochs": epoch.get("epochs"),
         "loss": epoch.get("loss"),
     }
+
+
+def _modified(path: Path) -> float | None:
+    """When a file was written, in seconds since 1970; None where it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def events(path: Path) -> Iterable[dict[str, Any]]:
@@ -188,19 +208,20 @@ def progress(run: Run, results: Sequence[Result], failures: Mapping[str, str]) -
 
     Returns:
         ``driver``, the live process that leads the search (``host``, ``pid``), or None; ``requested`` candidates;
-        ``tasks``, a ``Level`` per rung; ``handed_out``, a ``running_task`` for each that runs or, where no driver
-        lives, was interrupted; ``seconds`` from the first task's begin to now, or to the last result where no driver
-        lives;
-        ``worker_seconds`` of all finished tasks; ``seconds_left``, None where it cannot be told.
+        ``tasks``, a ``Level`` per rung; ``handed_out``, a ``running_task`` for each that runs or waits or, where no
+        driver lives, was interrupted; ``seconds`` from the first task's begin to now, or to the last result where no
+        driver lives; ``worker_seconds`` of all finished tasks; ``seconds_left``, None where it cannot be told.
     """
     table, holder = run.search_table(), Lock.holder(run.leases)
     begun = [running_task(run, task.id) for task in run.unfinished()]
-    units = [task["unit"] for task in begun]
-    found = levels(table, results, failures, **{"interrupted" if holder is None else "running": units})
+    states: dict[str, list[str]] = {"running": [], "waiting": [], "interrupted": []}
+    for task in begun:
+        states["interrupted" if holder is None else "waiting" if task["waiting"] else "running"].append(task["unit"])
+    found = levels(table, results, failures, **states)
     now, left = time.time(), None
     if holder is not None:
-        ran = {task["unit"]: max(now - (task["since"] or now), 0.0) for task in begun}
-        left = time_left(found, results, ran, len(begun))
+        ran = {task["unit"]: max(now - (task["since"] or now), 0.0) for task in begun if not task["waiting"]}
+        left = time_left(found, results, ran, len(ran)) if ran or not states["waiting"] else None
     return {
         "driver": None if holder is None else {"host": holder.host, "pid": holder.pid},
         "requested": table["trials"],

@@ -8,8 +8,8 @@
     front/01, ...    links to the models of the front's members, ascending in cost
     study.journal    Optuna's journal          front.json, report.html, tb/
     advice.json, speed.json                    once the search has ended
-    trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, state.safetensors (in flight), model/, result.json,
-                     validation.json, test.json (of members of the front, once the search has ended)
+    trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, begun and state.safetensors (in flight), model/,
+                     result.json, validation.json, test.json (of members of the front, once the search has ended)
 
 The files are the truth: a unit of work is finished exactly when its ``result.json`` is there. ``r0-0007`` is trial 7
 on rung 0; a trial that was promoted has a folder on every rung that it reached, and its ``cut.json`` on rung 0 only.
@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -39,7 +40,7 @@ from prunesweep.training import EvalMetrics, quality_name
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
-from .progress import REDUCTION_FACTOR, progress
+from .progress import BEGUN, REDUCTION_FACTOR, progress
 from .records import (
     FOLDER,
     FORMAT,
@@ -356,6 +357,16 @@ class Run:
         """Keep a task, before it is handed out."""
         self._write(self.trial(task.id) / "spec.json", sealed(asdict(task)))
 
+    def begins(self, task_id: str) -> None:
+        """Note that a process does a task that was handed out, from now on."""
+        self.fence()
+        (self.trial(task_id) / BEGUN).touch()
+
+    def waits(self, task_id: str) -> None:
+        """Note that no process does a task: it has ended, or waits for one."""
+        self.fence()
+        (self.trial(task_id) / BEGUN).unlink(missing_ok=True)
+
     def write_cut(self, number: int, decision: Cut) -> None:
         """Keep what a candidate keeps of the source, as its point was decoded: for all of its units."""
         # no indent: it has an index for every unit that is kept
@@ -387,20 +398,22 @@ class Run:
         """The stable form for scripts: what is finished, running and pending, hypervolume, the source, and advice.
 
         ``trials`` counts finished candidates, those of rung 0, and the running, pending and failed tasks of all rungs;
-        those that were interrupted are pending. ``rungs`` has the finished tasks of each rung. The rest of how far the
-        search is, is as ``progress`` says.
+        those that wait for a worker or were interrupted are pending. ``rungs`` has the finished tasks of
+        each rung. The rest of how far the search is, is as ``progress`` says.
         """
         facts, outcomes = self.known_facts(), self.outcomes()
         self._warn(outcomes.damaged)
         found = progress(self, outcomes.results, outcomes.failures)
         tasks = found["tasks"]
-        of_all = {name: sum(level[name] for level in tasks) for name in ("running", "pending", "interrupted", "failed")}
+        of_all = Counter[str]()
+        for level in tasks:
+            of_all.update({name: level[name] for name in ("running", "waiting", "interrupted", "pending", "failed")})
         return {
             **found,
             "trials": {
                 "finished": tasks[0]["finished"],
                 "running": of_all["running"],
-                "pending": of_all["pending"] + of_all["interrupted"],
+                "pending": of_all["pending"] + of_all["waiting"] + of_all["interrupted"],
                 "failed": of_all["failed"],
             },
             "rungs": [level["finished"] for level in tasks],

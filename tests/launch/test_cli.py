@@ -70,7 +70,7 @@ def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found.pop("hypervolume") > 0
     assert found.pop("seconds") >= 0
     spent = cost(ARCH)
-    level = {"planned": 6, "finished": 3, "failed": 1, "running": 0, "interrupted": 0, "pending": 2}
+    level = {"planned": 6, "finished": 3, "failed": 1, "running": 0, "interrupted": 0, "waiting": 0, "pending": 2}
     assert found == {
         "requested": 6,
         "driver": None,
@@ -94,7 +94,7 @@ def test_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_names_what_runs_on_every_rung(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two tasks of the second rung run: that is not "0 running, 0 pending"."""
+    """One task of the second rung runs, another one has no worker yet: that is not "0 running, 0 pending"."""
     run = make_run(tmp_path / "run", trials=6, rungs=[1, 3], reduction_factor=2)
     for number in range(6):
         run.trial(f"r0-000{number}").mkdir()
@@ -107,16 +107,25 @@ def test_status_names_what_runs_on_every_rung(tmp_path: Path, capsys: pytest.Cap
         run.trial(unit.id).mkdir()
         run.write_task(unit)
     epoch = {"time": 1.0, "event": "epoch", "epoch": 2, "epochs": 3, "loss": 0.125}
-    (run.trial("r1-0001") / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    log = run.trial("r1-0001") / "metrics.jsonl"
+    log.write_text(json.dumps(epoch) + "\n")
+    run.begins("r1-0001")
     with run.lock():
         found = json.loads(call(capsys, "status", run.path, "--json")[1])
         out = call(capsys, "status", run.path)[1]
-    assert found["trials"] == {"finished": 6, "running": 2, "pending": 1, "failed": 0}
-    # three tasks of three epochs at 4 s each, two side by side, just begun
-    assert 15 < found["seconds_left"] <= 18
+    assert found["trials"] == {"finished": 6, "running": 1, "pending": 2, "failed": 0}
+    # three tasks of three epochs at 4 s each, one after the other, just begun
+    assert 33 < found["seconds_left"] <= 36
+    assert [(task["unit"], task["waiting"]) for task in found["handed_out"]] == [("r1-0000", True), ("r1-0001", False)]
     assert "searching, process" in out
-    assert "rung 1 (3 epochs): 0 of 3 finished, 2 running, 1 pending" in out
+    assert "6 of 6 trials finished, 1 running, 2 pending (1 of them waiting for a worker), 0 failed" in out
+    assert "rung 1 (3 epochs): 0 of 3 finished, 1 running, 1 waiting, 1 pending" in out
+    assert "trial 0 on rung 1, waiting for a worker for 00:0" in out
     assert "trial 1 on rung 1, epoch 2 of 3, loss 0.125, 00:0" in out
+    with run.lock(), log.open("a") as file:
+        file.write('{"time": 2.0, "event": "waiting", "workers": 2}\n')
+        file.flush()
+        assert run.status()["trials"]["running"] == 0  # those that train it have not begun
     out = call(capsys, "status", run.path)[1]
     assert "0 running, 3 pending" in out
     assert "trial 0 on rung 1, interrupted" in out

@@ -50,8 +50,8 @@ const brushed = t =>
   });
 const variable = (t, name) => (name === shareName() ? share(t) : name === "quality" ? t[quality] : t.point[name]);
 
-// Tasks of all rungs that are running, interrupted, pending, finished or failed.
-const tasks = name => page.activity.tasks.reduce((sum, level) => sum + level[name], 0);
+// Tasks of all rungs that are running, waiting, interrupted, pending, finished or failed; a cluster's version may be older.
+const tasks = name => page.activity.tasks.reduce((sum, level) => sum + (level[name] ?? 0), 0);
 
 function drawSummary() {
   const [first, ...further] = page.activity.tasks;
@@ -82,9 +82,9 @@ function drawSummary() {
     " candidates finished" +
     further.map(level => ", " + level.finished + " of " + level.planned + " on rung " + level.rung).join("") +
     ", " +
-    ["running", "interrupted", "pending", "failed"]
-      .filter(name => tasks(name) || !["running", "interrupted"].includes(name))
-      .map(name => tasks(name) + " " + name)
+    ["running", "waiting", "interrupted", "pending", "failed"]
+      .filter(name => tasks(name) || ["pending", "failed"].includes(name))
+      .map(name => tasks(name) + " " + name + (name === "waiting" ? " for a worker" : ""))
       .join(", ") +
     (page.diverged ? ", " + page.diverged + " without a number (training diverged)" : "") +
     (page.damaged.length ? ", " + page.damaged.length + " damaged" : "") +

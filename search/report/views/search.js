@@ -210,13 +210,14 @@ function drawActivity() {
       (tasks("pending") + tasks("interrupted") ? " Go on with: prunesweep resume " + shell(page.path) : "");
   table(
     "rungs",
-    ["rung", "epochs", "tasks", "finished", "running", "interrupted", "pending", "failed"],
+    ["rung", "epochs", "tasks", "finished", "running", "waiting", "interrupted", "pending", "failed"],
     now.tasks.map(level => [
       level.rung,
       level.epochs ?? "",
       level.planned,
       level.finished,
       level.running,
+      level.waiting ?? 0,
       level.interrupted,
       level.pending,
       level.failed,
@@ -226,14 +227,15 @@ function drawActivity() {
   const since = t => (number(t) ? new Date(1000 * t).toLocaleTimeString() : "");
   table(
     "running",
-    [now.driver ? "running" : "interrupted", "epoch", "loss", "since"],
+    ["task", "state", "epoch", "loss", "since"],
     now.handed_out.map(t => [
       t.unit,
+      now.driver ? (t.waiting ? "waiting for a worker" : "running") : "interrupted",
       number(t.epoch) ? t.epoch + " of " + t.epochs : "not yet one",
       fixed(t.loss, 4),
       since(t.since),
     ]),
-    [0],
+    [0, 1],
   );
   table(
     "failures",

@@ -282,10 +282,19 @@ def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
 def test_status_tells_running_from_pending_by_the_lease(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     coordinator = start(run)
-    coordinator.next()
+    unit = coordinator.next()
+    assert unit is not None
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
     with run.lock():
+        assert run.status()["tasks"][0]["waiting"] == 1
+        run.begins(unit.id)
         assert run.status()["trials"] == {"finished": 0, "running": 1, "pending": 11, "failed": 0}
+        again = start(run)  # of another driver, which has not handed it out yet
+        assert run.status()["tasks"][0]["waiting"] == 1
+        assert again.next() == unit
+        run.begins(unit.id)
+        again.complete(unit.id)  # stopped: it is handed out again, later
+        assert run.status()["tasks"][0]["waiting"] == 1
     assert run.status()["trials"] == {"finished": 0, "running": 0, "pending": 12, "failed": 0}
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from prunesweep.search.execution import runtime
 from prunesweep.search.execution.coordinator import RunBroken
 from prunesweep.search.execution.growth import has_autoscaler
 from prunesweep.search.execution.runtime import RayConnection, execute, max_concurrent
-from prunesweep.search.store.run import Task
+from prunesweep.search.store.run import Run, Task
 from tests.search.execution.test_coordinator import start
+from tests.search.execution.test_coordinator import work as made_up
 from tests.search.helpers import make_run
 
 GPU_NODE, CPU_NODE = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0}
@@ -103,6 +107,34 @@ def test_a_process_that_is_lost_again_and_again_fails_its_candidate(tmp_path: Pa
     assert told == ["trial 0 was lost with its process; it goes on elsewhere from its start"] * 2
     assert list(coordinator.failures) == ["r0-0000"]
     assert "was lost 3 times" in coordinator.failures["r0-0000"]
+
+
+@pytest.mark.slow
+def test_a_unit_without_a_process_waits(tmp_path: Path) -> None:
+    """Three are handed out where one process fits; the first is lost once, and then waits for another one, too."""
+    run, resources = make_run(tmp_path / "run"), ResourcesTable(cpus=1)
+    coordinator = start(run, requested=3, max_concurrent=3)
+    with run.lock(), RayConnection(resources, address=None, verbose=False, on_death=lambda: None):
+        execute(coordinator, resources, work=tell)
+    assert len(coordinator.results) == 3
+    found = [json.loads(line) for line in (run / "told").read_text().splitlines()]
+    assert found == [[1, 2], [1, 2], [1, 1], [1, 0]]
+    assert not list(run.path.glob("trials/*/begun"))
+
+
+def tell(path: Path, unit: Task) -> Mapping[str, Any]:
+    """Write how many units run and wait by the run's own account; the first time, die of it."""
+    run, found = Run(path), {"running": 0, "waiting": 0}
+    deadline = time.monotonic() + 20
+    while not found["running"] and time.monotonic() < deadline:  # the driver learns a little later of what has begun
+        found = run.status()["tasks"][0]
+        time.sleep(0.05)
+    first = not (run / "told").exists()
+    with (run / "told").open("a") as file:
+        file.write(json.dumps([found["running"], found["waiting"]]) + "\n")
+    if first:
+        die(path, unit)
+    return run.write_result(unit.id, result=made_up(run, unit))
 
 
 def die(_path: Path, _unit: Task) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def test_the_live_view_says_what_runs_and_prints_results_above_itself(tmp_path: 
         assert coordinator.next() is not None
     epoch = {"event": "epoch", "epoch": 2, "epochs": 3, "loss": 0.125}
     (run.trial("r0-0001") / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    run.begins("r0-0001")
     coordinator.results.append(replace(result_of(7), seconds=8.0))
     source = {"macs": 1_000, "top1": 90.0}
     console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
@@ -119,6 +120,8 @@ def test_the_live_view_says_what_runs_and_prints_results_above_itself(tmp_path: 
     # what is left of two of 8 s, and two of three epochs for one, two at a time
     assert re.search(r"ETA 00:3[0-5]", " ".join(view.split()))
     assert "from 0 % top-1 at the source's MACs" in " ".join(view.split())
+    assert "1 running, 1 waiting for a worker, 0 failed" in " ".join(view.split())
+    assert re.search(r"trial 0 on rung 0, waiting for a worker for 00:0\d", view)
     assert re.search(r"trial 1 on rung 0, epoch 2 of 3, loss 0\.125, 00:0\d", view)
 
 

@@ -107,7 +107,7 @@ def test_a_candidate_has_a_figure_for_every_rung_and_one_as_cut(run: Run) -> Non
     assert [(r["unit"], r["epochs"], r["top1"]) for r in first["rungs"]] == [("r0-0000", 1, 89.0), ("r1-0000", 2, 85.0)]
 
 
-STATES = ("planned", "finished", "running", "interrupted", "pending", "failed")
+STATES = ("planned", "finished", "running", "waiting", "interrupted", "pending", "failed")
 
 
 def test_what_failed_runs_and_is_pending_is_told(run: Run) -> None:
@@ -119,15 +119,18 @@ def test_what_failed_runs_and_is_pending_is_told(run: Run) -> None:
     now = page_data(run)["activity"]
     first, second = now["tasks"]
     assert (now["driver"], now["requested"]) == (None, 12)
-    assert [first[name] for name in STATES] == [12, 3, 0, 1, 7, 1]
-    assert [second[name] for name in STATES] == [3, 1, 0, 0, 2, 0]  # of 11 that leave a result, one in three
+    assert [first[name] for name in STATES] == [12, 3, 0, 0, 1, 7, 1]
+    assert [second[name] for name in STATES] == [3, 1, 0, 0, 0, 2, 0]  # of 11 that leave a result, one in three
     assert now["failures"] == [["r0-0003", "ValueError: no <b>room</b>"]]
     (task,) = now["handed_out"]
     assert {**epoch, **task} == {**task, "time": 5.0, "event": "epoch"}
     with run.lock():
         now = page_data(run)["activity"]
+        run.begins("r0-0004")
+        begun = page_data(run)["activity"]["tasks"][0]
     assert now["driver"]["pid"] > 0
-    assert [now["tasks"][0][name] for name in STATES] == [12, 3, 1, 0, 7, 1]
+    assert [now["tasks"][0][name] for name in STATES] == [12, 3, 0, 1, 0, 7, 1]
+    assert [begun[name] for name in STATES] == [12, 3, 1, 0, 0, 7, 1]
 
 
 def test_nothing_finished_and_all_failed_is_a_page_too(tmp_path: Path) -> None:
