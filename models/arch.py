@@ -29,7 +29,7 @@ from typing import Any
 from .errors import UserError, nearest
 from .io.reading import parse_json
 
-__all__ = ["Arch", "AttentionPool", "Block", "PositionBias", "Rope", "Stage", "Text"]
+__all__ = ["Arch", "AttentionPool", "Block", "PositionBias", "Rope", "Stage", "Stem", "Text"]
 
 FORMAT = "prunesweep/arch/1"
 LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
@@ -149,6 +149,20 @@ class AttentionPool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stem:
+    """Convolutions in front of the patch embedding, which no cut narrows but where the last one writes the stream.
+
+    Sources: arXiv 2010.11929 (``resnet``: a ResNet of bottlenecks, or its first convolution alone) and 2311.17049
+    (``convolutions``: kernels as large as their strides; the last one is the patch embedding).
+    """
+
+    kind: str  # convolutions | resnet
+    channels: tuple[int, ...]  # of all convolutions but the last; of a ResNet's first one and its stages
+    strides: tuple[int, ...] = ()  # of convolutions
+    blocks: tuple[int, ...] = ()  # of a ResNet's stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
@@ -186,6 +200,7 @@ class Arch:
     proj_bias: bool = True  # of attention's output projection
     mlp_bias: bool = True  # of both layers of an MLP
     position_bias: PositionBias | None = None
+    stem: Stem | None = None  # ``patch_size`` is in pixels, then, too
     text: Text | None = None  # of family lm
 
     @property
@@ -282,6 +297,7 @@ class Arch:
             ("rope", Rope),
             ("attn_pool", AttentionPool),
             ("position_bias", PositionBias),
+            ("stem", Stem),
         ):
             if data.get(name) is not None:
                 data[name] = _read(record, data[name], f"arch.{name}")
@@ -357,6 +373,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Rope": (Rope,),
     "AttentionPool": (AttentionPool,),
     "PositionBias": (PositionBias,),
+    "Stem": (Stem,),
 }
 
 

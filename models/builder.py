@@ -271,7 +271,7 @@ def _pretrained_cfg(arch: Arch, given: Mapping[str, Any]) -> dict[str, Any]:
     half = (0.5,) * arch.in_chans
     own = {"architecture": ENTRY_POINT, "num_classes": arch.num_classes, "input_size": (arch.in_chans, *arch.img_size)}
     family = family_of(arch)
-    fixed = {"fixed_input_size": True, "first_conv": family.first_conv, "custom_load": False}
+    fixed = {"fixed_input_size": True, "first_conv": family.first_convolution(arch), "custom_load": False}
     # the source model's own address is dropped, but "hf-hub:" names the place of these very weights
     no_download = {"url": ""} if given.get("source") == "hf-hub" else {"url": "", "hf_hub_id": None}
     defaults = {} if arch.in_chans == 3 else {"mean": half, "std": half}

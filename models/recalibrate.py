@@ -16,6 +16,8 @@ from .errors import UserError
 
 __all__ = ["recalibrate"]
 
+STEM = "patch_embed.backbone."  # timm's name for what is in front of a ViT's patch embedding
+
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> int:
@@ -23,7 +25,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
 
     Mean and variance become the plain average over ``batches`` of what each batch has, with all BatchNorms of the model
     working with the batch's own statistics meanwhile, as in training. Everything else of the model stays as it is:
-    stochastic depth and dropout are off meanwhile.
+    stochastic depth and dropout are off meanwhile. BatchNorms of a ViT's stem, which no cut changes, keep theirs.
 
     Args:
         model: runs on the device where it is.
@@ -32,7 +34,11 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     Raises:
         UserError: there is a BatchNorm, and no batch.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not name.startswith(STEM)
+    ]
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}

@@ -201,6 +201,10 @@ class Family(ABC):
         """
         raise UserError(f"dynamic_img_size = True: models of family {self.name!r} are for one size; give img_size")
 
+    def first_convolution(self, arch: Arch) -> str | None:
+        """Name the layer that reads images, as timm's ``pretrained_cfg`` wants it."""
+        return self.first_conv
+
     def feature_stages(self, arch: Arch) -> int | tuple[int, ...]:
         """Return timm's default ``out_indices`` of ``features_only``: every stage, or the last three blocks."""
         return min(3, arch.depth) if self.single_stage else tuple(range(len(arch.stages)))

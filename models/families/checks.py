@@ -23,6 +23,7 @@ PLAIN: Mapping[str, Any] = {
     "proj_bias": True,
     "mlp_bias": True,
     "position_bias": None,
+    "stem": None,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

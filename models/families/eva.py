@@ -92,7 +92,12 @@ class EvaFamily(VisionTransformerFamily):
     capabilities = frozenset({*VisionTransformerFamily.capabilities, "rotary"} - {"token_scale"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Eva, VisionTransformer, Qwen3VitClassifier)
     adopts = True
-    fixed_fields: ClassVar[dict[str, Any]] = {"dist_token": False, "qk_norm": False, "position_bias": None}
+    fixed_fields: ClassVar[dict[str, Any]] = {
+        "dist_token": False,
+        "qk_norm": False,
+        "position_bias": None,
+        "stem": None,
+    }
     block_tensors: ClassVar[Table] = {
         **{
             name: uses

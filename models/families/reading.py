@@ -115,8 +115,8 @@ def isotropic_record(model: Any, family: str, name: str, blocks: Sequence[Block]
         family=family,
         source=name,
         img_size=tuple(embed.img_size),
-        patch_size=tuple(embed.patch_size),
-        in_chans=embed.proj.in_channels,
+        patch_size=tuple(embed.feat_ratio(as_scalar=False)),
+        in_chans=embed.proj.in_channels if fields.get("stem") is None else embed.in_chans,
         stages=(Stage(width=model.embed_dim, grid=(rows, columns), blocks=tuple(blocks)),),
         class_token=getattr(model, "cls_token", None) is not None,
         pos_embed=getattr(model, "pos_embed", None) is not None,
@@ -124,7 +124,8 @@ def isotropic_record(model: Any, family: str, name: str, blocks: Sequence[Block]
         pre_norm=pre_norm,
         **fields,
     )
-    require(name, (embed.proj.bias is None) == pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
+    biased = isinstance(embed.proj, nn.Identity) or embed.proj.bias is not None  # a stem's last convolution has one
+    require(name, biased != pre_norm, "its patch embedding has a bias and a norm_pre, or neither")
     return arch
 
 

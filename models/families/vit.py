@@ -20,6 +20,7 @@ from timm.layers import (
     DropPath,
     Format,
     GluMlp,
+    HybridEmbed,
     LayerNorm,
     LayerScale,
     Mlp,
@@ -32,7 +33,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prunesweep.models.arch import Arch, Block
+from prunesweep.models.arch import Arch, Block, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS
 from prunesweep.models.layers.conv_mixing import ConvSharing
@@ -47,6 +48,7 @@ from .checks import PLAIN, check_fixed, check_one_of
 from .layouts import is_plain
 from .reading import Require, isotropic_record, layer_norms, read_mlp, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, AxisUse, Table, linear, per_channel, writes
+from .stem import StemEmbed, check_stem, first_convolution, read_stem, stem_cost, stem_uses_stream
 from .views import Reader
 from .vit_models import (
     AttentionPooledTransformer,
@@ -199,6 +201,8 @@ def build_vit(
 
     norm_layer = partial(RmsNorm if arch.norm == "rms" else LayerNorm, eps=arch.norm_eps)
     options: dict[str, Any] = {"reg_tokens": arch.reg_tokens} if arch.reg_tokens else {}
+    if arch.stem is not None:
+        options["embed_layer"] = partial(StemEmbed, arch.stem)
     if not arch.dist_token:
         options["pool_include_prefix"] = arch.pool_prefix
     model: VisionTransformer = model_class(
@@ -249,7 +253,7 @@ class VisionTransformerFamily(Family):
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
     single_stage = True
     fixed_fields: ClassVar[dict[str, Any]] = {
-        name: value for name, value in PLAIN.items() if name not in ("glu", "mlp_norm")
+        name: value for name, value in PLAIN.items() if name not in ("glu", "mlp_norm", "stem")
     }
     conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e-2)
     block_tensors = BLOCK
@@ -280,8 +284,9 @@ class VisionTransformerFamily(Family):
         """Read the record of a VisionTransformer or VisionTransformerDistilled, which know their image size."""
         needs = partial(require, name)
         embed = model.patch_embed
-        needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
-        needs(isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
+        hybrid = type(embed) is HybridEmbed
+        needs(hybrid or type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
+        needs(hybrid or isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
         padded = embed.dynamic_img_pad and any(i % p for i, p in zip(embed.img_size, embed.patch_size, strict=True))
         needs(not padded, f"it pads images of {embed.img_size} to whole patches of {embed.patch_size}")
         if model.dynamic_img_size:
@@ -310,6 +315,7 @@ class VisionTransformerFamily(Family):
             act=act,
             glu=glu,
             mlp_norm=mlp_norm,
+            stem=read_stem(embed, needs) if hybrid else None,
         )
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:
@@ -357,7 +363,7 @@ class VisionTransformerFamily(Family):
         arch, embed = super().current(model, arch), model.patch_embed
         if arch.attn_pool is not None and arch.pool != "map":
             arch = dataclasses.replace(arch, attn_pool=None)
-        img_size, patch_size = tuple(embed.img_size), tuple(embed.patch_size)
+        img_size, patch_size = tuple(embed.img_size), tuple(embed.feat_ratio(as_scalar=False))
         if (img_size, patch_size) == (arch.img_size, arch.patch_size):
             return arch
         check_size(arch, img_size, patch_size)
@@ -376,6 +382,10 @@ class VisionTransformerFamily(Family):
         embed = model.patch_embed
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
 
+    def first_convolution(self, arch: Arch) -> str | None:
+        """Name the patch embedding, or the first convolution of a stem."""
+        return super().first_convolution(arch) if arch.stem is None else first_convolution(arch.stem)
+
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:
         """Return ``head``, and ``head_dist`` of a distilled model."""
         return ("head", "head_dist") if arch.dist_token else "head"
@@ -389,6 +399,7 @@ class VisionTransformerFamily(Family):
         if arch.pool == "token" and arch.pool_prefix:
             raise UserError("pool_prefix = True: is for pool = 'avg' or 'map' only")
         check_pool(arch)
+        check_stem(arch)
         if arch.pool == "token" and not arch.class_token:
             raise UserError("pool = 'token': needs class_token = true; use pool = 'avg'")
         if arch.dist_token:
@@ -398,18 +409,22 @@ class VisionTransformerFamily(Family):
         """Count patch embedding, prefix tokens, positions, norms, pool and classifiers."""
         (stage,) = arch.stages
         width, patches = stage.width, stage.grid[0] * stage.grid[1]
-        pixels = arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+        embed = _embed_cost(arch, stage) if arch.stem is None else stem_cost(arch)
         pool = pool_cost(arch, stage)
         features = width if arch.attn_pool is None else arch.attn_pool.width
-        macs = width * patches * pixels + features * (1 + arch.dist_token) * arch.num_classes + pool.macs
-        embed = width * pixels + (0 if arch.pre_norm else width)
+        macs = embed.macs + features * (1 + arch.dist_token) * arch.num_classes + pool.macs
         positions = arch.pos_embed * (patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0))
         norms = (arch.head_norm != "none") + arch.pre_norm + arch.embed_norm
         heads = (1 + arch.dist_token) * (features + 1) * arch.num_classes + pool.params
-        return Cost(macs, embed + width * (arch.prefix_tokens + positions + arch.norm_tensors * norms) + heads)
+        return Cost(macs, embed.params + width * (arch.prefix_tokens + positions + arch.norm_tensors * norms) + heads)
 
     def uses(self, arch: Arch, tensor: str) -> tuple[AxisUse, ...]:
-        """Return what axes count; a classifier behind an attention pool reads features, not the stream."""
+        """Return what axes count; a classifier behind an attention pool reads features, not the stream.
+
+        Of a stem, only a convolution that writes the stream has an axis that counts channels of it.
+        """
+        if tensor.startswith("patch_embed.backbone."):
+            return (AxisUse("stages.0.embed", "writes"),) if stem_uses_stream(arch, tensor) else ()
         return (WHOLE, WHOLE) if arch.attn_pool is not None and tensor == "head.weight" else super().uses(arch, tensor)
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
@@ -418,6 +433,12 @@ class VisionTransformerFamily(Family):
         So it does with ``embed_norm``, before positions are added; with ``post_norm`` every block's do.
         """
         return arch.pre_norm or arch.embed_norm or arch.post_norm
+
+
+def _embed_cost(arch: Arch, stage: Stage) -> Cost:
+    """Count a patch embedding that reads pixels."""
+    weights = stage.width * arch.patch_size[0] * arch.patch_size[1] * arch.in_chans
+    return Cost(stage.grid[0] * stage.grid[1] * weights, weights + (0 if arch.pre_norm else stage.width))
 
 
 def _check_any_tokens(arch: Arch, option: str) -> int:

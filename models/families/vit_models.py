@@ -28,7 +28,9 @@ class HeteroVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm 
         """
         embed, arch = self.patch_embed, getattr(self, "arch", None)
         if arch is not None:
-            sizes = (img_size or embed.img_size, patch_size or embed.patch_size)
+            if arch.stem is not None and patch_size is not None:
+                raise UserError(f"patch_size = {patch_size}: the patches of {arch.source} follow from its stem")
+            sizes = (img_size or embed.img_size, patch_size or embed.feat_ratio(as_scalar=False))
             check_size(arch, *(to_2tuple(size) for size in sizes))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         for block in self.blocks:

@@ -249,6 +249,7 @@ def _probe(source: Arch, stage: Stage, cell: Mapping[str, int], block: Block) ->
         patch_size=(side, side),
         in_chans=1,
         num_classes=1,
+        stem=None,
         stages=(dataclasses.replace(stage, width=cell["embed"], grid=grid, blocks=(block,) * COPIES),),
     )
     return Probe(arch)

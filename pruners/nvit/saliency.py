@@ -24,6 +24,7 @@ from torch import nn
 
 from prunesweep.models import Arch, arch_of, block_views
 from prunesweep.models.families import FamiliesWith
+from prunesweep.models.families.stem import stream_layer
 from prunesweep.models.families.views import LinearView
 from prunesweep.pruners.drawn_targets import target_loss
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
@@ -150,7 +151,7 @@ def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
 def _embedding(model: Any, s: int) -> torch.Tensor:
     """Sum what a stage's residual channels receive where they begin: patch embedding, or what is in front of it."""
     if not s:
-        layer = model.patch_embed.proj
+        layer = stream_layer(model.patch_embed)
     elif hasattr(model, "layers"):  # patch merging
         layer = model.layers[s].downsample.reduction
     else:  # a patch embedding of its own

@@ -24,6 +24,7 @@ import torch
 
 from prunesweep.models import Arch, cost
 from prunesweep.models.counting import block_cost, outside_cost
+from prunesweep.models.families.stem import stem_cost
 
 __all__ = ["Resource", "Usage", "paper_macs", "unit_macs"]
 
@@ -37,6 +38,8 @@ def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
     (stage,) = arch.stages
     N, C, patches = arch.tokens, stage.width, stage.grid[0] * stage.grid[1]
     embed = patches * C * arch.in_chans * arch.patch_size[0] * arch.patch_size[1]
+    if arch.stem is not None:
+        embed = stem_cost(arch).macs
     rows = []
     for block in stage.blocks:
         qk, v, hidden = block.heads * block.qk * arch.qk_rows, block.total_v, N * C * block.mlp

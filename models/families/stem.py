@@ -1,0 +1,235 @@
+"""Stems of ViTs: convolutions in front of the patch embedding, which are kept as they are.
+
+Sources: the hybrids of ViT (arXiv 2010.11929, 2106.10270), whose stem is a ResNet or its first convolution, and
+MobileCLIP's image tower (arXiv 2311.17049), whose stem of convolutions writes the residual stream itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from timm.layers import HybridEmbed, StdConv2dSame, to_2tuple
+from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
+
+from prunesweep.models.arch import Arch, Stem
+from prunesweep.models.errors import UserError
+from prunesweep.models.without_values import without_values
+
+from .block_costs import Cost
+from .checks import check_at_least, check_one_of
+from .reading import Require
+
+__all__ = ["StemEmbed", "check_stem", "first_convolution", "read_stem", "stem_cost", "stem_uses_stream", "stream_layer"]
+
+KINDS = ("convolutions", "resnet")
+GROUPS = 32  # of channels, which timm's norms of a ResNet have
+STD_EPS = 1e-8  # of the standardised weights of its convolutions
+MOST_STAGES = 4  # of a ResNet; timm dilates what follows them
+
+
+class StemEmbed(HybridEmbed):  # type: ignore[misc]  # timm is untyped
+    """timm's patch embedding behind a stem. Its sizes follow from the stem's strides; timm runs the stem to find them.
+
+    Args:
+        stem: the record.
+        img_size: rows and columns of images, multiples of ``patch_size``.
+        patch_size: rows and columns of a patch, in pixels.
+        in_chans: channels of images.
+        embed_dim: the residual width.
+        options: timm's.
+    """
+
+    def __init__(
+        self, stem: Stem, *, img_size: Any, patch_size: tuple[int, int], in_chans: int, embed_dim: int, **options: Any
+    ) -> None:
+        self.stride = _stride(stem)
+        self.width = stem.channels[-1] if stem.kind == "resnet" else embed_dim
+        super().__init__(
+            _stem(stem, in_chans, embed_dim),
+            img_size=img_size,
+            patch_size=tuple(side // self.stride for side in patch_size),
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            proj=stem.kind == "resnet",
+            **options,
+        )
+
+    def _init_backbone(self, img_size: Any = 224, patch_size: Any = 1, **_: Any) -> tuple[Any, ...]:
+        """Return the sizes of images, patches, the stem's map, a place of it and the grid, the channels, the patches.
+
+        Raises:
+            UserError: the images are not of whole patches.
+        """
+        images, patches = to_2tuple(img_size), to_2tuple(patch_size)
+        whole = tuple(self.stride * side for side in patches)
+        if any(side % patch for side, patch in zip(images, whole, strict=True)):
+            raise UserError(f"img_size = {list(images)}: a stem of convolutions needs multiples of {list(whole)}")
+        features = tuple(side // self.stride for side in images)
+        grid = tuple(side // patch for side, patch in zip(features, patches, strict=True))
+        return images, patches, features, (self.stride, self.stride), self.width, grid, math.prod(grid)
+
+
+def _stride(stem: Stem) -> int:
+    if stem.kind == "convolutions":
+        return math.prod(stem.strides)
+    return 2 ** (len(stem.blocks) + 1) if stem.blocks else 4
+
+
+def _stem(stem: Stem, in_chans: int, width: int) -> nn.Module:
+    if stem.kind == "convolutions":
+        options = {"kernel_size": stem.strides, "stride": stem.strides, "padding": 0, "act_layer": nn.GELU}
+        made: nn.Module = ConvStem(in_chans, len(stem.strides), (*stem.channels, width), **options)
+        return made
+    first, *channels = stem.channels
+    options = {"stem_type": "same", "preact": False, "conv_layer": partial(StdConv2dSame, eps=STD_EPS)}
+    if not stem.blocks:
+        return create_resnetv2_stem(in_chans, first, **options)
+    head = {"num_classes": 0, "global_pool": "", "in_chans": in_chans}
+    return ResNetV2(stem.blocks, tuple(channels), stem_chs=first, **head, **options)
+
+
+def read_stem(embed: Any, require: Require) -> Stem:
+    """Read the record of a timm model's stem.
+
+    Args:
+        embed: the model's patch embedding.
+        require: ``require`` with the model's name bound; raises UserError where the stem is of another form.
+    """
+    backbone, kind = embed.backbone, type(embed.backbone).__name__
+    if isinstance(backbone, ConvStem):
+        layers = [layer.conv for layer in backbone]
+        strides = tuple(layer.stride[0] for layer in layers)
+        stem = Stem(kind="convolutions", channels=tuple(layer.out_channels for layer in layers[:-1]), strides=strides)
+        width = layers[-1].out_channels
+    else:
+        resnet = isinstance(backbone, ResNetV2)
+        parts = dict((backbone.stem if resnet else backbone).named_children())
+        require("conv" in parts, f"its stem is a {kind} of another form than timm's hybrids have")
+        stages = backbone.stages if resnet else ()
+        channels = tuple(stage.blocks[-1].conv3.out_channels for stage in stages)
+        blocks = tuple(len(stage.blocks) for stage in stages)
+        stem = Stem(kind="resnet", channels=(parts["conv"].out_channels, *channels), blocks=blocks)
+        width = 0
+    with without_values():
+        own = _stem(stem, embed.in_chans, width)
+    same = repr(own) == repr(backbone) and _standardising(own) == _standardising(backbone)
+    projects = not isinstance(embed.proj, nn.Identity)
+    require(
+        same and projects == (stem.kind == "resnet"), f"its stem is a {kind} of another form than timm's hybrids have"
+    )
+    return stem
+
+
+def _standardising(backbone: nn.Module) -> list[float]:
+    return [module.eps for module in backbone.modules() if isinstance(module, StdConv2dSame)]
+
+
+def stream_layer(embed: Any) -> Any:
+    """Return the layer of a patch embedding whose output is the residual stream; with a stem it may be its last one."""
+    return embed.backbone[-1].conv if isinstance(embed.proj, nn.Identity) else embed.proj
+
+
+def stem_uses_stream(arch: Arch, tensor: str) -> bool:
+    """Whether a stem's tensor is of the convolution that writes the residual stream."""
+    stem = arch.stem
+    return stem is not None and tensor.startswith(f"patch_embed.backbone.{len(stem.strides) - 1}.conv.")
+
+
+def first_convolution(stem: Stem) -> str:
+    """Return the name of the convolution that reads images."""
+    within = "0.conv" if stem.kind == "convolutions" else "stem.conv" if stem.blocks else "conv"
+    return f"patch_embed.backbone.{within}"
+
+
+def check_stem(arch: Arch) -> None:
+    """Raise UserError where a record's stem is impossible."""
+    stem = arch.stem
+    if stem is None:
+        return
+    check_one_of("stem.kind", stem.kind, KINDS)
+    for name in ("channels", "strides", "blocks"):
+        for i, value in enumerate(getattr(stem, name)):
+            check_at_least(f"stem.{name}[{i}]", value, 1)
+    if stem.kind == "convolutions":
+        if not stem.strides or len(stem.channels) != len(stem.strides) - 1 or stem.blocks:
+            raise UserError(
+                f"stem.channels = {list(stem.channels)}: needs one number for each of stem.strides but the last, whose "
+                "channels are the residual stream's; stem.blocks is for kind 'resnet'"
+            )
+        if arch.pre_norm:
+            raise UserError("stem.kind = 'convolutions': needs pre_norm = False, its last convolution has a bias")
+    else:
+        _check_resnet(stem)
+    stride = _stride(stem)
+    whole = all(side % stride == 0 for side in arch.patch_size)
+    if not whole or (stem.kind == "convolutions" and arch.patch_size != (stride, stride)):
+        needs = "be" if stem.kind == "convolutions" else "have multiples of"
+        raise UserError(f"patch_size = {list(arch.patch_size)}: must {needs} {[stride] * 2}, the stem's stride")
+    if any(side % patch for side, patch in zip(arch.img_size, arch.patch_size, strict=True)):
+        raise UserError(f"img_size = {list(arch.img_size)}: a stem needs multiples of {list(arch.patch_size)}")
+
+
+def _check_resnet(stem: Stem) -> None:
+    if len(stem.channels) != len(stem.blocks) + 1 or stem.strides or len(stem.blocks) > MOST_STAGES:
+        raise UserError(
+            f"stem.channels = {list(stem.channels)}: needs those of the first convolution and one number for each of "
+            f"stem.blocks, {MOST_STAGES} at the most; stem.strides is for kind 'convolutions'"
+        )
+    for i, channels in enumerate(stem.channels):
+        step = 4 * GROUPS if i else GROUPS  # a block's inner convolutions have a quarter of its channels
+        if channels % step:
+            raise UserError(
+                f"stem.channels[{i}] = {channels}: must be a multiple of {step}, channels are normed in groups"
+            )
+
+
+def stem_cost(arch: Arch) -> Cost:
+    """Count MACs and parameters of the stem and of the patch embedding behind it.
+
+    A convolution of K x K taps from C to D channels on P places costs P K K C D MACs.
+
+    Args:
+        arch: the record of a ViT with a stem.
+    """
+    assert arch.stem is not None
+    (stage,) = arch.stages
+    macs = params = 0
+    for channels, out, taps, stride, rest in _convolutions(arch.stem, arch.in_chans, stage.width):
+        macs += math.prod(side // stride for side in arch.img_size) * taps * channels * out
+        params += taps * channels * out + rest
+    if arch.stem.kind == "resnet":
+        taps = math.prod(arch.patch_size) // _stride(arch.stem) ** 2
+        weights = taps * arch.stem.channels[-1] * stage.width
+        macs += math.prod(stage.grid) * weights
+        params += weights + (0 if arch.pre_norm else stage.width)
+    return Cost(macs, params)
+
+
+def _convolutions(stem: Stem, in_chans: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """List channels in and out, taps, pixels to a place, and weights of bias and norm, of every convolution."""
+    if stem.kind == "convolutions":
+        before, pixels = in_chans, 1
+        for i, stride in enumerate(stem.strides):
+            last, pixels = i == len(stem.strides) - 1, pixels * stride
+            out = width if last else stem.channels[i]
+            yield before, out, stride**2, pixels, out if last else 2 * out
+            before = out
+        return
+    before, *channels = stem.channels
+    yield in_chans, before, 49, 2, 2 * before
+    pixels = 4
+    for s, (out, blocks) in enumerate(zip(channels, stem.blocks, strict=True)):
+        inner, inside = out // 4, pixels
+        pixels *= 2 if s else 1
+        for b in range(blocks):
+            if not b:
+                yield before, out, 1, pixels, 2 * out
+            yield before, inner, 1, pixels if b else inside, 2 * inner
+            yield inner, inner, 9, pixels, 2 * inner
+            yield inner, out, 1, pixels, 2 * out
+            before = out
