@@ -294,6 +294,7 @@ class VisionTransformerFamily(Family):
             warnings.warn(f"{name} takes images of any size; its record is for {size} images", stacklevel=2)
         pools = ("token", "avg", "map")
         needs(model.global_pool in pools, f"its pooling is {model.global_pool!r}, not one of {', '.join(pools)}")
+        stem = read_stem(embed, needs) if hybrid else None
         eps = shared_eps(layer_norms(model, needs), needs)
         blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in bias, q/k norm, layer scale or activation")
@@ -315,7 +316,7 @@ class VisionTransformerFamily(Family):
             act=act,
             glu=glu,
             mlp_norm=mlp_norm,
-            stem=read_stem(embed, needs) if hybrid else None,
+            stem=stem,
         )
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> VisionTransformer:

@@ -17,7 +17,12 @@ AT_LEAST = {"vit": 318, "eva": 114, "beit": 22, "swin": 19, "swin_v2": 12, "pvt_
 
 
 def test_verdicts_say_why() -> None:
-    names = ["vit_tiny_patch16_224.augreg_in21k", "resnet18.a1_in1k", "pvt_v2_b2_li.in1k", "vit_dwee_patch16_reg1_gap_256"]
+    names = [
+        "vit_tiny_patch16_224.augreg_in21k",
+        "resnet18.a1_in1k",
+        "pvt_v2_b2_li.in1k",
+        "vit_dwee_patch16_reg1_gap_256",
+    ]
     found = verdicts(names)
     assert [(one.kind, one.family, one.reason) for one in found] == [
         ("VisionTransformer", "vit", None),
