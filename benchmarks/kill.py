@@ -150,7 +150,7 @@ def _is(process: psutil.Process, name: str) -> bool:
 
 
 def left(place: Path, result: Path, memory: set[str]) -> list[str]:
-    """What commands that have ended have left, but for results, caches and logs."""
+    """What commands that have ended have left, but for results and caches."""
     deadline = time.monotonic() + PATIENCE
     while (alive := _alive(str(place))) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -160,9 +160,7 @@ def left(place: Path, result: Path, memory: set[str]) -> list[str]:
     found += [f"tmp/{name}" for name in temporary if not any(other in name for other in others)]
     found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - memory]
     for path in result.parent.rglob(".*"):
-        files = [one for one in path.rglob("*") if one.is_file()]
-        logs = path.is_dir() and all(one.name == "metrics.jsonl" or "tb" in one.parts for one in files)
-        if not logs and not {".teacher_logits", ".leases"} & set(path.relative_to(place).parts):  # both are of results
+        if ".leases" not in path.relative_to(place).parts:  # of a search's run
             found.append(str(path.relative_to(place)))
     return found
 

@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with handling(_interrupt, signal.SIGINT) if heeded else contextlib.nullcontext():
             app(arguments)
     except UserError as error:
-        _fail(str(error))
+        _fail(_with_notes(error))
     except NothingLeft as error:
         _fail(str(error), NOTHING_LEFT)
     except KeyboardInterrupt as error:  # before a command begins, or after it
@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check_ray(error)
         if not (remedy := write_refused(error)):
             raise
-        _fail(f"{error}: what was finished before is whole; {remedy}, and the same command goes on")
+        _fail(_with_notes(error, f": what was finished before is whole; {remedy}, and the same command goes on"))
     finally:
         if arguments is None:  # otherwise the process is a caller's, and goes on
             _end_quietly()
@@ -330,7 +330,12 @@ def _check_ray(error: Exception) -> None:
     """End by what says that Ray died, where an error is that; Ray is not loaded unless it was used."""
     session = sys.modules.get("prunesweep.training.jobs.ray_session")
     if session is not None and isinstance(error, session.RayDied):
-        _fail(f"{error}", session.RAY_DIED)
+        _fail(_with_notes(error), session.RAY_DIED)
+
+
+def _with_notes(error: Exception, more: str = "") -> str:
+    """Return an error's message, what more there is to say, and the notes that it was given on its way, in one line."""
+    return "; ".join([f"{error}{more}", *getattr(error, "__notes__", ())])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -46,11 +46,12 @@ def test_in_one_process(source: Path, tmp_path: Path) -> None:
     assert arch_of(model) == arch_of(load(source))
     provenance = load_provenance(tmp_path / "trained")
     assert provenance["recipe"]["epochs"] == 2
-    (work,) = [path for path in tmp_path.iterdir() if path.name.startswith(".trained-")]
-    epochs = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    assert [path.name for path in tmp_path.iterdir()] == ["trained"]
+    logs = tmp_path / "trained" / "logs"
+    epochs = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
     assert [epoch["epoch"] for epoch in epochs] == [1, 2]
     assert epochs[-1]["top1"] == facts["top1"]
-    assert list((work / "tb").iterdir())
+    assert list((logs / "tb").iterdir())
 
 
 def test_without_the_source_that_a_recipe_distills_from_nothing_is_left(source: Path, tmp_path: Path) -> None:
@@ -117,11 +118,11 @@ def test_two_workers_on_ray_survive_the_death_of_the_driver(source: Path, tmp_pa
     run = start(tmp_path / "killed")
     output, _ = run.communicate(timeout=280)
     assert run.returncode == 0, output
-    (metrics,) = tmp_path.glob(".killed-*/metrics.jsonl")
-    epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
+    assert [path.name for path in tmp_path.iterdir()] == ["killed"]
+    metrics = (tmp_path / "killed" / "logs" / "metrics.jsonl").read_text()
+    epochs = [json.loads(line)["epoch"] for line in metrics.splitlines()]
     assert epochs[-1] == 6
     assert len(epochs) < 2 * 6  # it went on, it did not start again
-    assert not (metrics.parent / "ray").exists()  # checkpoints are for a training that is not done
     model = load(tmp_path / "killed")
     top1 = evaluate(model, open_data("digits").val_loader(EVAL_BATCH))["top1"]
     assert top1 == load_provenance(tmp_path / "killed")["top1"]

@@ -30,7 +30,7 @@ __all__ = ["Finetuning", "finetune"]
 class Finetuning:
     """A finetuning: folders of saved models, data by name, and a recipe.
 
-    The very same job is resumed from its ``work`` folder; only the logs there stay when it is done.
+    The very same job is resumed from its ``work`` folder; when it is done, the logs there are moved into ``out``.
 
     Args:
         model: folder of the model to train.
@@ -105,8 +105,8 @@ class Finetuning:
 
     @property
     def teacher_cache(self) -> Path:
-        """Folder of teachers' logits beside the result, shared by all jobs whose results lie there."""
-        return self.teacher_logits or self.out.parent / ".teacher_logits"
+        """Folder of teachers' logits, which all workers share."""
+        return self.teacher_logits or self.work / "teacher_logits"
 
     def check(self) -> Data:
         """Open the data and check that data, model, teacher and recipe fit together.

@@ -54,7 +54,7 @@ class SavedModel:
 class TrainedPruning:
     """One run of a method that decides while it trains.
 
-    The very same run is resumed from its ``work`` folder; only the logs there stay when it is done.
+    The very same run is resumed from its ``work`` folder; when it is done, the logs there are moved into ``out``.
 
     Args:
         model: the source, one of ours or one that ``Arch.from_timm`` accepts; also the teacher. It is not changed.

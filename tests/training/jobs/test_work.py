@@ -144,15 +144,35 @@ def test_a_folder_that_does_not_say_what_it_is_of_is_made_anew(tmp_path: Path, i
     assert [path.name for path in work.folder.iterdir()] == [FACTS]
 
 
-def test_logs_alone_stay(tmp_path: Path) -> None:
-    work = Work.beside(tmp_path / "out", {"seed": 0})
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def begun(work: Work) -> Work:
+    """Work with a part in it, and logs of both."""
     work.claim()
-    for file in ("metrics.jsonl", "tb/events", "source/model.safetensors", "deciding/metrics.jsonl", "deciding/state"):
+    for file in ("metrics.jsonl", "tb/events", "source/model.safetensors", "part/metrics.jsonl", "part/tb/e", "part/s"):
         (work.folder / file).parent.mkdir(parents=True, exist_ok=True)
         (work.folder / file).touch()
+    return work
+
+
+def test_logs_go_into_the_result_and_nothing_else_stays(tmp_path: Path) -> None:
+    work, out = begun(Work.beside(tmp_path / "out", {"seed": 0})), tmp_path / "out"
+    part = Work(work.folder / "part", {})
+    part.release()
+    logs = {"metrics.jsonl", "tb/events", "part/metrics.jsonl", "part/tb/e"}
+    assert files(work.folder) == logs | {FACTS, "source/model.safetensors"}
+    out.mkdir()
     work.release()
-    left = {str(path.relative_to(work.folder)) for path in work.folder.rglob("*") if path.is_file()}
-    assert left == {"metrics.jsonl", "tb/events", "deciding/metrics.jsonl"}
+    assert files(out / "logs") == logs
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_logs_stay_where_there_is_no_result(tmp_path: Path) -> None:
+    work = begun(Work.beside(tmp_path / "out", {"seed": 0}))
+    work.release()
+    assert files(work.folder) == {"metrics.jsonl", "tb/events", "part/metrics.jsonl", "part/tb/e"}
     bare = Work.beside(tmp_path / "bare", {})
     bare.claim()
     bare.release()
@@ -177,9 +197,10 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_only_what_can_go_on(
             (work.folder / name).write_text("")
         raise KeyboardInterrupt
     assert work.folder.exists() == stays
-    with pytest.raises(UserError), work.held():
+    with pytest.raises(UserError) as error, work.held():
         raise UserError("it cannot be done")
     assert work.folder.exists() == stays
+    assert getattr(error.value, "__notes__", []) == [f"logs and unfinished work are in {work.folder}"] * stays
     with work.held():
         (work.folder / "metrics.jsonl").write_text("")
         make_folder(work.folder / "ray")
