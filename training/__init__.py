@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .loop import Diverged, Epoch, fit, name_classes, seeded
     from .metrics import EvalMetrics, quality_name
     from .own_measure import own_quality
-    from .quality import Quality
+    from .quality import Quality, try_quality
     from .recipe import Distill, Recipe, load_recipe, recipe_names
     from .teacher_cache import cache_logits
     from .trainer import DoesNotFit, batches_of
@@ -49,7 +49,7 @@ else:
             "loop": ("Diverged", "Epoch", "fit", "name_classes", "seeded"),
             "metrics": ("EvalMetrics", "quality_name"),
             "own_measure": ("own_quality",),
-            "quality": ("Quality",),
+            "quality": ("Quality", "try_quality"),
             "recipe": ("Distill", "Recipe", "load_recipe", "recipe_names"),
             "teacher_cache": ("cache_logits",),
             "trainer": ("DoesNotFit", "batches_of"),
@@ -97,5 +97,6 @@ __all__ = [
     "recipe_names",
     "save_state",
     "seeded",
+    "try_quality",
     "warn_at_chance",
 ]

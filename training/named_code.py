@@ -63,6 +63,8 @@ def find_named(name: str, key: str, mark: str, decorator: str) -> Any:
             f"{said}: {error}; the module must be one that every process can import: install it, or "
             "put its folder on PYTHONPATH"
         ) from error
+    except Exception as error:  # whatever a module of the user's raises
+        raise UserError(f"{said}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     if found is None or not hasattr(found, mark):
         raise UserError(f"{said}: is no function with the decorator {decorator}")
     return found

@@ -10,14 +10,16 @@ from torch import nn
 from prunesweep.models import UserError
 
 from .data import Data
+from .evaluation import EVAL_BATCH
 from .labelled_features import QUALITIES, labelled_top1
 from .metrics import quality_name
 from .named_code import PREFIX, find_named
 from .own_measure import MARK, measured_by
 
-__all__ = ["BANK", "Quality"]
+__all__ = ["BANK", "Quality", "try_quality"]
 
 BANK = 20_000  # training images, at most, whose labels answer for others in a search
+FEW = 32  # images that a function is tried on
 
 
 class Quality(NamedTuple):
@@ -73,3 +75,34 @@ class Quality(NamedTuple):
             UserError: the function failed, or gave no number.
         """
         return {self.objective: self.function(model, data, batches)}
+
+
+def try_quality(spec: str, model: nn.Module, data: Data, key: str = "search.quality") -> None:
+    """Call a function of one's own on a few images, before hours are spent on a model that it is to measure.
+
+    What it gives counts for nothing, nor does a division by zero, which an untrained model's answers may cause. Where
+    it fails on a few images it is called on the whole split, which may have classes that it needs.
+
+    Args:
+        spec: as for ``Quality.find``; ``knn`` and ``probe`` are not tried.
+        model: of the kind that will be measured, trained or not.
+        data: the data set.
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: the function cannot be found, failed, or gave no number.
+    """
+    quality = Quality.find(spec, key)
+    if spec in QUALITIES:
+        return
+    whole = data.val_loader(EVAL_BATCH)
+    x, y = next(iter(whole))[:2]
+    for batches in ([(x[:FEW], y[:FEW])], whole):
+        try:
+            quality.figures(model, data, batches)
+            return
+        except UserError as error:
+            if isinstance(error.__cause__, ArithmeticError):
+                return
+            found = error
+    raise UserError(f"{key} = {spec!r}: {found}") from found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from prunesweep.models import Arch, Cut, arch_of, cut, cut_arch, load
+from prunesweep.models import Arch, Cut, UserError, arch_of, cut, cut_arch, load
 from prunesweep.models.precision import to_float32
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.pruners.subspaces import SourceStreams
 from prunesweep.pruners.subspaces.calibration import images_of
 from prunesweep.search.config import SearchConfig
-from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics, Quality
+from prunesweep.training import EVAL_BATCH, Compared, Data, EvalMetrics, Quality, quality_name
 from prunesweep.training.jobs.recovery import Known, Recovery
+from prunesweep.training.jobs.scoring import Progress
 
-__all__ = ["Cutter", "measure_of", "recovery_of"]
+__all__ = ["Cutter", "measure_of", "own_figures", "recovery_of"]
 
 Further = Callable[[nn.Module, Iterable[Any]], dict[str, float]]
 
@@ -56,6 +58,34 @@ def measure_of(config: SearchConfig, data: Data) -> Further | None:
         return quality.figures(model, data, batches)
 
     return measure
+
+
+def own_figures(config: SearchConfig, source: nn.Module, data: Data, progress: Progress) -> list[dict[str, Any]]:
+    """Measure the source by ``search.quality``, on what is reported and on what the search compares by.
+
+    Args:
+        config: the search's configuration.
+        source: the model, on its device.
+        data: the search's data.
+        progress: called with what is being done and the share of it done.
+
+    Returns:
+        The figure by its objective's name, for both; nothing in them without ``search.quality``.
+
+    Raises:
+        UserError: the function failed, or gave no finite number.
+    """
+    measured = list[dict[str, Any]]()
+    for split in (data.report, data):
+        measure = measure_of(config, split)
+        if measure is None or config.search.quality is None:
+            return [{}, {}]
+        measured.append(measure(source, split.val_loader(EVAL_BATCH)))
+        name, value = quality_name(config.search.quality), next(iter(measured[-1].values()))
+        progress("evaluating the source", 1.0, f"{name} {value:.4g}")
+        if not math.isfinite(value):
+            raise UserError(f"search.quality = {config.search.quality!r}: gives {value:g} for the source, no number")
+    return measured
 
 
 class Cutter:

@@ -23,6 +23,8 @@ from prunesweep.training import EvalMetrics
 from prunesweep.training.data import Data, content_changes, content_of, open_data
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
+from .cutting import own_figures
+
 __all__ = [
     "HARMLESS",
     "check_data",
@@ -107,6 +109,11 @@ def _mend_facts(run: Run, on_note: Callable[[str], None] | None) -> None:
         reason = error
     try:
         facts = _facts_again(run)
+    except NotMeasured as error:
+        raise UserError(
+            f"{reason}: all that it said is known, but for search.quality of the source, which has to be measured: "
+            f"{error}. See to that and give the command again, or put the file back from a copy of the run"
+        ) from error
     except (UserError, OSError):
         return
     if facts is None:
@@ -115,6 +122,10 @@ def _mend_facts(run: Run, on_note: Callable[[str], None] | None) -> None:
     write_text(file, sealed(facts))
     if on_note:
         on_note(f"{reason}: {kept}written again from source/, scores/ and search.toml, which are as they were")
+
+
+class NotMeasured(UserError):
+    """The source of a run cannot be measured again."""
 
 
 def _facts_again(run: Run) -> dict[str, Any] | None:
@@ -126,12 +137,13 @@ def _facts_again(run: Run) -> dict[str, Any] | None:
     source, told = to_float32(load(folder)), load_provenance(folder)
     figures = EvalMetrics.of(told)
     scores = {name: _score_file(run, name) for name in score_names(config.space, config.scores.method)}
-    if None in scores.values() or not figures.as_dict() or "data" not in told or config.search.quality is not None:
+    if None in scores.values() or not figures.as_dict() or "data" not in told:
         return None
     agreement = 100.0 if "agreement" in config.search.objectives else None
+    further = _further(config, source, told["data"])
     own, searched = (
-        one._replace(kl=None, agreement=agreement).as_dict()
-        for one in (figures, EvalMetrics.of(told.get("search", told)))
+        one._replace(kl=None, agreement=agreement, **more).as_dict()
+        for one, more in zip((figures, EvalMetrics.of(told.get("search", told))), further, strict=True)
     )
     arch = arch_of(source)
     spent, costs = cost(arch), dict[str, float]()
@@ -147,6 +159,19 @@ def _facts_again(run: Run) -> dict[str, Any] | None:
         "versions": told.get("versions", {}),
         "settings": settings_of(config),
     }
+
+
+def _further(config: SearchConfig, source: Any, fingerprint: str) -> list[dict[str, Any]]:
+    """What ``search.quality`` says of the source, which its folder does not. Raises NotMeasured."""
+    if config.search.quality is None:
+        return [{}, {}]
+    try:
+        data = open_data(config.data.name, source.pretrained_cfg, **config.data.options)
+        if data.info.fingerprint != fingerprint:
+            raise UserError(f"data.name = {config.data.name!r} is not what the run was made on")
+        return own_figures(config, source, data, lambda *_: None)
+    except UserError as error:
+        raise NotMeasured(str(error)) from error
 
 
 def _score_file(run: Run, name: str) -> str | None:

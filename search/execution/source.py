@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Space, score_names
 from prunesweep.search.store.front import OWN, quality_of
 from prunesweep.training import (
-    EVAL_BATCH,
     Data,
     EvalMetrics,
     Recipe,
@@ -41,8 +39,8 @@ from prunesweep.training import (
     fit,
     name_classes,
     open_data,
-    quality_name,
     seeded,
+    try_quality,
     warn_at_chance,
 )
 from prunesweep.training.closest import trained_images
@@ -54,7 +52,7 @@ from prunesweep.training.settling import settled
 from prunesweep.training.teacher_cache import SHARD, missing_shards
 
 from .checks import check_not_in_vain, check_space
-from .cutting import measure_of
+from .cutting import own_figures
 from .validation import open_test
 
 __all__ = [
@@ -183,7 +181,9 @@ def prepare(
     model, data, folder, source = _source(config, cache, progress, make=make)
     weights = weights_digest(source)
     names = score_names(config.space, config.scores.method)
-    files, missing = _scores(config, names, source, data, weights, cache, progress, make=make and share < 2)
+    alone = make and share < 2
+    own = own_figures(config, source, data, progress) if alone else []  # first, for a function may fail
+    files, missing = _scores(config, names, source, data, weights, cache, progress, make=alone)
     if missing and not make:
         raise _not_made(missing, model, data)
     if make and share > 1:
@@ -192,6 +192,7 @@ def prepare(
             raise Unshared(min(parts, share))
     if missing:
         files, _ = _scores(config, names, source, data, weights, cache, progress, make=True)
+    own = own or own_figures(config, source, data, progress)
     proposals = list[Path]()
     for start in _start_runs(config, source, data, weights):
         place = cache / "decisions"
@@ -200,7 +201,6 @@ def prepare(
     provenance = load_provenance(folder)
     quality = EvalMetrics.of(provenance)
     agreement = 100.0 if "agreement" in config.search.objectives else None
-    own = [_own_figures(config, source, split, progress) for split in (data.report, data)]
     warn_at_chance(f"source.model = {config.source.model!r}", source, data, quality)
     found = SourceArtifacts(
         folder=folder,
@@ -250,6 +250,8 @@ def _source(
         (source as created, data, folder of the source, source as saved, on its device).
     """
     model, data = open_checked(config)
+    if config.search.quality is not None:
+        try_quality(config.search.quality, model, data)
     device = torch.device("cuda" if config.resources.gpus_per_trial and torch.cuda.is_available() else "cpu")
     key = _source_key(config, model, data)
     folder = cache / "sources" / _source_name(config, key)
@@ -332,19 +334,6 @@ def _missing_source(config: SearchConfig, data: Data) -> str:
 
 def _not_made(missing: list[str], model: nn.Module, data: Data) -> NotMade:
     return NotMade("; ".join(missing), arch_of(model), content_of(data), tuple(data.describe()))
-
-
-def _own_figures(config: SearchConfig, source: nn.Module, data: Data, progress: Progress) -> dict[str, Any]:
-    """Measure the source by ``search.quality``; nothing without it."""
-    measure = measure_of(config, data)
-    if measure is None or config.search.quality is None:
-        return {}
-    found = measure(source, data.val_loader(EVAL_BATCH))
-    name, value = quality_name(config.search.quality), next(iter(found.values()))
-    progress("evaluating the source", 1.0, f"{name} {value:.4g}")
-    if not math.isfinite(value):
-        raise UserError(f"search.quality = {config.search.quality!r}: gives {value:g} for the source, no number")
-    return found
 
 
 def open_checked(config: SearchConfig) -> tuple[nn.Module, Data]:

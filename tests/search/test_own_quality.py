@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 
 from prunesweep.launch.cli import main
 from prunesweep.models import UserError, save
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import parse_config
+from prunesweep.search.execution.reopen import reopen
 from prunesweep.search.store.front import Ranking, hypervolume
 from prunesweep.search.store.run import Run
-from prunesweep.training import evaluate, own_quality
+from prunesweep.training import Data, Quality, evaluate, own_quality, try_quality
+from prunesweep.training.quality import FEW
 from tests.generate import random_model
 from tests.models.test_in_other_code import KINDS
 from tests.search.in_process import without_ray
 from tests.search.test_from_python import tables
+from tests.training.data.test_own import pair
 
 
 @own_quality(higher_is_better=False)
@@ -37,6 +41,20 @@ def misses(model: nn.Module, loader: Iterable[Any]) -> float:
 @own_quality(higher_is_better=True)
 def broken(model: nn.Module, loader: Iterable[Any]) -> float:
     raise ZeroDivisionError("no image")
+
+
+@own_quality(higher_is_better=True)
+def mistaken(model: nn.Module, loader: Iterable[Any]) -> float:
+    return model.logits(next(iter(loader))[0]).mean()  # type: ignore[operator]
+
+
+@own_quality(higher_is_better=True)
+def demanding(model: nn.Module, loader: Iterable[Any]) -> float:
+    """Needs more images than it is tried on."""
+    images = sum(len(y) for _, y in loader)
+    if images <= FEW:
+        raise ValueError("too few images")
+    return float(images)
 
 
 def unmarked(model: nn.Module, loader: Iterable[Any]) -> float:
@@ -76,6 +94,31 @@ def test_the_names_are_checked_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'knn': is for a source without a head; this one has 3 classes"):
         run_search(tables(source_of(tmp_path), quality="knn"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_function_is_tried_before_anything_is_made(tmp_path: Path) -> None:
+    said = r"search.quality = .*:mistaken': mistaken: AttributeError: .* 'logits' \(line \d+ of .*test_own_quality.py"
+    with pytest.raises(UserError, match=said):
+        run_search(tables(source_of(tmp_path)), tmp_path / "runs" / "one", quality=mistaken)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_what_a_few_images_or_an_untrained_model_cannot_tell_is_no_mistake() -> None:
+    model, data = random_model(KINDS["attention"], 0, torch.float32), Data.of(*pair(60), classes=["a", "b", "c"])
+    try_quality(f"{HERE}:broken", model, data)  # a division by zero may be due to the answers
+    try_quality("knn", model, data)
+    with pytest.raises(UserError, match="demanding: ValueError: too few images"):
+        try_quality(f"{HERE}:demanding", model, data)
+    train, val = pair(60)
+    try_quality(f"{HERE}:demanding", model, Data.of(train, ConcatDataset([val] * FEW), classes=["a", "b", "c"]))
+
+
+def test_a_module_that_fails_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_written.py").write_text("def worst(model, loader:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PRUNESWEEP_MODULES", "half_written")
+    with pytest.raises(UserError, match=r"half_written cannot be imported: SyntaxError: .*half_written.py, line 1"):
+        Quality.find("python:half_written:worst")
 
 
 def test_evaluate_names_what_a_function_gives(tmp_path: Path) -> None:
@@ -125,6 +168,15 @@ def test_a_function_is_the_objective_of_a_search(
         with pytest.raises(SystemExit, match="0"):
             main(command)
         assert command[0] == "report" or "misses" in capsys.readouterr().out
+    before = Run(run).metadata()
+    (run / "run.json").unlink()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PRUNESWEEP_MODULES", "")
+        with pytest.raises(UserError, match="the source, which has to be measured: .* names code"):
+            reopen(Run(run))
+    reopen(Run(run))
+    after = Run(run).metadata()
+    assert {**after, "content": before["content"], "versions": before["versions"]} == before
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("PRUNESWEEP_MODULES", "")
         with pytest.raises(UserError, match="names code, which a configuration alone does not run"):
