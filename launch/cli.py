@@ -219,6 +219,7 @@ def front(
     from prunesweep.search import Run
     from prunesweep.search.execution.promote import promoted
     from prunesweep.search.report.display import print_front, print_promoted
+    from prunesweep.search.store.front import cost_of
     from prunesweep.search.store.run import task_id
 
     from .spreadsheet import write_csv
@@ -244,9 +245,10 @@ def front(
         if not points:
             check_begun(found)
         console, source = PlainConsole(), found.known_facts()["source"]
-        print_front(console, points, source["macs"])
+        cost = cost_of(found.objectives)
+        print_front(console, points, source[cost], cost)
         if further:
-            print_promoted(console, list(further.values()), source["macs"], run, found.measure)
+            print_promoted(console, list(further.values()), source[cost], run, found.measure, cost)
 
 
 @app.command()

@@ -47,6 +47,7 @@ def promote(
     from prunesweep.search.execution.promote import promote as promote_one
     from prunesweep.search.report.display import Display, print_promoted
     from prunesweep.search.report.page import write_report
+    from prunesweep.search.store.front import cost_of
     from prunesweep.search.store.records import task_id
     from prunesweep.training import EvalMetrics, load_recipe
     from prunesweep.training.jobs.placement import Placement
@@ -77,6 +78,7 @@ def promote(
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)
     write_report(found)
-    print_promoted(console, promoted(found), found.metadata()["source"]["macs"], run, found.measure)
+    cost = cost_of(found.objectives)
+    print_promoted(console, promoted(found), found.metadata()["source"][cost], run, found.measure, cost)
     last = found.path / "promoted" / task_id(chosen[0]["trial"], chosen[0]["rung"]) / "model"
     show_next(console, list(after_model(str(run / last.relative_to(found.path)), str(run / "source"))))

@@ -34,7 +34,7 @@ from prunesweep.search.report.page import write_report
 from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
-from prunesweep.search.store.front import OWN, QUALITIES, hypervolume
+from prunesweep.search.store.front import OWN, QUALITIES, cost_of, hypervolume
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.search.tracking import check_backends, tracking
@@ -558,7 +558,8 @@ def _search(
             _measure_front(run, config, display, on_worker=on_worker)
             run.write_advice(lines := advice(run))
             _write_report(run)
-            display.front([{**p, "model": f"{run.shown}/{p['model']}"} for p in run.front()], source["macs"])
+            spent = cost_of(run.objectives)
+            display.front([{**p, "model": f"{run.shown}/{p['model']}"} for p in run.front()], source[spent], spent)
             display.advice(lines)
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 

@@ -31,6 +31,7 @@ from .words import HEADINGS, MEASURES, clock
 __all__ = ["Display", "clock", "front_notes", "print_front", "print_promoted"]
 
 LEAST = ("agree\n(%)", "balanced\n(%)", "epochs", "loss", "KL", "MACs\n(M)", "rung")  # of columns, the first to go
+SHARES = {"macs": "MACs", "params": "params", "latency_ms": "latency"}  # names of costs in headings
 IMBALANCE = 1.0  # percent between top-1 and balanced accuracy from which both are shown
 SILENCE = 30.0  # seconds after which work that goes on says so where there is no terminal
 PART = 0.05  # of the time so far, the longest silence of work that takes very long
@@ -309,14 +310,15 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def front(self, front: Sequence[dict[str, Any]], source_macs: int) -> None:
+    def front(self, front: Sequence[dict[str, Any]], source_cost: float, cost: str = "macs") -> None:
         """Print the Pareto front.
 
         Args:
             front: as for ``print_front``.
-            source_macs: as for ``print_front``.
+            source_cost: as for ``print_front``.
+            cost: as for ``print_front``.
         """
-        print_front(self.console, front, source_macs)
+        print_front(self.console, front, source_cost, cost)
 
     def advice(self, lines: Sequence[str]) -> None:
         """Print what the results say about the search's settings, a line each."""
@@ -330,29 +332,35 @@ def _work(result: Result) -> tuple[float, float]:
 
 
 def print_promoted(
-    console: Console, found: Sequence[dict[str, Any]], source_macs: int, run: Path, measure: str | None = None
+    console: Console,
+    found: Sequence[dict[str, Any]],
+    source_cost: float,
+    run: Path,
+    measure: str | None = None,
+    cost: str = "macs",
 ) -> None:
     """Print a table of finetuned front members, with the quality that they had before, and their folders.
 
     Args:
         console: where to print.
         found: the contents of their ``promoted.json``.
-        source_macs: MACs of the source.
+        source_cost: the source's ``cost``, of which shares are shown.
         run: folder of the run.
         measure: the name of the search's own measure, if it has one.
+        cost: the search's first cost.
     """
     table = Table(title="promoted", title_justify="left", box=box.SIMPLE)
     known = ("quality", "error", "ppl", "top1", "agreement")
     quality = next(name for name in known if all(p.get(name) is not None for p in found))
     heading = HEADINGS.get(quality) or str(measure)
-    for name in ("unit", heading, "before", "/ source", "params (M)", "latency (ms)", "recipe"):
+    for name in ("unit", heading, "before", f"{SHARES[cost]} / source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
     for p in found:
         latency = p["latency"]
         table.add_row(
             p["unit"],
             *(f"{p[name]:.2f}" for name in (quality, f"searched_{quality}")),
-            f"{p['macs'] / source_macs:.3f}",
+            _cell(p, lambda p: f"{p[cost] / source_cost:.3f}"),
             f"{p['params'] / 1e6:.3f}",
             "" if latency is None else f"{latency['median_ms']:.3f} (batch {latency['batch']})",
             p["recipe"],
@@ -361,13 +369,14 @@ def print_promoted(
     _print_folders(console, [(p["unit"], str(run / p["model"])) for p in found])
 
 
-def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: int) -> None:
+def print_front(console: Console, front: Sequence[dict[str, Any]], source_cost: float, cost: str = "macs") -> None:
     """Print a table of the Pareto front, one row per model, and the folders of the models.
 
     Args:
         console: where to print.
         front: the contents of ``front.json``.
-        source_macs: MACs of the source.
+        source_cost: the source's ``cost``, of which shares are shown.
+        cost: the search's first cost; the column of shares is behind that of the cost itself.
     """
     table = Table(title="Pareto front", title_justify="left", box=box.SIMPLE, padding=0)
     columns: dict[str, Callable[[Any], str]] = {
@@ -382,10 +391,12 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_macs: 
         "KL": lambda p: f"{p['kl']:.4f}",
         "agree\n(%)": lambda p: f"{p['agreement']:.2f}",
         "MACs\n(M)": lambda p: f"{p['macs'] / 1e6:.2f}",
-        "/\nsource": lambda p: f"{p['macs'] / source_macs:.3f}",
         "params\n(M)": lambda p: f"{p['params'] / 1e6:.3f}",
         "latency\n(ms),\npredicted": lambda p: f"{p['latency_ms']:.3f}",
     }
+    share: dict[str, Callable[[Any], str]] = {"/\nsource": lambda p: f"{p[cost] / source_cost:.3f}"}
+    behind = 1 + [name.split("\n")[0] for name in columns].index(SHARES[cost])
+    columns = dict([*list(columns.items())[:behind], *share.items(), *list(columns.items())[behind:]])
     rows = {name: [_cell(point, cell) for point in front] for name, cell in columns.items()}
     shown = {name: cells for name, cells in rows.items() if any(cells)}  # runs of earlier versions have fewer figures
     left_out = []

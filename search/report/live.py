@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesweep.search.execution.coordinator import Coordinator
-from prunesweep.search.store.front import COSTS, OBJECTIVES, OWN, hypervolume, quality_of, values
+from prunesweep.search.store.front import COSTS, OBJECTIVES, OWN, cost_of, hypervolume, quality_of, values
 from prunesweep.search.store.progress import Level, levels, running_task, time_left
 from prunesweep.search.store.records import Result
 
@@ -141,7 +141,7 @@ def live_view(
 def _bands(coordinator: Coordinator, source: Mapping[str, Any], window: tuple[float, float]) -> Table:
     """The best quality among models in every band of the first cost."""
     objectives = coordinator.search.objectives
-    quality, cost = quality_of(objectives), next(name for name in objectives if name in COSTS)
+    quality, cost = quality_of(objectives), cost_of(objectives)
     best = min if OBJECTIVES[quality] == "minimize" else max
     found = [r for r in coordinator.current if r.has_model and math.isfinite(getattr(r, quality))]
     low, high = window

@@ -10,7 +10,7 @@ from typing import Any
 from prunesweep.models import Arch, UserError, cut_arch, read_arch
 from prunesweep.search.execution.promote import promoted
 from prunesweep.search.report.display import front_notes
-from prunesweep.search.store.front import COSTS, hypervolume, quality_of
+from prunesweep.search.store.front import cost_of, hypervolume, quality_of
 from prunesweep.search.store.run import Result, Run
 
 from .activity import activity, growth, own_epochs
@@ -40,7 +40,7 @@ def page_data(run: Run) -> dict[str, Any]:
     further = {entry["unit"]: entry for entry in promoted(run)}
     source, searched = read_arch(run / "source"), run.searched_source()
     settings, quality = facts.get("settings", {}), quality_of(run.objectives)
-    cost = next(name for name in run.objectives if name in COSTS)
+    cost = cost_of(run.objectives)
     shown = [r for r in current if _measured(r, run.objectives)]
     epochs, stations = own_epochs(results), dict[int, list[Result]]()
     for result in results:  # ascending in the rung

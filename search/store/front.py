@@ -22,6 +22,7 @@ __all__ = [
     "Ranking",
     "comparable",
     "corner",
+    "cost_of",
     "directions",
     "hypervolume",
     "latest",
@@ -63,6 +64,11 @@ R = TypeVar("R", bound=_OnRung)
 def quality_of(objectives: Sequence[str]) -> str:
     """Return the objective that is a quality, not a cost."""
     return next(name for name in objectives if name in QUALITIES)
+
+
+def cost_of(objectives: Sequence[str]) -> str:
+    """Return the first objective that is a cost."""
+    return next(name for name in objectives if name in COSTS)
 
 
 def directions(objectives: Sequence[str]) -> list[Direction]:

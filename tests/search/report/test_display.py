@@ -40,6 +40,20 @@ def test_the_front_shows_rung_and_epochs_and_paths_that_can_be_copied() -> None:
     assert f"trial 3: {FOLDER}" in lines
 
 
+@pytest.mark.parametrize(
+    ("cost", "of_source", "wanted"),
+    [
+        ("params", 4_000, ["0.50", "0.001", "0.250", "1.500"]),
+        ("latency_ms", 2.0, ["0.50", "0.001", "1.500", "0.750"]),
+    ],
+)
+def test_shares_are_of_the_cost_that_is_searched(cost: str, of_source: float, wanted: list[str]) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    print_front(console, [{**POINT, "model": FOLDER}], of_source, cost)
+    row = next(line.split() for line in console.file.getvalue().splitlines() if "98.00" in line)
+    assert row[4:] == wanted
+
+
 def test_promoted_models_have_paths_that_can_be_copied() -> None:
     console = Console(file=io.StringIO(), width=80)
     entry = {"unit": "r1-0003", "top1": 98.5, "searched_top1": 98.0, "ppl": None, "searched_ppl": None}
