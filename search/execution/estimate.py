@@ -43,6 +43,11 @@ def estimate(config: SearchConfig, arch: Arch, summary: Summary, images: int, un
             build(arch), batch=BATCH, threads=resources.cpus_per_trial, warmup=1, repeats=2, min_seconds=0.0
         )
         rate = BATCH * source / (timing.median_ms / 1000) * resources.workers_per_trial
-        line += f", {clock(seen * each / rate / units)} at the speed of the source on {resources.cpus_per_trial} CPU"
-        line += "" if resources.cpus_per_trial == 1 else "s"
+        cpus = f"{resources.cpus_per_trial} CPU{'' if resources.cpus_per_trial == 1 else 's'}"
+        line += (
+            f", roughly {clock(seen * each / rate / units)} with {units} candidate{'' if units == 1 else 's'} side by "
+            f"side on {cpus} each, by the time of one pass of the source here"
+        )
+    elif resources.gpus_per_trial:
+        line += "; the time is not estimated, for nothing is run on a GPU before the search"
     return f"{line}; computing and measuring the candidates comes on top"

@@ -272,6 +272,7 @@ def test_a_dry_run_makes_nothing(
     assert "first: the source is not in the cache: it is trained for 1 epoch, measured on 450 images" in text
     assert "plan: 2 rungs: 6 candidates untrained, then the best 2 for 2 epochs; 4 epochs in all" in text
     assert "estimate: training sees 4,312 images" in text  # twice of 1,078 images each
+    assert "side by side on 1 CPU each, by the time of one pass of the source here; computing and" in text
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
     shutil.copytree(kept, tmp_path / "cache" / "sources" / kept.name)
     code, out, error = call(capsys, *dry)
