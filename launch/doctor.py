@@ -97,6 +97,8 @@ def check_here() -> Iterator[Finding]:
         if absent:
             yield Finding(f"ray[{extra}]", "wrong", f"no {', '.join(absent)}", f"pip install 'ray[{extra}]'")
     yield _token_file()
+    if given := os.environ.get("RAY_ADDRESS"):
+        yield Finding("RAY_ADDRESS", "ok", f"{given}, which commands take with --address auto alone")
     import torch
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -109,8 +109,11 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     code, out, _ = call(capsys, "doctor")
     assert code == 0, out
+    assert "RAY_ADDRESS: head:6379, which commands take with --address auto alone" in out
+    monkeypatch.delenv("RAY_ADDRESS")
     assert "none here; RAY_AUTH_MODE not set" in out
     token = tmp_path / "token"
     token.write_text("secret")
