@@ -6,18 +6,19 @@ best subspace; then every layer that reads or writes is refitted by ridge regres
 
 from .compression import compress
 from .front import Point, instant
-from .normal_equations import NormalEquations
+from .normal_equations import Moments, NormalEquations
 from .projection import projectable, projected_groups, projected_widths
 from .recovery import recover
 from .scoring import score
 from .source import SourceStatistics
 from .streams import SourceStreams
 from .support import can_recover
-from .units import rank_units
+from .units import rank_units, unit_moments, units_by
 from .widths import BlockWidths, Widths, compressed_arch, equal_shares
 
 __all__ = [
     "BlockWidths",
+    "Moments",
     "NormalEquations",
     "Point",
     "SourceStatistics",
@@ -34,4 +35,6 @@ __all__ = [
     "rank_units",
     "recover",
     "score",
+    "unit_moments",
+    "units_by",
 ]

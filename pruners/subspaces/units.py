@@ -7,12 +7,13 @@ costs |w_j|^2 / [H^-1]_jj, after which W and H^-1 have exact downdates (Hassibi 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunesweep.models import arch_of, block_views
 from prunesweep.models.families import family_of
 
 from .batches import Batches
@@ -21,7 +22,7 @@ from .normal_equations import Moments
 from .source import open_source, to_model
 from .streams import steps
 
-__all__ = ["moments", "rank_units", "unit_order"]
+__all__ = ["moments", "rank_units", "unit_moments", "unit_order", "units_by"]
 
 SHRINKAGE = 1e-3  # of H, in units of its mean diagonal
 STEPS = 32  # a step takes this share of the units that are left, at least one
@@ -61,16 +62,20 @@ def unit_order(covariance: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
 
 def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute covariance (F, F) and mean (F,) of rows (..., F); products in their own type, sums in float64."""
+    sums = _sums(batches)
+    return sums.covariance, sums.mean
+
+
+def _sums(batches: Iterable[torch.Tensor]) -> Moments:
     sums: Moments | None = None
     for batch in batches:
         sums = sums or Moments(batch.shape[-1], batch.device)
         sums.add(batch)
     if sums is None:
         raise ValueError("no rows")
-    return sums.covariance, sums.mean
+    return sums
 
 
-@torch.no_grad()
 def rank_units(model: nn.Module, batches: Iterable[Any]) -> dict[int, torch.Tensor]:
     """Order the units of every MLP of a source.
 
@@ -81,20 +86,50 @@ def rank_units(model: nn.Module, batches: Iterable[Any]) -> dict[int, torch.Tens
     Returns:
         The order of ``unit_order`` by block.
     """
-    arch, found = open_source(model), dict[int, torch.Tensor]()
+    return units_by(model, unit_moments(model, batches))
+
+
+def units_by(model: nn.Module, sums: Iterable[tuple[int, Moments]]) -> dict[int, torch.Tensor]:
+    """Order the units of MLPs by their moments.
+
+    Args:
+        model: the source.
+        sums: as ``unit_moments`` gives them, maybe added up over workers; the blocks' one after the other.
+
+    Returns:
+        The order of ``unit_order`` by block.
+    """
+    views, found = block_views(model, arch_of(model)), dict[int, torch.Tensor]()
+    with torch.no_grad():
+        for block, own in sums:
+            writer = written_by(views[block].mlp)
+            found[block] = unit_order(own.covariance.to(writer.device), writer)
+    return found
+
+
+def unit_moments(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[int, Moments]]:
+    """Yield the moments of every MLP's hidden units with its block's number: sums that add up over workers.
+
+    Args:
+        model: the source, for which ``can_recover`` has no reason; in evaluation mode until all are taken.
+        batches: calibration images or texts in any form that ``images_of`` takes.
+    """
+    arch = open_source(model)
     family, mode = family_of(arch), model.training
     model.eval()
     try:
-        streams = Batches(family.stem(model, to_model(model, batch)) for batch in images_of(batches, arch))
+        with torch.no_grad():
+            streams = Batches(family.stem(model, to_model(model, batch)) for batch in images_of(batches, arch))
         for step in steps(model, arch):
             if step.view is not None and step.mlp is not None:
                 mlp, rows = step.mlp, arch.stages[step.stage].grid[0]
-                covariance, _ = moments(mlp.hidden(mlp.norm(x), rows) for x in streams)
-                found[step.view.index] = unit_order(covariance, written_by(mlp))
-            streams = Batches(map(step.run, streams))
+                with torch.no_grad():
+                    sums = _sums(mlp.hidden(mlp.norm(x), rows) for x in streams)
+                yield step.view.index, sums
+            with torch.no_grad():
+                streams = Batches(map(step.run, streams))
     finally:
         model.train(mode)
-    return found
 
 
 def written_by(half: Any) -> torch.Tensor:

@@ -302,7 +302,13 @@ def _prepare(
             run_on_workers(parts, config.resources, progress, note=display.note)
             found = run(work)
     prepared: PreparedSearch = found
-    for path in (prepared.folder, *prepared.score_files.values(), *prepared.proposals, *prepared.teacher_logits):
+    for path in (
+        prepared.folder,
+        *prepared.score_files.values(),
+        *prepared.proposals,
+        *prepared.teacher_logits,
+        *([prepared.subspaces] if prepared.subspaces else []),
+    ):
         if not path.exists():
             raise UserError(
                 f"{path} was written by a worker and is not seen here: all nodes must share the folder of --out"
@@ -406,6 +412,8 @@ def create_run(run: Run, config: SearchConfig, kept: SourceArtifacts) -> SearchC
         (folder / "scores").mkdir()
         for path in kept.score_files.values():
             shutil.copy2(path, folder / "scores" / path.name)
+        if kept.subspaces is not None:
+            _link(str(kept.subspaces), str(folder / "scores" / kept.subspaces.name))
         for path in kept.teacher_logits:  # large, and never written again
             shutil.copytree(path, folder / run.teacher_logits.name / path.name, copy_function=_link)
         (folder / "trials").mkdir()

@@ -17,7 +17,7 @@ from prunesweep.search.config import SearchConfig, SourceTable
 from prunesweep.search.space.space import Range, Summary
 
 from .cutting import Cutter
-from .source import LoadedSource, Progress, SourceArtifacts, Unshared, prepare
+from .source import LoadedSource, Progress, SourceArtifacts, Unshared, make_subspaces, prepare
 
 __all__ = ["SAMPLE", "PreparedSearch", "prepare_or_share", "prepare_search"]
 
@@ -67,8 +67,11 @@ def prepare_search(
         _check_downloaded(config.source)
     prepared = prepare(config, folder, progress, decide=decide and not dry, make=not dry, share=share)
     summary = prepared.space.summarise(SAMPLE, config.seed)
+    own = {field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)}
+    if not dry:
+        own["subspaces"] = make_subspaces(config, prepared, folder, progress)
     return PreparedSearch(
-        **{field.name: getattr(prepared, field.name) for field in fields(SourceArtifacts)},
+        **own,
         summary=summary,
         zero_shot=None if dry else _zero_shot(prepared, summary, config, folder / "scores", progress),
     )

@@ -46,13 +46,14 @@ from prunesweep.training import (
 from prunesweep.training.closest import trained_images
 from prunesweep.training.data import content_of
 from prunesweep.training.jobs.deciding import Deciding
+from prunesweep.training.jobs.recovery import Known, Recovery
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 from prunesweep.training.metrics import NAMES as MEASURED
 from prunesweep.training.settling import settled
 from prunesweep.training.teacher_cache import SHARD, missing_shards
 
 from .checks import check_not_in_vain, check_space
-from .cutting import own_figures
+from .cutting import own_figures, recovery_of
 from .validation import open_test
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Progress",
     "SourceArtifacts",
     "Unshared",
+    "make_subspaces",
     "open_checked",
     "open_source_data",
     "open_space",
@@ -70,6 +72,7 @@ __all__ = [
 
 Made = TypeVar("Made")
 
+SUMS = "summing up the source's subspaces"
 MOST_BLOCKS = 1000  # of a source
 FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwise, so that no older one is believed
 
@@ -112,6 +115,8 @@ class SourceArtifacts:
         score_files: files of the source's scores, by the name of the scores.
         proposals: files of the decisions of ``search.start_methods``.
         teacher_logits: folders of logits of the recipe's teachers.
+        subspaces: file of what projections of the source have in common; None where candidates are not projected, or
+            it is not made yet.
         weights: digest of the source's weights.
         fingerprint: digest of the data.
         content: what the data hold (``training.data.content_of``).
@@ -124,6 +129,7 @@ class SourceArtifacts:
     score_files: Mapping[str, Path]
     proposals: tuple[Path, ...] = ()
     teacher_logits: tuple[Path, ...] = ()
+    subspaces: Path | None = None
     weights: str
     fingerprint: str
     content: Mapping[str, Any]
@@ -187,7 +193,7 @@ def prepare(
     if missing and not make:
         raise _not_made(missing, model, data)
     if make and share > 1:
-        parts = _parts(config, source, data, cache, len(missing))
+        parts = _parts(config, source, data, weights, cache, len(missing))
         if parts > 1:
             raise Unshared(min(parts, share))
     if missing:
@@ -220,8 +226,9 @@ def prepare(
 def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part: int, parts: int) -> None:
     """Do one of several parts of ``prepare``: some of the scores, and the teacher's answers to some of the images.
 
-    Every file is written whole by one process, as ``prepare`` would write it; so what all parts have made together is
-    what one process makes.
+    Every file of scores and answers is written whole by one process, as ``prepare`` would write it; so what all parts
+    have made together is what one process makes. The source's sums over calibration images are taken of parts of these;
+    ``make_subspaces`` adds them up, which changes them by rounding (in float64).
 
     Args:
         config, cache, progress: as for ``prepare``.
@@ -237,8 +244,16 @@ def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part:
 
     _, data, _, source = _source(config, cache, own, make=True)
     names = score_names(config.space, config.scores.method)[part::parts]
-    _scores(config, names, source, data, weights_digest(source), cache, own, make=True)
+    weights = weights_digest(source)
+    _scores(config, names, source, data, weights, cache, own, make=True)
     _logits(config, source, data, cache, own, part, parts)
+    recovery = _projection(config, source)
+    if recovery is not None and part < (number := min(parts, recovery.batches(data))):
+
+        def on_batch(done: int, total: int) -> None:
+            own(SUMS, done / total, f"{done}/{total} batches")
+
+        recovery.sum_part(source, data, cache / "scores", part, number, weights=weights, progress=on_batch)
 
 
 def _source(
@@ -314,13 +329,42 @@ def _logits(
     return cache_logits(source, data, config.finetune, place, on_images, shards=shards)
 
 
-def _parts(config: SearchConfig, source: nn.Module, data: Data, cache: Path, scores: int) -> int:
+def _projection(config: SearchConfig, source: nn.Module) -> Recovery | None:
+    """How candidates are projected; None where they are not."""
+    recovery = recovery_of(config, arch_of(source))
+    return recovery if recovery is not None and recovery.project else None
+
+
+def make_subspaces(config: SearchConfig, kept: LoadedSource, cache: Path, progress: Progress) -> Path | None:
+    """Make what projections of the source have in common, or find it, and return its file.
+
+    Args:
+        config, cache, progress: as for ``prepare``.
+        kept: what that returned.
+
+    Returns:
+        The file, or None where candidates are not projected.
+    """
+    recovery, place = _projection(config, kept.model), cache / "scores"
+    if recovery is None:
+        return None
+    path, key = recovery.kept(place, kept.weights, arch_of(kept.model), kept.fingerprint)
+    if Known.load(path, key) is None:
+        progress(SUMS, 0.0, "")
+        recovery.known(kept.model, kept.data, recovery.calibration(kept.data), place, weights=kept.weights)
+        progress(SUMS, 1.0, f"{min(recovery.images, kept.data.train_images):,} images")
+    return path
+
+
+def _parts(config: SearchConfig, source: nn.Module, data: Data, weights: str, cache: Path, scores: int) -> int:
     """Into how many parts what is missing can be divided; 1 where the data are so few that it is not worth it."""
     if data.train_images <= SHARD:
         return 1
     place = cache / "teacher_logits"
     asked = len(missing_shards(source, data, config.finetune, place)) if _trains(config) else 0
-    return max(asked, scores, 1)
+    recovery = _projection(config, source)
+    summed = recovery is None or recovery.is_summed(source, data, cache / "scores", weights)
+    return max(asked, scores, 1 if recovery is None or summed else recovery.batches(data))
 
 
 def _missing_source(config: SearchConfig, data: Data) -> str:

@@ -23,10 +23,11 @@ from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.execution import source
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.prepare import SCORED, prepare_search
-from prunesweep.search.execution.source import Unshared, open_space, prepare, prepare_part
+from prunesweep.search.execution.source import Unshared, make_subspaces, open_space, prepare, prepare_part
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
 from prunesweep.training import evaluation, teacher_cache
+from prunesweep.training.jobs.recovery import Recovery
 from prunesweep.training.task import DistillationTask
 from tests.search.execution.test_task import begin, nothing
 
@@ -138,12 +139,22 @@ def test_what_several_processes_make_together_is_what_one_makes(
     assert {what.rpartition(",")[2] for what in told} == {" part 1 of 2", " part 2 of 2"}
     parts = made(together)
     told.clear()
-    prepare(config, together, lambda what, *_: told.append(what), share=2)
+    kept = prepare(config, together, lambda what, *_: told.append(what), share=2)
     assert told == ["scores from the cache"] * 2
-    whole = made(alone)
-    assert len({name.partition(":")[0] for name in whole}) == 2 + 3  # widths, blocks; 1,078 images
-    assert set(parts) == set(whole)
-    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    make_subspaces(config, prepare(config, alone, nothing), alone, nothing)
+    monkeypatch.setattr(Recovery, "calibration", Mock(return_value=()))  # no image is read
+    assert make_subspaces(config, kept, together, nothing)
+    assert not list((together / "scores").glob("*.parts"))
+    whole, added_up = made(alone), made(together)
+    assert len({name.partition(":")[0] for name in whole}) == 2 + 1 + 3  # widths, blocks; subspaces; 1,078 images
+    assert set(added_up) == set(whole)
+    for name, tensor in whole.items():
+        if "subspaces" in name and ":units" not in name:  # sums, in another order
+            rounding = 1e-14 * tensor.abs().max().item()
+            torch.testing.assert_close(added_up[name], tensor, rtol=0, atol=rounding)
+        else:
+            assert torch.equal(added_up[name], tensor)
+            assert "subspaces" in name or torch.equal(parts[name], tensor)
 
 
 def test_no_teacher_is_asked_where_nothing_is_trained(
