@@ -23,10 +23,11 @@ Shapes as in ``pruners.uvc.primal_dual``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 
-from .primal_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, weakest
+from .primal_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, there
 from .resource import Resource, Usage
 from .settings import UVCSettings
 
@@ -92,7 +93,7 @@ class NormalizedPrimalDual(PrimalDual):
 
     def usage(self, norms: Norms) -> Usage:
         """Compute R of the current decision."""
-        return self.resource(self.s, self.r, self.decided.double(), weakest(norms.heads, self.s[:, 0]))
+        return self.resource(self.s, self.r, self.decided.double(), norms.going(self.s[:, 0]))
 
     def _look(self, norms: Norms) -> None:
         """Check whether the budget is reached, by the variables as they are now."""
@@ -128,15 +129,17 @@ class NormalizedPrimalDual(PrimalDual):
 
     def _open(self, on: torch.Tensor, keep: torch.Tensor, used: Usage) -> None:
         """Set the keep logits of blocks that run; a block that no longer runs stays off, if the budget allows it."""
-        left, count = used.value, int(on.sum())
+        left, stages = used.value, self.resource.stage_of
+        counts = Counter(stage for stage, runs in zip(stages, on.tolist(), strict=True) if runs)
         edge, off = self._gate_ends()
         for block in keep.argsort(stable=True).tolist():
             if not on[block]:
                 continue
             logit = min(float(keep[block]), GATE_BOUND)
             if logit <= edge:
-                if count > 1 and left - float(used.pi[block]) >= self.settings.budget:
-                    left, count, logit = left - float(used.pi[block]), count - 1, off
+                if counts[stages[block]] > 1 and left - float(used.pi[block]) >= self.settings.budget:
+                    left, logit = left - float(used.pi[block]), off
+                    counts[stages[block]] -= 1
                 else:
                     logit = edge + GATE_FLOOR
             self.gates[block, 0], self.gates[block, 1] = -logit, logit
@@ -148,7 +151,7 @@ class NormalizedPrimalDual(PrimalDual):
     def _move_counts(self, norms: Norms, push: float) -> None:
         """Move the counts of heads, MLP units and value channels of the blocks that run."""
         resource, runs = self.resource, self.decided
-        ends = torch.tensor([resource.num_heads, resource.hidden], dtype=torch.float64)
+        ends = resource.ends
         costs = torch.stack([resource.heads + resource.values, resource.mlp], 1)
         prices = [
             torch.stack([_next(norms.heads, count[:, 0]), _next(norms.mlp, count[:, 1])], 1) * ends / costs
@@ -163,11 +166,11 @@ class NormalizedPrimalDual(PrimalDual):
 
     def _move_channels(self, norms: Norms, push: float) -> None:
         resource, uniform = self.resource, self.settings.r_mode == "uniform"
-        stays = ~weakest(norms.heads, self.s[:, 0])
-        width = resource.num_heads * resource.head_dim
-        total = norms.columns.sum((1, 2))[:, None] + 1e-30
+        stays = ~norms.going(self.s[:, 0])
+        width = resource.shape[:, :2].double().prod(1)
+        total = there(norms.columns).sum((1, 2))[:, None] + 1e-30
         prices = [
-            next_least(norms.columns, count.clamp(min=0)) / total * width / resource.values[:, None]
+            next_least(norms.columns, count.clamp(min=0)) / total * (width / resource.values)[:, None]
             for count in (self.r, self.r.ceil() - 1)
         ]
         used, r = self.usage(norms), self.r
@@ -176,7 +179,7 @@ class NormalizedPrimalDual(PrimalDual):
             prices = [(price * stays).sum(1, keepdim=True) / stays.sum(1, keepdim=True) for price in prices]
             r, costs, stays = r[:, :1], costs.sum(1, keepdim=True), stays.any(1, keepdim=True)
         move = self._wanted(r, push, prices) * self.decided[:, None] * stays
-        step = torch.tensor(self._rate(self.settings.rlr, RLR) * resource.head_dim, dtype=torch.float64)
+        step = self._rate(self.settings.rlr, RLR) * resource.shape[:, 1:2].double()
         self.r = self._moved_to(r, move, step, self.r_max, costs, used.value).expand_as(self.r).clone()
 
     def _wanted(self, x: torch.Tensor, push: float, prices: list[torch.Tensor]) -> torch.Tensor:
@@ -223,7 +226,7 @@ class NormalizedPrimalDual(PrimalDual):
         default = YLR / self.settings.ramp_steps
         ylr, plr = (default if rate is None else rate for rate in (self.settings.ylr, self.settings.plr))
         heads, mlp = norms.heads, norms.mlp
-        least = [least_sum(v, self.s[:, i]) / (v.sum(1) + 1e-30) for i, v in enumerate((heads, mlp))]
+        least = [least_sum(v, self.s[:, i]) / (there(v).sum(1) + 1e-30) for i, v in enumerate((heads, mlp))]
         self.y = self.y + ylr * torch.stack(least, 1)
         self.p = self.p + plr * least_sum(norms.columns, self.r) / (heads + 1e-30)
 
@@ -233,4 +236,4 @@ class NormalizedPrimalDual(PrimalDual):
 
 def _next(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Return the norm of the unit after the first ``count``, as a share of all."""
-    return next_least(values, count.clamp(min=0)) / (values.sum(1) + 1e-30)
+    return next_least(values, count.clamp(min=0)) / (there(values).sum(1) + 1e-30)

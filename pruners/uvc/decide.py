@@ -2,10 +2,11 @@
 
 Norms are shares of a layer's squared norm. Above the budget, the unit with the least norm per MAC is removed; below,
 the unit with the most norm per MAC comes back while it fits. A block that its gate skips comes back, or another one is
-dropped, only where widths alone cannot do it. The cost of a ViT is linear in kept heads, value channels and MLP units,
-so a unit's price changes with its own block alone.
+dropped, only where widths alone cannot do it; every stage keeps a block. A model's cost is linear in kept heads, value
+channels and MLP units, so a unit's price changes with its own block alone.
 
-Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width.
+Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width; where blocks differ, the
+largest of all.
 """
 
 from __future__ import annotations
@@ -46,26 +47,32 @@ class Counts:
             mlp_align: MLP widths are rounded up to multiples of this.
         """
         resource = machine.resource
-        stays = ~weakest(norms.heads, machine.s[:, 0])
-        v = resource.head_dim - machine.r.ceil().long()
+        stays = ~norms.going(machine.s[:, 0])
+        full, hidden = resource.shape[:, 1:2], resource.shape[:, 2]
+        v = full - machine.r.ceil().long()
         if r_mode == "off":
-            v = torch.full_like(v, resource.head_dim)
+            v = full.expand_as(v)
         elif r_mode == "uniform":
             v = torch.where(stays, v, 0).amax(1, keepdim=True).expand_as(v)
-        units = resource.hidden - machine.s[:, 1].ceil().long()
-        units = (-(-units // mlp_align) * mlp_align).clamp(max=resource.hidden)
+        units = hidden - machine.s[:, 1].ceil().long()
+        units = torch.minimum(-(-units // mlp_align) * mlp_align, hidden)
         return cls(stays.sum(1), v, units, stays)
 
     def macs(self, arch: Arch, runs: torch.Tensor) -> int:
         """Count exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
-        per_head, per_channel, per_unit, rest = unit_macs(arch)
+        per_head, per_channel, per_unit, rest = torch.tensor(unit_macs(arch)).unbind(1)
         block = rest + self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
         return outside_cost(arch).macs + int((block * runs).sum())
 
-    def masks(self, norms: Norms) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bool masks of the columns that stay: attention projections (L, H·d) and second MLP layers (L, D)."""
-        columns = ~weakest(norms.columns, norms.columns.shape[2] - self.v) & self.head_keep[..., None]
-        return columns.flatten(1), ~weakest(norms.mlp, norms.mlp.shape[1] - self.mlp)
+    def masks(self, norms: Norms) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return bool masks of the columns that stay: of every block's attention projection and second MLP layer."""
+        have, units = norms.columns != math.inf, norms.mlp != math.inf
+        columns = ~weakest(norms.columns, have.sum(2) - self.v) & self.head_keep[..., None]
+        rows = ~weakest(norms.mlp, units.sum(1) - self.mlp)
+        return (
+            [own[there] for own, there in zip(columns, have, strict=True)],
+            [own[there] for own, there in zip(rows, units, strict=True)],
+        )
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,10 @@ class Widths:
 
 
 class Decider:
-    """Turns variables and norms of a ViT into cuts.
+    """Turns variables and norms of a model into cuts.
 
     Args:
-        arch: the record, whose blocks all have the same shape.
+        arch: the record, whose blocks have attention with heads of one width, and an MLP.
         norms: of the weights as they are.
         r_mode: as for ``Counts.of``.
         mlp_align: kept MLP widths are multiples of this.
@@ -89,26 +96,31 @@ class Decider:
 
     def __init__(self, arch: Arch, norms: Norms, *, r_mode: str, mlp_align: int) -> None:
         self.arch, self.r_mode = arch, r_mode
-        block = arch.blocks[0]
-        self.H, self.d, self.D = block.heads, block.v_widths[0], block.mlp
-        self.qk = block.qk  # units of a head: channels, or pairs of them that are turned together
-        self.align = min(mlp_align, self.D)
-        self.head_macs, self.v_macs, self.unit_macs, self.rest_macs = unit_macs(arch)
+        self.whole = [Widths(block.heads, block.v_widths, block.mlp) for block in arch.blocks]
+        self.align = [min(mlp_align, block.mlp) for block in arch.blocks]
+        self.prices = unit_macs(arch)
+        self.stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
         self.outside = outside_cost(arch).macs
         # strongest first; of equal ones the last, because primal_dual.weakest marks the first
-        self.head_order = [_strongest(heads) for heads in norms.heads]
-        self.dim_order = [[_strongest(head) for head in heads] for heads in norms.columns]
-        self.unit_order = [_strongest(units) for units in norms.mlp]
-        attn, mlp = (norms.heads.sum(1) + 1e-30, norms.mlp.sum(1) + 1e-30)
-        columns = norms.columns.sort(-1, descending=True).values.cumsum(-1) / attn[:, None, None]
-        units = norms.mlp.sort(-1, descending=True).values.cumsum(-1) / mlp[:, None]
-        self.dim_norm = [[[0.0, *head] for head in heads] for heads in columns.tolist()]
-        self.unit_norm = [[0.0, *own] for own in units.tolist()]
+        self.head_order, self.dim_order, self.unit_order = [], [], []
+        self.dim_norm, self.unit_norm = [], []
+        for whole, padded, padded_units in zip(self.whole, norms.columns, norms.mlp, strict=True):
+            columns, units = padded[: whole.heads, : whole.v[0]], padded_units[: whole.mlp]
+            self.head_order.append(_strongest(columns.sum(1)))
+            self.dim_order.append([_strongest(head) for head in columns])
+            self.unit_order.append(_strongest(units))
+            shares = columns.sort(-1, descending=True).values.cumsum(-1) / (columns.sum() + 1e-30)
+            self.dim_norm.append([[0.0, *head] for head in shares.tolist()])
+            own = units.sort(descending=True).values.cumsum(0) / (units.sum() + 1e-30)
+            self.unit_norm.append([0.0, *own.tolist()])
 
     def widths(self, counts: Counts) -> list[Widths]:
         """Read the widths of every block from counts."""
         every = zip(counts.heads.tolist(), counts.v.tolist(), counts.mlp.tolist(), strict=True)
-        return [Widths(heads, tuple(v), mlp) for heads, v, mlp in every]
+        return [
+            Widths(heads, tuple(v[: whole.heads]), mlp)
+            for whole, (heads, v, mlp) in zip(self.whole, every, strict=True)
+        ]
 
     def macs(self, widths: Sequence[Widths], runs: Sequence[bool]) -> int:
         """Count exact MACs of the whole model."""
@@ -116,11 +128,7 @@ class Decider:
 
     def least(self, runs: Sequence[bool]) -> int:
         """Count MACs with one head, one channel and one (aligned) unit per block that runs."""
-        return self.macs([self._floor] * len(runs), runs)
-
-    @property
-    def _floor(self) -> Widths:
-        return Widths(1, self._v(1), self.align)
+        return self.macs([Widths(1, self._v(b, 1), align) for b, align in enumerate(self.align)], runs)
 
     def fit(
         self, widths: Sequence[Widths], runs: Sequence[bool], budget: float, order: Sequence[int] = ()
@@ -136,12 +144,14 @@ class Decider:
             UserError: even one channel, head and unit per block is too much.
         """
         found, alive = list(widths), list(runs)
-        whole = Widths(self.H, (self.d,) * self.H, self.D)
+        for block in reversed(order):
+            if not self._running(alive, block):
+                alive[block] = True
         for block in order:
-            if sum(alive) > 1 and alive[block] and self.least(alive) > budget:
+            if self._running(alive, block) > 1 and alive[block] and self.least(alive) > budget:
                 alive[block] = False
         for block in reversed(order):
-            if not alive[block] and self.macs([whole] * len(found), alive) < budget:
+            if not alive[block] and self.macs(self.whole, alive) < budget:
                 alive[block] = True
         self._walk(found, alive, budget, up=False)
         self._walk(found, alive, budget, up=True)
@@ -153,15 +163,20 @@ class Decider:
             )
         return found, alive
 
+    def _running(self, runs: Sequence[bool], block: int) -> int:
+        """Count the blocks that run in a block's stage."""
+        return sum(on for on, stage in zip(runs, self.stage_of, strict=True) if stage == self.stage_of[block])
+
     def cut(self, widths: Sequence[Widths], runs: Sequence[bool]) -> Cut:
         """Make the cut to the strongest heads, channels and units of every block that runs."""
         return Cut(blocks=tuple(self._choice(b, w) if runs[b] else BlockCut(keep=False) for b, w in enumerate(widths)))
 
     def _choice(self, block: int, own: Widths) -> BlockCut:
         heads = sorted(self.head_order[block][: own.heads])
+        qk, d = self.arch.blocks[block].qk, self.whole[block].v[0]  # qk units: channels, or pairs that are turned
         return BlockCut(
-            qk=tuple(tuple(range(h * self.qk, (h + 1) * self.qk)) for h in heads),
-            v=tuple(tuple(h * self.d + j for j in sorted(self.dim_order[block][h][: own.v[h]])) for h in heads),
+            qk=tuple(tuple(range(h * qk, (h + 1) * qk)) for h in heads),
+            v=tuple(tuple(h * d + j for j in sorted(self.dim_order[block][h][: own.v[h]])) for h in heads),
             mlp=tuple(sorted(self.unit_order[block][: own.mlp])),
         )
 
@@ -190,26 +205,29 @@ class Decider:
             yield (self._norm(block, changed) - norm) / gained, changed, gained
 
     def _neighbours(self, block: int, own: Widths, by: int) -> Iterator[Widths]:
-        if 1 <= own.heads + by <= self.H:
+        whole, align = self.whole[block], self.align[block]
+        if 1 <= own.heads + by <= whole.heads:
             yield Widths(own.heads + by, own.v, own.mlp)
-        units = own.mlp + by * self.align
+        units = own.mlp + by * align
         if by < 0:  # from a full width that is no multiple, to the next one below
-            units = math.ceil(own.mlp / self.align - 1) * self.align
-        if units >= self.align and own.mlp < self.D if by > 0 else units >= self.align:
-            yield Widths(own.heads, own.v, min(units, self.D))
-        if self.r_mode == "uniform" and 1 <= own.v[0] + by <= self.d:
-            yield Widths(own.heads, self._v(own.v[0] + by), own.mlp)
+            units = math.ceil(own.mlp / align - 1) * align
+        if units >= align and own.mlp < whole.mlp if by > 0 else units >= align:
+            yield Widths(own.heads, own.v, min(units, whole.mlp))
+        if self.r_mode == "uniform" and 1 <= own.v[0] + by <= whole.v[0]:
+            yield Widths(own.heads, self._v(block, own.v[0] + by), own.mlp)
         if self.r_mode == "ragged":
             for h in self.head_order[block][: own.heads]:
-                if 1 <= own.v[h] + by <= self.d:
+                if 1 <= own.v[h] + by <= whole.v[0]:
                     yield Widths(own.heads, (*own.v[:h], own.v[h] + by, *own.v[h + 1 :]), own.mlp)
 
-    def _v(self, width: int) -> tuple[int, ...]:
-        return (self.d if self.r_mode == "off" else width,) * self.H
+    def _v(self, block: int, width: int) -> tuple[int, ...]:
+        whole = self.whole[block]
+        return whole.v if self.r_mode == "off" else (width,) * whole.heads
 
     def _macs(self, block: int, own: Widths) -> int:
         v = sum(own.v[h] for h in self.head_order[block][: own.heads])
-        return self.rest_macs + own.heads * self.head_macs + v * self.v_macs + own.mlp * self.unit_macs
+        per_head, per_channel, per_unit, rest = self.prices[block]
+        return rest + own.heads * per_head + v * per_channel + own.mlp * per_unit
 
     def _norm(self, block: int, own: Widths) -> float:
         kept = self.head_order[block][: own.heads]

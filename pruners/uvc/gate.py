@@ -75,12 +75,12 @@ class GatedBlock(nn.Module):
             weight = ((self.gate + noise) / TAU).softmax(0)[1]
         return sampled * weight + (1 - sampled) * level
 
-    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Run the gated block, (B, N, C) to the same."""
+    def forward(self, x: torch.Tensor, *places: Any, **options: Any) -> torch.Tensor:
+        """Run the gated block on its stage's stream, to the same shape; ``places`` and ``options`` are the block's."""
         if self.frozen_as is not None:
-            return self.block(x, **options) if self.frozen_as else x
+            return self.block(x, *places, **options) if self.frozen_as else x
         w = self.keep_weight()
-        return w * self.block(x, **options) + (1 - w) * x
+        return w * self.block(x, *places, **options) + (1 - w) * x
 
     def release(self) -> nn.Module:
         """Return the block as it was before wrapping."""

@@ -12,8 +12,8 @@ Patch gates, which the released code has unfinished, are not implemented.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,27 +22,30 @@ import torch.distributed as dist
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views, cost, cut
-from prunesweep.models.families import FamiliesWith
+from prunesweep.models.families import FamiliesWith, family_of
 from prunesweep.pruners.hook import Collapsed, Hook
 from prunesweep.pruners.snapshot import Snapshot
 
 from .control import NormalizedPrimalDual
 from .decide import Counts, Decider, Widths
 from .gate import CONTROL, GatedBlock
-from .primal_dual import Norms, PrimalDual, weakest
+from .primal_dual import Norms, PrimalDual
 from .resource import Resource
 from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = FamiliesWith("images", "width", "depth", "isotropic")
+FAMILIES = FamiliesWith("images", "width", "depth")
 
 
 class UVC(Hook):
-    """Prunes a ViT while it trains; ``finish`` returns one ``Snapshot`` per budget, in MACs, the largest first.
+    """Prunes a model while it trains; ``finish`` returns one ``Snapshot`` per budget, in MACs, the largest first.
 
     The run aims at the smallest budget, whose snapshot is its end. A larger one is taken where the decision first comes
     within it. With ``skip`` or ``skip_count`` the blocks that run are given, and widths are solved for what is left.
+
+    Where blocks differ, as those of Swin and PVTv2, which the paper does not have, a unit's price is that of its own
+    block, and every stage keeps a block. Blocks of any family are gated, shrunk and cut alike.
 
     Every rank of a process group takes the decisions of the first; gates have the same noise on all of them.
 
@@ -58,27 +61,30 @@ class UVC(Hook):
 
     @property
     def facts(self) -> Mapping[str, float | str]:
-        """Facts about the decision: R by the paper's count, exact share of MACs, blocks that run, heads and units."""
+        """Facts about the decision: R, exact share of MACs, blocks that run, heads and units.
+
+        ``uvc_R`` is by the paper's count; of models of several stages or with windows, which it does not know, by the
+        exact one.
+        """
         return self._facts
 
     def wrap(self, model: nn.Module) -> None:
         """Put every block behind a gate.
 
         Raises:
-            UserError: of another family, blocks of unequal shapes, a budget that no widths can meet.
+            UserError: of another family, blocks without attention or MLP, a budget that no widths can meet.
         """
         self.model, self.arch = model, arch_of(model)
         _check_served(self.arch)
         runs = _explicit_skip(self.settings, self.arch)
         self._check_budgets(runs)
         resource = Resource.of(self.arch, self.settings.resource)
-        self._paper = Resource.of(self.arch, "paper")
+        self._paper = Resource.of(self.arch, "paper" if family_of(self.arch).supports("isotropic") else "exact")
         kind = NormalizedPrimalDual if self.settings.steps == "normalized" else PrimalDual
         self.machine = kind(resource, self.settings, None if runs is None else torch.tensor(runs))
-        stock: Any = model.blocks
-        like = next(model.parameters())
-        self._control = like.new_zeros(len(stock), len(CONTROL)).detach()
-        frozen = [None] * len(stock) if runs is None else runs
+        like, depth = next(model.parameters()), self.arch.depth
+        self._control = like.new_zeros(depth, len(CONTROL)).detach()
+        frozen = [None] * depth if runs is None else runs
         self._gated, self._projections = [], []
         for view, row, own in zip(block_views(model, self.arch), self._control, frozen, strict=True):
             assert view.attention is not None, "see _check_served"
@@ -87,27 +93,34 @@ class UVC(Hook):
             self._gated.append(
                 GatedBlock(view.module, view.attention, view.mlp, row, self.settings.gates, frozen_as=own)
             )
-        self._stock = stock
-        model.blocks = nn.Sequential(*self._gated)
-        self._record(self._norms())
+        self._place(self._gated)
+        self._record(self.norms())
         self._set_control()
+
+    def _place(self, blocks: Sequence[nn.Module]) -> None:
+        """Put blocks where the model has its own."""
+        left, name = iter(blocks), family_of(self.arch).stages_name
+        stages: Any = getattr(self.model, name) if name else [self.model]
+        for stage, record in zip(stages, self.arch.stages, strict=True):
+            own = list(islice(left, len(record.blocks)))
+            stage.blocks = nn.ModuleList(own) if isinstance(stage.blocks, nn.ModuleList) else nn.Sequential(*own)
 
     def _check_budgets(self, runs: list[bool] | None) -> None:
         total = cost(self.arch).macs
-        block = self.arch.blocks[0]
-        ones = Norms(
-            torch.ones(self.arch.depth, block.heads, block.v_widths[0]), torch.ones(self.arch.depth, block.mlp)
+        ones = Norms.of(
+            [torch.ones(block.heads, block.v_widths[0]) for block in self.arch.blocks],
+            [torch.ones(block.mlp) for block in self.arch.blocks],
         )
         decider = Decider(self.arch, ones, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
-        alive = [True] + [False] * (self.arch.depth - 1) if runs is None else runs
+        alive = _cheapest(decider, self.arch) if runs is None else runs
         least = decider.least(alive)
         if least > self.budgets[-1] * total:
-            blocks = sum(alive)
+            blocks, own = sum(alive), least - decider.outside
             raise UserError(
                 f"budget = {self.budgets[-1]:g} of {total:,} MACs is {self.budgets[-1] * total:,.0f}, but {blocks} "
                 f"blocks at their narrowest have {least:,}: {decider.outside:,} outside of the blocks and {blocks} x "
-                f"{(least - decider.outside) // blocks:,}. Raise the budget above {least / total:.4f}, skip more "
-                "blocks, or let widths become smaller (r_mode, mlp_align)"
+                f"{own // blocks:,} on average. Raise the budget above {least / total:.4f}, skip more blocks, or let "
+                "widths become smaller (r_mode, mlp_align)"
             )
 
     def start_epoch(self) -> None:
@@ -127,7 +140,7 @@ class UVC(Hook):
             norms, gradient = self._agreed()
             if self.settings.gates_in_weight_optimizer and machine.runs is None:
                 machine.gates = torch.stack([g.gate.detach() for g in self._gated]).double().cpu()
-            if norms.columns.isfinite().all() and gradient.isfinite().all():  # else the loop finds the loss diverged
+            if self._finite(norms) and gradient.isfinite().all():  # else the loop finds the loss diverged
                 norms, settled = self._shrink(norms), machine.settled
                 machine.update(norms, gradient, noise)
                 if machine.settled and not settled:
@@ -138,16 +151,15 @@ class UVC(Hook):
 
     def finish(self) -> tuple[Snapshot, ...]:
         """Return the snapshots, largest budget first; the model has its own blocks again, unmasked."""
-        norms = self._norms()
+        norms = self.norms()
         while len(self.snapshots) < len(self.budgets):
             self.snapshots.append(self._snapshot(self.budgets[len(self.snapshots)], norms))
-        self._stock = nn.Sequential(*(gated.release() for gated in self._gated))
-        self.model.blocks = self._stock
+        self._place([gated.release() for gated in self._gated])
         return tuple(self.snapshots)
 
     def _agreed(self) -> tuple[Norms, torch.Tensor]:
         """Return norms and the gates' clipped gradient (L, 2), the first rank's on every rank, to the last bit."""
-        norms = self._norms()
+        norms = self.norms()
         grads = [g.gate.new_zeros(2) if g.gate.grad is None else g.gate.grad for g in self._gated]
         gradient = torch.stack(grads).double().cpu()
         if dist.is_available() and dist.is_initialized():
@@ -161,13 +173,18 @@ class UVC(Hook):
         return norms, gradient
 
     @torch.no_grad()
-    def _norms(self) -> Norms:
+    def norms(self) -> Norms:
         """Compute the norms of the weights as they are, with one transfer."""
         proj, fc2 = self._weights()
         sums = [w.double().square().sum(0) for w in (*proj, *fc2)]
-        flat, block = torch.cat(sums).cpu(), self.arch.blocks[0]
-        columns = len(proj) * block.total_v
-        return Norms(flat[:columns].view(-1, block.heads, block.v_widths[0]), flat[columns:].view(-1, block.mlp))
+        parts = torch.split(torch.cat(sums).cpu(), [len(own) for own in sums])
+        columns = [own.view(block.heads, -1) for own, block in zip(parts, self.arch.blocks, strict=False)]
+        return Norms.of(columns, parts[len(columns) :])
+
+    def _finite(self, norms: Norms) -> bool:
+        """Whether all norms are numbers; what a block does not have is infinite."""
+        have = [sum(block.total_v for block in self.arch.blocks), sum(block.mlp for block in self.arch.blocks)]
+        return [int(part.isfinite().sum()) for part in (norms.columns, norms.mlp)] == have
 
     def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """List the weights of all attention projections and of all second MLP layers."""
@@ -175,9 +192,10 @@ class UVC(Hook):
 
     def _shrink(self, norms: Norms) -> Norms:
         columns, units = self.machine.shrink(norms, self.machine.eta)
-        for weights, factors in zip(self._weights(), (columns.flatten(1), units), strict=True):
-            for weight, factor in zip(weights, factors.to(weights[0]), strict=True):
-                weight.mul_(factor)
+        proj, fc2 = self._weights()
+        for block, into, out, own_columns, own_units in zip(self.arch.blocks, proj, fc2, columns, units, strict=True):
+            into.mul_(own_columns[: block.heads, : block.v_widths[0]].flatten().to(into))
+            out.mul_(own_units[: block.mlp].to(out))
         return norms.scaled(columns, units)
 
     def _noise(self) -> torch.Tensor:
@@ -210,7 +228,7 @@ class UVC(Hook):
             gated.runs.copy_(run)
             gated.v_keep.copy_(v)
             gated.mlp_keep.copy_(mlp)
-        decided = self._paper(machine.s, machine.r, runs.double(), weakest(norms.heads, machine.s[:, 0])).value
+        decided = self._paper(machine.s, machine.r, runs.double(), norms.going(machine.s[:, 0])).value
         self._facts = {
             "uvc_R": decided,
             "macs": counts.macs(self.arch, runs) / cost(self.arch).macs,
@@ -235,9 +253,11 @@ class UVC(Hook):
         """Fix a decision within the smallest budget to the unit; the rest of the run trains just that."""
         assert isinstance(self.machine, NormalizedPrimalDual)
         widths, runs, _ = self._fit(self.budgets[-1], norms)
-        block = self.arch.blocks[0]
-        s = torch.tensor([[block.heads - own.heads, block.mlp - own.mlp] for own in widths])
-        r = block.v_widths[0] - torch.tensor([own.v for own in widths])
+        pairs = list(zip(self.arch.blocks, widths, strict=True))
+        s = torch.tensor([[block.heads - own.heads, block.mlp - own.mlp] for block, own in pairs])
+        r = torch.zeros_like(self.machine.r)
+        for row, (block, own) in zip(r, pairs, strict=True):
+            row[: block.heads] = block.v_widths[0] - torch.tensor(own.v)
         self.machine.settle(s, r, torch.tensor(runs))
 
     def _fit(self, budget: float, norms: Norms) -> tuple[list[Widths], list[bool], Decider]:
@@ -260,12 +280,11 @@ class UVC(Hook):
     @contextlib.contextmanager
     def _stock_blocks(self) -> Iterator[None]:
         """Take the gates out of the model within the context."""
-        gated = self.model.blocks
-        self.model.blocks = nn.Sequential(*(own.block for own in self._gated))
+        self._place([own.block for own in self._gated])
         try:
             yield
         finally:
-            self.model.blocks = gated
+            self._place(self._gated)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -294,15 +313,13 @@ class UVC(Hook):
 def _check_served(arch: Arch) -> None:
     if arch.family not in FAMILIES:
         raise UserError(f"{arch.source} is of family {arch.family!r}: UVC prunes families {', '.join(FAMILIES)}")
-    first = arch.blocks[0]
     for i, block in enumerate(arch.blocks):
-        if dataclasses.replace(block, src=first.src) != first:
-            raise UserError(f"blocks[{i}] has another shape than blocks[0]: UVC starts from blocks of one shape")
-    if first.mixer != "attn" or first.v != first.qk * arch.qk_rows or not first.mlp or first.tokens is not None:
-        raise UserError(
-            f"{arch.source}: UVC needs blocks with attention whose values are as wide as its queries, an MLP, and all "
-            "tokens"
-        )
+        wide = block.v == block.qk * arch.qk_rows
+        if block.mixer != "attn" or not wide or not block.mlp or block.tokens is not None:
+            raise UserError(
+                f"blocks[{i}] of {arch.source}: UVC needs blocks with attention whose values are as wide as its "
+                "queries, an MLP, and all tokens"
+            )
     if arch.attn_norm or arch.mlp_norm:
         where = "value channels" if arch.attn_norm else "hidden units"
         raise UserError(
@@ -316,7 +333,7 @@ def _explicit_skip(settings: UVCSettings, arch: Arch) -> list[bool] | None:
     if settings.skip is not None:
         if len(settings.skip) != arch.depth:
             raise UserError(f"skip = {settings.skip!r}: has {len(settings.skip)} digits for {arch.depth} blocks")
-        return [digit == "1" for digit in settings.skip]
+        return _every_stage([digit == "1" for digit in settings.skip], arch, f"skip = {settings.skip!r}")
     if settings.skip_count is None or settings.skip_order is None:
         return None
     order = settings.skip_order
@@ -324,4 +341,23 @@ def _explicit_skip(settings: UVCSettings, arch: Arch) -> list[bool] | None:
         raise UserError(f"skip_order = {list(order)}: must name some of the blocks 0..{arch.depth - 1}, each once")
     if settings.skip_count >= arch.depth:
         raise UserError(f"skip_count = {settings.skip_count}: at least one of {arch.depth} blocks must run")
-    return [b not in order[: settings.skip_count] for b in range(arch.depth)]
+    runs = [b not in order[: settings.skip_count] for b in range(arch.depth)]
+    return _every_stage(runs, arch, f"skip_count = {settings.skip_count}, skip_order = {list(order)}")
+
+
+def _every_stage(runs: list[bool], arch: Arch, given: str) -> list[bool]:
+    """Return ``runs``. Raises UserError where a stage would have no block."""
+    left = iter(runs)
+    for s, stage in enumerate(arch.stages):
+        if not any(list(islice(left, len(stage.blocks)))):
+            raise UserError(f"{given}: leaves no block of stage {s}; every stage of {arch.source} needs one")
+    return runs
+
+
+def _cheapest(decider: Decider, arch: Arch) -> list[bool]:
+    """Return which blocks run where every stage has the one alone that is cheapest at its narrowest."""
+    alone = [decider.least([b == own for b in range(arch.depth)]) for own in range(arch.depth)]
+    best = {
+        min((alone[b], b) for b, own in enumerate(decider.stage_of) if own == s)[1] for s in range(len(arch.stages))
+    }
+    return [b in best for b in range(arch.depth)]

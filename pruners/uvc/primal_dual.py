@@ -29,21 +29,24 @@ of s and r are scaled so that their largest entry is at most 1.
 Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP); order and form of the steps are the released code's, which
 ``PrimalDual`` follows. ``pruners.uvc.control`` moves the same variables by other steps.
 
-Shapes: L blocks, H heads, d channels of a head, D MLP width.
+Shapes: L blocks, H heads, d channels of a head, D MLP width. Where blocks differ, tensors have the largest H, d and D
+of all, and ``Norms`` says which entries a block has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .resource import Resource, Usage
 from .settings import UVCSettings
 
-__all__ = ["TAU", "Norms", "PrimalDual", "keep_weight", "least_sum", "next_least", "weakest"]
+__all__ = ["TAU", "Norms", "PrimalDual", "keep_weight", "least_sum", "next_least", "there", "weakest"]
 
 TAU = 0.5  # temperature of the gates
 MARGIN = 1e-8  # by which s and r stay below the integer that would leave nothing
@@ -51,19 +54,49 @@ MARGIN = 1e-8  # by which s and r stay below the integer that would leave nothin
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """Squared norms of the columns of attention projections (L, H, d) and of second MLP layers (L, D)."""
+    """Squared norms of the columns of attention projections (L, H, d) and of second MLP layers (L, D).
+
+    What a block does not have, where blocks differ, is infinite: it is never among the weakest.
+    """
 
     columns: torch.Tensor
     mlp: torch.Tensor
 
+    @classmethod
+    def of(cls, columns: Sequence[torch.Tensor], mlp: Sequence[torch.Tensor]) -> Norms:
+        """Join the norms of blocks, (H, d) and (D,) of each."""
+        heads, width = (max(own.shape[axis] for own in columns) for axis in (0, 1))
+        units = max(len(own) for own in mlp)
+
+        def padded(own: torch.Tensor, *sizes: int) -> torch.Tensor:
+            ends = [(0, size - have) for size, have in zip(sizes, own.shape, strict=True)]
+            return F.pad(own, [end for pair in reversed(ends) for end in pair], value=math.inf)
+
+        joined = torch.stack([padded(own, heads, width) for own in columns])
+        return cls(joined, torch.stack([padded(own, units) for own in mlp]))
+
     @property
     def heads(self) -> torch.Tensor:
         """Squared norms of heads, (L, H)."""
-        return self.columns.sum(2)
+        return torch.where(self.have, there(self.columns).sum(2), math.inf)
+
+    @property
+    def have(self) -> torch.Tensor:
+        """The heads that a block has, bool (L, H)."""
+        return self.columns[..., 0].isfinite()
+
+    def going(self, count: torch.Tensor) -> torch.Tensor:
+        """Mark the ``ceil(count)`` weakest heads of every block, and those that it does not have, (L, H) bool."""
+        return weakest(self.heads, count) | ~self.have
 
     def scaled(self, columns: torch.Tensor, mlp: torch.Tensor) -> Norms:
         """Return the norms after the columns are multiplied by these factors, of (L, H, d) and (L, D)."""
         return Norms(self.columns * columns**2, self.mlp * mlp**2)
+
+
+def there(values: torch.Tensor) -> torch.Tensor:
+    """Replace what is not there by 0, for sums."""
+    return torch.where(values == math.inf, 0.0, values)
 
 
 def weakest(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -84,13 +117,13 @@ def least_sum(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Compute S(values; count), the sum of the ``ceil(count)`` smallest entries along the last axis.
 
     Args:
-        values: (..., n).
+        values: (..., n); what is infinite is not there.
         count: (...,), real numbers; clamped to 0..n.
 
     Returns:
         (...,).
     """
-    below = torch.cat([torch.zeros_like(values[..., :1]), values.sort(-1).values.cumsum(-1)], -1)
+    below = torch.cat([torch.zeros_like(values[..., :1]), there(values.sort(-1).values).cumsum(-1)], -1)
     return below.gather(-1, _index(count, values.shape[-1]))[..., 0]
 
 
@@ -98,13 +131,15 @@ def next_least(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Compute S'(values; count), the smallest entry that is not among the ``ceil(count)`` smallest.
 
     Args:
-        values: (..., n).
+        values: (..., n); what is infinite is not there.
         count: (...,), real numbers; clamped so that the largest entry is returned where all are among them.
 
     Returns:
-        (...,).
+        (...,); 0 of entries of which none is there.
     """
-    return values.sort(-1).values.gather(-1, _index(count, values.shape[-1] - 1))[..., 0]
+    last = (values != math.inf).sum(-1) - 1
+    index = torch.minimum(count.ceil().long().clamp(min=0), last).clamp(min=0)
+    return there(values.sort(-1).values.gather(-1, index[..., None])[..., 0])
 
 
 def _index(count: torch.Tensor, last: int) -> torch.Tensor:
@@ -160,8 +195,8 @@ class PrimalDual:
         self.momentum, self.pending = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
         self.collected = 0  # gradients in pending
         self.eps, self.step, self.epoch = settings.eps, 0, 0
-        self.s_max = torch.tensor([H, resource.hidden], dtype=torch.float64) - 1 - MARGIN
-        self.r_max = torch.tensor(resource.head_dim, dtype=torch.float64) - 1 - MARGIN
+        self.s_max = resource.ends - 1 - MARGIN  # (L, 2)
+        self.r_max = resource.shape[:, 1:2].double() - 1 - MARGIN  # (L, 1)
         self.resource_used = 1.0  # R at the last step
 
     @property
@@ -235,7 +270,7 @@ class PrimalDual:
             pi, slopes = self.runs.double(), torch.zeros_like(self.gates)
         else:
             pi, slopes = keep_weight(self.gates, noise, self.settings.gates, self.eps)
-        return self.resource(self.s, self.r, pi, weakest(norms.heads, self.s[:, 0])), slopes
+        return self.resource(self.s, self.r, pi, norms.going(self.s[:, 0])), slopes
 
     def _moved(self, x: torch.Tensor, gradient: torch.Tensor, lr: float | None, top: torch.Tensor) -> torch.Tensor:
         """Take a projected gradient step of s or r; the whole tensor's largest entry scales it."""

@@ -1,29 +1,33 @@
 """MACs of a UVC decision as a function of its variables, with gradients in closed form.
 
-    R = fixed + sum_l pi_l [ heads_l (1 - ceil(s_l0)/H) + values_l rho_l + mlp_l (1 - ceil(s_l1)/D) ]
+    R = fixed + sum_l pi_l [ rest_l + heads_l (1 - ceil(s_l0)/H) + values_l rho_l + mlp_l (1 - ceil(s_l1)/D) ]
     rho_l = 1 - (d ceil(s_l0) + sum over heads that stay of ceil(r_lh)) / (H d)
 
     R           share of the source's MACs               fixed      share outside the blocks
     s_l0, s_l1  heads and MLP units that go, block l     heads_l    share that falls with heads
     r_lh        value channels that go from head h       values_l   share that falls with value channels
     pi_l        keep weight of block l                   mlp_l      share that falls with MLP units
+    rest_l      share of block l that no width lowers
 
 Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP), in the form of the released code's later version, with rho, not rho^2.
 ceil has gradient 1 there, so the gradients are those of the pieces. They are written out because autograd's clamp has,
 from torch 2.15 on, gradient 0 at a bound, which is where s = r = 0 starts: nothing would ever be pruned.
 
-Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width.
+Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width. Where blocks differ, tensors
+have the largest H, d and D of all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from prunesweep.models import Arch, cost
+from prunesweep.models import Arch, Block, Stage, UserError, cost
 from prunesweep.models.counting import block_cost, outside_cost
+from prunesweep.models.families import family_of
 from prunesweep.models.families.stem import stem_cost
 
 __all__ = ["Resource", "Usage", "paper_macs", "unit_macs"]
@@ -34,7 +38,15 @@ def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
 
     Returns:
         MACs of the patch embedding, and (L, 6) of qkv, q·k, attention·v, proj, fc1, fc2 in every block.
+
+    Raises:
+        UserError: the model has several stages, windows or a reduced map, which the paper's count does not know.
     """
+    if not family_of(arch).supports("isotropic"):
+        raise UserError(
+            f"resource = 'paper': UVC's paper counts models whose blocks attend over all tokens of one stage, and "
+            f"{arch.source} is a {arch.family!r}; use resource = 'exact'"
+        )
     (stage,) = arch.stages
     N, C, patches = arch.tokens, stage.width, stage.grid[0] * stage.grid[1]
     embed = patches * C * arch.in_chans * arch.patch_size[0] * arch.patch_size[1]
@@ -47,13 +59,17 @@ def paper_macs(arch: Arch) -> tuple[int, torch.Tensor]:
     return embed, torch.tensor(rows, dtype=torch.float64)
 
 
-def unit_macs(arch: Arch) -> tuple[int, int, int, int]:
+@lru_cache(maxsize=16)
+def unit_macs(arch: Arch) -> tuple[tuple[int, int, int, int], ...]:
     """Count MACs of a head without its values, of a value channel, of an MLP unit, and of a block without any of these.
 
-    Blocks have one shape.
+    Returns:
+        One entry per block. A block's cost is linear in these numbers.
     """
-    (stage,), block = arch.stages, arch.blocks[0]
+    return tuple(_unit_macs(arch, stage, block) for stage in arch.stages for block in stage.blocks)
 
+
+def _unit_macs(arch: Arch, stage: Stage, block: Block) -> tuple[int, int, int, int]:
     def macs(heads: int, v: int, mlp: int) -> int:
         return block_cost(arch, stage, dataclasses.replace(block, heads=heads, v=v, mlp=mlp)).macs
 
@@ -75,61 +91,97 @@ class Usage:
 
 @dataclass(frozen=True, eq=False)
 class Resource:
-    """Shares of a model's MACs: ``fixed`` and, (L,) each, those that fall with heads, value channels and MLP units."""
+    """Shares of a model's MACs: ``fixed`` and, (L,) each, those that fall with heads, value channels and MLP units.
+
+    ``rest`` (L,) is what a block has without any of these; ``shape`` (L, 3) are H, d and D of every block, and
+    ``stage_of`` its stage.
+    """
 
     fixed: float
     heads: torch.Tensor
     values: torch.Tensor
     mlp: torch.Tensor
-    num_heads: int
-    head_dim: int
-    hidden: int
+    rest: torch.Tensor
+    shape: torch.Tensor
+    stage_of: tuple[int, ...]
+
+    @property
+    def num_heads(self) -> int:
+        """The most heads that a block has."""
+        return int(self.shape[:, 0].max())
+
+    @property
+    def head_dim(self) -> int:
+        """The most channels that a head has."""
+        return int(self.shape[:, 1].max())
+
+    @property
+    def hidden(self) -> int:
+        """The most MLP units that a block has."""
+        return int(self.shape[:, 2].max())
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """Heads and MLP units of every block, (L, 2) in float64: the ends of s."""
+        return self.shape[:, ::2].double()
 
     @classmethod
     def of(cls, arch: Arch, count: str) -> Resource:
-        """Compute the shares of a ViT whose blocks all have the same shape.
+        """Compute the shares of a model whose blocks have attention with heads of one width, and an MLP.
 
         Args:
             arch: the record.
             count: ``paper`` leaves out the classifier, and lets the rows of the value projection fall with heads
                 alone; ``exact`` is ``models.cost``.
+
+        Raises:
+            UserError: the paper has no count of such a model.
         """
-        block, L = arch.blocks[0], arch.depth
+        shape = torch.tensor([[block.heads, block.v_widths[0], block.mlp] for block in arch.blocks])
+        stage_of = tuple(s for s, stage in enumerate(arch.stages) for _ in stage.blocks)
         if count == "exact":
             fixed, total = outside_cost(arch).macs, float(cost(arch).macs)
-            head, channel, unit, rest = unit_macs(arch)  # what is left of a block goes with it, as its heads do
-            per_block = (block.heads * head + rest, block.total_v * channel, block.mlp * unit)
-            heads, values, mlp = (torch.full((L,), float(macs), dtype=torch.float64) for macs in per_block)
+            head, channel, unit, rest = torch.tensor(unit_macs(arch), dtype=torch.float64).unbind(1)
+            H, d, D = shape.double().unbind(1)
+            heads, values, mlp = H * head, H * d * channel, D * unit
         else:
             fixed, parts = paper_macs(arch)
             total = fixed + float(parts.sum())
             qkv, qk, av, proj, fc1, fc2 = parts.unbind(1)
-            heads, values, mlp = qkv + qk, av + proj, fc1 + fc2
-        shares = heads / total, values / total, mlp / total
-        return cls(fixed / total, *shares, num_heads=block.heads, head_dim=block.v_widths[0], hidden=block.mlp)
+            heads, values, mlp, rest = qkv + qk, av + proj, fc1 + fc2, torch.zeros_like(qkv)
+        return cls(
+            fixed=fixed / total,
+            heads=heads / total,
+            values=values / total,
+            mlp=mlp / total,
+            rest=rest / total,
+            shape=shape,
+            stage_of=stage_of,
+        )
 
     def kept(self, s: torch.Tensor, r: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the shares (L,) of heads, value channels and MLP units that stay, not clamped.
 
-        ``gone`` (L, H) bool marks the heads that go.
+        ``gone`` (L, H) bool marks the heads that go, and those that a block does not have.
         """
         heads, units = s.ceil().unbind(1)
-        channels = self.head_dim * heads + (r.ceil() * ~gone).sum(1)
-        width = self.num_heads * self.head_dim
-        return 1 - heads / self.num_heads, (width - channels) / width, 1 - units / self.hidden
+        H, d, D = self.shape.double().unbind(1)
+        channels = d * heads + (r.ceil() * ~gone).sum(1)
+        return 1 - heads / H, (H * d - channels) / (H * d), 1 - units / D
 
     def __call__(self, s: torch.Tensor, r: torch.Tensor, pi: torch.Tensor, gone: torch.Tensor) -> Usage:
-        """Compute R and its gradients at s (L, 2), r (L, H), pi (L,); ``gone`` (L, H) bool marks the heads that go."""
+        """Compute R and its gradients at s (L, 2), r (L, H), pi (L,); ``gone`` (L, H) bool as for ``kept``."""
+        H, d, D = self.shape.double().unbind(1)
         shares = self.kept(s, r, gone)
         heads, values, mlp = (share.clamp(0, 1) for share in shares)
         # at the bounds themselves the gradient is that of the inside
         d_heads, d_values, d_mlp = ((share >= 0) & (share <= 1) for share in shares)
-        block = self.heads * heads + self.values * values + self.mlp * mlp
-        by_heads = (self.heads * d_heads + self.values * d_values) / self.num_heads
-        by_channel = pi * self.values * d_values / (self.num_heads * self.head_dim)
+        block = self.rest + self.heads * heads + self.values * values + self.mlp * mlp
+        by_heads = (self.heads * d_heads + self.values * d_values) / H
+        by_channel = pi * self.values * d_values / (H * d)
         return Usage(
             value=self.fixed + float((pi * block).sum()),
-            s=-torch.stack([pi * by_heads, pi * self.mlp * d_mlp / self.hidden], 1),
+            s=-torch.stack([pi * by_heads, pi * self.mlp * d_mlp / D], 1),
             r=-by_channel[:, None] * ~gone,
             pi=block,
         )

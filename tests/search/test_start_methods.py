@@ -175,8 +175,8 @@ def test_budgets_and_recipes_have_defaults(tiny: Tiny) -> None:
 
 
 def test_a_method_that_does_not_serve_the_family_is_refused_before_anything_is_made(tiny: Tiny, tmp_path: Path) -> None:
-    table = tiny(search={"start_methods": ["uvc"]}).model_dump(exclude_none=True)
-    table["source"] |= {"model": "swin_tiny_patch4_window7_224", "pos_embed_std": None}
+    table = tiny(search={"start_methods": ["spvit"]}).model_dump(exclude_none=True)
+    table["source"] |= {"model": "swinv2_tiny_window8_256", "pos_embed_std": None}
     table["source"]["args"] = {
         "patch_size": 1,
         "window_size": 2,
@@ -186,7 +186,7 @@ def test_a_method_that_does_not_serve_the_family_is_refused_before_anything_is_m
     }
     table["space"] |= {"skip": [0, 0]}
     with pytest.raises(
-        UserError, match="search.start_methods, 'uvc': method 'uvc' serves families vit, .* spvit, nvit"
+        UserError, match="search.start_methods, 'spvit': method 'spvit' serves families vit, .* uvc, nvit"
     ):
         prepare(parse_config(table, "swin"), tmp_path / "cache", nothing)
     assert not (tmp_path / "cache").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prunesweep.models import Arch, UserError, arch_of, build, cost, cut_arch
+from prunesweep.models import Arch, Block, Stage, UserError, arch_of, build, cost, cut_arch
 from prunesweep.models.arch import PositionBias, Rope
 from prunesweep.pruners.hook import Collapsed
 from prunesweep.pruners.uvc.hook import UVC
+from prunesweep.pruners.uvc.resource import unit_macs
 from prunesweep.pruners.uvc.settings import UVCSettings
 from prunesweep.training import Recipe, fit, open_data, seeded
 from tests.generate import random_arch, random_images, random_model
@@ -150,6 +152,119 @@ def test_other_families_are_evaluated_as_cut(arch: Arch) -> None:
         torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
         with masked(model, snapshot.cut):
             torch.testing.assert_close(evaluated, model(x), rtol=0, atol=1e-10)
+
+
+def pyramid(family: str) -> Arch:
+    """Two stages of two blocks, whose heads, channels and MLP units differ."""
+    scale = {"scale": 1.0} if family == "swin_v2" else {}
+    stages, index = [], count()
+    for width, grid, heads, mlp in ((12, (4, 6), 2, 24), (20, (2, 3), 4, 40)):
+        blocks = []
+        for shifted in (False, True):
+            qk = 6 if width == 12 else 5
+            block = Block(src=next(index), heads=heads, qk=qk, v=qk, scale=qk**-0.5, mlp=mlp)
+            own = {"sr": 8 if width == 12 else 0} if family == "pvt_v2" else {"shifted": shifted}
+            blocks.append(dataclasses.replace(block, **own, **scale))
+        stage = Stage(width=width, grid=grid, blocks=tuple(blocks))
+        own = {"sr_ratio": 2 if width == 12 else 1} if family == "pvt_v2" else {"window": (2, 3)}
+        stages.append(dataclasses.replace(stage, **own))
+    return Arch(
+        family=family,
+        source="small",
+        img_size=(16, 24),
+        patch_size=(4, 4),
+        in_chans=1,
+        num_classes=ARCH.num_classes,
+        stages=tuple(stages),
+        class_token=False,
+        pool="avg",
+        k_bias=family != "swin_v2",
+        post_norm=family == "swin_v2",
+    )
+
+
+UNEVEN = dataclasses.replace(
+    ARCH,
+    stages=tuple(
+        dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, mlp=12 * (b.src + 1)) for b in s.blocks))
+        for s in ARCH.stages
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "arch", [pyramid("swin"), pyramid("swin_v2"), pyramid("pvt_v2"), UNEVEN], ids=lambda a: a.family
+)
+@pytest.mark.parametrize("r_mode", ["uniform", "ragged"])
+def test_blocks_that_differ_are_priced_each_by_itself(arch: Arch, r_mode: str) -> None:
+    model, own, optimizer = wrapped(arch, budgets=(0.5,), r_mode=r_mode, ramp_steps=16, mlp_align=1)
+    source = cost(arch).macs
+    for t in range(22):
+        step(model, own, optimizer, t)
+        norms = own.norms()
+        assert own.machine.usage(norms).value == pytest.approx(own.facts["macs"], rel=1e-9)  # R is exact
+    assert own.machine.settled
+    x = random_images(arch, 1000)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    shown = dict(own.facts)
+    (snapshot,) = own.finish()
+    largest = max(
+        head + block.qk * channel for block, (head, channel, *_) in zip(arch.blocks, unit_macs(arch), strict=True)
+    )
+    assert snapshot.budget - largest < snapshot.cost <= snapshot.budget == 0.5 * source
+    assert shown["macs"] * source == pytest.approx(cost(arch_of(snapshot.model)).macs) == snapshot.cost
+    assert arch_of(snapshot.model) == cut_arch(arch, snapshot.cut)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
+        with masked(model, snapshot.cut):
+            torch.testing.assert_close(evaluated, model(x), rtol=0, atol=1e-10)
+    assert [type(m) for m in model.modules()] == [type(m) for m in random_model(arch, 0).modules()]
+    assert hooks_of(model) == []
+
+
+def test_reference_steps_of_blocks_that_differ() -> None:
+    model, own, optimizer = wrapped(
+        pyramid("swin"), budgets=(0.5,), steps="reference", slr=1.0, z_init=50.0, skip="1111"
+    )
+    for t in range(12):
+        step(model, own, optimizer, t)
+        assert (own.machine.s <= own.machine.s_max).all()
+        assert (own.machine.r[:2, 2:] == 0).all()  # of heads that those blocks do not have
+    assert (own.machine.s[:, 0] > 0).all()
+    (snapshot,) = own.finish()
+    assert snapshot.cost <= snapshot.budget
+
+
+def test_every_stage_keeps_a_block() -> None:
+    """Whatever gates say, the last block of a stage stays, and comes back where it is gone."""
+    arch = pyramid("swin")
+    model, own, optimizer = wrapped(arch, budgets=(0.3,), gating_weight=50.0, ramp_steps=16, gating_interval=3)
+    for t in range(22):
+        step(model, own, optimizer, t)
+        assert all("1" in own.facts["skip"][first : first + 2] for first in (0, 2)), own.facts["skip"]
+    assert "0" in own.facts["skip"]
+    own.machine.gates[:2] = torch.tensor([1.0, -1.0]).double()
+    (snapshot,) = own.finish()
+    assert [len(stage.blocks) > 0 for stage in arch_of(snapshot.model).stages] == [True, True]
+    assert snapshot.cost <= snapshot.budget
+
+
+@pytest.mark.parametrize("family", ["swin", "pvt_v2"])
+def test_a_pyramid_s_run_goes_on_from_any_step(family: str) -> None:
+    arch = pyramid(family)
+    model, own, optimizer = wrapped(arch, budgets=(0.8, 0.5))
+    for t in range(20):
+        step(model, own, optimizer, t)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), own.state_dict()))
+    other, again, second = wrapped(arch, seed=7, budgets=(0.8, 0.5))
+    for part, saved in zip((other, second, again), state, strict=True):
+        part.load_state_dict(saved)
+    for t in range(20, 26):
+        step(model, own, optimizer, t)
+        step(other, again, second, t)
+    for ours, theirs in zip(own.finish(), again.finish(), strict=True):
+        assert (ours.cut, ours.cost, ours.step) == (theirs.cut, theirs.cost, theirs.step)
 
 
 def test_warm_up_is_half_of_every_block_and_decides_nothing() -> None:
@@ -298,12 +413,19 @@ def test_what_cannot_be_is_refused_before_training() -> None:
 
 
 def test_models_that_cannot_be_served_are_refused() -> None:
-    for family in ("swin", "pvt_v2"):
-        with pytest.raises(UserError, match=f"of family '{family}': UVC prunes families vit, eva"):
-            hook().wrap(build(random_arch(Random(0), family)))
+    with pytest.raises(UserError, match="of family 'lm': UVC prunes families vit, eva, beit, swin, swin_v2, pvt_v2"):
+        hook().wrap(build(random_arch(Random(0), "lm")))
     (snapshot,) = finished(budgets=(0.5,))
-    with pytest.raises(UserError, match="has another shape than blocks\\[0\\]|whose values are as wide"):
+    with pytest.raises(UserError, match=r"blocks\[\d\] of .* whose values are as wide"):
         hook().wrap(snapshot.model)
+    for family, settings, message in (
+        ("swin", {"resource": "paper"}, "resource = 'paper': UVC's paper counts models whose blocks attend over all"),
+        ("pvt_v2", {"skip": "1100"}, "skip = '1100': leaves no block of stage 1; every stage of small needs one"),
+        ("swin_v2", {"skip_count": 2, "skip_order": (1, 0)}, r"skip_order = \[1, 0\]: leaves no block of stage 0"),
+        ("swin", {"budgets": (0.05,)}, "but 2 blocks at their narrowest have"),
+    ):
+        with pytest.raises(UserError, match=message):
+            hook(**settings).wrap(build(pyramid(family)))
 
 
 def finished(**settings):
