@@ -39,6 +39,7 @@ from .manifest import manifest
 from .models import models
 from .next_commands import after_search, show_next
 from .nothing_left import NothingLeft, check_begun, check_front
+from .place import RunArgument, brought, place, shown
 from .promote import promote
 from .prune import prune, score
 from .published import published
@@ -61,7 +62,6 @@ app = typer.Typer(
     help="Architecture search for compressed vision transformers.",
 )
 
-RunArgument = Annotated[Path, typer.Argument(help="the run's folder, for example runs/digits", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="a stable form for scripts")]
 AddressOption = Annotated[
     str | None,
@@ -95,7 +95,10 @@ def _options(
 @app.command()
 def search(
     config: Annotated[Path, typer.Argument(help="a TOML file, for example examples/digits.toml", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="the run's folder  [default: runs/NAME]", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=place, help="the run's folder, or its URL  [default: runs/NAME]", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. search.trials=48")
     ] = None,
@@ -181,6 +184,7 @@ def status(
 
     lost = None
     if address is None:
+        run = brought(run)
         found = Run.existing(run).status()
     else:
         found, lost = remote_status(str(run), address)
@@ -213,6 +217,7 @@ def front(
     """Show the front of a run or of `prunesweep instant`; each model is a folder that loads in one line."""
     from prunesweep.search.store.computed import ComputedFront
 
+    run = brought(run)
     if ComputedFront.is_one(run):
         print_computed(run, as_json=as_json, as_csv=as_csv)
         return
@@ -225,14 +230,14 @@ def front(
     from .spreadsheet import write_csv
 
     found = Run.existing(run)
-    points = [{**p, "model": str(run / p["model"])} for p in found.front()]
+    points = [{**p, "model": shown(run / p["model"])} for p in found.front()]
     check_front(found)
     further = {p["unit"]: p for p in promoted(found)}
     if as_json or as_csv:
         for point in points:
             again = further.get(task_id(point["trial"], point["rung"]))
             point["promoted_top1"] = again and again["top1"]
-            point["promoted_model"] = again and str(run / again["model"])
+            point["promoted_model"] = again and shown(run / again["model"])
     if as_json:
         for point in points:
             unit = (task_id(point["trial"], point["rung"]), point["arch_hash"])
@@ -256,9 +261,14 @@ def report(run: RunArgument) -> None:
     """Write the run's report.html again."""
     from prunesweep.search import Run
     from prunesweep.search.report.page import write_report
+    from prunesweep.search.store.mirror import belongs_to
+    from prunesweep.search.store.objects import Objects
 
-    found = Run.existing(run)
-    print(write_report(found))
+    found = Run.existing(brought(run))
+    written = write_report(found)
+    if (url := belongs_to(found.path)) is not None:
+        Objects(url).put(written.name, written)
+    print(shown(written))
     check_front(found)
 
 

@@ -12,6 +12,7 @@ from .console import PlainConsole
 from .data_options import UNREADABLE, ClassesOption, ClassOrderOption, UnreadableOption, check_data, data_options
 from .eval_run import evaluate_run, is_run
 from .nothing_left import check_answers, check_weights
+from .place import brought
 
 __all__ = ["evaluate"]
 
@@ -22,8 +23,8 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="folder of a saved model, or of a run, whose front is measured, or a timm name with its pretrained "
-            "weights",
+            help="folder of a saved model, or of a run, whose front is measured, or its URL, or a timm name with its "
+            "pretrained weights",
             show_default=False,
         ),
     ],
@@ -63,6 +64,7 @@ def evaluate(
     from prunesweep.models import UserError, arch_of, cost, load
     from prunesweep.models.precision import to_float32
     from prunesweep.search.report.display import Display
+    from prunesweep.search.store.objects import is_url
     from prunesweep.training import (
         EVAL_BATCH,
         EvalMetrics,
@@ -77,6 +79,8 @@ def evaluate(
     from prunesweep.training.jobs.one_shot import check_source, open_source
     from prunesweep.training.labelled_features import QUALITIES
 
+    if is_url(model):
+        model = str(brought(model))
     other, folder = length is not None or context or test, Path(model)
     if is_run(folder):
         if other or (class_order, classes, teacher, quality, unreadable) != (None, None, None, None, UNREADABLE):

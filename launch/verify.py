@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
+from .place import brought, place, shown
+
 __all__ = ["verify"]
 
 
 def verify(
     path: Annotated[
         Path,
-        typer.Argument(help="folder of a run, of a saved model or of `prunesweep instant`", show_default=False),
+        typer.Argument(
+            parser=place,
+            help="folder of a run, or its URL, of a saved model or of `prunesweep instant`",
+            show_default=False,
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
@@ -27,11 +33,13 @@ def verify(
 
     from .console import PlainConsole
 
+    path = brought(path)
     problems = problems_of(path)
     if as_json:
         print(json.dumps({"path": str(path), "problems": [problem._asdict() for problem in problems]}))
     else:
         lines = [f"{' '.join(p.found.split())}: {' '.join(p.remedy.split())}" for p in problems]
-        PlainConsole().print("\n".join(lines) or f"{path}: all is sound", highlight=False, markup=False, soft_wrap=True)
+        text = "\n".join(lines) or f"{shown(path)}: all is sound"
+        PlainConsole().print(text, highlight=False, markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)

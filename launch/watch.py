@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .place import RunArgument, brought
 
 __all__ = ["watch"]
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="the run's folder, for example runs/digits", show_default=False)],
+    run: RunArgument,
     port: Annotated[
         int | None,
         typer.Option(
@@ -32,15 +33,16 @@ def watch(
     asked for by a short job, every half minute while somebody looks.
     """
     import contextlib
+    from functools import partial
 
     from prunesweep.search import Run
     from prunesweep.search.report.server import HOST, Feed, RemoteFeed, Source, page_server
 
     feed: Source
     if address is None:
-        found = Run.existing(run)
+        found = Run.existing(brought(run))
         found.metadata()
-        feed, shown = Feed(found), found.shown
+        feed, shown = Feed(found, partial(brought, run)), found.shown
     else:
         from .jobs import remote_page
 

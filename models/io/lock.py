@@ -31,7 +31,7 @@ from prunesweep.models.errors import UserError
 
 from .files import sweep
 
-__all__ = ["Fence", "Holder", "Lock", "Lost", "Vanished", "reserve", "started_at"]
+__all__ = ["BEAT", "STALE", "Fence", "Holder", "Lock", "Lost", "Vanished", "died", "own_place", "reserve", "started_at"]
 
 BEAT, STALE = 10.0, 60.0  # seconds between two signs of life, and without any
 RELEASED = 0.0  # time of a lease that was given back
@@ -116,7 +116,7 @@ class Lock:
             return None
         scratch = place / f".{uuid.uuid4().hex}"
         try:
-            scratch.write_text(json.dumps(_own_place()))
+            scratch.write_text(json.dumps(own_place()))
             now: float | None = scratch.stat().st_mtime
         except OSError:
             now = None
@@ -130,7 +130,7 @@ class Lock:
         for attempt in range(TRIES):
             try:
                 self.place.mkdir(parents=True, exist_ok=True)
-                scratch.write_text(json.dumps({"identity": self.identity, **_own_place()}))
+                scratch.write_text(json.dumps({"identity": self.identity, **own_place()}))
                 now = scratch.stat().st_mtime
                 seen = _leases(self.place)
                 for number in sorted(seen, reverse=True):
@@ -263,7 +263,7 @@ def _sweep(place: Path, now: float) -> None:
     for path in place.glob(".*"):
         with contextlib.suppress(OSError):
             try:
-                dead = _died(json.loads(path.read_text()))
+                dead = died(json.loads(path.read_text()))
             except (ValueError, TypeError, KeyError, AttributeError):  # being written
                 dead = False
             if dead or now - path.stat().st_mtime > STALE:
@@ -293,7 +293,7 @@ def _held(place: Path, number: int, now: float | None) -> Holder | None:
     age = 0.0 if now is None else now - touched
     try:
         found = json.loads(text)
-        if _died(found):
+        if died(found):
             return None
         held = Holder(str(found["host"]), int(found["pid"]), age)
     except (ValueError, TypeError, KeyError, AttributeError):  # being written, or damaged
@@ -301,7 +301,7 @@ def _held(place: Path, number: int, now: float | None) -> Holder | None:
     return held if age < STALE else None
 
 
-def _own_place() -> dict[str, Any]:
+def own_place() -> dict[str, Any]:
     """Where this process runs, and since when."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "started": started_at(pid), **_kernel()}
@@ -315,7 +315,7 @@ def _kernel() -> dict[str, str]:
     return {}
 
 
-def _died(found: dict[str, Any]) -> bool:
+def died(found: dict[str, Any]) -> bool:
     """Whether a holder is known to be dead; a heartbeat must tell where its process cannot be seen from here."""
     kernel = _kernel()
     if not kernel or any(found.get(name) != value for name, value in kernel.items()):

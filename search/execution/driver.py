@@ -35,8 +35,10 @@ from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import OWN, QUALITIES, cost_of, hypervolume
+from prunesweep.search.store.objects import is_url, local_path, url_of
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
+from prunesweep.search.store.stored import StoredRun
 from prunesweep.search.tracking import check_backends, tracking
 from prunesweep.search.tracking.ray_metrics import gauges
 from prunesweep.training import Quality
@@ -89,7 +91,9 @@ def run_search(
 
     Args:
         config: the configuration, its tables as a mapping, or the path of a TOML file.
-        out: the run's folder, which must not exist yet (unless ``dry_run``); ``runs/NAME`` by default.
+        out: the run's folder, which must not exist yet (unless ``dry_run``); ``runs/NAME`` by default. Or a URL of an
+            object store, such as ``s3://bucket/runs/NAME``: then work is done in a folder of this machine's cache, and
+            what changes in it is published.
         quality: a function with the decorator ``training.own_quality``, in the place of the configuration's
             ``search.quality``.
         on_trial: called in this process with the result of every unit of work that has finished.
@@ -111,8 +115,10 @@ def run_search(
         config = load_config(config)
     config = _with_direction(config if quality is None else _with_quality(config, spec_of(quality)))
     display = Display(console or Console(quiet=not progress))
-    run = Run(out if out is not None else Path("runs") / config.name)
-    if run.path.exists() and not dry_run:
+    stored = None if out is None or not is_url(out) else _stored(out, display, address, new=True)
+    place_of_run = Path("runs") / config.name if out is None else local_path(out)
+    run = Run(place_of_run if stored is None else stored.path)
+    if stored is None and run.path.exists() and not dry_run:
         raise UserError(
             f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
         )
@@ -128,6 +134,8 @@ def run_search(
     )
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as place:
         if not dry_run:
+            if stored is not None:
+                stack.enter_context(stored)
             place.enter_context(reserve(run.path))
         if address is not None:
             stack.enter_context(ray)
@@ -156,9 +164,12 @@ def run_search(
         display.plan(config, units)
         config = _with_start(config, space, prepared.proposals, display)
         config = create_run(run, config, prepared)
+        if stored is not None:
+            stored.publish()
         place.close()
         connection = ray if address is None else contextlib.nullcontext(ray)
-        return _search(run, config, space, display, connection, on_worker=address is not None, on_trial=on_trial)
+        on_worker = address is not None
+        return _search(run, config, space, display, connection, stored, on_worker=on_worker, on_trial=on_trial)
 
 
 def resume_search(
@@ -176,7 +187,7 @@ def resume_search(
     """Go on with a search that was stopped or killed; unfinished trials first, from their last epoch.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or its URL.
         trials: a new number of trials; what the run was made with by default.
         overrides: ``key.path=value`` for other keys that change neither a candidate nor a figure
             (``reopen.HARMLESS``), and the place of data that were moved.
@@ -192,10 +203,38 @@ def resume_search(
             its settings were edited or overridden so that the search would change.
         SearchFailed: too many trials failed, or what all of them need is gone (``RunBroken``).
     """
-    run = Run.existing(path)
     display = Display(console or Console(quiet=not progress))
     more = [] if trials is None else [f"search.trials={trials}"]
-    config = reopen(run, [*overrides, *more], on_note=display.note)
+    options: dict[str, Any] = {"retry_failed": retry_failed, "on_trial": on_trial}
+    if not is_url(path):
+        run = Run.existing(local_path(path))
+        return _resume(run, [*overrides, *more], display, None, address, options, verbose=verbose)
+    with _stored(path, display, address, new=False) as stored:
+        run = Run.existing(stored.path)
+        return _resume(run, [*overrides, *more], display, stored, address, options, verbose=verbose)
+
+
+def _stored(place: str | Path, display: Display, address: str | None, *, new: bool) -> StoredRun:
+    """A run on an object store, that is not opened yet."""
+    if address is not None:
+        raise UserError(
+            f"{url_of(place)}: a search on a cluster (--address) needs a folder that all nodes see; on an object store "
+            "the trials of this machine alone work"
+        )
+    return StoredRun(url_of(place), display.note, lambda lost: _leave(display, str(lost), TAKEN_OVER), new=new)
+
+
+def _resume(
+    run: Run,
+    overrides: Sequence[str],
+    display: Display,
+    stored: StoredRun | None,
+    address: str | None,
+    options: Mapping[str, Any],
+    *,
+    verbose: bool,
+) -> SearchResult:
+    config = reopen(run, overrides, on_note=display.note)
     check_given(run, config)
     _with_direction(config)  # a function of one's own must be there
     check_backends(config.logging)
@@ -210,14 +249,12 @@ def resume_search(
     if address is None:
         check_starts(max_concurrent(config.resources) * config.resources.workers_per_trial)
         check_data(run, config)
-        return _search(run, config, space, display, ray, retry_failed=retry_failed, on_trial=on_trial)
+        return _search(run, config, space, display, ray, stored, **options)
     with ray:
         with display.progress() as shown:
             run_on_worker(partial(_check_there, run.path, config), config.resources, shown, note=display.note)
         connection = contextlib.nullcontext(ray)
-        return _search(
-            run, config, space, display, connection, retry_failed=retry_failed, on_worker=True, on_trial=on_trial
-        )
+        return _search(run, config, space, display, connection, stored, on_worker=True, **options)
 
 
 def _with_quality(config: SearchConfig, spec: str) -> SearchConfig:
@@ -462,10 +499,14 @@ def _telling(coordinator: Coordinator, on_trial: Callable[[Result], None] | None
     return tell
 
 
-def _leaving(display: Display, text: str, lock: Lock | None = None) -> Callable[[], NoReturn]:
+def _leaving(
+    display: Display, text: str, lock: Lock | None = None, stored: StoredRun | None = None
+) -> Callable[[], NoReturn]:
     """Return a function that prints ``text`` and ends this process; Ray would end it too, but with exit code 0."""
 
     def leave() -> NoReturn:
+        if stored is not None:
+            stored.close(RayDied("Ray died"))
         if lock is not None:
             lock.release()
         _leave(display, text, RAY_DIED)
@@ -487,6 +528,7 @@ def _search(
     space: Space,
     display: Display,
     ray: AbstractContextManager[RayConnection],
+    stored: StoredRun | None,
     *,
     retry_failed: bool = False,
     on_worker: bool = False,
@@ -516,7 +558,9 @@ def _search(
                     ray as connection,
                     _interruptible(coordinator, display),  # after Ray, which takes SIGTERM for itself
                 ):
-                    connection.on_death = _leaving(display, _died(run), lock)
+                    connection.on_death = _leaving(display, _died(run), lock, stored)
+                    if stored is not None:
+                        stored.follow(coordinator)
                     room = _Room(connection, coordinator, config.resources, display)
                     metrics = [gauges(config.name, coordinator, source)] if on_worker else []
                     before, begun = len(coordinator.results), time.monotonic()

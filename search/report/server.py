@@ -24,6 +24,7 @@ __all__ = ["HOST", "PORT", "Feed", "RemoteFeed", "page_server"]
 
 HOST, PORT = "127.0.0.1", 8642
 PORTS = 20  # that are tried from the first on
+BRING = 10.0  # seconds between two looks at a run that lies elsewhere
 PAUSE = 30.0  # seconds after an answer from afar until the next is asked for
 
 
@@ -42,10 +43,11 @@ class Feed:
 
     Args:
         run: the run; it is not locked, and nothing in it is written.
+        bring: called before it is looked at, at most every ``BRING`` seconds: brings what has changed, from elsewhere.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, bring: Callable[[], object] = lambda: None) -> None:
+        self.run, self._bring, self._due = run, bring, 0.0
         self._seen: Any = None
         self._text, self._tag = "", ""
         self._lock = threading.Lock()
@@ -58,6 +60,9 @@ class Feed:
             OSError: one is gone.
         """
         with self._lock:
+            if time.monotonic() >= self._due:
+                self._bring()
+                self._due = time.monotonic() + BRING
             seen = (Lock.holder(self.run.leases) is not None, *self._files())
             if seen != self._seen:
                 self._text = as_script(page_data(Run(self.run.path)))  # a new one: a run keeps what it has read

@@ -40,6 +40,7 @@ from prunesweep.training import EvalMetrics, quality_name
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
+from .mirror import belongs_to
 from .progress import BEGUN, REDUCTION_FACTOR, progress
 from .records import (
     FOLDER,
@@ -120,7 +121,9 @@ class Run:
 
     @property
     def shown(self) -> str:
-        """The folder as a user would type it: relative where it lies below the current one."""
+        """The run as a user would type it: its URL, or its folder, relative where it lies below the current one."""
+        if (url := belongs_to(self.path)) is not None:
+            return url
         try:
             here = Path.cwd()
         except FileNotFoundError:  # it was removed, as Ray does with a job's where nodes share a temporary folder

@@ -1,0 +1,47 @@
+"""Places on the command line: folders of this machine, or URLs of an object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["RunArgument", "brought", "place", "shown"]
+
+
+def place(text: str) -> str | Path:
+    """Return a URL as it is, of which a ``Path`` would be another one, and a folder as a ``Path``."""
+    from prunesweep.search.store.objects import is_url, local_path
+
+    return text if is_url(text) else local_path(text)
+
+
+def brought(given: str | Path) -> Path:
+    """Return a folder of this machine; what a URL has is brought there.
+
+    Raises:
+        UserError: the store cannot be used, or has nothing there.
+    """
+    if isinstance(given, Path):
+        return given
+    from prunesweep.search.store.stored import view
+
+    return view(given)
+
+
+def shown(path: Path) -> str:
+    """Return a path as a user would give it: below a URL if it was brought from there."""
+    from prunesweep.search.store.mirror import belongs_to
+    from prunesweep.search.store.objects import joined
+
+    for folder in (path, *path.parents):
+        if (url := belongs_to(folder)) is not None:
+            return url if folder == path else joined(url, path.relative_to(folder).as_posix())
+    return str(path)
+
+
+RunArgument = Annotated[
+    Path,  # or a URL: ``brought`` makes a folder of it
+    typer.Argument(parser=place, help="the run's folder, for example runs/digits, or its URL", show_default=False),
+]

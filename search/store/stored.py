@@ -1,0 +1,243 @@
+"""A run on an object store: a driver's, which works in a mirror and publishes what changes, and that of who looks.
+
+What a trial has made is published before its ``result.json``, and that before the study hears more of it, so whoever
+finds the store at any moment finds a run that a resume goes on with. A driver that was killed with finished work that
+is not in the store yet publishes it when it is resumed on the same machine, unless another one has gone on meanwhile;
+from another machine those trials are done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prunesweep.models.errors import UserError
+from prunesweep.models.io.lock import Lost
+
+from .lease import Lease, holder
+from .mirror import JOURNAL, Journal, Mirror, place_for
+from .objects import Objects, StoreFails, is_url, url_of
+from .run import Run, place_of
+
+if TYPE_CHECKING:
+    from prunesweep.search.execution.coordinator import Coordinator
+
+__all__ = ["StoredRun", "ask_to_stop", "is_url", "url_of", "view"]
+
+LOOK, REST, STATE = 1.0, 10.0, 30.0  # seconds between publications of results, of reports and logs, of states
+STOP = ".stop"  # object by which a search is asked to stop
+TRAINING = "state.safetensors"
+
+
+class StoredRun:
+    """A run that this process works on, for the time of a ``with`` block.
+
+    Args:
+        url: of the run.
+        note: is told, in a line for people, what of the store takes long.
+        on_lost: called, in a thread, where another process has taken over; nothing is published any more.
+        new: there must be no run yet; otherwise there must be one.
+
+    Attributes:
+        path: the folder that all work is done in.
+
+    Raises:
+        UserError: the store cannot be used, another process works on the run, or it is there, or is not.
+    """
+
+    def __init__(self, url: str, note: Callable[[str], None], on_lost: Callable[[Lost], object], *, new: bool) -> None:
+        self.url, self.path, self._note, self._new = url, place_for(url), note, new
+        self._objects = Objects(url, note)
+        self._mirror = Mirror(self.path, self._objects)
+        self._lease = Lease(url, note, on_lost)
+        self._objects.guard = self._lease.check
+        self._journal = Journal(self.path / JOURNAL, self._objects)
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._work = threading.Lock()  # held while something is published
+        self._settled, self._due = 0, dict[str, float]()
+        self._open, self._models = set[str](), set[str]()
+
+    def __enter__(self) -> StoredRun:
+        self._lease.__enter__()
+        try:
+            self._open_mirror()
+        except BaseException:
+            self._lease.release()
+            raise
+        return self
+
+    def _open_mirror(self) -> None:
+        there = self._objects.stamp("run.json") is not None or self._objects.stamp("search.toml") is not None
+        if self._new and there:
+            raise UserError(
+                f"{self.url} exists: go on with 'prunesweep resume {self.url}', or choose another place with --out"
+            )
+        if not self._new and not there:
+            raise UserError(
+                f"{self.url} is not a run: search.toml and run.json are missing. A run is made by 'prunesweep search'"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._new:
+            self._mirror.clear()
+        else:
+            own = self._mirror.token == str(self._lease.before) and self.path.is_dir()
+            self._mirror.pull(keep_news=own)
+            self._objects.delete(STOP)
+        self._mirror.token = str(self._lease.number)
+        self._mirror.save()
+        if not self._new:
+            self.publish()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+    def publish(self) -> None:
+        """Publish everything that has changed."""
+        with self._work:
+            self._mirror.push(self._mirror.files())
+            self._journal.publish()
+            self._mirror.save()
+
+    def follow(self, coordinator: Coordinator) -> None:
+        """Publish what trials give from now on, in a thread, and stop the search where the store has been asked to."""
+        self._settled = coordinator.settled
+        self._thread = threading.Thread(target=self._follow, args=(coordinator,), daemon=True, name="publisher")
+        self._thread.start()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Publish all that is left, and let others in.
+
+        Raises:
+            StoreFails: the store does not answer, and no other error is on its way.
+        """
+        if self._over.is_set():
+            return
+        self._over.set()
+        try:
+            if self._thread is not None:
+                self._thread.join()
+            if self.path.is_dir() and (self.path / "run.json").exists():
+                self.publish()
+                with self._work:
+                    self._mirror.drop("trials/")
+                    self._mirror.settle()
+                    self._mirror.save()
+        except Lost:
+            pass
+        except UserError as failure:
+            text = (
+                f"{failure}\nWhat is not published yet lies in {self.path}: 'prunesweep resume {self.url}' on this "
+                "machine publishes it"
+            )
+            if error is None:
+                raise StoreFails(text) from failure
+            self._note(text)
+        finally:
+            self._lease.release()
+
+    def _follow(self, coordinator: Coordinator) -> None:
+        while not self._over.wait(LOOK):
+            try:
+                with self._work:
+                    self._look(coordinator)
+            except Lost:
+                return
+            except UserError as failure:  # said again at the end, where it stays
+                self._note(f"{failure}; tried again")
+            except OSError:  # a file that went away, or a full disk, which the search meets by itself
+                continue
+
+    def _look(self, coordinator: Coordinator) -> None:
+        """Publish trials that have ended, then the journal as it was before, then from time to time the rest."""
+        end = (self.path / JOURNAL).stat().st_size
+        self._open |= set(coordinator.running)
+        ended = {unit for unit in self._open if (self.path / "trials" / unit / "result.json").is_file()}
+        if coordinator.settled != self._settled:
+            self._settled = coordinator.settled
+            names = {result.id for result in list(coordinator.results)} | set(coordinator.failures)
+            ended |= {n for n in names if self._mirror.index.get(f"trials/{n}/result.json") is None}
+        for unit in sorted(ended):
+            self._publish_unit(unit)
+            self._open.discard(unit)
+            if (self.path / "trials" / unit / "model").is_dir():
+                self._models.add(unit)
+        if gone := {unit for unit in self._models if not (self.path / "trials" / unit / "model").is_dir()}:
+            self._mirror.push(["front.json"])  # first, so that nobody misses what it names
+            for unit in gone:
+                self._mirror.drop(f"trials/{unit}/")
+            self._models -= gone
+        self._journal.publish(end)
+        if self._is_due("rest", REST):
+            self._mirror.push(path.name for path in self.path.iterdir() if path.is_file() and path.name in TOP)
+            self._mirror.push(self._mirror.files("tb/search"))
+            for unit in sorted(self._open):
+                self._publish_unit(unit, state=self._is_due(unit, STATE))
+            if self._objects.stamp(STOP) is not None:
+                self._objects.delete(STOP)
+                self._note("asked to stop: the running trials save their state")
+                coordinator.stop()
+        if self._is_due("index", 60.0):
+            self._mirror.save()
+
+    def _is_due(self, what: str, seconds: float) -> bool:
+        now = time.monotonic()
+        if now < self._due.setdefault(what, now + seconds):
+            return False
+        self._due[what] = now + seconds
+        return True
+
+    def _publish_unit(self, unit: str, *, state: bool = True) -> None:
+        names = [*self._mirror.files(f"trials/{unit}"), *self._mirror.files(f"tb/trial-{place_of(unit)[1]:04d}")]
+        self._mirror.push(name for name in names if state or not name.endswith(TRAINING))
+        self._mirror.drop(f"trials/{unit}/")
+
+
+TOP = ("front.json", "report.html", "search.toml", "run.json", "advice.json", "speed.json")
+
+
+def view(place: str | Path) -> Path:
+    """A folder of this machine with what the store has of a run, or a saved model, now; other places as they are.
+
+    Only what has changed since the last time is brought. Nothing in the store changes.
+
+    Raises:
+        UserError: the store cannot be used, or has nothing there.
+    """
+    url = url_of(place)
+    if not is_url(url):
+        return Path(place)
+    objects = Objects(url)
+    objects.check()
+    path = place_for(url, "views")
+    path.mkdir(parents=True, exist_ok=True)
+    mirror = Mirror(path, objects)
+    mirror.pull()
+    mirror.save()
+    if not mirror.index:
+        raise UserError(f"{url}: nothing is there")
+    run = Run(path)
+    for old in run.leases.glob("*"):
+        old.unlink()
+    if (found := holder(objects)) is not None:  # so that it is seen as a folder's driver is
+        facts, age = found
+        run.leases.mkdir(exist_ok=True)
+        lease = run.leases / f"{1:09d}"
+        lease.write_text(json.dumps(facts))
+        os.utime(lease, (time.time() - max(age, 0.0),) * 2)
+    return path
+
+
+def ask_to_stop(url: str) -> bool:
+    """Ask the driver of a run to stop; whether one lives. Raises UserError where the store cannot be used."""
+    objects = Objects(url)
+    objects.check()
+    if holder(objects) is None:
+        return False
+    objects.write(STOP, b"")
+    return True
