@@ -48,12 +48,13 @@ from prunesweep.training.own_measure import Measure, spec_of
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
+from .elsewhere import Access, bring_prepared, prepare_there, run_there, work_there
 from .estimate import estimate
 from .growth import Waiting
 from .prepare import SAMPLE, PreparedSearch, prepare_or_share, prepare_search
 from .remote import run_on_worker, run_on_workers
 from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
-from .runtime import RayConnection, execute, max_concurrent
+from .runtime import RayConnection, execute, max_concurrent, node
 from .source import NotMade, Progress, SourceArtifacts, open_space, prepare_part
 from .speed import measure_speed
 from .task import run_task
@@ -115,7 +116,7 @@ def run_search(
         config = load_config(config)
     config = _with_direction(config if quality is None else _with_quality(config, spec_of(quality)))
     display = Display(console or Console(quiet=not progress))
-    stored = None if out is None or not is_url(out) else _stored(out, display, address, new=True)
+    stored = None if out is None or not is_url(out) else _stored(out, display, new=True)
     place_of_run = Path("runs") / config.name if out is None else local_path(out)
     run = Run(place_of_run if stored is None else stored.path)
     if stored is None and run.path.exists() and not dry_run:
@@ -135,6 +136,8 @@ def run_search(
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as place:
         if not dry_run:
             if stored is not None:
+                if address is not None:
+                    _check_places(config, stored)
                 stack.enter_context(stored)
             place.enter_context(reserve(run.path))
         if address is not None:
@@ -143,7 +146,7 @@ def run_search(
         here = units if address is None else None
         try:
             cache = run.path.parent / "cache"
-            prepared = _prepare(config, cache, display, ray if address is not None else None, dry_run=dry_run)
+            prepared = _prepare(config, cache, display, ray if address is not None else None, stored, dry_run=dry_run)
         except NotHere as error:
             if not dry_run:
                 raise
@@ -209,18 +212,13 @@ def resume_search(
     if not is_url(path):
         run = Run.existing(local_path(path))
         return _resume(run, [*overrides, *more], display, None, address, options, verbose=verbose)
-    with _stored(path, display, address, new=False) as stored:
+    with _stored(path, display, new=False) as stored:
         run = Run.existing(stored.path)
         return _resume(run, [*overrides, *more], display, stored, address, options, verbose=verbose)
 
 
-def _stored(place: str | Path, display: Display, address: str | None, *, new: bool) -> StoredRun:
+def _stored(place: str | Path, display: Display, *, new: bool) -> StoredRun:
     """A run on an object store, that is not opened yet."""
-    if address is not None:
-        raise UserError(
-            f"{url_of(place)}: a search on a cluster (--address) needs a folder that all nodes see; on an object store "
-            "the trials of this machine alone work"
-        )
     return StoredRun(url_of(place), display.note, lambda lost: _leave(display, str(lost), TAKEN_OVER), new=new)
 
 
@@ -252,7 +250,11 @@ def _resume(
         return _search(run, config, space, display, ray, stored, **options)
     with ray:
         with display.progress() as shown:
-            run_on_worker(partial(_check_there, run.path, config), config.resources, shown, note=display.note)
+            check: Callable[[Progress], object] = partial(_check_there, run.path, config)
+            if stored is not None:
+                _check_places(config, stored)
+                check = partial(work_there, _check_there, run.path, config, access=_access(stored))
+            run_on_worker(check, config.resources, shown, note=display.note)
         connection = contextlib.nullcontext(ray)
         return _search(run, config, space, display, connection, stored, on_worker=True, **options)
 
@@ -321,7 +323,13 @@ def _with_models(config: SearchConfig, folder: Path) -> SearchConfig:
 
 
 def _prepare(
-    config: SearchConfig, cache: Path, display: Display, cluster: RayConnection | None, *, dry_run: bool
+    config: SearchConfig,
+    cache: Path,
+    display: Display,
+    cluster: RayConnection | None,
+    stored: StoredRun | None,
+    *,
+    dry_run: bool,
 ) -> PreparedSearch:
     """Call ``prepare_search`` here, or on a worker of the cluster that was joined.
 
@@ -332,6 +340,10 @@ def _prepare(
         if cluster is None:
             return work(progress)
         run = partial(run_on_worker, resources=config.resources, progress=progress, note=display.note)
+        if stored is not None:  # one worker makes all of it: they share no cache
+            access = _access(stored)
+            made, there = run(partial(prepare_there, config, cache, access=access, dry=dry_run))
+            return bring_prepared(stored.objects, made, there, cache)
         places = 1 if dry_run else cluster.fitting * config.resources.workers_per_trial
         found = run(work if places < 2 else partial(prepare_or_share, config, cache, places))
         if isinstance(found, int):
@@ -484,6 +496,27 @@ def _died(run: Run) -> str:
     return f"Ray died. No finished trial is lost: prunesweep resume {run.shown}"
 
 
+def _access(stored: StoredRun) -> Access:
+    """What processes of the cluster that this one has joined need to know of a run on an object store."""
+    return Access(stored.url, stored.number, node())
+
+
+def _check_places(config: SearchConfig, stored: StoredRun) -> None:
+    """Raise UserError where trials on a cluster would need a folder that all nodes see."""
+    if config.resources.workers_per_trial > 1:
+        raise UserError(
+            f"resources.workers_per_trial = {config.resources.workers_per_trial}: the workers of one trial share a "
+            f"folder, and with a run on {stored.url} nodes have none: take 1, or a folder that all nodes see"
+        )
+
+
+def _work(lock: Lock, stored: StoredRun | None) -> Callable[..., Mapping[str, Any]]:
+    """What does a trial."""
+    if stored is None:
+        return partial(run_task, fence=lock.fence)
+    return partial(run_there, access=_access(stored), fence=lock.fence)
+
+
 def _telling(coordinator: Coordinator, on_trial: Callable[[Result], None] | None) -> Callable[[], None]:
     """Return a function that calls ``on_trial`` with the results that have come since."""
     told = {(result.trial, result.rung) for result in coordinator.results}
@@ -577,7 +610,8 @@ def _search(
                         ],
                         count=room.look,
                         note=display.note,
-                        work=partial(run_task, fence=lock.fence),
+                        work=_work(lock, stored if on_worker else None),
+                        stored=stored if on_worker else None,
                     )
                     display.overhead(coordinator, before, time.monotonic() - begun, room.seconds)
         except KeyboardInterrupt:
@@ -607,7 +641,7 @@ def _search(
             raise SearchFailed(_nothing_found(run, coordinator))
         if coordinator.finished:
             study.settle(coordinator.results)
-            _measure_front(run, config, display, on_worker=on_worker)
+            _measure_front(run, config, display, stored, on_worker=on_worker)
             run.write_advice(lines := advice(run))
             _write_report(run)
             spent = cost_of(run.objectives)
@@ -616,7 +650,9 @@ def _search(
         return SearchResult(run.path, run.front(absolute=True), coordinator.finished)
 
 
-def _measure_front(run: Run, config: SearchConfig, display: Display, *, on_worker: bool) -> None:
+def _measure_front(
+    run: Run, config: SearchConfig, display: Display, stored: StoredRun | None, *, on_worker: bool
+) -> None:
     """Measure the front on the validation split and on test data, and its speed where that is wanted."""
     looks: list[Callable[[Path, SearchConfig, Progress], None]] = []
     if config.data.search_split or config.data.test is not None:
@@ -626,7 +662,14 @@ def _measure_front(run: Run, config: SearchConfig, display: Display, *, on_worke
     for look in looks:
         work = partial(look, run.path, config)
         with display.progress() as progress:
-            if on_worker:
+            if on_worker and stored is not None:
+                run.write_front()
+                stored.publish()
+                there = partial(work_there, look, run.path, config, access=_access(stored), models=True)
+                made = run_on_worker(there, config.resources, progress, note=display.note)
+                for name, text in made.items():
+                    write_text(run / name, text)
+            elif on_worker:
                 run_on_worker(work, config.resources, progress, note=display.note)
             else:
                 work(progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from prunesweep.models import UserError
 from prunesweep.models.io.scratch import scratch_folder
 from prunesweep.search.config import ClusterTable, ResourcesTable
 from prunesweep.search.store.run import Task
+from prunesweep.search.store.stored import StoredRun
 from prunesweep.training.container import memory_kills, usable_cpus, usable_memory
 from prunesweep.training.jobs.ray_session import RayDied, alive, joined, object_store_bytes, own_ray
 
@@ -45,7 +47,7 @@ from ray.tune.search import Searcher  # noqa: E402
 from .losses import Losses  # noqa: E402
 from .task import run_task  # noqa: E402
 
-__all__ = ["RayConnection", "execute", "max_concurrent"]
+__all__ = ["RayConnection", "execute", "max_concurrent", "node"]
 
 RESTARTS = 2  # of a unit whose process was lost
 OWN_BYTES, PROCESS_BYTES = 3 * 2**29, 2**30  # memory of the driver with its Ray, and of every process that does trials
@@ -79,6 +81,11 @@ def max_concurrent(
             f"{found}: room for {places} of {workers} workers{later}"
         )
     return places // workers
+
+
+def node() -> str:
+    """Ray's name of this process's node. Needs a ``RayConnection``."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _places(node: Mapping[str, float], cpus: int, gpus: float) -> int:
@@ -221,8 +228,10 @@ class _TaskActor(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        found = self._job["work"](Path(self._job["run"]), Task(**self._job["unit"]))
-        return {"state": found["state"], "reason": found.get("reason"), "done": True}
+        further = {"files": self._job["files"]} if "files" in self._job else {}
+        found = self._job["work"](Path(self._job["run"]), Task(**self._job["unit"]), **further)
+        given = json.dumps(found) if found.get("elsewhere") else None
+        return {"state": found["state"], "reason": found.get("reason"), "given": given, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Do nothing: Tune saves every trial that ends, but a unit's state is in its own folder."""
@@ -235,9 +244,14 @@ class _Searcher(Searcher):  # type: ignore[misc]
     """Tune's view of the coordinator: asks it for units and tells it when they end."""
 
     def __init__(
-        self, coordinator: Coordinator, on_change: Sequence[Callable[[], None]], count: Callable[[], int] | None
+        self,
+        coordinator: Coordinator,
+        on_change: Sequence[Callable[[], None]],
+        count: Callable[[], int] | None,
+        stored: StoredRun | None,
     ) -> None:
         super().__init__()
+        self._stored = stored
         self._coordinator, self._on_change, self._count = coordinator, on_change, count
         self._units: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}  # of Tune's trials that end by one
@@ -266,7 +280,8 @@ class _Searcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED if self._coordinator.exhausted else None
         self._units[trial_id] = unit.id
         self._changed()
-        return {"unit": asdict(unit)}
+        files = {} if self._stored is None else {"files": self._stored.files_of(unit)}
+        return {"unit": asdict(unit), **files}
 
     def count(self) -> None:
         """Count again how many units can run side by side."""
@@ -295,6 +310,8 @@ class _Searcher(Searcher):  # type: ignore[misc]
             self._give_up(RunBroken(f"a process for trials cannot begin: {raised}"))
             lost = None
         try:
+            if self._stored is not None and found.get("given"):
+                self._stored.take(self._units[trial_id], json.loads(found["given"]))
             self._coordinator.complete(self._units.pop(trial_id), error=lost)
             self._changed()
         except (SearchFailed, UserError, OSError) as failure:
@@ -366,7 +383,8 @@ def execute(
     *,
     count: Callable[[], int] | None = None,
     note: Callable[[str], None] = lambda _: None,
-    work: Callable[[Path, Task], Mapping[str, Any]] = run_task,
+    work: Callable[..., Mapping[str, Any]] = run_task,
+    stored: StoredRun | None = None,
 ) -> None:
     """Run units until the coordinator is done. Needs a ``RayConnection``.
 
@@ -377,13 +395,15 @@ def execute(
             throughout by default.
         note: is told of every unit whose process was lost.
         work: does a unit of the run at a path, in an actor.
+        stored: where nodes do not see the run's folder: gives ``work`` the unit's small ``files``, and takes what comes
+            back.
 
     Raises:
         SearchFailed: too many units failed.
         RunBroken: what every unit needs cannot be had, or their processes cannot begin.
         UserError: the space cannot be sampled.
     """
-    searcher = _Searcher(coordinator, on_change, count)
+    searcher = _Searcher(coordinator, on_change, count, stored)
     # by default Tune asks for the second unit once the first one's process is up; they should start side by side
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(PENDING)
     own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}

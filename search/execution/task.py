@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -33,7 +33,7 @@ from prunesweep.models import (
     save,
 )
 from prunesweep.models.io.files import disk_full, machine_fails, write_text
-from prunesweep.models.io.lock import Fence, Lost
+from prunesweep.models.io.lock import Lost
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.store import check_saved, saved_digest
@@ -170,7 +170,14 @@ class WorkerContext:
         return recipe.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
-def run_task(path: Path, unit: Task, fence: Fence | None = None) -> dict[str, Any]:
+class Fencing(Protocol):
+    """What says whether a driver still is the one of a run."""
+
+    def check(self) -> None:
+        """Raise Lost where it is not."""
+
+
+def run_task(path: Path, unit: Task, fence: Fencing | None = None) -> dict[str, Any]:
     """Do a task of a run, or what is left of it.
 
     Args:

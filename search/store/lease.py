@@ -16,7 +16,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +26,7 @@ from prunesweep.models.io.lock import Holder, Lost
 
 from .objects import Objects, Stamp
 
-__all__ = ["LEASES", "Lease", "holder"]
+__all__ = ["LEASES", "Lease", "highest", "holder"]
 
 LEASES = ".lease/"
 ASKING = f"{LEASES}asking-"  # an object by which the store's clock is read
@@ -164,6 +164,11 @@ def holder(objects: Objects) -> tuple[dict[str, Any], float] | None:
     age = time.time() - leases[number, name].published / 1e9
     facts = _facts(objects, name)
     return (facts, age) if facts is not None and _lives(facts, age) is not None else None
+
+
+def highest(found: Iterable[str]) -> int:
+    """The highest number of leases by their names; 0 where there is none."""
+    return max((number for number, _ in _leases(dict.fromkeys(found, Stamp(0, 0)))), default=0)
 
 
 def _leases(found: dict[str, Stamp]) -> dict[tuple[int, str], Stamp]:

@@ -149,6 +149,17 @@ class Mirror:
         if not below and not (keep_news and journal.exists()):
             self._bring_journal(listed)
 
+    def bring(self, names: Iterable[str]) -> None:
+        """Bring some files, those that have changed in the store; what it has not goes here, too."""
+        for name, stamp in list(self.objects.each(self.objects.stamp, names)):
+            own, seen = self._stat(name), self.index.get(name)
+            if stamp is None:
+                (self.path / name).unlink(missing_ok=True)
+            elif own is None or seen is None or seen.store != stamp or self.is_news(name, own):
+                self._bring(name, stamp)
+                if (own := self._stat(name)) is not None:
+                    self.index[name] = Seen(stamp, own.st_size, own.st_mtime_ns)
+
     def _bring(self, name: str, stamp: Stamp) -> None:
         with contextlib.suppress(FileNotFoundError):  # a running search has just deleted it
             self.objects.get(name, self.path / name)

@@ -12,9 +12,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.lock import Lost
@@ -22,15 +22,15 @@ from prunesweep.models.io.lock import Lost
 from .lease import Lease, holder
 from .mirror import JOURNAL, Journal, Mirror, place_for
 from .objects import Objects, StoreFails, is_url, url_of
-from .run import Run, place_of
+from .run import Result, Run, Task, place_of, task_id
 
 if TYPE_CHECKING:
     from prunesweep.search.execution.coordinator import Coordinator
 
-__all__ = ["StoredRun", "ask_to_stop", "is_url", "url_of", "view"]
+__all__ = ["STATE", "STOPPING", "TRAINING", "StoredRun", "ask_to_stop", "is_url", "url_of", "view"]
 
 LOOK, REST, STATE = 1.0, 10.0, 30.0  # seconds between publications of results, of reports and logs, of states
-STOP = ".stop"  # object by which a search is asked to stop
+STOP, STOPPING = ".stop", ".stopping"  # objects: a search is asked to stop; its trials are
 TRAINING = "state.safetensors"
 
 
@@ -60,6 +60,7 @@ class StoredRun:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._work = threading.Lock()  # held while something is published
+        self._stopping = False
         self._settled, self._due = 0, dict[str, float]()
         self._open, self._models = set[str](), set[str]()
 
@@ -88,7 +89,8 @@ class StoredRun:
         else:
             own = self._mirror.token == str(self._lease.before) and self.path.is_dir()
             self._mirror.pull(keep_news=own)
-            self._objects.delete(STOP)
+            for name in (STOP, STOPPING):
+                self._objects.delete(name)
         self._mirror.token = str(self._lease.number)
         self._mirror.save()
         if not self._new:
@@ -103,6 +105,37 @@ class StoredRun:
             self._mirror.push(self._mirror.files())
             self._journal.publish()
             self._mirror.save()
+
+    @property
+    def number(self) -> int:
+        """Of the lease."""
+        return self._lease.number
+
+    @property
+    def objects(self) -> Objects:
+        """The run's; nothing is published by them once another process has taken over."""
+        return self._objects
+
+    def take(self, unit: str, found: Mapping[str, Any]) -> None:
+        """Take over what a trial gave on a node that does not see the folder.
+
+        Args:
+            unit: its name.
+            found: what its ``result.json`` is to say.
+        """
+        with self._work:
+            self._mirror.pull(below=f"trials/{unit}/", keep_news=True)
+            self._mirror.pull(below=f"tb/trial-{place_of(unit)[1]:04d}/", keep_news=True)
+        if found["state"] in ("finished", "failed"):
+            own = Result(**found["result"]) if found["state"] == "finished" else None
+            Run(self.path).write_result(unit, result=own, error=found.get("error"))
+
+    def files_of(self, task: Task) -> dict[str, str]:
+        """The small files that a trial needs, by name: its decision, its task, and the results of the rungs below."""
+        folders = [f"trials/{task_id(task.number, rung)}" for rung in range(task.rung + 1)]
+        names = [f"{folder}/{name}" for folder in folders for name in ("cut.json", "spec.json", "result.json")]
+        files = {name: self.path / name for name in names}
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
     def follow(self, coordinator: Coordinator) -> None:
         """Publish what trials give from now on, in a thread, and stop the search where the store has been asked to."""
@@ -173,6 +206,9 @@ class StoredRun:
                 self._mirror.drop(f"trials/{unit}/")
             self._models -= gone
         self._journal.publish(end)
+        if coordinator.stopping and not self._stopping:
+            self._objects.write(STOPPING, b"")
+            self._stopping = True
         if self._is_due("rest", REST):
             self._mirror.push(path.name for path in self.path.iterdir() if path.is_file() and path.name in TOP)
             self._mirror.push(self._mirror.files("tb/search"))

@@ -245,8 +245,8 @@ def test_a_journal_is_published_in_few_parts(url: str, tmp_path: Path) -> None:
 
 
 def coordinator(**facts: Any) -> Any:
-    found = SimpleNamespace(running=[], results=[], failures={}, settled=0, stopped=False, **facts)
-    found.stop = lambda: setattr(found, "stopped", True)
+    found = SimpleNamespace(running=[], results=[], failures={}, settled=0, stopping=False, **facts)
+    found.stop = lambda: setattr(found, "stopping", True)
     return found
 
 
@@ -360,7 +360,7 @@ def test_who_looks_sees_the_driver_and_may_ask_it_to_stop(
     assert holder.pid == os.getpid()
     assert json.loads((found / "run.json").read_text())["source"]["name"] == "test"
     assert ask_to_stop(url)
-    eventually(lambda: search.stopped)
+    eventually(lambda: search.stopping)
     run.close()
     assert lock.Lock.holder(view(url) / ".leases") is None
     assert not ask_to_stop(url)

@@ -1,0 +1,288 @@
+"""Work of a run on an object store, on nodes that do not see the driver's folder.
+
+Such a node has a folder of its own, ``workers/NAME`` of its cache. What all trials need is brought there once; the own
+files of a trial are brought before it, published as it goes on, and removed after it. Its result goes back to the
+driver, who alone publishes results. A training's state is published every half minute, so that a trial whose node was
+lost goes on elsewhere from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from prunesweep.models.errors import UserError
+from prunesweep.models.io.lock import Fence, Lost
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.store.lease import LEASES, highest
+from prunesweep.search.store.mirror import Mirror, place_for
+from prunesweep.search.store.objects import Objects
+from prunesweep.search.store.run import Run, Task, task_id
+from prunesweep.search.store.stored import STATE, STOPPING, TRAINING
+from prunesweep.training.jobs.scoring import Progress
+
+from .prepare import PreparedSearch, prepare_search
+from .task import run_task
+
+__all__ = ["Access", "bring_prepared", "prepare_there", "run_there", "work_there"]
+
+INPUTS = ("source/", "scores/", "given/", "teacher_logits/")
+FACTS = ("search.toml", "run.json", "latency_table.json")
+PREPARED = ".prepared/"  # objects that a driver makes a run of
+OWN = ("validation.json", "test.json", "speed.json")  # files that work on a whole run makes
+LOOK = 3.0  # seconds between two looks whether to stop
+PATIENCE = 120.0  # seconds for a model that was handed in to be there
+LIMIT = 50 * 2**30  # bytes of a node's folders for other runs, of which the longest unused go
+UNUSED = 2 * 24 * 3600.0  # seconds, before that none goes
+
+
+class Access(NamedTuple):
+    """What a process anywhere needs to know of a run on an object store.
+
+    Args:
+        url: of the run.
+        number: of the driver's lease.
+        node: Ray's name of the driver's node, whose processes see the driver's folder.
+    """
+
+    url: str
+    number: int
+    node: str
+
+    @property
+    def here(self) -> bool:
+        """Whether this process sees the driver's folder."""
+        return bool(ray.get_runtime_context().get_node_id() == self.node)
+
+    def check(self) -> None:
+        """Raise Lost where another driver has taken over; as ``Fence``'s."""
+        if highest(Objects(self.url).list(LEASES)) > self.number:
+            raise Lost(f"{self.url}: another driver has taken over; nothing more is published")
+
+    @lru_cache(maxsize=1)  # noqa: B019 (a tuple: the last one's folder is kept for the next trial of this process)
+    def opened(self) -> Mirror:
+        """This node's folder, with what all trials need."""
+        path = place_for(self.url, "workers")
+        path.mkdir(parents=True, exist_ok=True)
+        objects = Objects(self.url)
+        objects.guard = self.check
+        mirror = Mirror(path, objects)
+        mirror.bring(FACTS)
+        for below in INPUTS:
+            mirror.pull(keep_news=True, below=below)
+        if objects.stamp(STOPPING) is None:
+            Run(path).stop_file.unlink(missing_ok=True)
+        mirror.save()
+        _trim(path)
+        return mirror
+
+
+def run_there(path: Path, unit: Task, files: Mapping[str, str], *, access: Access, fence: Fence) -> dict[str, Any]:
+    """``run_task`` on any node.
+
+    Args:
+        path: the driver's folder.
+        unit: the task.
+        files: what the driver has of the candidate, by name.
+        access: to the run.
+        fence: of the driver's folder.
+
+    Returns:
+        As ``run_task``; with ``elsewhere``, true where the driver does not see what was made.
+    """
+    if access.here:
+        return run_task(path, unit, fence)
+    try:
+        mirror = access.opened()
+        with _unit(mirror, unit, files):
+            found = run_task(mirror.path, unit, access)
+    except Lost as lost:
+        return {"state": "broken", "reason": str(lost)}
+    except UserError as error:  # the store, which has been asked for minutes
+        return {"state": "broken", "reason": str(error)}
+    return {**found, "elsewhere": True}
+
+
+@contextlib.contextmanager
+def _unit(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator[None]:
+    """Bring a trial's files, publish what changes of them meanwhile, and hand them in."""
+    run, own = Run(mirror.path), f"trials/{unit.id}/"
+    folders = [own, *([f"trials/{task_id(unit.number, unit.rung - 1)}/"] if unit.rung else [])]
+    for below in folders:
+        mirror.pull(below=below)
+    for name, text in files.items():
+        (mirror.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror.path / name).write_text(text, encoding="utf-8")
+    if unit.rung:
+        _wait_for_model(mirror, folders[1])
+    (mirror.path / own / "result.json").unlink(missing_ok=True)
+    over = threading.Event()
+
+    def carry() -> None:
+        due = time.monotonic() + STATE
+        while not over.wait(LOOK):
+            with contextlib.suppress(UserError, OSError):
+                if mirror.objects.stamp(STOPPING) is not None:
+                    run.stop_file.touch()
+                if time.monotonic() >= due:
+                    mirror.push(name for name in mirror.files(own) if name.endswith((".jsonl", "arch.json", TRAINING)))
+                    due = time.monotonic() + STATE
+
+    thread = threading.Thread(target=carry, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    board = run.board(unit.number).relative_to(run.path).as_posix()
+    made = [name for name in (*mirror.files(own), *mirror.files(board)) if not name.endswith("/result.json")]
+    mirror.push(made)
+    mirror.drop(own)
+    for below in {*folders, *(f"{Path(name).parent}/" for name in files)}:
+        shutil.rmtree(mirror.path / below, ignore_errors=True)
+
+
+def _wait_for_model(mirror: Mirror, below: str) -> None:
+    """Wait for the model of the rung below, which the driver is publishing perhaps."""
+    facts = json.loads((mirror.path / below / "result.json").read_text(encoding="utf-8"))
+    wanted = {f"{below}model/config.json", f"{below}model/model.safetensors"}
+    deadline = time.monotonic() + PATIENCE
+    while facts.get("result", {}).get("has_model") and not all((mirror.path / name).is_file() for name in wanted):
+        if time.monotonic() > deadline:
+            return  # it is gone, and trained again
+        time.sleep(1.0)
+        mirror.pull(below=below, keep_news=True)
+
+
+def work_there(
+    work: Callable[[Path, SearchConfig, Progress], None],
+    path: Path,
+    config: SearchConfig,
+    progress: Progress,
+    *,
+    access: Access,
+    models: bool = False,
+) -> dict[str, str]:
+    """Do work on a whole run, on any node, and return the files that it made, by name, for the driver to write.
+
+    Args:
+        work: as ``validate_front``.
+        path: the driver's folder.
+        config: the search's.
+        progress: as for ``work``.
+        access: to the run.
+        models: whether it needs all results, and the models of the front.
+    """
+    if access.here:
+        work(path, config, progress)
+        return {}
+    mirror = access.opened()
+    if models:
+        mirror.bring(["front.json", "speed.json"])
+        units = {task_id(*member) for member in Run(mirror.path).listed()}
+
+        def wanted(name: str) -> bool:
+            parts = name.split("/")
+            whole = len(parts) > 1 and parts[1] in units
+            return parts[0] == "trials" and (whole or parts[-1] in ("result.json", "validation.json", "test.json"))
+
+        mirror.pull(wanted=wanted, below="trials/")
+    before = {name: facts.st_mtime_ns for name, facts in mirror.files().items() if name.endswith(OWN)}
+    work(mirror.path, config, progress)
+    found = {name: facts for name, facts in mirror.files().items() if name.endswith(OWN)}
+    made = {
+        n: (mirror.path / n).read_text(encoding="utf-8") for n, f in found.items() if before.get(n) != f.st_mtime_ns
+    }
+    shutil.rmtree(mirror.path / "trials", ignore_errors=True)
+    return made
+
+
+def prepare_there(
+    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, dry: bool = False
+) -> tuple[PreparedSearch, Path | None]:
+    """``prepare_search`` on any node; what it made is published for the driver where that does not see it.
+
+    Args:
+        config: the search's.
+        cache: the driver's.
+        progress: as for ``prepare_search``.
+        access: to the run that will be.
+        dry: as for ``prepare_search``.
+
+    Returns:
+        That, and the cache of this node where it is another one than the driver's.
+    """
+    if access.here:
+        return prepare_search(config, cache, progress, dry=dry), None
+    own = place_for(access.url, "workers").parent.parent / "cache"
+    found = prepare_search(config, own, progress, dry=dry)
+    objects = Objects(access.url)
+    objects.guard = access.check
+    names = dict[str, Path]()
+    for made in _places(found):
+        for file in [made] if made.is_file() else sorted(p for p in made.rglob("*") if p.is_file()):
+            names[f"{PREPARED}{file.relative_to(own).as_posix()}"] = file
+    for done, _ in enumerate(objects.each(lambda name: objects.put(name, names[name]), names), 1):
+        progress("publishing the source", done / len(names), f"{done}/{len(names)} files")
+    return found, own
+
+
+def bring_prepared(objects: Objects, found: PreparedSearch, there: Path | None, cache: Path) -> PreparedSearch:
+    """Bring what ``prepare_there`` made to the driver's cache.
+
+    Args:
+        objects: of the run.
+        found, there: what it returned.
+        cache: the driver's.
+    """
+    if there is None:
+        return found
+    names = list(objects.list(PREPARED))
+    for name, _ in objects.each(lambda name: objects.get(name, cache / name.removeprefix(PREPARED)), names):
+        objects.delete(name)
+
+    def moved(path: Path) -> Path:
+        return cache / path.relative_to(there)
+
+    return replace(
+        found,
+        folder=moved(found.folder),
+        score_files={kind: moved(path) for kind, path in found.score_files.items()},
+        proposals=tuple(map(moved, found.proposals)),
+        teacher_logits=tuple(map(moved, found.teacher_logits)),
+    )
+
+
+def _places(found: PreparedSearch) -> list[Path]:
+    return [found.folder, *found.score_files.values(), *found.proposals, *found.teacher_logits]
+
+
+def _trim(own: Path) -> None:
+    """Remove this node's folders for other runs, the longest unused first, until the rest is within ``LIMIT``."""
+    kept, used = [], 0
+    for place in own.parent.parent.parent.glob("*/workers/*"):
+        if place != own and place.is_dir():
+            with contextlib.suppress(OSError):
+                size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+                index = place.with_name(f".{place.name}.index")
+                kept.append((index.stat().st_mtime if index.exists() else 0.0, size, place))
+                used += size
+    for last, size, place in sorted(kept):
+        if used <= LIMIT or time.time() - last < UNUSED:
+            return
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(place.with_name(f".{place.name}.index"))
+        used -= size
