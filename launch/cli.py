@@ -37,7 +37,7 @@ from .latency import latency
 from .lists import config, methods, recipes
 from .manifest import manifest
 from .models import models
-from .next_commands import after_search, show_next
+from .next_commands import after_search, after_stored, show_next
 from .nothing_left import NothingLeft, check_begun, check_front
 from .place import RunArgument, brought, place, shown
 from .promote import promote
@@ -142,6 +142,7 @@ def resume(
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
     """Run a search, report how it ended, and exit with the matching code."""
     from prunesweep.search import Run, SearchFailed
+    from prunesweep.search.store.objects import is_url
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -162,6 +163,9 @@ def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
         say(f"stopped; go on with: prunesweep resume {shown}")
         raise typer.Exit(INTERRUPTED)
     say(f"front: {shown}/front.json   report: {shown}/report.html")
+    if is_url(shown):
+        show_next(console, after_stored(shown))
+        return
     links = (run / "front").is_dir()
     models = [
         f"{shown}/front/{place:02d}" if links else f"{shown}/{Path(point['model']).relative_to(run.path)}"

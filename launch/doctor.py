@@ -160,12 +160,14 @@ def check_cluster(address: str, table: Any, storage: str | None, data: str | Non
     """
     from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
     from prunesweep.models import UserError
+    from prunesweep.search.store.objects import is_url
 
+    on_nodes = None if storage is not None and is_url(storage) else storage
     try:
         if address.startswith(("http://", "https://")):
-            found = yield from _inspect_by_job(address, table, storage, data)
+            found = yield from _inspect_by_job(address, table, on_nodes, data)
         else:
-            found = inspect_nodes(address, storage, data)
+            found = inspect_nodes(address, on_nodes, data)
     except (UserError, ConnectionError) as error:
         yield Finding("cluster", "wrong", str(error), "")
         return
@@ -205,6 +207,8 @@ def check_nodes(
         storage: folder that all nodes should share; None if it is not known.
         data: folder of the data set on every node; None if it is not known.
     """
+    from prunesweep.search.store.objects import is_url
+
     for node in nodes:
         if "error" in node:
             yield Finding(
@@ -225,6 +229,9 @@ def check_nodes(
         ("storage", storage, "storage_problem", "mount the same writable storage on all nodes, at the same path"),
         ("data", data, "data_problem", "mount or copy the data to this path on all nodes"),
     ):
+        if path is not None and is_url(path):
+            yield _check_url(path)
+            continue
         if path is None:
             hint = f"name it with --{what} or cluster.{what}" if what == "storage" else ""
             yield Finding(what, "warning" if hint else "ok", "not checked: no path given", hint)
@@ -234,6 +241,18 @@ def check_nodes(
             yield Finding(what, "wrong", f"{node['host']}: {node[key]}", fix)
         if not bad:
             yield Finding(what, "ok", f"{path}, on {len(nodes)} nodes")
+
+
+def _check_url(url: str) -> Finding:
+    """Whether this machine may list what is at a URL; nodes find that out with the first trial."""
+    from prunesweep.models import UserError
+    from prunesweep.search.store.objects import Objects
+
+    try:
+        Objects(url).check()
+    except UserError as error:
+        return Finding("storage", "wrong", str(error), "nodes need credentials and endpoint in their own environment")
+    return Finding("storage", "ok", f"{url}, from this machine")
 
 
 def _check_versions(nodes: list[dict[str, Any]], here: dict[str, str | None]) -> Iterator[Finding]:

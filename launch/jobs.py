@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import time
 import zlib
 from pathlib import Path
@@ -15,11 +16,15 @@ from typing import Annotated, Any
 import typer
 
 from .console import without_controls
+from .place import brought
 from .submit import AddressOption, FollowOption, follow_job
 
 __all__ = ["fetch", "jobs", "logs", "remote_page", "remote_status", "stop"]
 
 NameArgument = Annotated[str, typer.Argument(help="the run's name, for example digits", show_default=False)]
+PlaceArgument = Annotated[
+    str, typer.Argument(help="the run's name, for example digits, or its URL", show_default=False)
+]
 MIB = 2**20
 PAGE = 64 * MIB  # bytes of the data of a page, at most
 PATIENCE = 600.0  # seconds for a short job, with the installation of its environment
@@ -71,8 +76,16 @@ def logs(run: NameArgument, address: AddressOption = None, follow: FollowOption 
         print(without_controls(cluster.logs(job)), end="")
 
 
-def stop(run: NameArgument, address: AddressOption = None) -> None:
+def stop(run: PlaceArgument, address: AddressOption = None) -> None:
     """Stop a search; running trials save their state first, and 'prunesweep resume' continues it."""
+    from prunesweep.search.store.objects import is_url
+    from prunesweep.search.store.stored import ask_to_stop
+
+    if is_url(run):
+        asked = ask_to_stop(run)
+        print(f"{run} ends once its trials have saved their state" if asked else f"{run}: no driver works on it")
+        print(f"go on with: prunesweep resume {run}")
+        return
     cluster = _cluster(address)
     last = cluster.latest(run)
     if last.over or not cluster.stop(last.job):
@@ -172,7 +185,7 @@ def _call(cluster: Any, last: Any, what: str, arguments: list[str]) -> tuple[int
 
 def fetch(
     context: typer.Context,
-    run: NameArgument,
+    run: PlaceArgument,
     address: AddressOption = None,
     out: Annotated[
         Path | None,
@@ -190,9 +203,13 @@ def fetch(
     from prunesweep.models import UserError
     from prunesweep.models.io.files import publish_folder
     from prunesweep.models.io.lock import reserve
+    from prunesweep.search.store.objects import is_url
 
-    target = out if out is not None else Path("runs") / run
+    target = out if out is not None else Path("runs") / run.partition("?")[0].rstrip("/").rpartition("/")[2]
     context.with_resource(reserve(target))
+    if is_url(run):
+        _copy(brought(run), target)
+        return
     cluster = _cluster(address)
     last = cluster.latest(run)
     arguments = ["prunesweep.launch.cluster.pack", last.folder, "--limit", str(limit * MIB)]
@@ -211,6 +228,18 @@ def fetch(
         _link_front(folder)
     models = len(list(target.glob("*/*/model/config.json")))
     print(f"{target}: {models} models, {len(archive) / MIB:.1f} MiB; see 'prunesweep front {target}'")
+
+
+def _copy(run: Path, target: Path) -> None:
+    """Copy a run that was brought from an object store: all of it, with the links of its front."""
+    from prunesweep.models.io.files import publish_folder
+    from prunesweep.search import Run
+
+    Run.existing(run)
+    with publish_folder(target.absolute(), replace=False) as folder:
+        shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".leases"))
+        _link_front(folder)
+    print(f"{target}: {len(list(target.glob('*/*/model/config.json')))} models; see 'prunesweep front {target}'")
 
 
 def _link_front(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-__all__ = ["after_model", "after_search", "show_next"]
+__all__ = ["after_model", "after_search", "after_stored", "show_next"]
 
 
 def show_next(console: Console, commands: Sequence[tuple[str, str]]) -> None:
@@ -44,6 +44,12 @@ def after_search(run: str, models: Sequence[str], *, links: bool, text: bool = F
     yield "measure speed", f"prunesweep bench {every} --source {folder}/source"
     yield "train the best in full", f"prunesweep promote {folder} --recipe gentle --top 1"
     yield "export one", f"prunesweep export {shlex.quote(models[0])} --to onnx"
+
+
+def after_stored(url: str) -> list[tuple[str, str]]:
+    """List what can be done with a run on an object store."""
+    place = shlex.quote(url)
+    return [("look", f"prunesweep watch {place}"), ("bring it here", f"prunesweep fetch {place}")]
 
 
 def after_model(model: str, source: str, data: str | None = None) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prunesweep.search.config import SearchConfig
 
 from .console import without_controls
+from .place import place
 
 __all__ = ["AddressOption", "FollowOption", "follow_job", "resubmit", "submit"]
 
@@ -34,7 +35,11 @@ def submit(
     address: AddressOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="the run's folder on the cluster  [default: cluster.storage/NAME]", show_default=False),
+        typer.Option(
+            parser=place,
+            help="the run's folder on the cluster, or its URL  [default: cluster.storage/NAME]",
+            show_default=False,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. name=second")
@@ -74,16 +79,17 @@ def submit(
 
 def _folder(config: SearchConfig, out: Path | None) -> str:
     from prunesweep.models import UserError
+    from prunesweep.search.store.objects import is_url, joined
 
     storage = config.cluster and config.cluster.storage
     if out is None and storage is None:
         raise UserError(
-            "where is the run to lie? Give a folder that all nodes see with --out, or set cluster.storage, whose "
-            f"subfolder {config.name} it then is"
+            "where is the run to lie? Give a folder that all nodes see, or a URL, with --out, or set cluster.storage, "
+            f"whose subfolder {config.name} it then is"
         )
-    folder = str(out) if out is not None else f"{str(storage).rstrip('/')}/{config.name}"
-    if not folder.startswith("/"):
-        raise UserError(f"--out {folder}: must be an absolute path on the cluster")
+    folder = str(out) if out is not None else joined(str(storage), config.name)
+    if not folder.startswith("/") and not is_url(folder):
+        raise UserError(f"--out {folder}: must be an absolute path on the cluster, or a URL as s3://BUCKET/NAME")
     return folder
 
 

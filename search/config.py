@@ -491,6 +491,7 @@ class ResourcesTable(Table):
 
 
 # what ends up in scripts and manifests of others: no line breaks, and nothing that a shell or SLURM reads as more
+URL = r"^[a-z][a-z0-9+.-]+://[^\x00-\x20\x7f`\"\\]+$"
 FOLDER = r"^/[^\x00-\x1f\x7f:$`\"\\]*$"  # a colon parts the two sides of a container's mount
 ADDRESS = r"^https?://[^\x00-\x20\x7f$`\"'\\;]+$"
 OBJECT = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
@@ -512,7 +513,11 @@ class ClusterTable(Table):
 
     address: Annotated[str | None, Field(pattern=ADDRESS, description="of the head's dashboard and job API")] = None
     storage: Annotated[
-        str | None, Field(pattern=FOLDER, description="folder that all nodes see and write to; runs are kept in it")
+        str | None,
+        Field(
+            pattern=f"{FOLDER}|{URL}",
+            description="folder that all nodes see and write to, or a URL as s3://BUCKET/runs; runs are kept in it",
+        ),
     ] = None
     data: Annotated[
         str | None, Field(pattern=FOLDER, description="folder of the data on the nodes, instead of data.name's path")

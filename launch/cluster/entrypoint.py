@@ -28,12 +28,19 @@ def command(
         retry_failed: do candidates that failed again.
     """
     settings = [part for text in overrides for part in ("--set", text)]
-    if Path(run, "run.json").is_file():
+    if _is_there(run):
         more = [] if trials is None else ["--trials", str(trials)]
         more += ["--retry-failed"] if retry_failed else []
         return ["resume", run, "--address", address, *more, *settings]
     more = [] if trials is None else ["--set", f"search.trials={trials}"]
     return ["search", config, "--out", run, "--address", address, *settings, *more]
+
+
+def _is_there(run: str) -> bool:
+    """Whether there is a run in a folder, or at a URL."""
+    from prunesweep.search.store.objects import Objects, is_url
+
+    return Objects(run).stamp("run.json") is not None if is_url(run) else Path(run, "run.json").is_file()
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ClusterTable, SearchConfig
+from prunesweep.search.store.objects import is_url, joined
 
 from .package import CONFIG, ENV, driver, facts
 
@@ -37,10 +38,10 @@ def kuberay(config: SearchConfig) -> str:
     cluster = config.cluster or ClusterTable()
     for field, why in (
         ("image", "a container with Ray, torch and this package, see docs/cluster.md"),
-        ("storage", "where the claim is mounted, for example /runs"),
+        ("storage", "where the claim is mounted, for example /runs, or a URL as s3://BUCKET/runs"),
         ("storage_claim", "a PersistentVolumeClaim that all nodes may write to (ReadWriteMany)"),
     ):
-        if getattr(cluster, field) is None:
+        if getattr(cluster, field) is None and not (field == "storage_claim" and is_url(str(cluster.storage))):
             raise UserError(f"cluster.{field} is missing: {why}")
     name = _object_name(config.name)
     where = {"name": name, "namespace": cluster.namespace}
@@ -50,7 +51,7 @@ def kuberay(config: SearchConfig) -> str:
         "metadata": where,
         "data": {CONFIG: config.to_toml()},
     }
-    folder = f"{cluster.storage}/{config.name}"
+    folder = joined(str(cluster.storage), config.name)
     entrypoint = driver(f"{PLACE}/{CONFIG}", folder, again=True, once=True)
     job = {
         "apiVersion": "ray.io/v1",
@@ -152,8 +153,9 @@ def _container(name: str, cluster: ClusterTable, cpus: int, memory_gib: int, gpu
     mounts: list[dict[str, Any]] = [
         {"name": "config", "mountPath": PLACE, "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
-        {"name": "storage", "mountPath": cluster.storage},
     ]
+    if not is_url(str(cluster.storage)):
+        mounts.append({"name": "storage", "mountPath": cluster.storage})
     if cluster.data_claim is not None:
         mounts.append({"name": "data", "mountPath": cluster.data, "readOnly": True})
     return {
@@ -170,8 +172,9 @@ def _pod(cluster: ClusterTable, name: str, container: dict[str, Any]) -> dict[st
     volumes: list[dict[str, Any]] = [
         {"name": "config", "configMap": {"name": name}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
-        {"name": "storage", "persistentVolumeClaim": {"claimName": cluster.storage_claim}},
     ]
+    if not is_url(str(cluster.storage)):
+        volumes.append({"name": "storage", "persistentVolumeClaim": {"claimName": cluster.storage_claim}})
     if cluster.data_claim is not None:
         claim = {"claimName": cluster.data_claim, "readOnly": True}
         volumes.append({"name": "data", "persistentVolumeClaim": claim})

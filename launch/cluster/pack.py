@@ -82,14 +82,23 @@ def write_archive(run: Path, top: int | None, file: IO[bytes], limit: int) -> No
         raise OverflowError
 
 
+def _folder(run: str) -> Path:
+    """A run's folder, or that to which what a URL has is brought."""
+    if "://" not in run:
+        return Path(run)
+    from prunesweep.search.store.stored import view
+
+    return view(run)
+
+
 def main() -> int:
     """Print the run that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run")
     parser.add_argument("--top", type=int, default=None)
     parser.add_argument("--limit", type=int, required=True)
     arguments = parser.parse_args()
-    run: Path = arguments.run
+    run = _folder(arguments.run)
     if not (run / "run.json").is_file():
         print(json.dumps({"error": f"{run} is not a run on the cluster yet: run.json is missing"}))
         return 2

@@ -6,13 +6,13 @@ import gzip
 import io
 import json
 import sys
-from pathlib import Path
 
 from prunesweep.models import UserError
 from prunesweep.search.report.page import as_script
 from prunesweep.search.report.page_data import page_data
 from prunesweep.search.store.run import Run
 
+from ..place import brought, place
 from .pack import print_bytes
 
 __all__ = ["main"]
@@ -25,7 +25,7 @@ def main(run: str) -> int:
         run: its folder.
     """
     try:
-        data = page_data(Run.existing(Path(run)))
+        data = page_data(Run.existing(brought(place(run))))
     except (UserError, OSError) as error:
         print(json.dumps({"error": str(error)}))
         return 2

@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ClusterTable, SearchConfig
+from prunesweep.search.store.objects import is_url
 
 from .package import ENV
 
@@ -59,9 +60,8 @@ def ray_launcher(config: SearchConfig) -> str:
     }
     if cluster.image is not None:
         options = ["--gpus all"] if cluster.gpus else []
-        options += [
-            f"-v {shlex.quote(f'{path}:{path}')}" for path in (cluster.storage, cluster.data) if path is not None
-        ]
+        folders = [path for path in (cluster.storage, cluster.data) if path is not None and not is_url(path)]
+        options += [f"-v {shlex.quote(f'{path}:{path}')}" for path in folders]
         found["docker"] = {
             "image": cluster.image,
             "container_name": "prunesweep",

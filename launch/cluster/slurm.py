@@ -10,6 +10,7 @@ import shlex
 
 from prunesweep.models import UserError
 from prunesweep.search.config import ClusterTable, SearchConfig
+from prunesweep.search.store.objects import joined
 
 from .package import CONFIG, ENV
 
@@ -91,7 +92,9 @@ def slurm(config: SearchConfig) -> str:
     """
     cluster = config.cluster or ClusterTable()
     if cluster.storage is None:
-        raise UserError("cluster.storage is missing: a folder that all nodes see, for example /scratch/USER/runs")
+        raise UserError(
+            "cluster.storage is missing: a folder that all nodes see, for example /scratch/USER/runs, or a URL"
+        )
     directives = {
         "job-name": config.name,
         "nodes": cluster.nodes,
@@ -112,7 +115,7 @@ def slurm(config: SearchConfig) -> str:
     return TEMPLATE.format(
         directives="\n".join(lines),
         setup="\n".join(cluster.setup),
-        run=shlex.quote(f"{cluster.storage}/{config.name}"),
+        run=shlex.quote(joined(cluster.storage, config.name)),
         config=CONFIG,
         toml=config.to_toml(),
         exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),

@@ -28,6 +28,7 @@ from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.lease import LEASES, highest
 from prunesweep.search.store.mirror import Mirror, place_for
 from prunesweep.search.store.objects import Objects
+from prunesweep.search.store.progress import BEGUN
 from prunesweep.search.store.run import Run, Task, task_id
 from prunesweep.search.store.stored import STATE, STOPPING, TRAINING
 from prunesweep.training.jobs.scoring import Progress
@@ -41,6 +42,7 @@ INPUTS = ("source/", "scores/", "given/", "teacher_logits/")
 FACTS = ("search.toml", "run.json", "latency_table.json")
 PREPARED = ".prepared/"  # objects that a driver makes a run of
 OWN = ("validation.json", "test.json", "speed.json")  # files that work on a whole run makes
+CARRIED = ("metrics.jsonl", "arch.json", BEGUN, TRAINING)  # files that are published while a trial goes on
 LOOK = 3.0  # seconds between two looks whether to stop
 PATIENCE = 120.0  # seconds for a model that was handed in to be there
 LIMIT = 50 * 2**30  # bytes of a node's folders for other runs, of which the longest unused go
@@ -130,13 +132,13 @@ def _unit(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator[None
     over = threading.Event()
 
     def carry() -> None:
-        due = time.monotonic() + STATE
+        due = 0.0
         while not over.wait(LOOK):
             with contextlib.suppress(UserError, OSError):
                 if mirror.objects.stamp(STOPPING) is not None:
                     run.stop_file.touch()
                 if time.monotonic() >= due:
-                    mirror.push(name for name in mirror.files(own) if name.endswith((".jsonl", "arch.json", TRAINING)))
+                    mirror.push(name for name in mirror.files(own) if name.endswith(CARRIED))
                     due = time.monotonic() + STATE
 
     thread = threading.Thread(target=carry, daemon=True)
@@ -146,6 +148,7 @@ def _unit(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator[None
     finally:
         over.set()
         thread.join()
+    (mirror.path / own / BEGUN).unlink(missing_ok=True)
     board = run.board(unit.number).relative_to(run.path).as_posix()
     made = [name for name in (*mirror.files(own), *mirror.files(board)) if not name.endswith("/result.json")]
     mirror.push(made)

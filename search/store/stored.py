@@ -189,7 +189,7 @@ class StoredRun:
     def _look(self, coordinator: Coordinator) -> None:
         """Publish trials that have ended, then the journal as it was before, then from time to time the rest."""
         end = (self.path / JOURNAL).stat().st_size
-        self._open |= set(coordinator.running)
+        self._open |= set(coordinator.handed_out)
         ended = {unit for unit in self._open if (self.path / "trials" / unit / "result.json").is_file()}
         if coordinator.settled != self._settled:
             self._settled = coordinator.settled

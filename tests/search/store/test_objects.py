@@ -245,7 +245,7 @@ def test_a_journal_is_published_in_few_parts(url: str, tmp_path: Path) -> None:
 
 
 def coordinator(**facts: Any) -> Any:
-    found = SimpleNamespace(running=[], results=[], failures={}, settled=0, stopping=False, **facts)
+    found = SimpleNamespace(handed_out=[], results=[], failures={}, settled=0, stopping=False, **facts)
     found.stop = lambda: setattr(found, "stopping", True)
     return found
 
@@ -294,11 +294,11 @@ def test_a_driver_killed_before_it_published_loses_nothing(
     monkeypatch.setattr(lock, "died", lambda _: True)  # as is seen on the same machine, and after a minute elsewhere
     run, search = new_run(url), coordinator()
     run.follow(search)
-    search.running = ["r0-0000"]
+    search.handed_out = ["r0-0000"]
     finish(run, "r0-0000")
     objects = Objects(url)
     eventually(lambda: "trials/r0-0000/result.json" in objects.list())
-    search.running = ["r0-0001"]
+    search.handed_out = ["r0-0001"]
     monkeypatch.setattr(objects_module, "PATIENCE", 0.2)
     store.fails = lambda method, path: method == "PUT" and path.endswith("r0-0001/result.json")
     finish(run, "r0-0001")
@@ -331,7 +331,7 @@ def test_models_that_leave_the_front_leave_the_store(url: str, machine: Any, mon
     monkeypatch.setattr(stored_module, "LOOK", 0.05)
     run, search, objects = new_run(url), coordinator(), Objects(url)
     run.follow(search)
-    search.running = ["r0-0000"]
+    search.handed_out = ["r0-0000"]
     finish(run, "r0-0000")
     eventually(lambda: "trials/r0-0000/model/config.json" in objects.list())
     (run.path / "trials/r0-0000/model/config.json").unlink()

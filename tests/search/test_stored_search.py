@@ -1,0 +1,138 @@
+"""Searches whose runs lie on an S3 server: equal to those in a folder, killed, gone on with elsewhere, on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from rich.console import Console
+
+from prunesweep.search import resume_search, run_search
+from prunesweep.search.config import SearchConfig
+from prunesweep.search.store.objects import Objects
+from prunesweep.search.store.run import Run
+from prunesweep.search.store.stored import view
+from tests.object_store import Store, serving
+from tests.search.test_end_to_end import Search
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with serving() as found:
+        yield found
+
+
+def cache_of(place: Path) -> Path:
+    """Where another machine has its caches."""
+    return place / "home"
+
+
+def worth(run: Run) -> list[tuple[Any, ...]]:
+    return [(r.id, r.key, r.loss, r.top1, r.macs) for r in run.results()]
+
+
+def test_a_search_on_s3_is_the_search_in_a_folder_and_goes_on_elsewhere(
+    tiny: Callable[..., SearchConfig], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One driver is killed while it works; another machine goes on from the store alone."""
+    url = store.url("runs/equal")
+    file = tmp_path / "tiny.toml"
+    config = tiny(search={"trials": 3}, resources={"cpus": 1})
+    file.write_text(config.to_toml())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "one")))
+    search, objects = Search("search", str(file), "--out", url), Objects(url)
+    deadline = time.monotonic() + 300
+    while "trials/r0-0000/result.json" not in objects.list("trials/"):
+        assert search.process.poll() is None, search.end()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(search.process.pid, signal.SIGKILL)
+    search.process.wait()
+    published = objects.read("trials/r0-0000/result.json")
+
+    shutil.rmtree(cache_of(tmp_path / "one"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "two")))
+    code, output = Search("resume", url).end()
+    assert code == 0, output
+    assert f"front: {url}/front.json" in output
+    assert f"prunesweep fetch {url}" in output
+    assert objects.read("trials/r0-0000/result.json") == published
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "three")))
+    found = Run(view(url))
+    assert [r.id for r in found.results()] == ["r0-0000", "r0-0001", "r0-0002"]
+    folder = run_search(config, tmp_path / "folder" / "run")
+    assert folder is not None
+    assert worth(found) == worth(Run(folder.path))
+    assert found.front() == Run(folder.path).front()
+    assert found.status()["driver"] is None
+    assert found.why_empty() is None
+
+
+@pytest.fixture(scope="module")
+def cluster(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head without CPUs, and two nodes that keep what they have in folders of their own."""
+    homes, memory = tmp_path_factory.mktemp("homes"), {"object_store_memory": 80 * 2**20}
+    found = Cluster(initialize_head=True, head_node_args={**memory, "num_cpus": 0, "include_dashboard": False})
+    for name in ("left", "right"):
+        found.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": str(homes / name)}, **memory)
+    try:
+        yield found
+    finally:
+        ray.shutdown()
+        found.shutdown()
+
+
+def test_nodes_share_nothing_but_the_store(
+    tiny: Callable[..., SearchConfig],
+    cluster: Cluster,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The source is made by one of them, and trials by both; models come back, and a later rung starts from them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path)))
+    url, text = store.url("runs/cluster"), StringIO()
+    config = tiny(search={"trials": 4, "rungs": [1, 2], "reduction_factor": 2})
+    result = run_search(config, url, console=Console(file=text, width=200), address=str(cluster.address))
+    assert result is not None
+    assert result.finished
+    run = Run(result.path)
+    assert run.path.is_relative_to(cache_of(tmp_path))
+    assert run.failures() == {}
+    assert {r.id for r in run.results() if r.rung == 0} == {f"r0-000{i}" for i in range(4)}
+    assert sum(r.rung == 1 for r in run.results()) == 2
+    assert {point["split"] for point in run.front()} == {"val"}
+
+    objects = Objects(url)
+    there = set(objects.list())
+    for r in run.results():
+        assert f"trials/{r.id}/result.json" in there
+    for point in run.front():
+        assert f"{point['model']}/model.safetensors" in there
+    assert not [name for name in there if name.startswith((".prepared/", "trials/")) and "/start/" in name]
+    homes = [Path(n) for n in cluster_homes(cluster)]
+    assert all(list(home.glob("prunesweep/stores/*/workers/*/source/config.json")) for home in homes)
+    assert not any(list(home.glob("prunesweep/stores/*/workers/*/trials/*")) for home in homes)
+    assert not any(list(home.glob("prunesweep/stores/*/runs/*")) for home in homes)
+
+    again = resume_search(url, trials=5, address=str(cluster.address), console=Console(quiet=True))
+    assert again.finished
+    assert len([r for r in Run(again.path).results() if r.rung == 0]) == 5
+    assert json.loads(objects.read("front.json")) == Run(again.path).front()
+
+
+def cluster_homes(cluster: Cluster) -> list[str]:
+    return [node._ray_params.env_vars["XDG_CACHE_HOME"] for node in cluster.worker_nodes]
