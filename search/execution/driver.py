@@ -337,12 +337,12 @@ def _prepare(
     """
     work = partial(prepare_search, config, cache, dry=dry_run)
     with display.progress() as progress:
-        if cluster is None:
+        if cluster is None or (stored is not None and dry_run):
             return work(progress)
         run = partial(run_on_worker, resources=config.resources, progress=progress, note=display.note)
         if stored is not None:  # one worker makes all of it: they share no cache
             access = _access(stored)
-            made, there = run(partial(prepare_there, config, cache, access=access, dry=dry_run))
+            made, there = run(partial(prepare_there, config, cache, access=access))
             return bring_prepared(stored.objects, made, there, cache)
         places = 1 if dry_run else cluster.fitting * config.resources.workers_per_trial
         found = run(work if places < 2 else partial(prepare_or_share, config, cache, places))

@@ -213,7 +213,7 @@ def work_there(
 
 
 def prepare_there(
-    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, dry: bool = False
+    config: SearchConfig, cache: Path, progress: Progress, *, access: Access
 ) -> tuple[PreparedSearch, Path | None]:
     """``prepare_search`` on any node; what it made is published for the driver where that does not see it.
 
@@ -222,15 +222,14 @@ def prepare_there(
         cache: the driver's.
         progress: as for ``prepare_search``.
         access: to the run that will be.
-        dry: as for ``prepare_search``.
 
     Returns:
         That, and the cache of this node where it is another one than the driver's.
     """
     if access.here:
-        return prepare_search(config, cache, progress, dry=dry), None
+        return prepare_search(config, cache, progress), None
     own = place_for(access.url, "workers").parent.parent / "cache"
-    found = prepare_search(config, own, progress, dry=dry)
+    found = prepare_search(config, own, progress)
     objects = Objects(access.url)
     objects.guard = access.check
     names = dict[str, Path]()
@@ -265,11 +264,13 @@ def bring_prepared(objects: Objects, found: PreparedSearch, there: Path | None, 
         score_files={kind: moved(path) for kind, path in found.score_files.items()},
         proposals=tuple(map(moved, found.proposals)),
         teacher_logits=tuple(map(moved, found.teacher_logits)),
+        subspaces=None if found.subspaces is None else moved(found.subspaces),
     )
 
 
 def _places(found: PreparedSearch) -> list[Path]:
-    return [found.folder, *found.score_files.values(), *found.proposals, *found.teacher_logits]
+    further = [] if found.subspaces is None else [found.subspaces]
+    return [found.folder, *found.score_files.values(), *found.proposals, *found.teacher_logits, *further]
 
 
 def _trim(own: Path) -> None:
