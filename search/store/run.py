@@ -41,6 +41,7 @@ from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
 from .mirror import belongs_to
+from .objects import is_url, url_of
 from .progress import BEGUN, REDUCTION_FACTOR, progress
 from .records import (
     FOLDER,
@@ -107,6 +108,11 @@ class Run:
     @classmethod
     def existing(cls, path: str | Path) -> Run:
         """Raises UserError where ``path`` is not a run. One of its two main files may be lost."""
+        if is_url(path):
+            raise UserError(
+                f"{url_of(path)} is on an object store: 'prunesweep fetch {url_of(path)}' brings it to a folder, and "
+                "that is what this takes"
+            )
         run, names = cls(path), ("search.toml", "run.json")
         if not any((run / name).is_file() for name in names):
             if (run / "front.json").is_file():

@@ -21,6 +21,7 @@ from prunesweep.search.store import stored as stored_module
 from prunesweep.search.store.lease import LEASES, Lease
 from prunesweep.search.store.mirror import JOURNAL, PARTS, Journal, Mirror, place_for
 from prunesweep.search.store.objects import Objects, StoreFails, is_url, joined, local_path, url_of
+from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import StoredRun, ask_to_stop, view
 from tests.object_store import Store, serving
 from tests.search.helpers import make_run
@@ -68,6 +69,8 @@ def test_urls_and_folders_are_told_apart() -> None:
     assert joined("s3://b/r?region=x", "front.json") == "s3://b/r/front.json?region=x"
     with pytest.raises(UserError, match="names no run"):
         place_for("s3://bucket")
+    with pytest.raises(UserError, match="'prunesweep fetch s3://b/r' brings it to a folder"):
+        Run.existing(Path("s3://b/r"))
 
 
 def test_objects_are_published_listed_read_and_deleted(url: str, tmp_path: Path) -> None:
