@@ -188,7 +188,7 @@ def status(
 
     lost = None
     if address is None:
-        run = brought(run)
+        run = brought(run, whole=False)
         found = Run.existing(run).status()
     else:
         found, lost = remote_status(str(run), address)
@@ -221,7 +221,7 @@ def front(
     """Show the front of a run or of `prunesweep instant`; each model is a folder that loads in one line."""
     from prunesweep.search.store.computed import ComputedFront
 
-    run = brought(run)
+    run = brought(run, whole=False)
     if ComputedFront.is_one(run):
         print_computed(run, as_json=as_json, as_csv=as_csv)
         return
@@ -268,7 +268,7 @@ def report(run: RunArgument) -> None:
     from prunesweep.search.store.mirror import belongs_to
     from prunesweep.search.store.objects import Objects
 
-    found = Run.existing(brought(run))
+    found = Run.existing(brought(run, whole=False))
     written = write_report(found)
     if (url := belongs_to(found.path)) is not None:
         Objects(url).put(written.name, written)

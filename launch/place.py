@@ -17,8 +17,12 @@ def place(text: str) -> str | Path:
     return text if is_url(text) else local_path(text)
 
 
-def brought(given: str | Path) -> Path:
+def brought(given: str | Path, *, whole: bool = True) -> Path:
     """Return a folder of this machine; what a URL has is brought there.
+
+    Args:
+        given: a folder, or a URL.
+        whole: as for ``view``.
 
     Raises:
         UserError: the store cannot be used, or has nothing there.
@@ -27,7 +31,7 @@ def brought(given: str | Path) -> Path:
         return given
     from prunesweep.search.store.stored import view
 
-    return view(given)
+    return view(given, whole=whole)
 
 
 def shown(path: Path) -> str:

@@ -40,9 +40,9 @@ def watch(
 
     feed: Source
     if address is None:
-        found = Run.existing(brought(run))
+        found = Run.existing(brought(run, whole=False))
         found.metadata()
-        feed, shown = Feed(found, partial(brought, run)), found.shown
+        feed, shown = Feed(found, partial(brought, run, whole=False)), found.shown
     else:
         from .jobs import remote_page
 

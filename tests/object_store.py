@@ -19,12 +19,12 @@ class Store:
     """Where it is, and how it fails.
 
     Attributes:
-        fails: whether a request, by its method and path, gets the error 500.
+        fails: whether a request, by its method and path, gets the error 500, or the error that it gets.
         requests: methods and paths of all requests.
     """
 
     def __init__(self) -> None:
-        self.fails: Callable[[str, str], bool] = lambda *_: False
+        self.fails: Callable[[str, str], bool | int] = lambda *_: False
         self.requests = list[tuple[str, str]]()
         self.endpoint = ""
 
@@ -52,10 +52,12 @@ def serving() -> Iterator[Store]:
     def application(environment: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         asked = (environment["REQUEST_METHOD"], environment["PATH_INFO"])
         store.requests.append(asked)
-        if store.fails(*asked):
+        if code := store.fails(*asked):
             environment["wsgi.input"].read(int(environment.get("CONTENT_LENGTH") or 0))
-            start("500 Internal Server Error", [("Content-Length", "0")])
-            return [b""]
+            code, name = (403, "AccessDenied") if code == 403 else (500, "InternalError")
+            text = f"<Error><Code>{name}</Code><Message>{name}</Message></Error>".encode()
+            start(f"{code} {name}", [("Content-Length", str(len(text))), ("Content-Type", "application/xml")])
+            return [text]
         return moto(environment, start)
 
     server = werkzeug.make_server("127.0.0.1", 0, application, threaded=True)

@@ -25,7 +25,7 @@ def main(run: str) -> int:
         run: its folder.
     """
     try:
-        data = page_data(Run.existing(brought(place(run))))
+        data = page_data(Run.existing(brought(place(run), whole=False)))
     except (UserError, OSError) as error:
         print(json.dumps({"error": str(error)}))
         return 2

@@ -593,6 +593,7 @@ def _search(
                 ):
                     connection.on_death = _leaving(display, _died(run), lock, stored)
                     if stored is not None:
+                        stored.elsewhere = on_worker
                         stored.follow(coordinator)
                     room = _Room(connection, coordinator, config.resources, display)
                     metrics = [gauges(config.name, coordinator, source)] if on_worker else []

@@ -312,6 +312,9 @@ class _Searcher(Searcher):  # type: ignore[misc]
         try:
             if self._stored is not None and found.get("given"):
                 self._stored.take(self._units[trial_id], json.loads(found["given"]))
+        except (UserError, OSError) as failure:  # it is done again
+            self._give_up(failure)
+        try:
             self._coordinator.complete(self._units.pop(trial_id), error=lost)
             self._changed()
         except (SearchFailed, UserError, OSError) as failure:

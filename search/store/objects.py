@@ -117,9 +117,16 @@ class Objects:
         from pyarrow.fs import FileType  # type: ignore[import-untyped]
 
         bucket = self._base.split("/")[0]
-        if bucket and self.asked(lambda: self._files.get_file_info(bucket)).type == FileType.NotFound:
+        if self.list(".lease/") or not bucket:
+            return
+        try:
+            there = self.asked(lambda: self._files.get_file_info(bucket)).type != FileType.NotFound
+        except StoreFails:
+            raise
+        except UserError:  # who may not look at the whole bucket may use this place all the same
+            return
+        if not there:
             raise UserError(f"{self.url}: {FINAL['NO_SUCH_BUCKET']} ({bucket})")
-        self.list(".lease/")
 
     def list(self, below: str = "") -> dict[str, Stamp]:
         """All objects whose names begin with ``below``, which is empty or ends with a slash."""

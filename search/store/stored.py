@@ -22,6 +22,7 @@ from prunesweep.models.io.lock import Lost
 from .lease import Lease, holder
 from .mirror import JOURNAL, Journal, Mirror, place_for
 from .objects import Objects, StoreFails, is_url, url_of
+from .progress import BEGUN
 from .run import Result, Run, Task, place_of, task_id
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class StoredRun:
 
     Attributes:
         path: the folder that all work is done in.
+        elsewhere: whether trials are done on nodes that do not see it.
 
     Raises:
         UserError: the store cannot be used, another process works on the run, or it is there, or is not.
@@ -60,7 +62,7 @@ class StoredRun:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._work = threading.Lock()  # held while something is published
-        self._stopping = False
+        self._stopping = self.elsewhere = False
         self._settled, self._due = 0, dict[str, float]()
         self._open, self._models = set[str](), set[str]()
 
@@ -213,6 +215,8 @@ class StoredRun:
             self._mirror.push(path.name for path in self.path.iterdir() if path.is_file() and path.name in TOP)
             self._mirror.push(self._mirror.files("tb/search"))
             for unit in sorted(self._open):
+                if self.elsewhere:
+                    self._mirror.pull(keep_news=True, wanted=lambda n: n.endswith(TOLD), below=f"trials/{unit}/")
                 self._publish_unit(unit, state=self._is_due(unit, STATE))
             if self._objects.stamp(STOP) is not None:
                 self._objects.delete(STOP)
@@ -234,13 +238,18 @@ class StoredRun:
         self._mirror.drop(f"trials/{unit}/")
 
 
+TOLD = ("/metrics.jsonl", f"/{BEGUN}")  # files of a trial that say how far it is
 TOP = ("front.json", "report.html", "search.toml", "run.json", "advice.json", "speed.json")
 
 
-def view(place: str | Path) -> Path:
+def view(place: str | Path, *, whole: bool = True) -> Path:
     """A folder of this machine with what the store has of a run, or a saved model, now; other places as they are.
 
     Only what has changed since the last time is brought. Nothing in the store changes.
+
+    Args:
+        place: a URL, or a folder.
+        whole: all of it; otherwise what shows how a search goes, with no models but the front's.
 
     Raises:
         UserError: the store cannot be used, or has nothing there.
@@ -253,7 +262,12 @@ def view(place: str | Path) -> Path:
     path = place_for(url, "views")
     path.mkdir(parents=True, exist_ok=True)
     mirror = Mirror(path, objects)
-    mirror.pull()
+    if whole:
+        mirror.pull()
+    else:
+        mirror.bring(["front.json"])
+        front = {task_id(*member) for member in Run(path).listed()}
+        mirror.pull(wanted=lambda name: _shows(name, front))
     mirror.save()
     if not mirror.index:
         raise UserError(f"{url}: nothing is there")
@@ -267,6 +281,14 @@ def view(place: str | Path) -> Path:
         lease.write_text(json.dumps(facts))
         os.utime(lease, (time.time() - max(age, 0.0),) * 2)
     return path
+
+
+def _shows(name: str, front: set[str]) -> bool:
+    """Whether a file is needed by who looks how a search goes."""
+    parts = name.split("/")
+    if parts[0] in ("teacher_logits", "tb") or parts[-1] == TRAINING:
+        return False
+    return not (parts[0] == "trials" and len(parts) > 3) or parts[1] in front
 
 
 def ask_to_stop(url: str) -> bool:

@@ -93,6 +93,10 @@ def test_objects_are_published_listed_read_and_deleted(url: str, tmp_path: Path)
 def test_what_cannot_be_used_is_said_in_one_line(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no such bucket; make it first \(nowhere\)"):
         Objects("s3://nowhere/run").check()
+    store.fails = lambda *_: 403
+    with pytest.raises(UserError, match="these credentials may not do that; credentials and endpoint are read as"):
+        Objects("s3://bucket/run").check()
+    store.fails = lambda *_: False
     with pytest.raises(UserError, match="no storage is known as ftpx://; there are s3, gs"):
         Objects("ftpx://host/run")
 
@@ -362,6 +366,8 @@ def test_who_looks_sees_the_driver_and_may_ask_it_to_stop(
     assert holder is not None
     assert holder.pid == os.getpid()
     assert json.loads((found / "run.json").read_text())["source"]["name"] == "test"
+    with pytest.raises(UserError, match=rf"{url} is in use by process {os.getpid()}"):
+        begin(url, new=False).__enter__()
     assert ask_to_stop(url)
     eventually(lambda: search.stopping)
     run.close()
