@@ -43,7 +43,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a saved model: {name} is missing")
+            raise UserError(f"{folder} is not a saved model: {name} is missing{_inside(folder)}")
     try:
         config: dict[str, Any] = read_json(folder / CONFIG)
         architecture, _ = config["architecture"], config["pretrained_cfg"]
@@ -55,6 +55,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if not isinstance(config.get(name, {}), dict):
             raise UserError(f"{folder / CONFIG} is damaged: {name} = {config[name]!r}: must be a JSON object")
     return config
+
+
+def _inside(folder: Path) -> str:
+    """Name a model that a folder of several has: that of a search's run or of a computed front; nothing without one."""
+    for pattern in (f"front/*/{CONFIG}", f"*/{CONFIG}"):
+        if found := sorted(folder.glob(pattern)):
+            return f". It has models inside; give one of them, for example {found[0].parent}"
+    return ""
 
 
 def load_provenance(path: str | Path) -> dict[str, Any]:

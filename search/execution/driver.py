@@ -120,9 +120,11 @@ def run_search(
     place_of_run = Path("runs") / config.name if out is None else local_path(out)
     run = Run(place_of_run if stored is None else stored.path)
     if stored is None and run.path.exists() and not dry_run:
-        raise UserError(
-            f"{run.shown} exists: go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
-        )
+        if Run.is_one(run.path):
+            remedy = f"go on with 'prunesweep resume {run.shown}', or choose another folder with --out"
+        else:
+            remedy = "and is no run, so nothing can go on there: choose another folder with --out"
+        raise UserError(f"{run.shown} exists: {remedy}")
     config = _with_table(config, config.space.latency_table)
     check_backends(config.logging)
     died = "Ray died before the first trial; the same command goes on from what is saved"

@@ -76,6 +76,7 @@ __all__ = [
     "task_id",
 ]
 
+MAIN = ("search.toml", "run.json")  # one of them says that a folder is a run
 PLACE = re.compile(r"\d{2,}")  # of a member in ``front/``
 MODULES = re.compile(r"(?:\w+\.)+(?=\w+(?:: |$))")  # before an exception's name
 LATER = ("balanced", "weights", "quality", "error")  # fields of results that earlier versions did not have
@@ -85,6 +86,15 @@ SHOWN = 4  # names of tasks that failed, or were damaged, by one reason
 def _facts(result: Result) -> dict[str, Any]:
     """A result's fields, without one that results of earlier versions lack, so that their digests stay."""
     return {name: value for name, value in vars(result).items() if name not in LATER or value is not None}
+
+
+def _run_near(path: Path) -> str:
+    """Say which run a path is in, or which runs are in it; otherwise what makes one."""
+    if inside := sorted(one for one in path.glob("*") if Run.is_one(one)):
+        return f"Runs in it: {', '.join(map(str, inside[:SHOWN]))}{', ...' if len(inside) > SHOWN else ''}"
+    if around := [one for one in path.parents if Run.is_one(one)]:
+        return f"It is in the run {around[0]}"
+    return "A run is made by 'prunesweep search'"
 
 
 def _digest(result: Result) -> str:
@@ -113,17 +123,20 @@ class Run:
                 f"{url_of(path)} is on an object store: 'prunesweep fetch {url_of(path)}' brings it to a folder, and "
                 "that is what this takes"
             )
-        run, names = cls(path), ("search.toml", "run.json")
-        if not any((run / name).is_file() for name in names):
+        run = cls(path)
+        if not cls.is_one(run.path):
             if (run / "front.json").is_file():
                 raise UserError(
                     f"{path} is no run, but a front of 'prunesweep instant': 'prunesweep front {path}' shows it, and "
                     "'prunesweep verify' checks it; its report.html is there already"
                 )
-            raise UserError(
-                f"{path} is not a run: {' and '.join(names)} are missing. A run is made by 'prunesweep search'"
-            )
+            raise UserError(f"{path} is not a run: {' and '.join(MAIN)} are missing. {_run_near(Path(path))}")
         return run
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a folder is a run's: one of its two main files is there."""
+        return any((path / name).is_file() for name in MAIN)
 
     @property
     def shown(self) -> str:

@@ -294,5 +294,5 @@ def test_a_dry_run_shows_the_space_and_makes_no_run(
     assert call(capsys, "search", toml, "--out", runs / "dry", "--dry-run")[0] == 0
     assert list((runs / "dry").iterdir()) == []
     code, _, error = call(capsys, "search", toml, "--out", runs / "dry")
-    assert (code, "dry exists: go on with 'prunesweep resume" in error) == (2, True)
+    assert (code, "dry exists: and is no run, so nothing can go on there" in error) == (2, True)
     (runs / "dry").rmdir()

@@ -245,8 +245,14 @@ def test_damage_is_named(saved: tuple[torch.nn.Module, Path], tmp_path: Path) ->
     config.unlink()
     with pytest.raises(UserError, match="config.json is missing"):
         load(path)
-    with pytest.raises(UserError, match="is not a saved model"):
+    with pytest.raises(UserError, match=r"nowhere is not a saved model: config.json is missing$"):
         load(tmp_path / "nowhere")
+    for place in ("run/source", "run/front/02", "several/0.5"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").touch()
+    for folder, inside in (("run", "run/front/02"), ("several", "several/0.5")):
+        with pytest.raises(UserError, match=f"models inside; give one of them, for example {tmp_path / inside}$"):
+            load(tmp_path / folder)
 
 
 @pytest.mark.parametrize(

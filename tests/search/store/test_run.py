@@ -74,6 +74,9 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run: search.toml and run.json are missing"):
         Run.existing(tmp_path)
     run = make_run(tmp_path / "r")
+    for place, said in ((tmp_path, f"Runs in it: {run.path}$"), (run / "trials", f"It is in the run {run.path}$")):
+        with pytest.raises(UserError, match=said):
+            Run.existing(place)
     assert Run.existing(run.path).metadata()["source"]["top1"] == 90.0
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json is damaged"):
