@@ -44,6 +44,8 @@ from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.front import OWN
+from prunesweep.search.store.mirror import belongs_to
+from prunesweep.search.store.objects import Objects, joined
 from prunesweep.search.store.run import Result, Run, Task, set_aside, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.container import memory_kills
@@ -366,11 +368,12 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
     """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
     run, resources = context.run, context.config.resources
     start, checkpoints = (folder / name for name in SCRATCH)
+    url = belongs_to(run.path)
     placement = Placement(
         resources.workers_per_trial,
         cpus=resources.cpus_per_trial,
         gpus=resources.gpus_per_trial,
-        storage=str(checkpoints),
+        storage=str(checkpoints) if url is None else joined(url, checkpoints.relative_to(run.path).as_posix()),
     )
     loaded = LoadedJob(model, context.source, context.data) if placement.here else None
     halvings = _lost_for_memory(folder)
@@ -421,8 +424,11 @@ def _lost_for_memory(folder: Path) -> int:
 
 def _remove_scratch(folder: Path) -> None:
     """Remove what training on workers of its own needs until it is done."""
+    url = belongs_to(folder.parents[1]) if (folder / SCRATCH[0]).exists() else None
     for name in SCRATCH:
         shutil.rmtree(folder / name, ignore_errors=True)
+    if url is not None:
+        Objects(url).delete_below(f"trials/{folder.name}/{SCRATCH[1]}")
 
 
 def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:
