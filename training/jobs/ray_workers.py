@@ -276,7 +276,7 @@ def _received(job: TrainingJob, log: Any, scratch: Path) -> Iterator[TrainingJob
 
     def heed() -> None:
         while not ended.wait(1.0):
-            with contextlib.suppress(RayActorError, FileNotFoundError):  # another one takes its place, or training ended
+            with contextlib.suppress(RayActorError, FileNotFoundError):  # it begins anew, or training ended
                 if ray.get(log.stopping.remote()):
                     stop_file.touch()
 
