@@ -30,17 +30,16 @@ from prunesweep.search.store.mirror import Mirror, place_for
 from prunesweep.search.store.objects import Objects
 from prunesweep.search.store.progress import BEGUN
 from prunesweep.search.store.run import Run, Task, task_id
-from prunesweep.search.store.stored import STATE, STOPPING, TRAINING
+from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING
 from prunesweep.training.jobs.scoring import Progress
 
 from .prepare import PreparedSearch, prepare_search
 from .task import run_task
 
-__all__ = ["Access", "bring_prepared", "prepare_there", "run_there", "work_there"]
+__all__ = ["Access", "bring_prepared", "prepare_there", "run_there", "unit_files", "work_there"]
 
 INPUTS = ("source/", "scores/", "given/", "teacher_logits/")
 FACTS = ("search.toml", "run.json", "latency_table.json")
-PREPARED = ".prepared/"  # objects that a driver makes a run of
 OWN = ("validation.json", "test.json", "speed.json")  # files that work on a whole run makes
 CARRIED = ("metrics.jsonl", "arch.json", BEGUN, TRAINING)  # files that are published while a trial goes on
 LOOK = 3.0  # seconds between two looks whether to stop
@@ -107,7 +106,7 @@ def run_there(path: Path, unit: Task, files: Mapping[str, str], *, access: Acces
         return run_task(path, unit, fence)
     try:
         mirror = access.opened()
-        with _unit(mirror, unit, files):
+        with unit_files(mirror, unit, files):
             found = run_task(mirror.path, unit, access)
     except Lost as lost:
         return {"state": "broken", "reason": str(lost)}
@@ -117,8 +116,14 @@ def run_there(path: Path, unit: Task, files: Mapping[str, str], *, access: Acces
 
 
 @contextlib.contextmanager
-def _unit(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator[None]:
-    """Bring a trial's files, publish what changes of them meanwhile, and hand them in."""
+def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator[None]:
+    """Bring a trial's files, publish what changes of them meanwhile, and hand in, at the end, all but its result.
+
+    Args:
+        mirror: this node's folder; nothing of the trial stays in it.
+        unit: the trial on its rung.
+        files: what the driver has of it, by name.
+    """
     run, own = Run(mirror.path), f"trials/{unit.id}/"
     folders = [own, *([f"trials/{task_id(unit.number, unit.rung - 1)}/"] if unit.rung else [])]
     for below in folders:

@@ -95,13 +95,20 @@ class Lease:
         if _now() - self._sure > SURE * lock.STALE:
             self._renew()
 
-    def release(self) -> None:
-        """Let others in; what another process has taken over is left to it."""
+    def release(self, *, forget: bool = False) -> None:
+        """Let others in; what another process has taken over is left to it.
+
+        Args:
+            forget: leave no trace, for there is nothing that was worked on.
+        """
         with self._beating, contextlib.suppress(UserError, OSError):
             if not self._stop.is_set():
                 self._stop.set()
                 self._ask()
-                self._touch(released=True)
+                if forget:
+                    self._objects.delete(self._name)
+                else:
+                    self._touch(released=True)
 
     @property
     def _name(self) -> str:

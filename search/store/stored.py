@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.lock import Lost
 
-from .lease import Lease, holder
+from .lease import LEASES, Lease, holder
 from .mirror import JOURNAL, Journal, Mirror, place_for
 from .objects import Objects, StoreFails, is_url, url_of
 from .progress import BEGUN
@@ -28,9 +28,11 @@ from .run import Result, Run, Task, place_of, task_id
 if TYPE_CHECKING:
     from prunesweep.search.execution.coordinator import Coordinator
 
-__all__ = ["STATE", "STOPPING", "TRAINING", "StoredRun", "ask_to_stop", "is_url", "url_of", "view"]
+__all__ = ["PREPARED", "STATE", "STOPPING", "TRAINING", "StoredRun", "ask_to_stop", "is_url", "url_of", "view"]
 
 LOOK, REST, STATE = 1.0, 10.0, 30.0  # seconds between publications of results, of reports and logs, of states
+PREPARED = ".prepared/"  # objects that a driver makes a run of
+MAKING = ".making"  # object of a run that is not there yet with all of its files
 STOP, STOPPING = ".stop", ".stopping"  # objects: a search is asked to stop; its trials are
 TRAINING = "state.safetensors"
 
@@ -71,7 +73,7 @@ class StoredRun:
         try:
             self._open_mirror()
         except BaseException:
-            self._lease.release()
+            self._lease.release(forget=self._lease.before == 0)
             raise
         return self
 
@@ -87,7 +89,7 @@ class StoredRun:
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._new:
-            self._mirror.clear()
+            self._clear()
         else:
             own = self._mirror.token == str(self._lease.before) and self.path.is_dir()
             self._mirror.pull(keep_news=own)
@@ -98,14 +100,36 @@ class StoredRun:
         if not self._new:
             self.publish()
 
+    def _clear(self) -> None:
+        """Make room for a new run: what one that was not made to its end has left goes, and nothing else.
+
+        Raises:
+            UserError: something else is there.
+        """
+        left = [name for name in self._objects.list() if not name.startswith((LEASES, PREPARED))]
+        if left and MAKING not in left:
+            raise UserError(
+                f"{self.url} is not empty: {left[0]} is there, and no run. Choose another place with --out, or delete "
+                "what is there"
+            )
+        if left:
+            self._note(f"{self.url}: {len(left)} objects of a search that was not begun are deleted")
+        list(self._objects.each(self._objects.delete, [name for name in left if name != MAKING]))
+        self._mirror.clear()
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close(error)
 
     def publish(self) -> None:
         """Publish everything that has changed."""
         with self._work:
+            if self._new:
+                self._objects.write(MAKING, b"")
             self._mirror.push(self._mirror.files())
             self._journal.publish()
+            if self._new:
+                self._objects.delete(MAKING)
+                self._new = False
             self._mirror.save()
 
     @property
@@ -174,7 +198,7 @@ class StoredRun:
                 raise StoreFails(text) from failure
             self._note(text)
         finally:
-            self._lease.release()
+            self._lease.release(forget=self._new)
 
     def _follow(self, coordinator: Coordinator) -> None:
         while not self._over.wait(LOOK):

@@ -113,8 +113,8 @@ def train_on_ray(
         job: what is trained.
         placement: number of workers and the resources of each; Ray has to be initialised.
         out: folder of the trained model, on the machine that calls this.
-        storage: absolute path or URI that all nodes can write to (local for one node, NFS, s3://...). With a URI nodes
-            need see no folder of the job: its models are sent to them, and that it is to stop.
+        storage: absolute path or URI that all nodes can write to (local for one node, NFS, s3://...). With an object
+            store nodes need see no folder of the job: its models are sent to them, and that it is to stop.
         name: the run's name under ``storage``; an existing run of this name is resumed.
         provenance: metadata for the model's ``config.json``.
         max_failures: attempts after the first one; each resumes from the last checkpoint.
@@ -130,7 +130,7 @@ def train_on_ray(
         TrainingFailed: memory is too small, or the attempts are used up.
     """
     least = placement.min_workers
-    sent = _folders(job) if "://" in storage else {}
+    sent = _folders(job) if "://" in storage and not storage.startswith("file:") else {}
     with _listening(reports, sent, job.stop_file) as log:
         what = {"job": asdict(job), "provenance": dict(provenance or {}), "log": log, "sent": bool(sent)}
         trainer = _Trainer(

@@ -348,8 +348,25 @@ def test_models_that_leave_the_front_leave_the_store(url: str, machine: Any, mon
     run.close()
     with pytest.raises(UserError, match="exists: go on with 'prunesweep resume s3://"):
         begin(url, new=True).__enter__()
+    nothing = Objects(joined(url, "nothing"))
     with pytest.raises(UserError, match="is not a run"):
-        begin(joined(url, "nothing"), new=False).__enter__()
+        begin(nothing.url, new=False).__enter__()
+    with begin(nothing.url, new=True):  # and some error before the run is made
+        pass
+    assert nothing.list() == {}
+
+
+def test_a_new_run_takes_the_place_of_one_that_was_not_made_and_of_nothing_else(url: str, machine: Any) -> None:
+    objects = Objects(url)
+    objects.write("photographs/1.jpg", b"mine")
+    with pytest.raises(UserError, match="is not empty: photographs/1.jpg is there, and no run"):
+        begin(url, new=True).__enter__()
+    assert list(objects.list()) == ["photographs/1.jpg"]
+    objects.write(".making", b"")  # as of a driver that was killed while it published a new run
+    run = new_run(url)
+    run.close()
+    names = {name for name in objects.list() if not name.startswith(LEASES)}
+    assert names == {"run.json", "search.toml", next(name for name in names if name.startswith(PARTS))}
 
 
 def test_who_looks_sees_the_driver_and_may_ask_it_to_stop(

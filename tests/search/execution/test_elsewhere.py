@@ -1,0 +1,95 @@
+"""A trial's files on nodes that do not see the driver's folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prunesweep.search.execution import elsewhere
+from prunesweep.search.execution.elsewhere import unit_files
+from prunesweep.search.store.mirror import Mirror
+from prunesweep.search.store.objects import Objects
+from prunesweep.search.store.run import Run, Task
+from prunesweep.search.store.stored import STOPPING
+from tests.object_store import Store, serving
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with serving() as found:
+        yield found
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def task(rung: int = 0) -> Task:
+    return Task(number=3, point={}, arch_hash="a", key="k", seed=0, rung=rung)
+
+
+def test_a_trial_goes_on_elsewhere_from_the_state_that_was_published(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "LOOK", 0.02)
+    monkeypatch.setattr(elsewhere, "STATE", 0.05)
+    url, unit = store.url("runs/moves"), task()
+    left, right = (Mirror(tmp_path / name, Objects(url)) for name in ("left", "right"))
+    there, folder = Objects(url), "trials/r0-0003"
+
+    class NodeLostError(Exception):
+        pass
+
+    def lost(*_: object) -> None:
+        raise NodeLostError
+
+    with pytest.raises(NodeLostError), unit_files(left, unit, {f"{folder}/cut.json": "{}"}):
+        (left.path / folder / "state.safetensors").write_text("epoch 1")
+        eventually(lambda: f"{folder}/state.safetensors" in there.list())
+        (left.path / folder / "state.safetensors").write_text("epoch 2!")
+        eventually(lambda: there.read(f"{folder}/state.safetensors") == b"epoch 2!")
+        there.write(STOPPING, b"")
+        eventually(Run(left.path).stop_file.exists)
+        lost()
+
+    with unit_files(right, unit, {f"{folder}/cut.json": "{}"}):
+        assert (right.path / folder / "cut.json").read_text() == "{}"
+        assert (right.path / folder / "state.safetensors").read_text() == "epoch 2!"
+        (right.path / folder / "state.safetensors").unlink()
+        (right.path / folder / "model").mkdir()
+        (right.path / folder / "model" / "config.json").write_text("made")
+        (right.path / folder / "result.json").write_text("the driver's")
+        Run(right.path).board(3).mkdir(parents=True)
+        (Run(right.path).board(3) / "events").write_text("tb")
+    assert sorted(there.list()) == [
+        STOPPING,
+        "tb/trial-0003/events",
+        f"{folder}/cut.json",
+        f"{folder}/model/config.json",
+    ]
+    assert not (right.path / folder).exists()
+
+
+def test_a_trial_waits_for_the_model_that_it_starts_from(store: Store, tmp_path: Path) -> None:
+    url, unit = store.url("runs/waits"), task(rung=1)
+    node, there, below = Mirror(tmp_path, Objects(url)), Objects(url), "trials/r0-0003"
+    files = {f"{below}/result.json": json.dumps({"state": "finished", "result": {"has_model": True}})}
+
+    def publish() -> None:
+        there.write(f"{below}/model/config.json", b"{}")
+        time.sleep(0.5)
+        there.write(f"{below}/model/model.safetensors", b"weights")
+
+    late = threading.Timer(0.5, publish)
+    late.start()
+    with unit_files(node, unit, files):
+        assert (node.path / below / "model" / "model.safetensors").read_text() == "weights"
+    late.join()
