@@ -59,7 +59,7 @@ def place_for(url: str, kind: str = "runs") -> Path:
 
 def belongs_to(path: Path) -> str | None:
     """The URL that a folder mirrors; None for other folders."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # the second one: of a path without a name, as / is
         return _beside(path, "url").read_text(encoding="utf-8")
     return None
 
