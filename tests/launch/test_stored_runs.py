@@ -22,6 +22,7 @@ from prunesweep.search.store.objects import Objects
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import StoredRun, view
 from tests.launch.test_cli import call
+from tests.launch.test_doctor import HERE, node
 from tests.object_store import Store, serving
 from tests.search.helpers import ARCH
 from tests.search.report.test_page import add, small_run
@@ -108,7 +109,7 @@ def test_manifests_of_a_run_on_an_object_store_mount_nothing_for_it(
 
 
 def test_doctor_looks_whether_the_store_is_there(store: Store) -> None:
-    found = {f.found: f.state for f in check_nodes([], {"ray": "2"}, store.url("runs"), None) if f.what == "storage"}
+    found = {f.found: f.state for f in check_nodes([node("a")], HERE, store.url("runs"), None) if f.what == "storage"}
     assert found == {"s3://bucket/runs, from this machine": "ok"}
-    (wrong,) = (f for f in check_nodes([], {"ray": "2"}, "s3://nowhere/runs", None) if f.what == "storage")
+    (wrong,) = (f for f in check_nodes([node("a")], HERE, "s3://nowhere/runs", None) if f.what == "storage")
     assert (wrong.state, "there is no such bucket" in wrong.found) == ("wrong", True)
