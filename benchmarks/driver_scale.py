@@ -5,11 +5,15 @@ training. A run is filled with made-up results, opened as a resumed search does 
 ``next`` is what a unit costs before it starts (proposal, decoding, its files), ``complete`` what its result costs
 (Optuna's journal, promotion, front, models that are deleted), ``draw`` and ``board`` what listens. A unit leaves behind
 what a real one leaves, but for the weights.
+
+``--nodes 1000`` is a whole search instead, on so many nodes with one unit each, in made-up time: units take seconds by
+their epochs, and the driver what it really takes. The row of it goes beside the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import io
 import json
 import os
@@ -47,6 +51,7 @@ from .upvit_exact import processor
 
 RESULT = Path(__file__).parent / "results" / "driver_scale.json"
 DECODED, SHAPES = 20, 32  # points
+EPOCH = 120.0  # made-up seconds, give or take a fifth
 STATES = 4  # tensors of a training state per parameter: weight, its average, Adam's two moments
 
 
@@ -185,6 +190,50 @@ def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]
     return {"candidates": count, "results": before, **clock.row(), **footprint(run)}
 
 
+def whole_search(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A search on ``args.nodes`` nodes from its first candidate to its end, in made-up time."""
+    arch = arch_of(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=4))
+    search = SearchTable(trials=args.trials, rungs=(1, 3, 9), sampler=args.sampler, rank_by="objective")
+    space, run = make_space(arch), make_run(path / "whole", arch, search)
+    sampler: dict[str, Any] = {"objectives": search.objectives, "sampler": search.sampler, "trials": search.trials}
+    study = Study(run / "study.journal", space.distributions, 0, **sampler)
+    coordinator = Coordinator(run, study, space, search, max_concurrent=args.nodes, seed=0)
+    source, display = run.metadata()["source"], Display(Console(file=io.StringIO(), width=120))
+    running, busy, now, spent, begun = list[tuple[float, int, Task]](), 0.0, 0.0, 0.0, time.monotonic()
+    with display.live(coordinator, source, space.table.budget) as drawn, _board(run, coordinator, source) as logged:
+        while not coordinator.done:
+            start = time.perf_counter()
+            while unit := coordinator.next():
+                own = EPOCH * search.rungs[unit.rung] * (0.8 + 0.4 * float(np.random.default_rng(unit.seed).random()))
+                took = time.perf_counter() - start
+                now, spent, busy, start = now + took, spent + took, busy + own, start + took
+                heapq.heappush(running, (now + own, unit.seed, unit))
+            end, _, unit = heapq.heappop(running)
+            work(run, space, unit, search)
+            start = time.perf_counter()
+            coordinator.complete(unit.id)
+            drawn()
+            logged()
+            took = time.perf_counter() - start
+            now, spent = max(now, end) + took, spent + took
+            if coordinator.settled % 500 == 0:
+                print(coordinator.settled, round(now), round(spent), round(time.monotonic() - begun), flush=True)
+    units = len(coordinator.results)
+    return {
+        "nodes": args.nodes,
+        "candidates": search.trials,
+        "units": units,
+        "failed": len(coordinator.failures),
+        "finished": coordinator.finished,
+        "made_up_hours": round(now / 3600, 2),
+        "nodes_busy": round(busy / (args.nodes * now), 3),
+        "driver_ms_per_unit": round(1e3 * spent / units, 1),
+        "driver_share": round(spent / now, 3),
+        "front": len(coordinator.front),
+        **footprint(run),
+    }
+
+
 def footprint(run: Run) -> dict[str, float]:
     """Memory now, the journal, and what TensorBoard's logs of the search take."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -219,10 +268,19 @@ def main() -> None:
     parser.add_argument("--rungs", type=int, nargs="+", default=(0, 1, 3, 9), help="epochs, as in search.rungs")
     parser.add_argument("--sampler", default="auto")
     parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--nodes", type=int, default=0, help="a whole search on so many instead")
+    parser.add_argument("--trials", type=int, default=4000, help="candidates of that")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="prunesweep-") as folder:
+        if args.nodes:
+            row = {"device": processor(), "load_average": round(os.getloadavg()[0], 2)}
+            row |= whole_search(Path(folder), args)
+            print(row, flush=True)
+            kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
+            write_text(args.out, json.dumps({**kept, "whole_search": row}, indent=1) + "\n")
+            return
         found = {
             "device": processor(),
             "load_average": round(os.getloadavg()[0], 2),
@@ -233,6 +291,8 @@ def main() -> None:
             "decode_ms": decoding(),
             "rows": [],
         }
+        if args.out.is_file() and (kept := json.loads(args.out.read_text()).get("whole_search")):
+            found["whole_search"] = kept
         for count in args.candidates:
             found["rows"].append(simulate(Path(folder), count, args))
             print(found["rows"][-1], flush=True)

@@ -77,6 +77,7 @@ class Coordinator:
         # units that cannot be promoted and are beaten by one of the last rung, for good; results at the last look
         self._beaten, self._looked = set[str](), 0
         self.best: list[Result] = []  # the members of the front
+        self.front: list[dict[str, Any]] = []
         self.front = self._update_front(self.results)
 
     @property
@@ -404,10 +405,19 @@ class Coordinator:
         new = latest([*(self._latest[r.trial] for r in new if r.trial in self._latest), *new])
         self._latest |= {r.trial: r for r in new}
         replaced = {r.trial for r in new} & {r.trial for r in self.best}
-        compared = list(self._latest.values()) if replaced else [*self.best, *new]
+        compared = self._holding() if replaced else [*self.best, *new]
+        if self.front and not replaced:
+            members = [r.id for r in self._ranking.front(r for r in compared if r.has_model)]
+            if members == [r.id for r in self.best]:  # as for most results of a long search
+                self.run.drop_models(self._models, members, self._wanted_models())
+                return self.front
         front = self.run.update_front(compared, self._models, self._wanted_models())
         self.best = [self._at[point["trial"], point["rung"]] for point in front]
         return front
+
+    def _holding(self) -> list[Result]:
+        """The latest results whose models are there, in the order of their candidates' first ones."""
+        return [r for r in self._latest.values() if r.has_model and r.id in self._models]
 
     def _wanted_models(self) -> set[str]:
         """Models that a promotion may start from, or that come back to the front if a better result is replaced."""
@@ -416,9 +426,9 @@ class Coordinator:
             return set(self._models)
         if top < 1:
             return set()
-        final = [r for r in self.current if r.rung == top and r.has_model]
-        unbeaten = self._ranking.front(final)
-        below = [r for r in self.current if r.rung < top and r.has_model and r.id not in self._beaten]
+        kept = self._holding()
+        unbeaten = self._ranking.front(r for r in kept if r.rung == top)
+        below = [r for r in kept if r.rung < top and r.id not in self._beaten]
         if self.finished:  # more trials may be asked for later, and then promotions go on
             below = [r for r in below if r in self._ranking.front([*unbeaten, r])]
         elif len(self.results) >= LOOK * self._looked:

@@ -19,6 +19,9 @@ import timm
 import torch
 from rich.console import Console
 from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import hparams, scalar
 
 from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
@@ -761,23 +764,39 @@ def _interruptible(coordinator: Coordinator, display: Display) -> AbstractContex
     return handling(interrupt, signal.SIGINT, signal.SIGTERM)
 
 
+def log_point(board: Path, result: Result, found: Mapping[str, float]) -> None:
+    """Log a candidate's point and what it gave for TensorBoard, as ``SummaryWriter.add_hparams`` does.
+
+    That starts a thread for every file, and waits for it to end.
+    """
+    board.mkdir(parents=True, exist_ok=True)
+    file = EventsWriter(str(board / "events"), f".rung-{result.rung}")
+    scalars = [scalar(name, value) for name, value in found.items()]
+    for summary in (*hparams(dict(result.point), dict(found)), *scalars):
+        file.write_event(Event(wall_time=time.time(), step=result.rung, summary=summary))
+    file.close()
+
+
 @contextlib.contextmanager
 def _board(run: Run, coordinator: Coordinator, source: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """Log to TensorBoard: hypervolume and size of the front by finished trials, and hyperparameters of every trial."""
     writer = SummaryWriter(str(run / "tb" / "search"))
     logged, objectives = len(coordinator.results), coordinator.search.objectives
+    volume, of = 0.0, list[Result]()
 
     def changed() -> None:
-        nonlocal logged
+        nonlocal logged, volume, of
         new, best = coordinator.results[logged:], coordinator.best
         logged += len(new)
         if new:
-            writer.add_scalar("hypervolume", hypervolume(best, source, objectives), logged)
+            if best != of:  # most results change nothing, and of three objectives it takes long
+                volume, of = hypervolume(best, source, objectives), list(best)
+            writer.add_scalar("hypervolume", volume, logged)
             writer.add_scalar("front_size", len(best), logged)
         for result in new:
             names = dict.fromkeys((*objectives, *coordinator.search.ranking.names(result.epochs)))
             found = {f"hparam/{name}": v for name in names if (v := getattr(result, name)) is not None}
-            writer.add_hparams(dict(result.point), found, name=run.board(result.trial).name, global_step=result.rung)
+            log_point(run.board(result.trial), result, found)
 
     try:
         yield changed

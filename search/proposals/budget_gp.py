@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,7 @@ class BudgetGPSampler(BaseSampler):
         self._fit, self._idle = fit, idle
         self._intersection = IntersectionSearchSpace()
         self._warned = False
+        self._read: _Read | None = None
 
     def reseed_rng(self) -> None:
         """Draw another seed; Optuna calls this if several processes share a sampler."""
@@ -179,15 +180,11 @@ class BudgetGPSampler(BaseSampler):
     def _evaluations(self, study: Study, encoder: SearchSpaceEncoder, number: int) -> Evaluations:
         """Return the trials' evaluations of points of the space."""
         source = study if self._results is None else self._results
-        trials = [t for t in source.get_trials(deepcopy=False) if _counts(t) and set(encoder.names) <= t.params.keys()]
-        rows = encoder.rows([t.params for t in trials])
-        values = np.array([t.values or [np.nan] * len(source.directions) for t in trials], float)
-        known = Evaluations.ordered(
-            rows,
-            np.array([t.user_attrs.get(RUNG, 0) for t in trials], np.int64),
-            np.array([t.user_attrs.get(CANDIDATE, t.number) for t in trials], np.int64),
-            self._qualities(values.reshape(-1, len(source.directions)), source.directions, number),
-        )
+        if self._read is None or not self._read.serves(source, encoder):
+            self._read = _Read(source, encoder)
+        found = self._read.go_on(source)
+        qualities = self._qualities(found.values, source.directions, number)
+        known = Evaluations.ordered(found.rows, found.rungs, found.candidates, qualities)
         if not self._warned and not np.isfinite(known.values).all():
             self._warned = True
             warnings.warn("a quality is not a finite number: it counts as worse than all others", stacklevel=2)
@@ -208,6 +205,66 @@ class BudgetGPSampler(BaseSampler):
         else:
             found = usable[:, index] * signs[index]
         return np.where(bad, -np.inf, found)
+
+
+class _Columns(NamedTuple):
+    """Trials as arrays: numbers (n,), encoded points (n, V), rungs (n,), candidates (n,), values (n, objectives)."""
+
+    numbers: NDArray[np.int64]
+    rows: Floats
+    rungs: NDArray[np.int64]
+    candidates: NDArray[np.int64]
+    values: Floats
+
+    @classmethod
+    def of(cls, trials: Sequence[FrozenTrial], encoder: SearchSpaceEncoder, objectives: int) -> _Columns:
+        values = np.array([t.values or [np.nan] * objectives for t in trials], float)
+        return cls(
+            np.array([t.number for t in trials], np.int64),
+            encoder.rows([t.params for t in trials]),
+            np.array([t.user_attrs.get(RUNG, 0) for t in trials], np.int64),
+            np.array([t.user_attrs.get(CANDIDATE, t.number) for t in trials], np.int64),
+            values.reshape(-1, objectives),
+        )
+
+    def with_more(self, other: _Columns) -> _Columns:
+        return _Columns._make(np.concatenate(pair) for pair in zip(self, other, strict=True))
+
+    def in_order(self) -> _Columns:
+        """Sort by number."""
+        order = np.argsort(self.numbers, kind="stable")
+        return _Columns._make(column[order] for column in self)
+
+
+class _Read:
+    """What was read of a study's finished trials, which never change: of a long search, only few are new.
+
+    Args:
+        study: the study.
+        encoder: the variables of the trials that count.
+    """
+
+    def __init__(self, study: Study, encoder: SearchSpaceEncoder) -> None:
+        self._storage, self._id = study._storage, study._study_id
+        self._encoder, self._objectives = encoder, len(study.directions)
+        self._seen, self._open = 0, list[int]()  # how many were looked at, and of them those that had not finished
+        self.columns = _Columns.of([], encoder, self._objectives)
+
+    def serves(self, study: Study, encoder: SearchSpaceEncoder) -> bool:
+        """Whether it is of that study and those variables."""
+        same = self._storage is study._storage and self._id == study._study_id
+        return same and self._encoder.space == encoder.space
+
+    def go_on(self, study: Study) -> _Columns:
+        """Read what has finished since; return all, in the order of the trials."""
+        trials = study.get_trials(deepcopy=False)
+        looked = [*(trials[number] for number in self._open), *trials[self._seen :]]
+        self._seen, self._open = len(trials), [t.number for t in looked if not t.state.is_finished()]
+        new = [t for t in looked if _counts(t) and set(self._encoder.names) <= t.params.keys()]
+        if new:
+            more = _Columns.of(new, self._encoder, self._objectives)
+            self.columns = self.columns.with_more(more).in_order()
+        return self.columns
 
 
 def _any_seed() -> int:

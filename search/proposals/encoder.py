@@ -30,6 +30,7 @@ class SearchSpaceEncoder:
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
+        self.space = dict(distributions)
         self.names, self._each = list(distributions), list(distributions.values())
         self.choices = [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in self._each]
         self._steps = [_steps(d) for d in self._each]

@@ -565,7 +565,13 @@ class Run:
                 f"{reason}: trial {result.trial} is not shown, 'prunesweep resume {self.shown}' does it again",
                 stacklevel=2,
             )
-        return self.ranking.front(r for r in found if r.has_model and r.id not in lost and self.model(r).is_dir())
+        found = [r for r in found if r.has_model and r.id not in lost]
+        while True:  # a look at the folders of the best is enough, unless one is gone
+            front = self.ranking.front(found)
+            gone = {r.id for r in front if not self.model(r).is_dir()}
+            if not gone:
+                return front
+            found = [r for r in found if r.id not in gone]
 
     def why_empty(self) -> str | None:
         """Say that damage is why the front is empty; None where it has members, or nothing that it had is missing."""
@@ -714,11 +720,14 @@ class Run:
         whose model is deleted are taken out.
         """
         front = self.write_front(results)
-        members = {task_id(point["trial"], point["rung"]) for point in front}
-        for unit in told - members - set(wanted):
+        self.drop_models(told, {task_id(point["trial"], point["rung"]) for point in front}, wanted)
+        return front
+
+    def drop_models(self, told: set[str], members: Collection[str], wanted: Collection[str] = ()) -> None:
+        """Delete the models of units that are neither members of the front nor wanted. Arguments as above."""
+        for unit in told - set(members) - set(wanted):
             shutil.rmtree(self.trial(unit) / "model", ignore_errors=True)
             told.remove(unit)
-        return front
 
 
 def _remove(path: Path) -> None:

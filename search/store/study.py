@@ -201,7 +201,9 @@ class Study:
         self._study.sampler = (
             sampler if self._place is None else PlacingSampler(sampler, self._distributions, self._place)
         )
-        self._queued = False
+        # these samplers need a trial's number alone
+        self._at_once = isinstance(sampler, BudgetGPSampler)
+        self._queued, self._waits = False, True
 
     def _open(self, journal: Path) -> tuple[optuna.Study, optuna.Study]:
         """Open or create proposals and results."""
@@ -213,8 +215,10 @@ class Study:
 
     def _queue(self) -> None:
         """Put the points to start from before all others, once."""
+        if self._queued:
+            return
         proposed = {trial.user_attrs.get(MODEL) for trial in self._study.get_trials(deepcopy=False)}
-        for point in () if self._queued else self._start:
+        for point in self._start:
             own = {n: v for n, v in point.items() if n in self._distributions}
             if MODEL not in point:
                 self._study.enqueue_trial(own, skip_if_exists=True)
@@ -242,10 +246,29 @@ class Study:
     def ask(self) -> tuple[int, dict[str, float | int | str]]:
         """Start a trial; return its number and its point, with ``MODEL`` where a saved model goes with it."""
         self._queue()
+        if self._at_once and not self._has_waiting():
+            return self._ask_at_once()
         with warnings.catch_warnings():  # what is told of candidates without a number is said elsewhere
             warnings.filterwarnings("ignore", message="Clip non-finite values")
             trial = self._study.ask(self._distributions)
         return trial.number, {**trial.params, **_model(trial.user_attrs)}
+
+    def _has_waiting(self) -> bool:
+        """Whether points to start from are left; nobody adds any later."""
+        if self._waits:
+            self._waits = bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        return self._waits
+
+    def _ask_at_once(self) -> tuple[int, dict[str, float | int | str]]:
+        """Start a trial by one entry of the journal; Optuna's ``ask`` writes one for every variable, too."""
+        sampler, new = self._study.sampler, optuna.trial.create_trial(state=TrialState.RUNNING)
+        new.number = len(self._study.get_trials(deepcopy=False))
+        together = sampler.infer_relative_search_space(self._study, new)
+        found = sampler.sample_relative(self._study, new, together)
+        point = {name: _only(d) if d.single() else found[name] for name, d in self._distributions.items()}
+        own: dict[str, Any] = {"params": point, "distributions": self._distributions}
+        self._study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, **own))
+        return new.number, point
 
     def tell(self, number: int, values: Sequence[float]) -> None:
         """Finish a trial; do nothing if it is finished already, unless it failed and was done again.
@@ -415,6 +438,11 @@ class Study:
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         complete = set(self._distributions)
         return {t.number: {**t.params, **_model(t.user_attrs)} if set(t.params) == complete else None for t in trials}
+
+
+def _only(values: BaseDistribution) -> Any:
+    """The value of a variable that has only one."""
+    return values.choices[0] if isinstance(values, CategoricalDistribution) else values.low  # type: ignore[attr-defined]
 
 
 def _model(attributes: Mapping[str, Any]) -> dict[str, Any]:

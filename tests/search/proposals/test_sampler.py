@@ -202,3 +202,33 @@ def test_several_unknown_objectives_are_weighted_anew_by_every_trial() -> None:
     assert min(t.params["b"] for t in late) < 0.02
     assert sum(t.params["b"] < 0.3 for t in late) > 12
     assert max(t.params["a"] for t in late) - min(t.params["a"] for t in late) > 0.7
+
+
+def test_what_it_has_read_is_what_is_there() -> None:
+    """Trials end in another order than they began in, fail or are added; a new sampler proposes the same."""
+
+    def values(point: dict[str, Any]) -> list[float]:
+        return [quality(point), 100 * point["budget"]]
+
+    lasting = sampler()
+    study = new_study(lasting)
+    run(study, 12)
+    for number in range(6):
+        first, second, third = (study.ask(SPACE) for _ in range(3))
+        study.tell(third, values(third.params))
+        study.tell(first, state=TrialState.FAIL)
+        study.add_trial(create_trial(params=first.params, distributions=SPACE, values=values(first.params)))
+        study.tell(second, values(second.params))
+        trial = study._storage.get_trial(study._storage.create_new_trial(study._study_id))
+        points = [own.sample_relative(study, trial, dict(SPACE)) for own in (lasting, sampler())]
+        assert points[0] == points[1], number
+        study.tell(trial.number, state=TrialState.FAIL)
+    other = new_study(lasting)
+    run(other, 4)
+    assert [t.params for t in other.trials] == [t.params for t in _of_new(4).trials]
+
+
+def _of_new(trials: int) -> optuna.Study:
+    found = new_study(sampler())
+    run(found, trials)
+    return found
