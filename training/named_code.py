@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from prunesweep.models import UserError
 
-__all__ = ["MODULES", "PREFIX", "allow", "find_named", "name_of"]
+__all__ = ["MODULES", "PREFIX", "allow", "allow_modules", "allowed_modules", "find_named", "name_of"]
 
 MODULES = "PRUNESWEEP_MODULES"  # environment: modules, by commas, whose functions a configuration may name
 PREFIX = "python:"
@@ -25,13 +25,22 @@ def allow(function: F, mark: str, value: object = True) -> F:
         value: of that attribute.
     """
     setattr(function, mark, value)
-    known = _modules()
-    if (module := function.__module__) not in known:
-        os.environ[MODULES] = ",".join([*known, module])
+    allow_modules([function.__module__])
     return function
 
 
-def _modules() -> list[str]:
+def allow_modules(modules: Iterable[str]) -> None:
+    """Let configurations name functions of these modules, in this process and in those that it starts."""
+    known = allowed_modules()
+    if new := [name for name in dict.fromkeys(modules) if name not in known]:
+        os.environ[MODULES] = ",".join([*known, *new])
+
+
+def allowed_modules() -> list[str]:
+    """Modules whose functions configurations may name in this process.
+
+    A process of a Ray that was there before them has to be told: it has the environment of when that began.
+    """
     return [name.strip() for name in os.environ.get(MODULES, "").split(",") if name.strip()]
 
 
@@ -51,7 +60,7 @@ def find_named(name: str, key: str, mark: str, decorator: str) -> Any:
     place, colon, function = name.removeprefix(PREFIX).rpartition(":")
     if not colon:
         raise UserError(f"{said}: must be python:MODULE:FUNCTION")
-    if place not in _modules():
+    if place not in allowed_modules():
         raise UserError(
             f"{said}: names code, which a configuration alone does not run: set {MODULES}={place}, "
             f"or import {place} first"

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from prunesweep.models import UserError
 from prunesweep.search.config import ResourcesTable
 from prunesweep.training.jobs.scoring import Progress
+from prunesweep.training.named_code import allow_modules, allowed_modules
 from prunesweep.training.signals import handling
 
 from .coordinator import SearchFailed
@@ -68,7 +69,8 @@ def run_on_workers(
     board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     own = {"num_cpus": resources.cpus_per_trial, "num_gpus": resources.gpus_per_trial}
     progress(WAITING, 0.0, "")
-    running = [_work.options(**own).remote(work, board, resources.cpus_per_trial) for work in works]
+    allowed = allowed_modules()
+    running = [_work.options(**own).remote(work, board, resources.cpus_per_trial, allowed) for work in works]
     try:
         with handling(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C; Ray would end this process at once
             left, begun, waiting = running, False, Waiting(resources, note)
@@ -99,8 +101,9 @@ def _end(running: Sequence[Any]) -> None:
 
 
 @ray.remote(max_retries=RESTARTS, max_calls=1)  # its process ends with it: memory is for the units that follow
-def _work(work: Callable[[Progress], T], board: Any, threads: int) -> T:
+def _work(work: Callable[[Progress], T], board: Any, threads: int, modules: Sequence[str]) -> T:
     torch.set_num_threads(threads)
+    allow_modules(modules)
     due: dict[str, float] = {}
 
     def tell(what: str, share: float, note: str) -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from prunesweep.search.store.run import Task
 from prunesweep.search.store.stored import StoredRun
 from prunesweep.training.container import memory_kills, usable_cpus, usable_memory
 from prunesweep.training.jobs.ray_session import RayDied, alive, joined, object_store_bytes, own_ray
+from prunesweep.training.named_code import allow_modules, allowed_modules
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
 from .growth import AHEAD, has_autoscaler
@@ -115,6 +116,18 @@ def _room(resources: ResourcesTable) -> int:
     return max(resources.workers_per_trial, (usable_memory() - OWN_BYTES) // PROCESS_BYTES)
 
 
+@contextlib.contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """Let Ray's libraries log from a level on, for the time of a ``with`` block."""
+    logger = logging.getLogger("ray")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class RayConnection:
     """A Ray of our own on this machine, or a running cluster, for the time of a ``with`` block.
 
@@ -185,11 +198,12 @@ class RayConnection:
         return min(there, max_concurrent(self._resources)) if self._found and self._resources.cpus else there
 
     def __enter__(self) -> RayConnection:
+        level = logging.INFO if self._verbose else logging.ERROR
         if self._address is None and ray.is_initialized():
             self._found = True
             self._fitting = self._count()
+            self._session.enter_context(_logging(level))
             return self
-        level = logging.INFO if self._verbose else logging.ERROR
         logging.getLogger("ray").setLevel(level)
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
         if self._address is None:
@@ -214,6 +228,16 @@ class RayConnection:
         self._session.__exit__(kind, error, trace)
 
 
+class _Silent(tune.ProgressReporter):  # type: ignore[misc]
+    """Reports nothing, where Tune has tables of its own whatever its verbosity: in notebooks."""
+
+    def should_report(self, trials: Any, done: bool = False) -> bool:
+        return False
+
+    def report(self, trials: Any, done: bool, *sys_info: Any) -> None:
+        """Do nothing."""
+
+
 class _TaskActor(tune.Trainable):  # type: ignore[misc]
     """Runs one unit per step. Tune reuses the actor, so the next unit needs no new process."""
 
@@ -225,6 +249,7 @@ class _TaskActor(tune.Trainable):  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._job = new_config
+        allow_modules(new_config["modules"])
         return True
 
     def step(self) -> dict[str, Any]:
@@ -416,7 +441,12 @@ def execute(
     with scratch_folder() as scratch:
         tune.Tuner(
             trainable,
-            param_space={"run": str(coordinator.run.path), "threads": resources.cpus_per_trial, "work": work},
+            param_space={
+                "run": str(coordinator.run.path),
+                "threads": resources.cpus_per_trial,
+                "work": work,
+                "modules": allowed_modules(),
+            },
             tune_config=tune.TuneConfig(
                 search_alg=searcher, scheduler=_Scheduler(searcher), num_samples=-1, reuse_actors=True
             ),
@@ -424,6 +454,7 @@ def execute(
                 name="units",
                 storage_path=str(scratch),
                 verbose=0,
+                progress_reporter=_Silent(),
                 failure_config=tune.FailureConfig(max_failures=RESTARTS),
                 callbacks=[Losses(coordinator.run, note), _Steps(searcher)],
             ),

@@ -19,6 +19,7 @@ from ..data import Data, open_data
 from ..evaluation import evaluate_on
 from ..loop import Epoch, fit
 from ..metrics import EvalMetrics
+from ..named_code import allow_modules, allowed_modules
 from ..recipe import Recipe
 from ..second_stage import SecondStageJob
 from ..settling import settled
@@ -59,6 +60,7 @@ class TrainingJob:
         teacher_cache: as for ``fit``.
         seed: as for ``fit``.
         data_options: keyword arguments of ``open_data``, so that workers open the same data.
+        modules: those whose functions ``data`` may name; by default those of the process that makes the job.
         stop_file: path; training ends after an epoch once this file exists.
         prune: a ``PruneJob`` as JSON, for a method that decides while training; the published models are then cut.
         second_stage: a ``SecondStageJob`` as JSON, for finetuning in a pruning method's own way.
@@ -73,6 +75,7 @@ class TrainingJob:
     teacher_cache: str | None = None
     seed: int = 0
     data_options: Mapping[str, Any] = field(default_factory=dict)
+    modules: Sequence[str] = field(default_factory=allowed_modules)
     stop_file: str | None = None
     prune: Mapping[str, Any] | None = None
     second_stage: Mapping[str, Any] | None = None
@@ -123,6 +126,7 @@ def load_job(job: TrainingJob, device: torch.device | str, data: Data | None = N
         device: where the models go.
         data: the job's data, if it is open already.
     """
+    allow_modules(job.modules)
     model, teacher = (None if path is None else load_sized(path, job.img_size) for path in (job.model, job.teacher))
     model, teacher = (None if own is None else to_float32(own).to(device) for own in (model, teacher))
     assert model is not None
