@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ from prunesweep.models import UserError, save
 from prunesweep.search import run_search
 from prunesweep.search.store.records import Result
 from prunesweep.search.store.run import Run
-from prunesweep.training import Data, own_data
+from prunesweep.training import Data, Recipe, own_data
+from prunesweep.training.jobs.training_job import TrainingJob, load_job
+from prunesweep.training.named_code import MODULES, allowed_modules
 from tests.generate import random_model
 from tests.models.test_in_other_code import KINDS
 from tests.search.in_process import without_ray
@@ -52,6 +58,42 @@ def test_a_mapping_and_a_call_for_every_result(
     assert f"python:{__name__}:cells: 60 train, 5 val, 3 classes (a .. c)" in capsys.readouterr().out
     run_search(tables(source), tmp_path / "again")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_modules_that_are_named_after_ray_began_are_seen_by_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a notebook that has called ``ray.init`` in its first cell."""
+    import ray
+
+    source = save(random_model(KINDS["attention"], 0, torch.float32), tmp_path / "source", classes=["a", "b", "c"])
+    known = os.environ[MODULES]
+    monkeypatch.delenv(MODULES)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+    try:
+        monkeypatch.setenv(MODULES, known)
+        level = logging.getLogger("ray").level
+        result = run_search(tables(source, trials=1), tmp_path / "run")
+        assert result is not None
+        assert len(result.front) == 1
+        assert ray.is_initialized()
+        assert logging.getLogger("ray").level == level
+        assert not [one for one in caplog.records if one.name.startswith("ray.tune")]
+    finally:
+        ray.shutdown()
+
+
+def test_a_training_job_says_which_modules_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(random_model(KINDS["attention"], 0, torch.float32), tmp_path / "source", classes=["a", "b", "c"])
+    job = TrainingJob(str(source), f"python:{__name__}:cells", Recipe().model_dump(mode="json"))
+    sent = json.loads(json.dumps(asdict(job)))
+    monkeypatch.setenv(MODULES, "os")
+    assert load_job(TrainingJob(**sent), "cpu").data.train_images == 60
+    assert allowed_modules()[0] == "os"
+    monkeypatch.setenv(MODULES, "os")
+    with pytest.raises(UserError, match="names code, which a configuration alone does not run"):
+        load_job(TrainingJob(**{**sent, "modules": []}), "cpu")
 
 
 def test_a_mapping_is_checked_as_a_file_is(tmp_path: Path) -> None:
