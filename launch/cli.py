@@ -141,8 +141,8 @@ def resume(
 
 def _drive(start: Callable[[], SearchResult | None], console: Console) -> None:
     """Run a search, report how it ended, and exit with the matching code."""
+    from prunesweep.models.io.objects import is_url
     from prunesweep.search import Run, SearchFailed
-    from prunesweep.search.store.objects import is_url
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -263,10 +263,10 @@ def front(
 @app.command()
 def report(run: RunArgument) -> None:
     """Write the run's report.html again."""
+    from prunesweep.models.io.objects import Objects
     from prunesweep.search import Run
     from prunesweep.search.report.page import write_report
     from prunesweep.search.store.mirror import belongs_to
-    from prunesweep.search.store.objects import Objects
 
     found = Run.existing(brought(run, whole=False))
     written = write_report(found)

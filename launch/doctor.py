@@ -160,7 +160,7 @@ def check_cluster(address: str, table: Any, storage: str | None, data: str | Non
     """
     from prunesweep.launch.cluster.inspect_node import inspect_nodes, versions
     from prunesweep.models import UserError
-    from prunesweep.search.store.objects import is_url
+    from prunesweep.models.io.objects import is_url
 
     on_nodes = None if storage is not None and is_url(storage) else storage
     try:
@@ -207,7 +207,7 @@ def check_nodes(
         storage: folder that all nodes should share; None if it is not known.
         data: folder of the data set on every node; None if it is not known.
     """
-    from prunesweep.search.store.objects import is_url
+    from prunesweep.models.io.objects import is_url
 
     for node in nodes:
         if "error" in node:
@@ -246,7 +246,7 @@ def check_nodes(
 def _check_url(url: str) -> Finding:
     """Whether this machine may list what is at a URL; nodes find that out with the first trial."""
     from prunesweep.models import UserError
-    from prunesweep.search.store.objects import Objects
+    from prunesweep.models.io.objects import Objects
 
     try:
         Objects(url).check()

@@ -62,9 +62,9 @@ def evaluate(
 ) -> None:
     """Measure a saved model's accuracy or perplexity, and how far it agrees with a source; or a run's front again."""
     from prunesweep.models import UserError, arch_of, cost, load
+    from prunesweep.models.io.objects import is_url
     from prunesweep.models.precision import to_float32
     from prunesweep.search.report.display import Display
-    from prunesweep.search.store.objects import is_url
     from prunesweep.training import (
         EVAL_BATCH,
         EvalMetrics,

@@ -78,7 +78,7 @@ def logs(run: NameArgument, address: AddressOption = None, follow: FollowOption 
 
 def stop(run: PlaceArgument, address: AddressOption = None) -> None:
     """Stop a search; running trials save their state first, and 'prunesweep resume' continues it."""
-    from prunesweep.search.store.objects import is_url
+    from prunesweep.models.io.objects import is_url
     from prunesweep.search.store.stored import ask_to_stop
 
     if is_url(run):
@@ -203,7 +203,7 @@ def fetch(
     from prunesweep.models import UserError
     from prunesweep.models.io.files import publish_folder
     from prunesweep.models.io.lock import reserve
-    from prunesweep.search.store.objects import is_url
+    from prunesweep.models.io.objects import is_url
 
     target = out if out is not None else Path("runs") / run.partition("?")[0].rstrip("/").rpartition("/")[2]
     context.with_resource(reserve(target))

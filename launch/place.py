@@ -12,7 +12,7 @@ __all__ = ["RunArgument", "brought", "place", "shown"]
 
 def place(text: str) -> str | Path:
     """Return a URL as it is, of which a ``Path`` would be another one, and a folder as a ``Path``."""
-    from prunesweep.search.store.objects import is_url, local_path
+    from prunesweep.models.io.objects import is_url, local_path
 
     return text if is_url(text) else local_path(text)
 
@@ -36,8 +36,8 @@ def brought(given: str | Path, *, whole: bool = True) -> Path:
 
 def shown(path: Path) -> str:
     """Return a path as a user would give it: below a URL if it was brought from there."""
+    from prunesweep.models.io.objects import joined
     from prunesweep.search.store.mirror import belongs_to
-    from prunesweep.search.store.objects import joined
 
     for folder in (path, *path.parents):
         if (url := belongs_to(folder)) is not None:

@@ -79,7 +79,7 @@ def submit(
 
 def _folder(config: SearchConfig, out: Path | None) -> str:
     from prunesweep.models import UserError
-    from prunesweep.search.store.objects import is_url, joined
+    from prunesweep.models.io.objects import is_url, joined
 
     storage = config.cluster and config.cluster.storage
     if out is None and storage is None:

@@ -38,7 +38,7 @@ def command(
 
 def _is_there(run: str) -> bool:
     """Whether there is a run in a folder, or at a URL."""
-    from prunesweep.search.store.objects import Objects, is_url
+    from prunesweep.models.io.objects import Objects, is_url
 
     return Objects(run).stamp("run.json") is not None if is_url(run) else Path(run, "run.json").is_file()
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from prunesweep.models import UserError
+from prunesweep.models.io.objects import is_url
 from prunesweep.search.config import ClusterTable, SearchConfig
-from prunesweep.search.store.objects import is_url
 
 from .package import ENV
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shlex
 
 from prunesweep.models import UserError
+from prunesweep.models.io.objects import joined
 from prunesweep.search.config import ClusterTable, SearchConfig
-from prunesweep.search.store.objects import joined
 
 from .package import CONFIG, ENV
 

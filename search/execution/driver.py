@@ -27,6 +27,7 @@ from prunesweep.models import Arch, LatencyTable, UserError, cost
 from prunesweep.models.errors import NotHere
 from prunesweep.models.io.files import disk_full, make_folder, publish_folder, sweep_below, write_text
 from prunesweep.models.io.lock import Lock, Vanished, reserve
+from prunesweep.models.io.objects import is_url, local_path, url_of
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.scratch import remove_scratch_folders
 from prunesweep.pruners.subspaces import can_recover
@@ -38,7 +39,6 @@ from prunesweep.search.space.space import Space
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.space.warm_start import met_points, start_points
 from prunesweep.search.store.front import OWN, QUALITIES, cost_of, hypervolume
-from prunesweep.search.store.objects import is_url, local_path, url_of
 from prunesweep.search.store.records import FORMAT, Result, sealed
 from prunesweep.search.store.run import Run, failure_reasons
 from prunesweep.search.store.stored import StoredRun

@@ -24,10 +24,10 @@ import ray
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.lock import Fence, Lost
+from prunesweep.models.io.objects import Objects
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.lease import LEASES, highest
 from prunesweep.search.store.mirror import Mirror, place_for
-from prunesweep.search.store.objects import Objects
 from prunesweep.search.store.progress import BEGUN
 from prunesweep.search.store.run import Run, Task, task_id
 from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING

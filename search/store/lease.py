@@ -23,8 +23,7 @@ from typing import Any
 from prunesweep.models.errors import UserError
 from prunesweep.models.io import lock
 from prunesweep.models.io.lock import Holder, Lost
-
-from .objects import Objects, Stamp
+from prunesweep.models.io.objects import Objects, Stamp
 
 __all__ = ["LEASES", "Lease", "highest", "holder"]
 

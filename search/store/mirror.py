@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.files import publish_file, write_text
+from prunesweep.models.io.objects import Objects, Stamp
 from prunesweep.models.io.provenance import digest
 
-from .objects import Objects, Stamp
 from .records import read_json
 
 __all__ = ["Journal", "Mirror", "belongs_to", "place_for"]

@@ -35,13 +35,13 @@ from prunesweep.models.io import reading
 from prunesweep.models.io.files import disk_full, sync, write_text
 from prunesweep.models.io.folder import check_files, load_provenance
 from prunesweep.models.io.lock import Lock, Lost
+from prunesweep.models.io.objects import is_url, url_of
 from prunesweep.models.io.provenance import digest
 from prunesweep.training import EvalMetrics, quality_name
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .front import COSTS, OBJECTIVES, TWO, RankBy, Ranking, hypervolume, latest
 from .mirror import belongs_to
-from .objects import is_url, url_of
 from .progress import BEGUN, REDUCTION_FACTOR, progress
 from .records import (
     FOLDER,

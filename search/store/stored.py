@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.lock import Lost
+from prunesweep.models.io.objects import Objects, StoreFails, is_url, url_of
 
 from .lease import LEASES, Lease, holder
 from .mirror import JOURNAL, Journal, Mirror, place_for
-from .objects import Objects, StoreFails, is_url, url_of
 from .progress import BEGUN
 from .run import Result, Run, Task, place_of, task_id
 

@@ -17,9 +17,9 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from prunesweep.models.io.objects import Objects
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
-from prunesweep.search.store.objects import Objects
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import view
 from tests.object_store import Store, serving

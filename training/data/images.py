@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from prunesweep.models import UserError
 from prunesweep.models.builder import check_preprocessing
-from prunesweep.models.errors import NotHere
 from prunesweep.training.recipe import Recipe
 
 from .base import UNREADABLE, Batch, Data, DataInfo, OpenOptions, Replaced
@@ -251,7 +250,7 @@ class Readable(Dataset[Batch]):
         if index not in self.reasons:
             try:
                 image, label = self.data[index]
-            except NotHere:  # a store that does not answer is no damaged image
+            except UserError:  # a store that does not answer, or refuses, is no damaged image
                 raise
             except READ_ERRORS as error:
                 self._count(index, error)

@@ -15,15 +15,15 @@ import hashlib
 import os
 import shutil
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Protocol
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import NotHere
-from prunesweep.models.io.files import make_folder, publish_file
+from prunesweep.models.io.files import make_folder
+from prunesweep.models.io.objects import Objects
 
 from .images import is_hidden
 from .index import cache_home, stamp_of
@@ -32,10 +32,7 @@ __all__ = ["LIMIT", "LocalShards", "RemoteShards", "ShardFiles", "is_url", "shar
 
 LIMIT = "PRUNESWEEP_SHARD_CACHE_GIB"  # environment variable: most space of kept shards on this machine
 SHARE = 0.5  # of the free space, where it is not set
-WAITS = (1, 2, 4, 8, 15, 30, 60)  # seconds between attempts while a store does not answer
 READS_TO_KEEP = 8  # single images read from a shard before all of it is fetched
-CHUNK = 2**23  # bytes
-Found = TypeVar("Found")
 
 
 class ShardFiles(Protocol):
@@ -96,11 +93,11 @@ class RemoteShards:
     """Shards at a URL, each kept on this machine once it was read whole, as far as there is room.
 
     Args:
-        place: the URL of their folder, with what pyarrow understands (``?endpoint_override=...``).
+        place: the URL of their folder.
 
     Raises:
-        UserError: the URL is of no known kind, or ``LIMIT`` is not a number.
-        NotHere: the store cannot be reached, or refuses.
+        UserError: nothing opens such a URL, the store refuses, or ``LIMIT`` is not a number.
+        NotHere: the store does not answer.
     """
 
     def __init__(self, place: str) -> None:
@@ -108,8 +105,9 @@ class RemoteShards:
         self.cache = cache_home("shards") / hashlib.sha256(place.encode()).hexdigest()[:16]
         self.reads = Counter[str]()
         _limit()
-        self.sizes = self._answer(self._list, WAITS[:2])  # size and time of the last change (ns) by name
-        for name in self.sizes:
+        found = self._store.list()
+        self.stamps = {name: found[name] for name in found if name.endswith(".tar") and _is_plain(name)}
+        for name in self.stamps:
             with contextlib.suppress(OSError):
                 os.utime(self._kept(name))  # in use, so others go first
 
@@ -117,21 +115,17 @@ class RemoteShards:
         return self.place
 
     def names(self, split: str) -> list[str]:
-        return sorted(name for name in self.sizes if name.startswith(split))
+        return sorted(name for name in self.stamps if name.startswith(split))
 
     def stamp(self, name: str) -> list[int]:
-        size, changed = self.sizes[name]
+        size, changed = self.stamps[name]
         return [0, changed, changed, size]
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[IO[bytes]]:
         kept = self._fetched(name)
-        if kept is not None:
-            with kept.open("rb") as file:
-                yield file
-            return
-        with self._answer(lambda: _opened(self.place)[0].open_input_stream(self._path(name))) as stream:
-            yield stream
+        with self._there(name), self._store.stream(name) if kept is None else kept.open("rb") as file:
+            yield file
 
     def read(self, name: str, position: int, size: int) -> bytes:
         with contextlib.suppress(FileNotFoundError):  # not kept, or gone since to make room
@@ -139,7 +133,8 @@ class RemoteShards:
         self.reads[name] += 1
         if self.reads[name] == READS_TO_KEEP and (kept := self._fetched(name)) is not None:
             return _part(kept, position, size)
-        return self._answer(lambda: self._range(name, position, size))
+        with self._there(name):
+            return self._store.part(name, position, size)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -150,24 +145,21 @@ class RemoteShards:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _path(self, name: str) -> str:
-        return f"{_opened(self.place)[1].rstrip('/')}/{name}"
+    @property
+    def _store(self) -> Objects:
+        return _objects(self.place, os.getpid())
+
+    @contextlib.contextmanager
+    def _there(self, name: str) -> Iterator[None]:
+        """Say it where a shard is gone, which must not look like an image that cannot be read."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotHere(f"data 'wds:{self.place}': {name} is gone") from error
 
     def _kept(self, name: str) -> Path:
-        size, changed = self.sizes[name]
+        size, changed = self.stamps[name]
         return self.cache / f"{changed}-{size}-{name}"
-
-    def _list(self) -> dict[str, tuple[int, int]]:
-        from pyarrow.fs import FileSelector  # type: ignore[import-untyped]
-
-        system, path = _opened(self.place)
-        found = system.get_file_info(FileSelector(path, allow_not_found=True))
-        tars = [info for info in found if info.is_file and info.base_name.endswith(".tar")]
-        return {info.base_name: (info.size, info.mtime_ns or 0) for info in tars if not is_hidden(info.base_name)}
-
-    def _range(self, name: str, position: int, size: int) -> bytes:
-        with _opened(self.place)[0].open_input_file(self._path(name)) as file:
-            return bytes(file.read_at(size, position))
 
     def _fetched(self, name: str) -> Path | None:
         """Return the kept file of a shard, fetched if need be; None where there is no room."""
@@ -176,78 +168,29 @@ class RemoteShards:
             return kept
         try:
             make_folder(self.cache)
-            if not _room(self.cache, self.sizes[name][0]):
+            if not _room(self.cache, self.stamps[name].size):
                 return None
-            with publish_file(kept) as scratch:
-                self._answer(lambda: self._download(name, scratch))
+            with self._there(name):
+                self._store.get(name, kept)
         except OSError:  # the disk is full, or may not be written
             return None
         return kept
 
-    def _download(self, name: str, scratch: Path) -> None:
-        with _opened(self.place)[0].open_input_stream(self._path(name)) as stream, scratch.open("wb") as file:
-            try:
-                shutil.copyfileobj(stream, file, CHUNK)
-            except OSError as error:
-                if error.filename is not None or error.errno is not None:
-                    raise _Here(*error.args) from error
-                raise
 
-    def _answer(self, ask: Callable[[], Found], waits: Sequence[int] = WAITS) -> Found:
-        """Ask the store, for some two minutes while it fails.
-
-        A store that does not answer must not look like an image that cannot be read, which training would replace.
-        """
-        for wait in (*waits, None):
-            try:
-                return ask()
-            except _Here:
-                raise
-            except FileNotFoundError as error:
-                raise NotHere(f"data 'wds:{self.place}': {error}; was it deleted?") from error
-            except OSError as error:
-                reason = str(error).splitlines()[0]
-                if wait is None or _refused(reason):
-                    raise NotHere(
-                        f"data 'wds:{self.place}': the store does not give it: {reason}\nCheck the URL, the network "
-                        "and the credentials (for s3:// those of the AWS command line, or anonymous@ in front of the "
-                        "bucket for none)"
-                    ) from error
-                print(f"{self.place} does not answer ({reason[:60]}), again in {wait} s", file=sys.stderr, flush=True)
-                time.sleep(wait)
-        raise AssertionError
+def _is_plain(name: str) -> bool:
+    return "/" not in name and not is_hidden(name)
 
 
-class _Here(OSError):
-    """A failure of this machine's disk, not of the store."""
-
-
-def _refused(reason: str) -> bool:
-    """Whether asking again is in vain."""
-    return any(word in reason for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "HTTP status 403"))
+@functools.lru_cache(maxsize=8)
+def _objects(place: str, _: int) -> Objects:
+    """Return what opens a URL; one connection for each process."""
+    return Objects(place, lambda line: print(f"data: {line}", file=sys.stderr, flush=True))
 
 
 def _part(file: Path, position: int, size: int) -> bytes:
     with file.open("rb") as opened:
         opened.seek(position)
         return opened.read(size)
-
-
-def _opened(place: str) -> Any:
-    """Return pyarrow's file system of a URL and the path in it; one connection for each process."""
-    return _connect(place, os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _connect(place: str, _: int) -> Any:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow.fs import FileSystem  # type: ignore[import-untyped]
-
-    try:
-        return FileSystem.from_uri(place)
-    except pyarrow.ArrowInvalid as error:
-        kinds = "s3://, gs://, abfs://, hdfs:// or file://"
-        raise UserError(f"data 'wds:{place}': must be a path, or a URL with {kinds}: {error}") from error
 
 
 def _limit() -> int | None:

@@ -15,12 +15,12 @@ import pytest
 
 from prunesweep.models import UserError
 from prunesweep.models.io import lock
+from prunesweep.models.io import objects as objects_module
 from prunesweep.models.io.lock import Lost
-from prunesweep.search.store import objects as objects_module
+from prunesweep.models.io.objects import Objects, StoreFails, is_url, joined, local_path, url_of
 from prunesweep.search.store import stored as stored_module
 from prunesweep.search.store.lease import LEASES, Lease
 from prunesweep.search.store.mirror import JOURNAL, PARTS, Journal, Mirror, place_for
-from prunesweep.search.store.objects import Objects, StoreFails, is_url, joined, local_path, url_of
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import StoredRun, ask_to_stop, view
 from tests.object_store import Store, serving

@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from prunesweep.models import UserError
 from prunesweep.models.errors import NotHere
+from prunesweep.models.io import objects
+from prunesweep.models.io.objects import Objects
 from prunesweep.training import open_data
 from prunesweep.training.data import shard_files
-from prunesweep.training.data.shard_files import LIMIT, RemoteShards
+from prunesweep.training.data.shard_files import LIMIT
+from tests.object_store import Store, serving
 
 PREPROCESSING = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
 IMAGES = 12  # of a shard
-CONNECT = shard_files._connect
+CONNECT = shard_files._objects
 
 
 def write_shards(folder: Path, seed: int = 0) -> Path:
@@ -80,7 +81,7 @@ def test_kept_shards_are_read_instead_of_the_store(tmp_path: Path, monkeypatch: 
     folder = write_shards(tmp_path / "shards")
     data = open_data(f"wds:file://{folder}", PREPROCESSING)
     before = pixels(data, "train")
-    monkeypatch.setattr(RemoteShards, "_range", lambda *_: pytest.fail("asked the store for a kept shard"))
+    monkeypatch.setattr(Objects, "part", lambda *_: pytest.fail("asked the store for a kept shard"))
     assert pixels(data, "train") == before
     write_shards(folder, seed=1)  # other images under the same names
     changed = open_data(f"wds:file://{folder}", PREPROCESSING)
@@ -120,41 +121,45 @@ def test_a_shard_that_is_read_again_and_again_is_fetched(tmp_path: Path, monkeyp
     assert (before, kept(tmp_path / "cache")) == ([], ["val-0.tar"])
 
 
-class Flaky(LocalFileSystem):
-    """Files of this machine, of a store that fails for some requests to open one."""
-
-    failures = 0
-    cachable = False
-
-    def open(self, *arguments: Any, **options: Any) -> Any:
-        if Flaky.failures > 0:
-            Flaky.failures -= 1
-            raise OSError("HTTP status 500: try again")
-        return super().open(*arguments, **options)
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with serving() as found:
+        yield found
 
 
 def test_a_store_that_fails_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_shards(tmp_path / "shards")
     monkeypatch.setenv(LIMIT, "0")
-    monkeypatch.setattr(shard_files, "_connect", lambda *_: (PyFileSystem(FSSpecHandler(Flaky())), str(folder)))
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    Flaky.failures = 0
-    data = open_data(f"wds:file://{folder}", PREPROCESSING)
+    folder, place = write_shards(tmp_path / "shards"), Objects(store.url("shards"))
+    for shard in folder.iterdir():
+        place.put(shard.name, shard)
+    data = open_data(f"wds:{store.url('shards')}", PREPROCESSING)
     before = pixels(data, "val")
-    Flaky.failures = 3
+    assert data.info.fingerprint == open_data(f"wds:{folder}", PREPROCESSING).info.fingerprint
+    left = [12]  # of which pyarrow takes some upon itself
+
+    def fails(*_: str) -> bool:
+        left[0] -= 1
+        return left[0] >= 0
+
+    monkeypatch.setattr(objects, "TOLD", 0.0)
+    store.fails = fails
     assert pixels(data, "val") == before  # and no image counts as one that cannot be read
-    assert "does not answer (HTTP status 500" in capsys.readouterr().err
-    Flaky.failures = 1000
-    with pytest.raises(NotHere, match=r"the store does not give it: HTTP status 500.*\nCheck the URL"):
+    assert "does not answer" in capsys.readouterr().err
+    monkeypatch.setattr(objects, "PATIENCE", 0.0)
+    store.fails = lambda *_: True
+    with pytest.raises(NotHere, match="the store has not answered for"):
         data.split("val", augment=None)[0]
-    Flaky.failures = 0
+    store.fails = lambda *_: False
+    place.delete("val-0.tar")
+    with pytest.raises(NotHere, match="val-0.tar is gone"):
+        data.split("val", augment=None)[0]
 
 
 def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="must be a path, or a URL with s3://"):
-        open_data("wds:ftp://host/shards", PREPROCESSING)
+    with pytest.raises(UserError, match="no storage is known as nowhere://"):
+        open_data("wds:nowhere://host/shards", PREPROCESSING)
     with pytest.raises(UserError, match="must be a folder that this machine sees; from a URL read: wds:URL"):
         open_data("imagefolder:s3://bucket/images", PREPROCESSING)
     with pytest.raises(NotHere, match=r"no shard file://.*/nowhere/train\*.tar with images"):

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from prunesweep.models.errors import UserError
-from prunesweep.models.io.files import disk_full, publish_file
+from prunesweep.models.errors import NotHere, UserError
+
+from .files import disk_full, publish_file
 
 __all__ = ["Objects", "Stamp", "StoreFails", "is_url", "joined", "local_path", "url_of"]
 
@@ -50,7 +51,7 @@ CREDENTIALS = (
 )
 
 
-class StoreFails(UserError):
+class StoreFails(NotHere):
     """A store did not do what it was asked for, however often."""
 
 
@@ -155,6 +156,19 @@ class Objects:
                 return file.read()
 
         return self.asked(look)
+
+    def part(self, name: str, position: int, size: int) -> bytes:
+        """Return ``size`` bytes of an object from ``position`` on. Raises FileNotFoundError where it is not there."""
+
+        def look() -> bytes:
+            with self._files.open_input_file(self._path(name)) as file:
+                return bytes(file.read_at(size, position))
+
+        return self.asked(look)
+
+    def stream(self, name: str) -> Any:
+        """Open an object to read it once, from beginning to end; what fails on the way is an OSError."""
+        return self.asked(lambda: self._files.open_input_stream(self._path(name)))
 
     def write(self, name: str, content: bytes) -> None:
         """Publish an object, which replaces one of this name."""
