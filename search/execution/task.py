@@ -34,6 +34,7 @@ from prunesweep.models import (
 )
 from prunesweep.models.io.files import disk_full, machine_fails, write_text
 from prunesweep.models.io.lock import Lost
+from prunesweep.models.io.objects import Objects, joined
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.store import check_saved, saved_digest
@@ -45,7 +46,6 @@ from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.front import OWN
 from prunesweep.search.store.mirror import belongs_to
-from prunesweep.search.store.objects import Objects, joined
 from prunesweep.search.store.run import Result, Run, Task, set_aside, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.container import memory_kills

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prunesweep.search.store.objects import Objects
 
 from prunesweep.launch.cluster.entrypoint import command
 from prunesweep.launch.cluster.kuberay import kuberay
@@ -18,7 +19,6 @@ from prunesweep.launch.doctor import check_nodes
 from prunesweep.models import UserError
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.report.server import Feed
-from prunesweep.search.store.objects import Objects
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import StoredRun, view
 from tests.launch.test_cli import call

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prunesweep.search.store.objects import Objects
 
 from prunesweep.search.execution import elsewhere
 from prunesweep.search.execution.elsewhere import unit_files
 from prunesweep.search.store.mirror import Mirror
-from prunesweep.search.store.objects import Objects
 from prunesweep.search.store.run import Run, Task
 from prunesweep.search.store.stored import STOPPING
 from tests.object_store import Store, serving
