@@ -45,10 +45,13 @@ FINAL = {  # what no further question changes, as stores say it
     "EXPIRED_TOKEN": "the credentials have expired; renew them",
     "MISSING_AUTHENTICATION_TOKEN": "there are no credentials",
 }
-CREDENTIALS = (
-    "credentials and endpoint are read as pyarrow does: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws, "
-    "AWS_ENDPOINT_URL for stores that are not Amazon's"
-)
+CREDENTIALS = {  # where they come from
+    "s3": "credentials and endpoint are read as pyarrow does: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws, "
+    "AWS_ENDPOINT_URL for stores that are not Amazon's",
+    "gs": "credentials are Google's application default ones",
+    "abfs": "credentials are those of Azure's default chain",
+    "hdfs": "it takes Hadoop's client: JAVA_HOME, HADOOP_HOME and CLASSPATH",
+}
 
 
 class StoreFails(NotHere):
@@ -262,11 +265,11 @@ class Objects:
                 if error.filename is not None or disk_full(error):
                     raise  # of this machine
                 if reason := _final(error):
-                    raise UserError(f"{self.url}: {reason}; {CREDENTIALS}: {_short(error)}") from error
+                    raise UserError(f"{self.url}: {reason}; {_help(self.url)}: {_short(error)}") from error
                 waited = time.monotonic() - begun
                 if waited > (PATIENCE if self._answered else FIRST):
                     raise StoreFails(
-                        f"{self.url}: the store has not answered for {waited:.0f} s; {CREDENTIALS}: {_short(error)}"
+                        f"{self.url}: the store has not answered for {waited:.0f} s; {_help(self.url)}: {_short(error)}"
                     ) from error
                 if waited > TOLD and not told:
                     told = True
@@ -301,7 +304,7 @@ def _open(url: str) -> tuple[Any, str]:
         return files, base.rstrip("/")
     except (ArrowException, OSError, ValueError) as error:
         if "Unrecognized filesystem type" not in str(error):
-            raise UserError(f"{url} cannot be opened: {_short(error)}; {CREDENTIALS}") from error
+            raise UserError(f"{url} cannot be opened: {_short(error)}; {_help(url)}") from error
     import fsspec  # type: ignore[import-untyped]
 
     try:
@@ -313,6 +316,11 @@ def _open(url: str) -> tuple[Any, str]:
             f"{url}: no storage is known as {scheme}://; there are s3, gs, abfs, hdfs, file, and what fsspec opens"
         ) from error
     return PyFileSystem(FSSpecHandler(opened)), base.rstrip("/")
+
+
+def _help(url: str) -> str:
+    """Where the credentials of a store come from."""
+    return CREDENTIALS.get(urlsplit(url).scheme, "see what fsspec says of its credentials")
 
 
 def _final(error: BaseException) -> str:

@@ -120,6 +120,11 @@ class Lease:
         found = self._objects.list(LEASES)
         self._objects.delete(asking)
         now = found[asking].published if asking in found else time.time_ns()
+        if not now:
+            raise UserError(
+                f"{self._objects.url}: it does not say when something was published, so it cannot be told whether "
+                "a driver lives: take another one, such as s3, gs or abfs"
+            )
         return _leases(found), now
 
     def _touch(self, *, released: bool = False) -> None:

@@ -97,6 +97,8 @@ def test_what_cannot_be_used_is_said_in_one_line(store: Store, tmp_path: Path) -
     with pytest.raises(UserError, match="these credentials may not do that; credentials and endpoint are read as"):
         Objects("s3://bucket/run").check()
     store.fails = lambda *_: False
+    with pytest.raises(UserError, match="does not say when something was published"):
+        Lease("memory://bucket/run", print, lost).__enter__()
     with pytest.raises(UserError, match="no storage is known as ftpx://; there are s3, gs"):
         Objects("ftpx://host/run")
 
