@@ -32,7 +32,16 @@ from .reading import Require, activation_of, layer_norms, pyramid_record, requir
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .views import AttentionView, Entrance, Reader, WindowView, attention_view, consecutive
 
-__all__ = ["SWIN", "HeteroSwinBlock", "HeteroWindowAttention", "SwinFamily", "build_swin", "fill_stages", "shift"]
+__all__ = [
+    "SWIN",
+    "HeteroSwinBlock",
+    "HeteroWindowAttention",
+    "SwinFamily",
+    "build_swin",
+    "fill_stages",
+    "neighbours",
+    "shift",
+]
 
 
 class HeteroWindowAttention(WindowAttention):  # type: ignore[misc]  # timm is untyped
@@ -106,6 +115,12 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
         if self.has_mlp:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
+
+
+def neighbours(x: torch.Tensor) -> torch.Tensor:
+    """Put four neighbours of a map (B, rows, columns, D) side by side, (B, rows / 2, columns / 2, 4 D) rounded up."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return rearrange(x, "b (h i) (w j) d -> b h w (j i d)", i=2, j=2)
 
 
 def shift(stage: Stage, block: Block) -> tuple[int, int]:
@@ -272,8 +287,7 @@ class SwinFamily(Family):
         merging = model.layers[stage].downsample
 
         def rows(x: torch.Tensor) -> torch.Tensor:
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-            found: torch.Tensor = merging.norm(rearrange(x, "b (h i) (w j) d -> b h w (j i d)", i=2, j=2))
+            found: torch.Tensor = merging.norm(neighbours(x))
             return found
 
         name = f"layers.{stage}.downsample.reduction"

@@ -29,8 +29,8 @@ from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of
 from .spaces import MLP, NORMS, WHOLE, Table, linear, per_channel, reads, scales, writes
-from .swin import SwinFamily, fill_stages, shift
-from .views import AttentionView, LinearView, WindowView, attention_view
+from .swin import SwinFamily, fill_stages, neighbours, shift
+from .views import AttentionView, Entrance, LinearView, Reader, WindowView, attention_view
 
 __all__ = ["SWIN_V2", "HeteroSwinV2Block"]
 
@@ -107,7 +107,7 @@ class SwinV2Family(SwinFamily):
     """timm's Swin V2: cosine attention in windows, norms behind the branches and behind patch merging."""
 
     name = "swin_v2"
-    capabilities = frozenset({"images", "width", "depth", "windows"})
+    capabilities = frozenset({"images", "width", "depth", "windows", "streams"})
     timm_classes = (SwinTransformerV2,)
     adopts = True
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu", "k_bias": False, "post_norm": True}
@@ -156,6 +156,12 @@ class SwinV2Family(SwinFamily):
             return None
         q, k, v = (LinearView(f"attn.{name}", getattr(block.attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
         return attention_view(block, record, (q, k, v), windows=WindowView(block))
+
+    def entrance(self, model: Any, arch: Arch, stage: int) -> Entrance:
+        """View the patch merging in front of a stage: a layer without bias that reads four neighbours, then a norm."""
+        merging = model.layers[stage].downsample
+        name = f"layers.{stage}.downsample.reduction"
+        return Entrance(Reader(name, merging.reduction, None, neighbours), merging.norm, merging)
 
     def check_whole(self, arch: Arch) -> None:
         """Raise UserError where logits are scaled: cosines are, by factors of their own."""

@@ -292,7 +292,8 @@ class AttentionView:
         """
         if self.reduction is None:
             padded = self.windows is not None and self.windows.padded(grid) != tuple(grid)
-            return tuple(Reader(view.name, view.layer, self.norm, self.tokens, padded) for view in self.inputs)
+            norm_in_front = _norm_or_none(self.norm)
+            return tuple(Reader(view.name, view.layer, norm_in_front, self.tokens, padded) for view in self.inputs)
         reduce, norm, rows = self.reduction, self.norm, grid[0]
         return (
             Reader(self.q.name, self.q.layer, norm, norm),
@@ -398,7 +399,7 @@ class MlpView:
 
     def readers(self) -> tuple[Reader, ...]:
         """List the layers that read the stream."""
-        return tuple(Reader(view.name, view.layer, self.norm, self.norm) for view in self.inputs)
+        return tuple(Reader(view.name, view.layer, _norm_or_none(self.norm), self.norm) for view in self.inputs)
 
     def activated(self, y: torch.Tensor, rows: int) -> torch.Tensor:
         """Compute the hidden units (B, N, M) from the output of the layer in front of them, (B, N, its rows)."""
@@ -409,6 +410,10 @@ class MlpView:
             return self.inner_norm(self.act(y))  # type: ignore[no-any-return]
         gate, value = y.chunk(2, -1)
         return self.inner_norm(self.act(gate) * value)  # type: ignore[no-any-return]
+
+
+def _norm_or_none(module: nn.Module) -> nn.Module | None:
+    return None if isinstance(module, nn.Identity) else module
 
 
 def consecutive(name: str, layer: nn.Linear, *widths: int) -> tuple[LinearView, ...]:

@@ -27,7 +27,7 @@ from prunesweep.models.families.views import AttentionView, MlpView
 from .batches import Batches
 from .compression import Compression, folded
 from .maps import best_pairs, query_key_maps, value_map
-from .refit import SHRINKAGE, Streams
+from .refit import SHRINKAGE, Streams, has_norm
 from .sensitivity import Sensitivity
 from .source import SourceStatistics, open_source, to_model
 from .streams import SourceStreams, steps
@@ -127,21 +127,24 @@ class _Losses:
         whole = Batches(attention.mixed(x, stage.grid) for x in self._held())
         if isinstance(record.v, int) and can_narrow(self.arch, f"blocks.{i}.v"):
             # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
-            covariance, mean = moments(attention.mixed(x, stage.grid).double() for x in self._rows(record.total_v))
+            covariance, mean = moments(
+                (attention.mixed(x, stage.grid).double() for x in self._rows(record.total_v)),
+                centred=attention.out.bias is not None,
+            )
             reached = covariance @ weight.T  # (V, D)
             own = self._choice(i, "v", record.v)
             for rank in levels(record.v, self.align)[1:]:
                 down, columns = self._values(record.heads, record.v, covariance, weight, rank)
                 fitted = self._refitted(columns, down @ covariance @ down.T, (down @ reached).T)
                 change = fitted @ down - weight
-                own[rank] = self._loss(i, "attention", (_apply(change, one, mean) for one in whole))
+                own[rank] = self._loss(i, attention, whole, (_apply(change, one, mean) for one in whole))
         if can_narrow(self.arch, f"blocks.{i}.q"):
             self._queries(view, attention, stage, whole)
         if record.sr:
             own = self._choice(i, "sr", record.sr)
             middle = Batches(x + attention.out(one) for x, one in zip(self._held(), whole, strict=True))
             for width in levels(record.sr, self.align)[1:]:
-                own[width] = self._loss(i, "attention", self._reduced(view, stage, width, middle))
+                own[width] = self._loss(i, attention, whole, self._reduced(view, stage, width, middle))
 
     def _queries(self, view: BlockView, attention: AttentionView, stage: Stage, whole: Streams) -> None:
         i, record, weight = view.index, view.record, attention.out.weight.double()
@@ -160,12 +163,13 @@ class _Losses:
             def narrow(n: int, q_map: torch.Tensor = q_map, k_map: torch.Tensor = k_map) -> torch.Tensor:
                 return attention.attended(q[n] @ q_map.to(q[n]), k[n] @ k_map.to(k[n]), v[n], x[n])
 
-            joint, mean = moments(torch.cat([narrow(n), full[n]], -1) for n in range(fit))
+            both = (torch.cat([narrow(n), full[n]], -1) for n in range(fit))
+            joint, mean = moments(both, centred=attention.out.bias is not None)
             V = record.total_v
             fitted = self._refitted(weight, joint[:V, :V], weight @ joint[V:, :V])
             change = torch.cat([fitted, -weight], 1)
             held = (torch.cat([narrow(fit + n), one], -1) for n, one in enumerate(whole))
-            own[rank] = self._loss(i, "attention", (_apply(change, both, mean) for both in held))
+            own[rank] = self._loss(i, attention, whole, (_apply(change, one, mean) for one in held))
 
     def _query_maps(self, queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the matrices that rows of all heads' queries and keys are multiplied by.
@@ -186,7 +190,8 @@ class _Losses:
     def _mlp(self, i: int, mlp: MlpView, rows: int) -> None:
         weight = mlp.out.weight.double()
         units = weight.shape[1]
-        covariance, mean = moments(mlp.hidden(mlp.norm(x), rows) for x in self._rows(units))
+        rows_of_units = (mlp.hidden(mlp.norm(x), rows) for x in self._rows(units))
+        covariance, mean = moments(rows_of_units, centred=mlp.out.bias is not None)
         self.units[i] = order = unit_order(covariance, weight)
         hidden = Batches(mlp.hidden(mlp.norm(x), rows) for x in self._held())
         own = self._choice(i, "mlp", units)
@@ -195,7 +200,7 @@ class _Losses:
             fitted = self._refitted(weight[:, kept], covariance[kept][:, kept], weight @ covariance[:, kept])
             change = -weight
             change[:, kept] += fitted
-            own[width] = self._loss(i, "mlp", (_apply(change, one, mean) for one in hidden))
+            own[width] = self._loss(i, mlp, hidden, (_apply(change, one, mean) for one in hidden))
 
     def _reduced(self, view: BlockView, stage: Stage, width: int, middle: Streams) -> Iterator[torch.Tensor]:
         """Compute what a narrower reduced map changes of the held-out streams."""
@@ -240,8 +245,18 @@ class _Losses:
     def _choice(self, i: int, space: str, full: int) -> dict[int, float]:
         return self.losses.setdefault((i, space), {full: 0.0})
 
-    def _loss(self, i: int, half: str, changes: Iterable[torch.Tensor]) -> float:
-        return self.sensitivity.loss(i, half, changes)
+    def _loss(self, i: int, half: AttentionView | MlpView, features: Streams, changes: Iterable[torch.Tensor]) -> float:
+        """Measure changes of what a half's last layer gives on held-out ``features``; a norm may stand behind it."""
+        if has_norm(half.scale):
+            changes = self._behind(half, features, changes)
+        return self.sensitivity.loss(i, "mlp" if isinstance(half, MlpView) else "attention", changes)
+
+    def _behind(
+        self, half: AttentionView | MlpView, features: Streams, changes: Iterable[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        for one, change in zip(features, changes, strict=True):
+            given = half.out(one)
+            yield half.scale(given + change) - half.scale(given)
 
     def _held(self) -> Batches:
         return self.x[self.fitted :]

@@ -40,7 +40,7 @@ from prunesweep.models.reduction import Choose, Project, Reduction, reduce_tenso
 from .calibration import shrinkage_for
 from .maps import best_pairs, query_key_maps, residual_map, value_map
 from .normal_equations import Moments
-from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, rows_of, run_together, solve_shift
+from .refit import SHRINKAGE, Refit, Streams, alone, fold_scale, has_bias, rows_of, run_together, solve_shift
 from .source import SourceStatistics, open_source
 from .streams import LayerOutputs, SourceStreams
 from .widths import Widths, can_project, compressed_arch, narrow_block
@@ -316,7 +316,7 @@ class Compression(Refit):
                 )
             found[full.name] = start, bias
         self._take_ranks(stage, own, source, z, found)
-        return self.write_attention(stage, own, source.stage, z, target)
+        return self.write_attention(stage, own, source, x, z, target)
 
     def _take_ranks(
         self,
@@ -389,7 +389,8 @@ class Compression(Refit):
             q, k, v = (outputs[part.name][..., part.rows] for part in (wanted.q, wanted.k, wanted.v))
             # in float64: the map divides by the root of the covariance, down to a cut-off that float32 does not reach
             sums.add(turning.attended(q, k, v, one, widths).double())
-        covariance = sums.covariance
+        # without a bias, the mean of what goes cannot be made up for
+        covariance = sums.covariance if own.out.bias is not None else sums.products / sums.rows
         ends = list(accumulate(widths))
         return [covariance[end - width : end, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
@@ -415,7 +416,7 @@ def _read_energy(model: nn.Module, arch: Arch, space: str) -> torch.Tensor:
 
 def _takes_shift(own: AttentionView, reader: Reader, stage: Stage) -> bool:
     """Whether the norm in front of a layer can take up a bias: no other layer reads it, and all rows come of it."""
-    return not reader.padded and alone(reader, own.readers(stage.grid))
+    return not reader.padded and has_bias(reader.norm) and alone(reader, own.readers(stage.grid))
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -15,6 +15,9 @@ projection), M merges the tokens of a planned block.
 
 so an MLP also carries what dropped blocks behind it did. A layer without a bias gets one through the norm in front of
 it, if nothing else reads that norm: W shift = b in the least squares.
+
+Where a norm stands behind the output projection or the second layer, these are fitted to what they give in the source,
+for channels that stay; the norm's gain and bias are fitted channel by channel to the targets above.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from timm.layers import RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch, BlockView, arch_of, block_views
@@ -43,6 +47,8 @@ __all__ = [
     "Refit",
     "alone",
     "fold_scale",
+    "has_bias",
+    "has_norm",
     "outputs_of",
     "rows_of",
     "run_together",
@@ -169,12 +175,23 @@ class Refit:
         for reader, wanted in pairs:
             single = alone(reader, own.readers(stage.grid))
             self.read(reader, self.wanted(source, wanted, x), z, f"{source.name}.{wanted.name}", single=single)
-        return self.write_attention(stage, own, source.stage, z, target)
+        return self.write_attention(stage, own, source, x, z, target)
 
-    def write_attention(self, stage: Stage, own: AttentionView, s: int, z: Streams, target: Streams) -> Streams:
-        """Fit the output projection of an attention whose readers are done; return the streams behind it."""
+    def write_attention(
+        self, stage: Stage, own: AttentionView, source: BlockView, x: Streams, z: Streams, target: Streams
+    ) -> Streams:
+        """Fit the output projection of an attention whose readers are done; arguments and result as for it."""
+        wanted = source.attention
+        assert wanted is not None
         fold_scale(own.scale, own.out.layer)
-        return self._write(own.out.layer, Batches(own.mixed(one, stage.grid) for one in z), z, target, s)
+        features = Batches(own.mixed(one, stage.grid) for one in z)
+        if not has_norm(own.scale):
+            return self._write(own.out.layer, features, z, target, source.stage)
+
+        def given(n: int) -> torch.Tensor:
+            return wanted.out(wanted.mixed(x[n], stage.grid))
+
+        return self._write_normed(own.out.layer, own.scale, features, given, z, target, source.stage)
 
     def mlp(self, stage: Stage, own: MlpView, source: BlockView, m: Streams, z: Streams, target: Streams) -> Streams:
         """Refit a block's MLP; arguments and result as for ``attention``, ``m`` the source's streams in front of it."""
@@ -184,7 +201,14 @@ class Refit:
             self.read(reader, self.wanted(source, wanted, m), z, f"{source.name}.{wanted.name}", single=True)
         fold_scale(own.scale, own.out.layer)
         hidden = Batches(own.hidden(own.norm(one), rows) for one in z)
-        return self._write(own.out.layer, hidden, z, target, source.stage)
+        if not has_norm(own.scale):
+            return self._write(own.out.layer, hidden, z, target, source.stage)
+        whole = source.mlp
+
+        def given(n: int) -> torch.Tensor:
+            return whole.out(whole.hidden(whole.norm(m[n]), rows))
+
+        return self._write_normed(own.out.layer, own.scale, hidden, given, z, target, source.stage)
 
     def _convolution(self, own: BlockView, s: int, z: Streams, target: Streams) -> Streams:
         """Refit the 1x1 layer behind the convolution; prefix tokens have no place on the grid."""
@@ -311,6 +335,16 @@ class Refit:
             self._fit(layer, features.__getitem__, lambda n: self.reduced(s, target[n]) - z[n], len(z))
         return Batches(one + layer(own) for one, own in zip(z, features, strict=True))
 
+    def _write_normed(
+        self, layer: nn.Module, norm: nn.Module, features: Streams, given: ByBatch, z: Streams, target: Streams, s: int
+    ) -> Streams:
+        """Fit a writer with a norm behind it to what it gives in the source, then the norm to the streams."""
+        if self.refit:
+            self._fit(layer, features.__getitem__, lambda n: self.reduced(s, given(n)), len(z))
+            added = Batches(norm(layer(own)) for own in features)
+            self._fit_norm(norm, added, lambda n: self.reduced(s, target[n]) - z[n])
+        return Batches(one + norm(layer(own)) for one, own in zip(z, features, strict=True))
+
     def _fit(
         self,
         layer: nn.Module,
@@ -328,13 +362,13 @@ class Refit:
             features,
             target,
             count,
-            centred=bias is not None or norm is not None,
+            centred=bias is not None or has_bias(norm),
             shrinkage=shrinkage,
         )
         weight.copy_(found.view_as(weight))
         if bias is not None:
             bias.copy_(shift)
-        elif norm is not None:
+        elif norm is not None and has_bias(norm):
             norm.get_parameter("bias").add_(solve_shift(found, shift).to(weight))
 
     def solve(
@@ -370,22 +404,27 @@ class Refit:
         if not self.refit or f"stages.{s}.embed" not in self.reductions:
             return
         x = self.source.entry(s)
+        self._fit_norm(norm, z, lambda n: self.reduced(s, x[n]))
+
+    def _fit_norm(self, norm: nn.Module, given: Streams, target: ByBatch) -> None:
+        """Fit gain and bias of a norm, which gives ``given``, channel by channel to targets of the same shape."""
 
         def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for n in range(len(z))[: self.fitted]:
-                yield z[n].flatten(0, -2).double(), self.reduced(s, x[n]).flatten(0, -2).double()
+            for n in range(len(given))[: self.fitted]:
+                yield given[n].flatten(0, -2).double(), target(n).flatten(0, -2).double()
 
-        weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
-        rows, zero = 0, torch.zeros_like(bias, dtype=torch.float64)
+        weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
+        rows, zero = 0, torch.zeros_like(weight, dtype=torch.float64)
         own, wanted, spread, shared = zero, zero, zero, zero
         for a, b in pairs():
             rows, own, wanted = rows + len(a), own + a.sum(0), wanted + b.sum(0)
-        own, wanted = own / rows, wanted / rows
+        own, wanted = (own / rows, wanted / rows) if bias is not None else (zero, zero)
         for a, b in pairs():
             spread, shared = spread + (a - own).square().sum(0), shared + ((a - own) * (b - a)).sum(0)
         factor = 1 + shared / rows / (spread / rows * (1 + self.shrinkage)).clamp_min(1e-12)
         weight.mul_(factor.to(weight))
-        bias.copy_((bias.double() * factor + wanted - factor * own).to(bias))
+        if bias is not None:
+            bias.copy_((bias.double() * factor + wanted - factor * own).to(bias))
 
 
 def run_together(
@@ -422,6 +461,16 @@ def rows_of(reader: Reader, streams: Streams) -> ByBatch:
     return lambda n: reader.rows(streams[n])
 
 
+def has_norm(scale: nn.Module) -> bool:
+    """Whether what stands behind a half of a block is a norm, and not LayerScale or nothing."""
+    return isinstance(scale, (nn.LayerNorm, RmsNorm))
+
+
+def has_bias(norm: nn.Module | None) -> bool:
+    """Whether there is a norm, and it has a bias."""
+    return getattr(norm, "bias", None) is not None
+
+
 def alone(reader: Reader, readers: Sequence[Reader]) -> bool:
     """Whether no other layer of a block reads the norm that a layer reads."""
     return sum(other.norm is reader.norm for other in readers) == 1
@@ -439,7 +488,8 @@ def fold_scale(scale: nn.Module, layer: nn.Module) -> None:
         return
     weight = layer.get_parameter("weight")
     weight.mul_(factors.view(-1, *(1,) * (weight.ndim - 1)))
-    layer.get_parameter("bias").mul_(factors)
+    if (bias := getattr(layer, "bias", None)) is not None:
+        bias.mul_(factors)
     factors.fill_(1)
 
 

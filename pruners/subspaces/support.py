@@ -18,10 +18,6 @@ def can_recover(arch: Arch) -> str | None:
     """
     if not family_of(arch).supports(*NEEDS):
         return f"{arch.source} is of family {arch.family!r}: subspaces are computed for {names_with(*NEEDS)}"
-    if not (arch.proj_bias and arch.mlp_bias):
-        return f"{arch.source} has linear layers without bias, which are not refitted"
-    if arch.norm != "layer" or arch.embed_norm or arch.post_norm:
-        return f"{arch.source} has RMSNorms, or norms in its embedding or behind attention and MLPs: it is not refitted"
     for i, block in enumerate(arch.blocks):
         if block.conv_kernel or block.tokens is not None or block.token_scale or block.norm_residual:
             return f"{arch.source}: blocks[{i}] has a convolution, a token plan or token factors"

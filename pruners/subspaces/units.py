@@ -60,10 +60,13 @@ def unit_order(covariance: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
     return torch.cat([units[alive], *(own.flip(0) for own in reversed(gone))])
 
 
-def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute covariance (F, F) and mean (F,) of rows (..., F); products in their own type, sums in float64."""
+def moments(batches: Iterable[torch.Tensor], *, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute covariance (F, F) and mean (F,) of rows (..., F); products in their own type, sums in float64.
+
+    Not ``centred``, for a layer without a bias, the mean counts as zero.
+    """
     sums = _sums(batches)
-    return sums.covariance, sums.mean
+    return (sums.covariance, sums.mean) if centred else (sums.products / sums.rows, torch.zeros_like(sums.mean))
 
 
 def _sums(batches: Iterable[torch.Tensor]) -> Moments:

@@ -80,7 +80,12 @@ class Widths:
 
 
 def can_project(arch: Arch, space: str) -> bool:
-    """Whether a space of a source may be mapped onto a subspace, as its family says."""
+    """Whether a space of a source may be mapped onto a subspace, as its family says.
+
+    A stream that RMSNorms read is not: the maps of streams keep the mean, as LayerNorm needs it.
+    """
+    if arch.norm != "layer" and space.endswith(".embed"):
+        return False
     return "project" in family_of(arch).reductions(arch, space)
 
 
