@@ -217,16 +217,6 @@ class Objects:
         with contextlib.suppress(FileNotFoundError):
             self.asked(delete)
 
-    def delete_below(self, name: str) -> None:
-        """Delete all objects below a name, if there are any."""
-
-        def delete() -> None:
-            self.guard()
-            self._files.delete_dir(self._path(name))
-
-        with contextlib.suppress(FileNotFoundError):
-            self.asked(delete)
-
     def each(self, act: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
         """Call ``act`` for names, several at a time, and yield what it returns as it comes."""
         with ThreadPoolExecutor(TOGETHER) as pool:

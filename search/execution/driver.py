@@ -508,11 +508,10 @@ def _access(stored: StoredRun) -> Access:
 
 def _check_places(config: SearchConfig, stored: StoredRun) -> None:
     """Raise UserError where trials on a cluster would need a folder that all nodes see."""
-    if config.resources.workers_per_trial > 1 and any(term.cache_teacher for term in config.finetune.distill):
+    if config.resources.workers_per_trial > 1:
         raise UserError(
-            f"finetune.distill, cache_teacher: the workers of one trial (resources.workers_per_trial = "
-            f"{config.resources.workers_per_trial}) share a folder of the teacher's answers, and with a run on "
-            f"{stored.url} nodes have none: leave it off, or take a folder that all nodes see"
+            f"resources.workers_per_trial = {config.resources.workers_per_trial}: the workers of one trial share a "
+            f"folder, and with a run on {stored.url} nodes have none: take 1, or a folder that all nodes see"
         )
 
 

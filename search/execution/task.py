@@ -34,7 +34,6 @@ from prunesweep.models import (
 )
 from prunesweep.models.io.files import disk_full, machine_fails, write_text
 from prunesweep.models.io.lock import Lost
-from prunesweep.models.io.objects import Objects, joined
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.store import check_saved, saved_digest
@@ -45,7 +44,6 @@ from prunesweep.search.space.axes import AXES
 from prunesweep.search.space.space import Candidate, Space, candidate_key
 from prunesweep.search.space.variables import MODEL
 from prunesweep.search.store.front import OWN
-from prunesweep.search.store.mirror import belongs_to
 from prunesweep.search.store.run import Result, Run, Task, set_aside, task_id
 from prunesweep.training import Data, Diverged, EvalMetrics, Recipe
 from prunesweep.training.container import memory_kills
@@ -368,12 +366,11 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
     """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
     run, resources = context.run, context.config.resources
     start, checkpoints = (folder / name for name in SCRATCH)
-    url = belongs_to(run.path)
     placement = Placement(
         resources.workers_per_trial,
         cpus=resources.cpus_per_trial,
         gpus=resources.gpus_per_trial,
-        storage=str(checkpoints) if url is None else joined(url, checkpoints.relative_to(run.path).as_posix()),
+        storage=str(checkpoints),
     )
     loaded = LoadedJob(model, context.source, context.data) if placement.here else None
     halvings = _lost_for_memory(folder)
@@ -424,11 +421,8 @@ def _lost_for_memory(folder: Path) -> int:
 
 def _remove_scratch(folder: Path) -> None:
     """Remove what training on workers of its own needs until it is done."""
-    url = belongs_to(folder.parents[1]) if (folder / SCRATCH[0]).exists() else None
     for name in SCRATCH:
         shutil.rmtree(folder / name, ignore_errors=True)
-    if url is not None:
-        Objects(url).delete_below(f"trials/{folder.name}/{SCRATCH[1]}")
 
 
 def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:

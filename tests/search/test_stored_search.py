@@ -17,6 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from prunesweep.models import UserError
 from prunesweep.models.io.objects import Objects
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
@@ -134,29 +135,19 @@ def test_nodes_share_nothing_but_the_store(
     assert json.loads(objects.read("front.json")) == Run(again.path).front()
 
 
-def test_a_trial_of_several_workers_on_nodes_that_share_nothing(
+def test_a_trial_of_several_workers_is_refused_there(
     tiny: Callable[..., SearchConfig],
     cluster: Cluster,
     store: Store,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its checkpoints lie in the store while it is trained, and are gone once it is done."""
+    """Before anything is made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path)))
-    url = store.url("runs/ddp")
-    config = tiny(search={"trials": 1}, resources={"workers_per_trial": 2})
-    store.requests.clear()
-    result = run_search(config, url, console=Console(quiet=True), address=str(cluster.address))
-    assert result is not None
-    assert result.finished
-    run = Run(result.path)
-    assert run.failures() == {}
-    (found,) = run.results()
-    assert found.has_model
-    log = (run.trial(found.id) / "metrics.jsonl").read_text()
-    assert "2 workers: " in log
-    assert any(method == "PUT" and "/trials/r0-0000/train/" in path for method, path in store.requests)
-    assert not [name for name in Objects(url).list() if "/train/" in name or "/start/" in name]
+    url, config = store.url("runs/ddp"), tiny(resources={"workers_per_trial": 2})
+    with pytest.raises(UserError, match="workers_per_trial = 2: the workers of one trial share a folder"):
+        run_search(config, url, console=Console(quiet=True), address=str(cluster.address))
+    assert Objects(url).list() == {}
 
 
 def cluster_homes(cluster: Cluster) -> list[str]:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,7 @@ def train_on_ray(
         job: what is trained.
         placement: number of workers and the resources of each; Ray has to be initialised.
         out: folder of the trained model, on the machine that calls this.
-        storage: absolute path or URI that all nodes can write to (local for one node, NFS, s3://...). With an object
-            store nodes need see no folder of the job: its models are sent to them, and that it is to stop.
+        storage: absolute path or URI that all nodes can write to (local for one node, NFS, s3://...).
         name: the run's name under ``storage``; an existing run of this name is resumed.
         provenance: metadata for the model's ``config.json``.
         max_failures: attempts after the first one; each resumes from the last checkpoint.
@@ -130,12 +129,10 @@ def train_on_ray(
         TrainingFailed: memory is too small, or the attempts are used up.
     """
     least = placement.min_workers
-    sent = _folders(job) if "://" in storage and not storage.startswith("file:") else {}
-    with _listening(reports, sent, job.stop_file) as log:
-        what = {"job": asdict(job), "provenance": dict(provenance or {}), "log": log, "sent": bool(sent)}
+    with _listening(reports) as log:
         trainer = _Trainer(
             _work,
-            train_loop_config=what,
+            train_loop_config={"job": asdict(job), "provenance": dict(provenance or {}), "log": log},
             scaling_config=ScalingConfig(
                 num_workers=placement.workers if least is None else (least, placement.workers),
                 use_gpu=placement.gpus > 0,
@@ -221,12 +218,10 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     first = context.get_world_rank() == 0
     where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
     log.started.remote(context.get_world_rank(), context.get_world_size(), where)
-    with scratch_folder() as scratch, contextlib.ExitStack() as stack:
-        if config["sent"]:
-            job = stack.enter_context(_received(job, log, scratch))
-        loaded, missing = _load(job, where)
-        if loaded is None:
-            return {"missing": missing}
+    loaded, missing = _load(job, where)
+    if loaded is None:
+        return {"missing": missing}
+    with scratch_folder() as scratch:
         state = scratch / STATE
         _restore(state)
 
@@ -252,40 +247,6 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         _report(figures, state, described)
         _wait_for_uploads(scratch)
     return figures
-
-
-def _folders(job: TrainingJob) -> dict[str, dict[str, bytes]]:
-    """The files of a job's models, by the field that names their folder."""
-    folders = {name: getattr(job, name) for name in ("model", "teacher")}
-    return {
-        field: {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
-        for field, folder in folders.items()
-        if folder is not None and Path(folder).is_dir()
-    }
-
-
-@contextlib.contextmanager
-def _received(job: TrainingJob, log: Any, scratch: Path) -> Iterator[TrainingJob]:
-    """Write the models of a job that were sent to this node; yield the job with their folders, and heed its stop."""
-    sent: dict[str, dict[str, bytes]] = ray.get(log.given.remote())
-    for field, files in sent.items():
-        (scratch / field).mkdir()
-        for name, content in files.items():
-            (scratch / field / name).write_bytes(content)
-    ended, stop_file = threading.Event(), scratch / "stop"
-
-    def heed() -> None:
-        while not ended.wait(1.0):
-            with contextlib.suppress(RayActorError, FileNotFoundError):  # it begins anew, or training ended
-                if ray.get(log.stopping.remote()):
-                    stop_file.touch()
-
-    threading.Thread(target=heed, daemon=True).start()
-    try:
-        folders: dict[str, Any] = {field: str(scratch / field) for field in sent}
-        yield replace(job, **folders, stop_file=str(stop_file))
-    finally:
-        ended.set()
 
 
 def _load(job: TrainingJob, where: str) -> tuple[LoadedJob | None, str | None]:
@@ -347,8 +308,7 @@ def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., Non
 class _Log:
     """Collect what the workers report, for the process that started them."""
 
-    def __init__(self, sent: dict[str, dict[str, bytes]]) -> None:
-        self.sent, self.stopped = sent, False
+    def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []  # reports that must not get lost, in order
         self.latest: tuple[int, int, float] | None = None
         self.ready: dict[int, str] = {}
@@ -369,15 +329,6 @@ class _Log:
     def epoch(self, epoch: dict[str, Any]) -> None:
         self.events.append(("epoch", epoch))
 
-    def given(self) -> dict[str, dict[str, bytes]]:
-        return self.sent
-
-    def stop(self) -> None:
-        self.stopped = True
-
-    def stopping(self) -> bool:
-        return self.stopped
-
     def note(self, text: str) -> None:
         self.events.append(("note", text))
 
@@ -387,16 +338,10 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _listening(reports: Reports, sent: Mapping[str, Any], stop_file: str | None) -> Iterator[Any]:
-    """Start an actor on this node that workers report to; pass its reports on in this process, from a thread.
-
-    Args:
-        reports: called with them.
-        sent: what workers ask it for: contents of files, by folders.
-        stop_file: where it is, workers are told.
-    """
+def _listening(reports: Reports) -> Iterator[Any]:
+    """Start an actor on this node that workers report to; pass its reports on in this process, from a thread."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    log = _Log.options(scheduling_strategy=here).remote(dict(sent))  # type: ignore[attr-defined]
+    log = _Log.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ended, heard = threading.Event(), 0
 
     def listen() -> None:
@@ -405,8 +350,6 @@ def _listening(reports: Reports, sent: Mapping[str, Any], stop_file: str | None)
         while not over:
             over = ended.wait(0.5)
             try:
-                if sent and stop_file is not None and Path(stop_file).exists():
-                    ray.get(log.stop.remote())
                 events, latest = ray.get(log.since.remote(heard))
             except RayActorError:  # its process was lost, with what was not heard of yet; Ray starts another one
                 heard = 0
