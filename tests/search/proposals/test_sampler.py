@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
@@ -232,3 +233,16 @@ def _of_new(trials: int) -> optuna.Study:
     found = new_study(sampler())
     run(found, trials)
     return found
+
+
+def test_a_proposal_is_computed_by_one_thread() -> None:
+    """Where trials keep the processor busy, several threads wait for each other for seconds."""
+    seen, before = list[int](), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        study = new_study(sampler(fit=lambda point: (seen.append(torch.get_num_threads()), point)[1]))
+        run(study, 12)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
