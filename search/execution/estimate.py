@@ -5,7 +5,7 @@ from __future__ import annotations
 from prunesweep.models import Arch, build, cost
 from prunesweep.models.latency.timing import measure
 from prunesweep.search.config import SearchConfig
-from prunesweep.search.report.words import clock
+from prunesweep.search.report.words import clock, counted
 from prunesweep.search.space.space import Summary
 from prunesweep.search.store.progress import planned
 
@@ -43,10 +43,9 @@ def estimate(config: SearchConfig, arch: Arch, summary: Summary, images: int, un
             build(arch), batch=BATCH, threads=resources.cpus_per_trial, warmup=1, repeats=2, min_seconds=0.0
         )
         rate = BATCH * source / (timing.median_ms / 1000) * resources.workers_per_trial
-        cpus = f"{resources.cpus_per_trial} CPU{'' if resources.cpus_per_trial == 1 else 's'}"
         line += (
-            f", roughly {clock(seen * each / rate / units)} with {units} candidate{'' if units == 1 else 's'} side by "
-            f"side on {cpus} each, by the time of one pass of the source here"
+            f", roughly {clock(seen * each / rate / units)} with {counted(units, 'candidate')} side by side on "
+            f"{counted(resources.cpus_per_trial, 'CPU')} each, by the time of one pass of the source here"
         )
     elif resources.gpus_per_trial:
         line += "; the time is not estimated, for nothing is run on a GPU before the search"

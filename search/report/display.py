@@ -26,12 +26,11 @@ from prunesweep.search.store.run import Result, failure_reasons, reason_of
 from prunesweep.training.metrics import EvalMetrics, quality_name
 
 from .live import live_view, result_line, state_line
-from .words import HEADINGS, MEASURES, clock
+from .words import COST_NAMES, HEADINGS, MEASURES, clock, counted
 
 __all__ = ["Display", "clock", "front_notes", "print_front", "print_promoted"]
 
 LEAST = ("agree\n(%)", "balanced\n(%)", "epochs", "loss", "KL", "MACs\n(M)", "rung")  # of columns, the first to go
-SHARES = {"macs": "MACs", "params": "params", "latency_ms": "latency"}  # names of costs in headings
 IMBALANCE = 1.0  # percent between top-1 and balanced accuracy from which both are shown
 SILENCE = 30.0  # seconds after which work that goes on says so where there is no terminal
 PART = 0.05  # of the time so far, the longest silence of work that takes very long
@@ -200,8 +199,8 @@ class Display:
         share = "all points" if summary.feasible == 1 else f"{summary.feasible:.0%} of the points"
         self.note(
             f"budget window [{table.budget[0]:g}, {table.budget[1]:g}]: {share} can be built, with {low:.3f} to "
-            f"{high:.3f} of the source's MACs; {len(free)} variables, {summary.distinct} distinct candidates in a "
-            f"sample of {round(len(summary.points) / summary.feasible)}"
+            f"{high:.3f} of the source's MACs; {counted(len(free), 'variable')}, {summary.distinct} distinct "
+            f"candidates in a sample of {round(len(summary.points) / summary.feasible)}"
         )
 
     def plan(self, config: SearchConfig, units: int | None) -> None:
@@ -224,15 +223,15 @@ class Display:
         epochs = sum(count * own for count, own in zip(whole, rungs, strict=True))
         parts = []
         for rung, (count, own) in enumerate(zip(whole, rungs, strict=True)):
-            candidates = f"the best {count}" if rung else f"{count} candidate{'' if count == 1 else 's'}"
-            parts.append(f"{candidates} for {own} epoch{'' if own == 1 else 's'}" if own else f"{candidates} untrained")
+            candidates = f"the best {count}" if rung else counted(count, "candidate")
+            parts.append(f"{candidates} for {counted(own, 'epoch')}" if own else f"{candidates} untrained")
         several = f"{len(rungs)} rungs: " if len(rungs) > 1 else ""
         resources = config.resources
         workers, cpus, gpus = resources.workers_per_trial, resources.cpus_per_trial, resources.gpus_per_trial
         each = f"{workers} worker{'s' if workers > 1 else ''} of {cpus} CPU{'s' if cpus > 1 else ''}"
-        each += f" and {gpus:g} GPU{'' if gpus == 1 else 's'}" if gpus else ""
+        each += f" and {counted(gpus, 'GPU')}" if gpus else ""
         beside = "" if units is None else f"; {units} side by side here"
-        trained = f"{epochs} epoch{'' if epochs == 1 else 's'} in all"
+        trained = f"{counted(epochs, 'epoch')} in all"
         self.note(f"plan: {several}{', then '.join(parts)}; {trained}, each candidate on {each}{beside}")
 
     def failures(self, failures: Mapping[str, str], *, again: bool) -> None:
@@ -296,13 +295,14 @@ class Display:
         if not found or not whole:
             return
         computing, training = (sum(times) / whole for times in zip(*map(_work, found), strict=True))
-        again = f"; {coordinator.duplicates} proposals were candidates already" if coordinator.duplicates else ""
+        known = coordinator.duplicates
+        again = f"; of the proposals, {known:,} were candidates already" if known else ""
         each = coordinator.seconds / len(found)
         other = max(1 - computing - training, 0)
         self.note(
-            f"{len(found)} units in {clock(elapsed)}: of the workers' time {computing:.0%} went into computing and "
-            f"measuring models, {training:.0%} into training, {other:.0%} into other things; the driver spent "
-            f"{each:.3f} s on each unit, {coordinator.seconds / whole:.1%} of that time{again}"
+            f"{counted(len(found), 'unit')} in {clock(elapsed)}: of the workers' time {computing:.0%} went into "
+            f"computing and measuring models, {training:.0%} into training, {other:.0%} into other things; the driver "
+            f"spent {each:.3f} s on each unit, {coordinator.seconds / whole:.1%} of that time{again}"
         )
 
     def close(self) -> None:
@@ -353,7 +353,7 @@ def print_promoted(
     known = ("quality", "error", "ppl", "top1", "agreement")
     quality = next(name for name in known if all(p.get(name) is not None for p in found))
     heading = HEADINGS.get(quality) or str(measure)
-    for name in ("unit", heading, "before", f"{SHARES[cost]} / source", "params (M)", "latency (ms)", "recipe"):
+    for name in ("unit", heading, "before", f"{COST_NAMES[cost]} / source", "params (M)", "latency (ms)", "recipe"):
         table.add_column(name, justify="right")
     for p in found:
         latency = p["latency"]
@@ -395,7 +395,7 @@ def print_front(console: Console, front: Sequence[dict[str, Any]], source_cost: 
         "latency\n(ms),\npredicted": lambda p: f"{p['latency_ms']:.3f}",
     }
     share: dict[str, Callable[[Any], str]] = {"/\nsource": lambda p: f"{p[cost] / source_cost:.3f}"}
-    behind = 1 + [name.split("\n")[0] for name in columns].index(SHARES[cost])
+    behind = 1 + [name.split("\n")[0] for name in columns].index(COST_NAMES[cost])
     columns = dict([*list(columns.items())[:behind], *share.items(), *list(columns.items())[behind:]])
     rows = {name: [_cell(point, cell) for point in front] for name, cell in columns.items()}
     shown = {name: cells for name, cells in rows.items() if any(cells)}  # runs of earlier versions have fewer figures

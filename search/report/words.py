@@ -10,7 +10,18 @@ from prunesweep.search.store.progress import Level
 from prunesweep.search.store.records import place_of
 from prunesweep.training.metrics import EvalMetrics, quality_name
 
-__all__ = ["COST_NAMES", "HEADINGS", "MEASURES", "clock", "counts", "front_line", "named", "status_lines", "task_line"]
+__all__ = [
+    "COST_NAMES",
+    "HEADINGS",
+    "MEASURES",
+    "clock",
+    "counted",
+    "counts",
+    "front_line",
+    "named",
+    "status_lines",
+    "task_line",
+]
 
 HEADINGS = {"ppl": "ppl", "top1": "top-1 (%)", "balanced": "balanced (%)", "agreement": "agreement (%)"}  # of qualities
 COST_NAMES = {"macs": "MACs", "params": "params", "latency_ms": "latency"}
@@ -42,6 +53,12 @@ def clock(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def counted(number: float, what: str) -> str:
+    """Return a number and the word for what it counts: ``1 epoch``, ``3 epochs``."""
+    shown = f"{number}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}{'' if number == 1 else 's'}"
 
 
 def counts(level: Level, several: bool) -> str:

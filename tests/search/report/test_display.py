@@ -17,6 +17,7 @@ from prunesweep.search.execution.coordinator import Coordinator
 from prunesweep.search.report import display
 from prunesweep.search.report.display import Display, print_front, print_promoted
 from prunesweep.search.report.live import result_line
+from prunesweep.search.report.words import counted
 from prunesweep.search.store.run import Result
 from prunesweep.search.store.study import Study
 from prunesweep.training import EvalMetrics
@@ -52,6 +53,12 @@ def test_shares_are_of_the_cost_that_is_searched(cost: str, of_source: float, wa
     print_front(console, [{**POINT, "model": FOLDER}], of_source, cost)
     row = next(line.split() for line in console.file.getvalue().splitlines() if "98.00" in line)
     assert row[4:] == wanted
+
+
+def test_what_is_counted_is_one_or_several() -> None:
+    counts = [(1, "1 epoch"), (2, "2 epochs"), (0.5, "0.5 epochs"), (1.0, "1 epoch"), (2_500_000, "2500000 epochs")]
+    for number, said in counts:
+        assert counted(number, "epoch") == said
 
 
 def test_promoted_models_have_paths_that_can_be_copied() -> None:
