@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from prunesweep.search.store.objects import Objects
 
 from prunesweep.launch.cluster.entrypoint import command
 from prunesweep.launch.cluster.kuberay import kuberay
@@ -17,6 +16,7 @@ from prunesweep.launch.cluster.ray_launcher import ray_launcher
 from prunesweep.launch.cluster.slurm import slurm
 from prunesweep.launch.doctor import check_nodes
 from prunesweep.models import UserError
+from prunesweep.models.io.objects import Objects
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.report.server import Feed
 from prunesweep.search.store.run import Run

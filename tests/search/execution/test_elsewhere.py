@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prunesweep.search.store.objects import Objects
 
+from prunesweep.models.io.objects import Objects
 from prunesweep.search.execution import elsewhere
 from prunesweep.search.execution.elsewhere import unit_files
 from prunesweep.search.store.mirror import Mirror
