@@ -40,7 +40,9 @@ __all__ = [
     "build_swin",
     "fill_stages",
     "neighbours",
+    "set_halves",
     "shift",
+    "skeleton",
 ]
 
 
@@ -68,31 +70,14 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
     """Swin block of one record: windows of any heads, a convolution over the whole map or no mixer; any MLP or none."""
 
     def __init__(self, arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> None:
-        window, attends = stage.window or (1, 1), block.mixer == "attn"
-        super().__init__(
-            stage.width,
-            stage.grid,
-            num_heads=1,
-            head_dim=1,
-            window_size=window if attends else 1,
-            shift_size=shift(stage, block) if attends else 0,
-            drop_path=drop_path,
-            mlp_ratio=0,
-            norm_layer=norm_layer,
-        )
-        self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
-        if attends:
-            self.attn: nn.Module = HeteroWindowAttention(stage.width, block, window, arch.qkv_bias)
+        options = {**skeleton(stage, block), "head_dim": 1, "drop_path": drop_path, "norm_layer": norm_layer}
+        super().__init__(stage.width, stage.grid, **options)
+        mixer: nn.Module | None = None
+        if block.mixer == "attn":
+            mixer = HeteroWindowAttention(stage.width, block, stage.window or (1, 1), arch.qkv_bias)
         elif block.conv_kernel:
-            self.attn = ConvMixer(stage.width, block.total_v, block.conv_kernel, stage.grid)
-        else:
-            del self.attn
-            if not block.norm_residual:
-                del self.norm1, self.drop_path1
-        if self.has_mlp:
-            self.mlp = Mlp(stage.width, block.mlp)
-        else:
-            del self.norm2, self.mlp, self.drop_path2
+            mixer = ConvMixer(stage.width, block.total_v, block.conv_kernel, stage.grid)
+        set_halves(self, stage, block, mixer)
 
     def set_input_size(self, feat_size: tuple[int, int], window_size: Any, **options: Any) -> None:
         """Take another grid, as timm's ``set_input_size`` of the whole model asks of every block."""
@@ -115,6 +100,35 @@ class HeteroSwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm is un
         if self.has_mlp:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
+
+
+def skeleton(stage: Stage, block: Block) -> dict[str, Any]:
+    """Return the arguments of a timm block, of either version, whose attention and MLP are going to be replaced."""
+    if block.mixer != "attn":
+        return {"num_heads": 1, "mlp_ratio": 0, "window_size": 1, "shift_size": 0}
+    return {"num_heads": 1, "mlp_ratio": 0, "window_size": stage.window, "shift_size": shift(stage, block)}
+
+
+def set_halves(module: Any, stage: Stage, block: Block, mixer: nn.Module | None) -> None:
+    """Give a timm block, of either version, the halves of its record, or take them away.
+
+    Args:
+        module: the block.
+        stage: its stage's record.
+        block: its record.
+        mixer: what takes the place of its attention; None where there is nothing.
+    """
+    module.mixer, module.norm_residual, module.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
+    if mixer is not None:
+        module.attn = mixer
+    else:
+        del module.attn
+        if not block.norm_residual:
+            del module.norm1, module.drop_path1
+    if block.mlp:
+        module.mlp = Mlp(stage.width, block.mlp)
+    else:
+        del module.norm2, module.mlp, module.drop_path2
 
 
 def neighbours(x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
 from .reading import Require, activation_of
 from .spaces import MLP, NORMS, WHOLE, Table, linear, per_channel, reads, scales, writes
-from .swin import SwinFamily, fill_stages, neighbours, shift
+from .swin import SwinFamily, fill_stages, neighbours, set_halves, skeleton
 from .views import AttentionView, Entrance, LinearView, Reader, WindowView, attention_view
 
 __all__ = ["SWIN_V2", "HeteroSwinV2Block"]
@@ -41,29 +41,13 @@ class HeteroSwinV2Block(SwinTransformerV2Block):  # type: ignore[misc]  # timm i
     post_norm = True
 
     def __init__(self, arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> None:
-        window, attends = stage.window or (1, 1), block.mixer == "attn"
-        super().__init__(
-            stage.width,
-            stage.grid,
-            num_heads=1,
-            window_size=window if attends else 1,
-            shift_size=shift(stage, block) if attends else 0,
-            drop_path=drop_path,
-            mlp_ratio=0,
-            norm_layer=norm_layer,
-        )
-        self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
-        if attends:
-            reference = stage.reference_window
-            self.attn: nn.Module = CosineWindowAttention(stage.width, block, window, reference, arch.qkv_bias)
-        else:
-            del self.attn
-            if not block.norm_residual:
-                del self.norm1, self.drop_path1
-        if self.has_mlp:
-            self.mlp = Mlp(stage.width, block.mlp)
-        else:
-            del self.norm2, self.mlp, self.drop_path2
+        options = {**skeleton(stage, block), "drop_path": drop_path, "norm_layer": norm_layer}
+        super().__init__(stage.width, stage.grid, **options)
+        mixer: nn.Module | None = None
+        if block.mixer == "attn":
+            windows = stage.window or (1, 1), stage.reference_window
+            mixer = CosineWindowAttention(stage.width, block, *windows, arch.qkv_bias)
+        set_halves(self, stage, block, mixer)
         for name in ("norm1", "norm2"):  # as timm begins: every branch adds nothing
             if hasattr(self, name):
                 nn.init.zeros_(getattr(self, name).weight)
