@@ -577,6 +577,7 @@ def _search(
         run = Run(run.path, lock.check)
         sweep_below(run.path)
         run.stop_file.unlink(missing_ok=True)
+        shutil.rmtree(run.workers, ignore_errors=True)
         display.failures(run.failures(), again=retry_failed)
         if retry_failed:
             run.forget_failures()
@@ -641,6 +642,7 @@ def _search(
             ) from error
         finally:
             run.stop_file.unlink(missing_ok=True)
+            shutil.rmtree(run.workers, ignore_errors=True)
             if run.path.is_dir():
                 _write_report(run)
         if coordinator.finished and not coordinator.measured:

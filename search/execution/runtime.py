@@ -26,6 +26,7 @@ from prunesweep.search.store.run import Task
 from prunesweep.search.store.stored import StoredRun
 from prunesweep.training.container import memory_kills, usable_cpus, usable_memory
 from prunesweep.training.jobs.ray_session import RayDied, alive, joined, object_store_bytes, own_ray
+from prunesweep.training.jobs.run_job import release_workers
 from prunesweep.training.named_code import allow_modules, allowed_modules
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
@@ -257,6 +258,10 @@ class _TaskActor(tune.Trainable):  # type: ignore[misc]
         found = self._job["work"](Path(self._job["run"]), Task(**self._job["unit"]), **further)
         given = json.dumps(found) if found.get("elsewhere") else None
         return {"state": found["state"], "reason": found.get("reason"), "given": given, "done": True}
+
+    def cleanup(self) -> None:
+        """End the workers of trials of several, which stay from one to the next."""
+        release_workers()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Do nothing: Tune saves every trial that ends, but a unit's state is in its own folder."""

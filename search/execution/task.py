@@ -60,7 +60,7 @@ from .reopen import check_data, space_of
 __all__ = ["run_task"]
 
 ATTEMPT = "attempt.json"  # of a training that has begun and not ended: how often processes were killed for memory then
-SCRATCH = ("start", "train")  # folders of a unit that is trained on workers of its own: its first model, checkpoints
+START = "start"  # folder of the first model of a unit that is trained on workers of its own
 
 
 @contextlib.contextmanager
@@ -365,12 +365,11 @@ def _is_sound(model: Path, weights: str | None = None) -> bool:
 def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path, log: MetricsLog) -> bool:
     """Train and save ``model``, here or on workers that bring their own resources; False where it was asked to stop."""
     run, resources = context.run, context.config.resources
-    start, checkpoints = (folder / name for name in SCRATCH)
+    start = folder / START
     placement = Placement(
         resources.workers_per_trial,
         cpus=resources.cpus_per_trial,
         gpus=resources.gpus_per_trial,
-        storage=str(checkpoints),
     )
     loaded = LoadedJob(model, context.source, context.data) if placement.here else None
     halvings = _lost_for_memory(folder)
@@ -401,6 +400,7 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         provenance=_provenance(context, unit),
         loaded=loaded,
         name=f"{run.path.name}-{unit.id}-{unit.key}",
+        keep_workers=run.workers,
         reports=Reports(on_note=lambda text: log.event("note", text=text)),
     )
     (folder / ATTEMPT).unlink(missing_ok=True)
@@ -421,8 +421,7 @@ def _lost_for_memory(folder: Path) -> int:
 
 def _remove_scratch(folder: Path) -> None:
     """Remove what training on workers of its own needs until it is done."""
-    for name in SCRATCH:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / START, ignore_errors=True)
 
 
 def _provenance(context: WorkerContext, unit: Task) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     front/01, ...    links to the models of the front's members, ascending in cost
     study.journal    Optuna's journal          front.json, report.html, tb/
     advice.json, speed.json                    once the search has ended
+    workers/         of trials of several workers, while the search runs
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, begun and state.safetensors (in flight), model/,
                      result.json, validation.json, test.json (of members of the front, once the search has ended)
 
@@ -174,6 +175,11 @@ class Run:
     def lock(self, on_lost: Callable[[Lost], object] | None = None) -> Lock:
         """The right to write to the run: one driver at a time, across hosts that share the folder."""
         return Lock(self.leases, self.shown, keep=True, on_lost=on_lost)
+
+    @property
+    def workers(self) -> Path:
+        """Folder of what Ray Train keeps while trials of several workers are trained."""
+        return self / "workers"
 
     @property
     def stop_file(self) -> Path:

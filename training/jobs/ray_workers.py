@@ -64,7 +64,18 @@ from .training_job import (  # noqa: E402
     train_models,
 )
 
-__all__ = ["TrainingFailed", "drop_torn_snapshot", "train_on_ray"]
+__all__ = [
+    "Heard",
+    "QuietTrainer",
+    "TrainingFailed",
+    "backend_of",
+    "drop_torn_snapshot",
+    "load_together",
+    "pass_on",
+    "process_lost",
+    "seldom",
+    "train_on_ray",
+]
 
 MODEL = "model"  # folder of the trained models in a checkpoint
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -77,12 +88,12 @@ class TrainingFailed(Exception):
     """Training ended with an error that another attempt would not mend."""
 
 
-def _backend(gpus: float) -> str:
+def backend_of(gpus: float) -> str:
     """The library that gradients travel by; NCCL refuses workers that share a GPU."""
     return "nccl" if gpus >= 1 else "gloo"
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class QuietTrainer(TorchTrainer):  # type: ignore[misc]
     """Ray's trainer, which leaves Ctrl-C to its caller; Ray's own handler ends the process with exit code 0 or 1."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -130,7 +141,7 @@ def train_on_ray(
     """
     least = placement.min_workers
     with _listening(reports) as log:
-        trainer = _Trainer(
+        trainer = QuietTrainer(
             _work,
             train_loop_config={"job": asdict(job), "provenance": dict(provenance or {}), "log": log},
             scaling_config=ScalingConfig(
@@ -145,7 +156,7 @@ def train_on_ray(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
-            torch_config=TorchConfig(backend=_backend(placement.gpus), timeout_s=300),
+            torch_config=TorchConfig(backend=backend_of(placement.gpus), timeout_s=300),
         )
         result = _fit(trainer, storage, name)
     if "missing" in result.return_value:
@@ -162,7 +173,7 @@ def train_on_ray(
     return True
 
 
-def _fit(trainer: _Trainer, storage: str, name: str) -> ray.train.Result:
+def _fit(trainer: QuietTrainer, storage: str, name: str) -> ray.train.Result:
     """Train; where the process that directs the workers was lost, once more from the last checkpoint."""
     for attempt in range(RESTARTS + 1):
         drop_torn_snapshot(storage, name)
@@ -173,13 +184,17 @@ def _fit(trainer: _Trainer, storage: str, name: str) -> ray.train.Result:
                 trainer.abort()
             raise
         except (RayActorError, ControllerError) as error:  # the second one: of a worker, lost before it began
-            lost = isinstance(error, RayActorError) or isinstance(error.controller_failure, RayActorError)
-            if attempt == RESTARTS or not lost or not alive():
+            if attempt == RESTARTS or not process_lost(error) or not alive():
                 raise TrainingFailed(str(error)) from error
             free_places()
         except Exception as error:  # Ray wraps the error of a worker
             raise TrainingFailed(str(error)) from error
     raise AssertionError  # the last attempt has returned or raised
+
+
+def process_lost(error: BaseException) -> bool:
+    """Whether an error of Ray's trainer means that what directs the workers was lost, or a worker before it began."""
+    return isinstance(error, RayActorError) or isinstance(getattr(error, "controller_failure", None), RayActorError)
 
 
 def drop_torn_snapshot(storage: str, name: str) -> None:
@@ -218,7 +233,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     first = context.get_world_rank() == 0
     where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
     log.started.remote(context.get_world_rank(), context.get_world_size(), where)
-    loaded, missing = _load(job, where)
+    loaded, missing = load_together(job, where)
     if loaded is None:
         return {"missing": missing}
     with scratch_folder() as scratch:
@@ -232,7 +247,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
         reports = Reports(on_epoch=on_epoch)
         if first:
-            reports = Reports(_seldom(log.step.remote), on_epoch, log.note.remote)
+            reports = Reports(seldom(log.step.remote), on_epoch, log.note.remote)
         try:
             models = train_models(job, loaded, state=state, reports=reports)
         except Diverged as error:  # on all workers; another attempt would end the same way
@@ -249,7 +264,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _load(job: TrainingJob, where: str) -> tuple[LoadedJob | None, str | None]:
+def load_together(job: TrainingJob, where: str) -> tuple[LoadedJob | None, str | None]:
     """Load the job on all workers, or learn on all of them what one misses: alone it would leave the others waiting."""
     loaded, missing = None, None
     try:
@@ -291,7 +306,7 @@ def _wait_for_uploads(scratch: Path) -> None:
         time.sleep(0.05)
 
 
-def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., None]:
+def seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., None]:
     """Return a function that passes calls on to ``call``, at most one in ``seconds``."""
     due = 0.0
 
@@ -304,9 +319,8 @@ def _seldom(call: Callable[..., Any], seconds: float = 1.0) -> Callable[..., Non
     return maybe
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
-class _Log:
-    """Collect what the workers report, for the process that started them."""
+class Heard:
+    """What the workers report, kept in an actor for the process that started them."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []  # reports that must not get lost, in order
@@ -337,11 +351,27 @@ class _Log:
         return self.events[count:], latest
 
 
+_Log = ray.remote(num_cpus=0, max_restarts=-1)(Heard)
+
+
+def pass_on(found: tuple[list[tuple[str, Any]], tuple[int, int, float] | None], reports: Reports) -> int:
+    """Call the functions of ``reports`` with what ``Heard.since`` gave; return the number of events."""
+    events, latest = found
+    for kind, what in events:
+        if kind == "epoch" and reports.on_epoch:
+            reports.on_epoch(Epoch(**what))
+        if kind == "note" and reports.on_note:
+            reports.on_note(what)
+    if latest and reports.on_step:
+        reports.on_step(*latest)
+    return len(events)
+
+
 @contextlib.contextmanager
 def _listening(reports: Reports) -> Iterator[Any]:
     """Start an actor on this node that workers report to; pass its reports on in this process, from a thread."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    log = _Log.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    log = _Log.options(scheduling_strategy=here).remote()
     ended, heard = threading.Event(), 0
 
     def listen() -> None:
@@ -350,18 +380,11 @@ def _listening(reports: Reports) -> Iterator[Any]:
         while not over:
             over = ended.wait(0.5)
             try:
-                events, latest = ray.get(log.since.remote(heard))
+                found = ray.get(log.since.remote(heard))
             except RayActorError:  # its process was lost, with what was not heard of yet; Ray starts another one
                 heard = 0
                 continue
-            heard += len(events)
-            for kind, what in events:
-                if kind == "epoch" and reports.on_epoch:
-                    reports.on_epoch(Epoch(**what))
-                if kind == "note" and reports.on_note:
-                    reports.on_note(what)
-            if latest and reports.on_step:
-                reports.on_step(*latest)
+            heard += pass_on(found, reports)
 
     thread, patience = threading.Thread(target=listen, daemon=True), 10.0
     thread.start()

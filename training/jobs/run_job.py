@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from .metrics_log import MetricsLog
 from .placement import Placement
 from .training_job import STATE, LoadedJob, Reports, TrainedModels, TrainingJob, load_job, train_models
 
-__all__ = ["run_job"]
+__all__ = ["release_workers", "run_job"]
 
 RAY, MADE = "ray", "made"  # folders of checkpoints and of the result in the work folder
 
@@ -42,6 +43,7 @@ def run_job(
     provenance: Mapping[str, Any],
     loaded: LoadedJob | None = None,
     name: str | None = None,
+    keep_workers: Path | None = None,
     reports: Reports = Reports(),  # noqa: B008 (frozen)
 ) -> bool:
     """Train a job and publish the result, here or on Ray Train; an interrupted job is resumed.
@@ -59,6 +61,8 @@ def run_job(
         loaded: the job's models, if they are in memory already; only used without Ray.
         name: the run's name under Ray's storage, by which it is found again; by default that of ``work`` without a
             leading dot.
+        keep_workers: folder for Ray Train, by which its workers stay for this process's next job (``WarmWorkers``);
+            every node sees it and ``work``, where the training's state is then.
         reports: functions called with the progress, in this process.
 
     Returns:
@@ -77,6 +81,8 @@ def run_job(
     logged = replace(reports, on_epoch=on_epoch)
     if placement.here:
         return _run_here(job, out, work, data, provenance, loaded, logged)
+    if keep_workers is not None:
+        return _run_on_kept(job, out, work, data, placement, provenance, name or work.name, keep_workers, logged)
     return _run_on_ray(job, out, work, data, placement, provenance, name or work.name.removeprefix("."), logged)
 
 
@@ -126,6 +132,36 @@ def _process_group() -> Iterator[tuple[World, torch.device]]:
         yield World.current(), device
     finally:
         dist.destroy_process_group()
+
+
+def _run_on_kept(
+    job: TrainingJob,
+    out: Path,
+    work: Path,
+    data: Data,
+    placement: Placement,
+    provenance: Mapping[str, Any],
+    name: str,
+    storage: Path,
+    reports: Reports,
+) -> bool:
+    """Train on workers that stay for the next job; this process has joined a Ray."""
+    from .ray_workers import TrainingFailed
+    from .warm_workers import workers_for
+
+    batches_of(data, Recipe.model_validate(job.recipe), World(0, placement.workers))
+    try:
+        kept = workers_for(placement, storage)
+        return kept.train(job, out, work / STATE, name=name, provenance=provenance, reports=reports)
+    except TrainingFailed as error:
+        raise UserError(f"training failed: {error}") from error
+
+
+def release_workers() -> None:
+    """End the workers that stay for this process's next job, if there are any."""
+    module = sys.modules.get(f"{__package__}.warm_workers")  # which takes seconds to import
+    if module is not None:
+        module.close_workers()
 
 
 def _run_on_ray(
