@@ -3,8 +3,8 @@
 The real Coordinator, Study, space and files, and what listens to them (progress line, TensorBoard); no Ray, and no
 training. A run is filled with made-up results, opened as a resumed search does it (``open_ms``), and gone on with:
 ``next`` is what a unit costs before it starts (proposal, decoding, its files), ``complete`` what its result costs
-(Optuna's journal, promotion, front, models that are deleted), ``draw`` and ``board`` what listens. A unit leaves behind
-what a real one leaves, but for the weights.
+(Optuna's journal, promotion, front, models that are deleted), ``draw`` and ``board`` what listens; each in seconds and,
+as ``_cpu``, in those of the processor. A unit leaves behind what a real one leaves, but for the weights.
 
 ``--nodes 1000`` is a whole search instead, on so many nodes with one unit each, in made-up time: units take seconds by
 their epochs, and the driver what it really takes. The row of it goes beside the others.
@@ -109,9 +109,10 @@ class Clock:
         self.spent: dict[str, list[float]] = defaultdict(list)
 
     def time(self, part: str, call: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         found = call()
         self.spent[part].append(time.perf_counter() - start)
+        self.spent[f"{part}_cpu"].append(time.process_time() - busy)
         return found
 
     def row(self) -> dict[str, float]:
@@ -182,6 +183,7 @@ def simulate(path: Path, count: int, args: argparse.Namespace) -> dict[str, Any]
             while unit := clock.time("next", coordinator.next):
                 running.append(unit)
             clock.spent["next"].pop()  # there was no slot
+            clock.spent["next_cpu"].pop()
             unit = running.popleft()
             work(run, space, unit, search)
             clock.time("complete", lambda unit=unit: coordinator.complete(unit.id))
@@ -199,23 +201,25 @@ def whole_search(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     study = Study(run / "study.journal", space.distributions, 0, **sampler)
     coordinator = Coordinator(run, study, space, search, max_concurrent=args.nodes, seed=0)
     source, display = run.metadata()["source"], Display(Console(file=io.StringIO(), width=120))
+    computed = 0.0
     running, busy, now, spent, begun = list[tuple[float, int, Task]](), 0.0, 0.0, 0.0, time.monotonic()
     with display.live(coordinator, source, space.table.budget) as drawn, _board(run, coordinator, source) as logged:
         while not coordinator.done:
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             while unit := coordinator.next():
                 own = EPOCH * search.rungs[unit.rung] * (0.8 + 0.4 * float(np.random.default_rng(unit.seed).random()))
                 took = time.perf_counter() - start
                 now, spent, busy, start = now + took, spent + took, busy + own, start + took
                 heapq.heappush(running, (now + own, unit.seed, unit))
+            computed += time.process_time() - processor
             end, _, unit = heapq.heappop(running)
             work(run, space, unit, search)
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             coordinator.complete(unit.id)
             drawn()
             logged()
             took = time.perf_counter() - start
-            now, spent = max(now, end) + took, spent + took
+            now, spent, computed = max(now, end) + took, spent + took, computed + time.process_time() - processor
             if coordinator.settled % 500 == 0:
                 print(coordinator.settled, round(now), round(spent), round(time.monotonic() - begun), flush=True)
     units = len(coordinator.results)
@@ -228,6 +232,7 @@ def whole_search(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         "made_up_hours": round(now / 3600, 2),
         "nodes_busy": round(busy / (args.nodes * now), 3),
         "driver_ms_per_unit": round(1e3 * spent / units, 1),
+        "driver_cpu_ms_per_unit": round(1e3 * computed / units, 1),
         "driver_share": round(spent / now, 3),
         "front": len(coordinator.front),
         **footprint(run),
