@@ -127,6 +127,7 @@ def store() -> Iterator[Store]:
         yield found
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_for_a_while(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIMIT, "0")
     folder, place = write_shards(tmp_path / "shards"), Objects(store.url("shards"))
