@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -23,8 +23,9 @@ from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import view
+from prunesweep.search.verify import verify
 from tests.object_store import Store, serving
-from tests.search.test_end_to_end import Search
+from tests.search.in_process import without_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -47,39 +48,87 @@ def worth(run: Run) -> list[tuple[Any, ...]]:
 def test_a_search_on_s3_is_the_search_in_a_folder_and_goes_on_elsewhere(
     tiny: Callable[..., SearchConfig], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One driver is killed while it works; another machine goes on from the store alone."""
-    url = store.url("runs/equal")
-    file = tmp_path / "tiny.toml"
-    config = tiny(search={"trials": 3}, resources={"cpus": 1})
-    file.write_text(config.to_toml())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "one")))
-    search, objects = Search("search", str(file), "--out", url), Objects(url)
-    deadline = time.monotonic() + 300
-    while "trials/r0-0000/result.json" not in objects.list("trials/"):
-        assert search.process.poll() is None, search.end()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    os.killpg(search.process.pid, signal.SIGKILL)
-    search.process.wait()
-    published = objects.read("trials/r0-0000/result.json")
+    """Another machine goes on from the store alone, and does nothing again."""
+    without_ray(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    url, config = store.url("runs/equal"), tiny(search={"trials": 2})
+    objects = Objects(url)
+    first = run_search(config, url)
+    folder = run_search(config, tmp_path / "folder" / "run")
+    assert first is not None
+    assert folder is not None
+    assert first.path.is_relative_to(tmp_path / "one")
+    assert worth(Run(first.path)) == worth(Run(folder.path))
+    assert Run(first.path).front() == Run(folder.path).front()
+    published = {name: objects.read(name) for name in objects.list("trials/") if name.endswith("result.json")}
+    assert len(published) == 2
 
-    shutil.rmtree(cache_of(tmp_path / "one"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "two")))
-    code, output = Search("resume", url).end()
-    assert code == 0, output
-    assert f"front: {url}/front.json" in output
-    assert f"prunesweep fetch {url}" in output
-    assert objects.read("trials/r0-0000/result.json") == published
+    shutil.rmtree(tmp_path / "one")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    second = resume_search(url, trials=3)
+    assert second.finished
+    assert {name: objects.read(name) for name in published} == published
+    assert events(Run(second.path)).count("start") == 3
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "three")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
     found = Run(view(url))
     assert [r.id for r in found.results()] == ["r0-0000", "r0-0001", "r0-0002"]
-    folder = run_search(config, tmp_path / "folder" / "run")
-    assert folder is not None
-    assert worth(found) == worth(Run(folder.path))
-    assert found.front() == Run(folder.path).front()
+    assert found.front() == Run(second.path).front()
     assert found.status()["driver"] is None
-    assert found.why_empty() is None
+    assert verify(found.path) == []
+
+
+DRIVER = """
+import sys
+import pytest
+import torch
+from prunesweep.search import resume_search, run_search
+from tests.search.in_process import without_ray
+torch.set_num_threads(1)
+with pytest.MonkeyPatch.context() as patch:
+    without_ray(patch)
+    run_search(sys.argv[1], sys.argv[2]) if sys.argv[1] else resume_search(sys.argv[2])
+"""
+
+
+def test_kill_9_between_a_trials_files_and_its_result(
+    tiny: Callable[..., SearchConfig], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine publishes what it had finished when it goes on; nothing is lost, and nothing is done twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    url, file = store.url("runs/killed"), tmp_path / "tiny.toml"
+    file.write_text(tiny(search={"trials": 2}).to_toml())
+    asked = threading.Event()
+
+    def fails(method: str, path: str) -> bool:
+        result = method == "PUT" and path.endswith("r0-0000/result.json")
+        if result:
+            asked.set()
+        return result
+
+    store.fails = fails
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(file), url], cwd=Path(__file__).parents[2])
+    try:
+        assert asked.wait(200)
+    finally:
+        driver.kill()
+        driver.wait()
+        store.fails = lambda *_: False
+    there = Objects(url).list("trials/r0-0000/")
+    assert "trials/r0-0000/model/model.safetensors" in there
+    assert "trials/r0-0000/result.json" not in there
+
+    subprocess.run([sys.executable, "-c", DRIVER, "", url], cwd=Path(__file__).parents[2], check=True)
+    found = Run(view(url))
+    assert [r.id for r in found.results()] == ["r0-0000", "r0-0001"]
+    assert events(found).count("start") == 2
+    assert verify(found.path) == []
+
+
+def events(run: Run) -> list[str]:
+    """What all trials tell of, in the order of trials."""
+    logs = sorted(run.path.glob("trials/*/metrics.jsonl"))
+    return [json.loads(line)["event"] for log in logs for line in log.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +184,14 @@ def test_nodes_share_nothing_but_the_store(
     assert json.loads(objects.read("front.json")) == Run(again.path).front()
 
 
-def test_a_trial_of_several_workers_is_refused_there(
-    tiny: Callable[..., SearchConfig],
-    cluster: Cluster,
-    store: Store,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_trial_of_several_workers_is_refused_on_a_cluster(
+    tiny: Callable[..., SearchConfig], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is made."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path)))
+    without_ray(monkeypatch)
     url, config = store.url("runs/ddp"), tiny(resources={"workers_per_trial": 2})
     with pytest.raises(UserError, match="workers_per_trial = 2: the workers of one trial share a folder"):
-        run_search(config, url, console=Console(quiet=True), address=str(cluster.address))
+        run_search(config, url, console=Console(quiet=True), address="auto")
     assert Objects(url).list() == {}
 
 
