@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -17,7 +14,6 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from prunesweep.models import UserError
 from prunesweep.models.io.objects import Objects
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
@@ -78,53 +74,6 @@ def test_a_search_on_s3_is_the_search_in_a_folder_and_goes_on_elsewhere(
     assert verify(found.path) == []
 
 
-DRIVER = """
-import sys
-import pytest
-import torch
-from prunesweep.search import resume_search, run_search
-from tests.search.in_process import without_ray
-torch.set_num_threads(1)
-with pytest.MonkeyPatch.context() as patch:
-    without_ray(patch)
-    run_search(sys.argv[1], sys.argv[2]) if sys.argv[1] else resume_search(sys.argv[2])
-"""
-
-
-def test_kill_9_between_a_trials_files_and_its_result(
-    tiny: Callable[..., SearchConfig], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The machine publishes what it had finished when it goes on; nothing is lost, and nothing is done twice."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    url, file = store.url("runs/killed"), tmp_path / "tiny.toml"
-    file.write_text(tiny(search={"trials": 2}).to_toml())
-    asked = threading.Event()
-
-    def fails(method: str, path: str) -> bool:
-        result = method == "PUT" and path.endswith("r0-0000/result.json")
-        if result:
-            asked.set()
-        return result
-
-    store.fails = fails
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(file), url], cwd=Path(__file__).parents[2])
-    try:
-        assert asked.wait(200)
-    finally:
-        driver.kill()
-        driver.wait()
-        store.fails = lambda *_: False
-    there = Objects(url).list("trials/r0-0000/")
-    assert "trials/r0-0000/model/model.safetensors" in there
-    assert "trials/r0-0000/result.json" not in there
-
-    subprocess.run([sys.executable, "-c", DRIVER, "", url], cwd=Path(__file__).parents[2], check=True)
-    found = Run(view(url))
-    assert [r.id for r in found.results()] == ["r0-0000", "r0-0001"]
-    assert events(found).count("start") == 2
-    assert verify(found.path) == []
-
-
 def events(run: Run) -> list[str]:
     """What all trials tell of, in the order of trials."""
     logs = sorted(run.path.glob("trials/*/metrics.jsonl"))
@@ -182,17 +131,6 @@ def test_nodes_share_nothing_but_the_store(
     assert again.finished
     assert len([r for r in Run(again.path).results() if r.rung == 0]) == 5
     assert json.loads(objects.read("front.json")) == Run(again.path).front()
-
-
-def test_a_trial_of_several_workers_is_refused_on_a_cluster(
-    tiny: Callable[..., SearchConfig], store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before anything is made."""
-    without_ray(monkeypatch)
-    url, config = store.url("runs/ddp"), tiny(resources={"workers_per_trial": 2})
-    with pytest.raises(UserError, match="workers_per_trial = 2: the workers of one trial share a folder"):
-        run_search(config, url, console=Console(quiet=True), address="auto")
-    assert Objects(url).list() == {}
 
 
 def cluster_homes(cluster: Cluster) -> list[str]:
