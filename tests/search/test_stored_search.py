@@ -14,6 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from prunesweep.models import UserError
 from prunesweep.models.io.objects import Objects
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
@@ -131,6 +132,17 @@ def test_nodes_share_nothing_but_the_store(
     assert again.finished
     assert len([r for r in Run(again.path).results() if r.rung == 0]) == 5
     assert json.loads(objects.read("front.json")) == Run(again.path).front()
+
+
+def test_a_trial_of_several_workers_is_refused_on_a_cluster(
+    tiny: Callable[..., SearchConfig], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is made."""
+    without_ray(monkeypatch)
+    url, config = store.url("runs/ddp"), tiny(resources={"workers_per_trial": 2})
+    with pytest.raises(UserError, match="workers_per_trial = 2: the workers of one trial share a folder"):
+        run_search(config, url, console=Console(quiet=True), address="auto")
+    assert Objects(url).list() == {}
 
 
 def cluster_homes(cluster: Cluster) -> list[str]:
