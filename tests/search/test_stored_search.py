@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -72,6 +75,53 @@ def test_a_search_on_s3_is_the_search_in_a_folder_and_goes_on_elsewhere(
     assert [r.id for r in found.results()] == ["r0-0000", "r0-0001", "r0-0002"]
     assert found.front() == Run(second.path).front()
     assert found.status()["driver"] is None
+    assert verify(found.path) == []
+
+
+DRIVER = """
+import sys
+import pytest
+import torch
+from prunesweep.search import resume_search, run_search
+from tests.search.in_process import without_ray
+torch.set_num_threads(1)
+with pytest.MonkeyPatch.context() as patch:
+    without_ray(patch)
+    run_search(sys.argv[1], sys.argv[2]) if sys.argv[1] else resume_search(sys.argv[2])
+"""
+
+
+def test_kill_9_between_a_trials_files_and_its_result(
+    tiny: Callable[..., SearchConfig], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine publishes what it had finished when it goes on; nothing is lost, and nothing is done twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    url, file = store.url("runs/killed"), tmp_path / "tiny.toml"
+    file.write_text(tiny(search={"trials": 2}).to_toml())
+    asked = threading.Event()
+
+    def fails(method: str, path: str) -> bool:
+        result = method == "PUT" and path.endswith("r0-0000/result.json")
+        if result:
+            asked.set()
+        return result
+
+    store.fails = fails
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(file), url], cwd=Path(__file__).parents[2])
+    try:
+        assert asked.wait(200)
+    finally:
+        driver.kill()
+        driver.wait()
+        store.fails = lambda *_: False
+    there = Objects(url).list("trials/r0-0000/")
+    assert "trials/r0-0000/model/model.safetensors" in there
+    assert "trials/r0-0000/result.json" not in there
+
+    subprocess.run([sys.executable, "-c", DRIVER, "", url], cwd=Path(__file__).parents[2], check=True)
+    found = Run(view(url))
+    assert [r.id for r in found.results()] == ["r0-0000", "r0-0001"]
+    assert events(found).count("start") == 2
     assert verify(found.path) == []
 
 
