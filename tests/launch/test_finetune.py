@@ -71,7 +71,7 @@ def test_a_model_whose_channels_come_last_is_saved(source: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--recipe", "upvitt"), "unknown recipe 'upvitt'; known: gentle, isomorphic"),
+        (("--recipe", "upvitt"), "unknown recipe 'upvitt'; known: gentle, gentle_pretrained, isomorphic"),
         (("--set", "epoch=3"), "epoch: unknown field"),
         (("--set", "batch_size=4000"), "but digits has 1347 training images"),
         (("--data", "imagefolder:/nowhere"), "no folder /nowhere/train"),

@@ -35,7 +35,7 @@ def test_fields_can_be_replaced_and_files_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("upvitt", {}, "unknown recipe 'upvitt'; known: gentle, isomorphic.* did you mean 'upvit'"),
+        ("upvitt", {}, "unknown recipe 'upvitt'; known: gentle, gentle_pretrained, isomorphic.* did you mean 'upvit'"),
         ("nowhere.toml", {}, "nowhere.toml: no such file"),
         ("quick", {"epoch": 3}, "epoch: unknown field; known: .* did you mean 'epochs'"),
         ("quick", {"lr": -1}, "lr = -1: "),
