@@ -9,7 +9,6 @@ lost goes on elsewhere from there.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
@@ -29,6 +28,7 @@ from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.lease import LEASES, highest
 from prunesweep.search.store.mirror import Mirror, place_for
 from prunesweep.search.store.progress import BEGUN
+from prunesweep.search.store.records import read_json
 from prunesweep.search.store.run import Run, Task, task_id
 from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING
 from prunesweep.training.jobs.scoring import Progress
@@ -164,7 +164,7 @@ def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator
 
 def _wait_for_model(mirror: Mirror, below: str) -> None:
     """Wait for the model of the rung below, which the driver is publishing perhaps."""
-    facts = json.loads((mirror.path / below / "result.json").read_text(encoding="utf-8"))
+    facts = read_json(mirror.path / below / "result.json")
     wanted = {f"{below}model/config.json", f"{below}model/model.safetensors"}
     deadline = time.monotonic() + PATIENCE
     while facts.get("result", {}).get("has_model") and not all((mirror.path / name).is_file() for name in wanted):

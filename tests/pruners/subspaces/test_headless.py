@@ -30,7 +30,7 @@ from tests.pruners.subspaces.test_compress import VARIANTS, images, made, vit
 from tests.pruners.subspaces.test_families import batches_of, outputs, source_of, whole
 
 FAMILIES = [family for family in IMAGES if family_of(family).supports("streams")]
-SEEDS = range(4)
+SEEDS = range(5)
 
 
 def backbone_of(family: str, seed: int) -> nn.Module:

@@ -93,8 +93,8 @@ JOURNALS: dict[str, Callable[[Run], Any]] = {
     "empty": lambda run: (run / "study.journal").write_bytes(b""),
     "older": lambda run: shutil.move(run / "older", run / "study.journal"),
     "of another run": of_another_run,
-    "last lines lost": lines(lambda n: [*n[:-20], b""]),
-    "a record lost": lines(lambda n: n[:11] + n[12:]),
+    "last lines lost": lines(lambda n: [*n[:-12], b""]),
+    "a record lost": lines(lambda n: n[:13] + n[14:]),  # of a proposal
     "first lines lost": lines(lambda n: n[5:]),
     "blank line": lines(lambda n: [*n[:12], b"", *n[12:]]),
     "merged": lines(lambda n: [*n[:12], n[12] + n[13], *n[14:]]),
