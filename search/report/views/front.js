@@ -97,6 +97,7 @@ function drawFront() {
   if (members.length)
     traces.push(
       points("front", members, {
+        text: members.map(t => hover(t, figures(t)) + (alone(t) ? "<br>only " + alone(t) : "")),
         marker: {
           color: colour("front"),
           size: 9,
@@ -124,7 +125,7 @@ function drawFront() {
         marker: { symbol: "triangle-up", size: 11, color: colour("ink") },
       }),
     );
-  const single = list.filter(alone);
+  const single = list.filter(t => alone(t) && !members.includes(t));
   if (single.length && single.length < list.length)
     traces.push(
       points("one kind of change alone", single, {

@@ -154,8 +154,19 @@ def test_every_mixer_and_token_plan_is_visible_and_figures_are_those_of_the_file
     assert set(whys(page)) == {"view-spectrum", "view-speed", "view-activity"}
     alone = page.evaluate("Object.fromEntries(trials.map(t => [t.unit, alone(t)]))")
     assert sorted(map(str, alone.values())) == ["None", "None", "blocks", "mixers", "tokens"]
-    crosses = page.evaluate("scatter.data.find(t => t.name.endsWith('alone')).customdata")
-    assert set(crosses) == {unit for unit, kind in alone.items() if kind}
+    told = page.evaluate(
+        "scatter.data.filter(t => t.name === 'front').flatMap(t => t.customdata.map((c, i) => [c, t.text[i]]))"
+    )
+    assert {unit for unit, text in told if "<br>only " in text} == {unit for unit, kind in alone.items() if kind}
+    assert not page.evaluate("scatter.data.some(t => t.name.endsWith('alone'))")  # a member of the front needs no cross
+
+
+def test_what_one_kind_of_change_gives_beside_the_front_is_marked(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    run = varied_run(tmp_path / "run")
+    add(run, changed(tokens=12), 5, top1=50.0, loss=0.5, kl=1.0)
+    run.write_front()
+    page = visit(write_report(run))
+    assert page.evaluate("scatter.data.find(t => t.name.endsWith('alone')).customdata") == ["r0-0005"]
 
 
 def test_measured_speed_and_published_models_are_shown(tmp_path: Path, visit: Callable[..., Any]) -> None:
