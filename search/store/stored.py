@@ -28,7 +28,7 @@ from .run import Result, Run, Task, place_of, task_id
 if TYPE_CHECKING:
     from prunesweep.search.execution.coordinator import Coordinator
 
-__all__ = ["PREPARED", "STATE", "STOPPING", "TRAINING", "StoredRun", "ask_to_stop", "is_url", "url_of", "view"]
+__all__ = ["PREPARED", "STATE", "STOPPING", "TRAINING", "StoredRun", "ask_to_stop", "view"]
 
 LOOK, REST, STATE = 1.0, 10.0, 30.0  # seconds between publications of results, of reports and logs, of states
 PREPARED = ".prepared/"  # objects that a driver makes a run of

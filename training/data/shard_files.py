@@ -28,7 +28,7 @@ from prunesweep.models.io.objects import Objects
 from .images import is_hidden
 from .index import cache_home, stamp_of
 
-__all__ = ["LIMIT", "LocalShards", "RemoteShards", "ShardFiles", "is_url", "shard_files"]
+__all__ = ["LIMIT", "LocalShards", "RemoteShards", "ShardFiles", "shard_files"]
 
 LIMIT = "PRUNESWEEP_SHARD_CACHE_GIB"  # environment variable: most space of kept shards on this machine
 SHARE = 0.5  # of the free space, where it is not set
@@ -54,14 +54,9 @@ class ShardFiles(Protocol):
         """Keep other processes of this machine from reading all shards at the same time."""
 
 
-def is_url(place: str) -> bool:
-    """Return whether a place is a URL, not a path."""
-    return "://" in place
-
-
 def shard_files(place: str) -> ShardFiles:
     """Return the shards of a place: an absolute path, or a URL."""
-    return RemoteShards(place) if is_url(place) else LocalShards(place)
+    return RemoteShards(place) if "://" in place else LocalShards(place)
 
 
 class LocalShards:

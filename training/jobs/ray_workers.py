@@ -75,6 +75,7 @@ __all__ = [
     "process_lost",
     "seldom",
     "train_on_ray",
+    "train_together",
 ]
 
 MODEL = "model"  # folder of the trained models in a checkpoint
@@ -229,31 +230,16 @@ def _drop_orphans(result: ray.train.Result) -> None:
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     """Train as one of the workers; the first one uploads checkpoints, and with the last of them the models."""
     job, log = TrainingJob(**config["job"]), config["log"]
-    context = ray.train.get_context()
-    first = context.get_world_rank() == 0
-    where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
-    log.started.remote(context.get_world_rank(), context.get_world_size(), where)
-    loaded, missing = load_together(job, where)
+    loaded, missing = load_together(job, log)
     if loaded is None:
         return {"missing": missing}
     with scratch_folder() as scratch:
         state = scratch / STATE
         _restore(state)
 
-        def on_epoch(epoch: Epoch) -> None:
-            if first:
-                log.epoch.remote(asdict(epoch))
-            _report(asdict(epoch), state, {})
-
-        reports = Reports(on_epoch=on_epoch)
-        if first:
-            reports = Reports(seldom(log.step.remote), on_epoch, log.note.remote)
-        try:
-            models = train_models(job, loaded, state=state, reports=reports)
-        except Diverged as error:  # on all workers; another attempt would end the same way
-            return {"diverged": str(error)}
-        except (Collapsed, DoesNotFit) as error:  # likewise
-            return {"failed": str(error)}
+        models, outcome = train_together(job, loaded, log, state, lambda epoch: _report(asdict(epoch), state, {}))
+        if outcome is not None:
+            return outcome
         if models is None:
             _wait_for_uploads(scratch)
             return {"stopped": True}
@@ -264,18 +250,57 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def load_together(job: TrainingJob, where: str) -> tuple[LoadedJob | None, str | None]:
-    """Load the job on all workers, or learn on all of them what one misses: alone it would leave the others waiting."""
+def load_together(job: TrainingJob, heard: Any) -> tuple[LoadedJob | None, str | None]:
+    """Load the job on all workers, or learn on all of them what one misses: alone it would leave the others waiting.
+
+    Args:
+        job: what is trained.
+        heard: the actor, a ``Heard``, that is told where this worker has begun.
+    """
+    context = ray.train.get_context()
+    where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
+    heard.started.remote(context.get_world_rank(), context.get_world_size(), where)
     loaded, missing = None, None
     try:
         loaded = load_job(job, get_device())
     except UserError as error:
         missing = f"{where}: {error}"
-    found = [missing] * ray.train.get_context().get_world_size()
+    found = [missing] * context.get_world_size()
     if len(found) > 1:
         torch.distributed.all_gather_object(found, missing)
     first = next((text for text in found if text), None)
     return (loaded, None) if first is None else (None, first)
+
+
+def train_together(
+    job: TrainingJob, loaded: LoadedJob, heard: Any, state: Path, report: Callable[[Epoch], None]
+) -> tuple[TrainedModels | None, dict[str, Any] | None]:
+    """Train as one of the workers; the first one tells of steps, epochs and notes.
+
+    Args:
+        job, loaded, state: as for ``train_models``.
+        heard: the actor, a ``Heard``, that is told.
+        report: called on every worker after an epoch.
+
+    Returns:
+        What ``train_models`` gives, and how the training ended where another attempt would end the same way.
+    """
+    first = ray.train.get_context().get_world_rank() == 0
+
+    def on_epoch(epoch: Epoch) -> None:
+        if first:
+            heard.epoch.remote(asdict(epoch))
+        report(epoch)
+
+    reports = Reports(on_epoch=on_epoch)
+    if first:
+        reports = Reports(seldom(heard.step.remote), on_epoch, heard.note.remote)
+    try:
+        return train_models(job, loaded, state=state, reports=reports), None
+    except Diverged as error:  # on all workers
+        return None, {"diverged": str(error)}
+    except (Collapsed, DoesNotFit) as error:  # likewise
+        return None, {"failed": str(error)}
 
 
 def _restore(state: Path) -> None:

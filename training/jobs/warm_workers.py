@@ -9,7 +9,6 @@ then they go on with the job that was not done, from the state in its folder, wh
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import threading
 import time
@@ -30,14 +29,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prunesweep.models import save
 from prunesweep.models.io.files import publish_folder
-from prunesweep.pruners.hook import Collapsed
 
-from ..loop import Epoch
-from ..trainer import Diverged, DoesNotFit
+from ..trainer import Diverged
 from .placement import Placement
 from .ray_session import alive, free_places
-from .ray_workers import Heard, QuietTrainer, TrainingFailed, backend_of, load_together, pass_on, process_lost, seldom
-from .training_job import CannotBegin, Reports, TrainingJob, train_models
+from .ray_workers import (
+    Heard,
+    QuietTrainer,
+    TrainingFailed,
+    backend_of,
+    load_together,
+    pass_on,
+    process_lost,
+    train_together,
+)
+from .training_job import CannotBegin, Reports, TrainingJob
 
 __all__ = ["Jobs", "WarmWorkers", "close_workers", "workers_for"]
 
@@ -323,32 +329,18 @@ def _next(jobs: Any, first: bool) -> tuple[int, dict[str, Any]] | None:
 
 def _train(task: Mapping[str, Any], jobs: Any) -> dict[str, Any]:
     """Train one job as one of the workers; the first one reports, and saves the models."""
-    job, context = TrainingJob(**task["job"]), ray.train.get_context()
-    first = context.get_world_rank() == 0
-    where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
-    jobs.started.remote(context.get_world_rank(), context.get_world_size(), where)
-    loaded, missing = load_together(job, where)
+    job, state = TrainingJob(**task["job"]), Path(task["state"])
+    loaded, missing = load_together(job, jobs)
     if loaded is None:
         return {"missing": missing}
-
-    def on_epoch(epoch: Epoch) -> None:
-        if first:
-            jobs.epoch.remote(asdict(epoch))
-        ray.train.report({"job": task["name"], **asdict(epoch)})
-
-    reports = Reports(on_epoch=on_epoch)
-    if first:
-        reports = Reports(seldom(jobs.step.remote), on_epoch, jobs.note.remote)
-    state = Path(task["state"])
-    try:
-        models = train_models(job, loaded, state=state, reports=reports)
-    except Diverged as error:  # on all workers; another attempt would end the same way
-        return {"diverged": str(error)}
-    except (Collapsed, DoesNotFit) as error:  # likewise
-        return {"failed": str(error)}
+    models, outcome = train_together(
+        job, loaded, jobs, state, lambda epoch: ray.train.report({"job": task["name"], **asdict(epoch)})
+    )
+    if outcome is not None:
+        return outcome
     if models is None:
         return {"stopped": True}
-    if first:
+    if ray.train.get_context().get_world_rank() == 0:
         with publish_folder(Path(task["out"])) as folder:
             for place, (model, figures) in models.items():
                 save(model.cpu(), folder / place, {**task["provenance"], **figures})
