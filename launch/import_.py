@@ -24,7 +24,7 @@ def import_model(
         typer.Option(
             "--as",
             metavar="LAYOUT",
-            help="nvit, upvit, uvc, spvit, pmvit, fairseq, timm, torchvision or transformers",
+            help="nvit, upvit, uvc, spvit, pmvit, t2t, fairseq, timm, torchvision or transformers",
             show_default=False,
         ),
     ],

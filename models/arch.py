@@ -150,15 +150,17 @@ class AttentionPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stem:
-    """Convolutions in front of the patch embedding, which no cut narrows but where the last one writes the stream.
+    """What is in front of the patch embedding; no cut narrows it but where its last convolution writes the stream.
 
-    Sources: arXiv 2010.11929 (``resnet``: a ResNet of bottlenecks, or its first convolution alone) and 2311.17049
-    (``convolutions``: kernels as large as their strides; the last one is the patch embedding).
+    Sources: arXiv 2010.11929 (``resnet``: a ResNet of bottlenecks, or its first convolution alone), 2311.17049
+    (``convolutions``: kernels as large as their strides; the last one is the patch embedding) and 2101.11986
+    (``t2t_performer``, ``t2t_transformer``: T2T-ViT's unfoldings with attention of that kind between them; positions
+    behind them are fixed sinusoids).
     """
 
-    kind: str  # convolutions | resnet
-    channels: tuple[int, ...]  # of all convolutions but the last; of a ResNet's first one and its stages
-    strides: tuple[int, ...] = ()  # of convolutions
+    kind: str  # convolutions | resnet | t2t_performer | t2t_transformer
+    channels: tuple[int, ...]  # of all convolutions or unfoldings but the last; of a ResNet's first one and its stages
+    strides: tuple[int, ...] = ()  # of convolutions or unfoldings
     blocks: tuple[int, ...] = ()  # of a ResNet's stages
 
 

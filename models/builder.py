@@ -88,6 +88,8 @@ def create(
     cfg, family = _pretrained_cfg(arch, pretrained_cfg or {}), family_of(arch)
     own = {"img_size": arch.img_size, "in_chans": arch.in_chans, "global_pool": arch.pool}
     img_size, in_chans = (_whole(name, options.get(name, own[name])) for name in ("img_size", "in_chans"))
+    if in_chans != arch.in_chans and family.supports("images") and family.first_convolution(arch) is None:
+        raise UserError(f"in_chans = {in_chans}: {arch.source} reads images of {arch.in_chans} by no convolution")
     asked = {**options, "img_size": img_size}
     for name in (*own, "drop_rate", "patch_drop_rate", "dynamic_img_size", "features_only"):
         given = asked.get(name)

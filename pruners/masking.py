@@ -69,10 +69,15 @@ class Masking:
     def __init__(self, model: nn.Module, arch: Arch, *, kept_norms: bool) -> None:
         self._model, self._arch = model, arch
         self._norms: dict[str, tuple[nn.Module, KeptLayerNorm | KeptRmsNorm]] = {}
+        family = family_of(arch)
         for name, module in list(model.named_modules()):
-            if kept_norms and isinstance(module, nn.LayerNorm):
+            if not kept_norms or not isinstance(module, (nn.LayerNorm, RmsNorm)):
+                continue
+            if not any(family.axes(arch, f"{name}.weight")):  # over channels that always stay
+                continue
+            if isinstance(module, nn.LayerNorm):
                 self._norms[name] = module, KeptLayerNorm(module)
-            elif kept_norms and isinstance(module, RmsNorm):
+            else:
                 self._norms[name] = module, KeptRmsNorm(module)
         self._pruned: list[tuple[nn.Parameter, list[torch.Tensor]]] = []
         self._place(1)

@@ -91,7 +91,7 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
 def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook: Hook) -> None:
     """Norms outside the blocks, and what reads a residual stream there without a norm in between."""
     for name, module in model.named_modules():
-        if name.startswith("attn_pool."):  # it has channels of its own, which no cut takes away
+        if name.startswith(("attn_pool.", "patch_embed.backbone.")):  # of own channels, which no cut takes away
             continue
         if name == "attn_pool":
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)

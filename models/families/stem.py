@@ -1,7 +1,8 @@
-"""Stems of ViTs: convolutions in front of the patch embedding, which are kept as they are.
+"""Stems of ViTs: convolutions, or attention between patches, in front of the patch embedding, kept as they are.
 
-Sources: the hybrids of ViT (arXiv 2010.11929, 2106.10270), whose stem is a ResNet or its first convolution, and
-MobileCLIP's image tower (arXiv 2311.17049), whose stem of convolutions writes the residual stream itself.
+Sources: the hybrids of ViT (arXiv 2010.11929, 2106.10270), whose stem is a ResNet or its first convolution;
+MobileCLIP's image tower (arXiv 2311.17049), whose stem of convolutions writes the residual stream itself; and T2T-ViT
+(arXiv 2101.11986), whose tokens-to-token module unfolds an image into overlapping patches again and again.
 """
 
 from __future__ import annotations
@@ -18,15 +19,26 @@ from torch import nn
 
 from prunesweep.models.arch import Arch, Stem
 from prunesweep.models.errors import UserError
+from prunesweep.models.layers.tokens_to_token import KINDS as TOKENS
+from prunesweep.models.layers.tokens_to_token import TokensToToken, kernel
 from prunesweep.models.without_values import without_values
 
 from .block_costs import Cost
 from .checks import check_at_least, check_one_of
 from .reading import Require
 
-__all__ = ["StemEmbed", "check_stem", "first_convolution", "read_stem", "stem_cost", "stem_uses_stream", "stream_layer"]
+__all__ = [
+    "StemEmbed",
+    "check_stem",
+    "first_convolution",
+    "has_fixed_positions",
+    "read_stem",
+    "stem_cost",
+    "stem_uses_stream",
+    "stream_layer",
+]
 
-KINDS = ("convolutions", "resnet")
+KINDS = ("convolutions", "resnet", *TOKENS)
 GROUPS = 32  # of channels, which timm's norms of a ResNet have
 STD_EPS = 1e-8  # of the standardised weights of its convolutions
 MOST_STAGES = 4  # of a ResNet; timm dilates what follows them
@@ -48,14 +60,14 @@ class StemEmbed(HybridEmbed):  # type: ignore[misc]  # timm is untyped
         self, stem: Stem, *, img_size: Any, patch_size: tuple[int, int], in_chans: int, embed_dim: int, **options: Any
     ) -> None:
         self.stride = _stride(stem)
-        self.width = stem.channels[-1] if stem.kind == "resnet" else embed_dim
+        self.width = embed_dim if stem.kind == "convolutions" else _width(stem, in_chans)
         super().__init__(
             _stem(stem, in_chans, embed_dim),
             img_size=img_size,
             patch_size=tuple(side // self.stride for side in patch_size),
             in_chans=in_chans,
             embed_dim=embed_dim,
-            proj=stem.kind == "resnet",
+            proj=stem.kind != "convolutions",
             **options,
         )
 
@@ -68,16 +80,27 @@ class StemEmbed(HybridEmbed):  # type: ignore[misc]  # timm is untyped
         images, patches = to_2tuple(img_size), to_2tuple(patch_size)
         whole = tuple(self.stride * side for side in patches)
         if any(side % patch for side, patch in zip(images, whole, strict=True)):
-            raise UserError(f"img_size = {list(images)}: a stem of convolutions needs multiples of {list(whole)}")
+            raise UserError(f"img_size = {list(images)}: the model's stem needs multiples of {list(whole)}")
         features = tuple(side // self.stride for side in images)
         grid = tuple(side // patch for side, patch in zip(features, patches, strict=True))
         return images, patches, features, (self.stride, self.stride), self.width, grid, math.prod(grid)
 
 
+def has_fixed_positions(arch: Arch) -> bool:
+    """Whether positions are sinusoids that are not trained, as they are behind a tokens-to-token module."""
+    return arch.stem is not None and arch.stem.kind in TOKENS
+
+
 def _stride(stem: Stem) -> int:
-    if stem.kind == "convolutions":
+    if stem.kind != "resnet":
         return math.prod(stem.strides)
     return 2 ** (len(stem.blocks) + 1) if stem.blocks else 4
+
+
+def _width(stem: Stem, in_chans: int) -> int:
+    """Return the channels that a patch embedding behind a stem reads."""
+    channels = (in_chans, *stem.channels)[-1]
+    return channels * kernel(stem.strides[-1]) ** 2 if stem.kind in TOKENS else channels
 
 
 def _stem(stem: Stem, in_chans: int, width: int) -> nn.Module:
@@ -85,6 +108,8 @@ def _stem(stem: Stem, in_chans: int, width: int) -> nn.Module:
         options = {"kernel_size": stem.strides, "stride": stem.strides, "padding": 0, "act_layer": nn.GELU}
         made: nn.Module = ConvStem(in_chans, len(stem.strides), (*stem.channels, width), **options)
         return made
+    if stem.kind in TOKENS:
+        return TokensToToken(stem.kind, in_chans, stem.channels, stem.strides)
     first, *channels = stem.channels
     options = {"stem_type": "same", "preact": False, "conv_layer": partial(StdConv2dSame, eps=STD_EPS)}
     if not stem.blocks:
@@ -137,11 +162,15 @@ def stream_layer(embed: Any) -> Any:
 def stem_uses_stream(arch: Arch, tensor: str) -> bool:
     """Whether a stem's tensor is of the convolution that writes the residual stream."""
     stem = arch.stem
-    return stem is not None and tensor.startswith(f"patch_embed.backbone.{len(stem.strides) - 1}.conv.")
+    if stem is None or stem.kind != "convolutions":
+        return False
+    return tensor.startswith(f"patch_embed.backbone.{len(stem.strides) - 1}.conv.")
 
 
-def first_convolution(stem: Stem) -> str:
-    """Return the name of the convolution that reads images."""
+def first_convolution(stem: Stem) -> str | None:
+    """Return the name of the convolution that reads images; None where attention does."""
+    if stem.kind in TOKENS:
+        return None
     within = "0.conv" if stem.kind == "convolutions" else "stem.conv" if stem.blocks else "conv"
     return f"patch_embed.backbone.{within}"
 
@@ -163,6 +192,8 @@ def check_stem(arch: Arch) -> None:
             )
         if arch.pre_norm:
             raise UserError("stem.kind = 'convolutions': needs pre_norm = False, its last convolution has a bias")
+    elif stem.kind in TOKENS:
+        _check_tokens(stem)
     else:
         _check_resnet(stem)
     stride = _stride(stem)
@@ -174,11 +205,21 @@ def check_stem(arch: Arch) -> None:
         raise UserError(f"img_size = {list(arch.img_size)}: a stem needs multiples of {list(arch.patch_size)}")
 
 
+def _check_tokens(stem: Stem) -> None:
+    if not stem.strides or len(stem.channels) != len(stem.strides) - 1 or stem.blocks:
+        raise UserError(
+            f"stem.channels = {list(stem.channels)}: needs one number for each of stem.strides but the last, behind "
+            "which is no attention; stem.blocks is for kind 'resnet'"
+        )
+    for i, channels in enumerate(stem.channels):
+        check_at_least(f"stem.channels[{i}]", channels, 2)  # half as many random features
+
+
 def _check_resnet(stem: Stem) -> None:
     if len(stem.channels) != len(stem.blocks) + 1 or stem.strides or len(stem.blocks) > MOST_STAGES:
         raise UserError(
             f"stem.channels = {list(stem.channels)}: needs those of the first convolution and one number for each of "
-            f"stem.blocks, {MOST_STAGES} at the most; stem.strides is for kind 'convolutions'"
+            f"stem.blocks, {MOST_STAGES} at the most; stem.strides is for the other kinds"
         )
     for i, channels in enumerate(stem.channels):
         step = 4 * GROUPS if i else GROUPS  # a block's inner convolutions have a quarter of its channels
@@ -191,7 +232,9 @@ def _check_resnet(stem: Stem) -> None:
 def stem_cost(arch: Arch) -> Cost:
     """Count MACs and parameters of the stem and of the patch embedding behind it.
 
-    A convolution of K x K taps from C to D channels on P places costs P K K C D MACs.
+    A convolution of K x K taps from C to D channels on P places costs P K K C D MACs. A Performer of P patches of F
+    numbers, tokens of E and M features costs P (3 F E + 4 E M + M + 3 E E); softmax attention has 2 P E in place of
+    4 E M + M. Random features are not trained and no parameters.
 
     Args:
         arch: the record of a ViT with a stem.
@@ -199,15 +242,32 @@ def stem_cost(arch: Arch) -> Cost:
     assert arch.stem is not None
     (stage,) = arch.stages
     macs = params = 0
-    for channels, out, taps, stride, rest in _convolutions(arch.stem, arch.in_chans, stage.width):
-        macs += math.prod(side // stride for side in arch.img_size) * taps * channels * out
-        params += taps * channels * out + rest
-    if arch.stem.kind == "resnet":
+    if arch.stem.kind in TOKENS:
+        for attention in _attention_costs(arch, arch.stem):
+            macs, params = macs + attention.macs, params + attention.params
+    else:
+        for channels, out, taps, stride, rest in _convolutions(arch.stem, arch.in_chans, stage.width):
+            macs += math.prod(side // stride for side in arch.img_size) * taps * channels * out
+            params += taps * channels * out + rest
+    if arch.stem.kind != "convolutions":
         taps = math.prod(arch.patch_size) // _stride(arch.stem) ** 2
-        weights = taps * arch.stem.channels[-1] * stage.width
+        weights = taps * _width(arch.stem, arch.in_chans) * stage.width
         macs += math.prod(stage.grid) * weights
         params += weights + (0 if arch.pre_norm else stage.width)
     return Cost(macs, params)
+
+
+def _attention_costs(arch: Arch, stem: Stem) -> Iterator[Cost]:
+    """Count attention and MLP behind every unfolding but the last."""
+    places, before = math.prod(arch.img_size), arch.in_chans
+    for stride, width in zip(stem.strides, stem.channels, strict=False):
+        places //= stride**2
+        features, joint = before * kernel(stride) ** 2, stem.kind == "t2t_performer"
+        attending = 4 * width * (width // 2) + width // 2 if joint else 2 * places * width
+        weights = 3 * features * width + 3 * width**2
+        biases = 3 * width + 3 * width * joint  # of output and MLP, and where there are any of keys, queries, values
+        yield Cost(places * (weights + attending), weights + biases + 2 * (features + width))
+        before = width
 
 
 def _convolutions(stem: Stem, in_chans: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:

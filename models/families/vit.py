@@ -40,6 +40,7 @@ from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
 from prunesweep.models.layers.rotary import Places, merged_places
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
+from prunesweep.models.layers.tokens_to_token import sinusoids
 
 from .attention_pool import check_pool, pool_cost, read_pool
 from .base import Family
@@ -48,7 +49,15 @@ from .checks import PLAIN, check_fixed, check_one_of
 from .layouts import is_plain
 from .reading import Require, isotropic_record, layer_norms, read_mlp, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, AxisUse, Table, linear, per_channel, writes
-from .stem import StemEmbed, check_stem, first_convolution, read_stem, stem_cost, stem_uses_stream
+from .stem import (
+    StemEmbed,
+    check_stem,
+    first_convolution,
+    has_fixed_positions,
+    read_stem,
+    stem_cost,
+    stem_uses_stream,
+)
 from .views import Reader
 from .vit_models import (
     AttentionPooledTransformer,
@@ -227,6 +236,8 @@ def build_vit(
         block_fn=block_fn,
         **options,
     )
+    if has_fixed_positions(arch) and model.pos_embed is not None:
+        model.pos_embed = nn.Parameter(sinusoids(*model.pos_embed.shape[1:]), requires_grad=False)
     return model
 
 
@@ -384,7 +395,7 @@ class VisionTransformerFamily(Family):
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
 
     def first_convolution(self, arch: Arch) -> str | None:
-        """Name the patch embedding, or the first convolution of a stem."""
+        """Name the patch embedding, or the first convolution of a stem, if it has one."""
         return super().first_convolution(arch) if arch.stem is None else first_convolution(arch.stem)
 
     def classifiers(self, arch: Arch) -> str | tuple[str, ...]:

@@ -5,6 +5,7 @@
     model = import_checkpoint("ckpt.pth", "spvit", config="spvit_deit_ti_ft.json")
     model = import_checkpoint("adaptive_lm_wiki103.pt", "fairseq", heads=8)
     model = import_checkpoint("output/train/model_best.pth.tar", "timm", ema=True)
+    model = import_checkpoint("81.7_T2T_ViTt_14.pth.tar", "t2t", heads=6)
     model = import_checkpoint("vit_b_16.pth", "torchvision")
     model = import_checkpoint("dinov2-small", "transformers")
 
@@ -31,6 +32,7 @@ from .hugging_face import read_folder, read_transformers
 from .nvit import read_nvit
 from .pmvit import read_pmvit
 from .spvit import read_spvit
+from .t2t import read_t2t
 from .tensors import Given, Tensors
 from .timm_checkpoint import read_timm
 from .torchvision_models import read_torchvision
@@ -57,6 +59,7 @@ LAYOUTS: dict[str, Layout] = {
     "upvit": Layout(read_upvit, ("patch_embed1.",), "UP-ViT: DeiT and PVTv2"),
     "uvc": Layout(read_uvc, ("block_skip_gating",), "UVC, either stage"),
     "spvit": Layout(read_spvit, (".attn.head_probs", ".attn.bconv.", ".attn.qk."), "SPViT: DeiT and Swin, either form"),
+    "t2t": Layout(read_t2t, ("tokens_to_token.",), "T2T-ViT, with Performers or Transformers"),
     "pmvit": Layout(read_pmvit, (".attn.merge_matrix",), "Prune-and-Merge"),
     "fairseq": Layout(read_fairseq, ("decoder.embed_tokens.",), "fairseq's adaptive language models"),
     "timm": Layout(read_timm, (), "timm's train.py, and saved models of this package that it has trained"),

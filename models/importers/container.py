@@ -68,6 +68,8 @@ def read_checkpoint(
     averaged = next((name for name in WEIGHTS.values() if isinstance(content.get(name), Mapping)), None)
     if ema and averaged is None:
         raise UserError(f"{path} has no averaged weights (entry {WEIGHTS[entry or 'model']}); leave out ema (--ema)")
+    if averaged is not None and entry is None and not ema:
+        raise UserError(f"{path} has averaged weights alone (entry {averaged}): give ema (--ema)")
     if wanted := averaged if ema else entry:
         weights = dict(content[wanted])
         beside = {key: value for key, value in content.items() if key not in (*WEIGHTS, *WEIGHTS.values())}
