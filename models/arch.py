@@ -187,6 +187,7 @@ class Arch:
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: bool = False
+    mlp_scale: bool = True  # with ``layer_scale``, that of an MLP, too
     norm_eps: float = 1e-6
     act: str = "gelu"  # of hidden units: a name in ``models.layers.activations``
     feature_head: bool = False  # the head is a linear map to ``num_classes`` features, not a classifier

@@ -123,6 +123,8 @@ def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
             mlp_bias=own.random() < 0.5,
             post_norm=not arch.layer_scale and own.random() < 0.4,
         )
+        qk_norm, mlp_scale = own.random() < 0.4, own.random() < 0.5
+        arch = dataclasses.replace(arch, qk_norm=qk_norm, mlp_scale=not arch.layer_scale or mlp_scale)
     return arch if not extras else _planned(random, arch)
 
 
@@ -134,7 +136,8 @@ def random_beit(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
     stages = (dataclasses.replace(stage, blocks=tuple(blocks)),)
     table = drawn.prefix_tokens < 2 and random.random() < 0.6
     bias = PositionBias(kind="table") if table else PositionBias(kind="mlp", hidden=random.randint(1, 9))
-    return dataclasses.replace(drawn, family="beit", stages=stages, rope=None, position_bias=bias)
+    own = {"stages": stages, "rope": None, "position_bias": bias, "qk_norm": False}
+    return dataclasses.replace(drawn, family="beit", **own)
 
 
 def _planned(random: Random, arch: Arch) -> Arch:

@@ -144,8 +144,9 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
         else:
             scale(block.attn.q, qk)
             scale(block.attn.kv, torch.cat([qk, v]))
-        if isinstance(getattr(block.attn, "q_norm", None), nn.LayerNorm):
+        if isinstance(getattr(block.attn, "q_norm", None), NORMS):
             channels = _indicator(record.qk, tuple(sorted(c % record.qk for c in choice.qk[0])), weight)
+            channels = channels.repeat(len(block.attn.q_norm.weight) // record.qk)
             hook(block.attn.q_norm, _masked_norm(channels))
             hook(block.attn.k_norm, _masked_norm(channels))
     if choice.sr is not None:

@@ -38,6 +38,7 @@ _JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(  # spaces side by side
         "kv": ("k", "v"),
         "turned_q": ("q", "q"),  # the first channels of all pairs, and the second ones
         "turned_k": ("k", "k"),
+        "turned_qk_norm": ("qk_norm", "qk_norm"),
         "gated": ("mlp", "mlp"),  # what is activated, and what it multiplies
     }
 )
@@ -301,6 +302,7 @@ class Family(ABC):
         places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens  # between blocks
         tokens = block.tokens or places  # inside
         norm = stage.width * (arch.norm_tensors + arch.layer_scale)
+        mlp_norm = norm if arch.mlp_scale else stage.width * arch.norm_tensors
         macs = params = 0
         if block.tokens is not None:
             dense = block.merge == "dense"
@@ -313,7 +315,7 @@ class Family(ABC):
             mixer = convolution_cost(stage, block)
         if block.mlp:
             mlp = self.mlp_cost(arch, stage, block, tokens)
-        norms = norm * ((block.mixer != "none" or block.norm_residual) + (block.mlp > 0))
+        norms = norm * (block.mixer != "none" or block.norm_residual) + mlp_norm * (block.mlp > 0)
         return Cost(macs + mixer[0] + mlp[0], params + mixer[1] + mlp[1] + norms)
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:

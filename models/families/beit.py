@@ -22,6 +22,7 @@ from prunesweep.models.layers.position_bias import BiasedAttention
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
 from .eva import EvaFamily, attention_apart
+from .layouts import is_there
 from .reading import Require
 from .spaces import WHOLE, Table, scales
 from .views import AttentionView, LinearView, attention_view
@@ -78,6 +79,8 @@ class BeitFamily(EvaFamily):
     def _read_trunk(self, model: Any, name: str, needs: Require, **fields: Any) -> Arch:
         kinds = {_read_bias(_bias_of(model, block), i, needs) for i, block in enumerate(model.blocks)}
         needs(len(kinds) == 1, "its blocks differ in their position biases")
+        for i, block in enumerate(model.blocks):
+            needs(not is_there(block.attn, "q_norm"), f"block {i} normalises queries and keys")
         return super()._read_trunk(model, name, needs, position_bias=kinds.pop(), **fields)
 
     def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:

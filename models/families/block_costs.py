@@ -38,7 +38,7 @@ def projection_params(arch: Arch, stage: Stage, block: Block, channels: int) -> 
     """
     qk, v, k_bias = block.heads * block.qk * arch.qk_rows, block.total_v, arch.qkv_bias and arch.k_bias
     params = qk * (stage.width + arch.qkv_bias) + qk * (channels + k_bias) + v * (channels + arch.qkv_bias)
-    norms = arch.norm_tensors * (2 * block.qk * arch.qk_norm + v * arch.attn_norm)
+    norms = arch.norm_tensors * (2 * block.qk * arch.qk_rows * arch.qk_norm + v * arch.attn_norm)
     return params + (v + arch.proj_bias) * stage.width + norms
 
 

@@ -24,6 +24,7 @@ PLAIN: Mapping[str, Any] = {
     "mlp_bias": True,
     "position_bias": None,
     "stem": None,
+    "mlp_scale": True,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

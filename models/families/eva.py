@@ -94,7 +94,6 @@ class EvaFamily(VisionTransformerFamily):
     adopts = True
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
-        "qk_norm": False,
         "position_bias": None,
         "stem": None,
     }
@@ -106,6 +105,8 @@ class EvaFamily(VisionTransformerFamily):
         },
         **linear("attn.q_proj", "turned_q", "embed"),
         **linear("attn.k_proj", "turned_k", "embed"),
+        **per_channel("attn.q_norm", "turned_qk_norm"),
+        **per_channel("attn.k_norm", "turned_qk_norm"),
         **linear("attn.v_proj", "v", "embed"),
         **per_channel("attn.norm", "v"),
         "attn.pairs": (scales("q"),),
@@ -151,6 +152,12 @@ class EvaFamily(VisionTransformerFamily):
         rotates = getattr(model, "rope", None) is not None
         blocks, features = zip(*(read_block(i, b, rotates, needs) for i, b in enumerate(model.blocks)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in biases, norms, layer scale or MLPs")
+        if shared := [i for i, b in enumerate(model.blocks) if getattr(b.attn, "num_kv_groups", 1) > 1]:
+            warnings.warn(
+                f"{name}: in {len(shared)} blocks several heads share keys and values; its record gives every head "
+                "its own, which is the same function of more weights",
+                stacklevel=4,
+            )
         own = dict(features[0])
         attn_pool = getattr(model, "attn_pool", None)
         return isotropic_record(
@@ -199,7 +206,7 @@ class EvaFamily(VisionTransformerFamily):
         """Build a ``RotaryVisionTransformer``."""
         (stage,) = arch.stages
         places = None if arch.rope is None else Places(arch.rope, stage.grid)
-        attention = partial(attention_apart, RotaryAttention, places=places)
+        attention = partial(attention_apart, RotaryAttention, places=places, qk_norm=arch.qk_norm)
         kind: Any = RotaryVisionTransformer
         if arch.attn_pool is not None:
             kind = partial(RotaryPooledTransformer, arch.attn_pool)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from timm.layers import Attention, AttentionRope, RmsNorm, SwiGLU
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from timm.models import beit
@@ -24,7 +24,7 @@ from prunesweep.models.arch import Arch, Block, Rope
 
 from .reading import Require, read_mlp
 
-__all__ = ["KINDS", "Features", "adopted_block", "is_plain", "read_block", "read_rope"]
+__all__ = ["KINDS", "Features", "adopted_block", "is_plain", "is_there", "read_block", "read_rope"]
 
 Features = tuple[tuple[str, Any], ...]
 KINDS: Mapping[type[nn.Module], str] = {
@@ -44,11 +44,9 @@ def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple
     attn, mlp = block.attn, block.mlp
     require(type(attn) in ATTENTION, f"{where} has a {type(attn).__name__}")
     require(getattr(attn, "gate", None) is None, f"{where} gates its attention")
-    require(getattr(attn, "num_kv_groups", 1) == 1, f"{where} has fewer heads of keys and values than of queries")
-    normed = {part: _is_there(attn, part) for part in ("q_norm", "norm")}
-    require(not normed["q_norm"], f"{where} normalises queries and keys")
+    normed = {part: is_there(attn, part) for part in ("q_norm", "norm")}
     scaled = [_scale_of(block, half) is not None for half in "12"]
-    require(len(set(scaled)) == 1, f"{where} has a layer scale in one half only")
+    require(scaled[0] or not scaled[1], f"{where} has a layer scale in its MLP only")
     first: Any = mlp.fc1_g if type(mlp) is SwiGLU else getattr(mlp, "fc1", None)
     if type(mlp) is SwiGLU:
         require(type(mlp.act) is nn.SiLU, f"{where} has activation {type(mlp.act).__name__} in a SwiGLU")
@@ -72,8 +70,10 @@ def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple
         "qkv_bias": q,
         "k_bias": k or not q,
         "post_norm": type(block) in POST_NORM,
+        "qk_norm": normed["q_norm"],
         "attn_norm": normed["norm"],
         "layer_scale": scaled[0],
+        "mlp_scale": scaled == [True, True] or not scaled[0],
         "act": act,
         "glu": glu,
         "mlp_norm": mlp_norm,
@@ -92,13 +92,14 @@ def is_plain(model: Any) -> bool:
     norms = (type(module) is RmsNorm for module in model.modules())
     return not any(norms) and not any(
         type(block) is ResPostBlock
-        or _is_there(getattr(block, "attn", None), "norm")
+        or is_there(getattr(block, "attn", None), "norm")
         or type(getattr(block, "mlp", None)) is SwiGLU
         for block in model.blocks
     )
 
 
-def _is_there(module: Any, part: str) -> bool:
+def is_there(module: Any, part: str) -> bool:
+    """Whether a module has a part that does something."""
     return not isinstance(getattr(module, part, nn.Identity()), nn.Identity)
 
 
@@ -115,7 +116,6 @@ def read_rope(model: Any, width: int, require: Require) -> Rope:
     kind = KINDS[type(rope)]
     own = rope.dim // model.blocks[0].attn.num_heads if kind == "mixed" else rope.dim
     require(own == width and width % 4 == 0, f"it turns {own} of a head's {width} channels, or not a multiple of 4")
-    require(not rope.aug_active, "it changes its coordinates at random in training")
     require(kind != "axial" or rope.grid_type == "index", "it turns by pixels, not by rows and columns")
     centred = kind != "centred" or (rope.normalize_coords == "separate" and rope.min_period is None)
     require(centred, "it scales its coordinates by one side of the grid, or has a range of periods")
@@ -143,7 +143,16 @@ def _projections(attn: Any, part: str) -> tuple[torch.Tensor | None, ...]:
 
 def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Lay out the weights ``own`` of a timm block, by their names within it."""
-    joined = ("attn.q", "attn.k", "attn.v", "mlp.fc1", "gamma_")
+    joined = (
+        "attn.qkv.",
+        "attn.q_proj.",
+        "attn.k_proj.",
+        "attn.v_proj.",
+        "attn.q_bias",
+        "attn.v_bias",
+        "mlp.fc1",
+        "gamma_",
+    )
     found = {name: tensor for name, tensor in own.items() if not name.startswith(joined)}
     for half in "12":
         if f"gamma_{half}" in own:
@@ -152,15 +161,28 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
         for name, rows in zip("qkv", _projections(block.attn, part), strict=True):
             if rows is not None:
                 rows = rows.detach()
+                if name != "q":
+                    rows = _for_every_head(block.attn, rows)
                 apart = name != "v" and arch.rope is not None
                 found[f"attn.{name}_proj.{part}"] = _pairs_apart(block.attn, rows) if apart else rows
+        for name in ("attn.q_norm", "attn.k_norm"):
+            if f"{name}.{part}" in own and arch.rope is not None:
+                found[f"{name}.{part}"] = _pairs_apart(block.attn, own[f"{name}.{part}"], heads=1)
         names = ("fc1_g", "fc1_x") if type(block.mlp) is SwiGLU else ("fc1",)
         if part == "weight" or arch.mlp_bias:
             found[f"mlp.fc1.{part}"] = torch.cat([own[f"mlp.{name}.{part}"] for name in names])
     return found
 
 
-def _pairs_apart(attn: Any, rows: torch.Tensor) -> torch.Tensor:
+def _for_every_head(attn: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Give every head rows of keys or values of its own, (H·E, ...), where several share them."""
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups == 1:
+        return rows
+    return repeat(rows, "(h e) ... -> (h groups e) ...", h=attn.num_kv_heads, groups=groups)
+
+
+def _pairs_apart(attn: Any, rows: torch.Tensor, heads: int | None = None) -> torch.Tensor:
     """Order rows (H·E, ...) of queries or keys so that the first channels of all pairs come first."""
     layout = "(h two p)" if attn.rotate_half else "(h p two)"
-    return rearrange(rows, f"{layout} ... -> (two h p) ...", two=2, h=attn.num_heads)
+    return rearrange(rows, f"{layout} ... -> (two h p) ...", two=2, h=heads or attn.num_heads)

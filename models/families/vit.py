@@ -109,8 +109,8 @@ class HeteroBlock(nn.Module):
         (stage,) = arch.stages
         dim = stage.width
 
-        def scale() -> nn.Module:
-            return LayerScale(dim) if arch.layer_scale else nn.Identity()
+        def scale(half: bool) -> nn.Module:
+            return LayerScale(dim) if arch.layer_scale and half else nn.Identity()
 
         def drop() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -124,11 +124,11 @@ class HeteroBlock(nn.Module):
         if block.mixer != "none" or block.norm_residual:
             self.norm1 = norm_layer(dim)
             self.attn = _mixer(arch, block, norm_layer, attention or stock_attention)
-            self.ls1, self.drop_path1 = scale(), drop()
+            self.ls1, self.drop_path1 = scale(True), drop()
         if self.has_mlp:
             self.norm2 = norm_layer(dim)
             self.mlp = _mlp(arch, block, act_layer, norm_layer)
-            self.ls2, self.drop_path2 = scale(), drop()
+            self.ls2, self.drop_path2 = scale(arch.mlp_scale), drop()
 
     @property
     def coordinates(self) -> Callable[[], torch.Tensor] | None:

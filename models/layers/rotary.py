@@ -168,8 +168,9 @@ class RotaryAttention(nn.Module):
     """Self-attention of any widths whose queries and keys are turned by their token's place.
 
     ``q_proj`` and ``k_proj`` have 2 H P rows, the first channels of all pairs, head after head, then the second ones;
-    without ``places`` H P rows, and nothing is turned. ``k_proj`` may be without bias where the others have one, and
-    ``norm`` is a LayerNorm over the value channels of all heads.
+    without ``places`` H P rows, and nothing is turned. ``k_proj`` may be without bias where the others have one,
+    ``q_norm`` and ``k_norm`` are norms over a head's query and key before they are turned, which all heads share, and
+    ``norm`` is one over the value channels of all heads.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class RotaryAttention(nn.Module):
         qkv_bias: bool = True,
         k_bias: bool = True,
         proj_bias: bool = True,
+        qk_norm: bool = False,
         out_norm: bool = False,
         norm_layer: Any = LayerNorm,
     ) -> None:
@@ -200,6 +202,7 @@ class RotaryAttention(nn.Module):
         elif places is not None:
             first = torch.arange(qk_dim).clamp(max=places.rope.pairs - 1)
             self.register_buffer("pairs", first.repeat(num_heads))
+        self.q_norm, self.k_norm = (norm_layer(rows // num_heads) if qk_norm else nn.Identity() for _ in range(2))
         self.norm = norm_layer(sum(self.v_dims)) if out_norm else nn.Identity()
         self.proj = nn.Linear(sum(self.v_dims), dim, bias=proj_bias)
 
@@ -244,8 +247,8 @@ class RotaryAttention(nn.Module):
         coordinates: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend over tokens, (B, N, D) to the same; ``coordinates`` are those of merged tokens behind the prefix."""
-        q, k = (self.rotate(self.by_head(own), coordinates) for own in (self.q_proj(x), self.k_proj(x)))
-        v = self.v_proj(x)
+        q, k, v = self.q_norm(self.by_head(self.q_proj(x))), self.k_norm(self.by_head(self.k_proj(x))), self.v_proj(x)
+        q, k = self.rotate(q, coordinates), self.rotate(k, coordinates)
         q, k = q.to(v.dtype), k.to(v.dtype)
         y = attend(q, k, v, self.v_dims, self.scale, attn_mask=attn_mask, is_causal=is_causal)
         return self.proj(self.norm(y))

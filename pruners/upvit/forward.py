@@ -269,12 +269,11 @@ class Forward:
         q, k = attention.by_head(q), attention.by_head(k)
         # the channels of a pair are one unit
         by_head = None if gate is None else attention.by_head(torch.cat([gate] * self.arch.qk_rows, -1))
-        if not self.arch.qk_norm:
-            q, k = attention.turned(q), attention.turned(k)
-            return q if by_head is None else q * by_head, k
-        if by_head is None:
-            return attention.q_norm(q), attention.k_norm(k)
-        return normed(attention.q_norm, q, by_head), normed_over(attention.k_norm, k, by_head)
+        if self.arch.qk_norm and by_head is not None:
+            q, k = normed(attention.q_norm, q, by_head), normed_over(attention.k_norm, k, by_head)
+            return attention.turned(q), attention.turned(k)
+        q, k = attention.turned(attention.q_norm(q)), attention.turned(attention.k_norm(k))
+        return q if by_head is None else q * by_head, k
 
     def hidden(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Compute the MLP's hidden units behind the activation, (B, N, M)."""

@@ -50,23 +50,24 @@ KINDS = [  # of position embedding, projections, biases, MLPs, norms, prefix tok
     ("beit3_base_patch16_224", (32, 48)),
     ("eva02_enormous_patch14_clip_224", (28, 42)),
     ("vit_base_patch16_rpn_224", (32, 48)),
+    ("vit_base_patch16_sapiens2", (32, 48)),
 ]
 OTHERS = ("aimv2_", "beit3_", "vit_base_patch16_rpn_")
 REFUSED = {
     "qwen3_vit_88m_merge": "merges patches behind its blocks",
     "qwen3_vit_306m_merge": "merges patches behind its blocks",
     "qwen3_vit_416m_merge": "merges patches behind its blocks",
-    "vit_5b_patch16_sapiens2": "normalises queries and keys",
-    "vit_giant_patch16_sapiens2": "normalises queries and keys",
-    "vit_huge_patch16_sapiens2": "normalises queries and keys",
-    "vit_large_patch16_sapiens2": "normalises queries and keys",
-    "vit_base_patch16_sapiens2": "normalises queries and keys",
 }
 
 
-def small(name: str, size: tuple[int, int], dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A narrow timm model with random norms and biases."""
-    model = timm.create_model(name, img_size=size, **SMALL).eval()
+def shared(name: str, *heads: int) -> dict[str, Any]:
+    """Heads of keys and values, block by block, of a model that has such a list."""
+    return {"num_kv_heads": heads} if name.endswith("sapiens2") else {}
+
+
+def small(name: str, size: tuple[int, int], dtype: torch.dtype = torch.float64, second: int = 2) -> nn.Module:
+    """A narrow timm model with random norms and biases, whose second block may share keys and values."""
+    model = timm.create_model(name, img_size=size, **{**SMALL, **shared(name, 2, second)}).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -104,7 +105,7 @@ def test_every_published_name_is_read_or_refused_with_its_reason() -> None:
     read = []
     for name in names():
         with without_values():
-            shallow = {} if name in REFUSED else {"depth": 2}  # all blocks are alike
+            shallow = {} if name in REFUSED else {"depth": 2, **shared(name, 0, 0)}  # all blocks are alike
             model = timm.create_model(name, **shallow)
         if name in REFUSED:
             with pytest.raises(UserError, match=REFUSED[name]):
@@ -114,7 +115,7 @@ def test_every_published_name_is_read_or_refused_with_its_reason() -> None:
         if not name.startswith("qwen3"):  # positions of another grid, and a norm without weights
             assert cost(own).params == num_params(model), name
         read.append(name)
-    assert len(read) == 78
+    assert len(read) == 83
 
 
 def adopted_on_meta(model: Any) -> Arch:
@@ -140,6 +141,17 @@ def test_a_language_model_s_tower_is_read_with_positions_of_its_grid(side: int) 
     rope.float()
     embed = rope.get_embed
     rope.get_embed = lambda shape: embed(shape=shape).double()
+    with torch.no_grad():
+        torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_heads_that_share_keys_and_values_get_their_own() -> None:
+    model = small("vit_base_patch16_sapiens2", (32, 48), second=1)
+    with pytest.warns(UserWarning, match="in 1 blocks several heads share keys and values"):
+        own = adopted(model)
+    arch, x = arch_of(own), random_images(Arch.from_timm(model), 1)
+    assert (arch.qk_norm, arch.norm, arch.layer_scale, arch.mlp_scale) == (True, "rms", True, False)
+    assert cost(arch).params == num_params(own) == num_params(model) + 2 * 12 * 25  # of one head's keys and values
     with torch.no_grad():
         torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
 
@@ -184,7 +196,7 @@ def rotating(kind: str) -> Arch:
     for seed in range(1000):
         arch = random_eva(Random(seed), ragged=False, missing=False, extras=False)
         block = arch.blocks[0]
-        fits = block.heads == 2 and block.qk == 4 and isinstance(block.v, int)
+        fits = block.heads == 2 and block.qk == 4 and isinstance(block.v, int) and not arch.qk_norm
         if arch.rope is not None and arch.rope.kind == kind and fits:
             return arch
     raise AssertionError(kind)
