@@ -257,7 +257,8 @@ def front(
         cost = cost_of(found.objectives)
         print_front(console, points, source[cost], cost)
         if further:
-            print_promoted(console, list(further.values()), source[cost], run, found.measure, cost)
+            made = [{**p, "model": shown(run / p["model"])} for p in further.values()]
+            print_promoted(console, made, source[cost], found.measure, cost)
 
 
 @app.command()

@@ -36,13 +36,9 @@ def brought(given: str | Path, *, whole: bool = True) -> Path:
 
 def shown(path: Path) -> str:
     """Return a path as a user would give it: below a URL if it was brought from there."""
-    from prunesweep.models.io.objects import joined
-    from prunesweep.search.store.mirror import belongs_to
+    from prunesweep.search.store.mirror import shown_place
 
-    for folder in (path, *path.parents):
-        if (url := belongs_to(folder)) is not None:
-            return url if folder == path else joined(url, path.relative_to(folder).as_posix())
-    return str(path)
+    return shown_place(path)
 
 
 RunArgument = Annotated[

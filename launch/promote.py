@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
 from typing import Annotated
 
 import typer
 
 from .data_options import check_data
+from .place import RunArgument, shown
 
 __all__ = ["promote"]
 
 
 def promote(
-    run: Annotated[Path, typer.Argument(help="the run's folder, for example runs/digits", show_default=False)],
+    run: RunArgument,
     recipe: Annotated[str, typer.Option(help="a named recipe, or a .toml file", show_default=False)],
     top: Annotated[int | None, typer.Option(min=1, help="the most accurate ones", show_default=False)] = None,
     at: Annotated[
@@ -48,6 +49,7 @@ def promote(
     from prunesweep.search.report.display import Display, print_promoted
     from prunesweep.search.report.page import write_report
     from prunesweep.search.store.front import cost_of
+    from prunesweep.search.store.promoting import Promotions
     from prunesweep.search.store.records import task_id
     from prunesweep.training import EvalMetrics, load_recipe
     from prunesweep.training.jobs.placement import Placement
@@ -61,7 +63,13 @@ def promote(
     setting.require_device()
     if data is not None:
         check_data(data, {})
-    found = Run.existing(run)
+    promotions = Promotions(run)
+    found = Run.existing(promotions.path)
+    if promotions.url is not None and address is not None:
+        raise UserError(
+            f"--address {address}: the nodes of a cluster would read {promotions.url} from a folder, and see none: "
+            f"'prunesweep fetch {promotions.url}' into one that all of them see, or leave --address out"
+        )
     limits = []
     for text in at or []:
         name, _, value = text.partition("=")
@@ -74,11 +82,17 @@ def promote(
     display, placement = Display(console), Placement(workers, cpus=cpus, gpus=gpus, address=address)
     for number, point in enumerate(chosen, 1):
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, {EvalMetrics.of(point)} before")
-        with display.progress() as progress:
+        with promotions.making(task_id(point["trial"], point["rung"])), display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
             promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)
     write_report(found)
+    promotions.publish_report()
     cost = cost_of(found.objectives)
-    print_promoted(console, promoted(found), found.metadata()["source"][cost], run, found.measure, cost)
-    last = found.path / "promoted" / task_id(chosen[0]["trial"], chosen[0]["rung"]) / "model"
-    show_next(console, list(after_model(str(run / last.relative_to(found.path)), str(run / "source"))))
+    here = found.path if promotions.url is not None else run
+    made = [{**p, "model": shown(here / p["model"])} for p in promoted(found)]
+    print_promoted(console, made, found.metadata()["source"][cost], found.measure, cost)
+    if promotions.url is not None:
+        show_next(console, [("bring it here", f"prunesweep fetch {shlex.quote(promotions.url)}")])
+        return
+    last = run / "promoted" / task_id(chosen[0]["trial"], chosen[0]["rung"]) / "model"
+    show_next(console, list(after_model(str(last), str(run / "source"))))

@@ -116,6 +116,11 @@ class Objects:
         """The last part of the URL."""
         return self._base.rstrip("/").rpartition("/")[2]
 
+    @property
+    def opened(self) -> tuple[Any, str]:
+        """Pyarrow's file system, and the place in it, for libraries that write below the URL by themselves."""
+        return self._files, self._base
+
     def check(self) -> None:
         """Raise UserError where the bucket is not there, or its content may not be listed."""
         from pyarrow.fs import FileType  # type: ignore[import-untyped]
@@ -213,6 +218,16 @@ class Objects:
         def delete() -> None:
             self.guard()
             self._files.delete_file(self._path(name))
+
+        with contextlib.suppress(FileNotFoundError):
+            self.asked(delete)
+
+    def delete_folder(self, name: str) -> None:
+        """Delete all that lies below a name, and what file systems keep of folders, if it is there."""
+
+        def delete() -> None:
+            self.guard()
+            self._files.delete_dir(self._path(name))
 
         with contextlib.suppress(FileNotFoundError):
             self.asked(delete)

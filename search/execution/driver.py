@@ -141,8 +141,6 @@ def run_search(
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as place:
         if not dry_run:
             if stored is not None:
-                if address is not None:
-                    _check_places(config, stored)
                 stack.enter_context(stored)
             place.enter_context(reserve(run.path))
         if address is not None:
@@ -257,7 +255,6 @@ def _resume(
         with display.progress() as shown:
             check: Callable[[Progress], object] = partial(_check_there, run.path, config)
             if stored is not None:
-                _check_places(config, stored)
                 check = partial(work_there, _check_there, run.path, config, access=_access(stored))
             run_on_worker(check, config.resources, shown, note=display.note)
         connection = contextlib.nullcontext(ray)
@@ -504,15 +501,6 @@ def _died(run: Run) -> str:
 def _access(stored: StoredRun) -> Access:
     """What processes of the cluster that this one has joined need to know of a run on an object store."""
     return Access(stored.url, stored.number, node())
-
-
-def _check_places(config: SearchConfig, stored: StoredRun) -> None:
-    """Raise UserError where trials on a cluster would need a folder that all nodes see."""
-    if config.resources.workers_per_trial > 1:
-        raise UserError(
-            f"resources.workers_per_trial = {config.resources.workers_per_trial}: the workers of one trial share a "
-            f"folder, and with a run on {stored.url} nodes have none: take 1, or a folder that all nodes see"
-        )
 
 
 def _work(lock: Lock, stored: StoredRun | None) -> Callable[..., Mapping[str, Any]]:

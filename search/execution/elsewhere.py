@@ -4,6 +4,9 @@ Such a node has a folder of its own, ``workers/NAME`` of its cache. What all tri
 files of a trial are brought before it, published as it goes on, and removed after it. Its result goes back to the
 driver, who alone publishes results. A training's state is published every half minute, so that a trial whose node was
 lost goes on elsewhere from there.
+
+Workers of a trial of several see neither its folder nor each other's: each brings what the training begins with, the
+first one publishes its state and hands the trained model in.
 """
 
 from __future__ import annotations
@@ -22,21 +25,23 @@ from typing import Any, NamedTuple
 import ray
 
 from prunesweep.models.errors import UserError
+from prunesweep.models.io.files import publish_folder
 from prunesweep.models.io.lock import Fence, Lost
-from prunesweep.models.io.objects import Objects
+from prunesweep.models.io.objects import Objects, joined
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.lease import LEASES, highest
 from prunesweep.search.store.mirror import Mirror, place_for
 from prunesweep.search.store.progress import BEGUN
 from prunesweep.search.store.records import read_json
 from prunesweep.search.store.run import Run, Task, task_id
-from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING
+from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING, WORKERS
 from prunesweep.training.jobs.scoring import Progress
+from prunesweep.training.jobs.training_job import CannotBegin, TrainingJob
 
 from .prepare import PreparedSearch, prepare_search
 from .task import run_task
 
-__all__ = ["Access", "bring_prepared", "prepare_there", "run_there", "unit_files", "work_there"]
+__all__ = ["Access", "UnitFiles", "bring_prepared", "prepare_there", "run_there", "unit_files", "work_there"]
 
 INPUTS = ("source/", "scores/", "given/", "teacher_logits/")
 FACTS = ("search.toml", "run.json", "latency_table.json")
@@ -45,6 +50,7 @@ CARRIED = ("metrics.jsonl", "arch.json", BEGUN, TRAINING)  # files that are publ
 LOOK = 3.0  # seconds between two looks whether to stop
 PATIENCE = 120.0  # seconds for a model that was handed in to be there
 LIMIT = 50 * 2**30  # bytes of a node's folders for other runs, of which the longest unused go
+START, MADE, STOP = "start/", "made/", "stop"  # of a trial of several workers, until its training is done
 UNUSED = 2 * 24 * 3600.0  # seconds, before that none goes
 
 
@@ -70,6 +76,15 @@ class Access(NamedTuple):
         """Raise Lost where another driver has taken over; as ``Fence``'s."""
         if highest(Objects(self.url).list(LEASES)) > self.number:
             raise Lost(f"{self.url}: another driver has taken over; nothing more is published")
+
+    @property
+    def workers(self) -> str:
+        """The URL of what Ray Train keeps of workers of trials."""
+        return joined(self.url, WORKERS)
+
+    def unit(self, name: str) -> UnitFiles:
+        """Where the files of a trial of several workers are."""
+        return UnitFiles(self, name)
 
     @lru_cache(maxsize=1)  # noqa: B019 (a tuple: the last one's folder is kept for the next trial of this process)
     def opened(self) -> Mirror:
@@ -103,11 +118,11 @@ def run_there(path: Path, unit: Task, files: Mapping[str, str], *, access: Acces
         As ``run_task``; with ``elsewhere``, true where the driver does not see what was made.
     """
     if access.here:
-        return run_task(path, unit, fence)
+        return run_task(path, unit, fence, access)
     try:
         mirror = access.opened()
         with unit_files(mirror, unit, files):
-            found = run_task(mirror.path, unit, access)
+            found = run_task(mirror.path, unit, access, access)
     except Lost as lost:
         return {"state": "broken", "reason": str(lost)}
     except UserError as error:  # the store, which has been asked for minutes
@@ -134,25 +149,12 @@ def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator
     if unit.rung:
         _wait_for_model(mirror, folders[1])
     (mirror.path / own / "result.json").unlink(missing_ok=True)
-    over = threading.Event()
 
     def carry() -> None:
-        due = 0.0
-        while not over.wait(LOOK):
-            with contextlib.suppress(UserError, OSError):
-                if mirror.objects.stamp(STOPPING) is not None:
-                    run.stop_file.touch()
-                if time.monotonic() >= due:
-                    mirror.push(name for name in mirror.files(own) if name.endswith(CARRIED))
-                    due = time.monotonic() + STATE
+        mirror.push(name for name in mirror.files(own) if name.endswith(CARRIED))
 
-    thread = threading.Thread(target=carry, daemon=True)
-    thread.start()
-    try:
+    with _meanwhile(mirror.objects, run.stop_file, carry):
         yield
-    finally:
-        over.set()
-        thread.join()
     (mirror.path / own / BEGUN).unlink(missing_ok=True)
     board = run.board(unit.number).relative_to(run.path).as_posix()
     made = [name for name in (*mirror.files(own), *mirror.files(board)) if not name.endswith("/result.json")]
@@ -160,6 +162,138 @@ def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator
     mirror.drop(own)
     for below in {*folders, *(f"{Path(name).parent}/" for name in files)}:
         shutil.rmtree(mirror.path / below, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _meanwhile(objects: Objects, stop_file: Path, carry: Callable[[], None]) -> Iterator[None]:
+    """Call ``carry`` from time to time, and make a file once the search stops, in a thread, during a ``with`` block."""
+    over = threading.Event()
+
+    def look() -> None:
+        due = 0.0
+        while not over.wait(LOOK):
+            with contextlib.suppress(UserError, OSError):
+                if objects.stamp(STOPPING) is not None:
+                    stop_file.touch()
+                if time.monotonic() >= due:
+                    carry()
+                    due = time.monotonic() + STATE
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+class UnitFiles(NamedTuple):
+    """The files of a trial of several workers, none of whom sees its folder; what ``warm_workers.Elsewhere`` says.
+
+    Args:
+        access: to the run.
+        name: of the trial on its rung.
+    """
+
+    access: Access
+    name: str
+
+    def give(self, job: TrainingJob) -> None:
+        """Publish the model that the training begins with."""
+        with _blaming_the_store():
+            _put_folder(self._objects(), Path(job.model), f"{self._own}{START}")
+
+    def take(self, out: Path) -> None:
+        """Bring the trained model as the folder ``out``."""
+        with _blaming_the_store():
+            objects, below = self._objects(), f"{self._own}{MADE}"
+            with publish_folder(out) as folder:
+                _get_folder(objects, below, folder)
+        self.forget()
+
+    def forget(self) -> None:
+        """Delete what only an unfinished training needs."""
+        with _blaming_the_store():
+            objects = self._objects()
+            names = [n for below in (START, MADE) for n in objects.list(f"{self._own}{below}")]
+            list(objects.each(objects.delete, [*names, f"{self._own}{TRAINING}"]))
+
+    def seen_from(self, job: TrainingJob, folder: Path) -> TrainingJob:
+        """The job by the paths of this node's folder for the run, and of the worker's own ``folder``."""
+        run = Run(place_for(self.access.url, "workers"))
+        return replace(
+            job,
+            model=str(folder / START),
+            teacher=None if job.teacher is None else str(run / "source"),
+            teacher_cache=None if job.teacher_cache is None else str(run.teacher_logits),
+            stop_file=str(folder / STOP),
+        )
+
+    def bring(self, job: TrainingJob, folder: Path) -> None:
+        """Bring what all trials need, once, and this trial's first model and its state."""
+        with _blaming_the_store():
+            self.access.opened()
+            objects = self._objects()
+            _get_folder(objects, f"{self._own}{START}", folder / START)
+            with contextlib.suppress(FileNotFoundError):
+                objects.get(f"{self._own}{TRAINING}", folder / TRAINING)
+
+    @contextlib.contextmanager
+    def carrying(self, job: TrainingJob, folder: Path) -> Iterator[None]:
+        """Publish the state every half minute and at the end, unless the training is over by then."""
+        objects, state, published = self._objects(), folder / TRAINING, _changed(folder / TRAINING)
+
+        def carry() -> None:
+            nonlocal published
+            if (now := _changed(state)) is not None and now != published:
+                objects.put(f"{self._own}{TRAINING}", state)
+                published = now
+
+        with _meanwhile(objects, folder / STOP, carry):
+            yield
+        with _blaming_the_store():
+            carry()
+
+    def hand_in(self, made: Path) -> None:
+        """Publish the trained model for who waits for it."""
+        with _blaming_the_store():
+            _put_folder(self._objects(), made, f"{self._own}{MADE}")
+
+    @property
+    def _own(self) -> str:
+        return f"trials/{self.name}/"
+
+    def _objects(self) -> Objects:
+        objects = Objects(self.access.url)
+        objects.guard = self.access.check
+        return objects
+
+
+@contextlib.contextmanager
+def _blaming_the_store() -> Iterator[None]:
+    """Turn what the store or another driver is to blame for into CannotBegin: it is no candidate's fault."""
+    try:
+        yield
+    except UserError as error:
+        raise CannotBegin(str(error)) from error
+
+
+def _changed(file: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(FileNotFoundError):
+        facts = file.stat()
+        return facts.st_size, facts.st_mtime_ns
+    return None
+
+
+def _put_folder(objects: Objects, folder: Path, below: str) -> None:
+    files = {f"{below}{p.relative_to(folder).as_posix()}": p for p in folder.rglob("*") if p.is_file()}
+    list(objects.each(lambda name: objects.put(name, files[name]), files))
+
+
+def _get_folder(objects: Objects, below: str, folder: Path) -> None:
+    names = list(objects.list(below))
+    list(objects.each(lambda name: objects.get(name, folder / name.removeprefix(below)), names))
 
 
 def _wait_for_model(mirror: Mirror, below: str) -> None:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import nn
 
@@ -57,7 +57,10 @@ from .coordinator import RunBroken
 from .cutting import Cutter
 from .reopen import check_data, space_of
 
-__all__ = ["run_task"]
+if TYPE_CHECKING:
+    from prunesweep.training.jobs.warm_workers import Elsewhere
+
+__all__ = ["Away", "run_task"]
 
 ATTEMPT = "attempt.json"  # of a training that has begun and not ended: how often processes were killed for memory then
 START = "start"  # folder of the first model of a unit that is trained on workers of its own
@@ -81,12 +84,15 @@ def _needed_by_all() -> Iterator[None]:
 class WorkerContext:
     """What all units of a run share in one process: configuration, data and source model, loaded once.
 
+    Attributes:
+        away: where the files of units are for workers of their own that do not see the run's folder, if they do not.
+
     Raises:
         RunBroken: one of them is missing or damaged, or the data are not those that the run was made on.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.away = run, cast("Away | None", None)
         with _needed_by_all():
             self.config: SearchConfig = load_run_config(run.path)
             source = to_float32(load(run / "source"))
@@ -170,6 +176,17 @@ class WorkerContext:
         return recipe.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
+class Away(Protocol):
+    """Where the files of a run's units are for workers of their own that do not see its folder."""
+
+    @property
+    def workers(self) -> str:
+        """The URL of what Ray Train keeps of them."""
+
+    def unit(self, name: str) -> Elsewhere:
+        """Where the files of a unit are."""
+
+
 class Fencing(Protocol):
     """What says whether a driver still is the one of a run."""
 
@@ -177,13 +194,14 @@ class Fencing(Protocol):
         """Raise Lost where it is not."""
 
 
-def run_task(path: Path, unit: Task, fence: Fencing | None = None) -> dict[str, Any]:
+def run_task(path: Path, unit: Task, fence: Fencing | None = None, away: Away | None = None) -> dict[str, Any]:
     """Do a task of a run, or what is left of it.
 
     Args:
         path: the run's folder.
         unit: the task.
         fence: of the driver that handed it out; what another one has taken over is left to that.
+        away: where its files are for workers of its own, where they do not see the folder.
 
     Returns:
         What ``result.json`` says. Where the task has no result: ``{"state": "stopped"}`` if it was asked to stop,
@@ -196,7 +214,9 @@ def run_task(path: Path, unit: Task, fence: Fencing | None = None) -> dict[str, 
         return found
     try:
         run.fence()
-        result = _work(WorkerContext.of(path), unit)
+        context = WorkerContext.of(path)
+        context.away = away
+        result = _work(context, unit)
         return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
     except (RunBroken, CannotBegin, Lost) as broken:  # the second one by a worker of its own, on another node maybe
         return {"state": "broken", "reason": str(broken)}
@@ -400,12 +420,14 @@ def _finetune(context: WorkerContext, model: nn.Module, unit: Task, folder: Path
         provenance=_provenance(context, unit),
         loaded=loaded,
         name=f"{run.path.name}-{unit.id}-{unit.key}",
-        keep_workers=run.workers,
+        keep_workers=run.workers if context.away is None else context.away.workers,
+        elsewhere=None if context.away is None else context.away.unit(folder.name),
         reports=Reports(on_note=lambda text: log.event("note", text=text)),
     )
     (folder / ATTEMPT).unlink(missing_ok=True)
     if finished:
         _remove_scratch(folder)
+        (folder / STATE).unlink(missing_ok=True)  # one that was brought here for workers elsewhere
     return finished
 
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -335,7 +334,6 @@ def print_promoted(
     console: Console,
     found: Sequence[dict[str, Any]],
     source_cost: float,
-    run: Path,
     measure: str | None = None,
     cost: str = "macs",
 ) -> None:
@@ -343,9 +341,8 @@ def print_promoted(
 
     Args:
         console: where to print.
-        found: the contents of their ``promoted.json``.
+        found: the contents of their ``promoted.json``, with ``model`` as it is to be shown.
         source_cost: the source's ``cost``, of which shares are shown.
-        run: folder of the run.
         measure: the name of the search's own measure, if it has one.
         cost: the search's first cost.
     """
@@ -366,7 +363,7 @@ def print_promoted(
             p["recipe"],
         )
     console.print(table)
-    _print_folders(console, [(p["unit"], str(run / p["model"])) for p in found])
+    _print_folders(console, [(p["unit"], p["model"]) for p in found])
 
 
 def print_front(console: Console, front: Sequence[dict[str, Any]], source_cost: float, cost: str = "macs") -> None:

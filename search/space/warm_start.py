@@ -19,7 +19,9 @@ from prunesweep.models.io.store import CONFIG
 from prunesweep.pruners import TrainedMethod, get_method
 from prunesweep.search.config import BUDGETS, SearchConfig
 from prunesweep.search.store.computed import ComputedFront
+from prunesweep.search.store.mirror import shown_place
 from prunesweep.search.store.run import Run
+from prunesweep.search.store.stored import view
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
 
 from .axes import AXES, active_axes
@@ -105,13 +107,17 @@ def _points_of(name: str, space: Space) -> list[Params]:
 
     Computed models outside of the space's windows are left out with a warning, unless none is left.
     """
-    path = Path(name).expanduser().absolute()
+    try:
+        path = view(name, whole=False).expanduser().absolute()
+    except UserError as error:
+        raise UserError(f"search.start_from {name}: {error}") from error
     if ComputedFront.is_one(path):
         folders = ComputedFront(path).folders
     elif (path / CONFIG).is_file():
         folders = [path]
     else:
-        return [_checked(f"search.start_from {name}", space, point) for point in Run.existing(name).front_points()]
+        run = Run.existing(name if path == Path(name).expanduser().absolute() else path)
+        return [_checked(f"search.start_from {name}", space, point) for point in run.front_points()]
     points, reasons = _inside("search.start_from", space, folders)
     if not points:
         raise UserError("\n".join(reasons) or f"search.start_from {name}: has no models")
@@ -125,7 +131,7 @@ def _inside(key: str, space: Space, given: Iterable[Path]) -> tuple[list[Params]
     points, reasons = list[Params](), list[str]()
     for path in given:
         try:
-            points.append(_checked(f"{key} {path}", space, {MODEL: str(path)}))
+            points.append(_checked(f"{key} {shown_place(path)}", space, {MODEL: str(path)}))
         except UserError as error:
             reasons.append(str(error))
     return points, reasons

@@ -46,6 +46,7 @@ class Lease:
         url: of the run.
         note: as for ``Objects``.
         on_lost: called, in a thread, where another process has taken over. ``check`` says it, too.
+        stopped_by: what stops who holds it, for people; ``prunesweep stop`` or Ctrl-C by default.
 
     Attributes:
         before: the highest number that there was before this one; 0 where there was none.
@@ -54,8 +55,15 @@ class Lease:
         UserError: a live process holds it.
     """
 
-    def __init__(self, url: str, note: Callable[[str], None], on_lost: Callable[[Lost], object]) -> None:
+    def __init__(
+        self,
+        url: str,
+        note: Callable[[str], None],
+        on_lost: Callable[[Lost], object],
+        stopped_by: str | None = None,
+    ) -> None:
         self._objects, self.on_lost = Objects(url, note), on_lost
+        self._stopped_by = stopped_by or f"'prunesweep stop {url}', or Ctrl-C there"
         self.identity, self.number, self.before = uuid.uuid4().hex, 0, 0
         self._stop, self._beating, self._sure = threading.Event(), threading.Lock(), 0.0
 
@@ -161,8 +169,8 @@ class Lease:
     def _in_use(self, held: Holder) -> str:
         return (
             f"{self._objects.url} is in use by process {held.pid} on {held.host}, which gave a sign of life "
-            f"{max(held.age, 0):.0f} s ago; wait for it or stop it ('prunesweep stop {self._objects.url}', or Ctrl-C "
-            f"there). If it is gone, wait {max(lock.STALE - held.age, 1):.0f} s"
+            f"{max(held.age, 0):.0f} s ago; wait for it or stop it ({self._stopped_by}). If it is gone, wait "
+            f"{max(lock.STALE - held.age, 1):.0f} s"
         )
 
 

@@ -19,17 +19,17 @@ from typing import NamedTuple
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.files import publish_file, write_text
-from prunesweep.models.io.objects import Objects, Stamp
+from prunesweep.models.io.objects import Objects, Stamp, joined
 from prunesweep.models.io.provenance import digest
 
 from .records import read_json
 
-__all__ = ["Journal", "Mirror", "belongs_to", "place_for"]
+__all__ = ["Journal", "Mirror", "belongs_to", "place_for", "shown_place"]
 
 JOURNAL, PARTS = "study.journal", ".journal/"
 PART = re.compile(r"\.journal/(\d+)-(\d+)")
 SCRATCH = re.compile(r"trials/[^/]+/(start|train|ray|made)(/|$)")  # checkpoints: another machine begins without them
-LAST = ("result.json", "run.json")  # by these others know that all the rest is there
+LAST = ("result.json", "run.json", "promoted.json")  # by these others know that all the rest is there
 AGAIN = 1.1  # seconds between two publications of one name: stores date them by the second
 
 
@@ -62,6 +62,14 @@ def belongs_to(path: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError):  # the second one: of a path without a name, as / is
         return _beside(path, "url").read_text(encoding="utf-8")
     return None
+
+
+def shown_place(path: Path) -> str:
+    """A path as a user would give it: below a URL if it was brought from there."""
+    for folder in (path, *path.parents):
+        if (url := belongs_to(folder)) is not None:
+            return url if folder == path else joined(url, path.relative_to(folder).as_posix())
+    return str(path)
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.lock import Lost
-from prunesweep.models.io.objects import Objects, StoreFails, is_url, url_of
+from prunesweep.models.io.objects import Objects, StoreFails, is_url, local_path, url_of
 
 from .lease import LEASES, Lease, holder
 from .mirror import JOURNAL, Journal, Mirror, place_for
@@ -28,10 +28,11 @@ from .run import Result, Run, Task, place_of, task_id
 if TYPE_CHECKING:
     from prunesweep.search.execution.coordinator import Coordinator
 
-__all__ = ["PREPARED", "STATE", "STOPPING", "TRAINING", "StoredRun", "ask_to_stop", "view"]
+__all__ = ["PREPARED", "STATE", "STOPPING", "TRAINING", "WORKERS", "StoredRun", "ask_to_stop", "bring_shown", "view"]
 
 LOOK, REST, STATE = 1.0, 10.0, 30.0  # seconds between publications of results, of reports and logs, of states
 PREPARED = ".prepared/"  # objects that a driver makes a run of
+WORKERS = ".workers"  # folder of what Ray Train keeps of workers of trials
 MAKING = ".making"  # object of a run that is not there yet with all of its files
 STOP, STOPPING = ".stop", ".stopping"  # objects: a search is asked to stop; its trials are
 TRAINING = "state.safetensors"
@@ -95,6 +96,7 @@ class StoredRun:
             self._mirror.pull(keep_news=own)
             for name in (STOP, STOPPING):
                 self._objects.delete(name)
+            self._objects.delete_folder(WORKERS)
         self._mirror.token = str(self._lease.number)
         self._mirror.save()
         if not self._new:
@@ -184,6 +186,7 @@ class StoredRun:
             if self.path.is_dir() and (self.path / "run.json").exists():
                 self.publish()
                 with self._work:
+                    self._objects.delete_folder(WORKERS)
                     self._mirror.drop("trials/")
                     self._mirror.settle()
                     self._mirror.save()
@@ -280,7 +283,7 @@ def view(place: str | Path, *, whole: bool = True) -> Path:
     """
     url = url_of(place)
     if not is_url(url):
-        return Path(place)
+        return local_path(place)
     objects = Objects(url)
     objects.check()
     path = place_for(url, "views")
@@ -289,9 +292,7 @@ def view(place: str | Path, *, whole: bool = True) -> Path:
     if whole:
         mirror.pull()
     else:
-        mirror.bring(["front.json"])
-        front = {task_id(*member) for member in Run(path).listed()}
-        mirror.pull(wanted=lambda name: _shows(name, front))
+        bring_shown(mirror)
     mirror.save()
     if not mirror.index:
         raise UserError(f"{url}: nothing is there")
@@ -305,6 +306,13 @@ def view(place: str | Path, *, whole: bool = True) -> Path:
         lease.write_text(json.dumps(facts))
         os.utime(lease, (time.time() - max(age, 0.0),) * 2)
     return path
+
+
+def bring_shown(mirror: Mirror, wanted: Callable[[str], bool] = lambda _: True) -> None:
+    """Bring what shows how a search goes, with no models but the front's; of that what is ``wanted``, by its name."""
+    mirror.bring(["front.json"])
+    front = {task_id(*member) for member in Run(mirror.path).listed()}
+    mirror.pull(wanted=lambda name: _shows(name, front) and wanted(name))
 
 
 def _shows(name: str, front: set[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from prunesweep.launch.cli import app
 from prunesweep.models import UserError, arch_of, build, cost, load, load_provenance, save
+from prunesweep.models.io.objects import Objects
 from prunesweep.search import run_search
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution.coordinator import Coordinator
@@ -29,6 +31,7 @@ from prunesweep.search.store.study import Study
 from prunesweep.training import EVAL_BATCH, evaluate, open_data
 from tests.conftest import TINY
 from tests.launch.test_cli import call
+from tests.object_store import serving
 from tests.search.execution.test_task import nothing
 
 Tiny = Callable[..., SearchConfig]
@@ -86,6 +89,40 @@ def test_a_saved_model_and_several_folders_can_be_named(tiny: Tiny, runs: Path, 
     )
     assert [point.get("model") for point in points[:3]] == [names[1], *names]
     assert points[0]["lr"] == 1e-3
+
+
+def test_what_a_search_starts_from_may_lie_in_a_store(
+    tiny: Tiny, runs: Path, front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A computed front, a saved model and a run give what they give in a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    space = prepare(tiny(), runs / "cache", nothing).space
+    run, _ = begin(tiny(), runs / "cache", tmp_path / "run")
+    coordinator = coordinator_of(run, tiny())
+    unit = coordinator.next()
+    assert unit is not None
+    run_task(run.path, unit)
+    with serving() as store:
+        for name, place in (("front", front), ("run", run.path)):
+            objects = Objects(store.url(f"starts/{name}"))
+            for file in (path for path in place.rglob("*") if path.is_file() and not path.is_symlink()):
+                objects.put(file.relative_to(place).as_posix(), file)
+
+        def points(*given: object) -> list[dict[str, object]]:
+            with warnings.catch_warnings(record=True):
+                return [dict(p) for p in start_points(tiny(search={"start_from": [str(g) for g in given]}), space)]
+
+        at_urls = points(*(store.url(f"starts/{name}") for name in ("front", f"front/{SHARES[0]}", "run")))
+        in_folders = points(front, front / SHARES[0], run.path)
+        assert len(at_urls) == len(in_folders)
+        for mine, theirs in zip(at_urls, in_folders, strict=True):
+            assert {**mine, "model": None} == {**theirs, "model": None}
+            if "model" in theirs:
+                assert same(load(str(mine["model"])), load(str(theirs["model"])))
+        with pytest.warns(UserWarning, match=r"left out: search.start_from s3://bucket/starts/front/0.2: 0\.\d+ of"):
+            start_points(tiny(search={"start_from": store.url("starts/front")}), space)
+        with pytest.raises(UserError, match=r"search.start_from s3://bucket/nothing: .*nothing is there"):
+            points(store.url("nothing"))
 
 
 def test_models_of_another_kind_are_refused(tiny: Tiny, runs: Path, front: Path, tmp_path: Path) -> None:

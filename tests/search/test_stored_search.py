@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -17,7 +21,6 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from prunesweep.models import UserError
 from prunesweep.models.io.objects import Objects
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig
@@ -184,15 +187,48 @@ def test_nodes_share_nothing_but_the_store(
     assert json.loads(objects.read("front.json")) == Run(again.path).front()
 
 
-def test_a_trial_of_several_workers_is_refused_on_a_cluster(
-    tiny: Callable[..., SearchConfig], store: Store, monkeypatch: pytest.MonkeyPatch
+def test_trials_of_two_workers_share_nothing_but_the_store(
+    tiny: Callable[..., SearchConfig],
+    cluster: Cluster,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before anything is made."""
+    """They give what they give in a folder, though one of the workers is killed; another machine goes on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "one")))
+    url, address, quiet = store.url("ddp/run"), str(cluster.address), Console(quiet=True)
+    config, killed = tiny(search={"trials": 1}, resources={"workers_per_trial": 2}), list[int]()
+
+    def kill_a_worker() -> None:
+        while not killed:
+            time.sleep(0.05)
+            for log in tmp_path.glob("one/home/prunesweep/stores/*/runs/run/trials/r0-0000/metrics.jsonl"):
+                for pid in re.findall(r"2 workers: .* process (\d+)", log.read_text())[:1]:
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed.append(int(pid))
+
+    thread = threading.Thread(target=kill_a_worker, daemon=True)
+    thread.start()
+    result = run_search(config, url, console=quiet, address=address)
+    thread.join()
+    assert result is not None
+    assert len(re.findall(r"2 workers: ", (result.path / "trials/r0-0000/metrics.jsonl").read_text())) == 2
+
+    shutil.rmtree(tmp_path / "one")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "two")))
+    again = resume_search(url, trials=2, address=address, console=quiet)
+    assert again.finished
+    assert events(Run(again.path)).count("start") == 2
+    assert verify(again.path) == []
+    there = Objects(url).list()
+    assert not [name for name in there if re.search(r"/(start|made)/|state\.safetensors|\.workers", name)]
+
     without_ray(monkeypatch)
-    url, config = store.url("runs/ddp"), tiny(resources={"workers_per_trial": 2})
-    with pytest.raises(UserError, match="workers_per_trial = 2: the workers of one trial share a folder"):
-        run_search(config, url, console=Console(quiet=True), address="auto")
-    assert Objects(url).list() == {}
+    alone = run_search(config, tmp_path / "alone" / "run", console=quiet)  # of one worker
+    assert alone is not None
+    (mine,), (theirs,) = (Run(found.path).results()[:1] for found in (again, alone))
+    assert (mine.key, mine.macs, mine.top1) == (theirs.key, theirs.macs, theirs.top1)
+    assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
 
 
 def cluster_homes(cluster: Cluster) -> list[str]:

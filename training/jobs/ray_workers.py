@@ -250,18 +250,23 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def load_together(job: TrainingJob, heard: Any) -> tuple[LoadedJob | None, str | None]:
+def load_together(
+    job: TrainingJob, heard: Any, bring: Callable[[], None] | None = None
+) -> tuple[LoadedJob | None, str | None]:
     """Load the job on all workers, or learn on all of them what one misses: alone it would leave the others waiting.
 
     Args:
         job: what is trained.
         heard: the actor, a ``Heard``, that is told where this worker has begun.
+        bring: is called first, where the job's files are not on this node yet.
     """
     context = ray.train.get_context()
     where = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
     heard.started.remote(context.get_world_rank(), context.get_world_size(), where)
     loaded, missing = None, None
     try:
+        if bring is not None:
+            bring()
         loaded = load_job(job, get_device())
     except UserError as error:
         missing = f"{where}: {error}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from .metrics_log import MetricsLog
 from .placement import Placement
 from .training_job import STATE, LoadedJob, Reports, TrainedModels, TrainingJob, load_job, train_models
 
+if TYPE_CHECKING:
+    from .warm_workers import Elsewhere
+
 __all__ = ["release_workers", "run_job"]
 
 RAY, MADE = "ray", "made"  # folders of checkpoints and of the result in the work folder
@@ -43,7 +46,8 @@ def run_job(
     provenance: Mapping[str, Any],
     loaded: LoadedJob | None = None,
     name: str | None = None,
-    keep_workers: Path | None = None,
+    keep_workers: Path | str | None = None,
+    elsewhere: Elsewhere | None = None,
     reports: Reports = Reports(),  # noqa: B008 (frozen)
 ) -> bool:
     """Train a job and publish the result, here or on Ray Train; an interrupted job is resumed.
@@ -61,8 +65,9 @@ def run_job(
         loaded: the job's models, if they are in memory already; only used without Ray.
         name: the run's name under Ray's storage, by which it is found again; by default that of ``work`` without a
             leading dot.
-        keep_workers: folder for Ray Train, by which its workers stay for this process's next job (``WarmWorkers``);
-            every node sees it and ``work``, where the training's state is then.
+        keep_workers: folder or URL for Ray Train, by which its workers stay for this process's next job
+            (``WarmWorkers``); every node sees it and ``work``, where the training's state is then.
+        elsewhere: with ``keep_workers``, where the job's files and its state are for nodes that do not see ``work``.
         reports: functions called with the progress, in this process.
 
     Returns:
@@ -82,7 +87,8 @@ def run_job(
     if placement.here:
         return _run_here(job, out, work, data, provenance, loaded, logged)
     if keep_workers is not None:
-        return _run_on_kept(job, out, work, data, placement, provenance, name or work.name, keep_workers, logged)
+        place = (name or work.name, keep_workers, elsewhere)
+        return _run_on_kept(job, out, work, data, placement, provenance, *place, logged)
     return _run_on_ray(job, out, work, data, placement, provenance, name or work.name.removeprefix("."), logged)
 
 
@@ -142,7 +148,8 @@ def _run_on_kept(
     placement: Placement,
     provenance: Mapping[str, Any],
     name: str,
-    storage: Path,
+    storage: Path | str,
+    elsewhere: Elsewhere | None,
     reports: Reports,
 ) -> bool:
     """Train on workers that stay for the next job; this process has joined a Ray."""
@@ -152,7 +159,8 @@ def _run_on_kept(
     batches_of(data, Recipe.model_validate(job.recipe), World(0, placement.workers))
     try:
         kept = workers_for(placement, storage)
-        return kept.train(job, out, work / STATE, name=name, provenance=provenance, reports=reports)
+        told: dict[str, Any] = {"provenance": provenance, "elsewhere": elsewhere, "reports": reports}
+        return kept.train(job, out, work / STATE, name=name, **told)
     except TrainingFailed as error:
         raise UserError(f"training failed: {error}") from error
 

@@ -3,11 +3,13 @@
 A run of Ray Train takes 13 to 30 s to start its processes, to join them and to end, whatever is trained. So in the
 function that Ray Train runs on the workers, the first one asks an actor for the next job, all of them train it, and it
 asks again, until none has come for a while. Ray Train starts them anew when one is lost, on whatever nodes are there;
-then they go on with the job that was not done, from the state in its folder, which all nodes see.
+then they go on with the job that was not done, from the state in its folder, which all nodes see, or which each of them
+brings from where it is (``Elsewhere``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import threading
@@ -15,9 +17,11 @@ import time
 import traceback
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -27,8 +31,10 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from prunesweep.models import save
+from prunesweep.models import UserError, save
 from prunesweep.models.io.files import publish_folder
+from prunesweep.models.io.objects import Objects, is_url
+from prunesweep.models.io.scratch import scratch_folder
 
 from ..trainer import Diverged
 from .placement import Placement
@@ -43,14 +49,43 @@ from .ray_workers import (
     process_lost,
     train_together,
 )
-from .training_job import CannotBegin, Reports, TrainingJob
+from .training_job import STATE, CannotBegin, Reports, TrainingJob
 
-__all__ = ["Jobs", "WarmWorkers", "close_workers", "workers_for"]
+__all__ = ["Elsewhere", "Jobs", "WarmWorkers", "close_workers", "workers_for"]
 
 IDLE = 60.0  # seconds without a job after which the workers give their places back
 ASK, LOOK = 0.1, 0.2  # seconds between two questions for a job, and between two looks at what was reported
+MADE = "made"  # folder of a trained model that is handed in
 END = 20.0  # seconds for the workers to end when they are told to
 RESTARTS = 2  # of what directs the workers, where its process was lost, for each job
+
+
+class Elsewhere(Protocol):
+    """Where a job's files are for workers that do not see the folders of who hands it over. It can be sent.
+
+    What fails here is no fault of the job's: all methods raise CannotBegin.
+    """
+
+    def give(self, job: TrainingJob) -> None:
+        """Let workers find what the job begins with; called by who hands it over."""
+
+    def take(self, out: Path) -> None:
+        """Bring the trained model as the folder ``out``, and forget the job; called by who handed it over."""
+
+    def forget(self) -> None:
+        """Delete all that was kept of the job, which has ended; called by who handed it over."""
+
+    def seen_from(self, job: TrainingJob, folder: Path) -> TrainingJob:
+        """Return the job with the paths that a worker finds its files at, who has a folder for it."""
+
+    def bring(self, job: TrainingJob, folder: Path) -> None:
+        """Bring the files of a job that ``seen_from`` gave, and its state; called by every worker before training."""
+
+    def carrying(self, job: TrainingJob, folder: Path) -> AbstractContextManager[None]:
+        """Keep the state safe while the first worker trains, and make the stop file when it is to stop."""
+
+    def hand_in(self, made: Path) -> None:
+        """Keep the trained model safe; called by the first worker."""
 
 
 class Jobs(Heard):
@@ -120,18 +155,18 @@ class WarmWorkers:
 
     Args:
         placement: number of workers and the resources of each.
-        storage: absolute path of a folder that all nodes see, for what Ray Train keeps of the run.
+        storage: absolute path of a folder that all nodes see, or a URL, for what Ray Train keeps of the run.
         max_failures: attempts of a job after the first one; each resumes from its state.
         idle: seconds without a job after which the workers end.
     """
 
-    def __init__(self, placement: Placement, storage: Path, *, max_failures: int = 3, idle: float = IDLE) -> None:
+    def __init__(self, placement: Placement, storage: Path | str, *, max_failures: int = 3, idle: float = IDLE) -> None:
         self._placement, self._storage, self._attempts, self._idle = placement, storage, max_failures + 1, idle
         self._jobs: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._trainer: QuietTrainer | None = None
-        self._place: Path | None = None
+        self._name: str | None = None
 
     def train(
         self,
@@ -141,9 +176,10 @@ class WarmWorkers:
         *,
         name: str,
         provenance: Mapping[str, Any] | None = None,
+        elsewhere: Elsewhere | None = None,
         reports: Reports = Reports(),  # noqa: B008 (frozen)
     ) -> bool:
-        """Train a job and publish the model as the folder ``out``; all nodes see its folders.
+        """Train a job and publish the model as the folder ``out``.
 
         Args:
             job: what is trained.
@@ -151,6 +187,8 @@ class WarmWorkers:
             state: file of the training's state; training goes on from it.
             name: the job's name, which Ray Train is told with every epoch.
             provenance: metadata for the model's ``config.json``.
+            elsewhere: where the job's files are for workers that do not see its folders; they see them by default.
+                The state is then where it says.
             reports: as for ``train_on_ray``.
 
         Returns:
@@ -165,12 +203,15 @@ class WarmWorkers:
             "state": str(state),
             "name": name,
             "provenance": dict(provenance or {}),
+            "elsewhere": elsewhere,
         }
+        if elsewhere is not None:
+            elsewhere.give(job)
         for attempt in range(RESTARTS + 1):
             self._hand_over(task)
             outcome = self._wait(reports)
             if outcome is not None:
-                return _judged(outcome)
+                return _ended(outcome, elsewhere, out)
             error = self._error
             if attempt == RESTARTS or not (error is None or process_lost(error)) or not alive():
                 raise TrainingFailed(str(error)) from error
@@ -214,8 +255,11 @@ class WarmWorkers:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         jobs = ray.remote(num_cpus=0)(Jobs).options(scheduling_strategy=here)  # type: ignore[call-overload]
         self._jobs, self._error = jobs.remote(self._attempts, self._idle), None
-        name = f"workers-{uuid.uuid4().hex[:12]}"
-        self._place = self._storage / name
+        self._name = f"workers-{uuid.uuid4().hex[:12]}"
+        place: dict[str, Any] = {"storage_path": str(self._storage)}
+        if is_url(self._storage):
+            files, below = Objects(str(self._storage)).opened
+            place = {"storage_path": below, "storage_filesystem": files}
         trainer = QuietTrainer(
             _serve,
             train_loop_config={"jobs": self._jobs},
@@ -225,8 +269,8 @@ class WarmWorkers:
                 resources_per_worker={"CPU": own.cpus, **({"GPU": own.gpus} if own.gpus else {})},
             ),
             run_config=RunConfig(
-                name=name,
-                storage_path=str(self._storage),
+                name=self._name,
+                **place,
                 # ``Jobs`` counts the attempts of each job
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=5),
                 logging_config=LoggingConfig(log_level="ERROR"),
@@ -260,15 +304,18 @@ class WarmWorkers:
     def _forget(self) -> None:
         if self._jobs is not None and alive():
             ray.kill(self._jobs)
-        if self._place is not None:
-            shutil.rmtree(self._place, ignore_errors=True)
-        self._jobs = self._thread = self._trainer = self._place = None
+        if self._name is not None and is_url(self._storage):
+            with contextlib.suppress(UserError):  # the run's driver deletes what is left
+                Objects(str(self._storage)).delete_folder(self._name)
+        elif self._name is not None:
+            shutil.rmtree(Path(self._storage, self._name), ignore_errors=True)
+        self._jobs = self._thread = self._trainer = self._name = None
 
 
-_of_this_process: dict[tuple[Placement, Path], WarmWorkers] = {}
+_of_this_process: dict[tuple[Placement, Path | str], WarmWorkers] = {}
 
 
-def workers_for(placement: Placement, storage: Path) -> WarmWorkers:
+def workers_for(placement: Placement, storage: Path | str) -> WarmWorkers:
     """Return this process's workers of a shape; those of another one end. Arguments are as for ``WarmWorkers``."""
     key = (placement, storage)
     if key not in _of_this_process:
@@ -281,6 +328,19 @@ def close_workers() -> None:
     """End all workers that this process has started."""
     while _of_this_process:
         _of_this_process.popitem()[1].close()
+
+
+def _ended(outcome: Mapping[str, Any], elsewhere: Elsewhere | None, out: Path) -> bool:
+    """``_judged``; what was made elsewhere is brought."""
+    try:
+        done = _judged(outcome)
+    except Diverged:
+        if elsewhere is not None:
+            elsewhere.forget()
+        raise
+    if done and elsewhere is not None:
+        elsewhere.take(out)
+    return done
 
 
 def _judged(outcome: Mapping[str, Any]) -> bool:
@@ -329,20 +389,34 @@ def _next(jobs: Any, first: bool) -> tuple[int, dict[str, Any]] | None:
 
 def _train(task: Mapping[str, Any], jobs: Any) -> dict[str, Any]:
     """Train one job as one of the workers; the first one reports, and saves the models."""
-    job, state = TrainingJob(**task["job"]), Path(task["state"])
-    loaded, missing = load_together(job, jobs)
-    if loaded is None:
-        return {"missing": missing}
-    models, outcome = train_together(
-        job, loaded, jobs, state, lambda epoch: ray.train.report({"job": task["name"], **asdict(epoch)})
-    )
-    if outcome is not None:
-        return outcome
-    if models is None:
-        return {"stopped": True}
-    if ray.train.get_context().get_world_rank() == 0:
-        with publish_folder(Path(task["out"])) as folder:
-            for place, (model, figures) in models.items():
-                save(model.cpu(), folder / place, {**task["provenance"], **figures})
-        state.unlink(missing_ok=True)
+    job, elsewhere = TrainingJob(**task["job"]), task["elsewhere"]
+    state, out, bring = Path(task["state"]), Path(task["out"]), None
+    first, carried = ray.train.get_context().get_world_rank() == 0, contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        if elsewhere is not None:
+            folder = stack.enter_context(scratch_folder())
+            state, out, job = folder / STATE, folder / MADE, elsewhere.seen_from(job, folder)
+            bring = partial(elsewhere.bring, job, folder)
+            carried = elsewhere.carrying(job, folder) if first else carried
+        loaded, missing = load_together(job, jobs, bring)
+        if loaded is None:
+            return {"missing": missing}
+        try:
+            with carried:
+                models, outcome = train_together(
+                    job, loaded, jobs, state, lambda epoch: ray.train.report({"job": task["name"], **asdict(epoch)})
+                )
+            if outcome is not None:
+                return outcome
+            if models is None:
+                return {"stopped": True}
+            if first:
+                with publish_folder(out) as target:
+                    for place, (model, figures) in models.items():
+                        save(model.cpu(), target / place, {**task["provenance"], **figures})
+                if elsewhere is not None:
+                    elsewhere.hand_in(out)
+                state.unlink(missing_ok=True)
+        except CannotBegin as error:
+            return {"missing": str(error)}
     return {"done": True}

@@ -12,10 +12,12 @@ import pytest
 
 from prunesweep.models.io.objects import Objects
 from prunesweep.search.execution import elsewhere
-from prunesweep.search.execution.elsewhere import unit_files
+from prunesweep.search.execution.elsewhere import Access, unit_files
+from prunesweep.search.store.lease import LEASES
 from prunesweep.search.store.mirror import Mirror
 from prunesweep.search.store.run import Run, Task
 from prunesweep.search.store.stored import STOPPING
+from prunesweep.training.jobs.training_job import CannotBegin, TrainingJob
 from tests.object_store import Store, serving
 
 
@@ -76,6 +78,60 @@ def test_a_trial_goes_on_elsewhere_from_the_state_that_was_published(
         f"{folder}/model/config.json",
     ]
     assert not (right.path / folder).exists()
+
+
+def test_workers_of_a_trial_find_its_files_in_the_store(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it begins with, the state of workers that were lost, and the model that the first one hands in."""
+    monkeypatch.setattr(elsewhere, "LOOK", 0.02)
+    monkeypatch.setattr(elsewhere, "STATE", 0.05)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "left"))
+    access = Access(store.url("several/run"), 1, "head")
+    there, unit, folder = Objects(access.url), access.unit("r0-0003"), "trials/r0-0003"
+    there.write("source/config.json", b"of the source")
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text("cut")
+    job = TrainingJob(model=str(tmp_path / "start"), data="digits", recipe={}, teacher="/driver/source", stop_file="/s")
+    unit.give(job)
+
+    class NodeLostError(Exception):
+        pass
+
+    def begin(name: str) -> tuple[TrainingJob, Path]:
+        Access.opened.cache_clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        place = tmp_path / f"{name} own"
+        own = unit.seen_from(job, place)
+        unit.bring(own, place)
+        assert (Path(own.model) / "config.json").read_text() == "cut"
+        assert (Path(str(own.teacher)) / "config.json").read_text() == "of the source"
+        assert Path(str(own.teacher)).is_relative_to(tmp_path / name)
+        return own, place
+
+    own, place = begin("left")
+    with pytest.raises(NodeLostError), unit.carrying(own, place):
+        (place / "state.safetensors").write_text("epoch 1")
+        eventually(lambda: f"{folder}/state.safetensors" in there.list())
+        there.write(STOPPING, b"")
+        eventually(Path(str(own.stop_file)).exists)
+        there.delete(STOPPING)
+        raise NodeLostError
+    own, place = begin("right")
+    assert (place / "state.safetensors").read_text() == "epoch 1"
+    with unit.carrying(own, place):
+        (place / "state.safetensors").write_text("epoch 2, the last")
+    assert there.read(f"{folder}/state.safetensors") == b"epoch 2, the last"
+    (place / "model").mkdir()
+    (place / "model" / "config.json").write_text("trained")
+    unit.hand_in(place / "model")
+    unit.take(tmp_path / "driver" / "model")
+    assert (tmp_path / "driver" / "model" / "config.json").read_text() == "trained"
+    assert list(there.list()) == ["source/config.json"]
+
+    there.write(f"{LEASES}000000002-other", b"{}")
+    with pytest.raises(CannotBegin, match="another driver has taken over"):
+        unit.hand_in(place / "model")
 
 
 def test_a_trial_waits_for_the_model_that_it_starts_from(store: Store, tmp_path: Path) -> None:
