@@ -224,7 +224,7 @@ def test_trials_of_two_workers_share_nothing_but_the_store(
     assert not [name for name in there if re.search(r"/(start|made)/|state\.safetensors|\.workers", name)]
 
     without_ray(monkeypatch)
-    alone = run_search(config, tmp_path / "alone" / "run", console=quiet)  # of one worker
+    alone = run_search(tiny(search={"trials": 1}), tmp_path / "alone" / "run", console=quiet)  # of one worker
     assert alone is not None
     (mine,), (theirs,) = (Run(found.path).results()[:1] for found in (again, alone))
     assert (mine.key, mine.macs, mine.top1) == (theirs.key, theirs.macs, theirs.top1)
