@@ -1,4 +1,4 @@
-"""timm's ``Eva`` class (EVA and EVA-02, DINOv3, Perception Encoders, rotary ViTs), AIMv2, BEiT-3 and Qwen's towers.
+"""timm's ``Eva`` class (EVA-02, DINOv3, Perception Encoders, rotary ViTs), NaFlex ViTs, AIMv2, BEiT-3, Qwen's towers.
 
 They are ViTs that may have rotary position embedding, gated MLPs, norms within attention and MLPs, RMSNorm, and linear
 layers without bias. They are built as ViTs (``families.vit``) whose attention turns pairs of channels by their token's
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
-from timm.models.qwen3_vit import Qwen3VitClassifier, resample_pos_embed_grid
+from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder, resample_pos_embed_grid
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -28,6 +29,7 @@ from .attention_pool import read_pool
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
 from .layouts import KINDS, adopted_block, is_plain, read_block, read_rope
+from .naflex import AtOneSize, adopted_embedding, at_one_size
 from .reading import Require, all_norms, isotropic_record, require, shared_eps
 from .spaces import BLOCK, WHOLE, AxisUse, Table, linear, per_channel, scales
 from .views import AttentionView, LinearView, attention_view
@@ -90,7 +92,13 @@ class EvaFamily(VisionTransformerFamily):
 
     name = "eva"
     capabilities = frozenset({*VisionTransformerFamily.capabilities, "rotary"} - {"token_scale"})
-    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Eva, VisionTransformer, Qwen3VitClassifier)
+    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (
+        Eva,
+        VisionTransformer,
+        NaFlexVit,
+        Qwen3VitClassifier,
+        Qwen3VitEncoder,
+    )
     adopts = True
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
@@ -120,12 +128,14 @@ class EvaFamily(VisionTransformerFamily):
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
         """Read the record of a model of ``timm_classes``; one for images of any size is read for its nominal one."""
         needs = partial(require, name)
-        if isinstance(model, Qwen3VitClassifier):
-            return self._read_classifier(model, name, needs)
+        if isinstance(model, (Qwen3VitClassifier, Qwen3VitEncoder)):
+            return self._read_tower(model, name, needs)
+        if isinstance(model, NaFlexVit):
+            model = at_one_size(model, img_size, needs)
         norms = [not isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm)]
         needs(not all(norms), "it has a norm in front of the pooling and another one behind it")
         reg_token, attn_pool = (getattr(model, part, None) for part in ("reg_token", "attn_pool"))
-        if isinstance(model, VisionTransformer):
+        if isinstance(model, (VisionTransformer, AtOneSize)):
             pool_prefix = model.pool_include_prefix and model.global_pool != "token"
         else:
             pool_prefix = attn_pool is not None and model.num_prefix_tokens > 0
@@ -174,21 +184,26 @@ class EvaFamily(VisionTransformerFamily):
             **fields,
         )
 
-    def _read_classifier(self, model: Any, name: str, needs: Require) -> Arch:
-        """Read Qwen's image tower with a head: positions for one grid, the average, and a norm without weights."""
-        needs(model.encoder.merger is None, "it merges patches behind its blocks, for a language model")
+    def _read_tower(self, model: Any, name: str, needs: Require) -> Arch:
+        """Read Qwen's image tower: positions for one grid, the average, and, with a head, a norm without weights."""
+        trunk = getattr(model, "encoder", model)
+        single, option = trunk is model, "global_pool = 'avg'" if trunk is model else "encoder_pool = ''"
+        gives = "gives one vector for every 2x2 patches" if single else "reads 2x2 patches at once behind its blocks"
+        needs(trunk.merger is None, f"it {gives}, as a language model wants them; create it with {option}")
         needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
-        normed = not isinstance(model.norm, nn.Identity)
+        normed = not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity)
         eps = [model.norm.eps] if normed else []
-        needs({*eps, model.encoder.blocks[0].norm1.eps} == {model.encoder.blocks[0].norm1.eps}, "its norms differ")
+        needs({*eps, trunk.blocks[0].norm1.eps} == {trunk.blocks[0].norm1.eps}, "its norms differ")
         head = {"pool": "avg", "num_classes": model.num_classes, "head_norm": "pooled" if normed else "none"}
-        return self._read_trunk(model.encoder, name, needs, **head)
+        return self._read_trunk(trunk, name, needs, **head)
 
     def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:
         """Lay out a timm model's weights: pairs apart, three projections, halves of a gated MLP side by side."""
         state: dict[str, torch.Tensor] = dict(model.state_dict())
-        if isinstance(model, Qwen3VitClassifier):
-            state, model = _adopted_classifier(model, arch, state), model.encoder
+        if isinstance(model, NaFlexVit):
+            state = adopted_embedding(model, arch)
+        elif isinstance(model, (Qwen3VitClassifier, Qwen3VitEncoder)):
+            state, model = _adopted_tower(model, arch, state), getattr(model, "encoder", model)
         found = {name: tensor for name, tensor in state.items() if not name.startswith(("blocks.", "rope."))}
         for i, block in enumerate(model.blocks):
             prefix = f"blocks.{i}."
@@ -268,9 +283,9 @@ class EvaFamily(VisionTransformerFamily):
         return super().only_chosen(arch, space)
 
 
-def _adopted_classifier(model: Any, arch: Arch, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _adopted_tower(model: Any, arch: Arch, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Name a Qwen tower's weights without their prefix, give its last norm weights, and positions to the grid."""
-    encoder, grid = model.encoder, arch.stages[0].grid
+    encoder, grid = getattr(model, "encoder", model), arch.stages[0].grid
     found = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
     positions = resample_pos_embed_grid(found["pos_embed"], encoder.pos_embed_grid_size, grid)
     found["pos_embed"] = positions.detach().clone()

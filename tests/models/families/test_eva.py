@@ -53,10 +53,16 @@ KINDS = [  # of position embedding, projections, biases, MLPs, norms, prefix tok
     ("vit_base_patch16_sapiens2", (32, 48)),
 ]
 OTHERS = ("aimv2_", "beit3_", "vit_base_patch16_rpn_")
+MODULES = ("eva", "naflexvit", "qwen3_vit")  # timm's
 REFUSED = {
-    "qwen3_vit_88m_merge": "merges patches behind its blocks",
-    "qwen3_vit_306m_merge": "merges patches behind its blocks",
-    "qwen3_vit_416m_merge": "merges patches behind its blocks",
+    **{
+        f"qwen3_vit_{size}_{what}": reason
+        for size in ("88m", "306m", "416m")
+        for what, reason in (
+            ("enc", "gives one vector for every 2x2 patches, .*create it with global_pool = 'avg'"),
+            ("merge", "reads 2x2 patches at once behind its blocks, .*create it with encoder_pool = ''"),
+        )
+    },
 }
 
 
@@ -76,13 +82,9 @@ def small(name: str, size: tuple[int, int], dtype: torch.dtype = torch.float64, 
 
 
 def names() -> Iterator[str]:
-    """The architectures of timm's module ``eva``, and those of others that are of this family."""
+    """The architectures of timm's modules, and those of others that are of this family."""
     found = sorted({name.split(".")[0] for name in timm.list_pretrained()})
-    yield from (
-        name
-        for name in found
-        if (_model_to_module[name] in ("eva", "qwen3_vit") and not name.endswith("_enc")) or name.startswith(OTHERS)
-    )
+    yield from (name for name in found if _model_to_module[name] in MODULES or name.startswith(OTHERS))
 
 
 @pytest.mark.parametrize(("name", "size"), KINDS)
@@ -112,10 +114,10 @@ def test_every_published_name_is_read_or_refused_with_its_reason() -> None:
                 Arch.from_timm(model)
             continue
         own = adopted_on_meta(model)
-        if not name.startswith("qwen3"):  # positions of another grid, and a norm without weights
+        if not name.startswith(("qwen3", "naflex")):  # positions of another grid, and a norm without weights
             assert cost(own).params == num_params(model), name
         read.append(name)
-    assert len(read) == 83
+    assert len(read) == 94
 
 
 def adopted_on_meta(model: Any) -> Arch:
@@ -125,6 +127,22 @@ def adopted_on_meta(model: Any) -> Arch:
         given = family_of(arch).adopted(model, arch)
     assert {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in given.items()}
     return arch
+
+
+@pytest.mark.parametrize("name", ["base_patch16_par_gap", "base_patch16_parfac_gap", "base_patch16_siglip"])
+def test_a_naflex_vit_is_read_at_one_size(name: str) -> None:
+    sized = {"pretrained_cfg_overlay": {"input_size": (3, 32, 48)}, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model = timm.create_model(f"naflexvit_{name}", num_classes=5, **sized).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    with pytest.warns(UserWarning, match="takes images of any size; its record is for 32x48 images"):
+        own = adopted(model.double())
+    x = random_images(arch_of(own), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(UserError, match=r"images of 30x48 are no whole patches of \(16, 16\)"):
+        Arch.from_timm(model, img_size=(30, 48))
 
 
 @pytest.mark.parametrize("side", [4, 2])
@@ -143,6 +161,10 @@ def test_a_language_model_s_tower_is_read_with_positions_of_its_grid(side: int) 
     rope.get_embed = lambda shape: embed(shape=shape).double()
     with torch.no_grad():
         torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
+        model.encoder.global_pool = "avg"
+        tower = adopted(model.encoder)
+        assert (arch_of(tower).num_classes, arch_of(tower).head_norm) == (0, "none")
+        torch.testing.assert_close(tower(x), model.encoder(x), rtol=1e-12, atol=1e-12)
 
 
 def test_heads_that_share_keys_and_values_get_their_own() -> None:
