@@ -1,9 +1,13 @@
-"""Say which trial was lost with its node or its process, and from where it goes on."""
+"""Say which trial was lost with its node or its process, and from where it goes on.
+
+Tune gives a trial up whose process ended too often, as that may be the trial's own fault. That a node went is not.
+"""
 
 from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,9 +22,11 @@ __all__ = ["Losses"]
 
 SETTLE = 1.0  # seconds: the node manager (raylet) of a node that goes may end a little later than its processes
 REACH = 1.0  # seconds for a node manager to answer
+FORGIVEN = 20  # losses of nodes that do not count against a trial; beyond them it may be what brings nodes down
 
 
 class _Lost(NamedTuple):
+    trial: Any  # Tune's
     unit: Task
     node: str | None  # where it was
     epoch: int | None  # that it had come to
@@ -39,6 +45,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
         self._run, self._note = run, note
         self._nodes: dict[str, str] = {}  # where Tune's trials are, by their names
         self._lost = list[_Lost]()
+        self._forgiven = Counter[str]()  # losses of nodes, by Tune's names of trials
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Note on which node a unit begins."""
@@ -49,7 +56,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
         """Note that a unit was lost, and how far it had come."""
         unit, node = Task(**trial.config["unit"]), self._nodes.get(trial.trial_id)
         epoch = running_task(self._run, unit.id)["epoch"]
-        self._lost.append(_Lost(unit, node, epoch, time.monotonic() + SETTLE))
+        self._lost.append(_Lost(trial, unit, node, epoch, time.monotonic() + SETTLE))
 
     def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
         """Tell of the units whose nodes can be judged by now."""
@@ -64,9 +71,12 @@ class Losses(tune.Callback):  # type: ignore[misc]
 
     def _tell(self, lost: list[_Lost]) -> None:
         gone = {node: not _is_there(node) for node in {one.node for one in lost if one.node}}
-        for unit, node, epoch, _ in lost:
+        for trial, unit, node, epoch, _ in lost:
             rung = f" on rung {unit.rung}" if unit.rung else ""
             with_it = "node" if gone.get(node or "") else "process"
+            if with_it == "node" and self._forgiven[trial.trial_id] < FORGIVEN:
+                self._forgiven[trial.trial_id] += 1
+                trial.run_metadata.num_failures = max(trial.run_metadata.num_failures - 1, 0)
             start = f"from epoch {epoch}" if epoch else "from its start"
             self._note(f"trial {unit.number}{rung} was lost with its {with_it}; it goes on elsewhere {start}")
 
