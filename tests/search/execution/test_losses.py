@@ -16,7 +16,7 @@ from prunesweep.search.store.records import Task
 
 @pytest.fixture
 def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], tuple[int, list[str]]]:
-    """Lose a trial's process, or its node, so many times; what counts against it by Tune's account, and what is said."""
+    """Lose a process, or its node, so many times: what counts against the trial by Tune's account, and what is said."""
     monkeypatch.setattr(losses, "SETTLE", 0.0)
     monkeypatch.setattr(losses.state, "actors", lambda _: {"Address": {"NodeID": "it"}})
     monkeypatch.setattr(losses, "running_task", lambda *_: {"epoch": 4})
