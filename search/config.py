@@ -33,6 +33,7 @@ from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.space.axes import AXES
 from prunesweep.search.store.front import OBJECTIVES, OWN, QUALITIES, TWO, RankBy, Ranking
 from prunesweep.search.store.progress import REDUCTION_FACTOR
+from prunesweep.search.store.study_url import JOURNAL, why_not
 from prunesweep.training import Recipe, absolute_name, load_recipe
 from prunesweep.training.data import ClassOrder, read_names
 from prunesweep.training.metrics import NAMES as MEASURED
@@ -353,6 +354,11 @@ class SearchTable(Table):
         description="What stands for the quality where candidates are compared; auto: loss, or KL to the source "
         "for untrained ones.",
     )
+    study: str = Field(
+        default=JOURNAL,
+        description="Where Optuna's study is kept: journal, in the run's folder, or a database, "
+        "postgresql://USER@HOST/DATABASE or redis://HOST:6379/0 (extra study).",
+    )
     sampler: Literal["auto", "budget_gp", "tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = Field(
         default="auto", description="What proposes candidates; auto follows from the objectives."
     )
@@ -446,6 +452,8 @@ class SearchTable(Table):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         names = self.objectives
+        if reason := why_not(self.study):  # here, because what is wrong with a key's own rule is shown as it is
+            raise ValueError(reason)
         if (self.quality is None) == bool(set(OWN) & set(names)):
             raise ValueError(
                 f"objectives = {list(names)}: "

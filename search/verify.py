@@ -26,6 +26,7 @@ from prunesweep.search.store.computed import ComputedFront
 from prunesweep.search.store.progress import planned
 from prunesweep.search.store.records import Validation
 from prunesweep.search.store.run import Outcomes, Result, Run, Task, task_id
+from prunesweep.search.store.study_url import JOURNAL
 from prunesweep.training import load_state
 from prunesweep.training.jobs.recovery import Known
 from prunesweep.training.jobs.training_job import STATE
@@ -263,7 +264,7 @@ def _journal(run: Run, config: SearchConfig, outcomes: Outcomes, again: str) -> 
             return
         tasks[task.number] = task
     failed = {task.number for task in tasks.values() if task.id in outcomes.failures}
-    if (run / "study.journal").is_file() or tasks:
+    if config.search.study == JOURNAL and ((run / "study.journal").is_file() or tasks):
         with scratch_folder() as scratch:
             copy = scratch / "study.journal"
             if (run / "study.journal").is_file():

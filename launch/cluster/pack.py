@@ -27,6 +27,7 @@ ALWAYS = (
     "front.json",
     "report.html",
     "study.journal",
+    "study.json",
     "latency_table.json",
     "advice.json",
     "speed.json",

@@ -56,7 +56,17 @@ from .estimate import estimate
 from .growth import Waiting
 from .prepare import SAMPLE, PreparedSearch, prepare_or_share, prepare_search
 from .remote import run_on_worker, run_on_workers
-from .reopen import check_data, check_given, open_study, reopen, settings_of, space_of, write_config
+from .reopen import (
+    check_data,
+    check_given,
+    check_study,
+    open_study,
+    reopen,
+    settings_of,
+    space_of,
+    study_of,
+    write_config,
+)
 from .runtime import RayConnection, execute, max_concurrent, node
 from .source import NotMade, Progress, SourceArtifacts, open_space, prepare_part
 from .speed import measure_speed
@@ -143,6 +153,7 @@ def run_search(
             if stored is not None:
                 stack.enter_context(stored)
             place.enter_context(reserve(run.path))
+            check_study(config, run.path)
         if address is not None:
             stack.enter_context(ray)
         units = _concurrency(config, ray if address is not None else None, must_fit=not dry_run)
@@ -571,7 +582,7 @@ def _search(
             run.forget_failures()
         lock.check()
         write_config(run.path, config)
-        study = open_study(run, config, space, run / "study.journal")
+        study = open_study(run, config, space, study_of(run, config))
         coordinator = Coordinator(run, study, space, config.search, max_concurrent=1, seed=config.seed)
         source = run.searched_source()
         for note in coordinator.notes:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import socket
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunesweep.models import LatencyTable, UserError, arch_of, cost, load, load_provenance, read_arch, weights_digest
 from prunesweep.models.io.files import write_text
-from prunesweep.models.io.reading import parse_toml, read_toml
+from prunesweep.models.io.reading import parse_toml, read_json, read_toml
 from prunesweep.models.io.store import check_saved
 from prunesweep.models.precision import to_float32
 from prunesweep.search.config import SearchConfig, load_run_config, run_config
 from prunesweep.search.space.space import Space, read_scores, score_names
 from prunesweep.search.space.variables import MODEL
+from prunesweep.search.store.mirror import belongs_to
 from prunesweep.search.store.records import FORMAT, RunFacts, sealed
 from prunesweep.search.store.run import Run, set_aside
 from prunesweep.search.store.study import Study
+from prunesweep.search.store.study_places import Database, Owner
+from prunesweep.search.store.study_url import JOURNAL
 from prunesweep.training import EvalMetrics
 from prunesweep.training.data import Data, content_changes, content_of, open_data
 from prunesweep.training.jobs.proposal import Proposal, is_proposal
@@ -30,17 +36,28 @@ __all__ = [
     "check_data",
     "check_given",
     "check_settings",
+    "check_study",
     "open_study",
     "own_table",
     "reopen",
     "settings_of",
     "space_of",
+    "study_of",
     "write_config",
 ]
 
 # keys that change no candidate and no figure; data are compared by their content
 DATA = ("data.name", "data.loader_workers", "data.class_order", "data.classes", "data.unreadable", "data.test")
-HARMLESS = ("search.trials", "search.keep_models", "search.measure_front", "resources.", "logging.", "cluster.", *DATA)
+HARMLESS = (
+    "search.trials",
+    "search.study",
+    "search.keep_models",
+    "search.measure_front",
+    "resources.",
+    "logging.",
+    "cluster.",
+    *DATA,
+)
 
 SEAL = "# sha256 of the lines above: "  # begins the last line of a run's search.toml
 MOVED = "resume --set data.name=..., promote --data ..., eval RUN --data ..."
@@ -204,17 +221,20 @@ def _check_unedited(run: Run, made: SearchConfig | None, found: SearchConfig) ->
         )
 
 
-def open_study(run: Run, config: SearchConfig, space: Space, journal: Path) -> Study:
+def open_study(run: Run, config: SearchConfig, space: Space, where: Path | Database) -> Study:
     """Open the study of a run.
 
     Args:
         run: the run.
         config: its configuration.
         space: its space.
-        journal: the run's journal, or a copy of it.
+        where: ``study_of`` the run, or a copy of its journal.
+
+    Raises:
+        UserError: a database cannot be used, or its study is another run's.
     """
     return Study(
-        journal,
+        where,
         space.distributions,
         config.seed,
         objectives=config.search.objectives,
@@ -228,6 +248,46 @@ def open_study(run: Run, config: SearchConfig, space: Space, journal: Path) -> S
         place=space.placed,
         idle=space.idle,
     )
+
+
+def study_of(run: Run, config: SearchConfig) -> Path | Database:
+    """Where the study of a run is kept.
+
+    Args:
+        run: the run, which this process drives.
+        config: its configuration.
+
+    Raises:
+        UserError: the package that a database takes is not installed.
+    """
+    if config.search.study == JOURNAL:
+        return run / "study.journal"
+    file = run / "study.json"  # by it the study is known again where the run was moved
+    try:
+        identity = str(read_json(file)["identity"])
+    except (UserError, KeyError, TypeError):
+        identity = uuid.uuid4().hex
+        write_text(file, json.dumps({"identity": identity}))
+    return Database(config.search.study, config.name, Owner(identity, owner_of(run.path)))
+
+
+def check_study(config: SearchConfig, path: Path) -> None:
+    """Check the database that ``search.study`` names, before a run is made.
+
+    Args:
+        config: the search's configuration.
+        path: the run's folder.
+
+    Raises:
+        UserError: it cannot be used, or has a study of this name that is another run's.
+    """
+    if config.search.study != JOURNAL:
+        Database(config.search.study, config.name, Owner(None, owner_of(path))).look()
+
+
+def owner_of(path: Path) -> str:
+    """The place of a run by which its studies in a database are known: its URL, or its machine and folder."""
+    return belongs_to(path) or f"{socket.gethostname()}:{path}"
 
 
 def check_given(run: Run, config: SearchConfig) -> None:

@@ -6,7 +6,8 @@
     given/           saved models and decisions that the search started from
     teacher_logits/, latency_table.json        where the search uses them
     front/01, ...    links to the models of the front's members, ascending in cost
-    study.journal    Optuna's journal          front.json, report.html, tb/
+    study.journal    Optuna's journal, or study.json where the study is in a database
+    front.json, report.html, tb/
     advice.json, speed.json                    once the search has ended
     workers/         of trials of several workers, while the search runs
     trials/r0-0007/  spec.json, cut.json, arch.json, metrics.jsonl, begun and state.safetensors (in flight), model/,

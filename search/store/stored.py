@@ -217,7 +217,8 @@ class StoredRun:
 
     def _look(self, coordinator: Coordinator) -> None:
         """Publish trials that have ended, then the journal as it was before, then from time to time the rest."""
-        end = (self.path / JOURNAL).stat().st_size
+        journal = self.path / JOURNAL  # which a search with its study in a database has not
+        end = journal.stat().st_size if journal.is_file() else None
         self._open |= set(coordinator.handed_out)
         ended = {unit for unit in self._open if (self.path / "trials" / unit / "result.json").is_file()}
         if coordinator.settled != self._settled:
@@ -266,7 +267,7 @@ class StoredRun:
 
 
 TOLD = ("/metrics.jsonl", f"/{BEGUN}")  # files of a trial that say how far it is
-TOP = ("front.json", "report.html", "search.toml", "run.json", "advice.json", "speed.json")
+TOP = ("front.json", "report.html", "search.toml", "run.json", "advice.json", "speed.json", "study.json")
 
 
 def view(place: str | Path, *, whole: bool = True) -> Path:

@@ -12,14 +12,13 @@ rungs were added to the proposals, the numbers of proposals would no longer be t
 from the tasks' files: what is missing there, in a journal of an older version too, is added when a search is resumed.
 
 The tasks' files are the truth. A journal that cannot be read, or that is not of the same candidates as they are (one
-copied from a running search, or from another one, or a part of it), is set aside, and both studies are made again.
+copied from a running search, or from another one, or a part of it), is set aside, and both studies are made again. So
+are those in a database, which may take the journal's place (``study_places``).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -30,12 +29,10 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesweep.models import UserError
-from prunesweep.models.io.files import publish_file
 from prunesweep.search.proposals.budget_gp import (
     CANDIDATE,
     RUNG,
@@ -48,7 +45,8 @@ from prunesweep.search.proposals.placing import PlacingSampler
 from prunesweep.search.space.variables import MODEL, Params
 
 from .front import TWO, RankBy, Ranking, comparable, directions, latest, quality_of
-from .run import Result, Task, set_aside
+from .run import Result, Task
+from .study_places import Database, JournalFile, Place
 
 __all__ = ["PROPOSALS", "RESULTS", "SAMPLERS", "Study", "make_sampler", "resolve"]
 
@@ -134,7 +132,8 @@ class Study:
     Open it only while holding the run's lease.
 
     Args:
-        journal: Optuna's journal file; a torn last line is cut off, a file that is damaged elsewhere is set aside.
+        journal: Optuna's journal file; a torn last line is cut off, a file that is damaged elsewhere is set aside. Or
+            a database.
         distributions: the variables.
         seed: seed of the proposals; Optuna's samplers combine it with the number of existing trials.
         objectives: names, in the order of ``tell``'s values.
@@ -158,7 +157,7 @@ class Study:
 
     def __init__(
         self,
-        journal: Path,
+        journal: Path | Database,
         distributions: Mapping[str, BaseDistribution],
         seed: int,
         *,
@@ -174,7 +173,8 @@ class Study:
         idle: Params | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._journal, self._seed, self._sampler, self._planned = journal, seed, sampler, trials
+        self._where: Place = JournalFile(journal) if isinstance(journal, Path) else journal
+        self._seed, self._sampler, self._planned = seed, sampler, trials
         self._distributions, self._start = dict(distributions), start
         self._fit, self._place, self._idle = fit, place, idle
         self.ranking = Ranking(tuple(objectives), rank_by)
@@ -182,19 +182,26 @@ class Study:
         self._names = {
             kind: self.ranking.names(epochs) for kind, epochs in zip((PROPOSALS, RESULTS), ends, strict=True)
         }
-        self._run = journal.absolute().parent.name if name is None else name
-        self.notes = _repair(journal)
+        self._run = name or (journal.absolute().parent.name if isinstance(journal, Path) else "")
+        self.notes = self._where.repair()
         try:
             self._load()
         except (UserError, OSError):
             raise
         except Exception as error:  # records that contradict each other: Optuna checks nothing and raises anything
-            self.notes.append(_aside(journal, f"{type(error).__name__}: {error}"))
+            self.notes.append(self._where.aside(f"{type(error).__name__}: {error}"))
+            self._forget()
             self._load()
+
+    def _forget(self) -> None:
+        """Begin without what cannot be read; a journal has been set aside already."""
+        if isinstance(self._where, Database):
+            with self._where.anew():
+                pass
 
     def _load(self) -> None:
         """Open the studies of the journal, or create them, and make the sampler."""
-        self._study, self._results = self._open(self._journal)
+        self._study, self._results = self._open(self._where.open())
         self._known = {t.user_attrs.get("unit") for t in self._results.get_trials(deepcopy=False)}
         name = resolve(self._sampler, self._distributions, self._planned)
         sampler = self._make_sampler(name, self._planned, self._seed)
@@ -205,13 +212,17 @@ class Study:
         self._at_once = isinstance(sampler, BudgetGPSampler)
         self._queued, self._waits = False, True
 
-    def _open(self, journal: Path) -> tuple[optuna.Study, optuna.Study]:
+    def _open(self, storage: BaseStorage) -> tuple[optuna.Study, optuna.Study]:
         """Open or create proposals and results."""
-        storage = JournalStorage(JournalFileBackend(str(journal)))
         names = {study.study_name for study in storage.get_all_studies()}
-        results = _open(storage, RESULTS, RESULTS, self._names[RESULTS], self._run)
-        stored = OLDER if OLDER in names else PROPOSALS
-        return _open(storage, stored, PROPOSALS, self._names[PROPOSALS], self._run), results
+        results = self._take(storage, self._where.called(RESULTS), RESULTS)
+        stored = OLDER if OLDER in names else self._where.called(PROPOSALS)
+        return self._take(storage, stored, PROPOSALS), results
+
+    def _take(self, storage: BaseStorage, stored: str, kind: str) -> optuna.Study:
+        study = _open(storage, stored, kind, self._names[kind], self._run, self._where)
+        self._where.take(storage, study._study_id)
+        return study
 
     def _queue(self) -> None:
         """Put the points to start from before all others, once."""
@@ -245,6 +256,7 @@ class Study:
 
     def ask(self) -> tuple[int, dict[str, float | int | str]]:
         """Start a trial; return its number and its point, with ``MODEL`` where a saved model goes with it."""
+        self._where.check(self._study._storage, self._study._study_id)
         self._queue()
         if self._at_once and not self._has_waiting():
             return self._ask_at_once()
@@ -320,8 +332,8 @@ class Study:
         if all(trial.user_attrs["unit"] in current for trial in self._results.best_trials):
             return
         storage = self._results._storage
-        optuna.delete_study(study_name=RESULTS, storage=storage)
-        self._results = _open(storage, RESULTS, RESULTS, self._names[RESULTS], self._run)
+        optuna.delete_study(study_name=self._results.study_name, storage=storage)
+        self._results = self._take(storage, self._where.called(RESULTS), RESULTS)
         for result in results:
             self._results.add_trial(self._trial_of(result, replaced=result.id not in current))
 
@@ -378,9 +390,9 @@ class Study:
     ) -> None:
         """Make the proposals again, each under its number; numbers without a task are withdrawn."""
         ended = {r.trial: self._told(self.ranking.values(r)) for r in results if r.rung == 0}
-        with publish_file(self._journal) as scratch:
-            scratch.unlink(missing_ok=True)  # of a driver that died here
-            study, _ = self._open(scratch)
+        replaces = bool(self._study.get_trials(deepcopy=False))
+        with self._where.anew() as storage:
+            study, _ = self._open(storage)
             for number in range(next_number):
                 state, told = TrialState.RUNNING, ended.get(number)
                 if number in failed:
@@ -390,9 +402,9 @@ class Study:
                 elif number not in tasks:
                     state = TrialState.PRUNED
                 study.add_trial(self._proposal(state, told, tasks.get(number)))
-            if self._study.get_trials(deepcopy=False):
-                self.notes.append(_aside(self._journal, f"it {reason}", "outdated"))
-            self.notes.append(f"{self._journal.name} was made again from the files of {len(results)} results")
+            if replaces:
+                self.notes.append(self._where.aside(f"it {reason}", "outdated"))
+            self.notes.append(f"{self._where.name} was made again from the files of {len(results)} results")
         self._load()
 
     def _proposal(self, state: TrialState, told: list[float] | None, task: Task | None) -> FrozenTrial:
@@ -471,10 +483,11 @@ def _attributes(result: Result) -> dict[str, Any]:
     }
 
 
-def _open(storage: BaseStorage, stored: str, kind: str, names: Sequence[str], run: str) -> optuna.Study:
-    """Open a study of the journal, or create it, with the notes that dashboards show."""
+def _open(storage: BaseStorage, stored: str, kind: str, names: Sequence[str], run: str, where: Place) -> optuna.Study:
+    """Open a study, or create it, with the notes that dashboards show."""
     if stored in {study.study_name for study in storage.get_all_studies()}:
         study = optuna.load_study(study_name=stored, storage=storage)
+        where.compare(study.user_attrs)
     else:
         study = optuna.create_study(study_name=stored, storage=storage, directions=directions(names))
     if study.user_attrs.get("run") == run:
@@ -487,33 +500,3 @@ def _open(storage: BaseStorage, stored: str, kind: str, names: Sequence[str], ru
     storage.set_study_system_attr(study._study_id, "dashboard:note_ver", 1)
     storage.set_study_system_attr(study._study_id, "dashboard:note_str:0", NOTES[kind].format(run=run))
     return study
-
-
-def _repair(journal: Path) -> list[str]:
-    """Make a journal readable, and break a dead driver's lock.
-
-    A torn last line, which would make every later read fail, is cut off. A file that is damaged before that is set
-    aside. Returns lines for people.
-    """
-    if not journal.exists():
-        return []
-    if not journal.is_file():  # reading a pipe would wait for ever
-        return [_aside(journal, "it is no file")]
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    data, notes = journal.read_bytes(), []
-    end = data.rfind(b"\n") + 1
-    for number, line in enumerate(data[:end].split(b"\n")[:-1], start=1):
-        try:
-            json.loads(line)["op_code"]
-        except (TypeError, ValueError, KeyError, RecursionError):
-            return [_aside(journal, f"line {number} is no record")]
-    if end < len(data):
-        notes.append(f"{journal.name}: the last line was torn by a kill; it is cut off")
-        os.truncate(journal, end)
-    return notes
-
-
-def _aside(journal: Path, reason: str, word: str = "damaged") -> str:
-    """Set a journal aside; return a line for people."""
-    kept = set_aside(journal, word)
-    return f"{journal.name} is {word} ({reason}): kept as {kept.name}"
