@@ -153,15 +153,16 @@ class Stem:
     """What is in front of the patch embedding; no cut narrows it but where its last convolution writes the stream.
 
     Sources: arXiv 2010.11929 (``resnet``: a ResNet of bottlenecks, or its first convolution alone), 2311.17049
-    (``convolutions``: kernels as large as their strides; the last one is the patch embedding) and 2101.11986
+    (``convolutions``: kernels as large as their strides; the last one is the patch embedding), 2404.02132 (``mbconv``:
+    ViTamin's two stages of inverted bottlenecks; the last convolution is the patch embedding) and 2101.11986
     (``t2t_performer``, ``t2t_transformer``: T2T-ViT's unfoldings with attention of that kind between them; positions
     behind them are fixed sinusoids).
     """
 
-    kind: str  # convolutions | resnet | t2t_performer | t2t_transformer
-    channels: tuple[int, ...]  # of all convolutions or unfoldings but the last; of a ResNet's first one and its stages
+    kind: str  # convolutions | resnet | mbconv | t2t_performer | t2t_transformer
+    channels: tuple[int, ...]  # of all convolutions or unfoldings but the last; of the first one and of stages
     strides: tuple[int, ...] = ()  # of convolutions or unfoldings
-    blocks: tuple[int, ...] = ()  # of a ResNet's stages
+    blocks: tuple[int, ...] = ()  # of stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +197,7 @@ class Arch:
     attn_norm: bool = False  # LayerNorm over all value channels before the output projection
     glu: bool = False  # MLPs are gated, as in SwiGLU: of a unit's two inputs the first is activated and multiplies
     mlp_norm: bool = False  # LayerNorm over the hidden units of an MLP
+    mlp_entry_norm: bool = False  # an MLP begins with a norm, behind the one in front of it
     rope: Rope | None = None
     norm: str = "layer"  # layer | rms: norms take away the mean and have biases, or do neither (RMSNorm)
     embed_norm: bool = False  # a norm behind the patch embedding, before positions are added

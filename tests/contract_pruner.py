@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,14 +20,14 @@ from tests.oracle import hooks_of
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 1}
 
 
-def source(family: str, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+def source(family: str, seed: int, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
     """A small model of a family whose heads have one width for queries, keys and values (two channels for a pair)."""
     arch = random_arch(Random(seed), family, ragged=False, missing=False, extras=False)
     stages = tuple(
         dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, v=b.qk * arch.qk_rows) for b in s.blocks))
         for s in arch.stages
     )
-    return random_model(dataclasses.replace(arch, stages=stages), seed, dtype)
+    return random_model(dataclasses.replace(arch, stages=stages, **fields), seed, dtype)
 
 
 def labelled(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -59,12 +60,12 @@ def kept_units(arch: Arch, decision: Cut) -> dict[str, set[int]]:
 
 
 class PrunerContract:
-    """Checks of one pruner on one family."""
+    """Checks of one pruner on one family, whose record may have other ``fields``."""
 
-    def __init__(self, pruner: WidthMethod, family: str) -> None:
+    def __init__(self, pruner: WidthMethod, family: str, **fields: Any) -> None:
         self.pruner, self.family = pruner, family
         # most of what the seventh Swin V2 costs are position biases, which subspaces leave as they are
-        self.model = source(family, 5 if pruner.projected and family == "swin_v2" else 7)
+        self.model = source(family, 5 if pruner.projected and family == "swin_v2" else 7, **fields)
         self.arch = arch_of(self.model)
         self.batches = labelled(self.arch, 1)
 

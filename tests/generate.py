@@ -125,6 +125,7 @@ def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
         )
         qk_norm, mlp_scale = own.random() < 0.4, own.random() < 0.5
         arch = dataclasses.replace(arch, qk_norm=qk_norm, mlp_scale=not arch.layer_scale or mlp_scale)
+        arch = dataclasses.replace(arch, mlp_entry_norm=arch.glu and own.random() < 0.5)
     return arch if not extras else _planned(random, arch)
 
 

@@ -73,9 +73,9 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
         if not choice.keep:
             hook(block, lambda _m, args, _y: args[0])
             continue
-        for name in ("norm1", "norm2"):
-            if hasattr(block, name):
-                hook(getattr(block, name), _masked_norm(embed[s]))
+        for norm in (getattr(block, "norm1", None), getattr(block, "norm2", None), _entry_norm(block)):
+            if norm is not None:
+                hook(norm, _masked_norm(embed[s]))
         _mask_block(block, record, choice, weight, hook)
     if arch.family == "lm":  # the softmax reads the last block without a norm in between
         hook(blocks_of(model)[-1], lambda _m, _a, y: y * embed[0])
@@ -86,6 +86,11 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
             table.weight.data.copy_(original)
         for handle in hooks:
             handle.remove()
+
+
+def _entry_norm(block: Any) -> nn.Module | None:
+    """The norm that an MLP begins with, behind the block's second one."""
+    return getattr(getattr(block, "mlp", None), "entry_norm", None)
 
 
 def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook: Hook) -> None:

@@ -86,4 +86,5 @@ def mlp_cost(arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
     inputs = 1 + arch.glu
     unit = (inputs + 1) * stage.width
     own = inputs * arch.mlp_bias + arch.norm_tensors * arch.mlp_norm
-    return tokens * block.mlp * unit, block.mlp * (unit + own) + stage.width * arch.mlp_bias
+    outer = arch.mlp_bias + arch.norm_tensors * arch.mlp_entry_norm
+    return tokens * block.mlp * unit, block.mlp * (unit + own) + stage.width * outer

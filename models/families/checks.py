@@ -25,6 +25,7 @@ PLAIN: Mapping[str, Any] = {
     "position_bias": None,
     "stem": None,
     "mlp_scale": True,
+    "mlp_entry_norm": False,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

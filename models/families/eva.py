@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder, resample_pos_embed_grid
@@ -28,10 +28,11 @@ from prunesweep.models.layers.rotary import Places, RotaryAttention
 from .attention_pool import read_pool
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
-from .layouts import KINDS, adopted_block, is_plain, read_block, read_rope
+from .layouts import KINDS, adopted_block, is_plain, is_there, read_block, read_rope
 from .naflex import AtOneSize, adopted_embedding, at_one_size
 from .reading import Require, all_norms, isotropic_record, require, shared_eps
 from .spaces import BLOCK, WHOLE, AxisUse, Table, linear, per_channel, scales
+from .stem import read_stem
 from .views import AttentionView, LinearView, attention_view
 from .vit import VisionTransformerFamily, build_vit
 from .vit_models import AttentionPooledTransformer, HeteroVisionTransformer
@@ -103,7 +104,6 @@ class EvaFamily(VisionTransformerFamily):
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
         "position_bias": None,
-        "stem": None,
     }
     block_tensors: ClassVar[Table] = {
         **{
@@ -150,8 +150,8 @@ class EvaFamily(VisionTransformerFamily):
 
     def _read_trunk(self, model: Any, name: str, needs: Require, **fields: Any) -> Arch:
         """Read all but what ``fields`` tell."""
-        embed = model.patch_embed
-        needs(type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
+        embed, hybrid = model.patch_embed, type(model.patch_embed) is HybridEmbed
+        needs(hybrid or type(embed) is PatchEmbed, f"its patch embedding is a {type(embed).__name__}, not a PatchEmbed")
         pools = ("token", "avg", "map")
         pool = fields.get("pool") or model.global_pool
         needs(pool in pools, f"its pooling is {pool!r}, not one of {', '.join(pools)}")
@@ -177,9 +177,10 @@ class EvaFamily(VisionTransformerFamily):
             blocks,
             norm=norm,
             norm_eps=shared_eps(norms, needs),
-            embed_norm=not isinstance(embed.norm, nn.Identity),
+            embed_norm=is_there(embed, "norm"),
             attn_pool=None if attn_pool is None else read_pool(attn_pool, own["act"], needs),
             rope=read_rope(model, blocks[0].v, needs) if rotates else None,
+            stem=read_stem(embed, needs) if hybrid else None,
             **own,
             **fields,
         )
@@ -259,6 +260,8 @@ class EvaFamily(VisionTransformerFamily):
         super().check_fields(arch)
         if arch.post_norm and arch.layer_scale:
             raise UserError("post_norm = true: needs layer_scale = False, the norms have gains of their own")
+        if arch.mlp_entry_norm and not arch.glu:
+            raise UserError("mlp_entry_norm = true: needs glu = True, it is ViTamin's gated MLPs that have such a norm")
         if arch.rope is not None:
             check_one_of("rope.kind", arch.rope.kind, KINDS.values())
             check_at_least("rope.pairs", arch.rope.pairs, 2)
@@ -278,6 +281,8 @@ class EvaFamily(VisionTransformerFamily):
         own, i = space.rpartition(".")[2], space.split(".")[1]
         if own in ("q", "k") and arch.rope is not None:
             return "pairs of queries' and keys' channels are turned by places"
+        if own == "embed" and arch.mlp_entry_norm and any(block.mlp for block in arch.blocks):
+            return "the gain of an MLP's first norm acts on single channels in front of its second one"
         if own == "v" and arch.attn_norm and arch.blocks[int(i)].mixer == "attn":
             return "a norm acts on the value channels"
         return super().only_chosen(arch, space)

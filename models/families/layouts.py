@@ -18,11 +18,12 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Rope
 
-from .reading import Require, read_mlp
+from .reading import Require, activation_of, read_mlp
 
 __all__ = ["KINDS", "Features", "adopted_block", "is_plain", "is_there", "read_block", "read_rope"]
 
@@ -32,6 +33,8 @@ KINDS: Mapping[type[nn.Module], str] = {
     RotaryEmbeddingDinoV3: "centred",
     RotaryEmbeddingMixed: "mixed",
 }
+# names of a gated MLP's two layers, first the one that is activated
+INPUTS: Mapping[type[nn.Module], tuple[str, str]] = {SwiGLU: ("fc1_g", "fc1_x"), GeGluMlp: ("w0", "w1")}
 POST_NORM = (EvaBlockPostNorm, ResPostBlock, ResPostRelPosBlock)
 BLOCKS = (EvaBlock, TimmBlock, beit.Block, RelPosBlock, *POST_NORM)
 ATTENTION = (EvaAttention, AttentionRope, Attention, beit.Attention, RelPosAttention)
@@ -48,13 +51,17 @@ def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple
     scaled = [_scale_of(block, half) is not None for half in "12"]
     require(scaled[0] or not scaled[1], f"{where} has a layer scale in its MLP only")
     first: Any = mlp.fc1_g if type(mlp) is SwiGLU else getattr(mlp, "fc1", None)
-    if type(mlp) is SwiGLU:
+    last: Any = getattr(mlp, "fc2", None)
+    if type(mlp) is GeGluMlp:
+        act = activation_of(mlp, GeGluMlp, where, require)
+        units, glu, mlp_norm, first, last = mlp.w2.in_features, True, False, mlp.w0, mlp.w2
+    elif type(mlp) is SwiGLU:
         require(type(mlp.act) is nn.SiLU, f"{where} has activation {type(mlp.act).__name__} in a SwiGLU")
         units, act, glu, mlp_norm = mlp.fc2.in_features, "silu", True, not isinstance(mlp.norm, nn.Identity)
     else:
         units, act, glu, mlp_norm = read_mlp(mlp, where, require)
     mlp_bias = first.bias is not None
-    require(mlp_bias == (mlp.fc2.bias is not None), f"{where} has a bias in one layer of its MLP only")
+    require(mlp_bias == (last.bias is not None), f"{where} has a bias in one layer of its MLP only")
     q, k, v = (bias is not None for bias in _projections(attn, "bias"))
     require(q == v and q >= k, f"{where} has biases of keys without those of queries, or of values")
     width = attn.proj.in_features // attn.num_heads
@@ -77,6 +84,7 @@ def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple
         "act": act,
         "glu": glu,
         "mlp_norm": mlp_norm,
+        "mlp_entry_norm": type(mlp) is GeGluMlp,
         "proj_bias": attn.proj.bias is not None,
         "mlp_bias": mlp_bias,
     }
@@ -93,7 +101,7 @@ def is_plain(model: Any) -> bool:
     return not any(norms) and not any(
         type(block) is ResPostBlock
         or is_there(getattr(block, "attn", None), "norm")
-        or type(getattr(block, "mlp", None)) is SwiGLU
+        or type(getattr(block, "mlp", None)) in (SwiGLU, GeGluMlp)
         for block in model.blocks
     )
 
@@ -154,6 +162,11 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
         "gamma_",
     )
     found = {name: tensor for name, tensor in own.items() if not name.startswith(joined)}
+    if type(block.mlp) is GeGluMlp:
+        for name, new in (("norm", "entry_norm"), ("w2", "fc2")):
+            parts = [part for part in ("weight", "bias") if f"mlp.{name}.{part}" in found]
+            found |= {f"mlp.{new}.{part}": found.pop(f"mlp.{name}.{part}") for part in parts}
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(("mlp.w0.", "mlp.w1."))}
     for half in "12":
         if f"gamma_{half}" in own:
             found[f"ls{half}.gamma"] = own[f"gamma_{half}"]
@@ -168,7 +181,7 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
         for name in ("attn.q_norm", "attn.k_norm"):
             if f"{name}.{part}" in own and arch.rope is not None:
                 found[f"{name}.{part}"] = _pairs_apart(block.attn, own[f"{name}.{part}"], heads=1)
-        names = ("fc1_g", "fc1_x") if type(block.mlp) is SwiGLU else ("fc1",)
+        names = INPUTS.get(type(block.mlp), ("fc1",))
         if part == "weight" or arch.mlp_bias:
             found[f"mlp.fc1.{part}"] = torch.cat([own[f"mlp.{name}.{part}"] for name in names])
     return found

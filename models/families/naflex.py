@@ -62,7 +62,7 @@ def at_one_size(model: Any, img_size: tuple[int, int], require: Require) -> AtOn
         pos_embed=learned or None,
         no_embed_class=True,
         rope=None,
-        modules=model.modules,
+        named_modules=model.named_modules,
     )
 
 

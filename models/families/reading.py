@@ -61,7 +61,8 @@ def all_norms(model: nn.Module, require: Require) -> tuple[str, list[Any]]:
 
 
 def _norms(model: nn.Module) -> list[Any]:
-    named = (m for m in model.modules() if "norm" in type(m).__name__.lower())
+    outside = ((name, m) for name, m in model.named_modules() if not name.startswith("patch_embed.backbone."))
+    named = (m for _, m in outside if "norm" in type(m).__name__.lower())  # a stem is read by itself
     return [m for m in named if not any(m.children())]  # blocks may be called after theirs
 
 

@@ -106,6 +106,7 @@ CONVOLUTION: Table = {  # models.layers.mixers.ConvMixer: its bottleneck channel
 }
 MLP: Table = {  # of a gated one, the first layer has two rows for a unit
     **linear("mlp.fc1", "mlp_in", "embed"),
+    **per_channel("mlp.entry_norm", "embed"),
     **per_channel("mlp.norm", "mlp"),
     **linear("mlp.fc2", "embed", "mlp"),
 }

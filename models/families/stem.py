@@ -1,7 +1,8 @@
 """Stems of ViTs: convolutions, or attention between patches, in front of the patch embedding, kept as they are.
 
 Sources: the hybrids of ViT (arXiv 2010.11929, 2106.10270), whose stem is a ResNet or its first convolution;
-MobileCLIP's image tower (arXiv 2311.17049), whose stem of convolutions writes the residual stream itself; and T2T-ViT
+MobileCLIP's image tower (arXiv 2311.17049) and ViTamin (2404.02132), whose stems of convolutions and of inverted
+bottlenecks write the residual stream themselves; and T2T-ViT
 (arXiv 2101.11986), whose tokens-to-token module unfolds an image into overlapping patches again and again.
 """
 
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from timm.layers import HybridEmbed, StdConv2dSame, to_2tuple
+from timm.layers import HybridEmbed, StdConv2dSame, make_divisible, to_2tuple
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
 from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vitamin import MbConvStages, VitCfg
 from torch import nn
 
 from prunesweep.models.arch import Arch, Stem
@@ -38,7 +40,8 @@ __all__ = [
     "stream_layer",
 ]
 
-KINDS = ("convolutions", "resnet", *TOKENS)
+KINDS = ("convolutions", "resnet", "mbconv", *TOKENS)
+WRITES = ("convolutions", "mbconv")  # kinds whose last convolution is the patch embedding
 GROUPS = 32  # of channels, which timm's norms of a ResNet have
 STD_EPS = 1e-8  # of the standardised weights of its convolutions
 MOST_STAGES = 4  # of a ResNet; timm dilates what follows them
@@ -60,14 +63,14 @@ class StemEmbed(HybridEmbed):  # type: ignore[misc]  # timm is untyped
         self, stem: Stem, *, img_size: Any, patch_size: tuple[int, int], in_chans: int, embed_dim: int, **options: Any
     ) -> None:
         self.stride = _stride(stem)
-        self.width = embed_dim if stem.kind == "convolutions" else _width(stem, in_chans)
+        self.width = embed_dim if stem.kind in WRITES else _width(stem, in_chans)
         super().__init__(
             _stem(stem, in_chans, embed_dim),
             img_size=img_size,
             patch_size=tuple(side // self.stride for side in patch_size),
             in_chans=in_chans,
             embed_dim=embed_dim,
-            proj=stem.kind != "convolutions",
+            proj=stem.kind not in WRITES,
             **options,
         )
 
@@ -92,6 +95,8 @@ def has_fixed_positions(arch: Arch) -> bool:
 
 
 def _stride(stem: Stem) -> int:
+    if stem.kind == "mbconv":
+        return 16
     if stem.kind != "resnet":
         return math.prod(stem.strides)
     return 2 ** (len(stem.blocks) + 1) if stem.blocks else 4
@@ -111,6 +116,10 @@ def _stem(stem: Stem, in_chans: int, width: int) -> nn.Module:
     if stem.kind in TOKENS:
         return TokensToToken(stem.kind, in_chans, stem.channels, stem.strides)
     first, *channels = stem.channels
+    if stem.kind == "mbconv":
+        return MbConvStages(
+            VitCfg(embed_dim=(*channels, width), depths=stem.blocks, stem_width=first), in_chans=in_chans
+        )
     options = {"stem_type": "same", "preact": False, "conv_layer": partial(StdConv2dSame, eps=STD_EPS)}
     if not stem.blocks:
         return create_resnetv2_stem(in_chans, first, **options)
@@ -131,6 +140,10 @@ def read_stem(embed: Any, require: Require) -> Stem:
         strides = tuple(layer.stride[0] for layer in layers)
         stem = Stem(kind="convolutions", channels=tuple(layer.out_channels for layer in layers[:-1]), strides=strides)
         width = layers[-1].out_channels
+    elif isinstance(backbone, MbConvStages):
+        channels = (backbone.stem.out_chs, *(stage[-1].out_chs for stage in backbone.stages))
+        stem = Stem(kind="mbconv", channels=channels, blocks=tuple(len(stage) for stage in backbone.stages))
+        width = backbone.pool.proj.out_channels
     else:
         resnet = isinstance(backbone, ResNetV2)
         parts = dict((backbone.stem if resnet else backbone).named_children())
@@ -156,22 +169,26 @@ def _standardising(backbone: nn.Module) -> list[float]:
 
 def stream_layer(embed: Any) -> Any:
     """Return the layer of a patch embedding whose output is the residual stream; with a stem it may be its last one."""
-    return embed.backbone[-1].conv if isinstance(embed.proj, nn.Identity) else embed.proj
+    if not isinstance(embed.proj, nn.Identity):
+        return embed.proj
+    return embed.backbone.pool.proj if isinstance(embed.backbone, MbConvStages) else embed.backbone[-1].conv
 
 
 def stem_uses_stream(arch: Arch, tensor: str) -> bool:
     """Whether a stem's tensor is of the convolution that writes the residual stream."""
     stem = arch.stem
-    if stem is None or stem.kind != "convolutions":
+    if stem is None or stem.kind not in WRITES:
         return False
-    return tensor.startswith(f"patch_embed.backbone.{len(stem.strides) - 1}.conv.")
+    last = "pool.proj" if stem.kind == "mbconv" else f"{len(stem.strides) - 1}.conv"
+    return tensor.startswith(f"patch_embed.backbone.{last}.")
 
 
 def first_convolution(stem: Stem) -> str | None:
     """Return the name of the convolution that reads images; None where attention does."""
     if stem.kind in TOKENS:
         return None
-    within = "0.conv" if stem.kind == "convolutions" else "stem.conv" if stem.blocks else "conv"
+    names = {"convolutions": "0.conv", "mbconv": "stem.conv1", "resnet": "stem.conv" if stem.blocks else "conv"}
+    within = names[stem.kind]
     return f"patch_embed.backbone.{within}"
 
 
@@ -190,16 +207,22 @@ def check_stem(arch: Arch) -> None:
                 f"stem.channels = {list(stem.channels)}: needs one number for each of stem.strides but the last, whose "
                 "channels are the residual stream's; stem.blocks is for kind 'resnet'"
             )
-        if arch.pre_norm:
-            raise UserError("stem.kind = 'convolutions': needs pre_norm = False, its last convolution has a bias")
+    elif stem.kind == "mbconv":
+        if (len(stem.channels), len(stem.blocks), stem.strides) != (3, 2, ()):
+            raise UserError(
+                f"stem.channels = {list(stem.channels)}: needs those of the first convolution and of two stages, and "
+                "stem.blocks the number of blocks of both; stem.strides is for other kinds"
+            )
     elif stem.kind in TOKENS:
         _check_tokens(stem)
     else:
         _check_resnet(stem)
+    if stem.kind in WRITES and arch.pre_norm:
+        raise UserError(f"stem.kind = {stem.kind!r}: needs pre_norm = False, its last convolution has a bias")
     stride = _stride(stem)
     whole = all(side % stride == 0 for side in arch.patch_size)
-    if not whole or (stem.kind == "convolutions" and arch.patch_size != (stride, stride)):
-        needs = "be" if stem.kind == "convolutions" else "have multiples of"
+    if not whole or (stem.kind in WRITES and arch.patch_size != (stride, stride)):
+        needs = "be" if stem.kind in WRITES else "have multiples of"
         raise UserError(f"patch_size = {list(arch.patch_size)}: must {needs} {[stride] * 2}, the stem's stride")
     if any(side % patch for side, patch in zip(arch.img_size, arch.patch_size, strict=True)):
         raise UserError(f"img_size = {list(arch.img_size)}: a stem needs multiples of {list(arch.patch_size)}")
@@ -249,7 +272,7 @@ def stem_cost(arch: Arch) -> Cost:
         for channels, out, taps, stride, rest in _convolutions(arch.stem, arch.in_chans, stage.width):
             macs += math.prod(side // stride for side in arch.img_size) * taps * channels * out
             params += taps * channels * out + rest
-    if arch.stem.kind != "convolutions":
+    if arch.stem.kind not in WRITES:
         taps = math.prod(arch.patch_size) // _stride(arch.stem) ** 2
         weights = taps * _width(arch.stem, arch.in_chans) * stage.width
         macs += math.prod(stage.grid) * weights
@@ -281,6 +304,22 @@ def _convolutions(stem: Stem, in_chans: int, width: int) -> Iterator[tuple[int, 
             before = out
         return
     before, *channels = stem.channels
+    if stem.kind == "mbconv":
+        yield in_chans, before, 9, 2, 3 * before
+        yield before, before, 9, 2, before
+        pixels = 2
+        for out, blocks in zip(channels, stem.blocks, strict=True):
+            inner = make_divisible(4 * out)
+            for b in range(blocks):
+                inside, pixels = pixels, pixels if b else 2 * pixels
+                yield before, inner, 1, inside, inner + 2 * before
+                yield 1, inner, 9, pixels, inner
+                yield inner, out, 1, pixels, out
+                if before != out:
+                    yield before, out, 1, pixels, out
+                before = out
+        yield before, width, 9, 2 * pixels, width + 2 * before
+        return
     yield in_chans, before, 49, 2, 2 * before
     pixels = 4
     for s, (out, blocks) in enumerate(zip(channels, stem.blocks, strict=True)):

@@ -362,6 +362,7 @@ class MlpView:
         scale: LayerScale on its output, or the norm that stands behind it; the identity where there is none.
         gated: every unit has two rows.
         inner_norm: over the hidden units, behind the activation; the identity where there is none.
+        entry_norm: a second norm, behind ``norm``; the identity where there is none.
     """
 
     name: str
@@ -374,6 +375,7 @@ class MlpView:
     scale: nn.Module = field(default_factory=nn.Identity)
     gated: bool = False
     inner_norm: nn.Module = field(default_factory=nn.Identity)
+    entry_norm: nn.Module = field(default_factory=nn.Identity)
 
     def per_unit(self, rows: torch.Tensor) -> torch.Tensor:
         """Sum what belongs to the rows of a layer of ``inputs`` over those of a unit, (M,)."""
@@ -390,7 +392,7 @@ class MlpView:
         ``rows`` are those of the map that the tokens are; only a convolution needs them.
         """
         (layer,) = self.inputs
-        return self.activated(layer.layer(x), rows)
+        return self.activated(layer.layer(self.entry_norm(x)), rows)
 
     def after(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         """Compute the stream behind the MLP, from the one in front of its norm."""
@@ -399,7 +401,8 @@ class MlpView:
 
     def readers(self) -> tuple[Reader, ...]:
         """List the layers that read the stream."""
-        return tuple(Reader(view.name, view.layer, _norm_or_none(self.norm), self.norm) for view in self.inputs)
+        last = _norm_or_none(self.entry_norm) or _norm_or_none(self.norm)
+        return tuple(Reader(v.name, v.layer, last, lambda x: self.entry_norm(self.norm(x))) for v in self.inputs)
 
     def activated(self, y: torch.Tensor, rows: int) -> torch.Tensor:
         """Compute the hidden units (B, N, M) from the output of the layer in front of them, (B, N, its rows)."""
@@ -499,4 +502,5 @@ def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
         scale=scale,
         gated=isinstance(mlp, GluMlp),
         inner_norm=getattr(mlp, "norm", nn.Identity()),
+        entry_norm=getattr(mlp, "entry_norm", nn.Identity()),
     )

@@ -41,6 +41,7 @@ from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention
 from prunesweep.models.layers.rotary import Places, merged_places
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, make_merge
 from prunesweep.models.layers.tokens_to_token import sinusoids
+from prunesweep.models.layers.twice_normed import TwiceNormedGluMlp
 
 from .attention_pool import check_pool, pool_cost, read_pool
 from .base import Family
@@ -161,6 +162,8 @@ def _mlp(arch: Arch, block: Block, act_layer: Any, norm_layer: Any) -> nn.Module
     (stage,) = arch.stages
     options = {"act_layer": act_layer, "norm_layer": norm_layer if arch.mlp_norm else None}
     options["bias"] = arch.mlp_bias
+    if arch.mlp_entry_norm:
+        return TwiceNormedGluMlp(stage.width, 2 * block.mlp, gate_last=False, entry_norm=norm_layer, **options)
     if arch.glu:
         return GluMlp(stage.width, 2 * block.mlp, gate_last=False, **options)
     return Mlp(stage.width, block.mlp, **options)

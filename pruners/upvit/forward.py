@@ -279,8 +279,10 @@ class Forward:
         """Compute the MLP's hidden units behind the activation, (B, N, M)."""
         s, mlp = self.stage_of[i], self.mlps[i]
         assert mlp is not None, "the caller has looked whether the block has an MLP"
-        gate, own = gates.get(f"blocks.{i}.mlp"), dataclasses.replace(mlp, inner_norm=nn.Identity())
-        y = own.hidden(self._read(i, mlp.norm, z, gates), self.arch.stages[s].grid[0])
+        gate = gates.get(f"blocks.{i}.mlp")
+        bare = dataclasses.replace(mlp, inner_norm=nn.Identity(), entry_norm=nn.Identity())
+        read = normed(mlp.entry_norm, self._read(i, mlp.norm, z, gates), gates.get(f"stages.{s}.embed"))
+        y = bare.hidden(read, self.arch.stages[s].grid[0])
         if gate is not None:
             y = y * gate
         return normed(mlp.inner_norm, y, gate)

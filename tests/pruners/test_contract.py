@@ -41,6 +41,14 @@ def test_a_cut_model_can_be_scored_and_cut_again(contract: PrunerContract) -> No
     contract.check_a_cut_model_can_be_scored_and_cut_again()
 
 
+@pytest.mark.parametrize("name", [name for name, family in PAIRS if family == "eva"])
+def test_normed_queries_and_mlps_with_two_norms(name: str) -> None:
+    normed = {"qk_norm": True, "layer_scale": True, "mlp_scale": False, "glu": True, "mlp_entry_norm": True}
+    contract = PrunerContract(get_method(name, WidthMethod), "eva", post_norm=False, **normed)
+    contract.check_every_unit_is_scored()
+    contract.check_budgets_are_met_or_the_hindrance_is_named()
+
+
 def test_the_contract_sees_budgets_that_choose_otherwise() -> None:
     """Each budget is met, and by another half of the residual channels."""
     calls: list[float] = []

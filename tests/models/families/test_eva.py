@@ -53,7 +53,7 @@ KINDS = [  # of position embedding, projections, biases, MLPs, norms, prefix tok
     ("vit_base_patch16_sapiens2", (32, 48)),
 ]
 OTHERS = ("aimv2_", "beit3_", "vit_base_patch16_rpn_")
-MODULES = ("eva", "naflexvit", "qwen3_vit")  # timm's
+MODULES = ("eva", "naflexvit", "qwen3_vit", "vitamin")  # timm's
 REFUSED = {
     **{
         f"qwen3_vit_{size}_{what}": reason
@@ -117,7 +117,7 @@ def test_every_published_name_is_read_or_refused_with_its_reason() -> None:
         if not name.startswith(("qwen3", "naflex")):  # positions of another grid, and a norm without weights
             assert cost(own).params == num_params(model), name
         read.append(name)
-    assert len(read) == 94
+    assert len(read) == 107
 
 
 def adopted_on_meta(model: Any) -> Arch:
@@ -143,6 +143,29 @@ def test_a_naflex_vit_is_read_at_one_size(name: str) -> None:
         torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
     with pytest.raises(UserError, match=r"images of 30x48 are no whole patches of \(16, 16\)"):
         Arch.from_timm(model, img_size=(30, 48))
+
+
+def test_behind_inverted_bottlenecks_mlps_begin_with_a_norm() -> None:
+    """ViTamin: the stem stays, but for the convolution that writes the stream."""
+    model: Any = timm.create_model("vitamin_small_224", img_size=(32, 48), depth=1, num_classes=5).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.05)
+    own: Any = adopted(model)
+    arch, x = arch_of(own), random_images(Arch.from_timm(model), 1)
+    assert (arch.stem.kind, arch.mlp_entry_norm, arch.glu) == ("mbconv", True, True)
+    assert cost(arch).params == num_params(own) == num_params(model)
+    assert "project" not in family_of(arch).reductions(arch, "stages.0.embed")
+    narrow: Any = cut(own, Cut(embed=((0, 3),), blocks=(BlockCut(),)))
+    with torch.no_grad():
+        torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
+    stem, small_stem = (dict(one.patch_embed.backbone.named_parameters()) for one in (own, narrow))
+    assert {name for name, tensor in stem.items() if tensor.shape != small_stem[name].shape} == {
+        "pool.proj.weight",
+        "pool.proj.bias",
+    }
+    with pytest.raises(UserError, match="mlp_entry_norm = true: needs glu = True"):
+        dataclasses.replace(arch, glu=False).validate()
 
 
 @pytest.mark.parametrize("side", [4, 2])

@@ -13,6 +13,7 @@ import torch
 from timm.models._registry import _model_to_module
 
 from prunesweep.models import Arch, BlockCut, Cut, Stem, UserError, arch_of, build, cost, cut, load, save
+from prunesweep.models.families.stem import WRITES
 from prunesweep.models.latency.building import macs_table
 from prunesweep.models.recalibrate import recalibrate
 from prunesweep.models.without_values import without_values
@@ -31,21 +32,22 @@ STEMS = (
     Stem(kind="resnet", channels=(32, 128, 128), blocks=(2, 1)),
     Stem(kind="t2t_performer", channels=(6, 5), strides=(2, 1, 2)),
     Stem(kind="t2t_transformer", channels=(6,), strides=(3, 2)),
+    Stem(kind="mbconv", channels=(4, 5, 5), blocks=(2, 1)),
 )
-STRIDES = (4, 3, 4, 8, 4, 6)
+STRIDES = (4, 3, 4, 8, 4, 6, 16)
 
 
 def random_hybrid(random: Random) -> Arch:
     """A ViT with any kind of stem, on images of few patches."""
     arch, kind = random_vit(random, ragged=True, missing=True, extras=True), random.randrange(len(STEMS))
-    patch = STRIDES[kind] * (1 if STEMS[kind].kind == "convolutions" else random.choice([1, 2]))
+    patch = STRIDES[kind] * (1 if STEMS[kind].kind in WRITES else random.choice([1, 2]))
     rows, columns = arch.stages[0].grid
     own: dict[str, Any] = {
         "stem": STEMS[kind],
         "patch_size": (patch, patch),
         "img_size": (rows * patch, columns * patch),
     }
-    if STEMS[kind].kind == "convolutions":
+    if STEMS[kind].kind in WRITES:
         own["pre_norm"] = False
     return dataclasses.replace(arch, **own)
 
@@ -53,7 +55,7 @@ def random_hybrid(random: Random) -> Arch:
 CONTRACT = FamilyContract("vit", random_hybrid)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [0, 1, 2, 5, 6, 8, 9, 21, 25, 26, 31, 35])  # every kind
 def test_contract_with_stems(seed: int, tmp_path: Path) -> None:
     CONTRACT.check_axes(seed)
     CONTRACT.check_models(seed)
@@ -64,7 +66,7 @@ def test_contract_with_stems(seed: int, tmp_path: Path) -> None:
 
 
 def test_projected_streams_with_stems() -> None:
-    assert sum(CONTRACT.check_projections(seed) for seed in range(4)) > 8
+    assert sum(CONTRACT.check_projections(seed) for seed in (0, 1, 5, 26)) > 8
 
 
 @pytest.mark.parametrize("name", ["vit_base_mci_224", "vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224"])
@@ -102,19 +104,19 @@ def small(kind: int, **fields: Any) -> Arch:
     return dataclasses.replace(drawn, stages=(stage,), **{**own, **sizes, **fields})
 
 
-@pytest.mark.parametrize("kind", [0, 3])
+@pytest.mark.parametrize("kind", [0, 3, 6])
 def test_a_cut_takes_channels_of_what_writes_the_stream_alone(kind: int) -> None:
     model: Any = random_model(small(kind), 0)
     kept = (0, 3, 4, 7, 8, 11)
     narrow: Any = cut(model, Cut(embed=(kept,), blocks=(BlockCut(),) * 2))
     before, after = (one.patch_embed.state_dict() for one in (model, narrow))
-    writer = "backbone.2.conv" if kind == 0 else "proj"
+    writer = {0: "backbone.2.conv", 3: "proj", 6: "backbone.pool.proj"}[kind]
     for name, tensor in after.items():
         wanted = before[name][list(kept)] if name.startswith(writer) else before[name]
         assert torch.equal(tensor, wanted), name
 
 
-@pytest.mark.parametrize("kind", [0, 3])
+@pytest.mark.parametrize("kind", [0, 3, 6])
 def test_methods_score_and_compress_what_is_behind_a_stem(kind: int) -> None:
     arch = small(kind)
     model, x = random_model(arch, 0, torch.float32), random_images(arch, 0, batch=8, dtype=torch.float32)
@@ -151,7 +153,11 @@ def test_sizes_are_of_whole_patches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stem": Stem(kind="pool", channels=(3,))}, "stem.kind = 'pool': must be one of convolutions, resnet"),
+        (
+            {"stem": Stem(kind="mbconv", channels=(3, 4), blocks=(1, 1))},
+            r"\[3, 4\]: needs those of the first",
+        ),
+        ({"stem": Stem(kind="pool", channels=(3,))}, "stem.kind = 'pool': must be one of convolutions, resnet, mbconv"),
         ({"stem": Stem(kind="resnet", channels=(30,))}, r"stem.channels\[0\] = 30: must be a multiple of 32"),
         (
             {"stem": Stem(kind="resnet", channels=(32, 64), blocks=(1,))},

@@ -129,6 +129,7 @@ def test_a_norm_over_what_would_go_is_refused(norm: str) -> None:
 
 FAMILIES = {
     "plain": dataclasses.replace(ARCH, family="eva", norm="rms", embed_norm=True, proj_bias=False, mlp_bias=False),
+    "normed": dataclasses.replace(ROTARY, qk_norm=True, glu=True, mlp_entry_norm=True),
     "behind": dataclasses.replace(ARCH, family="eva", post_norm=True),
     "table": dataclasses.replace(ARCH, family="beit", position_bias=PositionBias(kind="table")),
     "mlp": dataclasses.replace(ARCH, family="beit", position_bias=PositionBias(kind="mlp", hidden=3)),
