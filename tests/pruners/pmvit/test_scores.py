@@ -48,7 +48,8 @@ class Spelled(nn.Module):
             q, k = (t.unflatten(-1, (block.heads, block.qk)).transpose(1, 2) for t in (q, k))
             q, k = attn.q_norm(q), attn.k_norm(k)
         else:
-            q, k = (attn.rotate(attn.by_head(own(x))) for own in (attn.q_proj, attn.k_proj))
+            q, k = attn.q_norm(attn.by_head(attn.q_proj(x))), attn.k_norm(attn.by_head(attn.k_proj(x)))
+            q, k = attn.rotate(q), attn.rotate(k)
             v = attn.v_proj(x)
         self.map = (q @ k.transpose(2, 3) * block.scale).softmax(-1)
         heads = [self.map[:, h] @ own for h, own in enumerate(v.split(list(block.v_widths), dim=-1))]
