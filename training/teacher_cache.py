@@ -32,7 +32,7 @@ from .recipe import Recipe
 from .task import DistillationTask, make_task
 from .world import World
 
-__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers", "is_shard", "missing_shards"]
+__all__ = ["SHARD", "TeacherLogits", "cache_logits", "cache_teachers", "is_shard", "missing_shards", "shard_file"]
 
 FORMAT = "prunesweep/teacher/1"  # to be counted up when the answers change, so that no older ones are believed
 SHARD = 8192  # images
@@ -97,7 +97,7 @@ def missing_shards(source: nn.Module, data: Data, recipe: Recipe, folder: Path) 
     names = dict.fromkeys(term.teacher for term in cached.distill)
     places = [folder / _key(task, name, data, cached) for name in names] if isinstance(task, DistillationTask) else []
     numbers = range(-(-data.train_images // SHARD))
-    return [number for number in numbers if not all(_file(place, number).exists() for place in places)]
+    return [number for number in numbers if not all(shard_file(place, number).exists() for place in places)]
 
 
 def _cached_terms(recipe: Recipe) -> Recipe | None:
@@ -106,7 +106,8 @@ def _cached_terms(recipe: Recipe) -> Recipe | None:
     return recipe.model_copy(update={"distill": terms}) if terms else None  # others may have hooks put on the source
 
 
-def _file(place: Path, shard: int) -> Path:
+def shard_file(place: Path, shard: int) -> Path:
+    """The file of a shard of logits in their folder."""
     return place / f"{shard:05}.safetensors"
 
 
@@ -193,7 +194,7 @@ def _shard(
 
     The first worker decides which, and writes what was computed.
     """
-    file = None if place is None else _file(place, start // SHARD)
+    file = None if place is None else shard_file(place, start // SHARD)
     known = torch.tensor(float(world.first and file is not None and is_shard(file)), device=task.device)
     if world.all_reduce(known).item() == 0:
         images = range(start, min(start + SHARD, data.train_images))

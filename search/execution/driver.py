@@ -51,7 +51,7 @@ from prunesweep.training.own_measure import Measure, spec_of
 from prunesweep.training.signals import handling
 
 from .coordinator import Coordinator, RunBroken, SearchFailed
-from .elsewhere import Access, bring_prepared, prepare_there, run_there, work_there
+from .elsewhere import Access, bring_prepared, prepare_part_there, prepare_there, run_there, work_there
 from .estimate import estimate
 from .growth import Waiting
 from .prepare import SAMPLE, PreparedSearch, prepare_or_share, prepare_search
@@ -353,11 +353,16 @@ def _prepare(
         if cluster is None or (stored is not None and dry_run):
             return work(progress)
         run = partial(run_on_worker, resources=config.resources, progress=progress, note=display.note)
-        if stored is not None:  # one worker makes all of it: they share no cache
-            access = _access(stored)
-            made, there = run(partial(prepare_there, config, cache, access=access))
-            return bring_prepared(stored.objects, made, there, cache)
         places = 1 if dry_run else cluster.fitting * config.resources.workers_per_trial
+        if stored is not None:  # they share no cache
+            own: dict[str, Any] = {"access": _access(stored)}
+            made = run(partial(prepare_there, config, cache, share=max(places, 1), **own))
+            if isinstance(made, int):
+                some = [partial(prepare_part_there, config, cache, part=i, parts=made, **own) for i in range(made)]
+                run_on_workers(some, config.resources, progress, note=display.note)
+                made = run(partial(prepare_there, config, cache, **own))
+            assert not isinstance(made, int)  # which only more than one process is asked for
+            return bring_prepared(stored.objects, *made, cache)
         found = run(work if places < 2 else partial(prepare_or_share, config, cache, places))
         if isinstance(found, int):
             parts = [partial(prepare_part, config, cache, part=i, parts=found) for i in range(found)]

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,16 +35,28 @@ from prunesweep.search.store.progress import BEGUN
 from prunesweep.search.store.records import read_json
 from prunesweep.search.store.run import Run, Task, task_id
 from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING, WORKERS
+from prunesweep.training.jobs.recovery import STATISTICS
 from prunesweep.training.jobs.scoring import Progress
 from prunesweep.training.jobs.training_job import CannotBegin, TrainingJob
 
 from .prepare import PreparedSearch, prepare_search
+from .source import Unshared, prepare_part
 from .task import run_task
 
-__all__ = ["Access", "UnitFiles", "bring_prepared", "prepare_there", "run_there", "unit_files", "work_there"]
+__all__ = [
+    "Access",
+    "UnitFiles",
+    "bring_prepared",
+    "prepare_part_there",
+    "prepare_there",
+    "run_there",
+    "unit_files",
+    "work_there",
+]
 
 INPUTS = ("source/", "scores/", "given/", "teacher_logits/")
 FACTS = ("search.toml", "run.json", "latency_table.json")
+WHOLE = ("/config.json", f"/{STATISTICS}")  # files that are written last in their folders
 OWN = ("validation.json", "test.json", "speed.json")  # files that work on a whole run makes
 CARRIED = ("metrics.jsonl", "arch.json", BEGUN, TRAINING)  # files that are published while a trial goes on
 LOOK = 3.0  # seconds between two looks whether to stop
@@ -77,6 +89,16 @@ class Access(NamedTuple):
         if highest(Objects(self.url).list(LEASES)) > self.number:
             raise Lost(f"{self.url}: another driver has taken over; nothing more is published")
 
+    def objects(self) -> Objects:
+        """The run's; nothing is published by them once another driver has taken over."""
+        found = Objects(self.url)
+        found.guard = self.check
+        return found
+
+    def cache(self, of_driver: Path) -> Path:
+        """This node's cache: the driver's where that is seen."""
+        return of_driver if self.here else place_for(self.url, "workers").parent.parent / "cache"
+
     @property
     def workers(self) -> str:
         """The URL of what Ray Train keeps of workers of trials."""
@@ -91,8 +113,7 @@ class Access(NamedTuple):
         """This node's folder, with what all trials need."""
         path = place_for(self.url, "workers")
         path.mkdir(parents=True, exist_ok=True)
-        objects = Objects(self.url)
-        objects.guard = self.check
+        objects = self.objects()
         mirror = Mirror(path, objects)
         mirror.bring(FACTS)
         for below in INPUTS:
@@ -202,12 +223,12 @@ class UnitFiles(NamedTuple):
     def give(self, job: TrainingJob) -> None:
         """Publish the model that the training begins with."""
         with _blaming_the_store():
-            _put_folder(self._objects(), Path(job.model), f"{self._own}{START}")
+            _put_folder(self.access.objects(), Path(job.model), f"{self._own}{START}")
 
     def take(self, out: Path) -> None:
         """Bring the trained model as the folder ``out``."""
         with _blaming_the_store():
-            objects, below = self._objects(), f"{self._own}{MADE}"
+            objects, below = self.access.objects(), f"{self._own}{MADE}"
             with publish_folder(out) as folder:
                 _get_folder(objects, below, folder)
         self.forget()
@@ -215,7 +236,7 @@ class UnitFiles(NamedTuple):
     def forget(self) -> None:
         """Delete what only an unfinished training needs."""
         with _blaming_the_store():
-            objects = self._objects()
+            objects = self.access.objects()
             names = [n for below in (START, MADE) for n in objects.list(f"{self._own}{below}")]
             list(objects.each(objects.delete, [*names, f"{self._own}{TRAINING}"]))
 
@@ -234,7 +255,7 @@ class UnitFiles(NamedTuple):
         """Bring what all trials need, once, and this trial's first model and its state."""
         with _blaming_the_store():
             self.access.opened()
-            objects = self._objects()
+            objects = self.access.objects()
             _get_folder(objects, f"{self._own}{START}", folder / START)
             with contextlib.suppress(FileNotFoundError):
                 objects.get(f"{self._own}{TRAINING}", folder / TRAINING)
@@ -242,7 +263,7 @@ class UnitFiles(NamedTuple):
     @contextlib.contextmanager
     def carrying(self, job: TrainingJob, folder: Path) -> Iterator[None]:
         """Publish the state every half minute and at the end, unless the training is over by then."""
-        objects, state, published = self._objects(), folder / TRAINING, _changed(folder / TRAINING)
+        objects, state, published = self.access.objects(), folder / TRAINING, _changed(folder / TRAINING)
 
         def carry() -> None:
             nonlocal published
@@ -258,16 +279,11 @@ class UnitFiles(NamedTuple):
     def hand_in(self, made: Path) -> None:
         """Publish the trained model for who waits for it."""
         with _blaming_the_store():
-            _put_folder(self._objects(), made, f"{self._own}{MADE}")
+            _put_folder(self.access.objects(), made, f"{self._own}{MADE}")
 
     @property
     def _own(self) -> str:
         return f"trials/{self.name}/"
-
-    def _objects(self) -> Objects:
-        objects = Objects(self.access.url)
-        objects.guard = self.access.check
-        return objects
 
 
 @contextlib.contextmanager
@@ -352,8 +368,8 @@ def work_there(
 
 
 def prepare_there(
-    config: SearchConfig, cache: Path, progress: Progress, *, access: Access
-) -> tuple[PreparedSearch, Path | None]:
+    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, share: int = 1
+) -> tuple[PreparedSearch, Path | None] | int:
     """``prepare_search`` on any node; what it made is published for the driver where that does not see it.
 
     Args:
@@ -361,23 +377,66 @@ def prepare_there(
         cache: the driver's.
         progress: as for ``prepare_search``.
         access: to the run that will be.
+        share: as for ``prepare_search``.
 
     Returns:
-        That, and the cache of this node where it is another one than the driver's.
+        That, and the cache of this node where it is another one than the driver's. Or the number of parts that
+        ``prepare_part_there`` is to make before; the source is published for them.
     """
+    objects, own = access.objects(), access.cache(cache)
+    _bring_made(objects, own)
+    try:
+        found = prepare_search(config, own, progress, share=share)
+    except Unshared as unshared:
+        _publish_made(objects, own, [unshared.folder], progress)
+        return unshared.parts
+    sums = [name for name in objects.list(PREPARED) if ".parts/" in name]  # that have been added up
+    list(objects.each(objects.delete, sums))
     if access.here:
-        return prepare_search(config, cache, progress), None
-    own = place_for(access.url, "workers").parent.parent / "cache"
-    found = prepare_search(config, own, progress)
-    objects = Objects(access.url)
-    objects.guard = access.check
-    names = dict[str, Path]()
-    for made in _places(found):
-        for file in [made] if made.is_file() else sorted(p for p in made.rglob("*") if p.is_file()):
-            names[f"{PREPARED}{file.relative_to(own).as_posix()}"] = file
-    for done, _ in enumerate(objects.each(lambda name: objects.put(name, names[name]), names), 1):
-        progress("publishing the source", done / len(names), f"{done}/{len(names)} files")
+        return found, None
+    _publish_made(objects, own, _places(found), progress)
     return found, own
+
+
+def prepare_part_there(
+    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, part: int, parts: int
+) -> None:
+    """``prepare_part`` on any node, which publishes what it made for the one that goes on.
+
+    Args:
+        config, cache, progress, access: as for ``prepare_there``.
+        part, parts: as for ``prepare_part``.
+    """
+    objects, own = access.objects(), access.cache(cache)
+    _bring_made(objects, own, "sources/")
+    made = prepare_part(config, own, progress, part=part, parts=parts)
+    _publish_made(objects, own, made, progress)
+    for folder in made:
+        if folder.is_dir():  # sums of a part, which are added up elsewhere
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish_made(objects: Objects, cache: Path, places: Iterable[Path], progress: Progress) -> None:
+    """Publish files and folders of a cache under ``PREPARED``."""
+    names = dict[str, Path]()
+    for made in places:
+        for file in [made] if made.is_file() else sorted(p for p in made.rglob("*") if p.is_file()):
+            names[f"{PREPARED}{file.relative_to(cache).as_posix()}"] = file
+    for done, _ in enumerate(objects.each(lambda name: objects.put(name, names[name]), names), 1):
+        progress("publishing what was made", done / len(names), f"{done}/{len(names)} files")
+
+
+def _bring_made(objects: Objects, cache: Path, below: str = "") -> list[str]:
+    """Bring what ``_publish_made`` published below a folder and the cache has not; return all its names.
+
+    What a name stands for never changes: it has a digest of all that it follows from.
+    """
+    names = list(objects.list(f"{PREPARED}{below}"))
+    due = [name for name in names if not (cache / name.removeprefix(PREPARED)).exists()]
+    for whole in (False, True):  # by the last ones a folder is known to be whole
+        some = [name for name in due if name.endswith(WHOLE) == whole]
+        list(objects.each(lambda name: objects.get(name, cache / name.removeprefix(PREPARED)), some))
+    return names
 
 
 def bring_prepared(objects: Objects, found: PreparedSearch, there: Path | None, cache: Path) -> PreparedSearch:
@@ -389,10 +448,9 @@ def bring_prepared(objects: Objects, found: PreparedSearch, there: Path | None, 
         cache: the driver's.
     """
     if there is None:
+        list(objects.each(objects.delete, objects.list(PREPARED)))
         return found
-    names = list(objects.list(PREPARED))
-    for name, _ in objects.each(lambda name: objects.get(name, cache / name.removeprefix(PREPARED)), names):
-        objects.delete(name)
+    list(objects.each(objects.delete, _bring_made(objects, cache)))
 
     def moved(path: Path) -> Path:
         return cache / path.relative_to(there)

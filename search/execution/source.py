@@ -50,7 +50,7 @@ from prunesweep.training.jobs.recovery import Known, Recovery
 from prunesweep.training.jobs.scoring import Calibration, Progress, cached_gates, cached_scores
 from prunesweep.training.metrics import NAMES as MEASURED
 from prunesweep.training.settling import settled
-from prunesweep.training.teacher_cache import SHARD, missing_shards
+from prunesweep.training.teacher_cache import SHARD, missing_shards, shard_file
 
 from .checks import check_not_in_vain, check_space
 from .cutting import own_figures, recovery_of
@@ -78,11 +78,16 @@ FORMAT = "prunesweep/source/1"  # to be counted up when a source is made otherwi
 
 
 class Unshared(Exception):
-    """What a search makes first is to be divided among so many processes before one goes on with it."""
+    """What a search makes first is to be divided among so many processes before one goes on with it.
 
-    def __init__(self, parts: int) -> None:
+    Args:
+        parts: how many.
+        folder: the source's, which is made.
+    """
+
+    def __init__(self, parts: int, folder: Path) -> None:
         super().__init__(f"{parts} parts")
-        self.parts = parts
+        self.parts, self.folder = parts, folder
 
 
 class NotMade(NotHere):
@@ -195,7 +200,7 @@ def prepare(
     if make and share > 1:
         parts = _parts(config, source, data, weights, cache, len(missing))
         if parts > 1:
-            raise Unshared(min(parts, share))
+            raise Unshared(min(parts, share), folder)
     if missing:
         files, _ = _scores(config, names, source, data, weights, cache, progress, make=True)
     own = own or own_figures(config, source, data, progress)
@@ -223,7 +228,7 @@ def prepare(
     return LoadedSource(**vars(found), data=data, model=source, space=open_space(config, found))
 
 
-def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part: int, parts: int) -> None:
+def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part: int, parts: int) -> list[Path]:
     """Do one of several parts of ``prepare``: some of the scores, and the teacher's answers to some of the images.
 
     Every file of scores and answers is written whole by one process, as ``prepare`` would write it; so what all parts
@@ -235,6 +240,9 @@ def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part:
         part: which one, from 0 on.
         parts: how many there are.
 
+    Returns:
+        The files and folders that are this part's in the cache.
+
     Raises:
         UserError: as for ``prepare``.
     """
@@ -245,15 +253,19 @@ def prepare_part(config: SearchConfig, cache: Path, progress: Progress, *, part:
     _, data, _, source = _source(config, cache, own, make=True)
     names = score_names(config.space, config.scores.method)[part::parts]
     weights = weights_digest(source)
-    _scores(config, names, source, data, weights, cache, own, make=True)
-    _logits(config, source, data, cache, own, part, parts)
+    files, _ = _scores(config, names, source, data, weights, cache, own, make=True)
+    logits = _logits(config, source, data, cache, own, part, parts)
+    shards = range(part, -(-data.train_images // SHARD), parts)
+    made = [*files.values(), *(shard_file(folder, shard) for folder in logits for shard in shards)]
     recovery = _projection(config, source)
     if recovery is not None and part < (number := min(parts, recovery.batches(data))):
 
         def on_batch(done: int, total: int) -> None:
             own(SUMS, done / total, f"{done}/{total} batches")
 
-        recovery.sum_part(source, data, cache / "scores", part, number, weights=weights, progress=on_batch)
+        place = cache / "scores"
+        made.append(recovery.sum_part(source, data, place, part, number, weights=weights, progress=on_batch))
+    return made
 
 
 def _source(

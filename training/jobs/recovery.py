@@ -226,7 +226,7 @@ class Recovery:
         *,
         weights: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    ) -> Path:
         """Sum over one part of the images, whole batches of them, for ``known`` to add up.
 
         The sums are those of ``known`` taken batch by batch in another order: sums in float64 of the same terms, which
@@ -238,11 +238,14 @@ class Recovery:
             part: which one, from 0 on.
             parts: how many there are, ``batches`` at most.
             progress: told of batches done and of all.
+
+        Returns:
+            The folder of the part.
         """
         kept, key = self.kept(cache, weights or weights_digest(source), arch_of(source), data.info.fingerprint)
         place = _parts_of(kept) / f"{part}-of-{parts}"
         if _Part(place, key).statistics is not None:
-            return
+            return place
         whole = data.calibration_loader(self.images, BATCH, self.seed)
         first, last = (BATCH * (i * self.batches(data) // parts) for i in (part, part + 1))
         own = Subset(whole.dataset, range(first, min(last, min(self.images, data.train_images))))
@@ -254,6 +257,7 @@ class Recovery:
                 tensors = {"products": own_moments.products.cpu(), "sum": own_moments.sum.cpu()}
                 _save(tensors, scratch / _units_file(block), {"key": key, "rows": own_moments.rows})
             sums.save(scratch / STATISTICS, key)
+        return place
 
     def known(
         self, source: nn.Module, data: Data, images: Iterable[Any], cache: Path | None, *, weights: str | None = None

@@ -22,13 +22,15 @@ from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig, load_config
 from prunesweep.search.execution import source
 from prunesweep.search.execution.driver import create_run
+from prunesweep.search.execution.elsewhere import Access, bring_prepared, prepare_part_there, prepare_there
 from prunesweep.search.execution.prepare import SCORED, prepare_search
 from prunesweep.search.execution.source import Unshared, make_subspaces, open_space, prepare, prepare_part
 from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
 from prunesweep.training import evaluation, teacher_cache
-from prunesweep.training.jobs.recovery import Recovery
+from prunesweep.training.jobs.recovery import Known, Recovery
 from prunesweep.training.task import DistillationTask
+from tests.object_store import serving
 from tests.search.execution.test_task import begin, nothing
 
 
@@ -155,6 +157,57 @@ def test_what_several_processes_make_together_is_what_one_makes(
         else:
             assert torch.equal(added_up[name], tensor)
             assert "subspaces" in name or torch.equal(parts[name], tensor)
+
+
+@pytest.mark.slow
+def test_what_nodes_without_a_common_folder_make_together_is_what_one_makes(
+    tiny: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the store, in which nothing stays; the one that goes on makes nothing again."""
+    config = tiny(finetune={"epochs": 1, "fixed_view": True, "distill": [{"cache_teacher": True}]})
+    for module in (source, teacher_cache):
+        monkeypatch.setattr(module, "SHARD", 500)
+    monkeypatch.setattr(Access, "here", False)
+    told, cache = list[str](), tmp_path / "driver"
+
+    def on(machine: str) -> Callable[..., None]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        told.clear()
+        return lambda what, *_: told.append(what)
+
+    with serving() as store:
+        access = Access(store.url("prepared/run"), 1, "head")
+        assert prepare_there(config, cache, on("left"), access=access, share=2) == 2
+        for part, machine in enumerate(("left", "right")):
+            prepare_part_there(config, cache, on(machine), access=access, part=part, parts=2)
+            assert not [what for what in told if what.startswith("training the source")] or machine == "left"
+        assert not list(tmp_path.glob("right/**/*.parts/*"))
+        for kind, name in ((Known, "of"), (DistillationTask, "answers")):
+            monkeypatch.setattr(kind, name, Mock(side_effect=AssertionError("again")))
+        found = prepare_there(config, cache, on("third"), access=access)
+        assert not isinstance(found, int)
+        assert told.count("scores from the cache") == 2
+        made = bring_prepared(access.objects(), *found, cache)
+        assert access.objects().list() == {}
+    monkeypatch.undo()
+    for module in (source, teacher_cache):
+        monkeypatch.setattr(module, "SHARD", 500)
+    alone = prepare_search(config, tmp_path / "alone", nothing)
+    assert made.summary == alone.summary
+    assert made.zero_shot == alone.zero_shot
+    mine, theirs = (
+        {
+            f"{path.relative_to(place)}:{name}": tensor
+            for path in place.rglob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for place in (cache, tmp_path / "alone")
+    )
+    assert len({name.partition(":")[0] for name in theirs}) == 1 + 2 + 1 + 3  # source, scores, subspaces, answers
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        rounding = 1e-14 * tensor.double().abs().max().item() if "subspaces" in name and ":units" not in name else 0
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=rounding)
 
 
 def test_no_teacher_is_asked_where_nothing_is_trained(
