@@ -41,6 +41,9 @@ def export_model(
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="training images for the ranges")] = 256,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="leave out what the logits do not need; last digits may differ")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a stable form for scripts")] = False,
 ) -> None:
     """Write a saved model for another runtime, and compare the two."""
@@ -59,14 +62,14 @@ def export_model(
     console, calibrated = PlainConsole(stderr=True), precision == "int8-static" and data is not None
     if data is not None:
         check_data(data, {})
-    check_export(check_source(model), path, to, opset=opset, precision=precision, calibrated=calibrated)
+    check_export(check_source(model), path, to, opset=opset, precision=precision, calibrated=calibrated, fused=fused)
     with reserve(path), console.status(f"writing {path} and comparing it with the model"):
         loaded = load(model) if Path(model).exists() else open_source(model)
         opened = None if data is None else open_fitting(data, loaded)
         ranges = None
         if opened is not None and calibrated:
             ranges = images_only(opened.calibration(images, CALIBRATION_BATCH, seed=0))
-        error = export(loaded, path, to, opset=opset, precision=precision, calibration=ranges)
+        error = export(loaded, path, to, opset=opset, precision=precision, calibration=ranges, fused=fused)
         found = None
         if opened is not None and not arch_of(loaded).headless:
             found = agreement(loaded, path, to, (x for x, _ in opened.val_loader(CALIBRATION_BATCH)))

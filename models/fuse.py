@@ -1,4 +1,7 @@
-"""Fused token plans: an equivalent model for inference that skips what inference does not need. It is not stored.
+"""Equivalent models for inference that skip what inference does not need. They are not stored.
+
+A head that reads prefix tokens (the class token) needs those of the last block alone: only they ask for anything there,
+and only they go through its MLP. That saves some 10/12 of one block's MACs, which published counts include.
 
 Between two planned blocks that no token passes by, R of the first and M of the second become one map from merged
 tokens to merged tokens, T = M R, so the full set of tokens is never computed. Behind the last block, a head that reads
@@ -14,15 +17,85 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunesweep.models.layers.mixers import attend
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, add_rows
 
 from .arch import Arch
 from .builder import arch_of, blocks_of
 from .errors import UserError
+from .views import BlockView, block_views
 
-__all__ = ["FusedMerge", "fuse_tokens"]
+__all__ = ["FusedMerge", "PrefixBlock", "for_inference", "fuse_tokens"]
 
 Merge = SparseMerge | DenseMerge
+FAMILIES = ("beit", "eva", "vit")  # whose heads may read prefix tokens alone
+
+
+def for_inference(model: nn.Module, *, plans: bool = True) -> nn.Module:
+    """Copy ``model`` for inference, in evaluation mode: the same logits by fewer operations.
+
+    The copy's ``forward_features`` may give prefix tokens only.
+
+    Args:
+        model: one that ``Arch.from_timm`` accepts; it is not changed.
+        plans: fuse token plans as well, see ``fuse_tokens``.
+
+    Returns:
+        The copy, without a record; parameters keep their names. It does all that ``model`` does where nothing can be
+        skipped.
+    """
+    arch = arch_of(model)
+    fused: Any
+    if plans and any(block.tokens is not None for block in arch.blocks):
+        fused = fuse_tokens(model)
+    else:
+        fused = copy.deepcopy(model).eval().requires_grad_(False)
+    if arch.family in FAMILIES and arch.pool == "token" and arch.blocks:
+        last = block_views(fused, arch)[-1]
+        if _can_skip(last):
+            fused.blocks[len(fused.blocks) - 1] = PrefixBlock(last, arch.prefix_tokens)
+    if "arch" in vars(fused):
+        del fused.arch
+    return fused  # type: ignore[no-any-return]
+
+
+def _can_skip(view: BlockView) -> bool:
+    attention = view.attention
+    plain = attention is not None and attention.reduction is None and attention.windows is None
+    return plain and view.record.tokens is None and not view.record.norm_residual
+
+
+class PrefixBlock(nn.Module):
+    """Replaces the last block: gives its first tokens (B, P, D) from all of its inputs (B, N, D).
+
+    Args:
+        view: of the block, whose parameters keep their names.
+        prefix_tokens: P.
+    """
+
+    def __init__(self, view: BlockView, prefix_tokens: int) -> None:
+        super().__init__()
+        self._attention, self._mlp, self._tokens = view.attention, view.mlp, prefix_tokens
+        for name, child in view.module.named_children():
+            self.add_module(name, child)
+        for name, parameter in view.module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in view.module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Compute the first tokens behind the block; what timm passes beside tokens is in the attention already."""
+        attention, prefix = self._attention, x[:, : self._tokens]
+        assert attention is not None
+        tokens = attention.norm(x)
+        k, v = attention.keys_values(tokens)
+        q = attention.q_norm(attention.by_head(attention.queries(tokens[:, : self._tokens])))
+        k = attention.k_norm(attention.by_head(k))
+        options = {} if attention.bias is None else {"attn_mask": attention.bias()[:, :, : self._tokens].to(q.dtype)}
+        record, (q, k) = attention.record, (attention.turned(q), attention.turned(k))
+        y = attention.out_norm(attend(q, k, v, record.v_widths, record.scale, **options))
+        found: torch.Tensor = prefix + attention.scale(attention.out(y))
+        return found if self._mlp is None else self._mlp.after(found, 0)
 
 
 def fuse_tokens(model: nn.Module) -> nn.Module:

@@ -36,6 +36,7 @@ from torch import nn
 from prunesweep.models.arch import Arch
 from prunesweep.models.builder import arch_of, blocks_of, example_input
 from prunesweep.models.errors import UserError, nearest
+from prunesweep.models.fuse import for_inference
 from prunesweep.models.layers.token_merging import SparseMerge
 
 from .files import make_folder, publish, scratch_beside, write_refused
@@ -81,6 +82,7 @@ def export(
     tolerance: float | None = None,
     precision: str = "float32",
     calibration: Iterable[torch.Tensor] | None = None,
+    fused: bool = False,
 ) -> float:
     """Write ``model`` as ``to``, run what was written on random images, and publish it if both agree.
 
@@ -95,6 +97,7 @@ def export(
         precision: of an ONNX file, a key of ``PRECISIONS``.
         calibration: batches of images (B, C, rows, columns), prepared as for evaluation, from which ``int8-static``
             measures the ranges of activations; a few hundred images will do.
+        fused: leave out what the logits do not need, see ``models.fuse.for_inference``; not for ``timm``.
 
     Returns:
         The largest absolute difference of a logit, over batches of 1 and 3 images: random ones, or of ``calibration``.
@@ -106,11 +109,15 @@ def export(
             is left behind.
     """
     form, path = _format(to), Path(path)
-    check_export(arch_of(model), path, to, opset=opset, precision=precision, calibrated=calibration is not None)
+    arch = arch_of(model)
+    check_export(arch, path, to, opset=opset, precision=precision, calibrated=calibration is not None, fused=fused)
     tolerance = PRECISIONS[precision] if tolerance is None else tolerance
     images = None if calibration is None else list(calibration)
     reference = copy.deepcopy(model).cpu().float().eval()
-    ours = rebuilt(reference).eval()
+    ours: Any = rebuilt(reference).eval()
+    if fused:
+        ours = for_inference(ours, plans=to != "onnx")  # whose runtimes refuse how plans are fused
+        ours.arch = arch
     place = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with torch.no_grad(), scratch_beside(place / path.name) as scratch:
@@ -129,12 +136,14 @@ def export(
     return error
 
 
-def check_export(arch: Arch, path: Path, to: str, *, opset: int, precision: str, calibrated: bool) -> None:
+def check_export(
+    arch: Arch, path: Path, to: str, *, opset: int, precision: str, calibrated: bool, fused: bool = False
+) -> None:
     """Check all that ``export`` can tell from a record, before a model is loaded.
 
     Args:
         arch: the model's record.
-        path, to, opset, precision: as for ``export``.
+        path, to, opset, precision, fused: as for ``export``.
         calibrated: whether there are images to measure activations on.
 
     Raises:
@@ -142,6 +151,8 @@ def check_export(arch: Arch, path: Path, to: str, *, opset: int, precision: str,
     """
     _format(to)
     _check_precision(arch, to, precision, calibrated)
+    if fused and to == "timm":
+        raise UserError("fused: is for torch-export, onnx and standalone; timm's models compute all tokens")
     if to == "onnx":
         _check_onnx(opset)
     if path.exists():

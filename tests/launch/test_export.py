@@ -43,6 +43,7 @@ def test_export_to_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["export", "{model}", "--to", "tflite"], "to = 'tflite': must be one of torch-export, onnx, timm"),
         (["export", "{model}", "--to", "onnx", "--opset", "9"], "opset = 9: must lie in 18..23"),
         (["export", "{model}", "--to", "timm", "--out", "{model}"], "is there already"),
+        (["export", "{model}", "--to", "timm", "--fused"], "fused: is for torch-export, onnx and standalone"),
         (["export", "nowhere", "--to", "timm"], "neither the folder of a saved model nor a timm model"),
         (["push", "{model}", "small"], "repo_id = 'small': must be OWNER/NAME"),
     ],

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+from random import Random
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesweep.models import Arch, Block, Stage, UserError, arch_of, build
-from prunesweep.models.fuse import FusedMerge, fuse_tokens
-from tests.generate import random_images, random_model
+from prunesweep.models.fuse import FusedMerge, PrefixBlock, for_inference, fuse_tokens
+from tests.generate import random_arch, random_images, random_model
 
 
 def planned(*kept: int | None, merge: str | tuple[str, ...] = "sparse", **changes: object) -> Arch:
@@ -89,3 +91,45 @@ def test_only_planned_models_are_fused() -> None:
     arch = planned(None)
     with pytest.raises(UserError, match="test has no token plan"):
         fuse_tokens(random_model(arch, 0))
+
+
+@pytest.mark.parametrize("family", ["vit", "eva", "beit"])
+def test_a_head_of_prefix_tokens_needs_no_more_of_the_last_block(family: str) -> None:
+    """Names of weights stay, and copies are of their own."""
+    skipping = 0
+    for seed in range(12):
+        arch = random_arch(Random(seed), family)
+        model, x = random_model(arch, seed), random_images(arch, seed)
+        fused = for_inference(model)
+        skipped = any(isinstance(module, PrefixBlock) for module in fused.modules())
+        skipping += skipped
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-12)
+            own = copy.deepcopy(fused)
+            for parameter in fused.parameters():
+                parameter.zero_()
+            torch.testing.assert_close(own(x), expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        if skipped and not any(block.tokens for block in arch.blocks):
+            assert list(fused.state_dict()) == list(model.state_dict())
+    assert skipping
+
+
+def test_what_the_last_block_saves() -> None:
+    """12 patches ask for nothing, and go through no MLP."""
+    arch = planned(None, None)
+    model = random_model(arch, 0, torch.float32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        x = random_images(arch, 0, batch=1, dtype=torch.float32)
+        model(x)
+        whole = counter.get_total_flops()
+        for_inference(model)(x)
+    queries, products, out, mlp = 8 * 8, 13 * 8 * 2, 8 * 8, 2 * 8 * 8
+    assert (2 * whole - counter.get_total_flops()) // 2 == 12 * (queries + products + out + mlp)
+
+
+def test_other_heads_need_all_tokens() -> None:
+    for changes in ({"pool": "avg"}, {"pool": "avg", "class_token": False}):
+        model = random_model(planned(None, **changes), 0)
+        assert not any(isinstance(module, PrefixBlock) for module in for_inference(model).modules())

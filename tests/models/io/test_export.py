@@ -162,6 +162,25 @@ def run(path: Path, to: str, images: torch.Tensor, arch: Arch) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.parametrize("to", ["onnx", "standalone"])
+def test_fused(to: str, tmp_path: Path) -> None:
+    """The class token alone comes out of the last block; a merging plan of ONNX stays as it is."""
+    arch = dataclasses.replace(
+        VIT, dist_token=False, stages=(dataclasses.replace(VIT.stages[0], blocks=(attn(0, tokens=6), attn(1))),)
+    )
+    model = random_model(arch, 0, torch.float32)
+    plain, fused = (tmp_path / f"{name}{FORMATS[to].suffix}" for name in ("plain", "fused"))
+    export(model, plain, to)
+    assert export(model, fused, to, fused=True) < 1e-4
+    x = random_images(arch, 5, batch=2, dtype=torch.float32)
+    torch.testing.assert_close(FORMATS[to].open(fused)(x), model(x), rtol=0, atol=1e-4)
+    assert _operations(fused) != _operations(plain)
+
+
+def _operations(path: Path) -> str:
+    return str(onnx.load(path).graph.node) if path.suffix == ".onnx" else (path / "model.py").read_text()
+
+
 def test_the_model_is_not_changed(tmp_path: Path) -> None:
     model = random_model(VIT, 0).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
