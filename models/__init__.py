@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prunesweep.models.latency.timing import Setting, measure
     from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
-    from .arch import Arch, AttentionPool, Block, PositionBias, Rope, Stage, Stem, Text
+    from .arch import Arch, AttentionPool, Block, ClassAttention, PositionBias, Rope, Stage, Stem, Text
     from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of, resize
     from .counting import Cost, cost
     from .cutting import BlockCut, Cut, cut, cut_arch
@@ -39,7 +39,17 @@ else:
             "latency.table": ("LatencyTable",),
             "latency.timing": ("Setting", "measure"),
             "published.comparison": ("PUBLISHED", "published_arch", "revit"),
-            "arch": ("Arch", "AttentionPool", "Block", "PositionBias", "Rope", "Stage", "Stem", "Text"),
+            "arch": (
+                "Arch",
+                "AttentionPool",
+                "Block",
+                "ClassAttention",
+                "PositionBias",
+                "Rope",
+                "Stage",
+                "Stem",
+                "Text",
+            ),
             "builder": ("adopted", "arch_of", "blocks_of", "build", "num_params", "preprocessing_of", "resize"),
             "counting": ("Cost", "cost"),
             "cutting": ("BlockCut", "Cut", "cut", "cut_arch"),
@@ -55,6 +65,7 @@ __all__ = [
     "Block",
     "BlockCut",
     "BlockView",
+    "ClassAttention",
     "Cost",
     "Cut",
     "LatencyTable",

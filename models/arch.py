@@ -29,7 +29,7 @@ from typing import Any
 from .errors import UserError, nearest
 from .io.reading import parse_json
 
-__all__ = ["Arch", "AttentionPool", "Block", "PositionBias", "Rope", "Stage", "Stem", "Text"]
+__all__ = ["Arch", "AttentionPool", "Block", "ClassAttention", "PositionBias", "Rope", "Stage", "Stem", "Text"]
 
 FORMAT = "prunesweep/arch/1"
 LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
@@ -149,6 +149,16 @@ class AttentionPool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassAttention:
+    """A pool of a class token that reads the patches in blocks of its own (CaiT, arXiv 2103.17239)."""
+
+    blocks: int
+    width: int  # of queries, keys and values; the source's, however narrow the stream is
+    heads: int
+    mlp: int  # hidden units of a block's MLP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stem:
     """What is in front of the patch embedding; no cut narrows it but where its last convolution writes the stream.
 
@@ -169,7 +179,7 @@ class Stem:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | beit | swin | swin_v2 | pvt_v2 | lm
+    family: str  # vit | eva | beit | cait | swin | swin_v2 | pvt_v2 | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -183,6 +193,7 @@ class Arch:
     pool: str = "token"  # token | avg | map | none
     pool_prefix: bool = False  # the pool reads the prefix tokens, too
     attn_pool: AttentionPool | None = None  # where ``pool`` is map
+    class_attention: ClassAttention | None = None  # of family cait, where ``pool`` is map
     head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
@@ -301,6 +312,7 @@ class Arch:
             ("text", Text),
             ("rope", Rope),
             ("attn_pool", AttentionPool),
+            ("class_attention", ClassAttention),
             ("position_bias", PositionBias),
             ("stem", Stem),
         ):
@@ -377,6 +389,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Text": (Text,),  # read already
     "Rope": (Rope,),
     "AttentionPool": (AttentionPool,),
+    "ClassAttention": (ClassAttention,),
     "PositionBias": (PositionBias,),
     "Stem": (Stem,),
 }

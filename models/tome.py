@@ -201,6 +201,11 @@ def _check(arch: Arch) -> None:
             f"ToMe: {arch.source} is of family {arch.family!r}, whose queries and keys are turned by the places of "
             "tokens, which merging by similarity does not keep; take method 'pmvit'"
         )
+    if family_of(arch).supports("mixed_maps"):
+        raise UserError(
+            f"ToMe: {arch.source} is of family {arch.family!r}, whose heads' logits are mixed, so that sizes of merged "
+            "tokens cannot be added to them; take method 'pmvit'"
+        )
     if arch.attn_pool is not None:
         raise UserError(f"ToMe: {arch.source} has an attention pool, which would have to weigh merged tokens")
     for i, block in enumerate(arch.blocks):

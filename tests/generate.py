@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, AttentionPool, Block, BlockCut, Cut, PositionBias, Rope, Stage, Text, build
+from prunesweep.models import (
+    Arch,
+    AttentionPool,
+    Block,
+    BlockCut,
+    ClassAttention,
+    Cut,
+    PositionBias,
+    Rope,
+    Stage,
+    Text,
+    build,
+)
 from prunesweep.models.layers.activations import ACTIVATIONS
 
-FAMILIES = ("vit", "eva", "beit", "swin", "swin_v2", "pvt_v2")  # of images; there is "lm" too
+FAMILIES = ("vit", "eva", "beit", "cait", "swin", "swin_v2", "pvt_v2")  # of images; there is "lm" too
 
 
 def random_block(
@@ -44,6 +56,7 @@ def random_arch(
         "vit": random_vit,
         "eva": random_eva,
         "beit": random_beit,
+        "cait": random_cait,
         "swin": random_swin,
         "swin_v2": random_swin_v2,
         "pvt_v2": random_pvt,
@@ -139,6 +152,28 @@ def random_beit(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
     bias = PositionBias(kind="table") if table else PositionBias(kind="mlp", hidden=random.randint(1, 9))
     own = {"stages": stages, "rope": None, "position_bias": bias, "qk_norm": False}
     return dataclasses.replace(drawn, family="beit", **own)
+
+
+def random_cait(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Patches alone, and blocks of a class token behind them."""
+    drawn = random_vit(random, ragged, missing, extras=False)
+    (stage,) = drawn.stages
+    blocks = [random_block(random, i, ragged=ragged, missing=missing, extras=extras) for i in range(drawn.depth)]
+    heads, own = random.randint(1, 3), dict.fromkeys(("class_token", "dist_token", "qk_norm", "pre_norm"), False)
+    arch = dataclasses.replace(
+        drawn,
+        family="cait",
+        stages=(dataclasses.replace(stage, blocks=tuple(blocks)),),
+        reg_tokens=0,
+        prefix_pos_embed=True,
+        pool="map",
+        head_norm="pooled",
+        class_attention=ClassAttention(
+            blocks=random.randint(1, 2), width=heads * random.randint(1, 6), heads=heads, mlp=random.randint(1, 20)
+        ),
+        **own,
+    )
+    return arch if not extras else _planned(random, arch)
 
 
 def _planned(random: Random, arch: Arch) -> Arch:

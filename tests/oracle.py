@@ -96,11 +96,14 @@ def _entry_norm(block: Any) -> nn.Module | None:
 def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook: Hook) -> None:
     """Norms outside the blocks, and what reads a residual stream there without a norm in between."""
     for name, module in model.named_modules():
-        if name.startswith(("attn_pool.", "patch_embed.backbone.")):  # of own channels, which no cut takes away
+        if name.startswith("patch_embed.backbone."):  # of own channels, which no cut takes away
             continue
-        if name == "attn_pool":
+        if name.startswith("attn_pool.") and arch.class_attention is None:  # likewise
+            continue
+        if name == "attn_pool" and arch.class_attention is None:
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
-        if isinstance(module, NORMS) and ".blocks." not in f".{name}":
+        pooling = name.startswith("attn_pool.")  # in blocks of a class token
+        if isinstance(module, NORMS) and (pooling or ".blocks." not in f".{name}"):
             parts = name.split(".")
             s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
             if arch.family == "swin" and "downsample" in parts:  # over four neighbours of the stage before
@@ -138,6 +141,10 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
         width = record.heads * record.qk
         qk = _indicator(width, tuple(c for head in choice.qk for c in head), weight)
         v = _indicator(record.total_v, tuple(c for head in choice.v for c in head), weight)
+        if hasattr(block.attn, "proj_l"):  # heads that are mixed
+            heads = _indicator(record.heads, tuple(head[0] // record.qk for head in choice.qk), weight)
+            for mixing in (block.attn.proj_l, block.attn.proj_w):
+                hook(mixing, lambda _m, args: (args[0] * heads,), before=True)
         if hasattr(block.attn, "qkv"):
             scale(block.attn.qkv, torch.cat([qk, qk, v]))
         elif hasattr(block.attn, "v_proj"):  # first channels of all pairs, then second ones

@@ -11,6 +11,7 @@ from prunesweep.models.arch import Arch
 
 from .base import CAPABILITIES, Family
 from .beit import BEIT
+from .cait import CAIT
 from .checks import check_one_of
 from .eva import EVA
 from .lm import LM
@@ -21,7 +22,7 @@ from .vit import VIT
 
 __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, EVA, BEIT, SWIN, SWIN_V2, PVT_V2, LM)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, EVA, BEIT, CAIT, SWIN, SWIN_V2, PVT_V2, LM)}
 
 
 def family_of(arch: Arch | str) -> Family:

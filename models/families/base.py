@@ -58,6 +58,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "windows": "attention is within windows, whose size is in the stage's record, and may be shifted",
         "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
+        "mixed_maps": "attention maps of heads are mixed: a head whose own output is nothing still gives to the others",
         "rotary": "queries and keys may be turned by their tokens' places, whose units are pairs of channels then",
         "features": "the tokens behind any block are one vector per patch of the first grid",
         "streams": "it can be run and refitted part by part: stem, blocks, entrances of stages, heads",

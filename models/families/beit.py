@@ -62,7 +62,13 @@ class BeitFamily(EvaFamily):
     capabilities = frozenset({"images", "width", "isotropic", "depth", "convolutions", "mixers", "features", "streams"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Beit, VisionTransformerRelPos)
     one_head_only = "a head has position biases of its own"
-    fixed_fields: ClassVar[dict[str, Any]] = {"dist_token": False, "qk_norm": False, "rope": None, "stem": None}
+    fixed_fields: ClassVar[dict[str, Any]] = {
+        "dist_token": False,
+        "qk_norm": False,
+        "rope": None,
+        "stem": None,
+        "class_attention": None,
+    }
     block_tensors: ClassVar[Table] = {
         **EvaFamily.block_tensors,
         "attn.rel_pos.relative_position_bias_table": (WHOLE, scales("heads")),

@@ -26,6 +26,7 @@ PLAIN: Mapping[str, Any] = {
     "stem": None,
     "mlp_scale": True,
     "mlp_entry_norm": False,
+    "class_attention": None,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

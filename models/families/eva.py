@@ -104,6 +104,7 @@ class EvaFamily(VisionTransformerFamily):
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
         "position_bias": None,
+        "class_attention": None,
     }
     block_tensors: ClassVar[Table] = {
         **{

@@ -199,6 +199,7 @@ class AttentionView:
         coordinates: gives the places of merged tokens, in a block with a token plan whose tokens are turned.
         out_norm: over the value channels of all heads; the identity where there is none.
         bias: gives position biases (1, H, N, N), which are added to logits; None where there are none.
+        attend: computes attention of queries, keys and values; ``models.layers.mixers.attend`` says how.
     """
 
     name: str
@@ -219,6 +220,7 @@ class AttentionView:
     coordinates: Callable[[], torch.Tensor] | None = None
     out_norm: nn.Module = field(default_factory=nn.Identity)
     bias: Callable[[], torch.Tensor] | None = None
+    attend: Callable[..., torch.Tensor] = attend
 
     @property
     def token_scale(self) -> torch.Tensor | None:
@@ -317,7 +319,7 @@ class AttentionView:
         elif self.bias is not None:
             options["attn_mask"] = self.bias().to(q.dtype)
         q, k = self.turned(self.q_norm(self.by_head(q))), self.turned(self.k_norm(self.by_head(k)))
-        out = self.out_norm(attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options))
+        out = self.out_norm(self.attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options))
         return out if self.windows is None else self.windows.join(out, x.shape[1:3])
 
     def projected(self, x: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -450,7 +452,7 @@ def attention_view(
         reduction: what keys and values are read from, if not the attention's input.
         windows: those that attention is within, if not over all tokens.
         causal: a token attends to itself and those before it only.
-        rotary: ``rotary``, ``coordinates``, ``out_norm`` and ``bias`` of ``AttentionView``.
+        rotary: ``rotary``, ``coordinates``, ``out_norm``, ``bias`` and ``attend`` of ``AttentionView``.
     """
     attn: Any = block.get_submodule("attn")
     q, k, v = projections

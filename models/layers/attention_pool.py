@@ -49,7 +49,7 @@ class LatentAttentionPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute pooled features, (B, N, D) to (B, W)."""
-        q = rearrange(self.q(self.latent), "one l (h e) -> one h l e", h=self.num_heads).expand(len(x), -1, -1, -1)
+        q = rearrange(self.q(self.latent), "one l (h e) -> one h l e", h=self.num_heads).expand(x.shape[0], -1, -1, -1)
         k, v = rearrange(self.kv(x), "b n (two h e) -> two b h n e", two=2, h=self.num_heads).unbind(0)
         y = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l e -> b l (h e)"))
         found: torch.Tensor = (y + self.mlp(self.norm(y)))[:, 0]

@@ -441,8 +441,12 @@ def folded(model: nn.Module) -> nn.Module:
     for s in range(1, len(arch.stages)):
         if projected[s - 1]:
             _fold((family.entrance(model, arch, s).reader,))
-    if projected[-1] and (heads := family.heads(model, arch)):
-        _fold(heads)
+    if projected[-1]:
+        by_norm: dict[Any, list[Reader]] = {}  # class attention has several
+        for reader in family.heads(model, arch):
+            by_norm.setdefault(reader.norm, []).append(reader)
+        for readers in by_norm.values():
+            _fold(readers)
     return model
 
 

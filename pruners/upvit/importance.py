@@ -43,7 +43,7 @@ from .lm import TextExact, TextForward, text_fisher_sums
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
-FAMILIES = FamiliesWith("width", without=("windows",))  # ``forward`` has no windows
+FAMILIES = FamiliesWith("width", without=("windows", "mixed_maps"))  # ``forward`` has neither
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -231,7 +231,8 @@ def _parts(arch: Arch) -> _Parts:
 def _checked(model: nn.Module, batches: Batches) -> Arch:
     arch = arch_of(model)
     if arch.family not in FAMILIES:
-        raise UserError(f"{arch.source} is a {arch.family!r}: UP-ViT scores families {', '.join(FAMILIES)}")
+        why = FAMILIES.why_not(arch.family)
+        raise UserError(f"{arch.source} is a {arch.family!r}: UP-ViT scores families {', '.join(FAMILIES)}; {why}")
     if not batches:
         raise ValueError("no batches to score on")
     want = (arch.in_chans, *arch.img_size)

@@ -35,7 +35,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = FamiliesWith("images", "width", "depth")
+FAMILIES = FamiliesWith("images", "width", "depth", without=("mixed_maps",))
 
 
 class UVC(Hook):
@@ -312,7 +312,8 @@ class UVC(Hook):
 
 def _check_served(arch: Arch) -> None:
     if arch.family not in FAMILIES:
-        raise UserError(f"{arch.source} is of family {arch.family!r}: UVC prunes families {', '.join(FAMILIES)}")
+        why = FAMILIES.why_not(arch.family)
+        raise UserError(f"{arch.source} is of family {arch.family!r}: UVC prunes families {', '.join(FAMILIES)}; {why}")
     for i, block in enumerate(arch.blocks):
         wide = block.v == block.qk * arch.qk_rows
         if block.mixer != "attn" or not wide or not block.mlp or block.tokens is not None:

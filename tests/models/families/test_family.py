@@ -92,7 +92,8 @@ def test_a_toy_family_from_outside(tmp_path: Path) -> None:
 
 def test_unknown_family() -> None:
     with pytest.raises(
-        UserError, match=r"family = 'swim': must be one of vit, eva, beit, swin, swin_v2, pvt_v2, lm, toy. .*'swin'"
+        UserError,
+        match=r"family = 'swim': must be one of vit, eva, beit, cait, swin, swin_v2, pvt_v2, lm, toy. .*'swin'",
     ):
         family_of("swim")
 
@@ -120,9 +121,9 @@ def test_names_are_taken_once() -> None:
 
 
 def test_families_with() -> None:
-    assert families_with("mixers") == ("vit", "eva", "beit", "swin")
-    assert families_with("images") == ("vit", "eva", "beit", "swin", "swin_v2", "pvt_v2", "toy")
-    assert families_with("tokens", "global_attention") == ("vit", "eva")
+    assert families_with("mixers") == ("vit", "eva", "beit", "cait", "swin")
+    assert families_with("images") == ("vit", "eva", "beit", "cait", "swin", "swin_v2", "pvt_v2", "toy")
+    assert families_with("tokens", "global_attention") == ("vit", "eva", "cait")
     with pytest.raises(KeyError, match="wings"):
         families_with("wings")
 

@@ -12,7 +12,6 @@ from torch import nn
 from prunesweep.models import BlockView, arch_of, block_views
 from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.views import AttentionView
-from prunesweep.models.layers.mixers import attend
 from tests.generate import FAMILIES, random_arch, random_images, random_model
 
 by_family = pytest.mark.parametrize("family", [*FAMILIES, "lm"])
@@ -62,7 +61,7 @@ def run(attention: AttentionView, x: torch.Tensor, rows: int, *, causal: bool) -
     bias = None if attention.bias is None else attention.bias()
     if attention.windows is not None:
         bias = attention.windows.logit_bias(len(x))
-    mixed = attend(q, k, v, record.v_widths, record.scale, is_causal=causal, attn_mask=bias)
+    mixed = attention.attend(q, k, v, record.v_widths, record.scale, is_causal=causal, attn_mask=bias)
     return attention.out(attention.out_norm(mixed))
 
 
@@ -96,8 +95,15 @@ def check_names(block: BlockView, state: dict[str, torch.Tensor]) -> None:
 
 
 def test_families_are_found_by_what_they_can() -> None:
-    assert list(FamiliesWith("images", without=("spatial_reduction",))) == ["vit", "eva", "beit", "swin", "swin_v2"]
-    assert list(FamiliesWith("width", without=("windows",))) == ["vit", "eva", "beit", "pvt_v2", "lm"]
+    assert list(FamiliesWith("images", without=("spatial_reduction",))) == [
+        "vit",
+        "eva",
+        "beit",
+        "cait",
+        "swin",
+        "swin_v2",
+    ]
+    assert list(FamiliesWith("width", without=("windows",))) == ["vit", "eva", "beit", "cait", "pvt_v2", "lm"]
     assert "lm" not in FamiliesWith("images")
     with pytest.raises(KeyError, match="swimming"):
         FamiliesWith("swimming")

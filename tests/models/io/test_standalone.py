@@ -15,7 +15,7 @@ from prunesweep.models.builder import example_input
 from prunesweep.models.families import FAMILIES
 from prunesweep.models.io.export import export
 from prunesweep.models.io.standalone import open_standalone
-from tests.generate import random_arch, random_model
+from tests.generate import random_arch, random_model, random_pooled_vit
 
 ALONE = """
 import sys
@@ -46,6 +46,12 @@ def test_outputs_are_the_same_bits(family: str, tmp_path: Path) -> None:
         "arch.json",
         "preprocessing.json",
     }
+
+
+def test_an_attention_pool_takes_any_number_of_images(tmp_path: Path) -> None:
+    arch = random_pooled_vit(Random(0))
+    assert arch.attn_pool is not None
+    assert export(random_model(arch, 0, torch.float32).eval(), tmp_path / "alone", "standalone") < 1e-5
 
 
 def test_it_runs_without_this_package(tmp_path: Path) -> None:
