@@ -225,9 +225,12 @@ class Objects:
     def delete_folder(self, name: str) -> None:
         """Delete all that lies below a name, and what file systems keep of folders, if it is there."""
 
+        from pyarrow.fs import FileType
+
         def delete() -> None:
             self.guard()
-            self._files.delete_dir(self._path(name))
+            if self._files.get_file_info(self._path(name)).type != FileType.NotFound:  # not all say it by their error
+                self._files.delete_dir(self._path(name))
 
         with contextlib.suppress(FileNotFoundError):
             self.asked(delete)
@@ -260,6 +263,8 @@ class Objects:
             UserError: the store refuses, for a reason that stays.
             StoreFails: it has not answered for minutes.
         """
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+
         begun, told = time.monotonic(), False
         for turn in range(10**9):
             try:
@@ -280,6 +285,8 @@ class Objects:
                     told = True
                     self._trouble(1, f"{self.url} does not answer ({_short(error)}); asked again until it does")
                 time.sleep(PAUSES[min(turn, len(PAUSES) - 1)])
+            except ArrowException as error:  # such as of credentials that may not travel without TLS
+                raise UserError(f"{self.url} cannot be used: {_short(error)}; {_help(self.url)}") from error
             else:
                 self._answered = True
                 if told:

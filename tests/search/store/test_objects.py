@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyarrow import ArrowException  # type: ignore[import-untyped]
 
 from prunesweep.models import UserError
 from prunesweep.models.io import lock
@@ -88,6 +89,10 @@ def test_objects_are_published_listed_read_and_deleted(url: str, tmp_path: Path)
     with pytest.raises(FileNotFoundError):
         found.read("a/b")
     assert found.name == "run"
+    found.write("folder/of/files", b"")
+    for _ in range(2):
+        found.delete_folder("folder")
+    assert list(found.list()) == ["large"]
 
 
 def test_what_cannot_be_used_is_said_in_one_line(store: Store, tmp_path: Path) -> None:
@@ -99,6 +104,14 @@ def test_what_cannot_be_used_is_said_in_one_line(store: Store, tmp_path: Path) -
     store.fails = lambda *_: False
     with pytest.raises(UserError, match="does not say when something was published"):
         Lease("memory://bucket/run", print, lost).__enter__()
+
+    def refuse() -> None:
+        raise ArrowException("Bearer tokens need TLS")
+
+    with pytest.raises(
+        UserError, match="s3://bucket/run cannot be used: Bearer tokens need TLS; credentials and endpoint"
+    ):
+        Objects("s3://bucket/run").asked(refuse)
     with pytest.raises(UserError, match="no storage is known as ftpx://; there are s3, gs"):
         Objects("ftpx://host/run")
 
