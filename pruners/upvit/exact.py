@@ -12,6 +12,7 @@ block needs queries, projection and MLP of the class token only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ def rows_in(memory_mb: int, arch: Arch, element_size: int) -> int:
     for stage in arch.stages:
         places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens
         for block in stage.blocks:
-            keys = places // stage.sr_ratio**2
+            keys = places // stage.sr_ratio**2 if stage.window is None else math.prod(stage.window)
             channels = 6 * stage.width + 2 * block.mlp + 2 * block.heads * block.qk + block.total_v
             largest = max(largest, places * (channels + (block.heads + 2) * keys))
     return max(1, memory_mb * 2**20 // (largest * element_size))
@@ -169,8 +170,8 @@ class Exact:
     def _attn(self, i: int) -> Iterator[torch.Tensor]:
         forward, trace, block = self.forward, self.trace[i], self.forward.arch.blocks[i]
         attention = forward.attention_of(i)
-        # pairs are turned, logits have biases, or a norm follows
-        if attention.rotary is not None or attention.bias is not None or forward.arch.post_norm:
+        placed = attention.rotary is not None or attention.bias is not None or attention.windows is not None
+        if placed or forward.arch.post_norm:  # pairs are turned, logits have biases, or a norm follows
             yield from self._gated_attn(i)
             return
         weight = self.forward.attention_of(i).out.weight

@@ -1,6 +1,6 @@
 """The evaluation forward pass of a ViT or PVTv2 in pieces: with a gate on every unit, and from any block on.
 
-``pruners.upvit.lm`` has that of a language model.
+``pruners.upvit.windows`` has that of a Swin, ``pruners.upvit.lm`` that of a language model.
 
 The pieces are the model's own sub-modules, so stock timm blocks and those of ``models.families.vit`` and
 ``models.families.pvt_v2`` run alike; without gates the result is ``model(x)``. Gates are named like the vectors of
@@ -194,17 +194,22 @@ class Forward:
         if block.mixer == "none" and not block.norm_residual:
             return z[:, :rows]
         y = self.norm1(i, z, gates)
-        if attention := self.attention[i]:
-            q, k, v = self.qkv(i, y, gates)
-            q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
-            bias = None if attention.bias is None else attention.bias()[:, :, : q.shape[2]].to(q.dtype)
-            mixed = attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal, attn_mask=bias)
-            y = attention.out.layer(normed(attention.out_norm, mixed, self._value_gate(i, gates)))
+        if self.attention[i]:
+            y = self.attended(i, y, gates)
         elif block.conv_kernel:
             y = module.attn(y)
         else:
             y = y[:, :rows]
         return z[:, :rows] + self.behind(i, "1", y, gates)
+
+    def attended(self, i: int, y: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
+        """Compute the attention of block ``i`` of its norm's output, (B, N, D), for the tokens that are needed."""
+        attention, block = self.attention_of(i), self.arch.blocks[i]
+        q, k, v = self.qkv(i, y, gates)
+        q, k = self.scaled_heads(i, q, k, gates.get(f"blocks.{i}.attn"))
+        bias = None if attention.bias is None else attention.bias()[:, :, : q.shape[2]].to(q.dtype)
+        mixed = attend(q, k, v, block.v_widths, block.scale, is_causal=self.causal, attn_mask=bias)
+        return attention.out.layer(normed(attention.out_norm, mixed, self._value_gate(i, gates)))
 
     def norm1(self, i: int, z: torch.Tensor, gates: Gates = UNGATED) -> torch.Tensor:
         """Compute the token mixer's input."""

@@ -31,7 +31,7 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, weights_digest
 from prunesweep.models.errors import nearest
-from prunesweep.models.families import FamiliesWith
+from prunesweep.models.families import FamiliesWith, family_of
 from prunesweep.pruners.drawn_targets import image_digest, uniform_of
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
@@ -39,11 +39,12 @@ from .exact import Exact
 from .fisher import fisher_sums
 from .forward import Forward
 from .lm import TextExact, TextForward, text_fisher_sums
+from .windows import WindowForward
 
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
-FAMILIES = FamiliesWith("width", without=("windows", "mixed_maps"))  # ``forward`` has neither
+FAMILIES = FamiliesWith("width", without=("mixed_maps",))  # ``forward`` has none
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -58,7 +59,8 @@ class _Parts(NamedTuple):
     fisher: Callable[..., dict[str, torch.Tensor]]
 
 
-_IMAGES, _TEXTS = _Parts(Forward, Exact, fisher_sums), _Parts(TextForward, TextExact, text_fisher_sums)
+_IMAGES, _WINDOWS = _Parts(Forward, Exact, fisher_sums), _Parts(WindowForward, Exact, fisher_sums)
+_TEXTS = _Parts(TextForward, TextExact, text_fisher_sums)
 
 
 def score(
@@ -225,7 +227,9 @@ def _check_mergeable(first: Mapping[str, Any], other: Mapping[str, Any]) -> None
 
 
 def _parts(arch: Arch) -> _Parts:
-    return _IMAGES if arch.text is None else _TEXTS
+    if arch.text is not None:
+        return _TEXTS
+    return _WINDOWS if family_of(arch).supports("windows") else _IMAGES
 
 
 def _checked(model: nn.Module, batches: Batches) -> Arch:

@@ -25,6 +25,7 @@ import torch
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.arch import Block
 from prunesweep.models.cutting import joint_values
+from prunesweep.models.families import family_of
 from prunesweep.pruners.scores import Scores, unit_counts
 
 from .importance import SKIP
@@ -218,6 +219,8 @@ def _contiguous(arch: Arch, i: int, heads: int) -> int:
     able = [h for h in range(1, block.heads + 1) if block.heads * block.qk % h == 0]
     if arch.qk_norm:
         raise UserError("attn_group = 'contiguous': with q/k norm a head cannot mix others; use 'whole_heads'")
+    if only := family_of(arch).one_head_only:
+        raise UserError(f"attn_group = 'contiguous': {only}; use 'whole_heads'")
     if heads not in able:
         raise UserError(
             f"target.heads = {heads}: the {block.heads * block.qk} units of block {i} make equal contiguous groups for "

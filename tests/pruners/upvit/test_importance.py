@@ -12,14 +12,18 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
 from prunesweep.models.cutting import joint_values
+from prunesweep.models.families import family_of
 from prunesweep.pruners import Scores, kind_of, kl_divergence, upvit, vector_sizes
 from prunesweep.pruners.drawn_targets import draw_labels
 from prunesweep.pruners.upvit.forward import Forward
+from prunesweep.pruners.upvit.windows import WindowForward
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 
-IMAGES = ("vit", "eva", "beit", "pvt_v2")  # test_upvit_lm has language models
-FAMILIES = [(family, seed) for family in IMAGES for seed in range(12)] + [("eva", 12)]  # two norms in front of its MLPs
+IMAGES = ("vit", "eva", "beit", "swin", "swin_v2", "pvt_v2")  # test_upvit_lm has language models
+SEEDS = {"swin": 6, "swin_v2": 6, "beit": 6}  # of others twice as many
+FAMILIES = [(family, seed) for family in IMAGES for seed in range(SEEDS.get(family, 12))]
+FAMILIES.append(("eva", 12))  # two norms in front of its MLPs
 by_family = pytest.mark.parametrize(("family", "seed"), FAMILIES)
 
 
@@ -54,11 +58,15 @@ def without(arch: Arch, name: str, unit: int) -> Cut:
     return Cut(blocks=tuple(choice if i == int(place) else BlockCut() for i in range(arch.depth)))
 
 
+def pieces(model: nn.Module) -> Forward:
+    return (WindowForward if family_of(arch_of(model)).supports("windows") else Forward)(model)
+
+
 def gated(model: nn.Module, x: torch.Tensor, name: str, unit: int) -> torch.Tensor:
     size = vector_sizes(arch_of(model), upvit.KINDS)[name]
     gate = torch.ones(len(x), 1, size, dtype=x.dtype)
     gate[..., unit] = 0
-    return Forward(model)(x, {name: gate})
+    return pieces(model)(x, {name: gate})
 
 
 @by_family
@@ -67,7 +75,7 @@ def test_the_pieces_are_the_model(family: str, seed: int) -> None:
     """Ragged values, convolutions, token plans, missing halves and all."""
     model = random_model(random_arch(Random(seed), family), seed)
     x = random_images(arch_of(model), seed)
-    torch.testing.assert_close(Forward(model)(x), model(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pieces(model)(x), model(x), rtol=1e-10, atol=1e-12)
 
 
 @by_family
@@ -94,7 +102,7 @@ def test_a_gated_channel_leaves_its_heads_norm() -> None:
     choice = BlockCut.aligned(block, heads=range(block.heads), qk=kept, v=kept, mlp=None)
     with torch.no_grad():
         small = cut(model, Cut(blocks=(choice,) + (BlockCut(),) * (arch.depth - 1)))
-        torch.testing.assert_close(Forward(model)(x, {"blocks.0.attn": gate}), small(x), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(pieces(model)(x, {"blocks.0.attn": gate}), small(x), rtol=1e-9, atol=1e-11)
 
 
 @by_family
@@ -324,5 +332,3 @@ def test_wrong_settings_are_named() -> None:
             upvit.score(model, batches, **settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="images of shape .*: random is built for"):
         upvit.score(model, [(batches[0][0][..., 1:], batches[0][1])])
-    with pytest.raises(UserError, match="is a 'swin': UP-ViT scores families vit, eva, beit, pvt_v2"):
-        upvit.score(random_model(random_arch(Random(0), "swin"), 0), batches)

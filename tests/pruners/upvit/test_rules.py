@@ -133,6 +133,10 @@ def test_impossible_targets_are_named() -> None:
     ):
         with pytest.raises(UserError, match=message):
             select(arch, scores, target, **options)  # type: ignore[arg-type]
+    swin = Arch.from_timm("swin_tiny_patch4_window7_224")
+    sizes = vector_sizes(swin, upvit.KINDS)
+    with pytest.raises(UserError, match="'contiguous': a Swin head has position biases of its own; use 'whole_heads'"):
+        select(swin, Scores({name: torch.ones(size) for name, size in sizes.items()}), Target(heads=1))
     with pytest.raises(UserError, match="scores: stages.0.embed is missing"):
         select(arch, Scores({}), Target(embed=5))
     with pytest.raises(UserError, match="scores have 3 entries for blocks.7.mlp, deit has 0"):
