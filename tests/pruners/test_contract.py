@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from prunesweep.models import Arch, UserError
-from prunesweep.pruners import METHODS, Measure, Reached, Scores, TokenMethod, TrainedMethod, WidthMethod, get_method
+from prunesweep.pruners import METHODS, Measure, Reached, Scores, TokenMethod, WidthMethod, get_method
 from tests.contract_pruner import GROUPS, PrunerContract
 
 PAIRS = [(n, family) for n, m in METHODS.items() if isinstance(m, WidthMethod) for family in m.families]
@@ -85,9 +85,9 @@ def test_unknown_methods_and_families_are_named() -> None:
         get_method("nvti", WidthMethod)
     with pytest.raises(
         UserError,
-        match=r"method 'nvit-iterative' serves families vit, eva, beit, swin, swin_v2; pvt_\w+ is a 'pvt_v2', for "
-        r"which there are: uvc \(of 'pvt_v2', it has 'spatial_reduction': keys and values are read from a map",
+        match=r"method 'upvit' serves families vit, .*, lm; cait_\w+ is a 'cait', for which there are: "
+        r"nvit, .* \(of 'cait', it has 'mixed_maps': attention maps of heads are mixed",
     ):
-        get_method("nvit-iterative", TrainedMethod).check(Arch.from_timm("pvt_v2_b0"))
+        get_method("upvit", WidthMethod).check(Arch.from_timm("cait_xxs24_224"))
     with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': a block may have a token plan"):
         get_method("pmvit", TokenMethod).check(Arch.from_timm("pvt_v2_b0"))

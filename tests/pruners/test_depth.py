@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, BlockCut, Cut, cut
+from prunesweep.models import Arch, BlockCut, Cut, UserError, cut
 from prunesweep.pruners import drop_order, kl_divergence, score_depth
 from tests.generate import random_arch, random_images, random_model
 
@@ -87,3 +87,11 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.requires_grad for p in model.parameters())
     assert all(a is b for a, b in zip(model.blocks, blocks, strict=True))
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_family_that_cannot_be_scored_is_named() -> None:
+    arch = random_arch(Random(0), "cait")
+    with pytest.raises(
+        UserError, match="is a 'cait': UP-ViT scores families vit, eva, beit, swin, swin_v2, pvt_v2, lm"
+    ):
+        score_depth(random_model(arch, 0), labelled(random_images(arch, 0)))
