@@ -65,11 +65,6 @@ def promote(
         check_data(data, {})
     promotions = Promotions(run)
     found = Run.existing(promotions.path)
-    if promotions.url is not None and address is not None:
-        raise UserError(
-            f"--address {address}: the nodes of a cluster would read {promotions.url} from a folder, and see none: "
-            f"'prunesweep fetch {promotions.url}' into one that all of them see, or leave --address out"
-        )
     limits = []
     for text in at or []:
         name, _, value = text.partition("=")
@@ -84,7 +79,8 @@ def promote(
         display.note(f"{number}/{len(chosen)}: trial {point['trial']}, {EvalMetrics.of(point)} before")
         with promotions.making(task_id(point["trial"], point["rung"])), display.progress() as progress:
             say = reports(display, progress, fields.batch_size)
-            promote_one(found, point, recipe, fields, data=data, setting=setting, placement=placement, **say)
+            say |= {"data": data, "placement": placement, "url": promotions.url}
+            promote_one(found, point, recipe, fields, setting=setting, **say)
     write_report(found)
     promotions.publish_report()
     cost = cost_of(found.objectives)

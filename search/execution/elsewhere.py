@@ -45,6 +45,7 @@ from .task import run_task
 
 __all__ = [
     "Access",
+    "PromotedFiles",
     "UnitFiles",
     "bring_prepared",
     "prepare_part_there",
@@ -284,6 +285,29 @@ class UnitFiles(NamedTuple):
     @property
     def _own(self) -> str:
         return f"trials/{self.name}/"
+
+
+class PromotedFiles(NamedTuple):
+    """What workers of a promotion begin with, where they see no folder of the run; what ``Inputs`` says.
+
+    Args:
+        access: to the run, which is only read.
+        unit: the task whose model is promoted.
+    """
+
+    access: Access
+    unit: str
+
+    def seen_from(self, job: TrainingJob, folder: Path) -> TrainingJob:
+        """The job by the paths of this node's folder for the run, and of the worker's own ``folder``."""
+        source = str(Run(place_for(self.access.url, "workers")) / "source")
+        return replace(job, model=str(folder / START), teacher=source, teacher_cache=None)
+
+    def bring(self, job: TrainingJob, folder: Path) -> None:
+        """Bring what all trials need, once, and the model."""
+        with _blaming_the_store():
+            self.access.opened()
+            _get_folder(self.access.objects(), f"trials/{self.unit}/model/", folder / START)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ promoted/r2-0007/   model/, promoted.json        figures of the search stay what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from prunesweep.models import UserError, load, load_provenance
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.lock import reserve
+from prunesweep.models.io.objects import Objects, joined
 from prunesweep.models.io.store import check_saved, saved_digest
 from prunesweep.models.latency.timing import Setting, measure_all
 from prunesweep.models.precision import to_float32
+from prunesweep.search.store.promoting import CHECKPOINTS
 from prunesweep.search.store.records import EXACT, sealed
 from prunesweep.search.store.run import Run, task_id
 from prunesweep.training import EVAL_BATCH, Epoch, Recipe
@@ -105,6 +107,7 @@ def promote(
     data: str | None = None,
     setting: Setting | None = None,
     placement: Placement = Placement(),  # noqa: B008 (frozen)
+    url: str | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -117,6 +120,7 @@ def promote(
         data: name of the run's data, if they were moved.
         setting: measure latency like this too.
         placement: where training runs.
+        url: of the run on an object store, which ``run`` was brought from.
         on_step, on_epoch, on_note: as for ``training.fit``.
 
     Raises:
@@ -137,8 +141,16 @@ def promote(
         data_options={**config.data.options, "search_split": 0.0},  # trained on all training images
     )
     if not job.out.exists():
+        inputs = None
+        if url is not None and placement.address is not None:  # nodes see the store, and not this folder
+            from .elsewhere import Access, PromotedFiles  # which takes seconds to import
+
+            inputs, place = PromotedFiles(Access(url, 0, ""), unit), joined(url, f"promoted/{unit}")
+            placement = replace(placement, storage=joined(place, CHECKPOINTS))
         with reserve(job.out, "promoting"):
-            finetune(job, placement, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
+            finetune(job, placement, inputs=inputs, on_step=on_step, on_epoch=on_epoch, on_note=on_note)
+        if inputs is not None:
+            Objects(place).delete_folder(CHECKPOINTS)
     else:
         _check_promoted(job.out, recipe, _known_weights(run, folder))
     latency, facts = None, load_provenance(job.out)

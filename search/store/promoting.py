@@ -19,9 +19,11 @@ from .lease import LEASES, Lease
 from .mirror import Mirror, place_for
 from .stored import STATE, bring_shown
 
-__all__ = ["Promotions"]
+__all__ = ["CHECKPOINTS", "Promotions"]
 
+CHECKPOINTS = ".ray"  # folder of those of workers on a cluster
 PROMOTED, FACTS = "promoted/", "promoted.json"
+OTHERS = (LEASES, f"{CHECKPOINTS}/")  # objects that have their own way
 OWN = frozenset({"ray", "made", "teacher_logits"})  # folders of a training that another machine begins without
 
 
@@ -74,7 +76,7 @@ class Promotions:
             mirror.path.parent.mkdir(parents=True, exist_ok=True)
             if mirror.token != str(lease.before):  # another machine has worked on it since
                 shutil.rmtree(mirror.path, ignore_errors=True)
-                mirror.bring(name for name in mirror.objects.list() if not name.startswith(LEASES))
+                mirror.bring(name for name in mirror.objects.list() if not name.startswith(OTHERS))
             mirror.token = str(lease.number)
             mirror.save()
             over = threading.Event()

@@ -72,8 +72,6 @@ def test_what_shows_a_run_takes_its_url(
     assert Path("runs/small/front/01/config.json").is_file()
     code, out, _ = call(capsys, "stop", url)
     assert (code, f"{url}: no driver works on it" in out) == (0, True)
-    code, _, err = call(capsys, "promote", url, "--recipe", "gentle", "--address", "auto")
-    assert (code, f"'prunesweep fetch {url}' into one that all of them see" in err) == (2, True)
     code, _, err = call(capsys, "status", "s3://nowhere/run")
     assert (code, "there is no such bucket; make it first (nowhere)" in err) == (2, True)
 

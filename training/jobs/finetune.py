@@ -20,7 +20,7 @@ from ..settling import check_settles, settled
 from .metrics_log import MetricsLog
 from .placement import Placement
 from .run_job import run_job
-from .training_job import Reports, TrainingJob, load_sized
+from .training_job import Inputs, Reports, TrainingJob, load_sized
 from .work import FORMAT, Work, model_facts
 
 __all__ = ["Finetuning", "finetune"]
@@ -175,6 +175,7 @@ def finetune(
     job: Finetuning,
     placement: Placement = Placement(),  # noqa: B008 (frozen)
     *,
+    inputs: Inputs | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -186,6 +187,7 @@ def finetune(
     Args:
         job: the finetuning.
         placement: where it runs, and on how many workers.
+        inputs: as for ``run_job``.
         on_step: called with (updates done, updates in all, loss of this worker).
         on_epoch: called after every epoch's evaluation.
         on_note: called with a line for people.
@@ -205,5 +207,6 @@ def finetune(
             log=log,
             provenance=job.provenance(data),
             name=job.name,
+            inputs=inputs,
             reports=Reports(on_step, on_epoch, on_note),
         )

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from prunesweep.models import UserError, save  # noqa: E402
 from prunesweep.models.io.files import publish_folder  # noqa: E402
+from prunesweep.models.io.objects import Objects, is_url  # noqa: E402
 from prunesweep.models.io.scratch import scratch_folder  # noqa: E402
 from prunesweep.pruners.hook import Collapsed  # noqa: E402
 
@@ -56,6 +58,7 @@ from .ray_session import alive, free_places, owned  # noqa: E402
 from .training_job import (  # noqa: E402
     STATE,
     CannotBegin,
+    Inputs,
     LoadedJob,
     Reports,
     TrainedModels,
@@ -74,6 +77,7 @@ __all__ = [
     "pass_on",
     "process_lost",
     "seldom",
+    "storage_of",
     "train_on_ray",
     "train_together",
 ]
@@ -115,6 +119,7 @@ def train_on_ray(
     name: str,
     provenance: Mapping[str, Any] | None = None,
     max_failures: int = 3,
+    inputs: Inputs | None = None,
     reports: Reports = Reports(),  # noqa: B008 (frozen)
 ) -> bool:
     """Train ``job`` on Ray Train's workers and publish the model as the folder ``out``.
@@ -129,6 +134,7 @@ def train_on_ray(
         name: the run's name under ``storage``; an existing run of this name is resumed.
         provenance: metadata for the model's ``config.json``.
         max_failures: attempts after the first one; each resumes from the last checkpoint.
+        inputs: where the job's folders are for nodes that do not see them; they see them by default.
         reports: called in this process: about once a second with the steps, after every epoch, and whenever the
             processes that train were started.
 
@@ -144,7 +150,12 @@ def train_on_ray(
     with _listening(reports) as log:
         trainer = QuietTrainer(
             _work,
-            train_loop_config={"job": asdict(job), "provenance": dict(provenance or {}), "log": log},
+            train_loop_config={
+                "job": asdict(job),
+                "provenance": dict(provenance or {}),
+                "log": log,
+                "inputs": inputs,
+            },
             scaling_config=ScalingConfig(
                 num_workers=placement.workers if least is None else (least, placement.workers),
                 use_gpu=placement.gpus > 0,
@@ -152,7 +163,7 @@ def train_on_ray(
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=storage,
+                **storage_of(storage),
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=5),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 logging_config=LoggingConfig(log_level="ERROR"),
@@ -207,7 +218,9 @@ def drop_torn_snapshot(storage: str, name: str) -> None:
         storage: as for ``train_on_ray``.
         name: as for ``train_on_ray``.
     """
-    files, place = FileSystem.from_uri(storage)
+    found = storage_of(storage)
+    place = found["storage_path"]
+    files = found.get("storage_filesystem") or FileSystem.from_uri(place)[0]
     path = f"{place}/{name}/{SNAPSHOT}"
     if files.get_file_info(path).type == FileType.File:
         with files.open_input_stream(path) as file:
@@ -216,6 +229,14 @@ def drop_torn_snapshot(storage: str, name: str) -> None:
             json.loads(content)
         except ValueError:
             files.delete_file(path)
+
+
+def storage_of(place: str | Path) -> dict[str, Any]:
+    """What Ray's ``RunConfig`` is told of where it may write: of a URL, the file system that we open."""
+    if not is_url(place):
+        return {"storage_path": str(place)}
+    files, below = Objects(str(place)).opened
+    return {"storage_path": below, "storage_filesystem": files}
 
 
 def _drop_orphans(result: ray.train.Result) -> None:
@@ -229,11 +250,15 @@ def _drop_orphans(result: ray.train.Result) -> None:
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     """Train as one of the workers; the first one uploads checkpoints, and with the last of them the models."""
-    job, log = TrainingJob(**config["job"]), config["log"]
-    loaded, missing = load_together(job, log)
-    if loaded is None:
-        return {"missing": missing}
+    job, log, inputs = TrainingJob(**config["job"]), config["log"], config["inputs"]
     with scratch_folder() as scratch:
+        bring = None
+        if inputs is not None:
+            job = inputs.seen_from(job, scratch)
+            bring = partial(inputs.bring, job, scratch)
+        loaded, missing = load_together(job, log, bring)
+        if loaded is None:
+            return {"missing": missing}
         state = scratch / STATE
         _restore(state)
 

@@ -25,7 +25,7 @@ from ..trainer import batches_of
 from ..world import World
 from .metrics_log import MetricsLog
 from .placement import Placement
-from .training_job import STATE, LoadedJob, Reports, TrainedModels, TrainingJob, load_job, train_models
+from .training_job import STATE, Inputs, LoadedJob, Reports, TrainedModels, TrainingJob, load_job, train_models
 
 if TYPE_CHECKING:
     from .warm_workers import Elsewhere
@@ -48,6 +48,7 @@ def run_job(
     name: str | None = None,
     keep_workers: Path | str | None = None,
     elsewhere: Elsewhere | None = None,
+    inputs: Inputs | None = None,
     reports: Reports = Reports(),  # noqa: B008 (frozen)
 ) -> bool:
     """Train a job and publish the result, here or on Ray Train; an interrupted job is resumed.
@@ -68,6 +69,8 @@ def run_job(
         keep_workers: folder or URL for Ray Train, by which its workers stay for this process's next job
             (``WarmWorkers``); every node sees it and ``work``, where the training's state is then.
         elsewhere: with ``keep_workers``, where the job's files and its state are for nodes that do not see ``work``.
+        inputs: without ``keep_workers``, where the job's folders are for nodes that do not see them; ``placement`` has
+            a URL for checkpoints then.
         reports: functions called with the progress, in this process.
 
     Returns:
@@ -89,7 +92,8 @@ def run_job(
     if keep_workers is not None:
         place = (name or work.name, keep_workers, elsewhere)
         return _run_on_kept(job, out, work, data, placement, provenance, *place, logged)
-    return _run_on_ray(job, out, work, data, placement, provenance, name or work.name.removeprefix("."), logged)
+    own = name or work.name.removeprefix(".")
+    return _run_on_ray(job, out, work, data, placement, provenance, own, inputs, logged)
 
 
 def _run_here(
@@ -180,6 +184,7 @@ def _run_on_ray(
     placement: Placement,
     provenance: Mapping[str, Any],
     name: str,
+    inputs: Inputs | None,
     reports: Reports,
 ) -> bool:
     """Train on Ray Train's workers; delete its checkpoints in ``work`` once the result is published.
@@ -198,9 +203,8 @@ def _run_on_ray(
     with connected(placement.address, cpus=needed * placement.cpus, gpus=needed * placement.gpus):
         try:
             made = work / MADE
-            done = train_on_ray(
-                job, placement, made, storage=storage, name=name, provenance=provenance, reports=reports
-            )
+            told: dict[str, Any] = {"provenance": provenance, "inputs": inputs, "reports": reports}
+            done = train_on_ray(job, placement, made, storage=storage, name=name, **told)
         except TrainingFailed as error:
             raise UserError(f"training failed: {error}") from error
     if done:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from .prune_loop import PruneJob, prune_while_training
 __all__ = [
     "STATE",
     "CannotBegin",
+    "Inputs",
     "LoadedJob",
     "Reports",
     "TrainedModels",
@@ -81,6 +82,20 @@ class TrainingJob:
     second_stage: Mapping[str, Any] | None = None
     halvings: int = 0
     img_size: Sequence[int] | None = None
+
+
+class Inputs(Protocol):
+    """Where a job's files are for workers that do not see the folders of who hands it over. It can be sent."""
+
+    def seen_from(self, job: TrainingJob, folder: Path) -> TrainingJob:
+        """Return the job with the paths that a worker finds its files at, who has a folder for it."""
+
+    def bring(self, job: TrainingJob, folder: Path) -> None:
+        """Bring the files of a job that ``seen_from`` gave; called by every worker before training.
+
+        Raises:
+            CannotBegin: they cannot be had, which is no fault of the job's.
+        """
 
 
 @dataclass(frozen=True, eq=False)

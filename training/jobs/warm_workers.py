@@ -47,9 +47,10 @@ from .ray_workers import (
     load_together,
     pass_on,
     process_lost,
+    storage_of,
     train_together,
 )
-from .training_job import STATE, CannotBegin, Reports, TrainingJob
+from .training_job import STATE, CannotBegin, Inputs, Reports, TrainingJob
 
 __all__ = ["Elsewhere", "Jobs", "WarmWorkers", "close_workers", "workers_for"]
 
@@ -60,10 +61,10 @@ END = 20.0  # seconds for the workers to end when they are told to
 RESTARTS = 2  # of what directs the workers, where its process was lost, for each job
 
 
-class Elsewhere(Protocol):
-    """Where a job's files are for workers that do not see the folders of who hands it over. It can be sent.
+class Elsewhere(Inputs, Protocol):
+    """Where a job's files and what becomes of it are, for workers that do not see the folders of who hands it over.
 
-    What fails here is no fault of the job's: all methods raise CannotBegin.
+    What fails here is no fault of the job's: all methods raise CannotBegin. ``bring`` brings the job's state, too.
     """
 
     def give(self, job: TrainingJob) -> None:
@@ -74,12 +75,6 @@ class Elsewhere(Protocol):
 
     def forget(self) -> None:
         """Delete all that was kept of the job, which has ended; called by who handed it over."""
-
-    def seen_from(self, job: TrainingJob, folder: Path) -> TrainingJob:
-        """Return the job with the paths that a worker finds its files at, who has a folder for it."""
-
-    def bring(self, job: TrainingJob, folder: Path) -> None:
-        """Bring the files of a job that ``seen_from`` gave, and its state; called by every worker before training."""
 
     def carrying(self, job: TrainingJob, folder: Path) -> AbstractContextManager[None]:
         """Keep the state safe while the first worker trains, and make the stop file when it is to stop."""
@@ -256,10 +251,6 @@ class WarmWorkers:
         jobs = ray.remote(num_cpus=0)(Jobs).options(scheduling_strategy=here)  # type: ignore[call-overload]
         self._jobs, self._error = jobs.remote(self._attempts, self._idle), None
         self._name = f"workers-{uuid.uuid4().hex[:12]}"
-        place: dict[str, Any] = {"storage_path": str(self._storage)}
-        if is_url(self._storage):
-            files, below = Objects(str(self._storage)).opened
-            place = {"storage_path": below, "storage_filesystem": files}
         trainer = QuietTrainer(
             _serve,
             train_loop_config={"jobs": self._jobs},
@@ -270,7 +261,7 @@ class WarmWorkers:
             ),
             run_config=RunConfig(
                 name=self._name,
-                **place,
+                **storage_of(self._storage),
                 # ``Jobs`` counts the attempts of each job
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=5),
                 logging_config=LoggingConfig(log_level="ERROR"),

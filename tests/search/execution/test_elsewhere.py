@@ -12,7 +12,7 @@ import pytest
 
 from prunesweep.models.io.objects import Objects
 from prunesweep.search.execution import elsewhere
-from prunesweep.search.execution.elsewhere import Access, unit_files
+from prunesweep.search.execution.elsewhere import Access, PromotedFiles, unit_files
 from prunesweep.search.store.lease import LEASES
 from prunesweep.search.store.mirror import Mirror
 from prunesweep.search.store.run import Run, Task
@@ -132,6 +132,28 @@ def test_workers_of_a_trial_find_its_files_in_the_store(
     there.write(f"{LEASES}000000002-other", b"{}")
     with pytest.raises(CannotBegin, match="another driver has taken over"):
         unit.hand_in(place / "model")
+
+
+def test_workers_of_a_promotion_find_the_model_and_its_teacher(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "node"))
+    Access.opened.cache_clear()
+    url = store.url("promotes/run")
+    inputs = PromotedFiles(Access(url, 0, ""), "r1-0002")
+    job = TrainingJob(
+        model="/laptop/model", data="digits", recipe={}, teacher="/laptop/source", teacher_cache="/laptop"
+    )
+    own = inputs.seen_from(job, tmp_path / "own")
+    objects = Objects(url)
+    objects.write("source/config.json", b"of the source")
+    objects.write("trials/r1-0002/model/config.json", b"of the model")
+    Access.opened.cache_clear()
+    inputs.bring(own, tmp_path / "own")
+    assert (Path(own.model) / "config.json").read_text() == "of the model"
+    assert (Path(str(own.teacher)) / "config.json").read_text() == "of the source"
+    assert Path(str(own.teacher)).is_relative_to(tmp_path / "node")
+    assert own.teacher_cache is None
 
 
 def test_a_trial_waits_for_the_model_that_it_starts_from(store: Store, tmp_path: Path) -> None:
