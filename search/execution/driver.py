@@ -356,6 +356,9 @@ def _prepare(
         places = 1 if dry_run else cluster.fitting * config.resources.workers_per_trial
         if stored is not None:  # they share no cache
             own: dict[str, Any] = {"access": _access(stored)}
+            if (table := config.space.latency_table) is not None:
+                LatencyTable.load(Path(table))
+                own["table"] = Path(table).read_text(encoding="utf-8")
             made = run(partial(prepare_there, config, cache, share=max(places, 1), **own))
             if isinstance(made, int):
                 some = [partial(prepare_part_there, config, cache, part=i, parts=made, **own) for i in range(made)]

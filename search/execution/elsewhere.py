@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import ray
 
 from prunesweep.models.errors import UserError
-from prunesweep.models.io.files import publish_folder
+from prunesweep.models.io.files import make_folder, publish_folder, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.objects import Objects, joined
+from prunesweep.models.io.provenance import digest
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.lease import LEASES, highest
 from prunesweep.search.store.mirror import Mirror, place_for
@@ -392,7 +393,7 @@ def work_there(
 
 
 def prepare_there(
-    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, share: int = 1
+    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, share: int = 1, table: str | None = None
 ) -> tuple[PreparedSearch, Path | None] | int:
     """``prepare_search`` on any node; what it made is published for the driver where that does not see it.
 
@@ -402,12 +403,14 @@ def prepare_there(
         progress: as for ``prepare_search``.
         access: to the run that will be.
         share: as for ``prepare_search``.
+        table: what the latency table of the space says, which lies on the driver's machine perhaps; None without one.
 
     Returns:
         That, and the cache of this node where it is another one than the driver's. Or the number of parts that
         ``prepare_part_there`` is to make before; the source is published for them.
     """
     objects, own = access.objects(), access.cache(cache)
+    config = _with_table(config, own, table)
     _bring_made(objects, own)
     try:
         found = prepare_search(config, own, progress, share=share)
@@ -423,21 +426,40 @@ def prepare_there(
 
 
 def prepare_part_there(
-    config: SearchConfig, cache: Path, progress: Progress, *, access: Access, part: int, parts: int
+    config: SearchConfig,
+    cache: Path,
+    progress: Progress,
+    *,
+    access: Access,
+    part: int,
+    parts: int,
+    table: str | None = None,
 ) -> None:
     """``prepare_part`` on any node, which publishes what it made for the one that goes on.
 
     Args:
-        config, cache, progress, access: as for ``prepare_there``.
+        config, cache, progress, access, table: as for ``prepare_there``.
         part, parts: as for ``prepare_part``.
     """
     objects, own = access.objects(), access.cache(cache)
+    config = _with_table(config, own, table)
     _bring_made(objects, own, "sources/")
     made = prepare_part(config, own, progress, part=part, parts=parts)
     _publish_made(objects, own, made, progress)
     for folder in made:
         if folder.is_dir():  # sums of a part, which are added up elsewhere
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_table(config: SearchConfig, cache: Path, table: str | None) -> SearchConfig:
+    """Let a configuration name a latency table that this node has; it is written where it is not there yet."""
+    if table is None:
+        return config
+    file = cache / "tables" / f"{digest({'table': table})}.json"
+    if not file.exists():
+        make_folder(file.parent)
+        write_text(file, table)
+    return config.model_copy(update={"space": config.space.model_copy(update={"latency_table": str(file)})})
 
 
 def _publish_made(objects: Objects, cache: Path, places: Iterable[Path], progress: Progress) -> None:

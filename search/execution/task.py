@@ -55,7 +55,7 @@ from prunesweep.training.jobs.training_job import STATE, CannotBegin, LoadedJob,
 
 from .coordinator import RunBroken
 from .cutting import Cutter
-from .reopen import check_data, space_of
+from .reopen import check_data, own_table, space_of
 
 if TYPE_CHECKING:
     from prunesweep.training.jobs.warm_workers import Elsewhere
@@ -94,7 +94,7 @@ class WorkerContext:
     def __init__(self, run: Run) -> None:
         self.run, self.away = run, cast("Away | None", None)
         with _needed_by_all():
-            self.config: SearchConfig = load_run_config(run.path)
+            self.config: SearchConfig = own_table(run, load_run_config(run.path))  # on nodes it lies elsewhere
             source = to_float32(load(run / "source"))
             self.data: Data = check_data(run, self.config, source)
             self.source = source.to("cuda" if self.config.resources.gpus_per_trial else "cpu")

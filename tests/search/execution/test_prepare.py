@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunesweep import training
-from prunesweep.models import UserError, load
+from prunesweep.models import UserError, arch_of, load
 from prunesweep.models.latency.building import macs_table
 from prunesweep.search import resume_search, run_search
 from prunesweep.search.config import SearchConfig, load_config
@@ -24,8 +24,15 @@ from prunesweep.search.execution import source
 from prunesweep.search.execution.driver import create_run
 from prunesweep.search.execution.elsewhere import Access, bring_prepared, prepare_part_there, prepare_there
 from prunesweep.search.execution.prepare import SCORED, prepare_search
-from prunesweep.search.execution.source import Unshared, make_subspaces, open_space, prepare, prepare_part
-from prunesweep.search.execution.task import run_task
+from prunesweep.search.execution.source import (
+    Unshared,
+    make_subspaces,
+    open_checked,
+    open_space,
+    prepare,
+    prepare_part,
+)
+from prunesweep.search.execution.task import WorkerContext, run_task
 from prunesweep.search.store.run import Run
 from prunesweep.training import evaluation, teacher_cache
 from prunesweep.training.jobs.recovery import Known, Recovery
@@ -164,7 +171,10 @@ def test_what_nodes_without_a_common_folder_make_together_is_what_one_makes(
     tiny: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the store, in which nothing stays; the one that goes on makes nothing again."""
-    config = tiny(finetune={"epochs": 1, "fixed_view": True, "distill": [{"cache_teacher": True}]})
+    ours = {"epochs": 1, "fixed_view": True, "distill": [{"cache_teacher": True}]}
+    config = tiny(finetune=ours, space={"latency_table": str(tmp_path / "table.json")})
+    arch = arch_of(open_checked(tiny())[0])
+    macs_table(arch, ms_per_gmac=1000.0).save(tmp_path / "elsewhere.json")
     for module in (source, teacher_cache):
         monkeypatch.setattr(module, "SHARD", 500)
     monkeypatch.setattr(Access, "here", False)
@@ -176,22 +186,24 @@ def test_what_nodes_without_a_common_folder_make_together_is_what_one_makes(
         return lambda what, *_: told.append(what)
 
     with serving() as store:
-        access = Access(store.url("prepared/run"), 1, "head")
-        assert prepare_there(config, cache, on("left"), access=access, share=2) == 2
+        own = {"access": Access(store.url("prepared/run"), 1, "head")}
+        own["table"] = (tmp_path / "elsewhere.json").read_text()
+        assert prepare_there(config, cache, on("left"), share=2, **own) == 2
         for part, machine in enumerate(("left", "right")):
-            prepare_part_there(config, cache, on(machine), access=access, part=part, parts=2)
+            prepare_part_there(config, cache, on(machine), part=part, parts=2, **own)
             assert not [what for what in told if what.startswith("training the source")] or machine == "left"
         assert not list(tmp_path.glob("right/**/*.parts/*"))
         for kind, name in ((Known, "of"), (DistillationTask, "answers")):
             monkeypatch.setattr(kind, name, Mock(side_effect=AssertionError("again")))
-        found = prepare_there(config, cache, on("third"), access=access)
+        found = prepare_there(config, cache, on("third"), **own)
         assert not isinstance(found, int)
         assert told.count("scores from the cache") == 2
-        made = bring_prepared(access.objects(), *found, cache)
-        assert access.objects().list() == {}
+        made = bring_prepared(own["access"].objects(), *found, cache)
+        assert own["access"].objects().list() == {}
     monkeypatch.undo()
     for module in (source, teacher_cache):
         monkeypatch.setattr(module, "SHARD", 500)
+    (tmp_path / "elsewhere.json").rename(tmp_path / "table.json")
     alone = prepare_search(config, tmp_path / "alone", nothing)
     assert made.summary == alone.summary
     assert made.zero_shot == alone.zero_shot
@@ -248,6 +260,7 @@ def test_a_run_needs_nothing_outside_its_folder(
     shutil.rmtree(other.path)
     (tmp_path / "table.json").unlink()
     (tmp_path / "first").rename(tmp_path / "second")
+    assert WorkerContext(Run(tmp_path / "second")).latency is not None  # as on a node with a folder of its own
 
     assert resume_search(tmp_path / "second", trials=2).finished
     run = Run(tmp_path / "second")
