@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prunesweep.models.latency.timing import Setting, measure
     from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
-    from .arch import Arch, AttentionPool, Block, ClassAttention, PositionBias, Rope, Stage, Stem, Text
+    from .arch import Arch, AttentionPool, Block, ClassAttention, CrossCovariance, PositionBias, Rope, Stage, Stem, Text
     from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of, resize
     from .counting import Cost, cost
     from .cutting import BlockCut, Cut, cut, cut_arch
@@ -44,6 +44,7 @@ else:
                 "AttentionPool",
                 "Block",
                 "ClassAttention",
+                "CrossCovariance",
                 "PositionBias",
                 "Rope",
                 "Stage",
@@ -67,6 +68,7 @@ __all__ = [
     "BlockView",
     "ClassAttention",
     "Cost",
+    "CrossCovariance",
     "Cut",
     "LatencyTable",
     "PositionBias",

@@ -29,7 +29,18 @@ from typing import Any
 from .errors import UserError, nearest
 from .io.reading import parse_json
 
-__all__ = ["Arch", "AttentionPool", "Block", "ClassAttention", "PositionBias", "Rope", "Stage", "Stem", "Text"]
+__all__ = [
+    "Arch",
+    "AttentionPool",
+    "Block",
+    "ClassAttention",
+    "CrossCovariance",
+    "PositionBias",
+    "Rope",
+    "Stage",
+    "Stem",
+    "Text",
+]
 
 FORMAT = "prunesweep/arch/1"
 LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, and would fill the memory
@@ -46,7 +57,7 @@ class Block:
     """
 
     src: int  # index of this block in the source model
-    mixer: str = "attn"  # attn | conv1x1 | conv3x3 | none
+    mixer: str = "attn"  # attn | conv1x1 | conv3x3 | xca | none
     heads: int
     qk: int
     v: int | tuple[int, ...]
@@ -156,6 +167,15 @@ class ClassAttention:
     width: int  # of queries, keys and values; the source's, however narrow the stream is
     heads: int
     mlp: int  # hidden units of a block's MLP
+    norm_patches: bool = False  # XCiT: patches go through a block's second norm, too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossCovariance:
+    """Attention between channels (XCiT, arXiv 2106.09681), which all blocks of mixer ``xca`` have alike."""
+
+    width: int  # of queries, keys and values; the source's, however narrow the stream is
+    heads: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +189,7 @@ class Stem:
     behind them are fixed sinusoids).
     """
 
-    kind: str  # convolutions | resnet | mbconv | t2t_performer | t2t_transformer
+    kind: str  # convolutions | resnet | mbconv | conv3x3 | t2t_performer | t2t_transformer
     channels: tuple[int, ...]  # of all convolutions or unfoldings but the last; of the first one and of stages
     strides: tuple[int, ...] = ()  # of convolutions or unfoldings
     blocks: tuple[int, ...] = ()  # of stages
@@ -179,7 +199,7 @@ class Stem:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | beit | cait | swin | swin_v2 | pvt_v2 | lm
+    family: str  # vit | eva | beit | cait | xcit | swin | swin_v2 | pvt_v2 | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -193,7 +213,8 @@ class Arch:
     pool: str = "token"  # token | avg | map | none
     pool_prefix: bool = False  # the pool reads the prefix tokens, too
     attn_pool: AttentionPool | None = None  # where ``pool`` is map
-    class_attention: ClassAttention | None = None  # of family cait, where ``pool`` is map
+    class_attention: ClassAttention | None = None  # of cait and xcit, where ``pool`` is map
+    cross_covariance: CrossCovariance | None = None  # of family xcit
     head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
@@ -313,6 +334,7 @@ class Arch:
             ("rope", Rope),
             ("attn_pool", AttentionPool),
             ("class_attention", ClassAttention),
+            ("cross_covariance", CrossCovariance),
             ("position_bias", PositionBias),
             ("stem", Stem),
         ):
@@ -390,6 +412,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Rope": (Rope,),
     "AttentionPool": (AttentionPool,),
     "ClassAttention": (ClassAttention,),
+    "CrossCovariance": (CrossCovariance,),
     "PositionBias": (PositionBias,),
     "Stem": (Stem,),
 }

@@ -257,6 +257,9 @@ def _narrow_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Blo
         if choice.v is not None:
             _check(f"{where}.v[0]", choice.v[0], block.total_v)
             changes["v"] = len(choice.v[0])
+    elif block.mixer != "attn" and (choice.qk is not None or choice.v is not None):
+        why = family_of(arch).one_head_only if block.mixer != "none" else "there are no heads"
+        raise UserError(f"{where}: a block of mixer {block.mixer!r} takes neither qk nor v: {why}")
     elif choice.qk is not None and choice.v is not None:
         changes |= _cut_heads(arch, block, choice.qk, choice.v, where)
     elif choice.qk is not None or choice.v is not None:

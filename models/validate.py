@@ -13,7 +13,7 @@ from .families.checks import check_at_least, check_one_of
 
 __all__ = ["MIXERS", "validate"]
 
-MIXERS = ("attn", "conv1x1", "conv3x3", "none")
+MIXERS = ("attn", "conv1x1", "conv3x3", "xca", "none")
 POOLS = ("token", "avg", "map", "none")
 HEAD_NORMS = ("tokens", "pooled", "none")
 MERGES = ("sparse", "dense")
@@ -109,9 +109,9 @@ def _validate_attention(block: Block, where: str) -> None:
 def _validate_other_mixer(block: Block, where: str) -> None:
     if (block.heads, block.qk, block.scale) != (0, 0, 0.0):
         raise UserError(f"{where}: heads, qk and scale must be 0 where mixer is {block.mixer!r}")
-    if block.mixer == "none":
+    if not block.conv_kernel:
         if block.v != 0:
-            raise UserError(f"{where}.v = {block.v!r}: must be 0 where mixer is 'none'")
+            raise UserError(f"{where}.v = {block.v!r}: must be 0 where mixer is {block.mixer!r}")
     else:
         check_at_least(f"{where}.v", block.v, 1)
 
@@ -131,6 +131,8 @@ def _validate_extras(family: Family, stage: Stage, block: Block, where: str) -> 
         text = "a convolution would see the words that are to be predicted"
         reason = text if family.supports("text") else f"is for {names_with('convolutions')} only"
         raise UserError(f"{where}.mixer = {block.mixer!r}: {reason}")
+    if block.mixer == "xca" and not family.supports("channel_attention"):
+        raise UserError(f"{where}.mixer = 'xca': is for {names_with('channel_attention')} only")
     if block.token_scale and not (attends and block.tokens is None and family.supports("token_scale")):
         raise UserError(f"{where}.token_scale: is for attention over all tokens of {names_with('token_scale')} only")
 

@@ -16,16 +16,18 @@ from prunesweep.models import (
     Block,
     BlockCut,
     ClassAttention,
+    CrossCovariance,
     Cut,
     PositionBias,
     Rope,
     Stage,
+    Stem,
     Text,
     build,
 )
 from prunesweep.models.layers.activations import ACTIVATIONS
 
-FAMILIES = ("vit", "eva", "beit", "cait", "swin", "swin_v2", "pvt_v2")  # of images; there is "lm" too
+FAMILIES = ("vit", "eva", "beit", "cait", "xcit", "swin", "swin_v2", "pvt_v2")  # of images; there is "lm" too
 
 
 def random_block(
@@ -57,6 +59,7 @@ def random_arch(
         "eva": random_eva,
         "beit": random_beit,
         "cait": random_cait,
+        "xcit": random_xcit,
         "swin": random_swin,
         "swin_v2": random_swin_v2,
         "pvt_v2": random_pvt,
@@ -174,6 +177,32 @@ def random_cait(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
         **own,
     )
     return arch if not extras else _planned(random, arch)
+
+
+def random_xcit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Attention between channels, or none, behind one or two convolutions that halve an image."""
+    drawn = random_cait(random, ragged, missing, extras=False)
+    (stage,) = drawn.stages
+    blocks = []
+    for i in range(drawn.depth):
+        mlp = random.choice([0, 5, 16, 33] if missing else [5, 16, 33])
+        mixer = "none" if missing and random.random() < 0.15 else "xca"
+        blocks.append(Block(src=i, mixer=mixer, heads=0, qk=0, v=0, scale=0.0, mlp=mlp))
+    channels = tuple(random.randint(1, 6) for _ in range(random.randint(0, 1)))
+    heads, patch, pool = random.randint(1, 3), 2 ** (len(channels) + 1), drawn.class_attention
+    assert pool is not None
+    return dataclasses.replace(
+        drawn,
+        family="xcit",
+        img_size=(stage.grid[0] * patch, stage.grid[1] * patch),
+        patch_size=(patch, patch),
+        stages=(dataclasses.replace(stage, blocks=tuple(blocks)),),
+        layer_scale=True,
+        class_attention=dataclasses.replace(pool, norm_patches=random.random() < 0.5),
+        cross_covariance=CrossCovariance(width=heads * random.randint(1, 6), heads=heads),
+        stem=Stem(kind="conv3x3", channels=channels),
+        pos_embed=random.random() < 0.7,
+    )
 
 
 def _planned(random: Random, arch: Arch) -> Arch:
@@ -345,7 +374,7 @@ def random_cut(random: Random, arch: Arch) -> Cut:
 def _random_choice(random: Random, arch: Arch, block: Block) -> BlockCut:
     mlp = subset(random, block.mlp) if block.mlp and random.random() < 0.8 else None
     sr = subset(random, block.sr) if block.sr and random.random() < 0.8 else None
-    if block.mixer == "none" or random.random() < 0.2:
+    if block.mixer in ("none", "xca") or random.random() < 0.2:
         return BlockCut(mlp=mlp, sr=sr)
     if block.conv_kernel:
         return BlockCut(v=(subset(random, block.total_v),), mlp=mlp)

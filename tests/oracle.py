@@ -73,7 +73,7 @@ def masked(model: nn.Module, decision: Cut) -> Iterator[nn.Module]:
         if not choice.keep:
             hook(block, lambda _m, args, _y: args[0])
             continue
-        for norm in (getattr(block, "norm1", None), getattr(block, "norm2", None), _entry_norm(block)):
+        for norm in (*(getattr(block, f"norm{i}", None) for i in (1, 2, 3)), _entry_norm(block)):
             if norm is not None:
                 hook(norm, _masked_norm(embed[s]))
         _mask_block(block, record, choice, weight, hook)

@@ -19,10 +19,13 @@ from .pvt_v2 import PVT_V2
 from .swin import SWIN
 from .swin_v2 import SWIN_V2
 from .vit import VIT
+from .xcit import XCIT
 
 __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, EVA, BEIT, CAIT, SWIN, SWIN_V2, PVT_V2, LM)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (VIT, EVA, BEIT, CAIT, XCIT, SWIN, SWIN_V2, PVT_V2, LM)
+}
 
 
 def family_of(arch: Arch | str) -> Family:

@@ -59,6 +59,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
         "mixed_maps": "attention maps of heads are mixed: a head whose own output is nothing still gives to the others",
+        "channel_attention": "attention is between channels, whose number is fixed, with convolutions of the stream",
         "rotary": "queries and keys may be turned by their tokens' places, whose units are pairs of channels then",
         "features": "the tokens behind any block are one vector per patch of the first grid",
         "streams": "it can be run and refitted part by part: stem, blocks, entrances of stages, heads",

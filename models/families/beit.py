@@ -68,6 +68,7 @@ class BeitFamily(EvaFamily):
         "rope": None,
         "stem": None,
         "class_attention": None,
+        "cross_covariance": None,
     }
     block_tensors: ClassVar[Table] = {
         **EvaFamily.block_tensors,

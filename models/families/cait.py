@@ -50,10 +50,12 @@ class ClassPooledTransformer(HeteroVisionTransformer):
         options: timm's, ``embed_dim``, ``norm_layer`` and ``act_layer`` among them.
     """
 
+    pool_class: ClassVar[Any] = ClassAttentionPool
+
     def __init__(self, record: ClassAttention, qkv_bias: bool, *, num_classes: int, **options: Any) -> None:
         super().__init__(num_classes=num_classes, **{**options, "global_pool": "avg"})
         own = {name: options[name] for name in ("act_layer", "norm_layer")}
-        self.attn_pool: Any = ClassAttentionPool(self.embed_dim, record, bias=qkv_bias, **own)
+        self.attn_pool: Any = self.pool_class(self.embed_dim, record, bias=qkv_bias, **own)
         self.global_pool = "map"
 
     def no_weight_decay(self) -> set[str]:

@@ -27,6 +27,7 @@ PLAIN: Mapping[str, Any] = {
     "mlp_scale": True,
     "mlp_entry_norm": False,
     "class_attention": None,
+    "cross_covariance": None,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

@@ -105,6 +105,7 @@ class EvaFamily(VisionTransformerFamily):
         "dist_token": False,
         "position_bias": None,
         "class_attention": None,
+        "cross_covariance": None,
     }
     block_tensors: ClassVar[Table] = {
         **{

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from timm.layers import HybridEmbed, StdConv2dSame, make_divisible, to_2tuple
@@ -40,8 +41,8 @@ __all__ = [
     "stream_layer",
 ]
 
-KINDS = ("convolutions", "resnet", "mbconv", *TOKENS)
-WRITES = ("convolutions", "mbconv")  # kinds whose last convolution is the patch embedding
+KINDS = ("convolutions", "resnet", "mbconv", "conv3x3", *TOKENS)
+WRITES = ("convolutions", "mbconv", "conv3x3")  # kinds whose last convolution is the patch embedding
 GROUPS = 32  # of channels, which timm's norms of a ResNet have
 STD_EPS = 1e-8  # of the standardised weights of its convolutions
 MOST_STAGES = 4  # of a ResNet; timm dilates what follows them
@@ -97,6 +98,8 @@ def has_fixed_positions(arch: Arch) -> bool:
 def _stride(stem: Stem) -> int:
     if stem.kind == "mbconv":
         return 16
+    if stem.kind == "conv3x3":
+        return int(2 ** (len(stem.channels) + 1))
     if stem.kind != "resnet":
         return math.prod(stem.strides)
     return 2 ** (len(stem.blocks) + 1) if stem.blocks else 4
@@ -113,6 +116,8 @@ def _stem(stem: Stem, in_chans: int, width: int) -> nn.Module:
         options = {"kernel_size": stem.strides, "stride": stem.strides, "padding": 0, "act_layer": nn.GELU}
         made: nn.Module = ConvStem(in_chans, len(stem.strides), (*stem.channels, width), **options)
         return made
+    if stem.kind == "conv3x3":
+        return _halving((in_chans, *stem.channels, width))
     if stem.kind in TOKENS:
         return TokensToToken(stem.kind, in_chans, stem.channels, stem.strides)
     first, *channels = stem.channels
@@ -125,6 +130,15 @@ def _stem(stem: Stem, in_chans: int, width: int) -> nn.Module:
         return create_resnetv2_stem(in_chans, first, **options)
     head = {"num_classes": 0, "global_pool": "", "in_chans": in_chans}
     return ResNetV2(stem.blocks, tuple(channels), stem_chs=first, **head, **options)
+
+
+def _halving(channels: tuple[int, ...]) -> nn.Sequential:
+    """Make convolutions that halve a map, with BatchNorms, and activations between them."""
+    layers: list[nn.Module] = []
+    for before, out in pairwise(channels):
+        conv = nn.Conv2d(before, out, 3, stride=2, padding=1, bias=False)
+        layers += [nn.Sequential(conv, nn.BatchNorm2d(out)), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def read_stem(embed: Any, require: Require) -> Stem:
@@ -171,13 +185,16 @@ def stream_layer(embed: Any) -> Any:
     """Return the layer of a patch embedding whose output is the residual stream; with a stem it may be its last one."""
     if not isinstance(embed.proj, nn.Identity):
         return embed.proj
-    return embed.backbone.pool.proj if isinstance(embed.backbone, MbConvStages) else embed.backbone[-1].conv
+    if isinstance(embed.backbone, MbConvStages):
+        return embed.backbone.pool.proj
+    last = embed.backbone[-1]
+    return last[0] if isinstance(last, nn.Sequential) else last.conv
 
 
 def stem_uses_stream(arch: Arch, tensor: str) -> bool:
     """Whether a stem's tensor is of the convolution that writes the residual stream."""
     stem = arch.stem
-    if stem is None or stem.kind not in WRITES:
+    if stem is None or stem.kind not in ("convolutions", "mbconv"):
         return False
     last = "pool.proj" if stem.kind == "mbconv" else f"{len(stem.strides) - 1}.conv"
     return tensor.startswith(f"patch_embed.backbone.{last}.")
@@ -187,7 +204,12 @@ def first_convolution(stem: Stem) -> str | None:
     """Return the name of the convolution that reads images; None where attention does."""
     if stem.kind in TOKENS:
         return None
-    names = {"convolutions": "0.conv", "mbconv": "stem.conv1", "resnet": "stem.conv" if stem.blocks else "conv"}
+    names = {
+        "convolutions": "0.conv",
+        "conv3x3": "0.0",
+        "mbconv": "stem.conv1",
+        "resnet": "stem.conv" if stem.blocks else "conv",
+    }
     within = names[stem.kind]
     return f"patch_embed.backbone.{within}"
 
@@ -213,6 +235,9 @@ def check_stem(arch: Arch) -> None:
                 f"stem.channels = {list(stem.channels)}: needs those of the first convolution and of two stages, and "
                 "stem.blocks the number of blocks of both; stem.strides is for other kinds"
             )
+    elif stem.kind == "conv3x3":
+        if stem.strides or stem.blocks or arch.family != "xcit":
+            raise UserError("stem.kind = 'conv3x3': is for family 'xcit', without stem.strides and stem.blocks")
     elif stem.kind in TOKENS:
         _check_tokens(stem)
     else:
@@ -302,6 +327,10 @@ def _convolutions(stem: Stem, in_chans: int, width: int) -> Iterator[tuple[int, 
             out = width if last else stem.channels[i]
             yield before, out, stride**2, pixels, out if last else 2 * out
             before = out
+        return
+    if stem.kind == "conv3x3":
+        for i, (before, out) in enumerate(pairwise((in_chans, *stem.channels, width))):
+            yield before, out, 9, int(2 ** (i + 1)), 2 * out
         return
     before, *channels = stem.channels
     if stem.kind == "mbconv":

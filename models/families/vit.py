@@ -195,6 +195,7 @@ def build_vit(
     model_class: type[VisionTransformer] = HeteroVisionTransformer,
     attention: MakeAttention = stock_attention,
     places: Places | None = None,
+    block_class: Any = None,
 ) -> VisionTransformer:
     """Build a timm VisionTransformer with ``arch``'s blocks.
 
@@ -204,11 +205,15 @@ def build_vit(
         model_class: VisionTransformer, or a class of the same arguments.
         attention: makes the attention of a block from the record, the block's, and the class of norms.
         places: of the patches, where pairs of channels are turned by them.
+        block_class: of blocks, instead of ``HeteroBlock``; takes the record, the block's, and timm's options.
     """
     (stage,) = arch.stages
 
-    def block_fn(*, depth: int, **options: Any) -> HeteroBlock:
+    def block_fn(*, depth: int, **options: Any) -> nn.Module:
         own = {name: options[name] for name in ("drop_path", "act_layer", "norm_layer")}
+        if block_class is not None:
+            made: nn.Module = block_class(arch, stage.blocks[depth], **own)
+            return made
         return HeteroBlock(arch, stage.blocks[depth], attention=attention, places=places, **own)
 
     norm_layer = partial(RmsNorm if arch.norm == "rms" else LayerNorm, eps=arch.norm_eps)

@@ -226,6 +226,8 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
     if axes["v"] != (0,) and family_of(source).supports("convolutions"):
         for mixer in ("conv1x1", "conv3x3"):
             parts[mixer] = part(lambda conv, mixer=mixer: absent(mixer=mixer, v=conv), embed=embed, conv=axes["v"])
+    if any(block.mixer == "xca" for block in stage.blocks):
+        parts["xca"] = part(lambda: absent(mixer="xca"), embed=embed)
     parts["norm_residual"] = part(lambda: absent(norm_residual=True), embed=embed)
     if "tokens" in axes:
         for form in ("sparse", "dense"):

@@ -144,6 +144,7 @@ class LatencyTable:
       reduces its map) and mlp; heads = 0 is a block without attention, mlp = 0 one without MLP;
     - ``attn_shifted``: the same with Swin's shifted windows;
     - ``conv1x1``, ``conv3x3``: convolutions over embed and conv, their bottleneck width;
+    - ``xca``: what XCiT's attention between channels and its convolutions add, over embed;
     - ``norm_residual``: what the normalised residual of a missing mixer adds, over embed;
     - ``merge_sparse``, ``merge_dense``: what a token plan adds, over embed and tokens.
 
@@ -218,7 +219,7 @@ class LatencyTable:
 
     def _place_block(self, s: int, arch: Arch, stage: Stage, block: Block, where: str) -> _Placed:
         names = ["attn_shifted" if block.shifted else "attn"]
-        if block.conv_kernel:
+        if block.conv_kernel or block.mixer == "xca":
             names.append(block.mixer)
         if block.norm_residual:
             names.append("norm_residual")

@@ -15,7 +15,7 @@ from torch import nn
 
 from prunesweep.models.arch import ClassAttention
 
-__all__ = ["ClassAttentionBlock", "ClassAttentionPool"]
+__all__ = ["ClassAttentionBlock", "ClassAttentionPool", "ClassTokenAttention"]
 
 
 class ClassTokenAttention(nn.Module):

@@ -35,7 +35,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = FamiliesWith("images", "width", "depth", without=("mixed_maps",))
+FAMILIES = FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention"))
 
 
 class UVC(Hook):

@@ -74,7 +74,7 @@ def with_block(**changes: object) -> dict:
         (edited(in_chans="1"), "arch.in_chans = '1': must be int"),
         (edited(in_chans=True), "arch.in_chans = True: must be int"),
         (edited(img_size=[4]), "arch.img_size = [4]: must be tuple[int, int]"),
-        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, cait, swin, swin_v2, pvt_v2"),
+        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, cait, xcit, swin, swin_v2, pvt_v2"),
         (edited(pool="tokens"), "did you mean 'token'?"),
         (edited(class_token=False), "needs class_token = true"),
         (edited(img_size=[8, 6]), "stages[0].grid = [2, 3]: img_size / patch_size gives [4, 3]"),
@@ -151,7 +151,7 @@ def test_full_record_is_the_same_function(name: str, options: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("xcit_nano_12_p16_224", "is a Xcit: this version represents timm's VisionTransformer,"),
+        ("mvitv2_tiny", "is a MultiScaleVit: this version represents timm's VisionTransformer,"),
         ("pvt_v2_b2_li", "linear attention"),
         ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock"),
         ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'?"),
