@@ -87,7 +87,8 @@ def replace_tensors(
             kept |= _convolution(arch, old, attention, 3 if mixer == "conv3x3" else 1)
             kept = _without(kept, "token_merge.")
         elif mixer == "none":
-            kept = _without(_without(kept, "norm1."), "ls1.")
+            for part in ("norm1.", "ls1.", "norm3.", "local_mp.", "ls3."):
+                kept = _without(kept, part)
     if plan is not None:
         like = next(t for t in weights.values() if t.is_floating_point())
         kept = _without(kept, "token_merge.")

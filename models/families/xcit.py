@@ -76,7 +76,7 @@ class XcitFamily(CaitFamily):
     block_tensors: ClassVar[Table] = {
         **MLP,
         **{name: uses for i in "123" for name, uses in per_channel(f"norm{i}", "embed").items()},
-        **{f"gamma{i}": (scales("embed"),) for i in "123"},
+        **{f"ls{i}.gamma": (scales("embed"),) for i in "123"},
         **linear("attn.qkv", "", "embed"),
         **linear("attn.proj", "embed", ""),
         "attn.temperature": (),
@@ -131,7 +131,8 @@ class XcitFamily(CaitFamily):
         for name, tensor in model.state_dict().items():
             if name.startswith("pos_embed."):
                 continue
-            new = re.sub(r"^patch_embed\.proj\.", "patch_embed.backbone.", name)
+            new = re.sub(r"^(blocks\.\d+\.)gamma(\d)$", r"\1ls\2.gamma", name)
+            new = re.sub(r"^patch_embed\.proj\.", "patch_embed.backbone.", new)
             new = re.sub(r"^cls_attn_blocks\.", "attn_pool.blocks.", re.sub(r"^norm\.", "fc_norm.", new))
             found["attn_pool.cls_token" if new == "cls_token" else new] = tensor
         if model.pos_embed is not None:

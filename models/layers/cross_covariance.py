@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, LayerNorm, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, ClassAttention, CrossCovariance
@@ -56,7 +56,7 @@ class LocalPatchInteraction(nn.Module):
 
 
 class CrossCovarianceBlock(nn.Module):
-    """Channels, neighbours and hidden units, each with a norm in front and factors behind; names are timm's."""
+    """Channels, neighbours and hidden units, each with a norm in front and factors behind."""
 
     def __init__(
         self, arch: Arch, block: Block, *, drop_path: float = 0.0, act_layer: Any = nn.GELU, norm_layer: Any = LayerNorm
@@ -71,18 +71,18 @@ class CrossCovarianceBlock(nn.Module):
             self.norm1, self.norm3 = norm_layer(dim), norm_layer(dim)
             self.attn = CrossCovarianceAttention(dim, arch.cross_covariance, arch.qkv_bias)
             self.local_mp = LocalPatchInteraction(dim, stage.grid, act_layer)
-            self.gamma1, self.gamma3 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+            self.ls1, self.ls3 = LayerScale(dim), LayerScale(dim)
         if self.has_mlp:
             self.norm2, self.mlp = norm_layer(dim), Mlp(dim, block.mlp, act_layer=act_layer)
-            self.gamma2 = nn.Parameter(torch.ones(dim))
+            self.ls2 = LayerScale(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the block on patches, (B, N, D) to the same."""
         if self.mixer == "xca":
-            x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
-            x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x)))
+            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+            x = x + self.drop_path(self.ls3(self.local_mp(self.norm3(x))))
         if self.has_mlp:
-            x = x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return x
 
 

@@ -83,7 +83,10 @@ def with_block(**changes: object) -> dict:
         (with_block(v=[3, 2, 1]), "stages[0].blocks[1].v has 3 widths for 2 heads"),
         (with_block(v=[3, 0]), "stages[0].blocks[1].v[1] = 0"),
         (with_block(scale=-1.0), "stages[0].blocks[1].scale = -1.0"),
-        (with_block(mixer="conv"), "stages[0].blocks[1].mixer = 'conv': must be one of attn, conv1x1, conv3x3, none"),
+        (
+            with_block(mixer="conv"),
+            "stages[0].blocks[1].mixer = 'conv': must be one of attn, conv1x1, conv3x3, xca, none",
+        ),
         (with_block(mixer="none"), "must be 0 where mixer is 'none'"),
         ([], "must be a JSON object"),
     ],

@@ -153,3 +153,18 @@ def test_impossible_records_are_refused(fields: dict[str, Any], message: str) ->
     arch = random_arch(Random(1), "xcit", ragged=False, missing=False, extras=False)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(arch, **fields).validate()
+
+
+def test_a_block_may_lose_its_mixer_or_its_mlp() -> None:
+    model: Any = adopted(small())
+    narrow: Any = cut(model, Cut(blocks=(BlockCut(mixer="none", mlp=(0, 5)), BlockCut(mlp=()))))
+    x = random_images(arch_of(model), 1)
+    assert num_params(narrow) == cost(arch_of(narrow)).params
+    with torch.no_grad():
+        for block in (model.blocks[0], narrow.blocks[0]):
+            assert hasattr(block, "local_mp") == (block is model.blocks[0])
+        model.blocks[0].ls1.gamma.zero_()
+        model.blocks[0].ls3.gamma.zero_()
+        model.blocks[0].mlp.fc2.weight[:, [i for i in range(96) if i not in (0, 5)]] = 0
+        model.blocks[1].ls2.gamma.zero_()
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-10)

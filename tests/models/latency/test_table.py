@@ -156,7 +156,8 @@ def test_unit_gains_are_backward_differences(family: str) -> None:
         narrower = dataclasses.replace(stage, width=stage.width - 1)
         assert gains[f"stages.{s}.embed"] == pytest.approx(macs - cost(_with_stage(source, s, narrower)).macs)
         for b, block in enumerate(stage.blocks):
-            for kind in ("heads", "qk", "v", "mlp", *(["sr"] if block.sr else [])):
+            attends = block.mixer == "attn"
+            for kind in (*(["heads", "qk", "v"] if attends else []), "mlp", *(["sr"] if block.sr else [])):
                 less = getattr(block, kind) - 1
                 want = 0.0
                 if less or kind in ("heads", "mlp"):
@@ -166,8 +167,9 @@ def test_unit_gains_are_backward_differences(family: str) -> None:
                     blocks = (*stage.blocks[:b], dataclasses.replace(block, **change), *stage.blocks[b + 1 :])
                     want = macs - cost(_with_stage(source, s, dataclasses.replace(stage, blocks=blocks))).macs
                 assert gains[f"blocks.{index}.{kind}"] == pytest.approx(want), kind
-            both = gains[f"blocks.{index}.qk"] + gains[f"blocks.{index}.v"]
-            assert gains[f"blocks.{index}.attn"] == pytest.approx(both / block.heads)
+            if attends:
+                both = gains[f"blocks.{index}.qk"] + gains[f"blocks.{index}.v"]
+                assert gains[f"blocks.{index}.attn"] == pytest.approx(both / block.heads)
             index += 1
 
 
