@@ -1,12 +1,17 @@
-"""What computed models of Swin and PVTv2 are worth: ``python -m benchmarks.families [--cache DIR]``.
+"""What computed models of Swin and PVTv2 are worth: ``python -m benchmarks.families [--cache DIR] [--part trained]``.
 
 Small models of both families are trained here on the digits, enlarged. At every budget, on the validation split and
 without any training: channels and units chosen by Taylor importance, as cut; the same recovered; projected to the
-widths that Taylor leaves; equal shares, refitted. KL is to the source, in nats.
+widths that Taylor leaves; equal shares, refitted. KL is to the source, in nats. ``--part trained`` is UVC beside
+``instant`` at a half of the MACs of a Swin for the digits as they are, 8 x 8 pixels (results/families_uvc.json).
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,14 @@ from benchmarks.record import begun, write_result
 from benchmarks.subspaces import uniform
 from prunesweep.models import Arch, Block, Stage, arch_of, build, cost, cut, load, save
 from prunesweep.pruners import kl_divergence, taylor, width_path
-from prunesweep.pruners.subspaces import SourceStatistics, compress, projected_widths, recover
+from prunesweep.pruners.subspaces import SourceStatistics, compress, instant, projected_widths, recover
+from prunesweep.training import EVAL_BATCH, Compared, EvalMetrics, evaluate_all, fit, load_recipe, open_data
+from prunesweep.training.jobs.placement import Placement
+from prunesweep.training.jobs.prune_training import TrainedPruning
+from prunesweep.training.jobs.recovery import Recovery
 
 RESULT = Path(__file__).parent / "results" / "families.json"
+TRAINED = RESULT.with_name("families_uvc.json")
 BUDGETS = (0.7, 0.5, 0.26, 0.15)
 IMAGES, BATCH = 684, 57
 EPOCHS = {"swin": 80, "pvt_v2": 30}
@@ -119,8 +129,42 @@ def one_family(family: str, cache: Path) -> dict[str, Any]:
     return {"family": family, "source": measured(source), "rows": rows}
 
 
+def decided(epochs: int, cache: Path) -> dict[str, Any]:
+    """UVC's model at a half of the MACs, and ``instant``'s, untrained and trained for as long with the same teacher."""
+    folder, whole = cache / "digits-swin-8x8", record("swin")
+    if not folder.exists():
+        model = build(dataclasses.replace(whole, img_size=(8, 8), patch_size=(1, 1)))
+        fit(model, open_data("digits"), load_recipe("quick", {"epochs": EPOCHS["swin"], "lr": 1.5e-3, "distill": []}))
+        save(model.eval(), folder)
+    source = load(folder).eval()
+    data = open_data("digits", source.pretrained_cfg)
+    batches = list(Recovery(images=IMAGES).calibration(data))
+    began = time.process_time()
+    (point,) = instant(source, batches, (0.5,))
+    rows = [({"how": "instant, untrained", "seconds": time.process_time() - began}, point.model)]
+    trained, began = copy.deepcopy(point.model), time.process_time()
+    fit(trained, data, load_recipe("gentle", {"epochs": epochs}), teacher=source)
+    rows.append(({"how": "instant, trained", "seconds": time.process_time() - began}, trained))
+    with tempfile.TemporaryDirectory() as out:
+        recipe, began = load_recipe("quick", {"epochs": epochs}), time.process_time()
+        for one in TrainedPruning(source, "digits", "uvc", (0.5,), recipe, Path(out) / "out").run(Placement(1)):
+            rows.append(({"how": "uvc", "seconds": time.process_time() - began}, load(one.folder)))
+    models = [({"how": "source"}, source), *rows]
+    figures = evaluate_all([model for _, model in models], Compared(data.val_loader(EVAL_BATCH), source))
+    macs = cost(arch_of(source)).macs
+    found = [
+        {**row, "macs": cost(arch_of(model)).macs / macs, **EvalMetrics.of(own).with_interval()}
+        for (row, model), own in zip(models, figures, strict=True)
+    ]
+    print(*found, sep="\n")
+    return {"epochs": epochs, "rows": found}
+
+
 def main() -> None:
-    given = begun(__doc__, cache=Path("runs/cache"))
+    given = begun(__doc__, cache=Path("runs/cache"), part="computed", epochs=12)
+    if given.part == "trained":
+        write_result(TRAINED, images=IMAGES, **decided(given.epochs, given.cache))
+        return
     found = [one_family(family, given.cache) for family in EPOCHS]
     write_result(RESULT, batch=BATCH, images=IMAGES, families=found)
 

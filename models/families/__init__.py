@@ -77,7 +77,7 @@ class FamiliesWith(Collection[str]):
         family = family_of(name)
         for own in self.capabilities:
             if not family.supports(own):
-                return f"it lacks {own!r}: {CAPABILITIES[own]}"
+                return f"it lacks {own!r}: {family.lacks.get(own, CAPABILITIES[own])}"
         for own in self.without:
             if family.supports(own):
                 return f"it has {own!r}: {CAPABILITIES[own]}"

@@ -86,6 +86,7 @@ class Family(ABC):
     name: ClassVar[str]  # what records, files and reports call it
     capabilities: ClassVar[frozenset[str]]  # names of ``CAPABILITIES``
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = ()  # exact types that ``read`` takes
+    lacks: ClassVar[Mapping[str, str]] = MappingProxyType({})  # of a missing capability, why it cannot have it
 
     single_stage: ClassVar[bool] = False
     stages_name: ClassVar[str] = ""  # the attribute that holds the stages; "" where blocks are the model's own

@@ -62,6 +62,9 @@ class BeitFamily(EvaFamily):
     capabilities = frozenset({"images", "width", "isotropic", "depth", "convolutions", "mixers", "features", "streams"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Beit, VisionTransformerRelPos)
     one_head_only = "a head has position biases of its own"
+    lacks: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("tokens", "global_attention"), "a position bias belongs to two places, and a merged token has none"
+    )
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
         "qk_norm": False,

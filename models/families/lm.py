@@ -229,6 +229,7 @@ class LanguageModelFamily(Family):
     """The family ``lm``: the decoder of this module; its grid is one row of words."""
 
     name = "lm"
+    lacks: ClassVar[dict[str, str]] = {"global_attention": "a word attends to itself and to those before it"}
     capabilities = frozenset({"text", "width", "depth", "mixed_heads", "streams"})
     single_stage = True
     fixed_fields: ClassVar[dict[str, Any]] = {

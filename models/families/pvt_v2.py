@@ -151,6 +151,10 @@ class PVTv2Family(Family):
         {"images", "width", "depth", "convolutions", "spatial_reduction", "mixed_heads", "streams"}
     )
     timm_classes = (PyramidVisionTransformerV2,)
+    lacks: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("tokens", "global_attention"),
+        "inside a block, convolutions of its MLP and of its reduced map read neighbours on the whole grid of patches",
+    )
     stages_name = "stages"
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
     probe_patch = 4

@@ -220,6 +220,10 @@ class SwinFamily(Family):
     name = "swin"
     capabilities = frozenset({"images", "width", "depth", "convolutions", "mixers", "windows", "streams"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformer,)
+    lacks: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("tokens", "global_attention"),
+        "attention is within windows of the whole grid, and its biases are between places: a merged token has none",
+    )
     stages_name = "layers"
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
     one_head_only = "a Swin head has position biases of its own"

@@ -89,5 +89,5 @@ def test_unknown_methods_and_families_are_named() -> None:
         r"nvit, .* \(of 'cait', it has 'mixed_maps': attention maps of heads are mixed",
     ):
         get_method("upvit", WidthMethod).check(Arch.from_timm("cait_xxs24_224"))
-    with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': a block may have a token plan"):
+    with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': inside a block, convolutions"):
         get_method("pmvit", TokenMethod).check(Arch.from_timm("pvt_v2_b0"))

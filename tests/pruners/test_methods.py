@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from prunesweep.launch.cli import app
-from prunesweep.models import UserError, arch_of, cost, load, load_provenance, save
+from prunesweep.models import UserError, arch_of, cost, cut, load, load_provenance, save
+from prunesweep.models.families import FAMILIES
 from prunesweep.pruners import (
     METHODS,
     AppliedMethod,
@@ -37,6 +39,8 @@ from prunesweep.pruners import (
 )
 from prunesweep.search.config import parse_config
 from prunesweep.training.recipe import recipe_names
+from tests import contract_pruner
+from tests.generate import random_model
 from tests.pruners.test_semi_structured import is_2_4
 
 README = Path(__file__).parents[2] / "README.md"
@@ -225,3 +229,33 @@ def test_two_of_four_weights_are_zeroed(source: Path, tmp_path: Path) -> None:
         (("--set", "a=1"), "--set: means nothing to method '2:4'"),
     ):
         assert message in str(prune(source, tmp_path / "again", *options, method="2:4").exception)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_family_is_served_or_refused_with_the_reason(name: str) -> None:
+    """What ``method.families`` says, and so the README; ``test_contract`` has the width methods."""
+    method = METHODS[name]
+    for family in FAMILIES:
+        drawn = arch_of(contract_pruner.source(family, 7, attn_norm=False, mlp_norm=False))
+        stages = tuple(
+            dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, mlp=64) for b in s.blocks)) for s in drawn.stages
+        )  # groups of units can go
+        arch = dataclasses.replace(drawn, stages=stages)
+        model = random_model(arch, 0, torch.float32)
+        if family not in method.families:
+            with pytest.raises(UserError, match=rf"\(of '{family}', it (lacks|has) '\w+': \w+"):
+                method.check(arch)
+            continue
+        method.check(arch)
+        if isinstance(method, WidthMethod):
+            continue
+        batches = contract_pruner.labelled(arch, 1, torch.float32)
+        if isinstance(method, TokenMethod):
+            planned = cut(model, method.plan(arch, method.score(model, batches), keep_rate=0.5))
+            assert any(block.tokens for block in arch_of(planned).blocks), family
+            model = planned
+        elif isinstance(method, AppliedMethod):
+            model = method.apply(model, method.configure({"r": 1} if "r" in method.option_names else {})).model
+        elif isinstance(method, TrainedMethod):
+            method.hook(method.for_budgets((0.7,), {}), arch).wrap(model)
+        assert torch.isfinite(model(batches[0][0])).all(), family

@@ -1,4 +1,4 @@
-"""Searches of models whose weights are adopted, three trials long, in this process."""
+"""Searches of models whose weights are adopted, and of one behind a stem, three trials long, in this process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
 
-from prunesweep.models import adopted, arch_of, cost, load, save
+from prunesweep.models import Arch, Block, Stage, Stem, adopted, arch_of, cost, load, save
+from prunesweep.models.io.export import export
 from prunesweep.search.config import parse_config
 from prunesweep.search.execution.driver import run_search
+from tests.generate import random_model
 from tests.search.in_process import without_ray
 
 SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 16}
@@ -35,7 +38,29 @@ def test_three_trials(
 ) -> None:
     without_ray(monkeypatch)
     torch.manual_seed(0)
-    source = save(adopted(timm.create_model(name, **SHAPE, **shape)), tmp_path / "source")
+    searched(adopted(timm.create_model(name, **SHAPE, **shape)), recover, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no better than chance")
+def test_three_trials_behind_a_stem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    blocks = tuple(Block(src=i, heads=2, qk=8, v=8, scale=8**-0.5, mlp=32) for i in range(2))
+    arch = Arch(
+        family="vit",
+        source="stemmed",
+        stages=(Stage(width=16, grid=(4, 4), blocks=blocks),),
+        stem=Stem(kind="convolutions", channels=(4,), strides=(2, 1)),
+        **{"img_size": (8, 8), "patch_size": (2, 2), "in_chans": 1, "num_classes": 10},
+    )
+    for small in searched(random_model(arch, 0, torch.float32), True, tmp_path):
+        assert arch_of(small).stem == arch.stem
+    assert export(small, tmp_path / "alone", "standalone") < 1e-5
+
+
+def searched(model: nn.Module, recover: bool, folder: Path) -> list[nn.Module]:
+    """The models of a search from a source, smaller and else alike."""
+    source = save(model, folder / "source")
     table = {
         "name": "adopted",
         "data": {"name": "digits"},
@@ -45,10 +70,11 @@ def test_three_trials(
         "search": {"trials": 3, "recover": recover, "project": recover, "screen_images": 64},
         "finetune": {"epochs": 1, "batch_size": 256},
     }
-    run_search(parse_config(table, "test"), tmp_path / "run")
+    run_search(parse_config(table, "test"), folder / "run")
     whole = arch_of(load(source))
-    found = [load(folder) for folder in (tmp_path / "run" / "trials").glob("*/model")]
+    found = [load(trial) for trial in (folder / "run" / "trials").glob("*/model")]
     assert found
     for arch in map(arch_of, found):
         assert (arch.family, arch.rope, arch.position_bias) == (whole.family, whole.rope, whole.position_bias)
         assert cost(arch).macs < cost(whole).macs
+    return found
