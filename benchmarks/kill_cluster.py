@@ -193,6 +193,8 @@ def series(
             moments.append(when)
     code, run = search.process.returncode, search.run()
     text = search.output.read_text(errors="replace")
+    for unit, why in run.failures().items() if run is not None else ():
+        print(f"{unit} failed: {why[-1500:]}", flush=True)
     if code or run is None:
         print(text[-3000:], flush=True)
         return {"kills": len(moments), "exit_code": code, "output": text[-3000:]}

@@ -35,7 +35,7 @@ from prunesweep.search.store.mirror import Mirror, place_for
 from prunesweep.search.store.progress import BEGUN
 from prunesweep.search.store.records import read_json
 from prunesweep.search.store.run import Run, Task, task_id
-from prunesweep.search.store.stored import PREPARED, STATE, STOPPING, TRAINING, WORKERS
+from prunesweep.search.store.stored import HANDED, PREPARED, STATE, STOPPING, TRAINING, WORKERS
 from prunesweep.training.jobs.recovery import STATISTICS
 from prunesweep.training.jobs.scoring import Progress
 from prunesweep.training.jobs.training_job import CannotBegin, TrainingJob
@@ -171,7 +171,12 @@ def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator
         (mirror.path / name).write_text(text, encoding="utf-8")
     if unit.rung:
         _wait_for_model(mirror, folders[1])
-    (mirror.path / own / "result.json").unlink(missing_ok=True)
+    result, handed = (mirror.path / own / name for name in ("result.json", HANDED))
+    result.unlink(missing_ok=True)
+    if handed.is_file():
+        handed.replace(result)
+        if not _has_finished(run, unit):
+            result.unlink()
 
     def carry() -> None:
         mirror.push(name for name in mirror.files(own) if name.endswith(CARRIED))
@@ -182,9 +187,19 @@ def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator
     board = run.board(unit.number).relative_to(run.path).as_posix()
     made = [name for name in (*mirror.files(own), *mirror.files(board)) if not name.endswith("/result.json")]
     mirror.push(made)
+    if _has_finished(run, unit):
+        shutil.copyfile(result, handed)
+        mirror.push([f"{own}{HANDED}"])
     mirror.drop(own)
     for below in {*folders, *(f"{Path(name).parent}/" for name in files)}:
         shutil.rmtree(mirror.path / below, ignore_errors=True)
+
+
+def _has_finished(run: Run, unit: Task) -> bool:
+    with contextlib.suppress(UserError):
+        found = run.read_result(unit.id)
+        return found is not None and found["state"] == "finished"
+    return False
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ WORKERS = ".workers"  # folder of what Ray Train keeps of workers of trials
 MAKING = ".making"  # object of a run that is not there yet with all of its files
 STOP, STOPPING = ".stop", ".stopping"  # objects: a search is asked to stop; its trials are
 TRAINING = "state.safetensors"
+HANDED = "handed.json"  # what a trial gave on a node, until the driver has taken it
 
 
 class StoredRun:
@@ -157,6 +158,7 @@ class StoredRun:
         if found["state"] in ("finished", "failed"):
             own = Result(**found["result"]) if found["state"] == "finished" else None
             Run(self.path).write_result(unit, result=own, error=found.get("error"))
+            (Run(self.path).trial(unit) / HANDED).unlink(missing_ok=True)
 
     def files_of(self, task: Task) -> dict[str, str]:
         """The small files that a trial needs, by name: its decision, its task, and the results of the rungs below."""

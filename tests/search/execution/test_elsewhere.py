@@ -15,6 +15,7 @@ from prunesweep.search.execution import elsewhere
 from prunesweep.search.execution.elsewhere import Access, PromotedFiles, unit_files
 from prunesweep.search.store.lease import LEASES
 from prunesweep.search.store.mirror import Mirror
+from prunesweep.search.store.records import Result
 from prunesweep.search.store.run import Run, Task
 from prunesweep.search.store.stored import STOPPING
 from prunesweep.training.jobs.training_job import CannotBegin, TrainingJob
@@ -78,6 +79,24 @@ def test_a_trial_goes_on_elsewhere_from_the_state_that_was_published(
         f"{folder}/model/config.json",
     ]
     assert not (right.path / folder).exists()
+
+
+def test_a_result_that_a_killed_driver_did_not_take_is_taken_by_the_next(store: Store, tmp_path: Path) -> None:
+    """And the trial is not done again, unless what was handed in is damaged, or says that the trial failed."""
+    url, unit, handed = store.url("runs/handed"), task(), "trials/r0-0003/handed.json"
+    left, right, there = Mirror(tmp_path / "left", Objects(url)), Mirror(tmp_path / "right", Objects(url)), Objects(url)
+    result = Result(3, 90.0, 90.0, 500, 10, "a", {}, 1.0, key="k")
+    files = {"trials/r0-0003/cut.json": "{}"}
+    with unit_files(left, unit, files):
+        given = Run(left.path).write_result(unit.id, result=result)
+    assert handed in there.list()
+    with unit_files(right, unit, files):
+        assert Run(right.path).read_result(unit.id) == given
+    there.write(handed, b"{}")
+    with unit_files(right, unit, files):
+        assert Run(right.path).read_result(unit.id) is None
+        Run(right.path).write_result(unit.id, error="its own")
+    assert handed not in there.list()
 
 
 def test_workers_of_a_trial_find_its_files_in_the_store(
