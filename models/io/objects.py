@@ -95,6 +95,8 @@ class Objects:
     Args:
         url: ``s3://``, ``gs://``, ``abfs://``, ``hdfs://``, or another scheme that fsspec opens.
         note: is told, in a line for people, when the store does not answer and when it does again.
+        known: it has answered to another process, so it is asked for minutes from the first question on; else an
+            endpoint that is not there is told of within seconds.
 
     Attributes:
         guard: called before every attempt to change something; what it raises ends the attempts.
@@ -103,11 +105,11 @@ class Objects:
         UserError: nothing opens such a URL.
     """
 
-    def __init__(self, url: str, note: Callable[[str], None] = warnings.warn) -> None:
+    def __init__(self, url: str, note: Callable[[str], None] = warnings.warn, *, known: bool = False) -> None:
         self.url, self.note = url, note
         self.guard: Callable[[], object] = lambda: None
         self._files, self._base = _open(url)
-        self._answered = False
+        self._answered = known
         self._troubled = 0  # threads that wait
         self._lock = threading.Lock()
 

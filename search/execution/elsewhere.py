@@ -88,12 +88,12 @@ class Access(NamedTuple):
 
     def check(self) -> None:
         """Raise Lost where another driver has taken over; as ``Fence``'s."""
-        if highest(Objects(self.url).list(LEASES)) > self.number:
+        if highest(Objects(self.url, known=True).list(LEASES)) > self.number:
             raise Lost(f"{self.url}: another driver has taken over; nothing more is published")
 
     def objects(self) -> Objects:
         """The run's; nothing is published by them once another driver has taken over."""
-        found = Objects(self.url)
+        found = Objects(self.url, known=True)
         found.guard = self.check
         return found
 

@@ -34,6 +34,7 @@ from prunesweep.models import (
 )
 from prunesweep.models.io.files import disk_full, machine_fails, write_text
 from prunesweep.models.io.lock import Lost
+from prunesweep.models.io.objects import StoreFails
 from prunesweep.models.io.provenance import versions
 from prunesweep.models.io.reading import read_json
 from prunesweep.models.io.store import check_saved, saved_digest
@@ -218,7 +219,7 @@ def run_task(path: Path, unit: Task, fence: Fencing | None = None, away: Away | 
         context.away = away
         result = _work(context, unit)
         return {"state": "stopped"} if result is None else run.write_result(unit.id, result=result)
-    except (RunBroken, CannotBegin, Lost) as broken:  # the second one by a worker of its own, on another node maybe
+    except (RunBroken, CannotBegin, Lost, StoreFails) as broken:  # CannotBegin: by a worker of its own, maybe elsewhere
         return {"state": "broken", "reason": str(broken)}
     except Exception as error:
         if disk_full(error):  # it is no fault of the unit's, which goes on once there is room

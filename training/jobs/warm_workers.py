@@ -297,7 +297,7 @@ class WarmWorkers:
             ray.kill(self._jobs)
         if self._name is not None and is_url(self._storage):
             with contextlib.suppress(UserError):  # the run's driver deletes what is left
-                Objects(str(self._storage)).delete_folder(self._name)
+                Objects(str(self._storage), known=True).delete_folder(self._name)
         elif self._name is not None:
             shutil.rmtree(Path(self._storage, self._name), ignore_errors=True)
         self._jobs = self._thread = self._trainer = self._name = None

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from prunesweep.models import Cut, UserError, arch_of, cost, load, load_provenance, save
+from prunesweep.models.io.objects import StoreFails
 from prunesweep.pruners import Scores
 from prunesweep.search.config import SearchConfig, parse_config
 from prunesweep.search.execution import task
@@ -494,6 +495,7 @@ def test_a_training_that_was_killed_for_memory_goes_on_with_smaller_parts(
         (OSError(errno.EIO, "Input/output error"), "broken"),
         (RuntimeError("unable to open file: Too many open files"), "broken"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk full"),
+        (StoreFails("s3://bucket/run: the store has not answered for 600 s"), "broken"),
         (RuntimeError("shapes do not match"), "failed"),
     ],
 )

@@ -134,6 +134,12 @@ def test_a_store_that_fails_for_a_while_is_asked_again(store: Store, url: str, m
     assert [("does not answer" in note, "answers again" in note) for note in notes] == [(True, False), (False, True)]
 
     store.fails = lambda *_: True
+    monkeypatch.setattr(objects_module, "FIRST", 0.0)
+    with pytest.raises(StoreFails, match="the store has not answered for"):
+        Objects(url, notes.append).list()
+    store.fails = lambda *_: len(notes) < 3
+    assert len(Objects(url, notes.append, known=True).list()) == 4  # as another process has had answers
+    store.fails = lambda *_: True
     monkeypatch.setattr(objects_module, "PATIENCE", 0.2)
     with pytest.raises(StoreFails, match="the store has not answered for"):
         found.write("never", b"")
