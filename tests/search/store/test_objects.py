@@ -377,6 +377,27 @@ def test_models_that_leave_the_front_leave_the_store(url: str, machine: Any, mon
     assert nothing.list() == {}
 
 
+def test_a_search_whose_study_is_in_a_database_is_published(
+    url: str, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no journal."""
+    monkeypatch.setattr(stored_module, "LOOK", 0.05)
+    run, search, objects = begin(url, new=True).__enter__(), coordinator(), Objects(url)
+    make_run(run.path)
+    run.publish()
+    run.follow(search)
+    (run.path / "study.json").write_text("{}")
+    search.handed_out = ["r0-0000"]
+    finish(run, "r0-0000")
+    eventually(lambda: "trials/r0-0000/result.json" in objects.list())
+    run.close()
+    assert objects.read("study.json") == b"{}"
+    machine("second")
+    with begin(url, new=False) as again:
+        assert not (again.path / JOURNAL).exists()
+        assert (again.path / "study.json").exists()
+
+
 def test_a_new_run_takes_the_place_of_one_that_was_not_made_and_of_nothing_else(url: str, machine: Any) -> None:
     objects = Objects(url)
     objects.write("photographs/1.jpg", b"mine")
