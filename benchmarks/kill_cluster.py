@@ -11,6 +11,7 @@ runs on them; again and again something is killed with SIGKILL after a random ti
     raylet          the node manager of a node; another node joins some seconds later
     node            all processes of a node at once; another node joins some seconds later
     outage          nothing; the store answers 500 to every request for some seconds (``--place store`` alone)
+    disk            nothing; the disk of one node is full for some seconds (``--place store`` alone, as root)
 
 ``--place folder`` has the run in a folder that all nodes see, ``--place store`` on an S3 server, with nodes that see
 nothing but their own folders. Writes benchmarks/results/kill_cluster.json: results that are lost, done twice or failed,
@@ -47,16 +48,19 @@ from prunesweep.search.verify import verify
 from tests.object_store import Store, serving
 
 RESULTS = Path(__file__).parent / "results" / "kill_cluster.json"
-KINDS = ("driver", "worker", "train-worker", "raylet", "node", "outage")
+KINDS = ("driver", "worker", "train-worker", "raylet", "node", "outage", "disk")
 MEMORY = {"object_store_memory": 80 * 2**20}
 ABSENT = 5.0  # seconds until another node takes the place of one that was lost
 OUTAGE = 30.0  # seconds for which the store fails
+FULL = 20.0  # seconds for which a disk is full
+DISK = 400  # MiB of the disk of one node
 LEFT = """
 import json, sys, ray
 from ray.util import placement_group_table
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 groups = [one["name"] or key for key, one in placement_group_table().items() if one["state"] != "REMOVED"]
 actors = [one for one in ray._private.state.actors().values() if one["State"] != "DEAD"]
+actors = [one for one in actors if one["ActorClassName"] != "_AutoscalingCoordinatorActor"]  # Ray Train's, for all runs
 print(json.dumps([f"placement group {name}" for name in groups] + [f"actor {one['ActorClassName']}" for one in actors]))
 """
 
@@ -66,6 +70,10 @@ class Nodes:
 
     def __init__(self, place: Path, shared: bool) -> None:
         self.place, self.shared, self.made = place, shared, 0
+        self.disk = place / "homes" / "node1"
+        if not shared:
+            self.disk.mkdir(parents=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", self.disk], check=True)
         options = {**MEMORY, "num_cpus": 0, "include_dashboard": False, "env_vars": self.environment("head")}
         self.cluster = Cluster(initialize_head=True, head_node_args=options)
         for _ in range(3):
@@ -91,6 +99,15 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
         time.sleep(ABSENT)
         self.add()
+
+    def fill(self) -> None:
+        """Leave no room on the disk of one node for a while."""
+        file = self.disk / "filler"
+        with contextlib.suppress(OSError), file.open("wb", buffering=0) as out:
+            while out.write(bytes(2**20)) == 2**20:
+                continue
+        time.sleep(FULL)
+        file.unlink()
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Those of all nodes that do a kind of work."""
@@ -164,6 +181,8 @@ def interrupt(what: str, search: Search, nodes: Nodes, store: Store | None, mome
         search.start()
     elif what in ("raylet", "node"):
         nodes.lose(moment, whole=what == "node")
+    elif what == "disk":
+        nodes.fill()
     elif what == "outage":
         assert store is not None
         store.fails = lambda *_: True
@@ -193,6 +212,7 @@ def series(
             moments.append(when)
     code, run = search.process.returncode, search.run()
     text = search.output.read_text(errors="replace")
+    print("\n".join(line for line in text.splitlines() if "full" in line or "lost" in line), flush=True)
     for unit, why in run.failures().items() if run is not None else ():
         print(f"{unit} failed: {why[-1500:]}", flush=True)
     if code or run is None:
@@ -234,6 +254,8 @@ def cluster_of(place: Path, kind: str) -> Iterator[tuple[Nodes, Store | None]]:
         finally:
             ray.shutdown()
             nodes.cluster.shutdown()
+            if not nodes.shared:
+                subprocess.run(["umount", "--lazy", nodes.disk], check=True)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import ray
 
 from prunesweep.models.errors import UserError
-from prunesweep.models.io.files import make_folder, publish_folder, write_text
+from prunesweep.models.io.files import disk_full, make_folder, publish_folder, write_text
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.objects import Objects, joined
 from prunesweep.models.io.provenance import digest
@@ -138,10 +138,12 @@ def run_there(path: Path, unit: Task, files: Mapping[str, str], *, access: Acces
         fence: of the driver's folder.
 
     Returns:
-        As ``run_task``; with ``elsewhere``, true where the driver does not see what was made.
+        As ``run_task``; with ``elsewhere``, true where the driver does not see what was made, and ``disk``, a folder
+        there whose disk is full.
     """
     if access.here:
         return run_task(path, unit, fence, access)
+    disk = str(next(p for p in place_for(access.url, "workers").parents if p.is_dir()))
     try:
         mirror = access.opened()
         with unit_files(mirror, unit, files):
@@ -150,7 +152,11 @@ def run_there(path: Path, unit: Task, files: Mapping[str, str], *, access: Acces
         return {"state": "broken", "reason": str(lost)}
     except UserError as error:  # the store, which has been asked for minutes
         return {"state": "broken", "reason": str(error)}
-    return {**found, "elsewhere": True}
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        found = {"state": "disk full"}
+    return {**found, "elsewhere": True, "disk": disk}
 
 
 @contextlib.contextmanager

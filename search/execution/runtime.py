@@ -12,6 +12,8 @@ import json
 import logging
 import math
 import os
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -52,6 +54,9 @@ from .task import run_task  # noqa: E402
 __all__ = ["RayConnection", "execute", "max_concurrent", "node"]
 
 RESTARTS = 2  # of a unit whose process was lost
+PARKED = "parked"  # state of an actor on a node without room
+PARKED_STEP = 5.0  # seconds until it says so again
+ROOM = 256 * 2**20  # bytes that are free before a node works again whose disk was full
 OWN_BYTES, PROCESS_BYTES = 3 * 2**29, 2**30  # memory of the driver with its Ray, and of every process that does trials
 COUNT = 5.0  # seconds between two looks at the nodes of a cluster
 PENDING = 10_000  # units that Tune may have waiting for places: the coordinator hands out no more than it should
@@ -240,7 +245,11 @@ class _Silent(tune.ProgressReporter):  # type: ignore[misc]
 
 
 class _TaskActor(tune.Trainable):  # type: ignore[misc]
-    """Runs one unit per step. Tune reuses the actor, so the next unit needs no new process."""
+    """Runs one unit per step. Tune reuses the actor, so the next unit needs no new process.
+
+    Where a node's own disk is full, the actor keeps its place there and does nothing until there is room: the unit, and
+    those that follow, go to other nodes.
+    """
 
     def setup(self, config: dict[str, Any]) -> None:
         import torch
@@ -249,15 +258,33 @@ class _TaskActor(tune.Trainable):  # type: ignore[misc]
         torch.set_num_threads(config["threads"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._job = new_config
+        self._job, self._full = new_config, ""
         allow_modules(new_config["modules"])
         return True
 
     def step(self) -> dict[str, Any]:
+        if self._full:
+            return self._wait_for_room()
         further = {"files": self._job["files"]} if "files" in self._job else {}
         found = self._job["work"](Path(self._job["run"]), Task(**self._job["unit"]), **further)
+        if found["state"] == "disk full" and found.get("disk"):
+            self._full = found["disk"]
+            return {
+                "state": PARKED,
+                "reason": f"{socket.gethostname()}: the disk of {self._full} is full",
+                "done": False,
+            }
         given = json.dumps(found) if found.get("elsewhere") else None
         return {"state": found["state"], "reason": found.get("reason"), "given": given, "done": True}
+
+    def _wait_for_room(self) -> dict[str, Any]:
+        """Look for a while; the unit is no longer this actor's."""
+        deadline = time.monotonic() + PARKED_STEP
+        while shutil.disk_usage(self._full).free < ROOM:
+            if time.monotonic() > deadline:
+                return {"state": PARKED, "done": False}
+            time.sleep(min(1.0, PARKED_STEP))
+        return {"state": "room", "done": True}
 
     def cleanup(self) -> None:
         """End the workers of trials of several, which stay from one to the next."""
@@ -279,11 +306,13 @@ class _Searcher(Searcher):  # type: ignore[misc]
         on_change: Sequence[Callable[[], None]],
         count: Callable[[], int] | None,
         stored: StoredRun | None,
+        note: Callable[[str], None],
     ) -> None:
         super().__init__()
-        self._stored = stored
+        self._stored, self._note = stored, note
         self._coordinator, self._on_change, self._count = coordinator, on_change, count
         self._units: dict[str, str] = {}
+        self._parked = set[str]()  # Tune's trials whose actors wait for room on their nodes, without a unit
         self.errors: dict[str, Exception] = {}  # of Tune's trials that end by one
         self.failure: Exception | None = None
         self._kills = memory_kills()
@@ -326,7 +355,31 @@ class _Searcher(Searcher):  # type: ignore[misc]
         except (UserError, OSError) as error:
             self._give_up(error)
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A unit could not be done for its node's disk is full: it goes elsewhere, if there is another node."""
+        if result.get("state") != PARKED or trial_id in self._parked:
+            return
+        self._parked.add(trial_id)
+        unit = self._units.pop(trial_id)
+        if len(self._parked) >= self._coordinator.max_concurrent:
+            self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), result["reason"]))
+        else:
+            self._note(f"{result['reason']}: its trials go elsewhere until {ROOM // 2**20} MiB are free")
+        try:
+            self._coordinator.complete(unit)
+            self._changed()
+        except (SearchFailed, UserError, OSError) as failure:
+            self._give_up(failure)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._coordinator.done
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id in self._parked:
+            self._parked.discard(trial_id)
+            return
         if error and not alive():  # nor did its candidate fail
             self._give_up(RayDied("Ray died"))
             return
@@ -394,6 +447,13 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         super().__init__()
         self._searcher = searcher
 
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """End an actor that waits for room where all work is done; one that dies meanwhile does not begin again."""
+        if result.get("state") != PARKED:
+            return str(FIFOScheduler.CONTINUE)
+        trial.max_failures = 0
+        return str(FIFOScheduler.STOP if self._searcher.done else FIFOScheduler.CONTINUE)
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         error = trial.get_pickled_error()
         if error is not None:
@@ -436,7 +496,7 @@ def execute(
         RunBroken: what every unit needs cannot be had, or their processes cannot begin.
         UserError: the space cannot be sampled.
     """
-    searcher = _Searcher(coordinator, on_change, count, stored)
+    searcher = _Searcher(coordinator, on_change, count, stored, note)
     # by default Tune asks for the second unit once the first one's process is up; they should start side by side
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(PENDING)
     own = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}

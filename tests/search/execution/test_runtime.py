@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from prunesweep.models import UserError
+from prunesweep.models.io.files import disk_full
 from prunesweep.search.config import ResourcesTable
 from prunesweep.search.execution import runtime
 from prunesweep.search.execution.coordinator import RunBroken
@@ -107,6 +110,42 @@ def test_a_process_that_is_lost_again_and_again_fails_its_candidate(tmp_path: Pa
     assert told == ["trial 0 was lost with its process; it goes on elsewhere from its start"] * 2
     assert list(coordinator.failures) == ["r0-0000"]
     assert "was lost 3 times" in coordinator.failures["r0-0000"]
+
+
+@pytest.mark.slow
+def test_a_node_whose_disk_is_full_gets_no_more_units(tmp_path: Path) -> None:
+    """Its unit is done by another one; where all disks are full, the search ends, and nothing has failed."""
+    run, resources = make_run(tmp_path / "run"), ResourcesTable(cpus=2)
+    (run / "small disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", run / "small disk"], check=False).returncode:
+        pytest.skip("only root can mount a small file system")
+    told = list[str]()
+    try:
+        with RayConnection(resources, address=None, verbose=False, on_death=lambda: None):
+            coordinator = start(run, requested=4, max_concurrent=2)
+            execute(coordinator, resources, work=first_is_full, note=told.append)
+            assert [coordinator.finished, len(coordinator.results), len(coordinator.failures)] == [True, 4, 0]
+            assert len(told) == 1
+            assert told[0].endswith("small disk is full: its trials go elsewhere until 256 MiB are free")
+
+            (run / "full").unlink()
+            coordinator = start(run, requested=6, max_concurrent=1)
+            with pytest.raises(OSError, match="small disk is full") as found:
+                execute(coordinator, resources, work=first_is_full)
+            assert disk_full(found.value)
+            assert run.failures() == {}
+            assert len(run.results()) == 4
+    finally:
+        subprocess.run(["umount", "--lazy", run / "small disk"], check=True)
+
+
+def first_is_full(path: Path, unit: Task) -> Mapping[str, Any]:
+    """The process that comes first has no room on its disk."""
+    run = Run(path)
+    with contextlib.suppress(FileExistsError):
+        (run / "full").touch(exist_ok=False)
+        return {"state": "disk full", "elsewhere": True, "disk": str(run / "small disk")}
+    return run.write_result(unit.id, result=made_up(run, unit))
 
 
 @pytest.mark.slow
