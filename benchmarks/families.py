@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.record import begun, write_result
 from benchmarks.subspaces import uniform
 from prunesweep.models import Arch, Block, Stage, arch_of, build, cost, cut, load, save
-from prunesweep.pruners import kl_divergence, taylor, width_path
+from prunesweep.pruners import TrainedMethod, get_method, kl_divergence, taylor, width_path
 from prunesweep.pruners.subspaces import SourceStatistics, compress, instant, projected_widths, recover
 from prunesweep.training import EVAL_BATCH, Compared, EvalMetrics, evaluate_all, fit, load_recipe, open_data
 from prunesweep.training.jobs.placement import Placement
@@ -130,7 +130,7 @@ def one_family(family: str, cache: Path) -> dict[str, Any]:
 
 
 def decided(epochs: int, cache: Path) -> dict[str, Any]:
-    """UVC's model at a half of the MACs, and ``instant``'s, untrained and trained for as long with the same teacher."""
+    """UVC at a half of the MACs, as it comes and finetuned by recipe ``quick``, and ``instant``, untrained."""
     folder, whole = cache / "digits-swin-8x8", record("swin")
     if not folder.exists():
         model = build(dataclasses.replace(whole, img_size=(8, 8), patch_size=(1, 1)))
@@ -142,13 +142,15 @@ def decided(epochs: int, cache: Path) -> dict[str, Any]:
     began = time.process_time()
     (point,) = instant(source, batches, (0.5,))
     rows = [({"how": "instant, untrained", "seconds": time.process_time() - began}, point.model)]
-    trained, began = copy.deepcopy(point.model), time.process_time()
-    fit(trained, data, load_recipe("gentle", {"epochs": epochs}), teacher=source)
-    rows.append(({"how": "instant, trained", "seconds": time.process_time() - began}, trained))
     with tempfile.TemporaryDirectory() as out:
         recipe, began = load_recipe("quick", {"epochs": epochs}), time.process_time()
-        for one in TrainedPruning(source, "digits", "uvc", (0.5,), recipe, Path(out) / "out").run(Placement(1)):
+        paced = get_method("uvc", TrainedMethod).paced(whole, epochs * (data.train_images // recipe.batch_size))
+        run = TrainedPruning(source, "digits", "uvc", (0.5,), recipe, Path(out) / "out", options=paced)
+        for one in run.run(Placement(1)):
             rows.append(({"how": "uvc", "seconds": time.process_time() - began}, load(one.folder)))
+    trained, began = copy.deepcopy(rows[-1][1]), time.process_time()
+    fit(trained, data, load_recipe("quick"), teacher=source)
+    rows.append(({"how": "uvc, finetuned", "seconds": time.process_time() - began}, trained))
     models = [({"how": "source"}, source), *rows]
     figures = evaluate_all([model for _, model in models], Compared(data.val_loader(EVAL_BATCH), source))
     macs = cost(arch_of(source)).macs

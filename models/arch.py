@@ -238,6 +238,7 @@ class Arch:
     mlp_bias: bool = True  # of both layers of an MLP
     position_bias: PositionBias | None = None
     stem: Stem | None = None  # ``patch_size`` is in pixels, then, too
+    patch_factors: bool = False  # a frozen factor multiplies every patch before positions are added: UVC's patch gates
     text: Text | None = None  # of family lm
 
     @property

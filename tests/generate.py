@@ -336,7 +336,7 @@ def random_model(arch: Arch, seed: int, dtype: torch.dtype = torch.float64) -> n
                 torch.randn(p.shape, generator=generator, dtype=dtype) * 0.3 + ("norm" in name and "weight" in name)
             )
         for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var", "token_scale")):
+            if name.endswith(("running_mean", "running_var", "token_scale", "patch_embed.factor")):
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=dtype))
             elif name == "columns":  # some of the source's sinusoids
                 text = model.arch.text

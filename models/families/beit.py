@@ -72,6 +72,7 @@ class BeitFamily(EvaFamily):
         "stem": None,
         "class_attention": None,
         "cross_covariance": None,
+        "patch_factors": False,
     }
     block_tensors: ClassVar[Table] = {
         **EvaFamily.block_tensors,

@@ -26,6 +26,7 @@ PLAIN: Mapping[str, Any] = {
     "stem": None,
     "mlp_scale": True,
     "mlp_entry_norm": False,
+    "patch_factors": False,
     "class_attention": None,
     "cross_covariance": None,
 }

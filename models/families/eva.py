@@ -106,6 +106,7 @@ class EvaFamily(VisionTransformerFamily):
         "position_bias": None,
         "class_attention": None,
         "cross_covariance": None,
+        "patch_factors": False,
     }
     block_tensors: ClassVar[Table] = {
         **{

@@ -62,6 +62,7 @@ from .stem import (
 from .views import Reader
 from .vit_models import (
     AttentionPooledTransformer,
+    FactoredPatchEmbed,
     HeteroVisionTransformer,
     HeteroVisionTransformerDistilled,
     check_size,
@@ -220,6 +221,8 @@ def build_vit(
     options: dict[str, Any] = {"reg_tokens": arch.reg_tokens} if arch.reg_tokens else {}
     if arch.stem is not None:
         options["embed_layer"] = partial(StemEmbed, arch.stem)
+    if arch.patch_factors:
+        options["embed_layer"] = FactoredPatchEmbed
     if not arch.dist_token:
         options["pool_include_prefix"] = arch.pool_prefix
     model: VisionTransformer = model_class(
@@ -272,7 +275,7 @@ class VisionTransformerFamily(Family):
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
     single_stage = True
     fixed_fields: ClassVar[dict[str, Any]] = {
-        name: value for name, value in PLAIN.items() if name not in ("glu", "mlp_norm", "stem")
+        name: value for name, value in PLAIN.items() if name not in ("glu", "mlp_norm", "stem", "patch_factors")
     }
     conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e-2)
     block_tensors = BLOCK
@@ -281,6 +284,7 @@ class VisionTransformerFamily(Family):
         "pos_embed": (WHOLE, WHOLE, writes("in")),
         **linear("patch_embed.proj", "in", ""),
         **per_channel("patch_embed.norm", "in"),
+        "patch_embed.factor": (),
         **per_channel("norm_pre", "in"),
         **per_channel("norm", "out"),
         **per_channel("fc_norm", "out"),
@@ -398,6 +402,8 @@ class VisionTransformerFamily(Family):
     def make_dynamic(self, model: Any, arch: Arch) -> None:
         """Let position embeddings be resampled for every batch, where every block is attention over any tokens."""
         _check_any_tokens(arch, "dynamic_img_size = True")
+        if arch.patch_factors:
+            raise UserError(f"dynamic_img_size = True: {arch.source} has a factor for every patch of one grid")
         model.dynamic_img_size = True
         embed = model.patch_embed
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
@@ -420,6 +426,8 @@ class VisionTransformerFamily(Family):
             raise UserError("pool_prefix = True: is for pool = 'avg' or 'map' only")
         check_pool(arch)
         check_stem(arch)
+        if arch.patch_factors and (arch.stem is not None or arch.pre_norm):
+            raise UserError("patch_factors = true: needs stem = None and pre_norm = False")
         if arch.pool == "token" and not arch.class_token:
             raise UserError("pool = 'token': needs class_token = true; use pool = 'avg'")
         if arch.dist_token:

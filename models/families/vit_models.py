@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import to_2tuple
+import torch
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -14,7 +15,26 @@ from prunesweep.models.errors import UserError
 from prunesweep.models.layers.attention_pool import LatentAttentionPool
 from prunesweep.models.layers.mixers import ConvMixer
 
-__all__ = ["AttentionPooledTransformer", "HeteroVisionTransformer", "HeteroVisionTransformerDistilled", "check_size"]
+__all__ = [
+    "AttentionPooledTransformer",
+    "FactoredPatchEmbed",
+    "HeteroVisionTransformer",
+    "HeteroVisionTransformerDistilled",
+    "check_size",
+]
+
+
+class FactoredPatchEmbed(PatchEmbed):  # type: ignore[misc]  # timm is untyped
+    """timm's patch embedding with a frozen factor per patch, ``factor`` (P, 1), behind it (UVC's patch gates)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("factor", torch.ones(self.num_patches, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute patches (B, P, D) of images."""
+        found: torch.Tensor = super().forward(x) * self.factor
+        return found
 
 
 class HeteroVisionTransformer(VisionTransformer):  # type: ignore[misc]  # timm is untyped
@@ -86,10 +106,14 @@ def check_size(arch: Arch, img_size: tuple[int, int], patch_size: tuple[int, int
         img_size: rows and columns of the images that are asked for.
         patch_size: those of the patches.
     """
+    if (tuple(img_size), tuple(patch_size)) == (arch.img_size, arch.patch_size):
+        return
+    asked, own = f"img_size = {list(img_size)}, patch_size = {list(patch_size)}", "x".join(map(str, arch.img_size))
+    if arch.patch_factors:
+        raise UserError(f"{asked}: {arch.source} has a factor for every patch of {own} images; use it at that size")
     bound = [i for i, block in enumerate(arch.blocks) if block.tokens is not None or block.token_scale]
-    if bound and (tuple(img_size), tuple(patch_size)) != (arch.img_size, arch.patch_size):
+    if bound:
         raise UserError(
-            f"img_size = {list(img_size)}, patch_size = {list(patch_size)}: block {bound[0]} merges or scales tokens "
-            f"by a plan for {arch.img_size[0]}x{arch.img_size[1]} images; set the size of the model before it is "
-            "planned"
+            f"{asked}: block {bound[0]} merges or scales tokens by a plan for {own} images; set the size of the model "
+            "before it is planned"
         )

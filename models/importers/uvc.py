@@ -2,9 +2,12 @@
 
 A weight counts multiplied by its mask, biases count whole, and a block runs if its logit for running is greater than
 that for being skipped. Masks and gates determine the cut that makes the physically small model.
+Trained patch gates multiply every patch by their sigmoid, as in the training that they are from: they stay as factors.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,19 +34,23 @@ def read_uvc(tensors: Tensors, given: Given) -> nn.Module:
         The cut model in eval mode.
 
     Raises:
-        UserError: a key, a shape or ``given`` does not fit, or the file has patch gates.
+        UserError: a key, a shape or ``given`` does not fit.
     """
-    if "patch_gating" in tensors.left:
-        raise UserError(
-            "patch_gating: the file scales every patch by a trained factor behind the patch embedding, which no "
-            "compressed model here has and no other weight can take up; train without patch gating (UVC's own second "
-            "stage refuses such a file too)"
-        )
     gates = tensors.take("block_skip_gating", tensors.count("blocks."), 2)
     masks = _apply_masks(tensors)
     tensors.discard(r"gumbel\.(weight|bias)|blocks\.\d+\.(attn|mlp)_skip_gating")  # without effect once trained
     heads = one_number_of_heads(given, tensors.shape("cls_token", 3)[2], tensors.layout)
+    factors = None
+    if "patch_gating" in tensors.left:
+        patches = tensors.shape("patch_gating", 3)[1]
+        factors = tensors.take("patch_gating", 1, patches, 1)[0].sigmoid()
     arch = vit_arch(tensors, given, lambda i, width, _: timm_attention(tensors, f"blocks.{i}", width, heads))
+    if factors is not None:
+        (stage,) = arch.stages
+        if len(factors) != stage.grid[0] * stage.grid[1]:
+            raise UserError(f"patch_gating has {len(factors)} factors for {stage.grid[0] * stage.grid[1]} patches")
+        arch = replace(arch, patch_factors=True)
+        tensors.built["patch_embed.factor"] = factors
     dense = tensors.finish(arch)
     return cut(dense, _decision(arch_of(dense), (gates[:, 1] > gates[:, 0]).tolist(), masks))
 

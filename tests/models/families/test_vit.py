@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ from prunesweep.models import (
     load,
     save,
 )
+from prunesweep.models.families import family_of
 from prunesweep.models.tome import apply_tome
 from prunesweep.pruners.subspaces.compression import compress
 from prunesweep.pruners.subspaces.widths import Widths
 from tests.contract_family import FamilyContract
-from tests.generate import random_images, random_model, random_pooled_vit
+from tests.generate import random_images, random_model, random_pooled_vit, random_vit
 from tests.models.test_counting import counted_macs
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -188,3 +190,25 @@ def test_pools_keep_the_family_s_contract(tens: int, tmp_path: Path) -> None:
 def test_tome_refuses_attention_pools() -> None:
     with pytest.raises(UserError, match="ToMe: small has an attention pool"):
         apply_tome(random_model(pooled(), 0), 2)
+
+
+def factored(random: Random) -> Arch:
+    """A ViT with a frozen factor per patch."""
+    return dataclasses.replace(random_vit(random, True, True, True), pre_norm=False, patch_factors=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_contract_with_factors_of_patches(seed: int, tmp_path: Path) -> None:
+    contract = FamilyContract("vit", factored)
+    contract.check_axes(seed)
+    contract.check_models(seed)
+    contract.check_cost(seed, counted_macs)
+    contract.check_cut(seed)
+    contract.check_streams(seed)
+    contract.check_projections(seed)
+    contract.check_saved(seed, tmp_path / "model")
+    arch = factored(Random(seed))
+    with pytest.raises(UserError, match="needs stem = None and pre_norm = False"):
+        dataclasses.replace(arch, pre_norm=True).validate()
+    with pytest.raises(UserError, match="dynamic_img_size = True: "):
+        family_of(arch).make_dynamic(build(arch), arch)
