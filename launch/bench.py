@@ -58,9 +58,10 @@ def bench(
     """Measure models side by side: latency, throughput, and the speed-up that their MACs promise."""
     import json
 
-    from prunesweep.models import UserError
+    from prunesweep.models import UserError, arch_of
     from prunesweep.models.io.files import check_place, write_text
     from prunesweep.models.latency.timing import Setting, measure_all
+    from prunesweep.models.layers.mixers import with_heads_as_they_are
 
     from .console import PlainConsole
 
@@ -74,13 +75,18 @@ def bench(
     chosen = list(dict.fromkeys([*([] if source is None else [source]), *names]))
     predicted = _predictions(table, settings, chosen)
     loaded = [open_model(name) for name in chosen]
+    unequal = [i for i, model in enumerate(loaded) if _unequal_heads(arch_of(model))]
+    timed = [*loaded, *(with_heads_as_they_are(loaded[i]) for i in unequal)]
     console = PlainConsole()
     timings = []
     with progress_bar(PlainConsole(stderr=True)) as bar:
         for setting in settings:
             progress = bar(f"batch {setting.batch}")
-            timings.append(measure_all(loaded, setting, min_seconds=seconds, progress=progress))
+            timings.append(measure_all(timed, setting, min_seconds=seconds, progress=progress))
     found = {**_header(settings[0]), "source": chosen[0], "models": _results(chosen, loaded, timings, predicted)}
+    for place, i in enumerate(unequal, len(loaded)):
+        for timing, own in zip(found["models"][i]["timings"], timings, strict=True):
+            timing["unfilled_ms"] = own[place].median_ms
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1))
     console.print(_table(found))
@@ -88,6 +94,21 @@ def bench(
         if not _fits(model["model"]):
             label = f"model {number}" if number else "source"
             console.print(f"{label}: {model['model']}", highlight=False, markup=False, soft_wrap=True)
+    for number in unequal:
+        console.print(_unfilled(number, found["models"][number]), highlight=False, markup=False, soft_wrap=True)
+
+
+def _unequal_heads(arch: Arch) -> bool:
+    """Whether a block's heads read queries of another width than values, which kernels may want filled with zeros."""
+    return any(width != block.qk for block in arch.blocks if block.heads for width in block.v_widths)
+
+
+def _unfilled(number: int, model: Mapping[str, Any]) -> str:
+    name = f"model {number}" if number else "source"
+    times = (
+        f"{one['unfilled_ms']:.2f} for {one['latency_ms']:.2f} at batch {one['batch']}" for one in model["timings"]
+    )
+    return f"{name} has heads of unequal widths; ms if no zeros fill them up in memory: {', '.join(times)}"
 
 
 def _predictions(file: Path | None, settings: Sequence[Setting], names: Sequence[str]) -> Mapping[int, Sequence[float]]:

@@ -47,6 +47,20 @@ def test_bench(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
         assert mine["speed_up_per_macs_ratio"] == pytest.approx(mine["speed_up"] / ratio)
 
 
+def test_bench_shows_what_zeros_in_unequal_heads_are_worth(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = save(build(vit(dataclasses.replace(BLOCK, v=2), BLOCK)), tmp_path / "narrow")
+    file = tmp_path / "bench.json"
+    code, out, _ = call(capsys, "bench", folders[0], narrow, "--batch", "1,2", "--json", file, *FAST)
+    assert code == 0
+    assert "model 1 has heads of unequal widths; ms if no zeros fill them up in memory: " in out
+    assert "source has heads" not in out
+    source, other = (model["timings"] for model in json.loads(file.read_text())["models"])
+    assert all(timing["unfilled_ms"] > 0 for timing in other)
+    assert not any("unfilled_ms" in timing for timing in source)
+
+
 def test_a_source_that_is_among_the_models_is_measured_once_and_shown_first(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,15 +6,23 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import Attention
 from timm.models.pvt_v2 import Block as PvtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunesweep.models import Arch, Block, blocks_of, build
 from prunesweep.models.families.pvt_v2 import HeteroPvtBlock
 from prunesweep.models.families.swin import HeteroSwinBlock
-from prunesweep.models.layers.mixers import ConvMixer, HeteroAttention, attend
+from prunesweep.models.layers.mixers import (
+    ConvMixer,
+    HeteroAttention,
+    attend,
+    kernel_width,
+    with_heads_as_they_are,
+)
 from tests.generate import random_arch, random_images, random_model
 
 
@@ -52,6 +60,45 @@ def test_ragged_heads_equal_one_head_after_another(mask_heads: int) -> None:
         start += width
     found = attend(q, k, v, widths, scale, attn_mask=mask)
     torch.testing.assert_close(found, torch.cat(parts, -1), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("qk", "v"), [(6, 3), (3, 5), (4, 4), (1, 5)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_zeros_in_memory_change_nothing(qk: int, v: int, masked: bool) -> None:
+    """Only without gradients, and not beyond four times the narrower width."""
+    q, k, values = draw(2, 2, 7, qk), draw(2, 2, 7, qk, seed=1), draw(2, 7, 2 * v, seed=2)
+    options = {"attn_mask": draw(1, 2, 7, 7, seed=3)} if masked else {}
+    heads = rearrange(values, "b n (h v) -> b h n v", h=2)
+    with torch.no_grad():
+        assert kernel_width(q, heads) == {(6, 3): 6, (3, 5): 5}.get((qk, v))
+        found = attend(q, k, values, (v, v), 0.3, **options)
+    assert found.shape == (2, 7, 2 * v)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert kernel_width(q, heads) is None
+        torch.testing.assert_close(found, attend(q, k, values, (v, v), 0.3, **options), rtol=0, atol=1e-14)
+    assert kernel_width(q.requires_grad_(), heads) is None
+
+
+def test_heads_as_they_are() -> None:
+    """Only while that copy runs, also where it fails."""
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            seen.append(kernel_width(q, q[..., :2]))
+            assert q.shape[0]
+            return q
+
+    plain = Probe()
+    own = with_heads_as_they_are(plain)
+    q = draw(1, 1, 2, 4)
+    with torch.no_grad():
+        own(q)
+        plain(q)
+        with pytest.raises(AssertionError):
+            own(q[:0])
+        plain(q)
+    assert seen == [None, 4, None, 4]
 
 
 def test_token_scale_multiplies_query_key_and_value() -> None:
