@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from prunesweep.models import Arch, UserError, arch_of, weights_digest
+from prunesweep.models import Arch, UserError, arch_of, blocks_of, weights_digest
 from prunesweep.models.errors import nearest
 from prunesweep.models.families import FamiliesWith, family_of
+from prunesweep.pruners.divergence import kl_divergence
 from prunesweep.pruners.drawn_targets import image_digest, uniform_of
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
@@ -160,16 +161,22 @@ def score_depth(
     Raises:
         UserError: as ``score``.
     """
-    arch = _checked(model, batches)
+    own = arch_of(model)
+    resumes = own.family in FAMILIES  # behind what is left out; of other families, whole passes are compared
+    arch = _checked(model, batches) if resumes else own
     depth = torch.full((arch.depth,), torch.inf, dtype=torch.float64)
     rounds, last = arch.depth - len(arch.stages), 0.0
+    stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
     with _evaluating(model):
-        forward = _parts(arch).forward(model)
+        forward = _parts(arch).forward(model) if resumes else None
         for done in range(rounds):
             gone = frozenset(torch.nonzero(depth.isfinite())[:, 0].tolist())
-            left = [forward.stage_of[i] for i in range(arch.depth) if i not in gone]
-            trials = {i: 0.0 for i in range(arch.depth) if i not in gone and left.count(forward.stage_of[i]) > 1}
+            left = [stage_of[i] for i in range(arch.depth) if i not in gone]
+            trials = {i: 0.0 for i in range(arch.depth) if i not in gone and left.count(stage_of[i]) > 1}
             for x in _images(model, batches):
+                if forward is None:
+                    trials = {i: kl + _without(model, x, gone | {i}) for i, kl in trials.items()}
+                    continue
                 trace = _parts(arch).exact(forward, x, memory_mb)
                 trials = {i: kl + trace.without(gone | {i}) for i, kl in trials.items()}
             least = min(trials, key=lambda i: (trials[i], i))
@@ -180,6 +187,18 @@ def score_depth(
                 progress(done + 1, rounds)
     provenance = {"method": "depth_kl", "arch": arch.hash, "images": sum(len(x) for x, _ in batches)}
     return Scores({"depth": depth}, provenance)
+
+
+def _without(model: nn.Module, x: torch.Tensor, gone: frozenset[int]) -> float:
+    """Compute KL(model || model without these blocks), summed over images, by two passes."""
+    whole = model(x)
+    blocks = blocks_of(model)
+    handles = [blocks[i].register_forward_hook(lambda _, inputs, __: inputs[0]) for i in gone]
+    try:
+        return kl_divergence(whole, model(x)).sum().item()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def merge(parts: Iterable[Scores]) -> Scores:

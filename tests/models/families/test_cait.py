@@ -31,7 +31,7 @@ from prunesweep.models.families import family_of
 from prunesweep.models.latency.building import macs_table
 from prunesweep.models.tome import apply_tome
 from prunesweep.models.without_values import without_values
-from prunesweep.pruners import upvit
+from prunesweep.pruners import kl_divergence, upvit
 from prunesweep.pruners.nvit.hook import NViTPruning
 from prunesweep.pruners.subspaces import compress, equal_shares
 from prunesweep.pruners.uvc.hook import UVC
@@ -183,3 +183,17 @@ def test_latency_is_predicted_and_other_sizes_are_taken() -> None:
     now = arch_of(model)
     assert (now.pool, now.class_attention, now.num_classes) == ("avg", None, 7)
     assert cost(now).params == num_params(model)
+
+
+@pytest.mark.parametrize("family", ["cait", "xcit"])
+def test_blocks_are_scored_by_leaving_them_out(family: str) -> None:
+    archs = (random_arch(Random(seed), family, missing=False, extras=False) for seed in range(20))
+    arch = next(arch for arch in archs if arch.depth == 3)
+    model, x = random_model(arch, 0), random_images(arch, 0)
+    depth = upvit.score_depth(model, [(x, torch.zeros(len(x)))]).vectors["depth"]
+    without = [cut(model, Cut(blocks=tuple(BlockCut(keep=i != own) for own in range(3)))) for i in range(3)]
+    with torch.no_grad():
+        found = [kl_divergence(model(x), one(x)).sum().item() for one in without]
+    assert depth.isinf().sum() == 1
+    assert depth.argmin().item() == min(range(3), key=found.__getitem__)
+    assert depth.min().item() == pytest.approx(min(found))
