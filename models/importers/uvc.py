@@ -7,6 +7,7 @@ Trained patch gates multiply every patch by their sigmoid, as in the training th
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,17 +41,12 @@ def read_uvc(tensors: Tensors, given: Given) -> nn.Module:
     masks = _apply_masks(tensors)
     tensors.discard(r"gumbel\.(weight|bias)|blocks\.\d+\.(attn|mlp)_skip_gating")  # without effect once trained
     heads = one_number_of_heads(given, tensors.shape("cls_token", 3)[2], tensors.layout)
-    factors = None
-    if "patch_gating" in tensors.left:
-        patches = tensors.shape("patch_gating", 3)[1]
-        factors = tensors.take("patch_gating", 1, patches, 1)[0].sigmoid()
     arch = vit_arch(tensors, given, lambda i, width, _: timm_attention(tensors, f"blocks.{i}", width, heads))
-    if factors is not None:
+    if "patch_gating" in tensors.left:
         (stage,) = arch.stages
-        if len(factors) != stage.grid[0] * stage.grid[1]:
-            raise UserError(f"patch_gating has {len(factors)} factors for {stage.grid[0] * stage.grid[1]} patches")
+        gating = tensors.take("patch_gating", 1, math.prod(stage.grid), 1, why="a logit for every patch")
+        tensors.built["patch_embed.factor"] = gating[0].sigmoid()
         arch = replace(arch, patch_factors=True)
-        tensors.built["patch_embed.factor"] = factors
     dense = tensors.finish(arch)
     return cut(dense, _decision(arch_of(dense), (gates[:, 1] > gates[:, 0]).tolist(), masks))
 

@@ -60,7 +60,6 @@ def test_switches_reach_the_importer(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["{data}/upvit_dev.pth", "--as", "upvit", "--heads", "three"], "--heads three: must be a whole number"),
         (["{data}/upvit_dev.pth", "--as", "nvit"], "from the file's entry 'dim'"),
         (["{data}/pmvit_full_dev.pth", "--as", "pmvit", "--heads", "3"], "argparse.Namespace"),
-        (["{data}/uvc_stage1_patch_dev.pth", "--as", "uvc", "--heads", "3"], "patch_gating"),
         (["{data}/spvit_deit_mixed_dev.pth", "--as", "spvit"], "--config FILE"),
     ],
 )
