@@ -16,7 +16,6 @@ from torch import nn
 from prunesweep.models.arch import Arch
 from prunesweep.models.builder import arch_of
 from prunesweep.models.cutting import BlockCut, Cut, cut
-from prunesweep.models.errors import UserError
 
 from .tensors import Given, Tensors, one_number_of_heads
 from .vit import timm_attention, vit_arch
