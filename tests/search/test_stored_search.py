@@ -23,7 +23,9 @@ from rich.console import Console
 
 from prunesweep.models.io.objects import Objects
 from prunesweep.search import resume_search, run_search
-from prunesweep.search.config import SearchConfig
+from prunesweep.search.config import SearchConfig, load_run_config
+from prunesweep.search.execution.reopen import write_config
+from prunesweep.search.execution.task import run_task
 from prunesweep.search.store.run import Run
 from prunesweep.search.store.stored import view
 from prunesweep.search.verify import verify
@@ -155,7 +157,10 @@ def test_nodes_share_nothing_but_the_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The source is made by one of them, and trials by both; models come back, and a later rung starts from them."""
+    """The source is made by one of them, and trials by both; models come back, and a later rung starts from them.
+
+    Trials of two workers, of which one is killed, give what one worker gives.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path)))
     url, text = store.url("runs/cluster"), StringIO()
     config = tiny(search={"trials": 4, "rungs": [1, 2], "reduction_factor": 2})
@@ -181,54 +186,40 @@ def test_nodes_share_nothing_but_the_store(
     assert not any(list(home.glob("prunesweep/stores/*/workers/*/trials/*")) for home in homes)
     assert not any(list(home.glob("prunesweep/stores/*/runs/*")) for home in homes)
 
-    again = resume_search(url, trials=5, address=str(cluster.address), console=Console(quiet=True))
-    assert again.finished
-    assert len([r for r in Run(again.path).results() if r.rung == 0]) == 5
-    assert json.loads(objects.read("front.json")) == Run(again.path).front()
-
-
-def test_trials_of_two_workers_share_nothing_but_the_store(
-    tiny: Callable[..., SearchConfig],
-    cluster: Cluster,
-    store: Store,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """They give what they give in a folder, though one of the workers is killed; another machine goes on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "one")))
-    url, address, quiet = store.url("ddp/run"), str(cluster.address), Console(quiet=True)
-    config, killed = tiny(search={"trials": 1}, resources={"workers_per_trial": 2}), list[int]()
+    shutil.rmtree(cache_of(tmp_path))  # another machine goes on, and with trials of two workers
+    killed = list[str]()
 
     def kill_a_worker() -> None:
         while not killed:
             time.sleep(0.05)
-            for log in tmp_path.glob("one/home/prunesweep/stores/*/runs/run/trials/r0-0000/metrics.jsonl"):
+            for log in cache_of(tmp_path).glob("prunesweep/stores/*/runs/cluster/trials/*/metrics.jsonl"):
                 for pid in re.findall(r"2 workers: .* process (\d+)", log.read_text())[:1]:
                     os.kill(int(pid), signal.SIGKILL)
-                    killed.append(int(pid))
+                    killed.append(log.parent.name)
 
     thread = threading.Thread(target=kill_a_worker, daemon=True)
     thread.start()
-    result = run_search(config, url, console=quiet, address=address)
-    thread.join()
-    assert result is not None
-    assert len(re.findall(r"2 workers: ", (result.path / "trials/r0-0000/metrics.jsonl").read_text())) == 2
-
-    shutil.rmtree(tmp_path / "one")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of(tmp_path / "two")))
-    again = resume_search(url, trials=2, address=address, console=quiet)
+    wide = ["resources.workers_per_trial=2"]
+    again = resume_search(url, trials=5, overrides=wide, address=str(cluster.address), console=Console(quiet=True))
+    thread.join(timeout=1)
+    (unit,) = killed
     assert again.finished
-    assert events(Run(again.path)).count("start") == 2
-    assert verify(again.path) == []
-    there = Objects(url).list()
-    assert not [name for name in there if re.search(r"/(start|made)/|state\.safetensors|\.workers", name)]
+    run = Run(again.path)
+    assert len([r for r in run.results() if r.rung == 0]) == 5
+    assert json.loads(objects.read("front.json")) == run.front()
+    assert len(re.findall(r"2 workers: ", (run.trial(unit) / "metrics.jsonl").read_text())) == 2
+    assert verify(run.path) == []
+    assert not [n for n in objects.list() if re.search(r"/(start|made)/|state\.safetensors|\.workers", n)]
 
-    without_ray(monkeypatch)
-    alone = run_search(tiny(search={"trials": 1}), tmp_path / "alone" / "run", console=quiet)  # of one worker
-    assert alone is not None
-    (mine,), (theirs,) = (Run(found.path).results()[:1] for found in (again, alone))
-    assert (mine.key, mine.macs, mine.top1) == (theirs.key, theirs.macs, theirs.top1)
-    assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+    alone = Run(shutil.copytree(run.path, tmp_path / "alone", symlinks=True))  # where one process does it
+    shutil.rmtree(alone.trial(unit) / "model", ignore_errors=True)
+    (alone.trial(unit) / "result.json").unlink()
+    config = load_run_config(alone.path, ["resources.workers_per_trial=1"])
+    write_config(alone.path, config)
+    found = run_task(alone.path, alone.read_task(unit))["result"]
+    (mine,) = (r for r in run.results() if r.id == unit)
+    assert (found["key"], found["macs"], found["images"]) == (mine.key, mine.macs, mine.images)
+    assert found["loss"] == pytest.approx(mine.loss, rel=1e-4)
 
 
 def cluster_homes(cluster: Cluster) -> list[str]:
