@@ -159,11 +159,11 @@ def score_depth(
         progress: called with (blocks dropped, blocks to drop).
 
     Raises:
-        UserError: as ``score``.
+        UserError: images or texts are not what the model takes.
     """
-    own = arch_of(model)
-    resumes = own.family in FAMILIES  # behind what is left out; of other families, whole passes are compared
-    arch = _checked(model, batches) if resumes else own
+    arch = arch_of(model)
+    _check_batches(arch, batches)
+    resumes = arch.family in FAMILIES  # behind what is left out; of other families, whole passes are compared
     depth = torch.full((arch.depth,), torch.inf, dtype=torch.float64)
     rounds, last = arch.depth - len(arch.stages), 0.0
     stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
@@ -256,6 +256,11 @@ def _checked(model: nn.Module, batches: Batches) -> Arch:
     if arch.family not in FAMILIES:
         why = FAMILIES.why_not(arch.family)
         raise UserError(f"{arch.source} is a {arch.family!r}: UP-ViT scores families {', '.join(FAMILIES)}; {why}")
+    _check_batches(arch, batches)
+    return arch
+
+
+def _check_batches(arch: Arch, batches: Batches) -> None:
     if not batches:
         raise ValueError("no batches to score on")
     want = (arch.in_chans, *arch.img_size)
@@ -266,7 +271,6 @@ def _checked(model: nn.Module, batches: Batches) -> Arch:
                 raise UserError(f"{shape}: {arch.source} takes texts B·T of word numbers below {arch.num_classes}")
         elif tuple(x.shape[1:]) != want:
             raise UserError(f"images of shape {tuple(x.shape[1:])}: {arch.source} is built for {want}")
-    return arch
 
 
 def _chosen(sizes: Mapping[str, int], vectors: Collection[str] | None) -> dict[str, int]:

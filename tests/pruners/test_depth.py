@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut
-from prunesweep.pruners import drop_order, kl_divergence, score_depth
+from prunesweep.pruners import drop_order, kl_divergence, score_depth, upvit
 from tests.generate import random_arch, random_images, random_model
 
 
@@ -94,4 +94,4 @@ def test_a_family_that_cannot_be_scored_is_named() -> None:
     with pytest.raises(
         UserError, match="is a 'cait': UP-ViT scores families vit, eva, beit, swin, swin_v2, pvt_v2, lm"
     ):
-        score_depth(random_model(arch, 0), labelled(random_images(arch, 0)))
+        upvit.score_blocks(random_model(arch, 0), labelled(random_images(arch, 0)))
