@@ -8,6 +8,8 @@
     loader    JPEGs through the loader, with DeiT's augmentation, beside what training takes
     compute   ``compress`` and ``instant`` of DeiT-B on 2,048 images: seconds of what is shared and of a model, memory,
               and the error of Gram matrices that are summed here
+    heads     attention whose queries and values have unequal widths: as it is, and with zeros in memory; and a last
+              block that computes the class token alone
     scores    NViT's and Taylor's scores against a forward and backward pass of the same images
 
 Models have random weights, which costs and speeds do not depend on. Whatever is compared runs in turns. Results go to
@@ -36,9 +38,11 @@ from torch import nn
 from benchmarks import tokens, training_speed
 from benchmarks.subspaces import uniform
 from prunesweep.models import Arch, arch_of, build, cost, cut
+from prunesweep.models.fuse import for_inference
 from prunesweep.models.io.files import write_text
 from prunesweep.models.io.provenance import versions
-from prunesweep.models.latency.timing import DTYPES, Setting, device_name, time_calls
+from prunesweep.models.latency.timing import DTYPES, Setting, device_name, measure_all, time_calls
+from prunesweep.models.layers.mixers import with_heads_as_they_are
 from prunesweep.pruners import WidthMethod, get_method, pmvit
 from prunesweep.pruners.subspaces import SourceStatistics, compress, instant
 from prunesweep.training import Distill, Recipe
@@ -317,10 +321,29 @@ def scores(scale: Scale) -> dict[str, Any]:
     return {"model": scale.large, "batch": batch, "dtype": "float32", "rows": rows, "aim": "ratio <= 1.05"}
 
 
+def heads(scale: Scale) -> dict[str, Any]:
+    """A model with heads of unequal widths as ``attend`` runs it, as they are, and for inference; ms a batch."""
+    whole, rows = Arch.from_timm(scale.models[0]), list[dict[str, Any]]()
+    (stage,) = whole.stages
+    for qk, v in ((32, 64), (40, 24), (20, 12)):
+        blocks = tuple(dataclasses.replace(block, qk=qk, v=v) for block in stage.blocks)
+        model = build(dataclasses.replace(whole, stages=(dataclasses.replace(stage, blocks=blocks),)))
+        last: Any = for_inference(model)
+        last.arch = arch_of(model)
+        for batch in scale.batches:
+            setting = Setting(batch=batch, device=scale.device, dtype=scale.dtype)
+            models = [model, with_heads_as_they_are(model), last]
+            timed = measure_all(models, setting, min_seconds=scale.seconds)
+            ways = dict(zip(("ms", "ms as they are", "ms for inference"), (t.median_ms for t in timed), strict=True))
+            rows.append({"qk": qk, "v": v, "batch": batch, **ways})
+    return {"model": scale.models[0], "rows": rows}
+
+
 PARTS: Mapping[str, Callable[[Scale], dict[str, Any]]] = {
     "speed": speed,
     "compute": compute,
     "scores": scores,
+    "heads": heads,
     "tokens": merging,
     "training": training,
     "loader": loader,

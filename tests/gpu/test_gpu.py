@@ -15,11 +15,14 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunesweep.launch.doctor import check_here
 from prunesweep.models import arch_of, build, cost, cut, load, save
+from prunesweep.models.fuse import for_inference
 from prunesweep.models.io.export import export
 from prunesweep.models.latency.timing import measure
+from prunesweep.models.layers.mixers import attend
 from prunesweep.pruners import METHODS, Scores, WidthMethod, get_method
 from prunesweep.pruners.subspaces import Widths, compress, instant, recover
 from prunesweep.search import run_search
@@ -63,6 +66,26 @@ def test_models_and_their_cuts_compute_what_they_do_on_a_cpu(device: torch.devic
         small = cut(on_device, decision)
         assert {p.device.type for p in small.parameters()} == {device.type}
         close(small(images.to(device)), cut(model, decision)(images))
+
+
+@pytest.mark.parametrize(("qk", "v"), [(40, 24), (20, 12), (16, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_heads_of_unequal_widths_take_any_kernel(device: torch.device, dtype: torch.dtype, qk: int, v: int) -> None:
+    """Whether zeros fill them up in memory or not."""
+    (q, k), values = torch.randn(2, 2, 3, 9, qk, dtype=torch.float64), torch.randn(2, 9, 3 * v, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = attend(q, k, values, (v,) * 3, qk**-0.5)
+    with torch.no_grad():
+        found = attend(*(x.to(device, dtype) for x in (q, k, values)), (v,) * 3, qk**-0.5)
+    assert found.dtype == dtype
+    close(found.double(), wanted, 2e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_models_for_inference(device: torch.device) -> None:
+    for seed in range(6):
+        arch = random_arch(Random(seed))
+        model, images = random_model(arch, seed).to(device), random_images(arch, seed).to(device)
+        close(for_inference(model)(images), model(images))
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
