@@ -219,8 +219,9 @@ def drop_torn_snapshot(storage: str, name: str) -> None:
         name: as for ``train_on_ray``.
     """
     found = storage_of(storage)
-    place = found["storage_path"]
-    files = found.get("storage_filesystem") or FileSystem.from_uri(place)[0]
+    files, place = found.get("storage_filesystem"), found["storage_path"]
+    if files is None:
+        files, place = FileSystem.from_uri(place)
     path = f"{place}/{name}/{SNAPSHOT}"
     if files.get_file_info(path).type == FileType.File:
         with files.open_input_stream(path) as file:
