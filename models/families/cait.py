@@ -29,7 +29,7 @@ from prunesweep.models.layers.talking_heads import TalkingHeadsAttention
 from .base import Family
 from .block_costs import Cost, Counts
 from .checks import PLAIN, check_at_least, check_one_of
-from .reading import Require, activation_of, isotropic_record, layer_norms, require, shared_eps
+from .reading import Require, activation_of, block_record, isotropic_record, layer_norms, require, shared_eps
 from .spaces import BLOCK, NORMS, WHOLE, AxisUse, Table, linear, scales, writes
 from .views import AttentionView, Reader, attention_view, consecutive
 from .vit import VisionTransformerFamily, build_vit
@@ -253,16 +253,7 @@ def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[
     attn = block.attn
     require(type(attn) is TalkingHeadAttn, f"{where} has a {type(attn).__name__}")
     act = activation_of(block.mlp, Mlp, where, require)
-    width = attn.proj.in_features // attn.num_heads
-    record = Block(
-        src=index,
-        heads=attn.num_heads,
-        qk=width,
-        v=width,
-        scale=float(attn.scale),
-        mlp=block.mlp.fc1.out_features,
-    )
-    return record, (attn.qkv.bias is not None, act)
+    return block_record(index, block, float(attn.scale)), (attn.qkv.bias is not None, act)
 
 
 def _read_class_block(index: int, block: Any, bias: bool, act: str, require: Require) -> tuple[int, int]:

@@ -16,6 +16,7 @@ __all__ = [
     "Require",
     "activation_of",
     "all_norms",
+    "block_record",
     "isotropic_record",
     "layer_norms",
     "pyramid_record",
@@ -94,6 +95,21 @@ def activation_of(
     act = activation_name(mlp.act)
     require(act in known, f"{where} has activation {act or type(mlp.act).__name__}; known: {', '.join(known)}")
     return str(act)
+
+
+def block_record(index: int, block: Any, scale: float, **fields: Any) -> Block:
+    """Record one of timm's blocks whose heads are of equal width, with a plain MLP.
+
+    Args:
+        index: of the block.
+        block: has ``attn`` with ``proj`` and ``num_heads``, and ``mlp`` with ``fc1``.
+        scale: on the products of queries and keys.
+        fields: further ones of the record.
+    """
+    attn = block.attn
+    width = attn.proj.in_features // attn.num_heads
+    mlp = block.mlp.fc1.out_features
+    return Block(src=index, heads=attn.num_heads, qk=width, v=width, scale=scale, mlp=mlp, **fields)
 
 
 def isotropic_record(model: Any, family: str, name: str, blocks: Sequence[Block], **fields: Any) -> Arch:

@@ -28,7 +28,7 @@ from prunesweep.models.layers.mixers import ConvMixer, attend
 from .base import Family
 from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
-from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
+from .reading import Require, activation_of, block_record, layer_norms, pyramid_record, require, shared_eps
 from .spaces import BLOCK, CLASSIFIERS, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .views import AttentionView, Entrance, Reader, WindowView, attention_view, consecutive
 
@@ -406,16 +406,7 @@ def _read_block(index: int, block: Any, require: Require) -> Block:
     require(type(attn) is WindowAttention, f"{where} has a {type(attn).__name__}")
     require(not block.always_partition, f"{where} is built with always_partition")
     activation_of(block.mlp, Mlp, where, require, known=("gelu",))
-    width = attn.proj.in_features // attn.num_heads
-    return Block(
-        src=index,
-        heads=attn.num_heads,
-        qk=width,
-        v=width,
-        scale=float(attn.scale),
-        mlp=block.mlp.fc1.out_features,
-        shifted=any(block.shift_size),
-    )
+    return block_record(index, block, float(attn.scale), shifted=any(block.shift_size))
 
 
 SWIN = SwinFamily()

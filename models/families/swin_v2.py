@@ -27,7 +27,7 @@ from prunesweep.models.layers.cosine_attention import HIDDEN, CosineWindowAttent
 
 from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID
-from .reading import Require, activation_of
+from .reading import Require, activation_of, block_record
 from .spaces import MLP, NORMS, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .swin import SwinFamily, fill_stages, neighbours, set_halves, skeleton
 from .views import AttentionView, Entrance, LinearView, Reader, WindowView, attention_view
@@ -190,16 +190,7 @@ class SwinV2Family(SwinFamily):
         activation_of(block.mlp, Mlp, where, require, known=("gelu",))
         hidden = attn.cpb_mlp[0].out_features
         require(hidden == HIDDEN, f"{where} has {hidden} units for position biases, not {HIDDEN}")
-        width = attn.proj.in_features // attn.num_heads
-        record = Block(
-            src=index,
-            heads=attn.num_heads,
-            qk=width,
-            v=width,
-            scale=1.0,
-            mlp=block.mlp.fc1.out_features,
-            shifted=any(block.shift_size),
-        )
+        record = block_record(index, block, 1.0, shifted=any(block.shift_size))
         return record, attn.q_bias is not None
 
 

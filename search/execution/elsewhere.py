@@ -29,6 +29,7 @@ from prunesweep.models.io.files import disk_full, make_folder, publish_folder, w
 from prunesweep.models.io.lock import Fence, Lost
 from prunesweep.models.io.objects import Objects, joined
 from prunesweep.models.io.provenance import digest
+from prunesweep.models.io.threads import beside
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.store.lease import LEASES, highest
 from prunesweep.search.store.mirror import Mirror, place_for
@@ -208,12 +209,10 @@ def _has_finished(run: Run, unit: Task) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _meanwhile(objects: Objects, stop_file: Path, carry: Callable[[], None]) -> Iterator[None]:
+def _meanwhile(objects: Objects, stop_file: Path, carry: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
     """Call ``carry`` from time to time, and make a file once the search stops, in a thread, during a ``with`` block."""
-    over = threading.Event()
 
-    def look() -> None:
+    def look(over: threading.Event) -> None:
         due = 0.0
         while not over.wait(LOOK):
             with contextlib.suppress(UserError, OSError):
@@ -223,13 +222,7 @@ def _meanwhile(objects: Objects, stop_file: Path, carry: Callable[[], None]) -> 
                     carry()
                     due = time.monotonic() + STATE
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return beside(look)
 
 
 class UnitFiles(NamedTuple):

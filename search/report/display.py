@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prunesweep.models.io.threads import beside
 from prunesweep.pruners import TrainedMethod, get_method
 from prunesweep.search.config import SearchConfig
 from prunesweep.search.execution.coordinator import Coordinator
@@ -68,13 +69,13 @@ class Display:
         if self.console.is_terminal or self.console.quiet:
             yield
             return
-        begun, over = time.monotonic(), threading.Event()
+        begun = time.monotonic()
 
         def silent() -> float:  # seconds until it has been for too long
             now = time.monotonic()
             return self._said + max(SILENCE, PART * (now - begun)) - now
 
-        def speak() -> None:
+        def speak(over: threading.Event) -> None:
             while not over.wait(max(silent(), 0.0)):
                 if silent() <= 0:
                     line = say(time.monotonic() - begun)
@@ -83,13 +84,8 @@ class Display:
                         self.note(line)
 
         self._said = begun
-        thread = threading.Thread(target=speak, daemon=True, name="progress")
-        thread.start()
-        try:
+        with beside(speak, "progress"):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def data(self, lines: Sequence[str]) -> None:
         """Print what ``Data.describe`` says of the data."""

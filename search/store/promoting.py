@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prunesweep.models.errors import UserError
 from prunesweep.models.io.objects import Objects, is_url, joined, local_path, url_of
+from prunesweep.models.io.threads import beside
 
 from .lease import LEASES, Lease
 from .mirror import Mirror, place_for
@@ -79,20 +80,16 @@ class Promotions:
                 mirror.bring(name for name in mirror.objects.list() if not name.startswith(OTHERS))
             mirror.token = str(lease.number)
             mirror.save()
-            over = threading.Event()
 
-            def carry() -> None:
+            def carry(over: threading.Event) -> None:
                 while not over.wait(STATE):
                     with contextlib.suppress(UserError, OSError):
                         mirror.push(_files(mirror.path))
 
-            thread = threading.Thread(target=carry, daemon=True)
-            thread.start()
             try:
-                yield
+                with beside(carry):
+                    yield
             finally:
-                over.set()
-                thread.join()
                 mirror.push(_files(mirror.path))
                 mirror.drop("")
                 mirror.settle()
