@@ -80,7 +80,8 @@ def kernel_width(q: torch.Tensor, v: torch.Tensor) -> int | None:
         v: values (B, H, M, V).
     """
     widths = q.shape[-1], v.shape[-1]
-    fast: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    # a compiler cannot trace the question whether the kernel is switched off
+    fast = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     if not (_fill and fast) or torch.onnx.is_in_onnx_export():
         return None
     if q.is_cuda:
