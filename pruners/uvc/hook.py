@@ -12,6 +12,7 @@ Patch gates, which the released code has unfinished, are not implemented.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -121,6 +122,17 @@ class UVC(Hook):
                 f"blocks at their narrowest have {least:,}: {decider.outside:,} outside of the blocks and {blocks} x "
                 f"{own // blocks:,} on average. Raise the budget above {least / total:.4f}, skip more blocks, or let "
                 "widths become smaller (r_mode, mlp_align)"
+            )
+
+    def check_length(self, epochs: int, updates: int) -> None:
+        """Warn where the target is still on its way when training ends: the rest is then cut at once."""
+        ramp, deciding = self.settings.ramp_steps, max(epochs - self.settings.warmup_epochs, 0) * updates
+        if deciding < ramp:
+            warnings.warn(
+                f"ramp_steps = {ramp:,}: so many updates lead down to the budget, and {deciding:,} of this training "
+                f"decide ({epochs} epochs of {updates:,}, warmup_epochs = {self.settings.warmup_epochs}); the rest is "
+                f"cut at once at the end. Set ramp_steps to half of them, {max(deciding // 2, 1):,}, or train longer",
+                stacklevel=2,
             )
 
     def start_epoch(self) -> None:

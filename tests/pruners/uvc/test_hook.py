@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -434,6 +435,16 @@ def finished(**settings):
     for t in range(5):
         step(model, own, optimizer, t)
     return own.finish()
+
+
+def test_a_training_that_is_too_short_for_its_ramp_is_told_of() -> None:
+    """Warm-up decides nothing, so it does not count."""
+    own = hook(warmup_epochs=1, ramp_steps=40)
+    with pytest.warns(UserWarning, match=r"ramp_steps = 40: .* 39 of this training .* to half of them, 19, or train"):
+        own.check_length(4, 13)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own.check_length(5, 10)
 
 
 def test_a_run_that_ends_early_is_cut_to_its_budget() -> None:
