@@ -262,6 +262,16 @@ def test_least_important_units_go_first_and_budgets_are_nested() -> None:
     assert embeds[0] >= embeds[1] >= embeds[2]
 
 
+def test_widths_of_a_usual_backbone_stay_multiples_of_eight() -> None:
+    """Kernels read eight numbers of half precision at once; single units go where a small model needs it."""
+    arch = Arch.from_timm("deit_small_patch16_224")
+    path = width_path(arch, random_scores(arch, 0))
+    for budget in (0.75, 0.5, 0.3):
+        small = cut_arch(arch, path.reach(budget * cost(arch).macs).cut)
+        widths = [w for block in small.blocks for w in (block.mlp, block.heads * block.qk, block.total_v)]
+        assert [w % 8 for w in (small.stages[0].width, *widths)] == [0] * (1 + len(widths))
+
+
 def test_the_cut_can_be_made() -> None:
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=32, embed_dim=16, depths=(1, 2), num_heads=(2, 4)
