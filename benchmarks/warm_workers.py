@@ -78,7 +78,7 @@ def main() -> None:
     workers, out = args.nodes or WORKERS, RESULT
     if args.nodes:
         out = RESULT.with_name(f"warm_workers_{args.nodes}_nodes.json")
-    recipe = Recipe(epochs=1, batch_size=154, optimizer="sgd", lr=0.005, fixed_view=True)
+    recipe = Recipe(epochs=1, batch_size=77 * workers, optimizer="sgd", lr=0.005, fixed_view=True)
     found: dict[str, list[dict[str, float]]] = {"a_run_each": [], "staying": []}
     with (
         tempfile.TemporaryDirectory(prefix="prunesweep-") as name,
