@@ -194,10 +194,9 @@ def unit_files(mirror: Mirror, unit: Task, files: Mapping[str, str]) -> Iterator
     board = run.board(unit.number).relative_to(run.path).as_posix()
     made = [name for name in (*mirror.files(own), *mirror.files(board)) if not name.endswith("/result.json")]
     mirror.push(made)
-    if _has_finished(run, unit):
-        shutil.copyfile(result, handed)
-        mirror.push([f"{own}{HANDED}"])
     mirror.drop(own)
+    if _has_finished(run, unit):
+        mirror.objects.put(f"{own}{HANDED}", result)  # as it is: there may be no room for a copy
     for below in {*folders, *(f"{Path(name).parent}/" for name in files)}:
         shutil.rmtree(mirror.path / below, ignore_errors=True)
 
