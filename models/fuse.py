@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunesweep.models.layers.mixers import attend
 from prunesweep.models.layers.token_merging import DenseMerge, SparseMerge, add_rows
 
 from .arch import Arch
@@ -85,16 +84,11 @@ class PrefixBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Compute the first tokens behind the block; what timm passes beside tokens is in the attention already."""
-        attention, prefix = self._attention, x[:, : self._tokens]
+        attention, first = self._attention, slice(self._tokens)
         assert attention is not None
         tokens = attention.norm(x)
-        k, v = attention.keys_values(tokens)
-        q = attention.q_norm(attention.by_head(attention.queries(tokens[:, : self._tokens])))
-        k = attention.k_norm(attention.by_head(k))
-        options = {} if attention.bias is None else {"attn_mask": attention.bias()[:, :, : self._tokens].to(q.dtype)}
-        record, (q, k) = attention.record, (attention.turned(q), attention.turned(k))
-        y = attention.out_norm(attend(q, k, v, record.v_widths, record.scale, **options))
-        found: torch.Tensor = prefix + attention.scale(attention.out(y))
+        y = attention.attended(attention.queries(tokens[:, first]), *attention.keys_values(tokens), x)
+        found: torch.Tensor = x[:, first] + attention.scale(attention.out(y))
         return found if self._mlp is None else self._mlp.after(found, 0)
 
 

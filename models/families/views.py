@@ -309,7 +309,8 @@ class AttentionView:
         """Compute what ``out`` reads, in the order of the stream.
 
         Args:
-            q, k, v: (B, N, H·E), (B, P, H·E) and (B, P, V), before their norms; E may differ from the block's.
+            q, k, v: (B, N, H·E), (B, P, H·E) and (B, P, V), before their norms; E may differ from the block's, and
+                queries may be those of the first tokens alone.
             x: the stream, for its shape.
             v_widths: value width of every head; the block's by default.
         """
@@ -317,7 +318,7 @@ class AttentionView:
         if self.windows is not None:
             options["attn_mask"] = self.windows.logit_bias(len(q)).to(q.dtype)
         elif self.bias is not None:
-            options["attn_mask"] = self.bias().to(q.dtype)
+            options["attn_mask"] = self.bias()[:, :, : q.shape[1]].to(q.dtype)
         q, k = self.turned(self.q_norm(self.by_head(q))), self.turned(self.k_norm(self.by_head(k)))
         out = self.out_norm(self.attend(q, k, v, v_widths or self.record.v_widths, self.record.scale, **options))
         return out if self.windows is None else self.windows.join(out, x.shape[1:3])
