@@ -170,22 +170,32 @@ def _gaps(table: SpaceTable, members: Sequence[Result], current: Sequence[Result
     """Parts of the budget window in which the front has no member."""
     low, high = table.budget
     shares = sorted(r.macs / macs for r in members)
-    if len(shares) < 2 or low == high:
+    if not shares or low == high:
         return
+    top = max(r.rung for r in members)
     if shares[0] > REACH * low:
-        tried = _tried(current, macs, low, shares[0])
+        tried, _ = _tried(current, top, macs, low, shares[0])
         yield f"the front ends at {shares[0]:.3f} of the source's MACs, the budget window at {low:g}{tried}"
     for below, above in pairwise(shares):
         if above > GAP * below:
-            tried = _tried(current, macs, below, above)
+            tried, _ = _tried(current, top, macs, below, above)
             yield f"no member of the front has {below:.3f} to {above:.3f} of the source's MACs{tried}"
+    if high > GAP * shares[-1]:
+        tried, promoted = _tried(current, top, macs, shares[-1], high)
+        if not promoted:  # otherwise what costs more is no better, which is what the front says
+            yield f"no member of the front has {shares[-1]:.3f} to {high:.3f} of the source's MACs{tried}"
 
 
-def _tried(current: Sequence[Result], macs: int, low: float, high: float) -> str:
-    count = sum(low < r.macs / macs < high for r in current)
-    if not count:
-        return f": no candidate there; look there with space.budget = [{low:.3g}, {high:.3g}] and search.start_from"
-    return f": {count} candidate{'s' * (count > 1)} there, none better than what costs less, or trained further"
+def _tried(current: Sequence[Result], top: int, macs: int, low: float, high: float) -> tuple[str, int]:
+    """What became of the candidates between two costs, and how many of them were promoted to the front's rung."""
+    inside = [r for r in current if low < r.macs / macs < high]
+    if not inside:
+        window = f"space.budget = [{low:.3g}, {high:.3g}]"
+        return f": no candidate there; look there with {window} and search.start_from", 0
+    count, promoted = f": {len(inside)} candidate{'s' * (len(inside) > 1)} there", sum(r.rung >= top for r in inside)
+    if not promoted:
+        return f"{count}, none of them promoted: more trials, or a smaller search.reduction_factor, promote more", 0
+    return f"{count}, {promoted} of them promoted, none better than what costs less", promoted
 
 
 def _noise(ranking: Ranking, front: Sequence[Mapping[str, Any]]) -> Iterator[str]:

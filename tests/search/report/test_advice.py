@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -110,6 +111,19 @@ def test_parts_of_the_budget_window_without_members_are_named() -> None:
     (gap,) = lines(said(settings(), beaten), "of the source's MACs")
     assert "none better than what costs less" in gap
     assert not lines(said(settings(), results()), "of the source's MACs")
+
+
+def test_a_front_of_the_few_that_were_promoted_asks_for_more_promotions() -> None:
+    found = results(6)
+    found[0] = dataclasses.replace(found[0], rung=1)
+    front = [{"trial": 0, **found[0].figures.with_interval()}]
+    source = {"macs": MACS}
+    assert lines(advise(settings(), ARCH, found, found, front, source), "promoted") == [
+        "no member of the front has 0.100 to 0.900 of the source's MACs: 4 candidates there, none of them "
+        "promoted: more trials, or a smaller search.reduction_factor, promote more"
+    ]
+    found[3] = dataclasses.replace(found[3], rung=1)
+    assert not lines(advise(settings(), ARCH, found, found, front, source), "promoted")
 
 
 def test_neighbours_within_each_other_s_intervals_are_noise() -> None:
