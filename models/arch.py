@@ -51,13 +51,14 @@ class Block:
     """One transformer block: a token mixer and an MLP, each with its own residual connection.
 
     ``qk`` counts a head's query/key channels, or the pairs of them that rotary position embedding turns.
-    ``v`` is one width for all heads or, when ragged, one width per head; for a convolution it is the bottleneck width.
+    ``v`` is one width for all heads or, when ragged, one width per head; for a convolution it is the bottleneck width,
+    for a separable one the number of channels between its layers.
     ``scale`` multiplies the attention logits and is the source model's: it never follows from a pruned ``qk``. What
     does not apply is 0: heads, qk and scale of a convolution, those and v of a missing mixer, ``mlp`` of a missing MLP.
     """
 
     src: int  # index of this block in the source model
-    mixer: str = "attn"  # attn | conv1x1 | conv3x3 | xca | none
+    mixer: str = "attn"  # attn | conv1x1 | conv3x3 | sepconv | pool | xca | none
     heads: int
     qk: int
     v: int | tuple[int, ...]
@@ -77,7 +78,7 @@ class Block:
 
     @property
     def total_v(self) -> int:
-        """Value channels of all heads, or the bottleneck width of a convolution."""
+        """Value channels of all heads, or the width of a convolution."""
         return sum(self.v_widths) if self.heads else self.v  # type: ignore[return-value]  # ragged v has heads
 
     @property
@@ -87,8 +88,13 @@ class Block:
 
     @property
     def conv_kernel(self) -> int:
-        """Side of the convolution's kernel; 0 where the mixer is not a convolution."""
+        """Side of the kernel of SPViT's convolution; 0 where the mixer is not one."""
         return {"conv1x1": 1, "conv3x3": 3}.get(self.mixer, 0)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the mixer is a convolution with channels of its own, which ``v`` counts."""
+        return self.mixer in ("conv1x1", "conv3x3", "sepconv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,7 @@ class Stage:
     window: tuple[int, int] | None = None  # Swin: rows and columns of an attention window
     reference_window: tuple[int, int] | None = None  # Swin V2: the window that distances are parts of; None for its own
     sr_ratio: int = 1  # PVTv2: stride of the spatial reduction
+    res_scale: bool = False  # MetaFormer: what passes by either half of a block is multiplied by a factor per channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +206,7 @@ class Stem:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | beit | cait | xcit | swin | swin_v2 | pvt_v2 | lm
+    family: str  # vit | eva | beit | cait | xcit | swin | swin_v2 | pvt_v2 | metaformer | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -222,7 +229,7 @@ class Arch:
     layer_scale: bool = False
     mlp_scale: bool = True  # with ``layer_scale``, that of an MLP, too
     norm_eps: float = 1e-6
-    act: str = "gelu"  # of hidden units: a name in ``models.layers.activations``
+    act: str = "gelu"  # of hidden units: a name in ``models.layers.activations``, or MetaFormer's star_relu
     feature_head: bool = False  # the head is a linear map to ``num_classes`` features, not a classifier
     pos_embed: bool = True  # there is a learned position embedding of every place
     k_bias: bool = True  # with ``qkv_bias``: keys have a bias, too
@@ -231,7 +238,9 @@ class Arch:
     mlp_norm: bool = False  # LayerNorm over the hidden units of an MLP
     mlp_entry_norm: bool = False  # an MLP begins with a norm, behind the one in front of it
     rope: Rope | None = None
-    norm: str = "layer"  # layer | rms: norms take away the mean and have biases, or do neither (RMSNorm)
+    norm: str = "layer"  # layer | rms | group: LayerNorm; RMSNorm; GroupNorm of one group, over all places of an image
+    norm_bias: bool = True  # with ``norm`` other than rms: norms of blocks have biases
+    head_mlp: int = 0  # hidden units of a classifier of two layers; 0 where it has one
     embed_norm: bool = False  # a norm behind the patch embedding, before positions are added
     post_norm: bool = False  # a block's norms stand behind its attention and MLP, not in front of them
     proj_bias: bool = True  # of attention's output projection
@@ -253,8 +262,8 @@ class Arch:
 
     @property
     def norm_tensors(self) -> int:
-        """Weights that a norm has for every channel: a gain, and where it is a LayerNorm a bias."""
-        return 2 if self.norm == "layer" else 1
+        """Weights that a norm of a block has for every channel: a gain and, but for RMSNorm or by choice, a bias."""
+        return 1 if self.norm == "rms" or not self.norm_bias else 2
 
     @property
     def tokens(self) -> int:

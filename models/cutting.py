@@ -57,7 +57,7 @@ class BlockCut:
     them, where pairs are turned by places); ``mlp`` lists
     hidden units, and without any the MLP is dropped; ``sr`` lists channels of PVTv2's reduced map. Channels are
     ascending. Both of ``qk`` and ``v`` are given or neither, one entry per remaining head; a convolution has ``v``
-    alone, with one entry: its bottleneck channels. A new head may take channels of several old ones, except in Swin,
+    alone, with one entry: its own channels. A new head may take channels of several old ones, except in Swin,
     where a head has position biases of its own. ``mixer``
     is one of ``models.replace.REPLACEMENTS``.
     """
@@ -251,9 +251,9 @@ def _narrow_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Blo
             if kept or name != "mlp":
                 _check(f"{where}.{name}", kept, getattr(block, name))
             changes[name] = len(kept)
-    if block.conv_kernel:
+    if block.convolves:
         if choice.qk is not None or (choice.v is not None and len(choice.v) != 1):
-            raise UserError(f"{where}: a convolution takes v alone, with one entry: the bottleneck channels that stay")
+            raise UserError(f"{where}: a convolution takes v alone, with one entry: its channels that stay")
         if choice.v is not None:
             _check(f"{where}.v[0]", choice.v[0], block.total_v)
             changes["v"] = len(choice.v[0])

@@ -13,7 +13,8 @@ from .families.checks import check_at_least, check_one_of
 
 __all__ = ["MIXERS", "validate"]
 
-MIXERS = ("attn", "conv1x1", "conv3x3", "xca", "none")
+MIXERS = ("attn", "conv1x1", "conv3x3", "sepconv", "pool", "xca", "none")
+NORMS = ("layer", "rms", "group")
 POOLS = ("token", "avg", "map", "none")
 HEAD_NORMS = ("tokens", "pooled", "none")
 MERGES = ("sparse", "dense")
@@ -24,6 +25,8 @@ def validate(arch: Arch) -> None:
     family = family_of(arch)
     check_one_of("pool", arch.pool, POOLS)
     check_one_of("head_norm", arch.head_norm, HEAD_NORMS)
+    check_one_of("norm", arch.norm, NORMS)
+    check_at_least("head_mlp", arch.head_mlp, 0)
     check_at_least("in_chans", arch.in_chans, 1)
     check_at_least("num_classes", arch.num_classes, 1 if arch.feature_head or family.supports("text") else 0)
     check_at_least("reg_tokens", arch.reg_tokens, 0)
@@ -70,6 +73,8 @@ def _validate_stage(family: Family, stage: Stage, where: str) -> None:
         if not family.refers_to_windows:
             raise UserError(f"{where}.reference_window: family {family.name!r} has no distances in parts of a window")
         check_at_least(f"{where}.reference_window[{i}]", side, 1)
+    if stage.res_scale and not family.supports("local_mixers"):
+        raise UserError(f"{where}.res_scale: is for {names_with('local_mixers')} only")
     check_at_least(f"{where}.sr_ratio", stage.sr_ratio, 1)
     reduces = family.supports("spatial_reduction")
     if stage.sr_ratio > 1 and (not reduces or stage.sr_ratio > min(stage.grid)):
@@ -109,7 +114,7 @@ def _validate_attention(block: Block, where: str) -> None:
 def _validate_other_mixer(block: Block, where: str) -> None:
     if (block.heads, block.qk, block.scale) != (0, 0, 0.0):
         raise UserError(f"{where}: heads, qk and scale must be 0 where mixer is {block.mixer!r}")
-    if not block.conv_kernel:
+    if not block.convolves:
         if block.v != 0:
             raise UserError(f"{where}.v = {block.v!r}: must be 0 where mixer is {block.mixer!r}")
     else:
@@ -131,6 +136,8 @@ def _validate_extras(family: Family, stage: Stage, block: Block, where: str) -> 
         text = "a convolution would see the words that are to be predicted"
         reason = text if family.supports("text") else f"is for {names_with('convolutions')} only"
         raise UserError(f"{where}.mixer = {block.mixer!r}: {reason}")
+    if block.mixer in ("pool", "sepconv") and not family.supports("local_mixers"):
+        raise UserError(f"{where}.mixer = {block.mixer!r}: is for {names_with('local_mixers')} only")
     if block.mixer == "xca" and not family.supports("channel_attention"):
         raise UserError(f"{where}.mixer = 'xca': is for {names_with('channel_attention')} only")
     if block.token_scale and not (attends and block.tokens is None and family.supports("token_scale")):

@@ -128,6 +128,9 @@ class WidthPath:
         new: dict[str, Any] = {"mixer": self.mixers.get(i), "tokens": self.tokens.get(i)}
         if new["mixer"] in ("none", "norm") or not any(own[kind] for kind in ("heads", "qk", "v", "dim")):
             return BlockCut(mlp=own["mlp"], sr=own["sr"], **new)
+        if block.convolves:
+            channels = own["v"]
+            return BlockCut(v=None if channels is None else (channels,), mlp=own["mlp"], **new)
         assert isinstance(block.v, int)  # ragged values have no such vectors
         heads = BlockCut.aligned(
             block,
@@ -300,12 +303,13 @@ def _check_scores(arch: Arch, scores: Scores) -> None:
     check_scores_finite(scores)
     counts = unit_counts(arch)
     kinds = {kind_of(name) for name in scores.vectors}
+    joint = {name.removesuffix("attn") + "v" for name in scores.vectors if kind_of(name) == "attn"}
     foreign = [name for name in scores.vectors if name not in counts]
     if foreign:
         raise UserError(f"scores: {foreign[0]} does not exist in {arch.source}; were they made for another model?")
     for name, count in counts.items():
         vector = scores.vectors.get(name)
-        if vector is None and kind_of(name) in kinds:
+        if vector is None and kind_of(name) in kinds and name not in joint:
             raise UserError(f"scores: {name} is missing; were they made for another model?")
         if vector is not None and vector.shape != (count,):
             found = vector.numel()

@@ -39,7 +39,7 @@ def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, tor
                 continue
             total = tensor.transpose(0, axis).flatten(1).sum(1) if tensor.dim() > 1 else tensor
             parts = torch.split(total.double().cpu(), [sizes[space] for space in spaces])
-            vectors = [_vector(space) for space in spaces]
+            vectors = [space if space in sums else _vector(space) for space in spaces]
             for vector in dict.fromkeys(vectors):  # an axis may count a vector's units several times over
                 if vector in sums:
                     own = [part for part, where in zip(parts, vectors, strict=True) if where == vector]

@@ -23,7 +23,7 @@ UNITS = {
     "embed": "channel of the residual stream of stage {}",
     "heads": "head of block {}",
     "qk": "query/key channel of block {}",
-    "v": "value channel of block {}",
+    "v": "channel of the values or of the convolution of block {}",
     "dim": "channel of the heads of block {}",
     "mlp": "hidden unit of block {}",
     "sr": "channel of the reduced map of block {}",

@@ -4,6 +4,8 @@ Source: Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024 (arXiv 24
 divided by its mean. The units of a *scope* (residual channels of a stage, all MLPs' units, all heads, all head
 channels) are then ranked together, one threshold cuts the scope's ratio, and a layer loses what lies below it.
 
+Channels of separable convolutions, which the original does not have, are a scope with the ratio of MLPs.
+
 Two things differ from the original: a layer is cut down to its floor at most (the original silently drops the whole cut
 of such a layer), and the source's attention scale is kept, so that the masked source and the cut model are one
 function.
@@ -141,12 +143,19 @@ def _cut(
 
 def _scopes(vectors: Mapping[str, torch.Tensor], ratios: Ratios, isomorphic: bool) -> list[tuple[list[str], float]]:
     """Return the vectors of every scope, and its ratio."""
-    of_kind = {kind: [n for n in vectors if kind_of(n) == kind] for kind in ("embed", "mlp", "heads", "dim", "sr")}
+    kinds = ("embed", "mlp", "heads", "dim", "sr", "v")
+    of_kind = {kind: [n for n in vectors if kind_of(n) == kind] for kind in kinds}
     if not isomorphic:
-        rest = [*of_kind["embed"], *of_kind["mlp"], *of_kind["dim"], *of_kind["sr"]]
+        rest = [*of_kind["embed"], *of_kind["mlp"], *of_kind["dim"], *of_kind["sr"], *of_kind["v"]]
         return [(names, ratio) for names, ratio in ((rest, ratios.embed), (of_kind["heads"], ratios.head)) if names]
     scopes = [([name], ratios.embed) for name in of_kind["embed"]]
-    by_kind = (("mlp", ratios.mlp), ("heads", ratios.head), ("dim", ratios.dim), ("sr", ratios.sr))
+    by_kind = (
+        ("mlp", ratios.mlp),
+        ("heads", ratios.head),
+        ("dim", ratios.dim),
+        ("sr", ratios.sr),
+        ("v", ratios.mlp),
+    )
     return scopes + [(of_kind[kind], ratio) for kind, ratio in by_kind if of_kind[kind]]
 
 
@@ -175,6 +184,9 @@ def _choice(
 ) -> BlockCut:
     heads, dims = kept.get(f"blocks.{index}.heads"), kept.get(f"blocks.{index}.dim")
     mlp, sr = kept.get(f"blocks.{index}.mlp"), kept.get(f"blocks.{index}.sr")
+    if block.convolves:
+        channels = kept.get(f"blocks.{index}.v")
+        return BlockCut(v=None if channels is None else (channels,), mlp=mlp)
     if heads is None or dims is None:
         return BlockCut(mlp=mlp, sr=sr)
     own = [dims] * len(heads)
@@ -241,18 +253,18 @@ def decide(
             break
     if meets(below, budget):
         return Reached(_cut(arch, vectors, best), below, budget)
-    ranked = {name: _ranked(name, vectors[name], round_to) for name in above}
+    ranked = {name: _ranked(name, vectors[name], count, round_to) for name, count in above.items()}
     gone = {name: len(vectors[name]) - count for name, count in above.items()}
-    filled = fill(Narrowing(arch, measure, gone=gone), ranked, gone, budget)
+    filled = fill(Narrowing(arch, measure, gone=gone), ranked, {}, budget)
     if not below < filled.cost < math.inf:
         return Reached(_cut(arch, vectors, best), below, budget, filled.hindrance)
-    counts = {name: len(vectors[name]) - units for name, units in filled.gone.items()}
+    counts = {name: above[name] - units for name, units in filled.gone.items()}
     return Reached(_cut(arch, vectors, counts), filled.cost, budget, filled.hindrance)
 
 
-def _ranked(name: str, vector: torch.Tensor, round_to: int) -> Ranked:
-    """Rank units for ``fill``; a width that is no multiple already stays, unless it has lost units."""
+def _ranked(name: str, vector: torch.Tensor, left: int, round_to: int) -> Ranked:
+    """Rank the best ``left`` units for ``fill``; a width that is no multiple stays one, unless it has lost units."""
     multiple = _multiple(name, round_to)
-    order = _order(vector)[::-1]
+    order = _order(vector)[:left][::-1]
     summed = np.concatenate([[0.0], vector[order].cumsum(0).numpy()])
     return Ranked(tuple(order), summed, multiple, finest=multiple, floor=multiple)

@@ -17,8 +17,10 @@ from torch import nn
 
 from prunesweep.models import Arch
 from prunesweep.models.families import family_of
+from prunesweep.models.layers.metaformer import TokenGroupNorm
+from prunesweep.models.without_values import without_values
 
-__all__ = ["KeptLayerNorm", "KeptRmsNorm", "Masking", "space_masks"]
+__all__ = ["KeptGroupNorm", "KeptLayerNorm", "KeptRmsNorm", "Masking", "space_masks"]
 
 
 class KeptLayerNorm(nn.LayerNorm):
@@ -35,7 +37,8 @@ class KeptLayerNorm(nn.LayerNorm):
         """Normalise (..., D) to the same shape; kept channels are as in the cut model."""
         if self.kept is None:
             return super().forward(x)
-        weight, bias = self.weight.index_select(0, self.kept), self.bias.index_select(0, self.kept)
+        weight = self.weight.index_select(0, self.kept)
+        bias = self.bias.index_select(0, self.kept) if self.bias is not None else None
         y = F.layer_norm(x.index_select(-1, self.kept), (len(self.kept),), weight, bias, self.eps)
         return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
 
@@ -59,6 +62,34 @@ class KeptRmsNorm(RmsNorm):  # type: ignore[misc]  # timm is untyped
         return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
 
 
+class KeptGroupNorm(TokenGroupNorm):
+    """The same of a GroupNorm of one group."""
+
+    kept: torch.Tensor | None
+
+    def __init__(self, norm: TokenGroupNorm) -> None:
+        with without_values():
+            super().__init__(len(norm.weight), norm.eps)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("kept", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, N, D) to the same shape; kept channels are as in the cut model."""
+        if self.kept is None:
+            return super().forward(x)
+        own = x.index_select(-1, self.kept)
+        y = F.layer_norm(own, own.shape[1:], eps=self.eps) * self.weight.index_select(0, self.kept)
+        y = y if self.bias is None else y + self.bias.index_select(0, self.kept)
+        return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
+
+
+KEPT: Mapping[type[nn.Module], Any] = {  # by the norm that it stands in for
+    nn.LayerNorm: KeptLayerNorm,
+    RmsNorm: KeptRmsNorm,
+    TokenGroupNorm: KeptGroupNorm,
+}
+
+
 class Masking:
     """Holds a ViT's or Swin's parameters at the masks of ``set``.
 
@@ -68,17 +99,15 @@ class Masking:
 
     def __init__(self, model: nn.Module, arch: Arch, *, kept_norms: bool) -> None:
         self._model, self._arch = model, arch
-        self._norms: dict[str, tuple[nn.Module, KeptLayerNorm | KeptRmsNorm]] = {}
+        self._norms: dict[str, tuple[nn.Module, Any]] = {}
         family = family_of(arch)
         for name, module in list(model.named_modules()):
-            if not kept_norms or not isinstance(module, (nn.LayerNorm, RmsNorm)):
+            kind = next((kept for norm, kept in KEPT.items() if isinstance(module, norm)), None)
+            if not kept_norms or kind is None:
                 continue
             if not any(family.axes(arch, f"{name}.weight")):  # over channels that always stay
                 continue
-            if isinstance(module, nn.LayerNorm):
-                self._norms[name] = module, KeptLayerNorm(module)
-            else:
-                self._norms[name] = module, KeptRmsNorm(module)
+            self._norms[name] = module, kind(module)
         self._pruned: list[tuple[nn.Parameter, list[torch.Tensor]]] = []
         self._place(1)
 
@@ -156,6 +185,8 @@ def space_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch
         own = {kind: keep[name] for kind in ("heads", "qk", "v", "mlp") if (name := f"blocks.{i}.{kind}") in keep}
         if "mlp" in own:
             masks[f"blocks.{i}.mlp"] = own["mlp"]
+        if "v" in own and "heads" not in own:  # of a separable convolution
+            masks[f"blocks.{i}.v"] = own["v"]
         if "heads" in own:
             heads = own["heads"][:, None]
             q, v = (heads & own["qk"]).flatten(), (heads & own["v"]).flatten()

@@ -309,7 +309,7 @@ for _method in (
         name="uvc",
         description="widths and skipped blocks under one budget, by primal-dual training",
         paper="UVC, ICLR 2022, openreview 9jsZiUgkCZP",
-        families=FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention")),
+        families=FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention", "local_mixers")),
         settings=_uvc_settings,
         recipe="uvc_stage1",
         finetune="uvc_stage2",

@@ -66,7 +66,7 @@ class Narrowing:
         return self.outside + sum(self.costs.values())
 
     def has(self, name: str) -> bool:
-        """Whether there is anything to remove: a convolution has its bottleneck, a missing mixer or MLP has nothing."""
+        """Whether there is anything to remove: a convolution has its channels, a missing mixer or MLP has nothing."""
         if kind_of(name) in ("embed", "tail"):
             return True
         block = self.blocks.get(place_of(name))
@@ -74,7 +74,7 @@ class Narrowing:
             return block is not None and block.mlp > 0
         if block.mixer == "attn":
             return True
-        return block.conv_kernel > 0 and kind_of(name) in ("v", "dim")
+        return block.convolves and kind_of(name) in ("v", "dim")
 
     def gain(self, name: str, units: int) -> float:
         """Compute what removing ``units`` from a vector would save."""

@@ -5,7 +5,8 @@ stages), or ``depth`` (one entry per block). Larger is more important. The kinds
 
     embed   channels of a stage's residual stream
     heads   attention heads
-    qk, v   channels within a head, query/key and value, aligned over the heads of a block
+    qk, v   channels within a head, query/key and value, aligned over the heads of a block; ``v`` also those of a
+            separable convolution, which methods that score ``attn`` score, too
     attn    channels of all heads, where query, key and value channels go together; heads and dims follow from it
     mlp     hidden units of an MLP
     sr      channels of PVTv2's spatially reduced map
@@ -46,7 +47,8 @@ def unit_counts(arch: Arch) -> dict[str, int]:
 
     A block has ``attn`` where all its heads have one width for query, key and value (where pairs of channels are turned
     by places, a unit is one with two value channels), and ``heads``, ``qk`` and ``v``
-    where values are at least equally wide in all heads; ragged values have none of them.
+    where values are at least equally wide in all heads; ragged values have none of them. One with a separable
+    convolution has ``v``.
     """
     counts = {f"stages.{s}.embed": stage.width for s, stage in enumerate(arch.stages)}
     for i, block in enumerate(arch.blocks):
@@ -60,6 +62,8 @@ def _block_counts(block: Block, qk_rows: int) -> Iterator[tuple[str, int]]:
         yield from (("heads", block.heads), ("qk", block.qk), ("v", block.v))
         if block.v == block.qk * qk_rows:
             yield "attn", block.heads * block.qk
+    if block.mixer == "sepconv":
+        yield "v", block.total_v
     if block.mlp:
         yield "mlp", block.mlp
     if block.sr:
@@ -82,7 +86,8 @@ def vector_sizes(arch: Arch, kinds: tuple[str, ...]) -> dict[str, int]:
         if of_heads and block.mixer == "attn" and f"blocks.{i}.{of_heads}" not in counts:
             widths = "ragged" if isinstance(block.v, tuple) else f"{block.v}, query/key width {block.qk * arch.qk_rows}"
             raise UserError(f"blocks[{i}].v is {widths}: {of_heads!r} scores need equal widths in all heads")
-    return {name: count for name, count in counts.items() if kind_of(name) in kinds}
+    wanted = {*kinds, *(f"blocks.{i}.v" for i, own in enumerate(arch.blocks) if own.convolves and "attn" in kinds)}
+    return {name: count for name, count in counts.items() if kind_of(name) in wanted or name in wanted}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def source(family: str, seed: int, dtype: torch.dtype = torch.float64, **fields:
     """A small model of a family whose heads have one width for queries, keys and values (two channels for a pair)."""
     arch = random_arch(Random(seed), family, ragged=False, missing=False, extras=False)
     stages = tuple(
-        dataclasses.replace(s, blocks=tuple(dataclasses.replace(b, v=b.qk * arch.qk_rows) for b in s.blocks))
+        dataclasses.replace(
+            s, blocks=tuple(dataclasses.replace(b, v=b.qk * arch.qk_rows) if b.heads else b for b in s.blocks)
+        )
         for s in arch.stages
     )
     return random_model(dataclasses.replace(arch, stages=stages, **fields), seed, dtype)
@@ -55,6 +57,8 @@ def kept_units(arch: Arch, decision: Cut) -> dict[str, set[int]]:
             width = getattr(block, kind)
             flat = all_of(block.heads * width, getattr(choice, kind) and itertools.chain(*getattr(choice, kind)))
             own |= {kind: {c % width for c in flat}, "heads": {c // width for c in flat}}
+        if block.mixer == "sepconv":
+            own["v"] = all_of(block.total_v, choice.v and choice.v[0])
         found |= {f"blocks.{i}.{kind}": units if choice.keep else set() for kind, units in own.items()}
     return found
 

@@ -27,7 +27,17 @@ from prunesweep.models import (
 )
 from prunesweep.models.layers.activations import ACTIVATIONS
 
-FAMILIES = ("vit", "eva", "beit", "cait", "xcit", "swin", "swin_v2", "pvt_v2")  # of images; there is "lm" too
+FAMILIES = (
+    "vit",
+    "eva",
+    "beit",
+    "cait",
+    "xcit",
+    "swin",
+    "swin_v2",
+    "pvt_v2",
+    "metaformer",
+)  # of images; there is "lm" too
 
 
 def random_block(
@@ -63,6 +73,7 @@ def random_arch(
         "swin": random_swin,
         "swin_v2": random_swin_v2,
         "pvt_v2": random_pvt,
+        "metaformer": random_metaformer,
         "lm": random_lm,
     }
     return makers[family](random, ragged, missing, extras)
@@ -282,6 +293,43 @@ def random_pvt(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
     return _pyramid(random, "pvt_v2", img_size, (4, 4), stages)
 
 
+def random_metaformer(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Any image size, norms of either kind, and in every block attention, a separable convolution, pooling or none."""
+    img_size = (random.randint(9, 40), random.randint(9, 40))
+    grid = ((img_size[0] + 1) // 4, (img_size[1] + 1) // 4)
+    stages: list[Stage] = []
+    index = count()
+    for _ in range(random.randint(1, 3)):
+        blocks = []
+        for _ in range(random.randint(1, 2) + (not stages)):
+            block = random_block(random, next(index), ragged=ragged, missing=missing, extras=False)
+            mixer = ("sepconv", "attn", "pool")[block.src % 3]
+            if block.mixer == "attn" and mixer != "attn":
+                v = random.randint(2, 12) if mixer == "sepconv" else 0
+                block = Block(src=block.src, mixer=mixer, heads=0, qk=0, v=v, scale=0.0, mlp=block.mlp)
+            residual = extras and block.mixer == "none" and random.random() < 0.5
+            blocks.append(dataclasses.replace(block, norm_residual=residual))
+        scaled = random.random() < 0.5
+        stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), res_scale=scaled))
+        grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    return _pyramid(
+        random,
+        "metaformer",
+        img_size,
+        (4, 4),
+        stages,
+        head_norm="pooled",
+        norm=random.choice(["layer", "group"]),
+        norm_bias=random.random() < 0.5,
+        embed_norm=random.random() < 0.7,
+        act=random.choice(["star_relu", "star_relu", "gelu"]),
+        layer_scale=random.random() < 0.4,
+        proj_bias=random.random() < 0.5,
+        mlp_bias=random.random() < 0.5,
+        head_mlp=random.choice([0, random.randint(1, 12)]),
+    )
+
+
 def random_lm(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
     """Up to three tails, every way of sharing, residual channels that are some of the source's."""
     cutoffs = tuple(sorted(random.sample(range(1, 20), random.randint(1, 3))))
@@ -374,9 +422,9 @@ def random_cut(random: Random, arch: Arch) -> Cut:
 def _random_choice(random: Random, arch: Arch, block: Block) -> BlockCut:
     mlp = subset(random, block.mlp) if block.mlp and random.random() < 0.8 else None
     sr = subset(random, block.sr) if block.sr and random.random() < 0.8 else None
-    if block.mixer in ("none", "xca") or random.random() < 0.2:
+    if block.mixer in ("none", "xca", "pool") or random.random() < 0.2:
         return BlockCut(mlp=mlp, sr=sr)
-    if block.conv_kernel:
+    if block.convolves:
         return BlockCut(v=(subset(random, block.total_v),), mlp=mlp)
     heads, channels = subset(random, block.heads), subset(random, block.qk)
     width = len(channels)

@@ -15,9 +15,10 @@ from timm.layers import RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
+from prunesweep.models.layers.metaformer import TokenGroupNorm
 
 Hook = Callable[..., None]
-NORMS = (nn.LayerNorm, RmsNorm)
+NORMS = (nn.LayerNorm, RmsNorm, TokenGroupNorm)
 
 
 def _indicator(size: int, kept: tuple[int, ...] | None, like: torch.Tensor) -> torch.Tensor:
@@ -33,9 +34,13 @@ def _masked_norm(keep: torch.Tensor):
         x, n = args[0].to(keep.dtype), keep.sum()
         if isinstance(norm, RmsNorm):
             return keep * norm.weight * x / ((x**2 * keep).sum(-1, keepdim=True) / n + norm.eps).sqrt()
-        mean = (x * keep).sum(-1, keepdim=True) / n
-        var = ((x - mean) ** 2 * keep).sum(-1, keepdim=True) / n
-        return keep * (norm.weight * (x - mean) / (var + norm.eps).sqrt() + norm.bias)
+        over = -1
+        if isinstance(norm, TokenGroupNorm):  # all places, too
+            over, n = (-2, -1), n * x.shape[-2]
+        mean = (x * keep).sum(over, keepdim=True) / n
+        var = ((x - mean) ** 2 * keep).sum(over, keepdim=True) / n
+        bias = 0 if norm.bias is None else norm.bias
+        return keep * (norm.weight * (x - mean) / (var + norm.eps).sqrt() + bias)
 
     return hook
 
@@ -102,12 +107,21 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
             continue
         if name == "attn_pool" and arch.class_attention is None:
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
+        if name.startswith("head.fc.") and arch.head_mlp:  # of own units, which no cut takes away
+            continue
+        if name == "head.fc" and arch.head_mlp and not isinstance(module, nn.Linear):
+            hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)
+        if arch.family == "metaformer" and name.endswith("downsample") and not name.startswith("stages.0"):
+            s = int(name.split(".")[1]) - 1
+            hook(module, lambda _m, args, s=s: (args[0] * embed[s][:, None, None],), before=True)
         pooling = name.startswith("attn_pool.")  # in blocks of a class token
         if isinstance(module, NORMS) and (pooling or ".blocks." not in f".{name}"):
             parts = name.split(".")
             s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
             if arch.family == "swin" and "downsample" in parts:  # over four neighbours of the stage before
                 hook(module, _masked_norm(embed[s - 1].repeat(4)))
+            elif arch.family == "metaformer" and "downsample" in parts:  # likewise in front
+                hook(module, _masked_norm(embed[s - 1]))
             else:
                 hook(module, _masked_norm(embed[s]))
         if name == "blocks.0" and arch.post_norm:  # which reads the first stream without a norm
@@ -134,7 +148,10 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
     def scale(module: nn.Module, mask: torch.Tensor) -> None:
         hook(module, lambda _m, _a, y: y * mask)
 
-    if record.conv_kernel and choice.v is not None:
+    if record.mixer == "sepconv" and choice.v is not None:
+        v = _indicator(record.total_v, choice.v[0], weight)
+        hook(block.attn.pwconv2, lambda _m, args: (args[0] * v,), before=True)
+    elif record.conv_kernel and choice.v is not None:
         v = _indicator(record.total_v, choice.v[0], weight)
         hook(block.attn.bconv[3], lambda _m, args: (args[0] * v[:, None, None],), before=True)
     elif choice.qk is not None and choice.v is not None:

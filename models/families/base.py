@@ -60,6 +60,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
         "mixed_maps": "attention maps of heads are mixed: a head whose own output is nothing still gives to the others",
         "channel_attention": "attention is between channels, whose number is fixed, with convolutions of the stream",
+        "local_mixers": "a block may mix places by pooling or a separable convolution, in the place of attention",
         "rotary": "queries and keys may be turned by their tokens' places, whose units are pairs of channels then",
         "features": "the tokens behind any block are one vector per patch of the first grid",
         "streams": "it can be run and refitted part by part: stem, blocks, entrances of stages, heads",
@@ -93,6 +94,7 @@ class Family(ABC):
     fixed_fields: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what its records always hold
     one_head_only: ClassVar[str] = ""  # without "mixed_heads": why a head keeps channels of one head only
     conv_sharing: ClassVar[ConvSharing | None] = None  # with "mixers"
+    norm_residuals: ClassVar[bool] = True  # a block without a mixer may add its normalised input
     refers_to_windows: ClassVar[bool] = False  # with "windows": a stage may have a ``reference_window``
 
     block_tensors: ClassVar[Table]  # by the name within a block

@@ -72,6 +72,8 @@ class BeitFamily(EvaFamily):
         "stem": None,
         "class_attention": None,
         "cross_covariance": None,
+        "norm_bias": True,
+        "head_mlp": 0,
         "patch_factors": False,
     }
     block_tensors: ClassVar[Table] = {

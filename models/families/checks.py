@@ -25,6 +25,8 @@ PLAIN: Mapping[str, Any] = {
     "position_bias": None,
     "stem": None,
     "mlp_scale": True,
+    "norm_bias": True,
+    "head_mlp": 0,
     "mlp_entry_norm": False,
     "patch_factors": False,
     "class_attention": None,

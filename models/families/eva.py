@@ -106,6 +106,8 @@ class EvaFamily(VisionTransformerFamily):
         "position_bias": None,
         "class_attention": None,
         "cross_covariance": None,
+        "norm_bias": True,
+        "head_mlp": 0,
         "patch_factors": False,
     }
     block_tensors: ClassVar[Table] = {
@@ -261,6 +263,7 @@ class EvaFamily(VisionTransformerFamily):
     def check_fields(self, arch: Arch) -> None:
         """Raise UserError for impossible pooling or an impossible rotation."""
         super().check_fields(arch)
+        check_one_of("norm", arch.norm, ("layer", "rms"))
         if arch.post_norm and arch.layer_scale:
             raise UserError("post_norm = true: needs layer_scale = False, the norms have gains of their own")
         if arch.mlp_entry_norm and not arch.glu:

@@ -200,6 +200,7 @@ class AttentionView:
         out_norm: over the value channels of all heads; the identity where there is none.
         bias: gives position biases (1, H, N, N), which are added to logits; None where there are none.
         attend: computes attention of queries, keys and values; ``models.layers.mixers.attend`` says how.
+        passing: factors on the stream that passes by (MetaFormer); the identity where there are none.
     """
 
     name: str
@@ -221,6 +222,7 @@ class AttentionView:
     out_norm: nn.Module = field(default_factory=nn.Identity)
     bias: Callable[[], torch.Tensor] | None = None
     attend: Callable[..., torch.Tensor] = attend
+    passing: nn.Module = field(default_factory=nn.Identity)
 
     @property
     def token_scale(self) -> torch.Tensor | None:
@@ -341,8 +343,8 @@ class AttentionView:
 
     def after(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         """Compute the stream behind the attention."""
-        branch: torch.Tensor = self.scale(self.out(self.mixed(x, grid)))
-        return x + branch
+        found: torch.Tensor = self.passing(x) + self.scale(self.out(self.mixed(x, grid)))
+        return found
 
     @property
     def _projections(self) -> set[str]:
@@ -366,6 +368,7 @@ class MlpView:
         gated: every unit has two rows.
         inner_norm: over the hidden units, behind the activation; the identity where there is none.
         entry_norm: a second norm, behind ``norm``; the identity where there is none.
+        passing: factors on the stream that passes by (MetaFormer); the identity where there are none.
     """
 
     name: str
@@ -379,6 +382,7 @@ class MlpView:
     gated: bool = False
     inner_norm: nn.Module = field(default_factory=nn.Identity)
     entry_norm: nn.Module = field(default_factory=nn.Identity)
+    passing: nn.Module = field(default_factory=nn.Identity)
 
     def per_unit(self, rows: torch.Tensor) -> torch.Tensor:
         """Sum what belongs to the rows of a layer of ``inputs`` over those of a unit, (M,)."""
@@ -399,8 +403,8 @@ class MlpView:
 
     def after(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         """Compute the stream behind the MLP, from the one in front of its norm."""
-        branch: torch.Tensor = self.scale(self.out(self.hidden(self.norm(x), rows)))
-        return x + branch
+        found: torch.Tensor = self.passing(x) + self.scale(self.out(self.hidden(self.norm(x), rows)))
+        return found
 
     def readers(self) -> tuple[Reader, ...]:
         """List the layers that read the stream."""
@@ -453,7 +457,7 @@ def attention_view(
         reduction: what keys and values are read from, if not the attention's input.
         windows: those that attention is within, if not over all tokens.
         causal: a token attends to itself and those before it only.
-        rotary: ``rotary``, ``coordinates``, ``out_norm``, ``bias`` and ``attend`` of ``AttentionView``.
+        rotary: ``rotary``, ``coordinates``, ``out_norm``, ``bias``, ``attend`` and ``passing`` of ``AttentionView``.
     """
     attn: Any = block.get_submodule("attn")
     q, k, v = projections
@@ -485,12 +489,13 @@ def _norm_and_scale(block: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
     return norm, getattr(block, f"ls{half}", nn.Identity())
 
 
-def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
+def mlp_view(block: nn.Module, conv: nn.Module | None = None, *, passing: nn.Module | None = None) -> MlpView:
     """View ``block.mlp``: behind ``block.norm2``, ``fc1``, ``conv`` if it is given, ``act``, ``norm`` and ``fc2``.
 
     Args:
         block: the block's module.
         conv: a depthwise convolution in front of the activation.
+        passing: factors on the stream that passes by.
     """
     mlp: Any = block.get_submodule("mlp")
     norm, scale = _norm_and_scale(block, "2")
@@ -506,4 +511,5 @@ def mlp_view(block: nn.Module, conv: nn.Module | None = None) -> MlpView:
         gated=isinstance(mlp, GluMlp),
         inner_norm=getattr(mlp, "norm", nn.Identity()),
         entry_norm=getattr(mlp, "entry_norm", nn.Identity()),
+        passing=nn.Identity() if passing is None else passing,
     )

@@ -65,6 +65,7 @@ class XcitFamily(CaitFamily):
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Xcit,)
     one_head_only = "attention between channels stays whole"
     conv_sharing: ClassVar[Any] = None
+    norm_residuals = False
     fixed_fields: ClassVar[dict[str, Any]] = {
         **{
             name: value

@@ -226,9 +226,13 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
     if axes["v"] != (0,) and family_of(source).supports("convolutions"):
         for mixer in ("conv1x1", "conv3x3"):
             parts[mixer] = part(lambda conv, mixer=mixer: absent(mixer=mixer, v=conv), embed=embed, conv=axes["v"])
-    if any(block.mixer == "xca" for block in stage.blocks):
-        parts["xca"] = part(lambda: absent(mixer="xca"), embed=embed)
-    parts["norm_residual"] = part(lambda: absent(norm_residual=True), embed=embed)
+    used = {block.mixer for block in stage.blocks}
+    if "sepconv" in used:
+        parts["sepconv"] = part(lambda conv: absent(mixer="sepconv", v=conv), embed=embed, conv=axes["v"])
+    for mixer in sorted(used & {"pool", "xca"}):
+        parts[mixer] = part(lambda mixer=mixer: absent(mixer=mixer), embed=embed)
+    if family_of(source).norm_residuals:
+        parts["norm_residual"] = part(lambda: absent(norm_residual=True), embed=embed)
     if "tokens" in axes:
         for form in ("sparse", "dense"):
             plans = [(width, absent(tokens=tokens, merge=form)) for width, tokens in product(embed, axes["tokens"])]

@@ -126,8 +126,10 @@ def _random_block(random: Random, grids: Mapping[str, Grid], stage: Stage, sourc
     if draw < 0.1 and "conv3x3" in grids and missing:
         mixer, v = random.choice(("conv1x1", "conv3x3")), _draw(random, grids["conv3x3"].axes["conv"], keep)
         return Block(src=source.src, mixer=mixer, heads=0, qk=0, v=v, scale=0.0, mlp=mlp)
-    if source.mixer == "xca" and draw >= 0.1:
-        return Block(src=source.src, mixer="xca", heads=0, qk=0, v=0, scale=0.0, mlp=mlp)
+    if source.mixer not in ("attn", "none") and source.mixer in grids and draw >= 0.1:
+        channels = grids[source.mixer].axes.get("conv")
+        v = _draw(random, channels, keep) if channels else 0
+        return Block(src=source.src, mixer=source.mixer, heads=0, qk=0, v=v, scale=0.0, mlp=mlp)
     if (draw < 0.2 and missing) or axes["heads"] == (0,):
         return Block(src=source.src, mixer="none", heads=0, qk=0, v=0, scale=0.0, mlp=mlp)
     heads, qk, v = (_draw(random, axes[name], keep) for name in ("heads", "qk", "v"))

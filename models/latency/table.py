@@ -38,6 +38,9 @@ GRIDS: Mapping[str, tuple[str, ...]] = {  # axes in order
     "attn_shifted": WHOLE,
     "conv1x1": ("embed", "conv"),
     "conv3x3": ("embed", "conv"),
+    "sepconv": ("embed", "conv"),
+    "pool": ("embed",),
+    "xca": ("embed",),
     "norm_residual": ("embed",),
     "merge_sparse": ("embed", "tokens"),
     "merge_dense": ("embed", "tokens"),
@@ -143,8 +146,8 @@ class LatencyTable:
     - ``attn``: whole blocks over embed, tokens (where token plans were measured), heads, qk, v, sr (where the stage
       reduces its map) and mlp; heads = 0 is a block without attention, mlp = 0 one without MLP;
     - ``attn_shifted``: the same with Swin's shifted windows;
-    - ``conv1x1``, ``conv3x3``: convolutions over embed and conv, their bottleneck width;
-    - ``xca``: what XCiT's attention between channels and its convolutions add, over embed;
+    - ``conv1x1``, ``conv3x3``, ``sepconv``: convolutions over embed and conv, their own width;
+    - ``pool``: pooling, and ``xca``: what XCiT's attention between channels and its convolutions add, over embed;
     - ``norm_residual``: what the normalised residual of a missing mixer adds, over embed;
     - ``merge_sparse``, ``merge_dense``: what a token plan adds, over embed and tokens.
 
@@ -205,6 +208,8 @@ class LatencyTable:
                 for kind in ("heads", "qk", "v"):
                     gains[f"blocks.{i}.{kind}"] = placed.gain(**{kind: at[kind] - 1})
                 gains[f"blocks.{i}.attn"] = placed.gain(qk=at["qk"] - 1, v=at["v"] - arch.qk_rows) / block.heads
+            if block.mixer == "sepconv":
+                gains[f"blocks.{i}.v"] = placed.gain(conv=block.total_v - 1)
             for kind, size in (("mlp", block.mlp), ("sr", block.sr)):
                 if size:
                     gains[f"blocks.{i}.{kind}"] = placed.gain(**{kind: size - 1})
@@ -219,7 +224,7 @@ class LatencyTable:
 
     def _place_block(self, s: int, arch: Arch, stage: Stage, block: Block, where: str) -> _Placed:
         names = ["attn_shifted" if block.shifted else "attn"]
-        if block.conv_kernel or block.mixer == "xca":
+        if block.mixer not in ("attn", "none"):
             names.append(block.mixer)
         if block.norm_residual:
             names.append("norm_residual")
@@ -249,7 +254,7 @@ class LatencyTable:
         if len(arch.stages) != len(self.stages):
             raise UserError(f"{len(arch.stages)} stages: the latency table has {len(self.stages)}")
         for s, (stage, own) in enumerate(zip(arch.stages, self.source.stages, strict=True)):
-            for name in ("grid", "window", "sr_ratio"):
+            for name in ("grid", "window", "sr_ratio", "res_scale"):
                 if getattr(stage, name) != getattr(own, name):
                     found, mine = getattr(stage, name), getattr(own, name)
                     raise UserError(f"stages[{s}].{name} = {found!r}: the latency table was measured with {mine!r}")

@@ -93,7 +93,7 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
 
     For Swin and PVTv2, every stage has residual channels of its own, and what leads into it enters as the patch
     embedding does. A convolution enters the residual channels as attention does, with its first weights' inputs and
-    its last's outputs.
+    its last's outputs; of a separable one's channels the first weights enter, as for an MLP's units.
 
     Args:
         model: its parameters have gradients; a missing gradient counts as 0.
@@ -123,6 +123,11 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
             part = _terms(block.module)
             inputs = part["attn.bconv.0.weight"].sum((0, 2, 3))
             embed[s] = embed[s] + inputs + _flat(part["attn.bconv.3.weight"]) + part["attn.bconv.3.bias"]
+        elif block.record.mixer == "sepconv":
+            part = {name: _term(own) for name, own in block.module.named_parameters()}
+            first = part["attn.pwconv1.weight"]
+            raw[f"blocks.{i}.v"] = first.sum(1)
+            embed[s] = embed[s] + first.sum(0) + _flat(part["attn.pwconv2.weight"])
         if block.mlp is not None:
             rows, columns = _sums(block.mlp.inputs)
             raw[f"blocks.{i}.mlp"] = torch.stack([block.mlp.per_unit(own) for own in rows.values()]).sum(0)
@@ -154,7 +159,7 @@ def _embedding(model: Any, s: int) -> torch.Tensor:
         layer = stream_layer(model.patch_embed)
     elif hasattr(model, "layers"):  # patch merging
         layer = model.layers[s].downsample.reduction
-    else:  # a patch embedding of its own
+    else:  # a convolution of its own
         layer = model.stages[s].downsample.proj
     return _with_bias(layer, _flat(_term(layer.weight)))
 

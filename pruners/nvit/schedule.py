@@ -156,6 +156,8 @@ def cut_of(arch: Arch, keep: Vectors) -> Cut:
     choices = []
     for i, block in enumerate(arch.blocks):
         own = {"mlp": None} | _own(i, kept)
+        if "heads" not in own and "v" in own:  # of a separable convolution
+            own["v"] = (own["v"],)
         choices.append(BlockCut.aligned(block, **own) if "heads" in own else BlockCut(**own))
     return Cut(embed=tuple(kept[f"stages.{s}.embed"] for s in range(len(arch.stages))), blocks=tuple(choices))
 

@@ -45,7 +45,9 @@ from .windows import WindowForward
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
-FAMILIES = FamiliesWith("width", without=("mixed_maps", "channel_attention"))  # ``forward`` has neither
+FAMILIES = FamiliesWith(
+    "width", without=("mixed_maps", "channel_attention", "local_mixers")
+)  # ``forward`` has none of them
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]

@@ -36,7 +36,7 @@ from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
 
-FAMILIES = FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention"))
+FAMILIES = FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention", "local_mixers"))
 
 
 class UVC(Hook):

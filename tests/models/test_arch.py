@@ -74,7 +74,7 @@ def with_block(**changes: object) -> dict:
         (edited(in_chans="1"), "arch.in_chans = '1': must be int"),
         (edited(in_chans=True), "arch.in_chans = True: must be int"),
         (edited(img_size=[4]), "arch.img_size = [4]: must be tuple[int, int]"),
-        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, cait, xcit, swin, swin_v2, pvt_v2"),
+        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, cait, xcit, swin"),
         (edited(pool="tokens"), "did you mean 'token'?"),
         (edited(class_token=False), "needs class_token = true"),
         (edited(img_size=[8, 6]), "stages[0].grid = [2, 3]: img_size / patch_size gives [4, 3]"),
@@ -85,7 +85,7 @@ def with_block(**changes: object) -> dict:
         (with_block(scale=-1.0), "stages[0].blocks[1].scale = -1.0"),
         (
             with_block(mixer="conv"),
-            "stages[0].blocks[1].mixer = 'conv': must be one of attn, conv1x1, conv3x3, xca, none",
+            "stages[0].blocks[1].mixer = 'conv': must be one of attn, conv1x1, conv3x3, sepconv, pool, xca",
         ),
         (with_block(mixer="none"), "must be 0 where mixer is 'none'"),
         ([], "must be a JSON object"),

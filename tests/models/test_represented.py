@@ -14,7 +14,17 @@ from prunesweep.models.represented import verdicts
 
 README = Path(__file__).parents[2] / "README.md"
 # of timm 1.0.31
-AT_LEAST = {"vit": 318, "eva": 145, "beit": 22, "cait": 10, "xcit": 42, "swin": 19, "swin_v2": 12, "pvt_v2": 6}
+AT_LEAST = {
+    "vit": 318,
+    "eva": 145,
+    "beit": 22,
+    "cait": 10,
+    "xcit": 42,
+    "swin": 19,
+    "swin_v2": 12,
+    "pvt_v2": 6,
+    "metaformer": 50,
+}
 
 
 def test_verdicts_say_why() -> None:

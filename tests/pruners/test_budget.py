@@ -241,7 +241,9 @@ def decision(arch: Arch, left: dict[str, tuple]) -> Cut:
         own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in GROUP_SIZES}
         qk, v = own["dim"] or own["qk"], own["dim"] or own["v"]
         choice = BlockCut(mlp=own["mlp"])  # of attention that stays whole
-        if qk is not None:
+        if block.convolves:
+            choice = BlockCut(v=(v,), mlp=own["mlp"])
+        elif qk is not None:
             choice = BlockCut.aligned(block, heads=own["heads"], qk=qk, v=v, mlp=own["mlp"])
         choices.append(dataclasses.replace(choice, sr=own["sr"]))
     return Cut(embed=tuple(kept[f"stages.{s}.embed"] for s in range(len(arch.stages))), blocks=tuple(choices))

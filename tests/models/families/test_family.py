@@ -94,7 +94,7 @@ def test_a_toy_family_from_outside(tmp_path: Path) -> None:
 def test_unknown_family() -> None:
     with pytest.raises(
         UserError,
-        match=r"family = 'swim': must be one of vit, eva, beit, cait, xcit, swin, swin_v2, pvt_v2, lm, toy. .*'swin'",
+        match=r"family = 'swim': must be one of vit, eva, beit, cait, xcit, .* metaformer, lm, toy. .*'swin'",
     ):
         family_of("swim")
 
@@ -123,7 +123,8 @@ def test_names_are_taken_once() -> None:
 
 def test_families_with() -> None:
     assert families_with("mixers") == ("vit", "eva", "beit", "cait", "swin")
-    assert families_with("images") == ("vit", "eva", "beit", "cait", "xcit", "swin", "swin_v2", "pvt_v2", "toy")
+    of_images = ("vit", "eva", "beit", "cait", "xcit", "swin", "swin_v2", "pvt_v2", "metaformer", "toy")
+    assert families_with("images") == of_images
     assert families_with("tokens", "global_attention") == ("vit", "eva", "cait")
     with pytest.raises(KeyError, match="wings"):
         families_with("wings")

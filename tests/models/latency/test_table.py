@@ -157,7 +157,8 @@ def test_unit_gains_are_backward_differences(family: str) -> None:
         assert gains[f"stages.{s}.embed"] == pytest.approx(macs - cost(_with_stage(source, s, narrower)).macs)
         for b, block in enumerate(stage.blocks):
             attends = block.mixer == "attn"
-            for kind in (*(["heads", "qk", "v"] if attends else []), "mlp", *(["sr"] if block.sr else [])):
+            own = ["heads", "qk", "v"] if attends else ["v"] if block.mixer == "sepconv" else []
+            for kind in (*own, "mlp", *(["sr"] if block.sr else [])):
                 less = getattr(block, kind) - 1
                 want = 0.0
                 if less or kind in ("heads", "mlp"):
