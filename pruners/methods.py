@@ -17,7 +17,7 @@ from torch import nn
 from prunesweep.models import Arch, Cut, UserError, cost
 from prunesweep.models.errors import nearest
 from prunesweep.models.families import FamiliesWith
-from prunesweep.pruners import baselines, isomorphic, nvit, taylor, upvit
+from prunesweep.pruners import baselines, isomorphic, nvit, served, taylor, upvit
 
 from .hook import Hook
 from .method import (
@@ -309,7 +309,7 @@ for _method in (
         name="uvc",
         description="widths and skipped blocks under one budget, by primal-dual training",
         paper="UVC, ICLR 2022, openreview 9jsZiUgkCZP",
-        families=FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention", "local_mixers")),
+        families=served.UVC,
         settings=_uvc_settings,
         recipe="uvc_stage1",
         finetune="uvc_stage2",
@@ -321,7 +321,7 @@ for _method in (
         name="spvit",
         description="attention becomes convolutions, and MLP units go, by gates that are trained",
         paper="SPViT, arXiv 2111.11802",
-        families=FamiliesWith("images", "mixers"),
+        families=served.SPVIT,
         settings=_spvit_settings,
         recipe="spvit_search",
         finetune="spvit",
@@ -352,7 +352,7 @@ for _method in (
         name="pmvit",
         description="a fixed plan per block of which patches merge and which pass by (Prune-and-Merge)",
         paper="Prune and Merge, IEEE TMM 2025, arXiv 2503.23455",
-        families=FamiliesWith("images", "tokens"),
+        families=served.PMVIT,
         kinds=("tokens",),
         score=_score_tokens,
         plan=_plan,
@@ -368,7 +368,13 @@ for _method in (
         name="tome",
         description="merges similar tokens as it runs; a comparison, evaluated and not saved",
         paper="ToMe, ICLR 2023, arXiv 2210.09461",
-        families=FamiliesWith("global_attention", without=("rotary", "mixed_maps")),
+        families=FamiliesWith(
+            "global_attention",
+            without={
+                "rotary": "it merges tokens of two places, and queries and keys are turned by one",
+                "mixed_maps": "its attention, which counts a merged token as several, mixes no maps of heads",
+            },
+        ),
         settings=_tome_settings,
         apply=_tome,
         saved=False,

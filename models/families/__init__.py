@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 from prunesweep.models.arch import Arch
 
@@ -59,18 +60,18 @@ class FamiliesWith(Collection[str]):
 
     Args:
         capabilities: names of ``CAPABILITIES``, all of which a family must have.
-        without: those of which it must have none, for what a method cannot take into account.
+        without: those of which it must have none, each with what keeps the method from them.
 
     Raises:
         KeyError: there is no such capability.
     """
 
-    def __init__(self, *capabilities: str, without: Sequence[str] = ()) -> None:
-        self.capabilities, self.without = capabilities, tuple(without)
+    def __init__(self, *capabilities: str, without: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.capabilities, self.without = capabilities, dict(without)
         families_with(*capabilities, *without)
 
     def why_not(self, name: str) -> str | None:
-        """Say which capability keeps a family out; None for one that is served.
+        """Say which capability keeps a family out, and why; None for one that is served.
 
         Args:
             name: of the family.
@@ -78,10 +79,10 @@ class FamiliesWith(Collection[str]):
         family = family_of(name)
         for own in self.capabilities:
             if not family.supports(own):
-                return f"it lacks {own!r}: {family.lacks.get(own, CAPABILITIES[own])}"
-        for own in self.without:
+                return f"it lacks {own!r}: {family.lacks.get(own, 'see CONTRIBUTING for what that is')}"
+        for own, reason in self.without.items():
             if family.supports(own):
-                return f"it has {own!r}: {CAPABILITIES[own]}"
+                return f"it has {own!r}: {reason}"
         return None
 
     def _names(self) -> tuple[str, ...]:

@@ -229,7 +229,10 @@ class LanguageModelFamily(Family):
     """The family ``lm``: the decoder of this module; its grid is one row of words."""
 
     name = "lm"
-    lacks: ClassVar[dict[str, str]] = {"global_attention": "a word attends to itself and to those before it"}
+    lacks: ClassVar[dict[str, str]] = {
+        "global_attention": "a word attends to itself and to those before it",
+        "images": "it takes words",
+    }
     capabilities = frozenset({"text", "width", "depth", "mixed_heads", "streams"})
     single_stage = True
     fixed_fields: ClassVar[dict[str, Any]] = {

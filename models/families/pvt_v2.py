@@ -151,10 +151,13 @@ class PVTv2Family(Family):
         {"images", "width", "depth", "convolutions", "spatial_reduction", "mixed_heads", "streams"}
     )
     timm_classes = (PyramidVisionTransformerV2,)
-    lacks: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("tokens", "global_attention"),
-        "inside a block, convolutions of its MLP and of its reduced map read neighbours on the whole grid of patches",
-    )
+    lacks: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("tokens", "global_attention"),
+            "convolutions of its MLPs and of its reduced maps read neighbours on the whole grid of patches",
+        ),
+        "mixers": "its values are of a reduced map, not of the places that a convolution in their stead would read",
+    }
     stages_name = "stages"
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
     probe_patch = 4

@@ -92,6 +92,10 @@ class SwinV2Family(SwinFamily):
 
     name = "swin_v2"
     capabilities = frozenset({"images", "width", "depth", "windows", "streams"})
+    lacks: ClassVar[dict[str, str]] = {
+        **SwinFamily.lacks,
+        "mixers": "a convolution reads what a norm in front of it gives, and its norms stand behind what they norm",
+    }
     timm_classes = (SwinTransformerV2,)
     adopts = True
     fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu", "k_bias": False, "post_norm": True}

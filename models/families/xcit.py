@@ -63,6 +63,11 @@ class XcitFamily(CaitFamily):
     name = "xcit"
     capabilities = frozenset({"images", "width", "depth", "features", "channel_attention"})
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Xcit,)
+    lacks: ClassVar[dict[str, str]] = {
+        "tokens": "in every block a convolution reads neighbours on the whole grid of patches",
+        **dict.fromkeys(("mixers", "global_attention"), "it has no attention of tokens: channels attend to each other"),
+        "streams": "its blocks have a third part, a convolution of the stream, which no layer can be refitted for",
+    }
     one_head_only = "attention between channels stays whole"
     conv_sharing: ClassVar[Any] = None
     norm_residuals = False

@@ -50,7 +50,11 @@ __all__ = [
 ]
 
 KINDS = ("embed", "heads", "qk", "v", "mlp")
-FAMILIES = FamiliesWith("images", "width", without=("spatial_reduction",))  # a reduced map's channels are no such kind
+FAMILIES = FamiliesWith(
+    "images",
+    "width",
+    without={"spatial_reduction": "channels of a reduced map are no kind that its steps remove"},
+)
 Vectors = Mapping[str, torch.Tensor]
 NVIT_GROUPS: Mapping[str, int] = MappingProxyType({kind: GROUP_SIZES[kind] for kind in KINDS})
 

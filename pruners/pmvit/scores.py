@@ -25,14 +25,13 @@ from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views
 from prunesweep.models.errors import nearest
-from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.views import AttentionView
 from prunesweep.pruners.drawn_targets import target_loss
 from prunesweep.pruners.scores import Scores
+from prunesweep.pruners.served import PMVIT as FAMILIES
 
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "scorable", "score", "served"]
 
-FAMILIES = FamiliesWith("images", "tokens")
 KINDS = ("tokens",)  # vectors are blocks.I.tokens, one entry per patch in raster order
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]

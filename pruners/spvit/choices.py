@@ -13,14 +13,13 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, cut_arch
 from prunesweep.models.errors import nearest
-from prunesweep.models.families import FamiliesWith
+from prunesweep.pruners.served import SPVIT as FAMILIES
 
 from .cost import GateCosts
 from .gates import CHOICES
 
 __all__ = ["FAMILIES", "SKIP_FORMS", "fit_units", "spvit_cut"]
 
-FAMILIES = FamiliesWith("images", "mixers")
 SKIP_FORMS = {"identity": "none", "ln_residual": "norm"}
 
 Units = Sequence[Sequence[int] | None]

@@ -46,8 +46,13 @@ __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_
 
 KINDS = ("embed", "attn", "mlp", "sr", "tail")
 FAMILIES = FamiliesWith(
-    "width", without=("mixed_maps", "channel_attention", "local_mixers")
-)  # ``forward`` has none of them
+    "width",
+    without={
+        "mixed_maps": "its own passes, which leave one unit out after the other, mix no maps of heads",
+        "channel_attention": "its own passes, which leave one unit out after the other, have attention of tokens alone",
+        "local_mixers": "its own passes, which leave one unit out after the other, neither pool nor convolve",
+    },
+)
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact
 SKIP = "skip"  # the vector of ``score_blocks``
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views, cost, cut
-from prunesweep.models.families import FamiliesWith, family_of
+from prunesweep.models.families import family_of
 from prunesweep.pruners.hook import Collapsed, Hook
+from prunesweep.pruners.served import UVC as FAMILIES
 from prunesweep.pruners.snapshot import Snapshot
 
 from .control import NormalizedPrimalDual
@@ -35,8 +36,6 @@ from .resource import Resource
 from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
-
-FAMILIES = FamiliesWith("images", "width", "depth", without=("mixed_maps", "channel_attention", "local_mixers"))
 
 
 class UVC(Hook):

@@ -1,0 +1,20 @@
+"""The model families that methods serve whose own code is only loaded when they are used."""
+
+from __future__ import annotations
+
+from prunesweep.models.families import FamiliesWith
+
+__all__ = ["PMVIT", "SPVIT", "UVC"]
+
+UVC = FamiliesWith(
+    "images",
+    "width",
+    "depth",
+    without={
+        "mixed_maps": "a head whose gate is closed still gives to the others, whose maps its own is mixed into",
+        "channel_attention": "it gates heads and their value channels, and attention between channels keeps them all",
+        "local_mixers": "it gates heads and their value channels, and pooling and separable convolutions have none",
+    },
+)
+SPVIT = FamiliesWith("images", "mixers")
+PMVIT = FamiliesWith("images", "tokens")
