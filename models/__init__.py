@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from prunesweep.models.latency.timing import Setting, measure
     from prunesweep.models.published.comparison import PUBLISHED, published_arch, revit
 
-    from .arch import Arch, AttentionPool, Block, ClassAttention, CrossCovariance, PositionBias, Rope, Stage, Stem, Text
+    from .arch import (
+        Arch,
+        AttentionPool,
+        Block,
+        ClassAttention,
+        CrossCovariance,
+        PositionBias,
+        QueryPool,
+        Rope,
+        Stage,
+        Stem,
+        Text,
+    )
     from .builder import adopted, arch_of, blocks_of, build, num_params, preprocessing_of, resize
     from .counting import Cost, cost
     from .cutting import BlockCut, Cut, cut, cut_arch
@@ -46,6 +58,7 @@ else:
                 "ClassAttention",
                 "CrossCovariance",
                 "PositionBias",
+                "QueryPool",
                 "Rope",
                 "Stage",
                 "Stem",
@@ -72,6 +85,7 @@ __all__ = [
     "Cut",
     "LatencyTable",
     "PositionBias",
+    "QueryPool",
     "Rope",
     "Setting",
     "Stage",

@@ -36,6 +36,7 @@ __all__ = [
     "ClassAttention",
     "CrossCovariance",
     "PositionBias",
+    "QueryPool",
     "Rope",
     "Stage",
     "Stem",
@@ -104,7 +105,7 @@ class Stage:
     width: int
     grid: tuple[int, int]
     blocks: tuple[Block, ...]
-    window: tuple[int, int] | None = None  # Swin: rows and columns of an attention window
+    window: tuple[int, int] | None = None  # Swin and Hiera: rows and columns of an attention window
     reference_window: tuple[int, int] | None = None  # Swin V2: the window that distances are parts of; None for its own
     sr_ratio: int = 1  # PVTv2: stride of the spatial reduction
     res_scale: bool = False  # MetaFormer: what passes by either half of a block is multiplied by a factor per channel
@@ -186,6 +187,20 @@ class CrossCovariance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueryPool:
+    """What leads from a stage to the next (Hiera, arXiv 2306.00989): four patches pooled to one, and attention.
+
+    The maximum over two rows and two columns is taken, of a map and of queries; keys and values are those of the stage
+    before, in its windows. ``width`` and ``heads`` are those of queries, keys and values in the source's first stage:
+    both double from stage to stage, and no cut changes them.
+    """
+
+    width: int
+    heads: int
+    average: bool = False  # maximum and mean of the stream are mapped to the next, not its norm's output before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stem:
     """What is in front of the patch embedding; no cut narrows it but where its last convolution writes the stream.
 
@@ -206,7 +221,7 @@ class Stem:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | beit | cait | xcit | swin | swin_v2 | pvt_v2 | metaformer | lm
+    family: str  # vit | eva | beit | cait | xcit | swin | swin_v2 | hiera | pvt_v2 | metaformer | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -222,6 +237,7 @@ class Arch:
     attn_pool: AttentionPool | None = None  # where ``pool`` is map
     class_attention: ClassAttention | None = None  # of cait and xcit, where ``pool`` is map
     cross_covariance: CrossCovariance | None = None  # of family xcit
+    query_pool: QueryPool | None = None  # of family hiera
     head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
@@ -345,6 +361,7 @@ class Arch:
             ("attn_pool", AttentionPool),
             ("class_attention", ClassAttention),
             ("cross_covariance", CrossCovariance),
+            ("query_pool", QueryPool),
             ("position_bias", PositionBias),
             ("stem", Stem),
         ):
@@ -423,6 +440,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "AttentionPool": (AttentionPool,),
     "ClassAttention": (ClassAttention,),
     "CrossCovariance": (CrossCovariance,),
+    "QueryPool": (QueryPool,),
     "PositionBias": (PositionBias,),
     "Stem": (Stem,),
 }

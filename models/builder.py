@@ -338,8 +338,8 @@ def arch_of(model: nn.Module) -> Arch:
 def adopted(model: nn.Module) -> nn.Module:
     """Return a model with tensors as its record says: itself or, of a timm model that has others, a copy that has.
 
-    Families ``eva``, ``beit`` and ``swin_v2`` have such models. The copy computes the same, in the same mode, with
-    weights of its own.
+    Models of families with ``adopts`` may have others. The copy computes the same, in the same mode, with weights of
+    its own.
 
     Args:
         model: a timm model that ``Arch.from_timm`` accepts, or one of ours; it is not changed.

@@ -19,6 +19,7 @@ from prunesweep.models import (
     CrossCovariance,
     Cut,
     PositionBias,
+    QueryPool,
     Rope,
     Stage,
     Stem,
@@ -35,6 +36,7 @@ FAMILIES = (
     "xcit",
     "swin",
     "swin_v2",
+    "hiera",
     "pvt_v2",
     "metaformer",
 )  # of images; there is "lm" too
@@ -72,6 +74,7 @@ def random_arch(
         "xcit": random_xcit,
         "swin": random_swin,
         "swin_v2": random_swin_v2,
+        "hiera": random_hiera,
         "pvt_v2": random_pvt,
         "metaformer": random_metaformer,
         "lm": random_lm,
@@ -273,6 +276,27 @@ def random_swin_v2(random: Random, ragged: bool, missing: bool, extras: bool) ->
         reference = random.choice([None, (random.randint(2, 5), random.randint(2, 5))])
         stages.append(dataclasses.replace(stage, blocks=tuple(blocks), reference_window=reference))
     return dataclasses.replace(drawn, family="swin_v2", k_bias=False, post_norm=True, stages=tuple(stages))
+
+
+def random_hiera(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Windows or the whole map, either way from stage to stage; any block may come first in a stage."""
+    number, last = random.randint(1, 3), (random.randint(1, 2), random.randint(1, 3))
+    stages: list[Stage] = []
+    index = count()
+    for s in reversed(range(number)):
+        grid = (last[0] << s, last[1] << s)
+        window = (random.choice([grid[0], 2 if s else 1]), random.choice([grid[1], 2 if s else 1]))
+        blocks = []
+        for _ in range(random.randint(1, 2)):
+            block = random_block(random, next(index), ragged=ragged, missing=missing, extras=False)
+            residual = extras and block.mixer == "none" and random.random() < 0.5
+            blocks.append(dataclasses.replace(block, norm_residual=residual))
+        stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), window=window))
+    heads, img_size = random.randint(1, 2), (4 * stages[0].grid[0], 4 * stages[0].grid[1])
+    arch = _pyramid(random, "hiera", img_size, (4, 4), stages, head_norm="pooled", layer_scale=random.random() < 0.3)
+    pool = QueryPool(width=heads * random.randint(1, 5), heads=heads, average=random.random() < 0.3)
+    act = random.choice(list(ACTIVATIONS))
+    return dataclasses.replace(arch, qkv_bias=True, query_pool=pool, act=act)
 
 
 def random_pvt(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:

@@ -120,10 +120,13 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
             s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
             if arch.family == "swin" and "downsample" in parts:  # over four neighbours of the stage before
                 hook(module, _masked_norm(embed[s - 1].repeat(4)))
-            elif arch.family == "metaformer" and "downsample" in parts:  # likewise in front
+            elif arch.family in ("hiera", "metaformer") and "downsample" in parts:  # likewise in front
                 hook(module, _masked_norm(embed[s - 1]))
             else:
                 hook(module, _masked_norm(embed[s]))
+        if name.endswith(".downsample.mix"):  # which reads maximum and mean of the stage before
+            before = embed[int(name.split(".")[1]) - 1].repeat(2)
+            hook(module, lambda _m, args, before=before: (args[0] * before,), before=True)
         if name == "blocks.0" and arch.post_norm:  # which reads the first stream without a norm
             hook(module, lambda _m, args: (args[0] * embed[0],), before=True)
         if name in ("head", "head_dist") and isinstance(module, nn.Linear) and arch.attn_pool is None:

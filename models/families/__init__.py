@@ -15,6 +15,7 @@ from .beit import BEIT
 from .cait import CAIT
 from .checks import check_one_of
 from .eva import EVA
+from .hiera import HIERA
 from .lm import LM
 from .metaformer import METAFORMER
 from .pvt_v2 import PVT_V2
@@ -26,7 +27,7 @@ from .xcit import XCIT
 __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (VIT, EVA, BEIT, CAIT, XCIT, SWIN, SWIN_V2, PVT_V2, METAFORMER, LM)
+    family.name: family for family in (VIT, EVA, BEIT, CAIT, XCIT, SWIN, SWIN_V2, HIERA, PVT_V2, METAFORMER, LM)
 }
 
 

@@ -34,6 +34,7 @@ __all__ = ["CAPABILITIES", "Family", "Place", "tensor_shapes"]
 _JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(  # spaces side by side on an axis
     {
         "merged": ("embed",) * 4,
+        "pooled": ("embed",) * 2,  # maximum and mean
         "qkv": ("q", "k", "v"),
         "kv": ("k", "v"),
         "turned_q": ("q", "q"),  # the first channels of all pairs, and the second ones
@@ -60,6 +61,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
         "mixed_maps": "attention maps of heads are mixed: a head whose own output is nothing still gives to the others",
         "channel_attention": "attention is between channels, whose number is fixed, with convolutions of the stream",
+        "pooled_queries": "what leads to a stage has attention of its own, which stays whole; an MLP alone follows it",
         "local_mixers": "a block may mix places by pooling or a separable convolution, in the place of attention",
         "rotary": "queries and keys may be turned by their tokens' places, whose units are pairs of channels then",
         "features": "the tokens behind any block are one vector per patch of the first grid",
@@ -368,6 +370,7 @@ class Family(ABC):
         if self.stages_name and (match := re.fullmatch(rf"{re.escape(self.stages_name)}\.(\d+)\.(.+)", tensor)):
             s = int(match[1])
             names = {"in": f"stages.{s - 1}.embed", "out": f"stages.{s}.embed", "merged": f"stages.{s - 1}.merged"}
+            names["pooled"] = f"stages.{s - 1}.pooled"
             return tuple(AxisUse(names.get(use.axis, ""), use.role) for use in self.stage_tensors[match[2]])
         names = {"in": "stages.0.embed", "out": f"stages.{len(arch.stages) - 1}.embed"}
         return tuple(AxisUse(names.get(use.axis, ""), use.role) for use in self.outer_tensors[tensor])

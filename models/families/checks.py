@@ -31,6 +31,7 @@ PLAIN: Mapping[str, Any] = {
     "patch_factors": False,
     "class_attention": None,
     "cross_covariance": None,
+    "query_pool": None,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

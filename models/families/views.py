@@ -161,8 +161,8 @@ class WindowView:
         x = x[:, : grid[0], : grid[1]]
         return torch.roll(x, (down, right), (1, 2)) if down or right else x
 
-    def logit_bias(self, windows: int) -> torch.Tensor:
-        """Compute what is added to the logits of ``windows`` windows, (windows or 1, H, N, N)."""
+    def logit_bias(self, windows: int) -> torch.Tensor | None:
+        """Compute what is added to the logits of ``windows`` windows, (windows or 1, H, N, N); None for nothing."""
         bias, mask = self.block.attn._get_rel_pos_bias(), self.block.attn_mask
         return bias if mask is None else (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)
 
@@ -318,7 +318,8 @@ class AttentionView:
         """
         options: dict[str, Any] = {"is_causal": True} if self.causal else {}
         if self.windows is not None:
-            options["attn_mask"] = self.windows.logit_bias(len(q)).to(q.dtype)
+            bias = self.windows.logit_bias(len(q))
+            options["attn_mask"] = None if bias is None else bias.to(q.dtype)
         elif self.bias is not None:
             options["attn_mask"] = self.bias()[:, :, : q.shape[1]].to(q.dtype)
         q, k = self.turned(self.q_norm(self.by_head(q))), self.turned(self.k_norm(self.by_head(k)))

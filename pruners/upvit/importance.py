@@ -51,6 +51,7 @@ FAMILIES = FamiliesWith(
         "mixed_maps": "its own passes, which leave one unit out after the other, mix no maps of heads",
         "channel_attention": "its own passes, which leave one unit out after the other, have attention of tokens alone",
         "local_mixers": "its own passes, which leave one unit out after the other, neither pool nor convolve",
+        "pooled_queries": "its own passes, which leave one unit out after the other, pool no queries between stages",
     },
 )
 IMPORTANCES: Mapping[str, tuple[str, ...]] = {"exact": KINDS, "fisher": (), "hybrid": ("embed",)}  # what is exact

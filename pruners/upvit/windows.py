@@ -66,8 +66,9 @@ class WindowForward(Forward):
         gate = gates[name].repeat_interleave(len(split) // len(y), 0) if name in gates else None
         q, k, v = self.qkv(i, split, UNGATED if gate is None else {name: gate})
         q, k = self.scaled_heads(i, q, k, gate)
-        bias = windows.logit_bias(len(split)).to(q.dtype)
-        mixed = attend(q, k, v, block.v_widths, block.scale, attn_mask=bias)
+        bias = windows.logit_bias(len(split))
+        mask = None if bias is None else bias.to(q.dtype)
+        mixed = attend(q, k, v, block.v_widths, block.scale, attn_mask=mask)
         return attention.out.layer(windows.join(mixed, self.arch.stages[s].grid).flatten(1, 2))
 
     def scaled_heads(self, i: int, q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor | None) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from prunesweep.models import Arch, Block, Stage, UserError, arch_of, load, save
 from tests.generate import random_images, random_lm, random_model
-from tests.models.io.test_export import BEIT, PVT, SWIN, SWIN_V2, VIT, attn, other
+from tests.models.io.test_export import BEIT, HIERA, PVT, SWIN, SWIN_V2, VIT, attn, other
 
 
 def vit(*blocks: Block, **changes: Any) -> Arch:
@@ -42,6 +42,7 @@ KINDS = {
     "beit": dataclasses.replace(BEIT, in_chans=3),
     "swin": SWIN,
     "swin_v2": SWIN_V2,
+    "hiera": HIERA,
     "pvt_v2": PVT,
     "lm": random_lm(Random(1), True, False, True),
 }
@@ -107,8 +108,8 @@ def test_a_trace_takes_any_batch(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
-    [VIT, BEIT, SWIN, SWIN_V2, PVT, KINDS["lm"]],
-    ids=["vit", "beit", "swin", "swin_v2", "pvt_v2", "lm"],
+    [VIT, BEIT, SWIN, SWIN_V2, HIERA, PVT, KINDS["lm"]],
+    ids=["vit", "beit", "swin", "swin_v2", "hiera", "pvt_v2", "lm"],
 )
 @torch.no_grad()
 def test_compiled_without_a_break_in_the_graph(arch: Arch) -> None:
@@ -209,7 +210,7 @@ def test_dropout_rates(kind: str, tmp_path: Path) -> None:
 @images_only
 def test_patches_are_dropped_where_attention_takes_any(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
-    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2", "pvt_v2"):
+    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2", "hiera", "pvt_v2"):
         with pytest.raises(UserError, match=r"patch_drop_rate = 0\.5: (block 1 of test|the maps of|test has biases)"):
             member(kind, tmp_path, patch_drop_rate=0.5)
         return
@@ -229,8 +230,8 @@ def test_patches_are_dropped_where_attention_takes_any(kind: str, tmp_path: Path
 @torch.no_grad()
 def test_images_of_any_size(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
-    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2"):
-        reason = "block 1 of test|models of family 'swin|test has position biases"
+    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2", "hiera"):
+        reason = "block 1 of test|models of family '(swin|hiera)|test has position biases"
         with pytest.raises(UserError, match=f"dynamic_img_size = True: ({reason})"):
             member(kind, tmp_path, dynamic_img_size=True)
         return
@@ -250,6 +251,10 @@ def test_another_image_size(kind: str, tmp_path: Path) -> None:
             member(kind, tmp_path, img_size=size)
         with pytest.raises(UserError, match="merges or scales tokens by a plan for 6x8 images; set the size of the"):
             made(kind)[0].set_input_size(size)
+        return
+    if kind == "hiera":
+        with pytest.raises(UserError, match="position embeddings of test repeat from window to window"):
+            member(kind, tmp_path, img_size=size)
         return
     model = member(kind, tmp_path, img_size=size)
     x = torch.randn(2, arch.in_chans, *size, generator=torch.Generator().manual_seed(0))
@@ -282,7 +287,7 @@ def test_images_of_other_channels(kind: str, tmp_path: Path) -> None:
 def test_another_pooling(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
     other_pool = "avg" if arch.pool == "token" else "token"
-    if kind in ("distilled", "swin", "swin_v2", "pvt_v2"):
+    if kind in ("distilled", "swin", "swin_v2", "hiera", "pvt_v2"):
         with pytest.raises(UserError, match=f"needs pool = '{arch.pool}', got '{other_pool}'"):
             member(kind, tmp_path, global_pool=other_pool)
         return
