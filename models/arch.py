@@ -67,6 +67,7 @@ class Block:
     mlp: int
     sr: int = 0  # PVTv2: channels of the spatially reduced map that keys and values read; 0 where nothing is reduced
     shifted: bool = False  # Swin: attention in windows shifted by half a window
+    whole_map: bool = False  # Hiera: attention over the whole map, not in its stage's windows
     norm_residual: bool = False  # a missing mixer adds the normalised input (SPViT's finetuned skip), not nothing
     tokens: int | None = None  # tokens inside the block, prefix included, merged before and recovered after it
     merge: str = "sparse"  # sparse | dense: every token in at most one merged token, or full matrices

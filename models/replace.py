@@ -54,7 +54,9 @@ def replace_block(arch: Arch, block: Block, mixer: str | None, plan: TokenPlan |
             if mixer == "norm" and block.mixer == "none" and not block.norm_residual:
                 raise UserError(f"{where}.mixer = 'norm': the block has lost its norm already; use 'none'")
             block = dataclasses.replace(block, mixer="none", v=0, norm_residual=mixer == "norm")
-        block = dataclasses.replace(block, heads=0, qk=0, scale=0.0, sr=0, shifted=False, token_scale=False)
+        block = dataclasses.replace(
+            block, heads=0, qk=0, scale=0.0, sr=0, shifted=False, whole_map=False, token_scale=False
+        )
     if plan is not None:
         planned = family.supports("tokens")
         if not planned or (block.mixer != "attn" and not block.mlp) or block.conv_kernel:

@@ -130,6 +130,8 @@ def _validate_extras(family: Family, stage: Stage, block: Block, where: str) -> 
     attends = block.mixer == "attn"
     if block.shifted and not (attends and family.supports("windows")):
         raise UserError(f"{where}.shifted: is for attention in the windows of {names_with('windows')} only")
+    if block.whole_map and not (attends and family.supports("pooled_queries")):
+        raise UserError(f"{where}.whole_map: is for attention of {names_with('pooled_queries')} only")
     if block.norm_residual and block.mixer != "none":
         raise UserError(f"{where}.norm_residual: is for mixer 'none' only, got {block.mixer!r}")
     if block.conv_kernel and not family.supports("convolutions"):

@@ -9,6 +9,7 @@ adopted (``families.eva``).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp, calculate_drop_path_rates
 from timm.models.hiera import Hiera, HieraBlock
+from timm.models.hieradet_sam2 import HieraDet, MultiScaleBlock
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, QueryPool, Stage
@@ -47,11 +49,11 @@ class PlainWindows(WindowView):
 
 
 class HieraFamily(Family):
-    """timm's Hiera: maps halved between stages by pooling, attention in windows or over the whole map."""
+    """timm's Hiera and SAM 2's: maps halved between stages by pooling, attention in windows or over the whole map."""
 
     name = "hiera"
     capabilities = frozenset({"images", "width", "depth", "windows", "pooled_queries", "mixed_heads"})
-    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Hiera,)
+    timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Hiera, HieraDet)
     lacks: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("tokens", "global_attention"), "windows and pooling need the whole grid of patches"),
         "streams": "what leads to a stage takes maxima and attends at once: no one layer can be fitted in its place",
@@ -90,8 +92,10 @@ class HieraFamily(Family):
     }
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
-        """Read the record of a Hiera, which knows its image size."""
+        """Read the record of a Hiera, which knows its image size, or of one of SAM 2, for images of ``img_size``."""
         needs = partial(require, name)
+        if isinstance(model, HieraDet):
+            return _read_detector(model, name, img_size, needs)
         conv, stages = model.patch_embed.proj, len(model.stage_ends)
         needs(type(conv) is nn.Conv2d, "it reads videos")
         needs(model.q_pool == stages - 1 and tuple(model.q_stride) == (2, 2), "not every stage halves the map")
@@ -108,11 +112,11 @@ class HieraFamily(Family):
             within = any(block.attn.use_mask_unit_attn for block in attend)
             needs(not within or unit[0] >> s > 0, f"stage {s} attends within mask units of no patches")
             windows.append(tuple(side >> s for side in (unit if within else grid)))
-        return read_stages(self.name, model, name, size, windows, HieraBlock, needs)
+        return _read_stages(model, name, size, windows, HieraBlock, needs)
 
     def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:
         """Name a timm model's weights as here, and compute the positions of every place."""
-        return adopted_stages(model, arch, _positions(model, arch.stages[0].grid))
+        return _adopted_stages(model, arch, _positions(model, arch.stages[0].grid))
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> PooledTransformer:
         """Build a ``PooledTransformer``."""
@@ -123,7 +127,8 @@ class HieraFamily(Family):
         """Refuse: positions of a window repeat from window to window, which no resampling keeps."""
         raise UserError(
             f"img_size = {list(img_size)}: position embeddings of {arch.source} repeat from window to window "
-            f"(arXiv 2311.05613), so they cannot be resampled; it is for {arch.img_size[0]}x{arch.img_size[1]} images"
+            f"(arXiv 2311.05613), so they cannot be resampled; it is for {arch.img_size[0]}x{arch.img_size[1]} images. "
+            "Where timm's own model takes that size, adopt it at that size"
         )
 
     def attention_view(self, block: Any, record: Block) -> AttentionView | None:
@@ -175,9 +180,10 @@ class HieraFamily(Family):
                 raise UserError(f"blocks[{i}].shifted: windows of family 'hiera' are not shifted")
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Count attention within windows."""
+        """Count attention within windows, or over the whole map."""
         assert stage.window is not None
-        qk, v, keys = block.heads * block.qk, block.total_v, math.prod(stage.window)
+        qk, v = block.heads * block.qk, block.total_v
+        keys = math.prod(stage.grid if block.whole_map else stage.window)
         macs = tokens * (2 * stage.width + keys) * (qk + v)
         return macs, projection_params(arch, stage, block, stage.width)
 
@@ -211,8 +217,18 @@ class HieraFamily(Family):
         return (*stage.grid, stage.width), {}
 
 
-def read_stages(
-    family: str,
+def _read_detector(model: Any, name: str, img_size: tuple[int, int], require: Require) -> Arch:
+    """Read the record of a Hiera of SAM 2, which takes images of any size."""
+    stages = len(model.stage_ends)
+    halved = len(model.q_pool_blocks) == stages - 1 and tuple(model.q_stride) == (2, 2)
+    require(halved, "not every stage halves the map")
+    for end in model.stage_ends[:-1]:
+        require(model.blocks[end + 1].is_windowed, f"block {end + 1} widens the stream, and attends over the whole map")
+    windows = [(side, side) for side in model.window_spec]
+    return _read_stages(model, name, img_size, windows, MultiScaleBlock, require)
+
+
+def _read_stages(
     model: Any,
     name: str,
     img_size: tuple[int, int],
@@ -223,7 +239,6 @@ def read_stages(
     """Read the record of a model of blocks that may widen the stream.
 
     Args:
-        family: name of the family.
         model: timm's, with ``blocks`` and ``stage_ends``.
         name: of the source.
         img_size: rows and columns of its images.
@@ -250,15 +265,18 @@ def read_stages(
         require(same, "widths and heads do not double from stage to stage")
     projected = {model.blocks[first].proj is not None for first in starts[1:]}
     require(len(projected) < 2, "some stages are entered by a projection, others are not")
-    grid = tuple(-(-side // 4) for side in img_size)
+    grid, unit = tuple(-(-side // 4) for side in img_size), 1 << (len(starts) - 1)
+    halves = all(side % unit == 0 for side in grid)
+    require(halves, f"maps of images of {img_size[0]}x{img_size[1]} are not halved by all stages without a rest")
     stages = []
     for s, (first, end, window) in enumerate(zip(starts, model.stage_ends, windows, strict=True)):
-        records = tuple(record for record, _, _ in blocks[first : end + 1])
-        stages.append(
-            Stage(width=width << s, grid=(grid[0] >> s, grid[1] >> s), blocks=records, window=(window[0], window[1]))
-        )
+        own, side = (grid[0] >> s, grid[1] >> s), (window[0], window[1])
+        records = [record for record, _, _ in blocks[first : end + 1]]
+        if own == side:  # whether windows are those of the map or there are none
+            records = [dataclasses.replace(record, whole_map=False) for record in records]
+        stages.append(Stage(width=width << s, grid=own, blocks=tuple(records), window=side))
     return Arch(
-        family=family,
+        family=HieraFamily.name,
         source=name,
         img_size=img_size,
         patch_size=(4, 4),
@@ -275,7 +293,7 @@ def read_stages(
     )
 
 
-def adopted_stages(model: Any, arch: Arch, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+def _adopted_stages(model: Any, arch: Arch, positions: torch.Tensor) -> dict[str, torch.Tensor]:
     """Name the weights of a timm model of blocks that may widen the stream as ``PooledTransformer`` does.
 
     Args:
@@ -309,11 +327,13 @@ def adopted_stages(model: Any, arch: Arch, positions: torch.Tensor) -> dict[str,
 def _positions(model: Any, grid: tuple[int, int]) -> torch.Tensor:
     """Compute what timm adds to patches, (1, rows, columns, D), in the order of rows and columns."""
     with torch.no_grad():
-        if model.pos_embed_win is None:
+        detects = isinstance(model, HieraDet)
+        window = model.pos_embed_window if detects else model.pos_embed_win
+        if window is None:
             found: torch.Tensor = model.pos_embed.unflatten(1, grid)
         else:
-            near = model.pos_embed_win.tile(model.mask_spatial_shape)
-            far = F.interpolate(model.pos_embed, size=near.shape[-2:], mode="bicubic", antialias=True)
+            near = window.tile([side // own for side, own in zip(grid, window.shape[2:], strict=True)])
+            far = F.interpolate(model.pos_embed, size=grid, mode="bicubic", antialias=not detects)
             found = (far + near).permute(0, 2, 3, 1)
     return found.contiguous()
 
@@ -329,7 +349,9 @@ def _read_block(index: int, block: Any, kind: type[nn.Module], require: Require)
     width, heads = _heads(block.attn)
     each = width // heads
     mlp = block.mlp.fc1.out_features
-    return Block(src=index, heads=heads, qk=each, v=each, scale=float(block.attn.scale), mlp=mlp), act, scaled
+    record = Block(src=index, heads=heads, qk=each, v=each, scale=float(block.attn.scale), mlp=mlp)
+    whole = not getattr(block, "is_windowed", True)  # of SAM 2
+    return dataclasses.replace(record, whole_map=whole), act, scaled
 
 
 def _heads(attn: Any) -> tuple[int, int]:

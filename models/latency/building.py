@@ -209,9 +209,9 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
         probes = [_probe(source, stage, cell, make(**rest)) for cell, rest in zip(cells, rests, strict=True)]
         return own, probes
 
-    def attention(shifted: bool) -> Part:
+    def attention(**own: bool) -> Part:
         def make(**widths: int) -> Block:
-            return Block(src=0, scale=scale, mlp=0, shifted=shifted, **widths)  # type: ignore[arg-type]
+            return Block(src=0, scale=scale, mlp=0, **own, **widths)  # type: ignore[arg-type]
 
         return part(make, **{name: p for name, p in axes.items() if name != "mlp"} | {"heads": axes["heads"][1:]})
 
@@ -220,9 +220,11 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
 
     outer = {name: points for name, points in axes.items() if name in ("embed", "tokens")}
     embed = axes["embed"]
-    parts = {"attn": attention(False), "mlp": part(absent, **outer, mlp=axes["mlp"][1:])}
+    parts = {"attn": attention(), "mlp": part(absent, **outer, mlp=axes["mlp"][1:])}
     if any(block.shifted for block in stage.blocks):
-        parts["attn_shifted"] = attention(True)
+        parts["attn_shifted"] = attention(shifted=True)
+    if any(block.whole_map for block in stage.blocks):
+        parts["attn_whole_map"] = attention(whole_map=True)
     if axes["v"] != (0,) and family_of(source).supports("convolutions"):
         for mixer in ("conv1x1", "conv3x3"):
             parts[mixer] = part(lambda conv, mixer=mixer: absent(mixer=mixer, v=conv), embed=embed, conv=axes["v"])

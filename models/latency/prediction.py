@@ -143,6 +143,7 @@ def _random_block(random: Random, grids: Mapping[str, Grid], stage: Stage, sourc
         mlp=mlp,
         sr=sr,
         shifted="attn_shifted" in grids and source.shifted,
+        whole_map="attn_whole_map" in grids and source.whole_map,
     )
 
 

@@ -36,6 +36,7 @@ OPTIONAL = ("tokens", "sr")
 GRIDS: Mapping[str, tuple[str, ...]] = {  # axes in order
     "attn": WHOLE,
     "attn_shifted": WHOLE,
+    "attn_whole_map": WHOLE,
     "conv1x1": ("embed", "conv"),
     "conv3x3": ("embed", "conv"),
     "sepconv": ("embed", "conv"),
@@ -145,7 +146,7 @@ class LatencyTable:
 
     - ``attn``: whole blocks over embed, tokens (where token plans were measured), heads, qk, v, sr (where the stage
       reduces its map) and mlp; heads = 0 is a block without attention, mlp = 0 one without MLP;
-    - ``attn_shifted``: the same with Swin's shifted windows;
+    - ``attn_shifted``: the same with Swin's shifted windows; ``attn_whole_map``: the same of Hiera's without windows;
     - ``conv1x1``, ``conv3x3``, ``sepconv``: convolutions over embed and conv, their own width;
     - ``pool``: pooling, and ``xca``: what XCiT's attention between channels and its convolutions add, over embed;
     - ``norm_residual``: what the normalised residual of a missing mixer adds, over embed;
@@ -223,7 +224,7 @@ class LatencyTable:
                 index += 1
 
     def _place_block(self, s: int, arch: Arch, stage: Stage, block: Block, where: str) -> _Placed:
-        names = ["attn_shifted" if block.shifted else "attn"]
+        names = ["attn_shifted" if block.shifted else "attn_whole_map" if block.whole_map else "attn"]
         if block.mixer not in ("attn", "none"):
             names.append(block.mixer)
         if block.norm_residual:

@@ -91,6 +91,13 @@ class PooledEntrance(nn.Module):
         self.ls = LayerScale(stage.width) if arch.layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    @property
+    def writers(self) -> list[nn.Linear]:
+        """List the layers whose outputs are the channels of the stage's stream."""
+        first = self.mix if self.proj is None else self.proj
+        assert first is not None
+        return [first, self.attn.proj]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the first map of a stage, (B, rows, columns, I) to (B, rows / 2, columns / 2, D)."""
         normed = self.norm(x)
@@ -114,7 +121,8 @@ class MapBlock(nn.Module):
             return LayerScale(dim) if arch.layer_scale else nn.Identity()
 
         self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
-        self.window_size, self.shift_size = stage.window or stage.grid, (0, 0)
+        self.window_size = stage.grid if block.whole_map or stage.window is None else stage.window
+        self.shift_size = (0, 0)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if block.mixer != "none" or block.norm_residual:
             self.norm1, self.ls1 = norm_layer(dim), scale()

@@ -26,6 +26,7 @@ from prunesweep.models import Arch, arch_of, block_views
 from prunesweep.models.families import FamiliesWith
 from prunesweep.models.families.stem import stream_layer
 from prunesweep.models.families.views import LinearView
+from prunesweep.models.layers.query_pooling import PooledEntrance
 from prunesweep.pruners.drawn_targets import target_loss
 from prunesweep.pruners.scores import Scores, kind_of, vector_sizes
 
@@ -156,12 +157,14 @@ def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
 def _embedding(model: Any, s: int) -> torch.Tensor:
     """Sum what a stage's residual channels receive where they begin: patch embedding, or what is in front of it."""
     if not s:
-        layer = stream_layer(model.patch_embed)
+        layers = [stream_layer(model.patch_embed)]
     elif hasattr(model, "layers"):  # patch merging
-        layer = model.layers[s].downsample.reduction
+        layers = [model.layers[s].downsample.reduction]
+    elif isinstance(entrance := model.stages[s].downsample, PooledEntrance):
+        layers = entrance.writers
     else:  # a convolution of its own
-        layer = model.stages[s].downsample.proj
-    return _with_bias(layer, _flat(_term(layer.weight)))
+        layers = [entrance.proj]
+    return torch.stack([_with_bias(layer, _flat(_term(layer.weight))) for layer in layers]).sum(0)
 
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:

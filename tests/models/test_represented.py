@@ -22,7 +22,7 @@ AT_LEAST = {
     "xcit": 42,
     "swin": 19,
     "swin_v2": 12,
-    "hiera": 16,
+    "hiera": 24,
     "pvt_v2": 6,
     "metaformer": 50,
 }

@@ -30,6 +30,7 @@ from prunesweep.models import (
 from prunesweep.models.families import family_of
 from prunesweep.models.without_values import without_values
 from prunesweep.pruners import upvit
+from prunesweep.pruners.nvit import saliency
 from prunesweep.pruners.nvit.hook import NViTPruning
 from prunesweep.pruners.subspaces import compress, equal_shares
 from prunesweep.pruners.uvc.hook import UVC
@@ -41,9 +42,20 @@ from tests.pruners.nvit.test_hook import GROUPS, ladder, train
 PYRAMID = {"img_size": 64, "embed_dim": 8, "stages": (1, 2, 3, 2), "num_classes": 5}
 
 
+SAM = {"embed_dim": 8, "stages": (1, 2, 3, 2), "global_att_blocks": (5,), "window_spec": (8, 4, 2, 1)}
+
+
+def made(name: str, **options: Any) -> Any:
+    """A narrow timm model; one of SAM 2 takes images of any size, so that they are told in its ``pretrained_cfg``."""
+    if name.startswith("hiera_"):
+        return timm.create_model(name, **{**PYRAMID, **options})
+    size = options.pop("img_size", (64, 128))
+    return timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, *size)}, **{**SAM, **options})
+
+
 def small(name: str = "hiera_tiny_224", **options: Any) -> Any:
-    """A narrow timm model with random norms, biases, factors and positions."""
-    model = timm.create_model(name, **{**PYRAMID, **options}).eval()
+    """The same with random norms, biases, factors and positions."""
+    model = made(name, **options).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -63,6 +75,9 @@ def small(name: str = "hiera_tiny_224", **options: Any) -> Any:
             "hiera_tiny_224",
             {"stages": (2, 1), "q_pool": 1, "mask_unit_size": (2, 2), "mask_unit_attn": (False, True), "img_size": 24},
         ),
+        ("sam2_hiera_tiny", {}),
+        ("sam2_hiera_base_plus", {"window_spec": (8, 4, 4, 2), "embed_dim": 12, "img_size": (128, 128)}),
+        ("hieradet_small", {"num_classes": 5, "img_size": (64, 64), "window_spec": (8, 4, 4, 2)}),  # layer scale
     ],
 )
 def test_an_adopted_model_is_the_same_function(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -71,43 +86,62 @@ def test_an_adopted_model_is_the_same_function(name: str, options: dict[str, Any
     arch, x = arch_of(own), random_images(Arch.from_timm(model), 1)
     assert Arch.from_json(arch.to_json()) == arch
     assert (cost(arch).params, cost(arch).macs) == (num_params(own), counted_macs(build(arch), arch))
-    assert (num_params(model) == num_params(own)) == ("abswin" not in name)
+    assert (num_params(model) == num_params(own)) == (name in ("hiera_tiny_224", "hiera_base_plus_224"))
+    assert sum(block.whole_map for block in arch.blocks) == (name.startswith("sam2"))
     with torch.no_grad():
         torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
         assert torch.equal(load(save(own, tmp_path / "own"))(x), own(x))
+        assert len(model.feature_info) == len(own.feature_info)
         for mine, theirs in zip(own.forward_intermediates(x)[1], model.forward_intermediates(x)[1], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_every_published_name_is_read() -> None:
     """An empty timm model's weights are those of the record's, by name and shape."""
-    names = {name.split(".")[0] for name in timm.list_pretrained() if _model_to_module[name.split(".")[0]] == "hiera"}
-    for name in sorted(names):
+    found = {name.split(".")[0] for name in timm.list_pretrained()}
+    names = sorted(name for name in found if _model_to_module[name] in ("hiera", "hieradet_sam2"))
+    for name in names:
         with without_values():
             theirs = timm.create_model(name)
             arch = Arch.from_timm(theirs)
             own, given = build(arch).state_dict(), family_of(arch).adopted(theirs, arch)
         assert {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in given.items()}, name
         assert [stage.window for stage in arch.stages[:2]] == [(8, 8), (4, 4)]
-        assert [stage.window == stage.grid for stage in arch.stages] == [False, False, True, True]
+        sam = name.startswith("sam2")
+        assert [stage.window == stage.grid for stage in arch.stages] == [False, False, not sam, not sam]
+        assert [block.src for block in arch.blocks if block.whole_map] == list(getattr(theirs, "global_att_blocks", ()))
         assert arch.depth == len(theirs.blocks)
-    assert len(names) == 7
+        assert arch.headless == sam
+    assert len(names) == 11
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        ({"q_pool": 2}, "not every stage halves the map"),
-        ({"mask_unit_size": (16, 16)}, "its mask units of 16x16 patches are no squares"),
-        ({"mask_unit_size": (2, 2), "mask_unit_attn": (True, False, True, True)}, "mask units of no patches"),
-        ({"patch_kernel": (4, 4), "patch_padding": (0, 0)}, "not a 7x7 convolution of stride 4"),
-        ({"global_pool": "max"}, "its pooling is 'max', not 'avg'"),
-        ({"head_mul": 1.0}, "widths and heads do not double"),
+        ("hiera_tiny_224", {"q_pool": 2}, "not every stage halves the map"),
+        ("hiera_tiny_224", {"mask_unit_size": (16, 16)}, "its mask units of 16x16 patches are no squares"),
+        (
+            "hiera_tiny_224",
+            {"mask_unit_size": (2, 2), "mask_unit_attn": (True, False, True, True)},
+            "mask units of no patches",
+        ),
+        ("hiera_tiny_224", {"patch_kernel": (4, 4), "patch_padding": (0, 0)}, "not a 7x7 convolution of stride 4"),
+        ("hiera_tiny_224", {"global_pool": "max"}, "its pooling is 'max', not 'avg'"),
+        ("hiera_tiny_224", {"head_mul": 1.0}, "widths and heads do not double"),
+        ("sam2_hiera_tiny", {"q_pool": 2}, "not every stage halves the map"),
+        ("sam2_hiera_tiny", {"global_att_blocks": (3,)}, "block 3 widens the stream, and attends over the whole map"),
+        ("sam2_hiera_tiny", {"patch_size": (4, 4)}, "not a 7x7 convolution of stride 4"),
+        ("sam2_hiera_tiny", {"img_size": (48, 64)}, "maps of images of 48x64 are not halved by all stages"),
+        (
+            "sam2_hiera_tiny",
+            {"window_spec": (8, 4, 3, 1)},
+            r"stages\[2\].window\[0\] = 3: must divide 4, the grid's side",
+        ),
     ],
 )
-def test_models_that_are_refused(options: dict[str, Any], message: str) -> None:
+def test_models_that_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with without_values():
-        model = timm.create_model("hiera_tiny_224", **{**PYRAMID, **options})
+        model = made(name, **options)
     with pytest.raises(UserError, match=message):
         Arch.from_timm(model)
 
@@ -211,3 +245,20 @@ def test_windows_fill_their_grid(stage: int, window: tuple[int, int], message: s
         return
     with pytest.raises(UserError, match=message):
         other.validate()
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "hiera_small_abswin_256"])
+def test_nvit_s_saliency_has_all_that_writes_a_stream(name: str) -> None:
+    """By hand for the second stage: what leads to it, its only block with attention, and both MLPs."""
+    model: Any = adopted(small(name))
+    model(random_images(arch_of(model), 3)).square().sum().backward()
+    found = saliency.raw_saliency(model, arch_of(model))["stages.1.embed"]
+    stage = model.stages[1]
+    entrance, (first, second) = stage.downsample, stage.blocks
+    written = [entrance.mix or entrance.proj, entrance.attn.proj, first.mlp.fc2, second.attn.proj, second.mlp.fc2]
+    read = [first.mlp.fc1, second.attn.qkv, second.mlp.fc1]
+    with torch.no_grad():
+        wanted = sum((layer.weight * layer.weight.grad).sum(1) for layer in written)
+        wanted += sum(layer.bias * layer.bias.grad for layer in written if layer.bias is not None)
+        wanted += sum((layer.weight * layer.weight.grad).sum(0) for layer in read)
+    torch.testing.assert_close(found, wanted)

@@ -99,8 +99,8 @@ HIERA = Arch(
     layer_scale=True,
     query_pool=QueryPool(width=6, heads=2),
     stages=(
-        Stage(width=6, grid=(4, 6), window=(2, 2), blocks=(attn(0, v=(2, 3)),)),
-        Stage(width=8, grid=(2, 3), window=(2, 3), blocks=(other(1, "none", v=0), attn(2))),
+        Stage(width=6, grid=(4, 6), window=(2, 2), blocks=(attn(0, v=(2, 3)), attn(1, whole_map=True))),
+        Stage(width=8, grid=(2, 3), window=(2, 3), blocks=(other(2, "none", v=0), attn(3))),
     ),
 )
 PVT = Arch(

@@ -164,7 +164,8 @@ def test_unit_gains_are_backward_differences(family: str) -> None:
                 if less or kind in ("heads", "mlp"):
                     change: dict[str, Any] = {kind: less}
                     if kind == "heads" and less == 0:
-                        change = {"mixer": "none", "heads": 0, "qk": 0, "v": 0, "scale": 0.0, "sr": 0, "shifted": False}
+                        gone = {"mixer": "none", "heads": 0, "qk": 0, "v": 0, "scale": 0.0, "sr": 0}
+                        change = {**gone, "shifted": False, "whole_map": False}
                     blocks = (*stage.blocks[:b], dataclasses.replace(block, **change), *stage.blocks[b + 1 :])
                     want = macs - cost(_with_stage(source, s, dataclasses.replace(stage, blocks=blocks))).macs
                 assert gains[f"blocks.{index}.{kind}"] == pytest.approx(want), kind
