@@ -13,6 +13,8 @@ thousand and R falls far below the budget and swings (its own logs: 41 %, 9 % fo
   the two it rests. With the next unit alone it would swing around every whole number.
 - R counts the blocks that run by their gates, not a random sample of them. Gates move by their gradient over its
   running size, shared by all blocks.
+- Token gates move as block gates do: by their gradient over its running size, against what a patch's MACs are worth. A
+  patch that is gone does not come back.
 - Whole units go only as far as R does not pass the target, and a block only if R stays above the budget.
 - Once R is within ``tolerance`` of the budget, or a while after the ramp, all decisions stand; training goes on with
   them.
@@ -27,7 +29,7 @@ from collections import Counter
 
 import torch
 
-from .primal_dual import Norms, PrimalDual, keep_weight, least_sum, next_least, there
+from .primal_dual import TOKEN_START, Norms, PrimalDual, keep_weight, least_sum, next_least, there
 from .resource import Resource, Usage
 from .settings import UVCSettings
 
@@ -35,7 +37,7 @@ __all__ = ["NormalizedPrimalDual"]
 
 # Rates per update times ramp_steps, where a setting is None. At full push a count crosses its vector in a fifth of the
 # ramp, so R can follow the target; z gains what z_gain gives at once in a fifth of the ramp, which is overdamped.
-SLR, RLR, GLR, ZLR, YLR, ETA = 5.0, 5.0, 10.0, 100.0, 100.0, 1.0
+SLR, RLR, GLR, ZLR, YLR, ETA, TOKEN_LR = 5.0, 5.0, 10.0, 100.0, 100.0, 1.0, 15.0
 SLR_MAX = 0.05  # with z_gain, what one update can still answer without swinging
 PATIENCE = 1.25  # ramps after which decisions stand in any case; what is missing is then decided at once
 GATE_BOUND = 2.0  # of a logit and its opposite: a keep probability of 98 %
@@ -46,12 +48,14 @@ class NormalizedPrimalDual(PrimalDual):
     """``PrimalDual`` with the normalised steps that this module describes."""
 
     TENSORS = (*PrimalDual.TENSORS, "gains", "slopes")
+    TOKEN_TENSORS = (*PrimalDual.TOKEN_TENSORS, "token_gains")
 
     def __init__(self, resource: Resource, settings: UVCSettings, runs: torch.Tensor | None = None) -> None:
         super().__init__(resource, settings, runs)
         self.since = 0  # updates since the warm-up
         self.gains = torch.zeros(len(resource.heads), dtype=torch.float64)  # running mean of -dL/dg
         self.slopes = torch.zeros_like(self.gains)  # running mean of dw/dg
+        self.token_gains = torch.zeros_like(self.token_gates)  # running mean of -dL/d sigmoid(q)
         self._settled = False
         self._typical = (1 - resource.fixed) / (2 * len(resource.heads))  # half a block's MACs: unit of price
 
@@ -76,7 +80,13 @@ class NormalizedPrimalDual(PrimalDual):
     def _rate(self, given: float | None, default: float) -> float:
         return min(default / self.settings.ramp_steps, SLR_MAX) if given is None else given
 
-    def update(self, norms: Norms, gate_gradient: torch.Tensor, noise: torch.Tensor) -> None:
+    def update(
+        self,
+        norms: Norms,
+        gate_gradient: torch.Tensor,
+        noise: torch.Tensor,
+        token_gradient: torch.Tensor | None = None,
+    ) -> None:
         """Move counts, gates and multipliers by one step, as ``PrimalDual.update`` does; R takes no noise."""
         self.since += 1
         if not self._settled:
@@ -86,6 +96,8 @@ class NormalizedPrimalDual(PrimalDual):
             inside = band is None or abs(used.value - self.settings.budget) <= band
             push = max(0.0, float(self.z) + self.settings.z_gain * excess) if inside else 0.0
             self._weigh_gates(gate_gradient, noise[0], used, push)
+            if token_gradient is not None:
+                self._weigh_tokens(token_gradient, self.usage(norms), push)
             self._move_counts(norms, push)
             self.z = (self.z + self.zlr * excess).clamp(0, self.settings.z_max)
             self._look(norms)
@@ -93,7 +105,11 @@ class NormalizedPrimalDual(PrimalDual):
 
     def usage(self, norms: Norms) -> Usage:
         """Compute R of the current decision."""
-        return self.resource(self.s, self.r, self.decided.double(), norms.going(self.s[:, 0]))
+        return self.resource(self.s, self.r, self.decided.double(), norms.going(self.s[:, 0]), self.tokens)
+
+    @property
+    def _tokens_in_resource(self) -> float | None:
+        return self.tokens
 
     def _look(self, norms: Norms) -> None:
         """Check whether the budget is reached, by the variables as they are now."""
@@ -103,8 +119,13 @@ class NormalizedPrimalDual(PrimalDual):
         ramp = self.settings.ramp_steps
         self._settled = self.since >= (ramp if within else PATIENCE * ramp)
 
-    def settle(self, s: torch.Tensor, r: torch.Tensor, runs: torch.Tensor) -> None:
-        """Set the variables to exactly this decision; called once it is final."""
+    def settle(self, s: torch.Tensor, r: torch.Tensor, runs: torch.Tensor, patches: torch.Tensor | None = None) -> None:
+        """Set the variables to exactly this decision; called once it is final.
+
+        ``patches`` (P,) bool are those that stay, where tokens are gated.
+        """
+        if patches is not None:
+            self.token_gates = torch.where(patches, TOKEN_START, -TOKEN_START).double()
         self.s, self.r = s.double(), r.double()
         keep = torch.where(runs, GATE_BOUND, self._gate_ends()[1]).double()
         self.gates = torch.stack([-keep, keep], 1)
@@ -144,6 +165,30 @@ class NormalizedPrimalDual(PrimalDual):
                     logit = edge + GATE_FLOOR
             self.gates[block, 0], self.gates[block, 1] = -logit, logit
 
+    def _weigh_tokens(self, gradient: torch.Tensor, used: Usage, push: float) -> None:
+        """Move token gates by how much a patch lowers the loss, less what its MACs are worth."""
+        keep, window = self.token_gates.sigmoid(), self.settings.gating_interval
+        kept = 1 - 1 / window
+        self.token_gains = kept * self.token_gains - (1 - kept) * gradient / (keep * (1 - keep))
+        on, number = self.patches, int(self.patches.sum())
+        if self.since < window or number == 1:
+            return
+        shares = self.token_gains / (self.token_gains[on].clamp(min=0).mean() + 1e-12)
+        cost = used.tokens * self.resource.patches / (1 - self.resource.fixed)
+        price = self.settings.token_weight * push * cost + self.settings.token_l1
+        lr = TOKEN_LR / self.settings.ramp_steps if self.settings.token_lr is None else self.settings.token_lr
+        wanted = self.token_gates + lr * (shares - price).clamp(-1, 1)
+        left, low = used.value, self.target - self.settings.tolerance / 2
+        for patch in wanted.argsort(stable=True).tolist():
+            if not on[patch]:
+                continue
+            logit = min(float(wanted[patch]), TOKEN_START)
+            if logit < 0:
+                goes = number > 1 and left - used.tokens >= low  # R is convex in N: it falls by no more
+                left, number = left - goes * used.tokens, number - goes
+                logit = -TOKEN_START if goes else GATE_FLOOR
+            self.token_gates[patch] = logit
+
     def _gate_ends(self) -> tuple[float, float]:
         """Return the keep logit up to which a block does not run, and that of a block which has been dropped."""
         return (self.eps**0.5, 0.0) if self.settings.gates == "soft_l0" else (0.0, -GATE_BOUND)
@@ -152,7 +197,8 @@ class NormalizedPrimalDual(PrimalDual):
         """Move the counts of heads, MLP units and value channels of the blocks that run."""
         resource, runs = self.resource, self.decided
         ends = resource.ends
-        costs = torch.stack([resource.heads + resource.values, resource.mlp], 1)
+        heads, values, units, _ = resource.shares(self.tokens)[0]
+        costs = torch.stack([heads + values, units], 1)
         prices = [
             torch.stack([_next(norms.heads, count[:, 0]), _next(norms.mlp, count[:, 1])], 1) * ends / costs
             for count in (self.s, self.s.ceil() - 1)
@@ -167,10 +213,10 @@ class NormalizedPrimalDual(PrimalDual):
     def _move_channels(self, norms: Norms, push: float) -> None:
         resource, uniform = self.resource, self.settings.r_mode == "uniform"
         stays = ~norms.going(self.s[:, 0])
-        width = resource.shape[:, :2].double().prod(1)
+        width, values = resource.shape[:, :2].double().prod(1), resource.shares(self.tokens)[0][1]
         total = there(norms.columns).sum((1, 2))[:, None] + 1e-30
         prices = [
-            next_least(norms.columns, count.clamp(min=0)) / total * (width / resource.values)[:, None]
+            next_least(norms.columns, count.clamp(min=0)) / total * (width / values)[:, None]
             for count in (self.r, self.r.ceil() - 1)
         ]
         used, r = self.usage(norms), self.r

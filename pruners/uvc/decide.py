@@ -2,8 +2,9 @@
 
 Norms are shares of a layer's squared norm. Above the budget, the unit with the least norm per MAC is removed; below,
 the unit with the most norm per MAC comes back while it fits. A block that its gate skips comes back, or another one is
-dropped, only where widths alone cannot do it; every stage keeps a block. A model's cost is linear in kept heads, value
-channels and MLP units, so a unit's price changes with its own block alone.
+dropped, only where widths alone cannot do it; every stage keeps a block. Patches, where they are gated, come back, or
+more of them go, likewise. A model's cost is linear in kept heads, value channels and MLP units, so a unit's price
+changes with its own block and the number of patches alone.
 
 Shapes: L blocks, H heads, d channels of a head, D MLP width, N tokens, C residual width; where blocks differ, the
 largest of all.
@@ -19,6 +20,7 @@ import torch
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError
 from prunesweep.models.counting import outside_cost
+from prunesweep.models.layers.token_merging import TokenPlan
 
 from .primal_dual import Norms, PrimalDual, weakest
 from .resource import unit_macs
@@ -34,6 +36,7 @@ class Counts:
     v: torch.Tensor
     mlp: torch.Tensor
     head_keep: torch.Tensor  # (L, H) bool
+    tokens: int | None = None  # in blocks, prefix included, where they are gated
 
     @classmethod
     def of(cls, machine: PrimalDual, norms: Norms, *, r_mode: str, mlp_align: int) -> Counts:
@@ -56,11 +59,11 @@ class Counts:
             v = torch.where(stays, v, 0).amax(1, keepdim=True).expand_as(v)
         units = hidden - machine.s[:, 1].ceil().long()
         units = torch.minimum(-(-units // mlp_align) * mlp_align, hidden)
-        return cls(stays.sum(1), v, units, stays)
+        return cls(stays.sum(1), v, units, stays, machine.tokens)
 
     def macs(self, arch: Arch, runs: torch.Tensor) -> int:
         """Count exact MACs of the whole model with the blocks ``runs`` (L,) bool."""
-        per_head, per_channel, per_unit, rest = torch.tensor(unit_macs(arch)).unbind(1)
+        per_head, per_channel, per_unit, rest = torch.tensor(unit_macs(arch, self.tokens)).unbind(1)
         block = rest + self.heads * per_head + (self.v * self.head_keep).sum(1) * per_channel + self.mlp * per_unit
         return outside_cost(arch).macs + int((block * runs).sum())
 
@@ -87,18 +90,33 @@ class Widths:
 class Decider:
     """Turns variables and norms of a model into cuts.
 
+    ``patches`` is how many patches stay in blocks, which ``fit`` may change.
+
     Args:
         arch: the record, whose blocks have attention with heads of one width, and an MLP.
         norms: of the weights as they are.
         r_mode: as for ``Counts.of``.
         mlp_align: kept MLP widths are multiples of this.
+        token_gates: (P,) of patches, which may go, the lowest first; None or empty where they are not gated.
+        patches: how many of them stay.
     """
 
-    def __init__(self, arch: Arch, norms: Norms, *, r_mode: str, mlp_align: int) -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        norms: Norms,
+        *,
+        r_mode: str,
+        mlp_align: int,
+        token_gates: torch.Tensor | None = None,
+        patches: int = 0,
+    ) -> None:
         self.arch, self.r_mode = arch, r_mode
         self.whole = [Widths(block.heads, block.v_widths, block.mlp) for block in arch.blocks]
         self.align = [min(mlp_align, block.mlp) for block in arch.blocks]
-        self.prices = unit_macs(arch)
+        gated = token_gates is not None and len(token_gates) > 0
+        self.patch_order = _strongest(token_gates) if gated and token_gates is not None else []
+        self._keep_patches(patches)
         self.stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
         self.outside = outside_cost(arch).macs
         # strongest first; of equal ones the last, because primal_dual.weakest marks the first
@@ -113,6 +131,16 @@ class Decider:
             self.dim_norm.append([[0.0, *head] for head in shares.tolist()])
             own = units.sort(descending=True).values.cumsum(0) / (units.sum() + 1e-30)
             self.unit_norm.append([0.0, *own.tolist()])
+
+    def _keep_patches(self, patches: int) -> None:
+        """Count with this number of patches in blocks, where patches are gated."""
+        self.patches = patches
+        self.prices = unit_macs(self.arch, self.arch.prefix_tokens + patches if self.patch_order else None)
+
+    @property
+    def kept_patches(self) -> list[int]:
+        """The patches that stay, where they are gated."""
+        return sorted(self.patch_order[: self.patches])
 
     def widths(self, counts: Counts) -> list[Widths]:
         """Read the widths of every block from counts."""
@@ -150,6 +178,10 @@ class Decider:
         for block in order:
             if self._running(alive, block) > 1 and alive[block] and self.least(alive) > budget:
                 alive[block] = False
+        while self.patch_order and self.patches > 1 and self.least(alive) > budget:
+            self._keep_patches(self.patches - 1)
+        while self.patches < len(self.patch_order) and self.macs(self.whole, alive) < budget:
+            self._keep_patches(self.patches + 1)
         for block in reversed(order):
             if not alive[block] and self.macs(self.whole, alive) < budget:
                 alive[block] = True
@@ -178,7 +210,18 @@ class Decider:
             qk=tuple(tuple(range(h * qk, (h + 1) * qk)) for h in heads),
             v=tuple(tuple(h * d + j for j in sorted(self.dim_order[block][h][: own.v[h]])) for h in heads),
             mlp=tuple(sorted(self.unit_order[block][: own.mlp])),
+            tokens=self._plan(),
         )
+
+    def _plan(self) -> TokenPlan | None:
+        """Make the plan in which patches that are gone pass the block by; None where all stay."""
+        if self.patches == len(self.patch_order):
+            return None
+        prefix, total = self.arch.prefix_tokens, self.arch.tokens
+        kept = [*range(prefix), *(prefix + patch for patch in self.kept_patches)]
+        row = {token: i for i, token in enumerate(kept)}
+        assign = tuple(row.get(token, -1) for token in range(total))
+        return TokenPlan(len(kept), assign, tuple(float(i >= 0) for i in assign))
 
     def _walk(self, widths: list[Widths], runs: Sequence[bool], budget: float, *, up: bool) -> None:
         """Remove units one by one while the total is above the budget; with ``up``, add them while it is below."""

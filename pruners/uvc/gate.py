@@ -15,9 +15,9 @@ from torch import nn
 
 from prunesweep.models.families.views import AttentionView, MlpView
 
-from .primal_dual import TAU
+from .primal_dual import TAU, TOKEN_START
 
-__all__ = ["CONTROL", "GatedBlock"]
+__all__ = ["CONTROL", "GatedBlock", "TokenGates"]
 
 CONTROL = ("skip_noise", "keep_noise", "sampled", "level", "eps")
 
@@ -38,12 +38,17 @@ class GatedBlock(nn.Module):
         kind: str,
         *,
         frozen_as: bool | None,
+        tokens: TokenGates | None = None,
     ) -> None:
         """Wrap ``block``, whose views are ``attention`` and ``mlp``.
 
-        ``frozen_as`` fixes whether it runs; with None its gate is learned.
+        ``frozen_as`` fixes whether it runs; with None its gate is learned. ``tokens`` says which tokens it runs on.
         """
         super().__init__()
+        self._tokens = () if tokens is None else (tokens,)  # a tuple: they are the model's, not the block's
+        if tokens is not None and getattr(block, "places", None) is not None:
+            own: Any = block
+            own.token_merge = _PlacesAlone(tokens)
         self.block, self.kind, self.frozen_as = block, kind, frozen_as
         proj, fc2 = attention.out.layer, mlp.out.layer
         like = proj.weight
@@ -77,15 +82,23 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, *places: Any, **options: Any) -> torch.Tensor:
         """Run the gated block on its stage's stream, to the same shape; ``places`` and ``options`` are the block's."""
-        if self.frozen_as is not None:
-            return self.block(x, *places, **options) if self.frozen_as else x
-        w = self.keep_weight()
-        return w * self.block(x, *places, **options) + (1 - w) * x
+        if self.frozen_as is False:
+            return x
+        index = self._tokens[0].index if self._tokens else None
+        z = x if index is None else x.index_select(1, index)
+        found = self.block(z, *places, **options)
+        if self.frozen_as is None:
+            w = self.keep_weight()
+            found = w * found + (1 - w) * z
+        return found if index is None else x.index_copy(1, index, found.to(x.dtype))
 
     def release(self) -> nn.Module:
         """Return the block as it was before wrapping."""
         for handle in self._handles:
             handle.remove()
+        if isinstance(getattr(self.block, "token_merge", None), _PlacesAlone):
+            own: Any = self.block
+            own.token_merge = None
         for name, parameter in self.block.named_parameters():
             parameter.requires_grad_(name in self._learned)
         return self.block
@@ -95,3 +108,65 @@ class GatedBlock(nn.Module):
 
     def _mask_units(self, _: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         return None if self.training else (inputs[0] * self.mlp_keep,)
+
+
+class TokenGates(nn.Module):
+    """Gates of a model's patches: factors on their embeddings while they are learned, and which of them blocks run on.
+
+        patch_j <- (1 - soft + soft sigmoid(q_j)) patch_j        of those that stay
+
+    ``gate`` (P,) is q, logits of keeping a patch. ``keep`` (N,) bool are the tokens that blocks run on, prefix tokens
+    among them; the others pass all blocks by. ``soft`` is 1 where the gates are learned, 0 where they have decided. In
+    evaluation there are no factors, as in what would be cut out now.
+    """
+
+    def __init__(self, embed: nn.Module, patches: int, prefix: int) -> None:
+        """Gate the patches that ``embed`` gives."""
+        super().__init__()
+        like = next(embed.parameters())
+        self.prefix = prefix
+        self.index: torch.Tensor | None = None  # of ``keep``, in this forward pass; None for all
+        self.keep: torch.Tensor
+        self.soft: torch.Tensor
+        self.gate = nn.Parameter(like.new_full((patches,), TOKEN_START))
+        self.register_buffer("keep", like.new_ones(prefix + patches, dtype=torch.bool))
+        self.register_buffer("soft", like.new_ones(()), persistent=False)
+        self._handle = embed.register_forward_hook(self._scale)
+
+    def _scale(self, _: nn.Module, __: Any, patches: torch.Tensor) -> torch.Tensor:
+        index = self.keep.nonzero()[:, 0]
+        self.index = None if len(index) == len(self.keep) else index
+        if not self.training:
+            return patches
+        factor = 1 - self.soft * self.keep[self.prefix :] * (1 - self.gate.sigmoid())
+        return patches * factor[:, None].to(patches.dtype)
+
+    def release(self) -> None:
+        """Leave the patch embedding as it was."""
+        self._handle.remove()
+
+
+class _PlacesAlone:
+    """What a block that turns tokens by their places asks a token plan, where the tokens are selected already."""
+
+    def __init__(self, tokens: TokenGates) -> None:
+        self.tokens = tokens
+
+    @property
+    def kept(self) -> int:
+        return int(self.tokens.keep.sum())
+
+    @property
+    def assign(self) -> torch.Tensor:
+        keep = self.tokens.keep
+        return torch.where(keep, keep.cumsum(0) - 1, -1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.ones_like(self.tokens.keep, dtype=torch.float32)
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def spread(self, z: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return z

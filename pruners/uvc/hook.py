@@ -6,7 +6,9 @@ after every update the units to go are shrunk, and the counts, gates and multipl
 (``pruners.uvc.primal_dual``, ``pruners.uvc.control``). At the end the decision is brought within its budget, by exact
 MACs (``pruners.uvc.decide``).
 
-Patch gates, which the released code has unfinished, are not implemented.
+With ``token_gates`` patches go, too. The released code has gates of patches that it never removes; here those whose
+gates close leave every block, from then on and in what comes out, as a token plan. They still pass blocks by, and are
+still embedded, which is counted.
 """
 
 from __future__ import annotations
@@ -20,22 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.layers import PatchDropout
 from torch import nn
 
 from prunesweep.models import Arch, UserError, arch_of, block_views, cost, cut
-from prunesweep.models.families import family_of
+from prunesweep.models.families import FamiliesWith, family_of
 from prunesweep.pruners.hook import Collapsed, Hook
 from prunesweep.pruners.served import UVC as FAMILIES
 from prunesweep.pruners.snapshot import Snapshot
 
 from .control import NormalizedPrimalDual
 from .decide import Counts, Decider, Widths
-from .gate import CONTROL, GatedBlock
+from .gate import CONTROL, GatedBlock, TokenGates
 from .primal_dual import Norms, PrimalDual
 from .resource import Resource
 from .settings import UVCSettings
 
 __all__ = ["FAMILIES", "UVC", "UVCSettings"]
+
+TOKEN_FAMILIES = FamiliesWith("tokens", "global_attention")  # of those, with ``token_gates``
 
 
 class UVC(Hook):
@@ -57,11 +62,12 @@ class UVC(Hook):
         self.settings = settings or UVCSettings()
         self.budgets = tuple(sorted(set(self.settings.budgets), reverse=True))
         self.snapshots: list[Snapshot] = []
+        self._tokens: TokenGates | None = None
         self._facts: dict[str, float | str] = {}
 
     @property
     def facts(self) -> Mapping[str, float | str]:
-        """Facts about the decision: R, exact share of MACs, blocks that run, heads and units.
+        """Facts about the decision: R, exact share of MACs, blocks that run, heads and units; tokens, if gated.
 
         ``uvc_R`` is by the paper's count; of models of several stages or with windows, which it does not know, by the
         exact one.
@@ -76,24 +82,40 @@ class UVC(Hook):
         """
         self.model, self.arch = model, arch_of(model)
         _check_served(self.arch)
+        if self.settings.token_gates:
+            _check_tokens(self.arch, model)
         runs = _explicit_skip(self.settings, self.arch)
         self._check_budgets(runs)
-        resource = Resource.of(self.arch, self.settings.resource)
-        self._paper = Resource.of(self.arch, "paper" if family_of(self.arch).supports("isotropic") else "exact")
+        gated = self.settings.token_gates
+        resource = Resource.of(self.arch, self.settings.resource, tokens=gated)
+        paper = "paper" if family_of(self.arch).supports("isotropic") else "exact"
+        self._paper = Resource.of(self.arch, paper, tokens=gated)
         kind = NormalizedPrimalDual if self.settings.steps == "normalized" else PrimalDual
         self.machine = kind(resource, self.settings, None if runs is None else torch.tensor(runs))
         like, depth = next(model.parameters()), self.arch.depth
         self._control = like.new_zeros(depth, len(CONTROL)).detach()
         frozen = [None] * depth if runs is None else runs
+        if gated:
+            self._tokens = TokenGates(model.get_submodule("patch_embed"), resource.patches, resource.prefix)
         self._gated, self._projections = [], []
         for view, row, own in zip(block_views(model, self.arch), self._control, frozen, strict=True):
             assert view.attention is not None, "see _check_served"
             assert view.mlp is not None
             self._projections.append((view.attention.out.layer, view.mlp.out.layer))
             self._gated.append(
-                GatedBlock(view.module, view.attention, view.mlp, row, self.settings.gates, frozen_as=own)
+                GatedBlock(
+                    view.module,
+                    view.attention,
+                    view.mlp,
+                    row,
+                    self.settings.gates,
+                    frozen_as=own,
+                    tokens=self._tokens,
+                )
             )
         self._place(self._gated)
+        if self._tokens is not None:
+            model.add_module("token_gates", self._tokens)
         self._record(self.norms())
         self._set_control()
 
@@ -111,7 +133,8 @@ class UVC(Hook):
             [torch.ones(block.heads, block.v_widths[0]) for block in self.arch.blocks],
             [torch.ones(block.mlp) for block in self.arch.blocks],
         )
-        decider = Decider(self.arch, ones, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
+        gates = torch.zeros(self.arch.tokens - self.arch.prefix_tokens) if self.settings.token_gates else None
+        decider = self._decider(ones, gates, patches=1)
         alive = _cheapest(decider, self.arch) if runs is None else runs
         least = decider.least(alive)
         if least > self.budgets[-1] * total:
@@ -148,12 +171,13 @@ class UVC(Hook):
         machine, noise = self.machine, self._noise()
         machine.step += 1
         if not self._warm:
-            norms, gradient = self._agreed()
+            norms, gradient, tokens = self._agreed()
             if self.settings.gates_in_weight_optimizer and machine.runs is None:
                 machine.gates = torch.stack([g.gate.detach() for g in self._gated]).double().cpu()
-            if self._finite(norms) and gradient.isfinite().all():  # else the loop finds the loss diverged
+            whole = self._finite(norms) and gradient.isfinite().all() and tokens.isfinite().all()
+            if whole:  # else the loop finds the loss diverged
                 norms, settled = self._shrink(norms), machine.settled
-                machine.update(norms, gradient, noise)
+                machine.update(norms, gradient, noise, tokens if len(tokens) else None)
                 if machine.settled and not settled:
                     self._settle(norms)
             self._record(norms)
@@ -166,22 +190,31 @@ class UVC(Hook):
         while len(self.snapshots) < len(self.budgets):
             self.snapshots.append(self._snapshot(self.budgets[len(self.snapshots)], norms))
         self._place([gated.release() for gated in self._gated])
+        if self._tokens is not None:
+            self._tokens.release()
+            del self.model.token_gates
         return tuple(self.snapshots)
 
-    def _agreed(self) -> tuple[Norms, torch.Tensor]:
-        """Return norms and the gates' clipped gradient (L, 2), the first rank's on every rank, to the last bit."""
+    def _agreed(self) -> tuple[Norms, torch.Tensor, torch.Tensor]:
+        """Return norms and the clipped gradients of block gates (L, 2) and token gates (P,), none where there are none.
+
+        They are the first rank's on every rank, to the last bit.
+        """
         norms = self.norms()
         grads = [g.gate.new_zeros(2) if g.gate.grad is None else g.gate.grad for g in self._gated]
-        gradient = torch.stack(grads).double().cpu()
+        gradient, tokens = torch.stack(grads).double().cpu(), torch.zeros(0, dtype=torch.float64)
+        if self._tokens is not None:
+            own = self._tokens.gate
+            tokens = (torch.zeros_like(own) if own.grad is None else own.grad).double().cpu()
         if dist.is_available() and dist.is_initialized():
-            parts = [norms.columns, norms.mlp, gradient]
+            parts = [norms.columns, norms.mlp, gradient, tokens]
             device = next(self.model.parameters()).device
             flat = torch.cat([part.flatten() for part in parts]).to(device)
             dist.broadcast(flat, src=0)
             split = torch.split(flat.cpu(), [part.numel() for part in parts])
-            columns, mlp, gradient = (own.view_as(part) for own, part in zip(split, parts, strict=True))
+            columns, mlp, gradient, tokens = (own.view_as(part) for own, part in zip(split, parts, strict=True))
             norms = Norms(columns, mlp)
-        return norms, gradient
+        return norms, gradient, tokens
 
     @torch.no_grad()
     def norms(self) -> Norms:
@@ -226,6 +259,10 @@ class UVC(Hook):
         self._control.copy_(control)
         for gated, gate in zip(self._gated, machine.gates.to(self._control), strict=True):
             gated.gate.copy_(gate)
+        if self._tokens is not None:
+            self._tokens.gate.copy_(machine.token_gates)
+            self._tokens.soft.fill_(float(not machine.settled))
+            self._tokens.keep[self.arch.prefix_tokens :].copy_(machine.patches)
 
     def _counts(self, norms: Norms) -> Counts:
         return Counts.of(self.machine, norms, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
@@ -239,7 +276,7 @@ class UVC(Hook):
             gated.runs.copy_(run)
             gated.v_keep.copy_(v)
             gated.mlp_keep.copy_(mlp)
-        decided = self._paper(machine.s, machine.r, runs.double(), norms.going(machine.s[:, 0])).value
+        decided = self._paper(machine.s, machine.r, runs.double(), norms.going(machine.s[:, 0]), machine.tokens).value
         self._facts = {
             "uvc_R": decided,
             "macs": counts.macs(self.arch, runs) / cost(self.arch).macs,
@@ -247,6 +284,8 @@ class UVC(Hook):
             "heads": int((counts.heads * runs).sum()),
             "mlp": int((counts.mlp * runs).sum()),
         }
+        if machine.tokens is not None:
+            self._facts["tokens"] = machine.tokens
 
     def _watch(self, norms: Norms) -> None:
         """Take snapshots on the way down; stop a run that has fallen through."""
@@ -263,21 +302,35 @@ class UVC(Hook):
     def _settle(self, norms: Norms) -> None:
         """Fix a decision within the smallest budget to the unit; the rest of the run trains just that."""
         assert isinstance(self.machine, NormalizedPrimalDual)
-        widths, runs, _ = self._fit(self.budgets[-1], norms)
+        widths, runs, decider = self._fit(self.budgets[-1], norms)
         pairs = list(zip(self.arch.blocks, widths, strict=True))
         s = torch.tensor([[block.heads - own.heads, block.mlp - own.mlp] for block, own in pairs])
         r = torch.zeros_like(self.machine.r)
         for row, (block, own) in zip(r, pairs, strict=True):
             row[: block.heads] = block.v_widths[0] - torch.tensor(own.v)
-        self.machine.settle(s, r, torch.tensor(runs))
+        patches = None
+        if self._tokens is not None:
+            patches = torch.zeros_like(self.machine.patches)
+            patches[decider.kept_patches] = True
+        self.machine.settle(s, r, torch.tensor(runs), patches)
 
     def _fit(self, budget: float, norms: Norms) -> tuple[list[Widths], list[bool], Decider]:
         """Bring the current decision within ``budget``, a share of the source's MACs."""
         gates, learned = self.machine.gates, self.machine.runs is None
-        decider = Decider(self.arch, norms, r_mode=self.settings.r_mode, mlp_align=self.settings.mlp_align)
+        decider = self._decider(norms, self.machine.token_gates, int(self.machine.patches.sum()))
         order = (gates[:, 1] - gates[:, 0]).argsort(stable=True).tolist() if learned else ()
         widths, runs = decider.widths(self._counts(norms)), self.machine.decided.tolist()
         return *decider.fit(widths, runs, budget * cost(self.arch).macs, order), decider
+
+    def _decider(self, norms: Norms, token_gates: torch.Tensor | None, patches: int) -> Decider:
+        return Decider(
+            self.arch,
+            norms,
+            r_mode=self.settings.r_mode,
+            mlp_align=self.settings.mlp_align,
+            token_gates=token_gates,
+            patches=patches,
+        )
 
     def _snapshot(self, budget: float, norms: Norms) -> Snapshot:
         widths, runs, decider = self._fit(budget, norms)
@@ -292,10 +345,14 @@ class UVC(Hook):
     def _stock_blocks(self) -> Iterator[None]:
         """Take the gates out of the model within the context."""
         self._place([own.block for own in self._gated])
+        if self._tokens is not None:
+            del self.model.token_gates
         try:
             yield
         finally:
             self._place(self._gated)
+            if self._tokens is not None:
+                self.model.add_module("token_gates", self._tokens)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -307,7 +364,7 @@ class UVC(Hook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume a run. Raises UserError where the state is of a run with other settings."""
-        if state["settings"] != self.settings.model_dump_json():
+        if UVCSettings.model_validate_json(state["settings"]) != self.settings:
             raise UserError(
                 f"uvc: the run to go on with has the settings {state['settings']}; use these, or start a run of its own"
             )
@@ -338,6 +395,20 @@ def _check_served(arch: Arch) -> None:
             f"{arch.source} has a norm over the {where} of a block: those that UVC shrinks to nothing still count in "
             "it, so what is cut would be another function. Use a method that scores once, as subspaces or taylor"
         )
+
+
+def _check_tokens(arch: Arch, model: nn.Module) -> None:
+    given = "token_gates = True"
+    if arch.family not in TOKEN_FAMILIES:
+        able = ", ".join(name for name in FAMILIES if name in TOKEN_FAMILIES)
+        raise UserError(
+            f"{given}: {arch.source} is of family {arch.family!r}, and tokens leave blocks of families {able} alone; "
+            f"{TOKEN_FAMILIES.why_not(arch.family)}. Leave it out"
+        )
+    if isinstance(getattr(model, "patch_drop", None), PatchDropout):
+        raise UserError(f"{given}: {arch.source} leaves patches out at random; create it without patch_drop_rate")
+    if getattr(model, "dynamic_img_size", False):
+        raise UserError(f"{given}: patches of one grid are gated; create {arch.source} without dynamic_img_size")
 
 
 def _explicit_skip(settings: UVCSettings, arch: Arch) -> list[bool] | None:

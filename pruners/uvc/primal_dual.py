@@ -9,6 +9,7 @@ with S(a; k) the sum of the ceil(k) smallest entries of a. Its Lagrangian is
 
     l             training loss                          W            weights
     g             gates (L, 2), logits of skip and keep  R, B         share of MACs, and its budget
+    q             token gates (P,), logits of keeping    N            prefix tokens + sum of sigmoid(q)
     s             heads and MLP units to go (L, 2)       y            multipliers of s (L, 2)
     r             value channels to go (L, H)            p            multipliers of r (L, H)
     z             multiplier of R                        heads, units, channels   squared norms (``Norms``)
@@ -19,6 +20,7 @@ After a step of the weights down the gradient of l, one step of the other variab
     s            <-  clip(s - slr (y S'(norms; s) + decay of s + z dR/ds), 0, s_max)
     r            <-  clip(r - rlr (p S'(channels; r) + decay of r + z dR/dr), 0, r_max)
     g            <-  momentum SGD on dl/dg + gating_weight z dR/dg
+    q            <-  q - token_lr (dl/dq + (token_weight z dR/dN + token_l1) dN/dq)         with token gates
     y            <-  y + ylr S(norms; s),      p  <-  p + plr S(channels; r)
     z            <-  clip(z + zlr (R - B), 0, z_max)
 
@@ -27,10 +29,12 @@ that every use rounds up, with gradient 1; S'(a; k), the gradient of S in k, is 
 of s and r are scaled so that their largest entry is at most 1.
 
 Source: UVC, ICLR 2022 (openreview 9jsZiUgkCZP); order and form of the steps are the released code's, which
-``PrimalDual`` follows. ``pruners.uvc.control`` moves the same variables by other steps.
+``PrimalDual`` follows. ``pruners.uvc.control`` moves the same variables by other steps. Token gates are an extension:
+the released code has gates of patches, but R does not know them and nothing is removed. Here a patch leaves all blocks
+once its sigmoid(q) is below a half.
 
-Shapes: L blocks, H heads, d channels of a head, D MLP width. Where blocks differ, tensors have the largest H, d and D
-of all, and ``Norms`` says which entries a block has.
+Shapes: L blocks, H heads, d channels of a head, D MLP width, P patches. Where blocks differ, tensors have the
+largest H, d and D of all, and ``Norms`` says which entries a block has.
 """
 
 from __future__ import annotations
@@ -46,9 +50,10 @@ import torch.nn.functional as F
 from .resource import Resource, Usage
 from .settings import UVCSettings
 
-__all__ = ["TAU", "Norms", "PrimalDual", "keep_weight", "least_sum", "next_least", "there", "weakest"]
+__all__ = ["TAU", "TOKEN_START", "Norms", "PrimalDual", "keep_weight", "least_sum", "next_least", "there", "weakest"]
 
 TAU = 0.5  # temperature of the gates
+TOKEN_START = 3.0  # of token gates: a keep weight of 95 %
 MARGIN = 1e-8  # by which s and r stay below the integer that would leave nothing
 
 
@@ -177,11 +182,12 @@ class PrimalDual:
     """The variables of the problem, and the released code's steps.
 
     ``s`` (L, 2) heads and MLP units to go, ``r`` (L, H) value channels to go, ``gates`` (L, 2) logits of skipping and
-    of keeping, multipliers ``y`` (L, 2), ``p`` (L, H) and ``z``; ``step`` counts updates of weights. All are float64
-    on the CPU.
+    of keeping, multipliers ``y`` (L, 2), ``p`` (L, H) and ``z``; ``step`` counts updates of weights. ``token_gates``
+    (P,) are logits of keeping a patch, none where tokens are not gated. All are float64 on the CPU.
     """
 
     TENSORS: tuple[str, ...] = ("s", "r", "gates", "y", "p", "z", "momentum", "pending")
+    TOKEN_TENSORS: tuple[str, ...] = ("token_gates",)  # of runs with token gates, besides
 
     def __init__(self, resource: Resource, settings: UVCSettings, runs: torch.Tensor | None = None) -> None:
         """Start with nothing to go. ``runs`` (L,) bool, if given, fixes which blocks run, and gates do not move."""
@@ -193,6 +199,7 @@ class PrimalDual:
         self.z = torch.tensor(settings.z_init, dtype=torch.float64)
         self.gates = torch.tensor([[-1.0, 1.0]], dtype=torch.float64).repeat(L, 1)
         self.momentum, self.pending = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
+        self.token_gates = torch.full((resource.patches,), TOKEN_START, dtype=torch.float64)
         self.collected = 0  # gradients in pending
         self.eps, self.step, self.epoch = settings.eps, 0, 0
         self.s_max = resource.ends - 1 - MARGIN  # (L, 2)
@@ -212,6 +219,24 @@ class PrimalDual:
         if self.settings.gates == "soft_l0":  # its skip logit never moves
             return keep_weight(self.gates, self.gates, "soft_l0", self.eps)[0] >= 0.5
         return self.gates[:, 1] > self.gates[:, 0]
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """Patches that stay (P,) bool, at least one; none where tokens are not gated."""
+        stays = self.token_gates >= 0
+        if len(stays) and not stays.any():
+            stays[self.token_gates.argmax()] = True
+        return stays
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens in blocks, by the patches that stay; None where tokens are not gated."""
+        return self.resource.prefix + int(self.patches.sum()) if self.resource.patches else None
+
+    @property
+    def _tokens_in_resource(self) -> float | None:
+        """N of R."""
+        return self.resource.prefix + float(self.token_gates.sigmoid().sum()) if self.resource.patches else None
 
     @property
     def eta(self) -> float:
@@ -243,13 +268,20 @@ class PrimalDual:
         units = torch.where(weakest(norms.mlp, self.s[:, 1]), 1 + 2 * eta * self.y[:, 1:], 1.0)
         return 1 / (channels * heads[..., None]), 1 / units
 
-    def update(self, norms: Norms, gate_gradient: torch.Tensor, noise: torch.Tensor) -> None:
+    def update(
+        self,
+        norms: Norms,
+        gate_gradient: torch.Tensor,
+        noise: torch.Tensor,
+        token_gradient: torch.Tensor | None = None,
+    ) -> None:
         """Move counts, gates and multipliers by one step, after the weights have been updated and shrunk.
 
         Args:
             norms: of the weights as they are now.
             gate_gradient: (L, 2), of the task alone.
             noise: (3, L, 2) Gumbel noise of the forward pass and of two evaluations of R.
+            token_gradient: (P,), of the task alone, where tokens are gated.
         """
         used, slopes = self._usage(norms, noise[1])
         self.resource_used = used.value
@@ -262,7 +294,16 @@ class PrimalDual:
         self._move_gates(gate_gradient + push * self.settings.gating_weight * used.pi[:, None] * slopes)
         self.s = self._moved(self.s, s_gradient, self.settings.slr, self.s_max)
         self.r = self._moved(self.r, r_gradient + push * used.r, self.settings.rlr, self.r_max)
+        if token_gradient is not None:
+            self._step_tokens(token_gradient, float(push) * used.tokens)
         self._ascend(norms, noise[2])
+
+    def _step_tokens(self, gradient: torch.Tensor, price: float) -> None:
+        """Move token gates down the gradient; ``price`` is the loss that a token's MACs are worth."""
+        keep = self.token_gates.sigmoid()
+        cost = self.settings.token_weight * price + self.settings.token_l1
+        lr = 0.01 if self.settings.token_lr is None else self.settings.token_lr
+        self.token_gates = self.token_gates - lr * (gradient + cost * keep * (1 - keep))
 
     def _usage(self, norms: Norms, noise: torch.Tensor) -> tuple[Usage, torch.Tensor]:
         """Compute R at a sample of the gates, and the derivatives of the keep weights."""
@@ -270,7 +311,8 @@ class PrimalDual:
             pi, slopes = self.runs.double(), torch.zeros_like(self.gates)
         else:
             pi, slopes = keep_weight(self.gates, noise, self.settings.gates, self.eps)
-        return self.resource(self.s, self.r, pi, norms.going(self.s[:, 0])), slopes
+        going = norms.going(self.s[:, 0])
+        return self.resource(self.s, self.r, pi, going, self._tokens_in_resource), slopes
 
     def _moved(self, x: torch.Tensor, gradient: torch.Tensor, lr: float | None, top: torch.Tensor) -> torch.Tensor:
         """Take a projected gradient step of s or r; the whole tensor's largest entry scales it."""
@@ -308,14 +350,17 @@ class PrimalDual:
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state: tensors and numbers."""
         numbers = {name: getattr(self, name) for name in self._numbers()}
-        return {name: getattr(self, name).clone() for name in self.TENSORS} | numbers
+        return {name: getattr(self, name).clone() for name in self._tensors()} | numbers
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``'s form."""
-        for name in self.TENSORS:
+        for name in self._tensors():
             setattr(self, name, state[name].clone())
         for name in self._numbers():
             setattr(self, name, state[name])
+
+    def _tensors(self) -> tuple[str, ...]:
+        return self.TENSORS + (self.TOKEN_TENSORS if self.resource.patches else ())
 
     def _numbers(self) -> tuple[str, ...]:
         return ("collected", "eps", "step", "epoch", "resource_used")

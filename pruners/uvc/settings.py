@@ -65,6 +65,16 @@ class UVCSettings(SettingsTable):
     gates_in_weight_optimizer: bool = Field(
         default=False, description="The weights' optimizer moves the gates too, decay included (UVC)."
     )
+    token_gates: bool = Field(
+        default=False,
+        description="Patches are gated, too: those whose gates close leave every block, which is a token plan then.",
+    )
+    token_weight: Rate = Field(
+        default=1.0,
+        description="Loss that a patch's MACs are worth where widths cost 1 (UVC's is 5).",
+    )
+    token_l1: Rate = Field(default=0.0, description="What a patch costs besides its MACs (UVC's is 0.01).")
+    token_lr: Rate | None = Field(default=None, description="Step of the token gates, in logits.")
     slr: Rate | None = Field(
         default=None, description="Step of heads and MLP units: shares of them (reference: units)."
     )
