@@ -11,7 +11,6 @@ UVC = FamiliesWith(
     "width",
     "depth",
     without={
-        "mixed_maps": "a head whose gate is closed still gives to the others, whose maps its own is mixed into",
         "channel_attention": "it gates heads and their value channels, and attention between channels keeps them all",
         "local_mixers": "it gates heads and their value channels, and pooling and separable convolutions have none",
         "pooled_queries": "every block that it gates has attention, and the first of a stage is an MLP alone",

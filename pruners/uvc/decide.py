@@ -23,7 +23,7 @@ from prunesweep.models.counting import outside_cost
 from prunesweep.models.layers.token_merging import TokenPlan
 
 from .primal_dual import Norms, PrimalDual, weakest
-from .resource import unit_macs
+from .resource import keeps_heads, unit_macs
 
 __all__ = ["Counts", "Decider", "Widths"]
 
@@ -113,6 +113,7 @@ class Decider:
     ) -> None:
         self.arch, self.r_mode = arch, r_mode
         self.whole = [Widths(block.heads, block.v_widths, block.mlp) for block in arch.blocks]
+        self.whole_heads = keeps_heads(arch)
         self.align = [min(mlp_align, block.mlp) for block in arch.blocks]
         gated = token_gates is not None and len(token_gates) > 0
         self.patch_order = _strongest(token_gates) if gated and token_gates is not None else []
@@ -155,8 +156,9 @@ class Decider:
         return self.outside + sum(self._macs(b, w) for b, w in enumerate(widths) if runs[b])
 
     def least(self, runs: Sequence[bool]) -> int:
-        """Count MACs with one head, one channel and one (aligned) unit per block that runs."""
-        return self.macs([Widths(1, self._v(b, 1), align) for b, align in enumerate(self.align)], runs)
+        """Count MACs with one head, where heads may go, one channel and one (aligned) unit per block that runs."""
+        heads = [whole.heads if self.whole_heads else 1 for whole in self.whole]
+        return self.macs([Widths(heads[b], self._v(b, 1), align) for b, align in enumerate(self.align)], runs)
 
     def fit(
         self, widths: Sequence[Widths], runs: Sequence[bool], budget: float, order: Sequence[int] = ()
@@ -249,7 +251,7 @@ class Decider:
 
     def _neighbours(self, block: int, own: Widths, by: int) -> Iterator[Widths]:
         whole, align = self.whole[block], self.align[block]
-        if 1 <= own.heads + by <= whole.heads:
+        if 1 <= own.heads + by <= whole.heads and not self.whole_heads:
             yield Widths(own.heads + by, own.v, own.mlp)
         units = own.mlp + by * align
         if by < 0:  # from a full width that is no multiple, to the next one below

@@ -52,6 +52,9 @@ class UVC(Hook):
     Where blocks differ, as those of Swin and PVTv2, which the paper does not have, a unit's price is that of its own
     block, and every stage keeps a block. Blocks of any family are gated, shrunk and cut alike.
 
+    Where attention maps of heads are mixed (CaiT), heads stay whole: one whose own output has gone still gives to
+    others. Value channels, MLP units and blocks go as elsewhere.
+
     Every rank of a process group takes the decisions of the first; gates have the same noise on all of them.
 
     Args:

@@ -203,6 +203,8 @@ class PrimalDual:
         self.collected = 0  # gradients in pending
         self.eps, self.step, self.epoch = settings.eps, 0, 0
         self.s_max = resource.ends - 1 - MARGIN  # (L, 2)
+        if resource.whole_heads:
+            self.s_max[:, 0] = 0
         self.r_max = resource.shape[:, 1:2].double() - 1 - MARGIN  # (L, 1)
         self.resource_used = 1.0  # R at the last step
 
@@ -318,6 +320,7 @@ class PrimalDual:
         """Take a projected gradient step of s or r; the whole tensor's largest entry scales it."""
         over, under = x >= top, x <= 0
         gradient = torch.where(over, gradient.clamp(min=0), torch.where(under, gradient.clamp(max=0), gradient))
+        gradient = torch.where(top > 0, gradient, 0.0)  # what stays whole scales no other
         gradient = gradient * min(1.0, 1 / (float(gradient.abs().max()) + 1e-6))
         x = x - (0.02 if lr is None else lr) * gradient
         if self.settings.sticky_upper_bound:

@@ -34,7 +34,7 @@ from prunesweep.models.counting import block_cost, outside_cost
 from prunesweep.models.families import family_of
 from prunesweep.models.families.stem import stem_cost
 
-__all__ = ["Resource", "Usage", "paper_macs", "unit_macs"]
+__all__ = ["Resource", "Usage", "keeps_heads", "paper_macs", "unit_macs"]
 
 
 def paper_macs(arch: Arch, tokens: int | None = None) -> tuple[int, torch.Tensor]:
@@ -67,6 +67,11 @@ def paper_macs(arch: Arch, tokens: int | None = None) -> tuple[int, torch.Tensor
     return embed, torch.tensor(rows, dtype=torch.float64)
 
 
+def keeps_heads(arch: Arch) -> bool:
+    """Whether heads stay whole: their maps are mixed, and one whose own output is nothing still gives to the others."""
+    return family_of(arch).supports("mixed_maps")
+
+
 @lru_cache(maxsize=1024)
 def unit_macs(arch: Arch, tokens: int | None = None) -> tuple[tuple[int, int, int, int], ...]:
     """Count MACs of a head without its values, of a value channel, of an MLP unit, and of a block without any of these.
@@ -76,7 +81,7 @@ def unit_macs(arch: Arch, tokens: int | None = None) -> tuple[tuple[int, int, in
         tokens: inside the blocks, prefix included; all of them where it is None.
 
     Returns:
-        One entry per block. A block's cost is linear in these numbers.
+        One entry per block. A block's cost is linear in these numbers; a head costs nothing where heads stay whole.
     """
     return tuple(_unit_macs(arch, stage, block, tokens) for stage in arch.stages for block in stage.blocks)
 
@@ -85,6 +90,10 @@ def _unit_macs(arch: Arch, stage: Stage, block: Block, tokens: int | None) -> tu
     def macs(heads: int, v: int, mlp: int) -> int:
         return block_cost(arch, stage, dataclasses.replace(block, heads=heads, v=v, mlp=mlp, tokens=tokens)).macs
 
+    if keeps_heads(arch):
+        one, H = macs(block.heads, 1, 1), block.heads
+        channel, unit = (macs(H, 2, 1) - one) // H, macs(H, 1, 2) - one
+        return 0, channel, unit, one - H * channel - unit
     one = macs(1, 1, 1)
     channel = macs(1, 2, 1) - one
     head, unit = macs(2, 1, 1) - one - channel, macs(1, 1, 2) - one
@@ -108,7 +117,7 @@ class Resource:
 
     ``rest`` (L,) is what a block has without any of these; ``shape`` (L, 3) are H, d and D of every block, and
     ``stage_of`` its stage. Where tokens are gated, ``patches`` of them can go, ``prefix`` cannot, and ``curve``
-    (3, 4, L) holds what 1, N and N^2 add to heads, values, mlp and rest.
+    (3, 4, L) holds what 1, N and N^2 add to heads, values, mlp and rest. With ``whole_heads`` none of them goes.
     """
 
     fixed: float
@@ -121,6 +130,7 @@ class Resource:
     patches: int = 0
     prefix: int = 0
     curve: torch.Tensor | None = None
+    whole_heads: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -161,9 +171,9 @@ class Resource:
         parts = _block_macs(arch, count, None)
         total = float(cost(arch).macs) if count == "exact" else fixed + float(parts[:3].sum())
         heads, values, mlp, rest = parts / total
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {"whole_heads": keeps_heads(arch)}
         if tokens:
-            own = {"patches": arch.tokens - arch.prefix_tokens, "prefix": arch.prefix_tokens}
+            own |= {"patches": arch.tokens - arch.prefix_tokens, "prefix": arch.prefix_tokens}
             one, two, three = (_block_macs(arch, count, n) for n in (1, 2, 3))
             square = (three - 2 * two + one) / 2
             linear = two - one - 3 * square

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunesweep.models import Arch, Block, Stage, UserError, arch_of, build, cost, cut_arch
-from prunesweep.models.arch import PositionBias, Rope
+from prunesweep.models.arch import ClassAttention, PositionBias, Rope
 from prunesweep.pruners.hook import Collapsed
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.resource import unit_macs
@@ -119,6 +119,45 @@ def test_gated_mlps_and_turned_queries_are_counted_and_cut_as_they_are(arch: Arc
     assert any(block.heads == 1 for block in arch_of(snapshot.model).blocks)
     with torch.no_grad():
         torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
+
+
+CAIT = dataclasses.replace(
+    ARCH,
+    family="cait",
+    class_token=False,
+    pool="map",
+    head_norm="pooled",
+    layer_scale=True,
+    class_attention=ClassAttention(blocks=1, width=16, heads=2, mlp=8),
+)
+
+
+@pytest.mark.parametrize("settings", [{}, {"r_mode": "ragged", "skip": "111"}, {"steps": "reference", "skip": "111", "slr": 1.0, "z_init": 50.0}])
+def test_heads_whose_maps_are_mixed_stay_whole(settings: dict[str, Any]) -> None:
+    """Values, units and blocks go as elsewhere; what a head gives to others is part of the price of none of them."""
+    model, own, optimizer = wrapped(CAIT, budgets=(0.6,), mlp_align=1, **settings)
+    normalized = "steps" not in settings
+    for t in range(55):
+        step(model, own, optimizer, t)
+        assert (own.machine.s[:, 0] == 0).all()
+        if normalized:
+            assert own.machine.usage(own.norms()).value == pytest.approx(own.facts["macs"], rel=1e-9)
+    assert (own.machine.s[:, 1] > 0).any()
+    x = random_images(CAIT, 1000)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    (snapshot,) = own.finish()
+    small = arch_of(snapshot.model)
+    assert all(block.heads == 2 for block in small.blocks)
+    assert small.depth < 3 or any(block.total_v < 16 for block in small.blocks)
+    assert snapshot.budget - unit(CAIT) < snapshot.cost <= snapshot.budget
+    with torch.no_grad():
+        with masked(model, snapshot.cut):
+            torch.testing.assert_close(model(x), snapshot.model(x), rtol=0, atol=1e-10)
+        if normalized:
+            torch.testing.assert_close(evaluated, snapshot.model(x), rtol=0, atol=1e-10)
+    with pytest.raises(UserError, match="at their narrowest have"):
+        hook(skip="111", budgets=(0.3,)).wrap(build(CAIT))
 
 
 @pytest.mark.parametrize("norm", ["attn_norm", "mlp_norm"])
@@ -415,7 +454,9 @@ def test_what_cannot_be_is_refused_before_training() -> None:
 
 
 def test_models_that_cannot_be_served_are_refused() -> None:
-    with pytest.raises(UserError, match="of family 'lm': UVC prunes families vit, eva, beit, swin, swin_v2, pvt_v2"):
+    with pytest.raises(
+        UserError, match="of family .lm.: UVC prunes families vit, eva, beit, cait, swin, swin_v2, pvt"
+    ):
         hook().wrap(build(random_arch(Random(0), "lm")))
     (snapshot,) = finished(budgets=(0.5,))
     with pytest.raises(UserError, match=r"blocks\[\d\] of .* whose values are as wide"):
