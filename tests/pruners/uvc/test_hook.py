@@ -132,7 +132,10 @@ CAIT = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("settings", [{}, {"r_mode": "ragged", "skip": "111"}, {"steps": "reference", "skip": "111", "slr": 1.0, "z_init": 50.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"r_mode": "ragged", "skip": "111"}, {"steps": "reference", "skip": "111", "slr": 1.0, "z_init": 50.0}],
+)
 def test_heads_whose_maps_are_mixed_stay_whole(settings: dict[str, Any]) -> None:
     """Values, units and blocks go as elsewhere; what a head gives to others is part of the price of none of them."""
     model, own, optimizer = wrapped(CAIT, budgets=(0.6,), mlp_align=1, **settings)
@@ -454,9 +457,7 @@ def test_what_cannot_be_is_refused_before_training() -> None:
 
 
 def test_models_that_cannot_be_served_are_refused() -> None:
-    with pytest.raises(
-        UserError, match="of family .lm.: UVC prunes families vit, eva, beit, cait, swin, swin_v2, pvt"
-    ):
+    with pytest.raises(UserError, match="of family .lm.: UVC prunes families vit, eva, beit, cait, swin, swin_v2, pvt"):
         hook().wrap(build(random_arch(Random(0), "lm")))
     (snapshot,) = finished(budgets=(0.5,))
     with pytest.raises(UserError, match=r"blocks\[\d\] of .* whose values are as wide"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,15 @@ def test_what_cannot_gate_tokens_is_refused() -> None:
         model: nn.Module = timm.create_model("vit_tiny_patch16_224", **tiny, **option)
         with pytest.raises(UserError, match=message):
             hook(token_gates=True).wrap(model)
+
+
+def test_a_state_from_before_there_were_token_gates_is_gone_on_with() -> None:
+    model, own, optimizer = wrapped()
+    step(model, own, optimizer, 0)
+    state = own.state_dict()
+    state["settings"] = json.dumps({k: v for k, v in json.loads(state["settings"]).items() if "token" not in k})
+    _, again, _ = wrapped()
+    again.load_state_dict(state)
+    assert torch.equal(again.machine.s, own.machine.s)
+    with pytest.raises(UserError, match="the run to go on with has the settings"):
+        wrapped(**GATED)[1].load_state_dict(state)
