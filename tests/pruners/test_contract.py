@@ -86,7 +86,7 @@ def test_unknown_methods_and_families_are_named() -> None:
     with pytest.raises(
         UserError,
         match=r"method 'upvit' serves families vit, .*, lm; cait_\w+ is a 'cait', for which there are: "
-        r"nvit, .* \(of 'cait', it has 'mixed_maps': attention maps of heads are mixed",
+        r"nvit, .* \(of 'cait', it has 'mixed_maps': its own passes",
     ):
         get_method("upvit", WidthMethod).check(Arch.from_timm("cait_xxs24_224"))
     with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': inside a block, convolutions"):
