@@ -17,7 +17,7 @@ from prunesweep.pruners.subspaces import can_recover
 from prunesweep.search.config import read_overrides
 from prunesweep.search.report.display import Display
 from prunesweep.training import Data, absolute_name, check_features, check_labels, load_recipe, open_fitting
-from prunesweep.training.jobs.one_shot import Budget
+from prunesweep.training.jobs.one_shot import Budget, check_source, open_source
 from prunesweep.training.jobs.placement import Placement
 from prunesweep.training.jobs.recovery import Recovery
 from prunesweep.training.jobs.scoring import Calibration, given_scores
@@ -62,6 +62,15 @@ class Request:
     placement: Placement
     as_json: bool
     console: Console
+
+    def model(self) -> Any:
+        """Open the source, once its record says that the method serves it: weights may have to be fetched.
+
+        Raises:
+            UserError: the method does not serve its family, or as for ``open_source``.
+        """
+        self.method.check(check_source(self.source))
+        return open_source(self.source)
 
     def budget(self, model: Any) -> Budget:
         """Return the only budget, in its measure.

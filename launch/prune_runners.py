@@ -19,7 +19,6 @@ from prunesweep.training.jobs.one_shot import (
     Budget,
     Pruned,
     evaluate_shown,
-    open_source,
     plan_once,
     prune_once,
     save_pruned,
@@ -52,7 +51,7 @@ class Row:
 
 def prune_widths(request: Request) -> None:
     """Score, decide and cut; finetune if a recipe is given."""
-    model = open_source(request.source)
+    model = request.model()
     options, _, _ = request.options()
     with Display(request.console).progress() as progress:
         pruned = prune_once(
@@ -76,7 +75,7 @@ def prune_widths(request: Request) -> None:
 
 def prune_tokens(request: Request) -> None:
     """Score patches, plan tokens and apply the plan; finetune if a recipe is given."""
-    model = open_source(request.source)
+    model = request.model()
     options, _, _ = request.options()
     with Display(request.console).progress() as progress:
         pruned = plan_once(
@@ -114,7 +113,7 @@ def _row(request: Request, pruned: Pruned, first: EvalMetrics, last: EvalMetrics
 
 def prune_trained(request: Request) -> None:
     """Train while the method decides, cut, and finetune."""
-    method, model = request.method, open_source(request.source)
+    method, model = request.method, request.model()
     assert isinstance(method, TrainedMethod)
     whole = cost(arch_of(model))
     shares = [Budget(budget).limit(arch_of(model)) / whole.macs for budget in request.budgets]
@@ -255,7 +254,7 @@ def apply_once(request: Request) -> None:
             f"method {method.name!r} is evaluated as it is: it takes no --finetune"
             + ("" if method.saved else " and saves nothing, so no --out")
         )
-    model = open_source(request.source)
+    model = request.model()
     arch = arch_of(model)
     method.check(arch)
     options, _, _ = request.options()

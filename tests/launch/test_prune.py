@@ -431,3 +431,11 @@ def test_show_prints_blocks_and_draws_tokens(source: Path, tmp_path: Path) -> No
     (tmp_path / "y.png").write_text("no picture")
     broken = runner.invoke(app, ["show", str(tmp_path / "a"), "--tokens", str(tmp_path / "y.png")])
     assert "is no image that can be read" in str(broken.exception)
+
+
+def test_a_family_that_a_method_does_not_serve_is_refused_before_weights_are_fetched(tmp_path: Path) -> None:
+    """Its weights cannot be fetched here, which would be said otherwise."""
+    arguments = ["prune", "pvt_v2_b0", "--data", "digits", "--method", "spvit", "--budget", "0.5"]
+    refused = runner.invoke(app, [*arguments, "--out", str(tmp_path / "small")])
+    assert "method 'spvit' serves families" in str(refused.exception)
+    assert "it lacks 'mixers': its values are of a reduced map" in str(refused.exception)
