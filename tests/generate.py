@@ -288,10 +288,8 @@ def random_hiera(random: Random, ragged: bool, missing: bool, extras: bool) -> A
         window = (random.choice([grid[0], 2 if s else 1]), random.choice([grid[1], 2 if s else 1]))
         blocks = []
         for _ in range(random.randint(1, 2)):
-            block = random_block(random, next(index), ragged=ragged, missing=missing, extras=False)
-            residual = extras and block.mixer == "none" and random.random() < 0.5
-            whole = block.mixer == "attn" and random.random() < 0.3
-            blocks.append(dataclasses.replace(block, norm_residual=residual, whole_map=whole))
+            block = random_block(random, next(index), ragged=ragged, missing=missing, extras=extras)
+            blocks.append(dataclasses.replace(block, whole_map=block.mixer == "attn" and random.random() < 0.3))
         stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), window=window))
     heads, img_size = random.randint(1, 2), (4 * stages[0].grid[0], 4 * stages[0].grid[1])
     arch = _pyramid(random, "hiera", img_size, (4, 4), stages, head_norm="pooled", layer_scale=random.random() < 0.3)

@@ -26,13 +26,14 @@ from torch import nn
 from prunesweep.models.arch import Arch, Block, QueryPool, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS
+from prunesweep.models.layers.conv_mixing import ConvSharing
 from prunesweep.models.layers.query_pooling import PooledTransformer
 
 from .base import Family
 from .block_costs import Cost, Counts, projection_params
 from .checks import PYRAMID, check_at_least, check_one_of
 from .reading import Require, activation_of, layer_norms, require, shared_eps
-from .spaces import ATTENTION, MLP, NORMS, WHOLE, Table, linear, per_channel, reads, scales, writes
+from .spaces import BLOCK, WHOLE, Table, linear, per_channel, reads, scales, writes
 from .views import AttentionView, WindowView, attention_view, consecutive
 
 __all__ = ["HIERA", "HieraFamily", "PlainWindows"]
@@ -52,12 +53,13 @@ class HieraFamily(Family):
     """timm's Hiera and SAM 2's: maps halved between stages by pooling, attention in windows or over the whole map."""
 
     name = "hiera"
-    capabilities = frozenset({"images", "width", "depth", "windows", "pooled_queries", "mixed_heads"})
+    capabilities = frozenset(
+        {"images", "width", "depth", "convolutions", "mixers", "windows", "pooled_queries", "mixed_heads"}
+    )
     timm_classes: ClassVar[tuple[type[nn.Module], ...]] = (Hiera, HieraDet)
     lacks: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("tokens", "global_attention"), "windows and pooling need the whole grid of patches"),
         "streams": "what leads to a stage takes maxima and attends at once: no one layer can be fitted in its place",
-        "mixers": "attention that leads to a stage is bound to its pooling, so nothing could take its place",
         "spatial_reduction": "keys and values are read from the whole map, it is queries that are pooled",
     }
     stages_name = "stages"
@@ -69,13 +71,8 @@ class HieraFamily(Family):
         "patch_size": (4, 4),
     }
     probe_patch = 4
-    block_tensors: ClassVar[Table] = {
-        **NORMS,
-        **ATTENTION,
-        **MLP,
-        "ls1.gamma": (scales("embed"),),
-        "ls2.gamma": (scales("embed"),),
-    }
+    conv_sharing: ClassVar[ConvSharing] = ConvSharing(alpha=1e-2)
+    block_tensors: ClassVar[Table] = BLOCK
     stage_tensors: ClassVar[Table] = {
         **per_channel("downsample.norm", "in"),
         **linear("downsample.proj", "out", "in"),

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from prunesweep.models.arch import Arch, Block, QueryPool, Stage
 
 from .activations import ACTIVATIONS
-from .mixers import HeteroAttention
+from .mixers import ConvMixer, HeteroAttention
 
 __all__ = ["MapBlock", "PooledEntrance", "PooledTransformer", "join_windows", "largest_of_four", "split_windows"]
 
@@ -111,7 +111,7 @@ class PooledEntrance(nn.Module):
 
 
 class MapBlock(nn.Module):
-    """A block of one record on maps: attention within windows, and an MLP; either half may be missing."""
+    """A block of one record on maps: attention in windows, a convolution or no mixer; an MLP or none."""
 
     def __init__(self, arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> None:
         super().__init__()
@@ -123,25 +123,35 @@ class MapBlock(nn.Module):
         self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
         self.window_size = stage.grid if block.whole_map or stage.window is None else stage.window
         self.shift_size = (0, 0)
-        self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        def drop() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
         if block.mixer != "none" or block.norm_residual:
-            self.norm1, self.ls1 = norm_layer(dim), scale()
+            self.norm1, self.ls1, self.drop_path1 = norm_layer(dim), scale(), drop()
         if block.mixer == "attn":
-            self.attn = HeteroAttention(dim, block.heads, block.qk, block.v_widths, block.scale)
+            self.attn: nn.Module = HeteroAttention(dim, block.heads, block.qk, block.v_widths, block.scale)
+        elif block.conv_kernel:
+            self.attn = ConvMixer(dim, block.total_v, block.conv_kernel, stage.grid)
         if self.has_mlp:
-            self.norm2, self.ls2 = norm_layer(dim), scale()
+            self.norm2, self.ls2, self.drop_path2 = norm_layer(dim), scale(), drop()
             self.mlp = Mlp(dim, block.mlp, act_layer=ACTIVATIONS[arch.act])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the block on a map, (B, rows, columns, D) to the same."""
-        if self.mixer == "attn":
-            y = self.attn(split_windows(self.norm1(x), self.window_size))
-            x = x + self.drop_path(self.ls1(join_windows(y, self.window_size, x.shape[1:3])))
+        if self.mixer != "none":
+            x = x + self.drop_path1(self.ls1(self._attn(self.norm1(x))))
         elif self.norm_residual:
-            x = x + self.drop_path(self.ls1(self.norm1(x)))
+            x = x + self.drop_path1(self.ls1(self.norm1(x)))
         if self.has_mlp:
-            x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+    def _attn(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix places of a map as timm's Swin blocks do: all between the norm and what is added to the stream."""
+        if self.mixer != "attn":  # a convolution
+            return rearrange(self.attn(x.flatten(1, 2)), "b (r c) d -> b r c d", r=x.shape[1])
+        return join_windows(self.attn(split_windows(x, self.window_size)), self.window_size, x.shape[1:3])
 
 
 class _PatchEmbed(nn.Module):

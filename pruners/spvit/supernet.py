@@ -112,7 +112,7 @@ class SearchAttention(nn.Module):
 
 
 class SearchSwinBlock(nn.Module):
-    """Replaces a whole Swin block during the search, because attention sees windows and a convolution the map."""
+    """Replaces a whole block of Swin or Hiera during the search: attention sees windows, a convolution the map."""
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class SearchSwinBlock(nn.Module):
         h = block.norm1(x)
         # what timm's block calls between its norm and its residual connection: shift, windows, attention, and back
         y = self.gates.mix(h, lambda: block._attn(h), lambda kernel: self._convolve(h, kernel))
-        x = x + block.drop_path1(y)
-        return x + block.drop_path2(block.mlp(block.norm2(x))) if hasattr(block, "mlp") else x
+        x = x + block.drop_path1(_scaled(block, "ls1", y))
+        return x + block.drop_path2(_scaled(block, "ls2", block.mlp(block.norm2(x)))) if hasattr(block, "mlp") else x
 
     def _convolve(self, h: torch.Tensor, kernel: int) -> torch.Tensor:
         if self.window is None:
@@ -163,7 +163,7 @@ class UnitGates(nn.Module):
 
 
 class Supernet:
-    """A ViT or Swin with gates inside; ``remove`` makes it stock again.
+    """A ViT, Swin or Hiera with gates inside; ``remove`` makes it stock again.
 
     ``mixers`` and ``units`` hold the gates of every block, None where it has none: a block without attention, with
     heads of unequal widths or with a token plan keeps its mixer, one without MLP has no units.
@@ -219,7 +219,8 @@ class Supernet:
             search = SearchAttention(attention, gates, stage.grid, self.arch.prefix_tokens)
             block.module.set_submodule(attention.name, search)
         else:
-            window, moved = stage.window if self.conv_scope == "window" else None, _shift_of(stage, block.record)
+            within = self.conv_scope == "window" and not block.record.whole_map
+            window, moved = stage.window if within else None, _shift_of(stage, block.record)
             self.model.set_submodule(block.name, SearchSwinBlock(block.module, attention, gates, window, moved))
 
     @property
@@ -258,6 +259,12 @@ class Supernet:
                 block.module.set_submodule(block.attention.name, block.attention.module)
             if block.mlp is not None and units is not None:
                 block.module.set_submodule(block.mlp.act_name, units.act)
+
+
+def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Multiply by a block's layer scale, where it has one."""
+    scale = getattr(block, name, None)
+    return x if scale is None else scale(x)
 
 
 def _shift_of(stage: Stage, block: Block) -> tuple[int, int]:

@@ -122,7 +122,7 @@ def test_names_are_taken_once() -> None:
 
 
 def test_families_with() -> None:
-    assert families_with("mixers") == ("vit", "eva", "beit", "cait", "swin")
+    assert families_with("mixers") == ("vit", "eva", "beit", "cait", "swin", "hiera")
     of_images = ("vit", "eva", "beit", "cait", "xcit", "swin", "swin_v2", "hiera", "pvt_v2", "metaformer", "toy")
     assert families_with("images") == of_images
     assert families_with("tokens", "global_attention") == ("vit", "eva", "cait")

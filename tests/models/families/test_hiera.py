@@ -210,8 +210,10 @@ def test_what_pooled_queries_do_not_allow() -> None:
         upvit.score(model, [(x, torch.zeros(len(x), dtype=torch.long))])
     with pytest.raises(UserError, match="subspaces are computed for"):
         compress(model, equal_shares(arch, 0.5), [x])
-    with pytest.raises(UserError, match="convolutions come from attention of"):
-        cut(model, Cut(blocks=(BlockCut(mixer="conv3x3"), *[BlockCut()] * (arch.depth - 1))))
+    choices = [BlockCut(mixer="conv3x3"), *[BlockCut()] * (arch.depth - 1)]
+    assert cut(model, Cut(blocks=tuple(choices)))(x).shape == (3, 5)
+    with pytest.raises(UserError, match="convolutions come from attention of .* not a block with mixer 'none'"):
+        cut(model, Cut(blocks=(choices[1], choices[0], *choices[2:])))
 
 
 @pytest.mark.parametrize(
