@@ -51,7 +51,8 @@ LARGEST = 2**24  # of any number in a record; what is larger is a damaged file, 
 class Block:
     """One transformer block: a token mixer and an MLP, each with its own residual connection.
 
-    ``qk`` counts a head's query/key channels, or the pairs of them that rotary position embedding turns.
+    ``qk`` counts a head's query/key channels, or the pairs of them that rotary position embedding turns or that
+    differential attention has for its two maps.
     ``v`` is one width for all heads or, when ragged, one width per head; for a convolution it is the bottleneck width,
     for a separable one the number of channels between its layers.
     ``scale`` multiplies the attention logits and is the source model's: it never follows from a pruned ``qk``. What
@@ -65,7 +66,7 @@ class Block:
     v: int | tuple[int, ...]
     scale: float
     mlp: int
-    sr: int = 0  # PVTv2: channels of the spatially reduced map that keys and values read; 0 where nothing is reduced
+    sr: int = 0  # PVTv2: channels of the reduced or pooled map that keys and values read; 0 where they read the own
     shifted: bool = False  # Swin: attention in windows shifted by half a window
     whole_map: bool = False  # Hiera: attention over the whole map, not in its stage's windows
     norm_residual: bool = False  # a missing mixer adds the normalised input (SPViT's finetuned skip), not nothing
@@ -222,7 +223,7 @@ class Stem:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | beit | cait | xcit | swin | swin_v2 | hiera | pvt_v2 | metaformer | lm
+    family: str  # vit | eva | beit | diff | cait | xcit | swin | swin_v2 | hiera | pvt_v2 | pit | metaformer | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -239,7 +240,7 @@ class Arch:
     class_attention: ClassAttention | None = None  # of cait and xcit, where ``pool`` is map
     cross_covariance: CrossCovariance | None = None  # of family xcit
     query_pool: QueryPool | None = None  # of family hiera
-    head_norm: str = "tokens"  # tokens | pooled | none: what the last LayerNorm is over
+    head_norm: str = "tokens"  # tokens | pooled | both | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
     qkv_bias: bool = True
     qk_norm: bool = False
@@ -255,6 +256,8 @@ class Arch:
     mlp_norm: bool = False  # LayerNorm over the hidden units of an MLP
     mlp_entry_norm: bool = False  # an MLP begins with a norm, behind the one in front of it
     rope: Rope | None = None
+    differential: bool = False  # of family diff: attention maps are differences of two (arXiv 2410.05258)
+    parallel: bool = False  # an MLP reads what its block's attention reads, and both are added at once
     norm: str = "layer"  # layer | rms | group: LayerNorm; RMSNorm; GroupNorm of one group, over all places of an image
     norm_bias: bool = True  # with ``norm`` other than rms: norms of blocks have biases
     head_mlp: int = 0  # hidden units of a classifier of two layers; 0 where it has one
@@ -265,6 +268,7 @@ class Arch:
     position_bias: PositionBias | None = None
     stem: Stem | None = None  # ``patch_size`` is in pixels, then, too
     patch_factors: bool = False  # a frozen factor multiplies every patch before positions are added: UVC's patch gates
+    pooled_map: int = 0  # PVTv2-li: rows and columns of the map, averaged from a stage's, that keys and values read
     text: Text | None = None  # of family lm
 
     @property
@@ -274,8 +278,11 @@ class Arch:
 
     @property
     def qk_rows(self) -> int:
-        """Channels of a query/key unit, which ``Block.qk`` counts: two that are turned together, or one."""
-        return 1 if self.rope is None else 2
+        """Channels of a query/key unit, which ``Block.qk`` counts: two that are turned together, or one.
+
+        Of differential attention, two too: one for each of a head's maps.
+        """
+        return 1 if self.rope is None and not self.differential else 2
 
     @property
     def norm_tensors(self) -> int:

@@ -27,7 +27,7 @@ from .views import BlockView, block_views
 __all__ = ["FusedMerge", "PrefixBlock", "for_inference", "fuse_tokens"]
 
 Merge = SparseMerge | DenseMerge
-FAMILIES = ("beit", "eva", "vit")  # whose heads may read prefix tokens alone
+FAMILIES = ("beit", "diff", "eva", "vit")  # whose heads may read prefix tokens alone
 
 
 def for_inference(model: nn.Module, *, plans: bool = True) -> nn.Module:
@@ -51,7 +51,7 @@ def for_inference(model: nn.Module, *, plans: bool = True) -> nn.Module:
         fused = copy.deepcopy(model).eval().requires_grad_(False)
     if arch.family in FAMILIES and arch.pool == "token" and arch.blocks:
         last = block_views(fused, arch)[-1]
-        if _can_skip(last):
+        if _can_skip(last) and not arch.parallel:
             fused.blocks[len(fused.blocks) - 1] = PrefixBlock(last, arch.prefix_tokens)
     if "arch" in vars(fused):
         del fused.arch

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from prunesweep.models.families.views import AttentionView
-from prunesweep.models.layers.mixers import attend
 
 from .arch import Arch
 from .builder import arch_of
@@ -152,15 +151,15 @@ class ToMe(nn.Module):
             if attention is not None:
                 bias = size.log().transpose(1, 2)[:, None] if merged and self.proportional else None
                 y, metric = _attend(attention, attention.norm(x), bias)
-                x = x + block.drop_path1(block.ls1(y))
+                x = x + attention.scale(y)
                 matching = match(metric, r, self.record.prefix_tokens)
             elif record.norm_residual:
                 x = x + block.drop_path1(block.ls1(block.norm1(x)))
             if matching is not None:
                 merged, total = True, matching.sum(size)
                 x, size = matching.sum(x * size) / total, total
-            if record.mlp:
-                x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            if view.mlp is not None:
+                x = view.mlp.after(x, 0)
             yield Step(x, size, metric, matching)
 
 
@@ -172,8 +171,8 @@ def _attend(attention: AttentionView, x: torch.Tensor, bias: torch.Tensor | None
     record = attention.record
     q, k, v = attention.queries_keys_values(x)
     q, k = attention.q_norm(attention.by_head(q)), attention.k_norm(attention.by_head(k))
-    y = attend(q, k, v, record.v_widths, record.scale, attn_mask=bias)
-    return attention.out.layer(y), k.mean(1)
+    y = attention.attend(q, k, v, record.v_widths, record.scale, attn_mask=bias)
+    return attention.out.layer(attention.out_norm(y)), k.mean(1)
 
 
 def apply_tome(model: nn.Module, r: Schedule, *, proportional: bool = True) -> ToMe:
@@ -205,6 +204,11 @@ def _check(arch: Arch) -> None:
         raise UserError(
             f"ToMe: {arch.source} is of family {arch.family!r}, whose heads' logits are mixed, so that sizes of merged "
             "tokens cannot be added to them; take method 'pmvit'"
+        )
+    if arch.parallel:
+        raise UserError(
+            f"ToMe: MLPs of {arch.source} read what attention reads, so nothing can be merged between them; take "
+            "method 'pmvit'"
         )
     if arch.attn_pool is not None:
         raise UserError(f"ToMe: {arch.source} has an attention pool, which would have to weigh merged tokens")

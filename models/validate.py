@@ -16,7 +16,7 @@ __all__ = ["MIXERS", "validate"]
 MIXERS = ("attn", "conv1x1", "conv3x3", "sepconv", "pool", "xca", "none")
 NORMS = ("layer", "rms", "group")
 POOLS = ("token", "avg", "map", "none")
-HEAD_NORMS = ("tokens", "pooled", "none")
+HEAD_NORMS = ("tokens", "pooled", "both", "none")
 MERGES = ("sparse", "dense")
 
 
@@ -95,7 +95,7 @@ def _validate_block(family: Family, arch: Arch, stage: Stage, block: Block, wher
         _validate_attention(block, where)
     else:
         _validate_other_mixer(block, where)
-    _validate_extras(family, stage, block, where)
+    _validate_extras(family, arch, stage, block, where)
     if block.tokens is not None:
         _validate_tokens(family, arch, block, where)
 
@@ -121,9 +121,9 @@ def _validate_other_mixer(block: Block, where: str) -> None:
         check_at_least(f"{where}.v", block.v, 1)
 
 
-def _validate_extras(family: Family, stage: Stage, block: Block, where: str) -> None:
+def _validate_extras(family: Family, arch: Arch, stage: Stage, block: Block, where: str) -> None:
     """Check the fields that only one family or one mixer has."""
-    reduced = stage.sr_ratio > 1 and block.mixer == "attn"
+    reduced = (stage.sr_ratio > 1 or arch.pooled_map > 0) and block.mixer == "attn"
     check_at_least(f"{where}.sr", block.sr, int(reduced))
     if block.sr and not reduced:
         raise UserError(f"{where}.sr = {block.sr}: must be 0 without attention on a spatially reduced map")

@@ -17,10 +17,11 @@ from torch import nn
 
 from prunesweep.models import Arch
 from prunesweep.models.families import family_of
+from prunesweep.models.layers.difference import HeadNorm
 from prunesweep.models.layers.metaformer import TokenGroupNorm
 from prunesweep.models.without_values import without_values
 
-__all__ = ["KeptGroupNorm", "KeptLayerNorm", "KeptRmsNorm", "Masking", "space_masks"]
+__all__ = ["KeptGroupNorm", "KeptHeadNorm", "KeptLayerNorm", "KeptRmsNorm", "Masking", "space_masks"]
 
 
 class KeptLayerNorm(nn.LayerNorm):
@@ -83,10 +84,34 @@ class KeptGroupNorm(TokenGroupNorm):
         return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
 
 
+class KeptHeadNorm(HeadNorm):
+    """The same of a norm over every head's values; a head of which nothing is kept gives 0."""
+
+    kept: torch.Tensor | None
+
+    def __init__(self, norm: HeadNorm) -> None:
+        super().__init__(norm.v_dims)
+        self.weight = norm.weight
+        self.register_buffer("kept", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (..., V) to the same shape; kept channels are as in the cut model."""
+        if self.kept is None:
+            return super().forward(x)
+        there = x.new_zeros(x.shape[-1]).index_fill(0, self.kept, 1)
+        heads = []
+        widths = list(self.v_dims)
+        for y, own in zip(torch.split(x, widths, -1), torch.split(there, widths), strict=True):
+            mean = (y.square() * own).sum(-1, keepdim=True) / own.sum().clamp_min(1)
+            heads.append(y * own * (mean + self.eps).rsqrt())
+        return torch.cat(heads, -1) * self.weight
+
+
 KEPT: Mapping[type[nn.Module], Any] = {  # by the norm that it stands in for
     nn.LayerNorm: KeptLayerNorm,
     RmsNorm: KeptRmsNorm,
     TokenGroupNorm: KeptGroupNorm,
+    HeadNorm: KeptHeadNorm,
 }
 
 

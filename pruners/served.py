@@ -11,6 +11,7 @@ UVC = FamiliesWith(
     "width",
     "depth",
     without={
+        "difference_maps": "value channels that its gates close still count in the norm over those of their head",
         "channel_attention": "it gates heads and their value channels, and attention between channels keeps them all",
         "local_mixers": "it gates heads and their value channels, and pooling and separable convolutions have none",
         "pooled_queries": "every block that it gates has attention, and the first of a stage is an MLP alone",

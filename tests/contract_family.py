@@ -62,8 +62,16 @@ def rotation(size: int, generator: torch.Generator, *, fix_ones: bool = False) -
     return basis @ inner @ basis.T
 
 
-def check_halves(view: BlockView, stage: Stage, x: torch.Tensor, after: torch.Tensor) -> None:
+def check_halves(
+    view: BlockView, stage: Stage, x: torch.Tensor, after: torch.Tensor, *, parallel: bool = False
+) -> None:
     """What the views of a block compute add up to what the block does."""
+    if parallel:
+        found = [view.attention and view.attention.after(x, stage.grid), view.mlp and view.mlp.after(x, stage.grid[0])]
+        both = [own - x for own in found if own is not None]
+        if view.attention is not None or (view.record.mixer == "none" and not view.record.norm_residual):
+            torch.testing.assert_close(sum(both, x), after)
+        return
     if view.attention is not None:
         x = view.attention.after(x, stage.grid)
     elif view.record.mixer != "none" or view.record.norm_residual:
@@ -173,7 +181,7 @@ class FamilyContract:
                 for view in (view for view in views if view.stage == s):
                     after = family.run_block(arch, stage, view.module, x)
                     if view.record.tokens is None:
-                        check_halves(view, stage, x, after)
+                        check_halves(view, stage, x, after, parallel=arch.parallel)
                     x = after
             for head in family.heads(model, arch):
                 check_reader(head, x)

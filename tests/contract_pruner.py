@@ -84,9 +84,14 @@ class PrunerContract:
     def check_every_unit_is_scored(self) -> None:
         scores = self.score()
         expected = vector_sizes(self.arch, self.pruner.kinds)
-        if self.pruner.projected:  # queries and keys whose cosines count have no subspaces
-            fixed = [f"blocks.{i}.q" for i in range(self.arch.depth) if not can_narrow(self.arch, f"blocks.{i}.q")]
-            expected = {name: size for name, size in expected.items() if name.removesuffix("k") not in fixed}
+        if self.pruner.projected:  # queries and keys whose cosines count have no subspaces, nor have values with a norm
+            spaces = {"qk": "q", "v": "v"}
+
+            def narrows(name: str) -> bool:
+                where, _, kind = name.rpartition(".")
+                return kind not in spaces or can_narrow(self.arch, f"{where}.{spaces[kind]}")
+
+            expected = {name: size for name, size in expected.items() if narrows(name)}
         assert {name: len(v) for name, v in scores.vectors.items()} == expected
         for name, vector in scores.vectors.items():
             assert vector.dtype == torch.float64, name

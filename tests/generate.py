@@ -32,12 +32,14 @@ FAMILIES = (
     "vit",
     "eva",
     "beit",
+    "diff",
     "cait",
     "xcit",
     "swin",
     "swin_v2",
     "hiera",
     "pvt_v2",
+    "pit",
     "metaformer",
 )  # of images; there is "lm" too
 
@@ -70,12 +72,14 @@ def random_arch(
         "vit": random_vit,
         "eva": random_eva,
         "beit": random_beit,
+        "diff": random_diff,
         "cait": random_cait,
         "xcit": random_xcit,
         "swin": random_swin,
         "swin_v2": random_swin_v2,
         "hiera": random_hiera,
         "pvt_v2": random_pvt,
+        "pit": random_pit,
         "metaformer": random_metaformer,
         "lm": random_lm,
     }
@@ -152,8 +156,11 @@ def random_eva(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
             proj_bias=own.random() < 0.5,
             mlp_bias=own.random() < 0.5,
             post_norm=not arch.layer_scale and own.random() < 0.4,
+            parallel=extras and own.random() < 0.3,
         )
         qk_norm, mlp_scale = own.random() < 0.4, own.random() < 0.5
+        if arch.pool == "avg" and own.random() < 0.3:
+            arch = dataclasses.replace(arch, head_norm="both")
         arch = dataclasses.replace(arch, qk_norm=qk_norm, mlp_scale=not arch.layer_scale or mlp_scale)
         arch = dataclasses.replace(arch, mlp_entry_norm=arch.glu and own.random() < 0.5)
     return arch if not extras else _planned(random, arch)
@@ -169,6 +176,18 @@ def random_beit(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
     bias = PositionBias(kind="table") if table else PositionBias(kind="mlp", hidden=random.randint(1, 9))
     own = {"stages": stages, "rope": None, "position_bias": bias, "qk_norm": False}
     return dataclasses.replace(drawn, family="beit", **own)
+
+
+def random_diff(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Two maps for every head; with ``extras`` also blocks whose halves are parallel."""
+    drawn = random_eva(random, ragged, missing, extras=False)
+    (stage,) = drawn.stages
+    blocks = [random_block(random, i, ragged=ragged, missing=missing, extras=extras) for i in range(drawn.depth)]
+    blocks = [dataclasses.replace(block, qk=min(block.qk, 4)) for block in blocks]
+    stages = (dataclasses.replace(stage, blocks=tuple(blocks)),)
+    own = {"stages": stages, "rope": None, "qk_norm": False, "attn_norm": False, "differential": True}
+    arch = dataclasses.replace(drawn, family="diff", parallel=extras and random.random() < 0.3, **own)
+    return arch if not extras else _planned(random, arch)
 
 
 def random_cait(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
@@ -313,7 +332,36 @@ def random_pvt(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
             blocks.append(dataclasses.replace(block, sr=reduced))
         stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=tuple(blocks), sr_ratio=ratio))
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-    return _pyramid(random, "pvt_v2", img_size, (4, 4), stages)
+    arch = _pyramid(random, "pvt_v2", img_size, (4, 4), stages)
+    own = Random(arch.hash)  # other draws stay as they are
+    return _pooled(own, arch) if extras and own.random() < 0.3 else arch
+
+
+def _pooled(random: Random, arch: Arch) -> Arch:
+    """The same with maps that are averaged, to more places than there may be, in every stage."""
+    stages = []
+    for stage in arch.stages:
+        widths = [random.randint(1, 12) if block.mixer == "attn" else 0 for block in stage.blocks]
+        pairs = zip(stage.blocks, widths, strict=True)
+        blocks = tuple(dataclasses.replace(block, sr=width) for block, width in pairs)
+        stages.append(dataclasses.replace(stage, sr_ratio=1, blocks=blocks))
+    return dataclasses.replace(arch, pooled_map=random.choice([2, 3, 7]), stages=tuple(stages))
+
+
+def random_pit(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Overlapping patches, up to three stages of any widths, with and without a distillation token."""
+    stride, grid = random.choice([1, 2]), (random.randint(2, 6), random.randint(2, 6))
+    img_size = ((grid[0] + 1) * stride, (grid[1] + 1) * stride)
+    stages: list[Stage] = []
+    index = count()
+    for _ in range(random.randint(1, 3)):
+        options = {"ragged": ragged, "missing": missing, "extras": extras}
+        blocks = tuple(random_block(random, next(index), **options) for _ in range(random.randint(1, 2)))
+        stages.append(Stage(width=random.randint(4, 20), grid=grid, blocks=blocks))
+        grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    drawn = _pyramid(random, "pit", img_size, (stride, stride), stages)
+    own = {"class_token": True, "dist_token": random.random() < 0.4, "prefix_pos_embed": False, "pool": "token"}
+    return dataclasses.replace(drawn, **own)
 
 
 def random_metaformer(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:

@@ -15,6 +15,7 @@ from timm.layers import RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
+from prunesweep.models.layers.difference import HeadNorm
 from prunesweep.models.layers.metaformer import TokenGroupNorm
 
 Hook = Callable[..., None]
@@ -41,6 +42,17 @@ def _masked_norm(keep: torch.Tensor):
         var = ((x - mean) ** 2 * keep).sum(over, keepdim=True) / n
         bias = 0 if norm.bias is None else norm.bias
         return keep * (norm.weight * (x - mean) / (var + norm.eps).sqrt() + bias)
+
+    return hook
+
+
+def _masked_head_norm(keep: torch.Tensor):
+    def hook(norm: Any, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+        heads = []
+        for x, own in zip(args[0].split(norm.v_dims, -1), keep.split(norm.v_dims), strict=True):
+            mean = (x**2 * own).sum(-1, keepdim=True) / own.sum().clamp_min(1)
+            heads.append(own * x / (mean + norm.eps).sqrt())
+        return norm.weight * torch.cat(heads, -1)
 
     return hook
 
@@ -117,7 +129,8 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
         pooling = name.startswith("attn_pool.")  # in blocks of a class token
         if isinstance(module, NORMS) and (pooling or ".blocks." not in f".{name}"):
             parts = name.split(".")
-            s = int(parts[1]) if parts[0] in ("layers", "stages") else (0 if parts[0] == "patch_embed" else -1)
+            staged = parts[0] in ("layers", "stages", "transformers")
+            s = int(parts[1]) if staged else (0 if parts[0] == "patch_embed" else -1)
             if arch.family == "swin" and "downsample" in parts:  # over four neighbours of the stage before
                 hook(module, _masked_norm(embed[s - 1].repeat(4)))
             elif arch.family in ("hiera", "metaformer") and "downsample" in parts:  # likewise in front
@@ -127,6 +140,9 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
         if name.endswith(".downsample.mix"):  # which reads maximum and mean of the stage before
             before = embed[int(name.split(".")[1]) - 1].repeat(2)
             hook(module, lambda _m, args, before=before: (args[0] * before,), before=True)
+        if arch.family == "pit" and name.endswith(".pool"):  # between stages
+            before = embed[int(name.split(".")[1]) - 1]
+            hook(module, lambda _m, args, m=before: (args[0] * m[:, None, None], args[1] * m), before=True)
         if name == "blocks.0" and arch.post_norm:  # which reads the first stream without a norm
             hook(module, lambda _m, args: (args[0] * embed[0],), before=True)
         if name in ("head", "head_dist") and isinstance(module, nn.Linear) and arch.attn_pool is None:
@@ -173,6 +189,8 @@ def _mask_block(block: nn.Module, record: Block, choice: BlockCut, weight: torch
                 scale(layer, mask)
             if isinstance(getattr(block.attn, "norm", None), NORMS):
                 hook(block.attn.norm, _masked_norm(v))
+            elif isinstance(getattr(block.attn, "norm", None), HeadNorm):
+                hook(block.attn.norm, _masked_head_norm(v))
         else:
             scale(block.attn.q, qk)
             scale(block.attn.kv, torch.cat([qk, v]))

@@ -14,10 +14,12 @@ from .base import CAPABILITIES, Family
 from .beit import BEIT
 from .cait import CAIT
 from .checks import check_one_of
+from .diff import DIFF
 from .eva import EVA
 from .hiera import HIERA
 from .lm import LM
 from .metaformer import METAFORMER
+from .pit import PIT
 from .pvt_v2 import PVT_V2
 from .swin import SWIN
 from .swin_v2 import SWIN_V2
@@ -27,7 +29,8 @@ from .xcit import XCIT
 __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with", "family_of", "register"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (VIT, EVA, BEIT, CAIT, XCIT, SWIN, SWIN_V2, HIERA, PVT_V2, METAFORMER, LM)
+    family.name: family
+    for family in (VIT, EVA, BEIT, DIFF, CAIT, XCIT, SWIN, SWIN_V2, HIERA, PVT_V2, PIT, METAFORMER, LM)
 }
 
 

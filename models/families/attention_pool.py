@@ -49,8 +49,8 @@ def check_pool(arch: Arch) -> None:
         check_at_least(f"attn_pool.{name}", getattr(pool, name), 1)
     if pool.width % pool.heads:
         raise UserError(f"attn_pool.width = {pool.width}: must be a multiple of attn_pool.heads = {pool.heads}")
-    if arch.head_norm == "pooled":
-        raise UserError("head_norm = 'pooled': is not for pool = 'map'; use 'tokens' or 'none'")
+    if arch.head_norm in ("pooled", "both"):
+        raise UserError(f"head_norm = {arch.head_norm!r}: is not for pool = 'map'; use 'tokens' or 'none'")
 
 
 def pool_cost(arch: Arch, stage: Stage) -> Cost:

@@ -60,10 +60,12 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "spatial_reduction": "keys and values are read from a map that is reduced by the stage's ``sr_ratio``",
         "mixed_heads": "a head that stays may take query, key and value channels of several heads of the source",
         "mixed_maps": "attention maps of heads are mixed: a head whose own output is nothing still gives to the others",
+        "difference_maps": "attention maps are differences of two, behind which a norm is over the values of a head",
         "channel_attention": "attention is between channels, whose number is fixed, with convolutions of the stream",
         "pooled_queries": "what leads to a stage has attention of its own, which stays whole; an MLP alone follows it",
         "local_mixers": "a block may mix places by pooling or a separable convolution, in the place of attention",
         "rotary": "queries and keys may be turned by their tokens' places, whose units are pairs of channels then",
+        "single_channels": "a channel of a stage comes from one of the stage before, by a convolution of its own",
         "features": "the tokens behind any block are one vector per patch of the first grid",
         "streams": "it can be run and refitted part by part: stem, blocks, entrances of stages, heads",
     }
@@ -467,6 +469,10 @@ class Family(ABC):
         return _names(self, arch, space, "scales")
 
     # --- latency ---
+
+    def probe_images(self, grid: tuple[int, int], patch: int) -> tuple[int, int]:
+        """Return the size of images whose first stage is a ``grid`` of patches with sides of ``patch`` pixels."""
+        return patch * grid[0], patch * grid[1]
 
     def block_input(self, arch: Arch, stage: Stage) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Return the shape, without the batch, and the further arguments of the input of a stage's blocks."""

@@ -69,12 +69,15 @@ class BeitFamily(EvaFamily):
         "dist_token": False,
         "qk_norm": False,
         "rope": None,
+        "differential": False,
+        "parallel": False,
         "stem": None,
         "class_attention": None,
         "cross_covariance": None,
         "norm_bias": True,
         "head_mlp": 0,
         "patch_factors": False,
+        "pooled_map": 0,
     }
     block_tensors: ClassVar[Table] = {
         **EvaFamily.block_tensors,

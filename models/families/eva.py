@@ -1,4 +1,4 @@
-"""timm's ``Eva`` class (EVA-02, DINOv3, Perception Encoders, rotary ViTs), NaFlex ViTs, AIMv2, BEiT-3, Qwen's towers.
+"""timm's ``Eva`` (EVA-02, DINOv3, Perception Encoders, rotary ViTs), NaFlex ViTs, AIMv2, BEiT-3, Qwen's and DeepSeek's.
 
 They are ViTs that may have rotary position embedding, gated MLPs, norms within attention and MLPs, RMSNorm, and linear
 layers without bias. They are built as ViTs (``families.vit``) whose attention turns pairs of channels by their token's
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.layers import HybridEmbed, PatchEmbed
+from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder, resample_pos_embed_grid
@@ -28,7 +29,7 @@ from prunesweep.models.layers.rotary import Places, RotaryAttention
 from .attention_pool import read_pool
 from .block_costs import Counts
 from .checks import check_at_least, check_one_of
-from .layouts import KINDS, adopted_block, is_plain, is_there, read_block, read_rope
+from .layouts import KINDS, adopted_block, has_differences, is_plain, is_there, read_block, read_rope, with_halves
 from .naflex import AtOneSize, adopted_embedding, at_one_size
 from .reading import Require, all_norms, isotropic_record, require, shared_eps
 from .spaces import BLOCK, WHOLE, AxisUse, Table, linear, per_channel, scales
@@ -38,6 +39,12 @@ from .vit import VisionTransformerFamily, build_vit
 from .vit_models import AttentionPooledTransformer, HeteroVisionTransformer
 
 __all__ = ["EVA", "EvaFamily", "RotaryVisionTransformer", "attention_apart"]
+
+# image towers of language models
+TOWERS = (Qwen3VitClassifier, Qwen3VitEncoder, DeepseekVitClassifier, DeepseekVitEncoder)
+
+# by whether there is a norm over tokens, and one over their average
+HEAD_NORMS = {(True, False): "tokens", (False, True): "pooled", (True, True): "both", (False, False): "none"}
 
 Attention = TypeVar("Attention", bound=RotaryAttention)
 
@@ -97,18 +104,19 @@ class EvaFamily(VisionTransformerFamily):
         Eva,
         VisionTransformer,
         NaFlexVit,
-        Qwen3VitClassifier,
-        Qwen3VitEncoder,
+        *TOWERS,
     )
     adopts = True
     fixed_fields: ClassVar[dict[str, Any]] = {
         "dist_token": False,
+        "differential": False,
         "position_bias": None,
         "class_attention": None,
         "cross_covariance": None,
         "norm_bias": True,
         "head_mlp": 0,
         "patch_factors": False,
+        "pooled_map": 0,
     }
     block_tensors: ClassVar[Table] = {
         **{
@@ -127,18 +135,17 @@ class EvaFamily(VisionTransformerFamily):
     }
 
     def takes(self, model: Any) -> bool:
-        """Whether a model is no VisionTransformer that family ``vit`` reads."""
-        return type(model) is not VisionTransformer or not is_plain(model)
+        """Whether a model is no VisionTransformer that family ``vit`` or ``diff`` reads."""
+        return type(model) is not VisionTransformer or not (is_plain(model) or has_differences(model))
 
     def read(self, model: Any, name: str, img_size: tuple[int, int]) -> Arch:
         """Read the record of a model of ``timm_classes``; one for images of any size is read for its nominal one."""
         needs = partial(require, name)
-        if isinstance(model, (Qwen3VitClassifier, Qwen3VitEncoder)):
+        if isinstance(model, TOWERS):
             return self._read_tower(model, name, needs)
         if isinstance(model, NaFlexVit):
             model = at_one_size(model, img_size, needs)
         norms = [not isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm)]
-        needs(not all(norms), "it has a norm in front of the pooling and another one behind it")
         reg_token, attn_pool = (getattr(model, part, None) for part in ("reg_token", "attn_pool"))
         if isinstance(model, (VisionTransformer, AtOneSize)):
             pool_prefix = model.pool_include_prefix and model.global_pool != "token"
@@ -150,7 +157,7 @@ class EvaFamily(VisionTransformerFamily):
             needs,
             reg_tokens=0 if reg_token is None else reg_token.shape[1],
             pool_prefix=pool_prefix,
-            head_norm="tokens" if norms[0] else "pooled" if norms[1] else "none",
+            head_norm=HEAD_NORMS[norms[0], norms[1]],
         )
 
     def _read_trunk(self, model: Any, name: str, needs: Require, **fields: Any) -> Arch:
@@ -165,9 +172,10 @@ class EvaFamily(VisionTransformerFamily):
             warnings.warn(f"{name} takes images of any size; its record is for {size} images", stacklevel=4)
         norm, norms = all_norms(model, needs)
         rotates = getattr(model, "rope", None) is not None
-        blocks, features = zip(*(read_block(i, b, rotates, needs) for i, b in enumerate(model.blocks)), strict=True)
+        parts = [with_halves(block) for block in model.blocks]
+        blocks, features = zip(*(read_block(i, b, rotates, needs) for i, b in enumerate(parts)), strict=True)
         needs(len(set(features)) == 1, "its blocks differ in biases, norms, layer scale or MLPs")
-        if shared := [i for i, b in enumerate(model.blocks) if getattr(b.attn, "num_kv_groups", 1) > 1]:
+        if shared := [i for i, b in enumerate(parts) if getattr(b.attn, "num_kv_groups", 1) > 1]:
             warnings.warn(
                 f"{name}: in {len(shared)} blocks several heads share keys and values; its record gives every head "
                 "its own, which is the same function of more weights",
@@ -191,16 +199,28 @@ class EvaFamily(VisionTransformerFamily):
         )
 
     def _read_tower(self, model: Any, name: str, needs: Require) -> Arch:
-        """Read Qwen's image tower: positions for one grid, the average, and, with a head, a norm without weights."""
+        """Read an image tower of Qwen or DeepSeek: the average and, with a head, a norm without weights.
+
+        Qwen's positions are resampled for one grid; DeepSeek's tower has a norm over tokens, too.
+        """
         trunk = getattr(model, "encoder", model)
         single, option = trunk is model, "global_pool = 'avg'" if trunk is model else "encoder_pool = ''"
-        gives = "gives one vector for every 2x2 patches" if single else "reads 2x2 patches at once behind its blocks"
-        needs(trunk.merger is None, f"it {gives}, as a language model wants them; create it with {option}")
+        aligner = getattr(trunk, "aligner", None)
+        side = 2 if aligner is None else aligner.downsample_ratio
+        cells = f"{side}x{side} patches"
+        gives = f"gives one vector for every {cells}" if single else f"reads {cells} at once behind its blocks"
+        merges = aligner is not None or getattr(trunk, "merger", None) is not None
+        needs(not merges, f"it {gives}, as a language model wants them; create it with {option}")
         needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
         normed = not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity)
         eps = [model.norm.eps] if normed else []
         needs({*eps, trunk.blocks[0].norm1.eps} == {trunk.blocks[0].norm1.eps}, "its norms differ")
-        head = {"pool": "avg", "num_classes": model.num_classes, "head_norm": "pooled" if normed else "none"}
+        over_tokens = not isinstance(getattr(trunk, "norm", nn.Identity()), nn.Identity)
+        behind = normed and not (single and over_tokens)  # what a tower by itself calls norm is over tokens
+        head_norm = HEAD_NORMS[over_tokens, behind]
+        padded = getattr(trunk.patch_embed, "dynamic_img_pad", False)
+        needs(not padded, "it pads images to whole patches; create it with dynamic_img_pad = False")
+        head = {"pool": "avg", "num_classes": model.num_classes, "head_norm": head_norm}
         return self._read_trunk(trunk, name, needs, **head)
 
     def adopted(self, model: Any, arch: Arch) -> dict[str, torch.Tensor]:
@@ -208,12 +228,14 @@ class EvaFamily(VisionTransformerFamily):
         state: dict[str, torch.Tensor] = dict(model.state_dict())
         if isinstance(model, NaFlexVit):
             state = adopted_embedding(model, arch)
-        elif isinstance(model, (Qwen3VitClassifier, Qwen3VitEncoder)):
+        elif isinstance(model, TOWERS):
             state, model = _adopted_tower(model, arch, state), getattr(model, "encoder", model)
         found = {name: tensor for name, tensor in state.items() if not name.startswith(("blocks.", "rope."))}
         for i, block in enumerate(model.blocks):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            if (apart := with_halves(block)) is not block:
+                block, own = apart, apart.state_dict()
             found |= {prefix + name: tensor for name, tensor in adopted_block(arch, block, own).items()}
             if arch.rope is not None and arch.rope.kind == "mixed":
                 found[f"{prefix}attn.freqs"] = state["rope.freqs"][:, i].flatten(1).contiguous()
@@ -228,10 +250,12 @@ class EvaFamily(VisionTransformerFamily):
         (stage,) = arch.stages
         places = None if arch.rope is None else Places(arch.rope, stage.grid)
         attention = partial(attention_apart, RotaryAttention, places=places, qk_norm=arch.qk_norm)
-        kind: Any = RotaryVisionTransformer
-        if arch.attn_pool is not None:
-            kind = partial(RotaryPooledTransformer, arch.attn_pool)
+        kind = self._model_class(arch)
         return build_vit(arch, drop_path=drop_path, model_class=kind, attention=attention, places=places)
+
+    def _model_class(self, arch: Arch) -> Any:
+        pool = arch.attn_pool
+        return RotaryVisionTransformer if pool is None else partial(RotaryPooledTransformer, pool)
 
     def set_patch_drop_rate(self, model: Any, arch: Arch, rate: float) -> None:
         """Leave out a share of the patches in training, where none is turned by its place."""
@@ -256,7 +280,7 @@ class EvaFamily(VisionTransformerFamily):
         return attention_view(block, record, (q, k, v), rotary=attn, coordinates=block.coordinates, out_norm=attn.norm)
 
     def _block_use(self, arch: Arch, stage: int, index: int, use: AxisUse) -> AxisUse:
-        if arch.rope is None and use.axis.startswith("turned_"):
+        if arch.qk_rows == 1 and use.axis.startswith("turned_"):
             use = AxisUse(use.axis.removeprefix("turned_"), use.role)
         return super()._block_use(arch, stage, index, use)
 
@@ -295,14 +319,17 @@ class EvaFamily(VisionTransformerFamily):
 
 
 def _adopted_tower(model: Any, arch: Arch, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name a Qwen tower's weights without their prefix, give its last norm weights, and positions to the grid."""
+    """Name a tower's weights without their prefix, give its last norm weights, and Qwen's positions to the grid."""
     encoder, grid = getattr(model, "encoder", model), arch.stages[0].grid
     found = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
-    positions = resample_pos_embed_grid(found["pos_embed"], encoder.pos_embed_grid_size, grid)
-    found["pos_embed"] = positions.detach().clone()
-    if arch.head_norm == "pooled":
-        like = found["pos_embed"][0, 0]
-        found |= {"fc_norm.weight": torch.ones_like(like), "fc_norm.bias": torch.zeros_like(like)}
+    if arch.pos_embed:
+        positions = resample_pos_embed_grid(found["pos_embed"], encoder.pos_embed_grid_size, grid)
+        found["pos_embed"] = positions.detach().clone()
+    if arch.head_norm in ("pooled", "both"):
+        like = found["patch_embed.proj.bias"]
+        found["fc_norm.weight"] = torch.ones_like(like)
+        if arch.norm == "layer":
+            found["fc_norm.bias"] = torch.zeros_like(like)
     return found
 
 

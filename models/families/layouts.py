@@ -11,21 +11,33 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from timm.layers import Attention, AttentionRope, RmsNorm, SwiGLU
+from timm.layers import Attention, AttentionRope, DiffAttention, Mlp, RmsNorm, SwiGLU
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from timm.models import beit
+from timm.models.deepseek_vit import DeepseekVitBlock
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Rope
+from prunesweep.models.without_values import without_values
 
 from .reading import Require, activation_of, read_mlp
 
-__all__ = ["KINDS", "Features", "adopted_block", "is_plain", "is_there", "read_block", "read_rope"]
+__all__ = [
+    "KINDS",
+    "Features",
+    "adopted_block",
+    "has_differences",
+    "is_plain",
+    "is_there",
+    "read_block",
+    "read_rope",
+    "with_halves",
+]
 
 Features = tuple[tuple[str, Any], ...]
 KINDS: Mapping[type[nn.Module], str] = {
@@ -36,8 +48,61 @@ KINDS: Mapping[type[nn.Module], str] = {
 # names of a gated MLP's two layers, first the one that is activated
 INPUTS: Mapping[type[nn.Module], tuple[str, str]] = {SwiGLU: ("fc1_g", "fc1_x"), GeGluMlp: ("w0", "w1")}
 POST_NORM = (EvaBlockPostNorm, ResPostBlock, ResPostRelPosBlock)
-BLOCKS = (EvaBlock, TimmBlock, beit.Block, RelPosBlock, *POST_NORM)
-ATTENTION = (EvaAttention, AttentionRope, Attention, beit.Attention, RelPosAttention)
+ATTENTION = (EvaAttention, AttentionRope, Attention, DiffAttention, beit.Attention, RelPosAttention)
+PARALLEL = (ParallelScalingBlock, DiffParallelScalingBlock)
+# what timm makes lambda of, as attention has it: two numbers, or four vectors
+LAMBDAS = ("lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
+class Halves(nn.Module):
+    """A timm block whose MLP reads what its attention reads, with modules of its own for both, on the same weights.
+
+    Args:
+        block: one of ``PARALLEL``.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        differs, fused = type(block) is DiffParallelScalingBlock, block.out_proj is not None
+        dim, hidden = block.in_split[1], block.in_split[0]
+        joint, bias = block.in_proj.weight, block.in_proj.bias
+        attn_out, mlp_out = (block.out_proj,) * 2 if fused else (block.attn_out_proj, block.mlp_out_proj)
+        attention: Any = DiffAttention if differs else Attention
+        with without_values():
+            self.attn: Any = attention(dim, block.num_heads, qkv_bias=bias is not None)
+            self.mlp = Mlp(dim, hidden)
+        self.norm1 = self.norm2 = block.in_norm
+        self.ls1 = self.ls2 = block.ls
+        self.attn.q_norm, self.attn.k_norm, self.mlp.act = block.q_norm, block.k_norm, block.mlp_act
+        first_bias = block.mlp_bias if bias is None else bias[:hidden]
+        last_bias = torch.zeros_like(joint[0]) if fused or mlp_out.bias is None else mlp_out.bias
+        columns = (slice(dim), slice(dim, None)) if fused else (slice(None),) * 2
+        for layer, weight, own in (
+            (self.attn.qkv, joint[hidden:], None if bias is None else bias[hidden:]),
+            (self.attn.proj, attn_out.weight[:, columns[0]], attn_out.bias),
+            (self.mlp.fc1, joint[:hidden], first_bias),
+            (self.mlp.fc2, mlp_out.weight[:, columns[1]], last_bias),
+        ):
+            layer.weight = nn.Parameter(weight.detach())
+            layer.bias = None if own is None else nn.Parameter(own.detach())
+        if differs:
+            self.attn.sub_norm, self.attn.lambda_init = block.sub_norm, block.lambda_init
+            for name in LAMBDAS:
+                setattr(self.attn, name, getattr(block, name))
+
+
+BLOCKS = (EvaBlock, TimmBlock, DeepseekVitBlock, beit.Block, RelPosBlock, Halves, *POST_NORM)
+
+
+def with_halves(block: Any) -> Any:
+    """Return a timm block with its attention and its MLP in modules of their own, which it may be itself."""
+    return Halves(block) if type(block) in PARALLEL else block
+
+
+def has_differences(model: Any) -> bool:
+    """Whether attention of a VisionTransformer is differential."""
+    differs = (type(block) is DiffParallelScalingBlock for block in model.blocks)
+    return any(differs) or any(type(getattr(block, "attn", None)) is DiffAttention for block in model.blocks)
 
 
 def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple[Block, Features]:
@@ -68,7 +133,7 @@ def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple
     record = Block(
         src=index,
         heads=attn.num_heads,
-        qk=width // 2 if rotates else width,
+        qk=width // 2 if rotates or type(attn) is DiffAttention else width,
         v=width,
         scale=float(attn.scale),
         mlp=units,
@@ -77,6 +142,7 @@ def read_block(index: int, block: Any, rotates: bool, require: Require) -> tuple
         "qkv_bias": q,
         "k_bias": k or not q,
         "post_norm": type(block) in POST_NORM,
+        "parallel": type(block) is Halves,
         "qk_norm": normed["q_norm"],
         "attn_norm": normed["norm"],
         "layer_scale": scaled[0],
@@ -99,7 +165,7 @@ def is_plain(model: Any) -> bool:
     """
     norms = (type(module) is RmsNorm for module in model.modules())
     return not any(norms) and not any(
-        type(block) is ResPostBlock
+        type(block) in (ResPostBlock, *PARALLEL)
         or is_there(getattr(block, "attn", None), "norm")
         or type(getattr(block, "mlp", None)) in (SwiGLU, GeGluMlp)
         for block in model.blocks
@@ -158,6 +224,8 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
         "attn.v_proj.",
         "attn.q_bias",
         "attn.v_bias",
+        "attn.lambda_",
+        "attn.sub_norm.",
         "mlp.fc1",
         "gamma_",
     )
@@ -167,6 +235,8 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
             parts = [part for part in ("weight", "bias") if f"mlp.{name}.{part}" in found]
             found |= {f"mlp.{new}.{part}": found.pop(f"mlp.{name}.{part}") for part in parts}
         found = {name: tensor for name, tensor in found.items() if not name.startswith(("mlp.w0.", "mlp.w1."))}
+    if type(block.attn) is DiffAttention:
+        found |= _differences(block.attn)
     for half in "12":
         if f"gamma_{half}" in own:
             found[f"ls{half}.gamma"] = own[f"gamma_{half}"]
@@ -176,7 +246,7 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
                 rows = rows.detach()
                 if name != "q":
                     rows = _for_every_head(block.attn, rows)
-                apart = name != "v" and arch.rope is not None
+                apart = name != "v" and arch.qk_rows == 2
                 found[f"attn.{name}_proj.{part}"] = _pairs_apart(block.attn, rows) if apart else rows
         for name in ("attn.q_norm", "attn.k_norm"):
             if f"{name}.{part}" in own and arch.rope is not None:
@@ -185,6 +255,16 @@ def adopted_block(arch: Arch, block: Any, own: Mapping[str, torch.Tensor]) -> di
         if part == "weight" or arch.mlp_bias:
             found[f"mlp.fc1.{part}"] = torch.cat([own[f"mlp.{name}.{part}"] for name in names])
     return found
+
+
+def _differences(attn: Any) -> dict[str, torch.Tensor]:
+    """Compute lambda, and gains of all heads' values with the factor behind them, of differential attention."""
+    gains = attn.sub_norm.weight.detach() * (1 - attn.lambda_init)
+    with torch.no_grad():
+        return {
+            "attn.lambda_full": attn._compute_lambda().to(gains.dtype),
+            "attn.norm.weight": gains.repeat(attn.num_heads),
+        }
 
 
 def _for_every_head(attn: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -197,5 +277,5 @@ def _for_every_head(attn: Any, rows: torch.Tensor) -> torch.Tensor:
 
 def _pairs_apart(attn: Any, rows: torch.Tensor, heads: int | None = None) -> torch.Tensor:
     """Order rows (H·E, ...) of queries or keys so that the first channels of all pairs come first."""
-    layout = "(h two p)" if attn.rotate_half else "(h p two)"
+    layout = "(h two p)" if type(attn) is DiffAttention or attn.rotate_half else "(h p two)"
     return rearrange(rows, f"{layout} ... -> (two h p) ...", two=2, h=heads or attn.num_heads)

@@ -22,7 +22,7 @@ from prunesweep.models.layers.mixers import ConvMixer, attend
 
 from .base import Family
 from .block_costs import Cost, Counts, global_attention_cost, mlp_cost, projection_params
-from .checks import PYRAMID
+from .checks import PYRAMID, check_at_least
 from .reading import Require, activation_of, layer_norms, pyramid_record, require, shared_eps
 from .spaces import CLASSIFIERS, CONVOLUTION, MLP, NORMS, AxisUse, Table, linear, per_channel
 from .views import (
@@ -39,12 +39,14 @@ from .views import (
 
 __all__ = ["PVT_V2", "HeteroPvtBlock", "ReducedAttention", "build_pvt_v2"]
 
+POOLED = 7  # side of the map that timm pools to
+
 
 class ReducedAttention(nn.Module):
     """PVTv2's attention, keys and values read from a spatially reduced map, with any widths.
 
-    ``q`` maps D to H*E; ``sr`` (where the stage reduces) maps the grid to R channels on M places; ``kv`` maps R (or D)
-    to K (H*E) and V (sum of the heads' widths), each head after head.
+    ``q`` maps D to H*E; ``sr`` (where the stage reduces, or its map is pooled) gives R channels on M places; ``kv``
+    maps R (or D) to K (H*E) and V (sum of the heads' widths), each head after head.
     """
 
     def __init__(self, arch: Arch, stage: Stage, block: Block) -> None:
@@ -57,14 +59,17 @@ class ReducedAttention(nn.Module):
         if block.sr:
             self.sr = nn.Conv2d(stage.width, block.sr, stage.sr_ratio, stride=stage.sr_ratio)
             self.norm = nn.LayerNorm(block.sr)
+        pooled = arch.pooled_map
+        self.pool: nn.Module = nn.AdaptiveAvgPool2d(pooled) if pooled else nn.Identity()
+        self.act: nn.Module = nn.GELU() if pooled else nn.Identity()
         self.proj = nn.Linear(block.total_v, stage.width)
 
     def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
         """Attend on a map of ``feat_size`` (rows, columns), (B, N, D) to the same."""
         q = self.q(x)
         if self.sr is not None and self.norm is not None:
-            reduced = self.sr(rearrange(x, "b (h w) d -> b d h w", h=feat_size[0]))
-            x = self.norm(rearrange(reduced, "b r h w -> b (h w) r"))
+            reduced = self.sr(self.pool(rearrange(x, "b (h w) d -> b d h w", h=feat_size[0])))
+            x = self.act(self.norm(rearrange(reduced, "b r h w -> b (h w) r")))
         k, v = self.kv(x).split([self.num_heads * self.qk_dim, sum(self.v_dims)], dim=-1)
         q, k = (rearrange(t, "b n (h e) -> b h n e", h=self.num_heads) for t in (q, k))
         return self.proj(attend(q, k, v, self.v_dims, self.scale))
@@ -88,7 +93,7 @@ class HeteroPvtBlock(nn.Module):
             self.attn = ConvMixer(stage.width, block.total_v, block.conv_kernel, stage.grid)
         if self.has_mlp:
             self.norm2, self.drop_path2 = norm_layer(stage.width), drop()
-            self.mlp = MlpWithDepthwiseConv(stage.width, block.mlp)
+            self.mlp = MlpWithDepthwiseConv(stage.width, block.mlp, extra_relu=arch.pooled_map > 0)
 
     def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
         """Run on a map of ``feat_size`` (rows, columns), (B, N, D) to the same."""
@@ -129,14 +134,16 @@ def build_pvt_v2(arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransfor
 
 
 def _block(arch: Arch, stage: Stage, block: Block, drop_path: float, norm_layer: Any) -> nn.Module:
-    reduced = stage.width if stage.sr_ratio > 1 else 0
-    if not (block.stock_heads and block.mlp and block.heads * block.qk == stage.width and block.sr == reduced):
+    reduced = stage.width if stage.sr_ratio > 1 or arch.pooled_map else 0
+    stock = block.stock_heads and block.mlp and block.heads * block.qk == stage.width and block.sr == reduced
+    if not stock or arch.pooled_map not in (0, POOLED):
         return HeteroPvtBlock(arch, stage, block, drop_path=drop_path, norm_layer=norm_layer)
     return TimmBlock(
         stage.width,
         num_heads=block.heads,
         mlp_ratio=(block.mlp + 0.5) / stage.width,  # timm rounds width * ratio down
         sr_ratio=stage.sr_ratio,
+        linear_attn=arch.pooled_map > 0,
         qkv_bias=arch.qkv_bias,
         drop_path=drop_path,
         norm_layer=norm_layer,
@@ -159,7 +166,10 @@ class PVTv2Family(Family):
         "mixers": "its values are of a reduced map, not of the places that a convolution in their stead would read",
     }
     stages_name = "stages"
-    fixed_fields: ClassVar[dict[str, Any]] = {**PYRAMID, "act": "gelu"}
+    fixed_fields: ClassVar[dict[str, Any]] = {
+        **{name: value for name, value in PYRAMID.items() if name != "pooled_map"},
+        "act": "gelu",
+    }
     probe_patch = 4
     block_tensors: ClassVar[Table] = {
         **NORMS,
@@ -193,6 +203,8 @@ class PVTv2Family(Family):
         needs(fixed == {1e-5}, "a LayerNorm of its embeddings or reductions has eps other than 1e-5")
         eps = shared_eps([n for s in model.stages for n in (s.norm, *(b.norm1 for b in s.blocks))], needs)
         grid: tuple[int, ...] = tuple((side + 3) // 4 for side in img_size)
+        pools = {b.attn.pool and b.attn.pool.output_size for s in model.stages for b in s.blocks}
+        needs(pools in ({None}, {POOLED}), "its blocks differ in whether keys and values read a pooled map")
         index, stages, biases = 0, [], set()
         for s, layer in enumerate(model.stages):
             grid = grid if s == 0 else tuple((side + 1) // 2 for side in grid)
@@ -207,7 +219,9 @@ class PVTv2Family(Family):
                 Stage(width=embeds[s].proj.out_channels, grid=(grid[0], grid[1]), blocks=tuple(blocks), sr_ratio=ratio)
             )
         shape = {"img_size": img_size, "patch_size": (4, 4), "in_chans": model.in_chans}
-        return pyramid_record(model, self.name, name, stages, biases, norm_eps=eps, **shape)
+        return pyramid_record(
+            model, self.name, name, stages, biases, norm_eps=eps, pooled_map=pools.pop() or 0, **shape
+        )
 
     def build(self, arch: Arch, *, drop_path: float = 0.0) -> PyramidVisionTransformerV2:
         """Build a timm PyramidVisionTransformerV2 with the blocks of ``arch``."""
@@ -232,12 +246,13 @@ class PVTv2Family(Family):
             return None
         attn, width = block.attn, record.heads * record.qk
         (q,), (k, v) = consecutive("attn.q", attn.q, width), consecutive("attn.kv", attn.kv, width, record.total_v)
-        reduction = ReductionView(attn.sr, attn.norm) if record.sr else None
+        ends = {part: getattr(attn, part) or nn.Identity() for part in ("pool", "act")}
+        reduction = ReductionView(attn.sr, attn.norm, **ends) if record.sr else None
         return attention_view(block, record, (q, k, v), reduction)
 
     def mlp_view(self, block: Any, record: Block) -> MlpView | None:
         """View a block's MLP, whose hidden units pass a depthwise convolution before the activation."""
-        return mlp_view(block, block.mlp.dwconv) if record.mlp else None
+        return mlp_view(block, block.mlp.dwconv, block.mlp.relu) if record.mlp else None
 
     def stem(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         """Compute the first tokens (B, N, D) from images."""
@@ -268,7 +283,7 @@ class PVTv2Family(Family):
         yield from super().rows_and_features(arch)
         for stage in arch.stages:
             if any(block.sr for block in stage.blocks):
-                yield math.prod(side // stage.sr_ratio for side in stage.grid), stage.width * stage.sr_ratio**2
+                yield _reduced_places(arch, stage), stage.width * stage.sr_ratio**2
         for before, stage in pairwise(arch.stages):
             yield math.prod(stage.grid), 9 * before.width
 
@@ -297,6 +312,9 @@ class PVTv2Family(Family):
     def check_fields(self, arch: Arch) -> None:
         """Raise UserError for another stride of the first patch embedding than 4, or as every family does."""
         super().check_fields(arch)
+        check_at_least("pooled_map", arch.pooled_map, 0)
+        if arch.pooled_map and any(stage.sr_ratio > 1 for stage in arch.stages):
+            raise UserError(f"pooled_map = {arch.pooled_map}: needs sr_ratio = 1 in every stage")
         if arch.patch_size != (4, 4):
             raise UserError(f"patch_size = {list(arch.patch_size)}: the patch embedding of pvt_v2 has stride [4, 4]")
 
@@ -312,11 +330,11 @@ class PVTv2Family(Family):
         return Cost(macs, params)
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
-        """Count attention with queries from all places, keys and values from the map that ``sr_ratio`` may reduce."""
+        """Count attention with queries from all places, keys and values from a map that may be reduced or pooled."""
         if not block.sr:
             return global_attention_cost(arch, stage, block, tokens)
         qk, v = block.heads * block.qk, block.total_v
-        keys = math.prod(side // stage.sr_ratio for side in stage.grid)
+        keys = _reduced_places(arch, stage)
         macs = keys * stage.width * block.sr * stage.sr_ratio**2
         macs += tokens * (stage.width + keys) * (qk + v) + keys * block.sr * (qk + v)
         reduction = block.sr * (stage.width * stage.sr_ratio**2 + 3)
@@ -341,11 +359,17 @@ class PVTv2Family(Family):
         return super()._block_use(arch, stage, index, use)
 
 
+def _reduced_places(arch: Arch, stage: Stage) -> int:
+    """Count the places that keys and values are read from, where the map is not the stage's own."""
+    return arch.pooled_map**2 or math.prod(side // stage.sr_ratio for side in stage.grid)
+
+
 def _read_block(index: int, block: Any, require: Require) -> Block:
     where = f"block {index}"
     require(type(block) is TimmBlock, f"{where} is a {type(block).__name__}")
     attn = block.attn
-    require(attn.pool is None, f"{where} has linear attention (pooled keys and values)")
+    wanted = nn.Identity if attn.pool is None else nn.ReLU
+    require(type(block.mlp.relu) is wanted, f"{where} has a {type(block.mlp.relu).__name__} in its MLP")
     activation_of(block.mlp, MlpWithDepthwiseConv, where, require, known=("gelu",))
     return Block(
         src=index,

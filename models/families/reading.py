@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from timm.layers import GluMlp, LayerNorm, Mlp, RmsNorm
+from timm.layers import GluMlp, LayerNorm, Mlp, RmsNorm, RmsNormFp32
 from torch import nn
 
 from prunesweep.models.arch import Arch, Block, Stage
@@ -56,14 +56,15 @@ def layer_norms(model: nn.Module, require: Require) -> list[Any]:
 def all_norms(model: nn.Module, require: Require) -> tuple[str, list[Any]]:
     """List all normalisation layers with ``Arch.norm``: RMSNorms, all of them, or LayerNorms as for ``layer_norms``."""
     norms = _norms(model)
-    if norms and all(type(m) is RmsNorm and m.weight is not None for m in norms):
+    if norms and all(type(m) in (RmsNorm, RmsNormFp32) and m.weight is not None for m in norms):
         return "rms", norms
     return "layer", layer_norms(model, require)
 
 
 def _norms(model: nn.Module) -> list[Any]:
     outside = ((name, m) for name, m in model.named_modules() if not name.startswith("patch_embed.backbone."))
-    named = (m for _, m in outside if "norm" in type(m).__name__.lower())  # a stem is read by itself
+    # a stem is read by itself, and so is the norm over the values of differential attention
+    named = (m for name, m in outside if "norm" in type(m).__name__.lower() and not name.endswith(".sub_norm"))
     return [m for m in named if not any(m.children())]  # blocks may be called after theirs
 
 

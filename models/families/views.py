@@ -169,14 +169,34 @@ class WindowView:
 
 @dataclass(frozen=True, eq=False)
 class ReductionView:
-    """The layers that make the smaller map which keys and values are read from (PVTv2)."""
+    """The layers that make the smaller map which keys and values are read from (PVTv2).
+
+    Args:
+        conv: its stride is its kernel.
+        norm: behind it.
+        pool: averages the map in front of a 1x1 convolution (PVTv2-li); else the identity.
+        act: an activation behind the norm, likewise.
+    """
 
     conv: nn.Conv2d
     norm: nn.Module
+    pool: nn.Module = field(default_factory=nn.Identity)
+    act: nn.Module = field(default_factory=nn.Identity)
+
+    def rows(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Lay out a map (B, N, D) of ``rows`` rows as the rows that the convolution multiplies."""
+        if isinstance(self.pool, nn.Identity):
+            return patches(x, rows, self.conv)
+        return self.pool(rearrange(x, "b (h w) d -> b d h w", h=rows)).flatten(2).mT  # type: ignore[no-any-return]
+
+    def read(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Compute what keys and values are read from, (B, P, channels), of a map (B, N, D) of ``rows`` rows."""
+        found: torch.Tensor = self.act(self.norm(self.convolve(x, rows)))
+        return found
 
     def convolve(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         """Convolve a map (B, N, D) of ``rows`` rows to the reduced map (B, P, channels), before its norm."""
-        return rearrange(self.conv(rearrange(x, "b (h w) d -> b d h w", h=rows)), "b r h w -> b (h w) r")
+        return rearrange(self.conv(self.pool(rearrange(x, "b (h w) d -> b d h w", h=rows))), "b r h w -> b (h w) r")
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,10 +319,11 @@ class AttentionView:
             norm_in_front = _norm_or_none(self.norm)
             return tuple(Reader(view.name, view.layer, norm_in_front, self.tokens, padded) for view in self.inputs)
         reduce, norm, rows = self.reduction, self.norm, grid[0]
+        last = reduce.norm if isinstance(reduce.act, nn.Identity) else None
         return (
             Reader(self.q.name, self.q.layer, norm, norm),
-            Reader(f"{self.name}.sr", reduce.conv, norm, lambda x: patches(norm(x), rows, reduce.conv)),
-            Reader(self.k.name, self.k.layer, reduce.norm, lambda x: reduce.norm(reduce.convolve(norm(x), rows))),
+            Reader(f"{self.name}.sr", reduce.conv, norm, lambda x: reduce.rows(norm(x), rows)),
+            Reader(self.k.name, self.k.layer, last, lambda x: reduce.read(norm(x), rows)),
         )
 
     def attended(
@@ -365,6 +386,7 @@ class MlpView:
         out: the layer whose columns are the hidden units.
         act_name: of the activation within the block.
         conv: a depthwise convolution of the hidden units before the activation, where there is one (PVTv2).
+        before_conv: what acts on hidden units in front of it; the identity where there is nothing.
         scale: LayerScale on its output, or the norm that stands behind it; the identity where there is none.
         gated: every unit has two rows.
         inner_norm: over the hidden units, behind the activation; the identity where there is none.
@@ -379,6 +401,7 @@ class MlpView:
     out: LinearView
     act_name: str
     conv: nn.Module | None = None
+    before_conv: nn.Module = field(default_factory=nn.Identity)
     scale: nn.Module = field(default_factory=nn.Identity)
     gated: bool = False
     inner_norm: nn.Module = field(default_factory=nn.Identity)
@@ -415,7 +438,7 @@ class MlpView:
     def activated(self, y: torch.Tensor, rows: int) -> torch.Tensor:
         """Compute the hidden units (B, N, M) from the output of the layer in front of them, (B, N, its rows)."""
         if self.conv is not None:
-            y = self.conv(rearrange(y, "b (h w) m -> b m h w", h=rows))
+            y = self.conv(self.before_conv(rearrange(y, "b (h w) m -> b m h w", h=rows)))
             y = rearrange(y, "b m h w -> b (h w) m")
         if not self.gated:
             return self.inner_norm(self.act(y))  # type: ignore[no-any-return]
@@ -490,12 +513,19 @@ def _norm_and_scale(block: nn.Module, half: str) -> tuple[nn.Module, nn.Module]:
     return norm, getattr(block, f"ls{half}", nn.Identity())
 
 
-def mlp_view(block: nn.Module, conv: nn.Module | None = None, *, passing: nn.Module | None = None) -> MlpView:
+def mlp_view(
+    block: nn.Module,
+    conv: nn.Module | None = None,
+    before_conv: nn.Module | None = None,
+    *,
+    passing: nn.Module | None = None,
+) -> MlpView:
     """View ``block.mlp``: behind ``block.norm2``, ``fc1``, ``conv`` if it is given, ``act``, ``norm`` and ``fc2``.
 
     Args:
         block: the block's module.
         conv: a depthwise convolution in front of the activation.
+        before_conv: an activation in front of that.
         passing: factors on the stream that passes by.
     """
     mlp: Any = block.get_submodule("mlp")
@@ -508,6 +538,7 @@ def mlp_view(block: nn.Module, conv: nn.Module | None = None, *, passing: nn.Mod
         out=LinearView("mlp.fc2", mlp.fc2),
         act_name="mlp.act",
         conv=conv,
+        before_conv=before_conv or nn.Identity(),
         scale=scale,
         gated=isinstance(mlp, GluMlp),
         inner_norm=getattr(mlp, "norm", nn.Identity()),

@@ -118,7 +118,7 @@ class HeteroBlock(nn.Module):
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
         self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
-        self.post_norm = arch.post_norm
+        self.post_norm, self.parallel = arch.post_norm, arch.parallel
         self.places, self.prefix_tokens = places, arch.prefix_tokens
         self.token_merge: SparseMerge | DenseMerge | None = None
         if block.tokens is not None:
@@ -142,7 +142,7 @@ class HeteroBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Run the block on tokens, (B, N, D) to the same."""
-        z = x if self.token_merge is None else self.token_merge.merge(x)
+        z = entered = x if self.token_merge is None else self.token_merge.merge(x)
         if self.mixer == "attn":
             merged = {} if self.coordinates is None else {"coordinates": self.coordinates()}
             options = {"attn_mask": attn_mask, "is_causal": is_causal, **merged}
@@ -150,7 +150,8 @@ class HeteroBlock(nn.Module):
         elif self.mixer != "none" or self.norm_residual:
             z = z + self.drop_path1(self._normed(self.norm1, self.ls1, self.attn, z))
         if self.has_mlp:
-            z = z + self.drop_path2(self._normed(self.norm2, self.ls2, self.mlp, z))
+            read = entered if self.parallel else z
+            z = z + self.drop_path2(self._normed(self.norm2, self.ls2, self.mlp, read))
         return z if self.token_merge is None else self.token_merge.spread(z, x)
 
     def _normed(self, norm: nn.Module, scale: nn.Module, branch: Callable[..., Any], z: torch.Tensor) -> torch.Tensor:
@@ -247,6 +248,8 @@ def build_vit(
         block_fn=block_fn,
         **options,
     )
+    if arch.head_norm == "both":
+        model.fc_norm = norm_layer(stage.width)
     if has_fixed_positions(arch) and model.pos_embed is not None:
         model.pos_embed = nn.Parameter(sinusoids(*model.pos_embed.shape[1:]), requires_grad=False)
     return model
@@ -371,7 +374,7 @@ class VisionTransformerFamily(Family):
                 Reader("head", model.head, model.norm, lambda x: model.norm(x)[:, 0]),
                 Reader("head_dist", model.head_dist, model.norm, lambda x: model.norm(x)[:, 1]),
             )
-        norm = {"tokens": model.norm, "pooled": model.fc_norm, "none": None}[arch.head_norm]
+        norm = {"tokens": model.norm, "pooled": model.fc_norm, "both": model.fc_norm, "none": None}[arch.head_norm]
         if arch.attn_pool is not None:
             first = 0 if arch.pool_prefix else arch.prefix_tokens
             return (Reader("attn_pool.kv", model.attn_pool.kv, norm, lambda x: model.norm(x)[:, first:]),)
@@ -442,7 +445,7 @@ class VisionTransformerFamily(Family):
         features = width if arch.attn_pool is None else arch.attn_pool.width
         macs = embed.macs + features * (1 + arch.dist_token) * arch.num_classes + pool.macs
         positions = arch.pos_embed * (patches + (arch.prefix_tokens if arch.prefix_pos_embed else 0))
-        norms = (arch.head_norm != "none") + arch.pre_norm + arch.embed_norm
+        norms = (arch.head_norm != "none") + (arch.head_norm == "both") + arch.pre_norm + arch.embed_norm
         heads = (1 + arch.dist_token) * (features + 1) * arch.num_classes + pool.params
         return Cost(macs, embed.params + width * (arch.prefix_tokens + positions + arch.norm_tensors * norms) + heads)
 
@@ -454,6 +457,12 @@ class VisionTransformerFamily(Family):
         if tensor.startswith("patch_embed.backbone."):
             return (AxisUse("stages.0.embed", "writes"),) if stem_uses_stream(arch, tensor) else ()
         return (WHOLE, WHOLE) if arch.attn_pool is not None and tensor == "head.weight" else super().uses(arch, tensor)
+
+    def only_chosen(self, arch: Arch, space: str) -> str | None:
+        """Say why the channels of a space can only be chosen; None where they can be projected."""
+        if arch.head_norm == "both" and space.endswith(".embed"):
+            return "the gain of the norm over tokens acts on single channels in front of the norm over their average"
+        return super().only_chosen(arch, space)
 
     def norm_writes(self, arch: Arch, stage: int) -> bool:
         """True with ``pre_norm``: the blocks' residual stream then begins with the first norm's output.

@@ -185,7 +185,7 @@ def _axes(source: Arch, stage: Stage, points: int, token_points: int, least: Map
     own["heads"] = tuple(sorted({0, *axis("heads", max((block.heads for block in blocks), default=0))}))
     own["qk"] = axis("qk", max((block.qk for block in blocks), default=0))
     own["v"] = axis("v", v)
-    if stage.sr_ratio > 1:
+    if stage.sr_ratio > 1 or source.pooled_map:
         own["sr"] = axis("sr", max((block.sr for block in blocks), default=0))
     own["mlp"] = tuple(sorted({0, *axis("mlp", max(block.mlp for block in stage.blocks))}))
     return own
@@ -253,7 +253,7 @@ def _probe(source: Arch, stage: Stage, cell: Mapping[str, int], block: Block) ->
     side = family_of(source).probe_patch
     arch = dataclasses.replace(
         source,
-        img_size=(side * grid[0], side * grid[1]),
+        img_size=family_of(source).probe_images(grid, side),
         patch_size=(side, side),
         in_chans=1,
         num_classes=1,

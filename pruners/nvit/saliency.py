@@ -157,9 +157,11 @@ def _terms(module: nn.Module) -> dict[str, torch.Tensor]:
 def _embedding(model: Any, s: int) -> torch.Tensor:
     """Sum what a stage's residual channels receive where they begin: patch embedding, or what is in front of it."""
     if not s:
-        layers = [stream_layer(model.patch_embed)]
+        layers = [getattr(model.patch_embed, "conv", None) or stream_layer(model.patch_embed)]
     elif hasattr(model, "layers"):  # patch merging
         layers = [model.layers[s].downsample.reduction]
+    elif hasattr(model, "transformers"):  # a convolution of single channels, and a layer for prefix tokens
+        layers = [model.transformers[s].pool.conv, model.transformers[s].pool.fc]
     elif isinstance(entrance := model.stages[s].downsample, PooledEntrance):
         layers = entrance.writers
     else:  # a convolution of its own

@@ -174,16 +174,16 @@ class _Losses:
     def _query_maps(self, queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the matrices that rows of all heads' queries and keys are multiplied by.
 
-        Where pairs are turned by places, they are all there, and those that go are zero.
+        Where units are pairs, they are all there, and those that go are zero.
         """
         heads = range(len(queries))
-        if self.arch.rope is None:
+        if self.arch.qk_rows == 1:
             maps = [query_key_maps(queries[h], keys[h], rank) for h in heads]
             q_map, k_map = (torch.block_diag(*own_maps) for own_maps in zip(*maps, strict=True))  # type: ignore[no-untyped-call]
             return q_map.T, k_map.T
         kept = queries.new_zeros(len(queries), queries.shape[1] // 2)
         for h in heads:
-            kept[h, best_pairs(queries[h], keys[h], rank)] = 1
+            kept[h, best_pairs(queries[h], keys[h], rank, turned=self.arch.rope is not None)] = 1
         mask = torch.diag(kept.flatten().repeat(2))
         return mask, mask
 

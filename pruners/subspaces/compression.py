@@ -221,12 +221,13 @@ class Compression(Refit):
         return reductions
 
     def _kept_pairs(self, i: int, count: int) -> list[int]:
-        """Choose the pairs of channels that stay of every head, where they are turned by places."""
+        """Choose the pairs of channels that stay of every head, where a unit is one."""
         full = self.source_arch.blocks[i]
-        if self.source_arch.rope is None or count == full.qk:
+        if self.source_arch.qk_rows == 1 or count == full.qk:
             return []
         queries, keys = self.statistics.heads[i]
-        best = (best_pairs(queries[h], keys[h], count).tolist() for h in range(full.heads))
+        turned = self.source_arch.rope is not None
+        best = (best_pairs(queries[h], keys[h], count, turned=turned).tolist() for h in range(full.heads))
         return [h * full.qk + pair for h, own in enumerate(best) for pair in own]
 
     def _kept_units(self, i: int, mlp: MlpView, s: int, count: int) -> Choose:
@@ -332,7 +333,7 @@ class Compression(Refit):
         full, columns = wanted.record, self._written(wanted.out.weight.double(), source.stage)
         eye = torch.eye(full.qk * self.arch.qk_rows, dtype=torch.float64, device=columns.device)
         pairs = [(eye, eye)] * full.heads
-        if record.qk < full.qk and self.arch.rope is None:
+        if record.qk < full.qk and self.arch.qk_rows == 1:
             queries, keys = (self.statistics.heads[source.index][n].to(columns.device) for n in range(2))
             pairs = [query_key_maps(queries[h], keys[h], record.qk) for h in range(full.heads)]
         down, kept, begin = [], [], 0
@@ -352,7 +353,7 @@ class Compression(Refit):
             to, of = getattr(own, part), getattr(wanted, part)
             weight, bias = (t[of.rows] for t in found[of.name])
             matrix = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
-            if part != "v" and self.arch.rope is not None:  # pairs were chosen
+            if part != "v" and self.arch.qk_rows == 2:  # pairs were chosen
                 matrix = self.narrowed(f"{source.name}.{of.name}", matrix).T
             to.weight.copy_(matrix @ weight)
             if to.bias is not None:

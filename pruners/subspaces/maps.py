@@ -62,7 +62,7 @@ def query_key_maps(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> tupl
     return weight * (u[:, :rank].T @ root(queries, inverse=True)), weight * (vt[:rank] @ root(keys, inverse=True))
 
 
-def best_pairs(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> torch.Tensor:
+def best_pairs(queries: torch.Tensor, keys: torch.Tensor, rank: int, *, turned: bool = True) -> torch.Tensor:
     """Choose the pairs of a head's channels whose products with each other are largest in the mean square.
 
     Where pairs are turned by places, maps across them are none of queries and keys; of a pair, it is sum S_q S_k.
@@ -71,13 +71,14 @@ def best_pairs(queries: torch.Tensor, keys: torch.Tensor, rank: int) -> torch.Te
         queries: S_q (d, d), the first channels of all pairs before the second ones.
         keys: S_k (d, d), of keys centred per image.
         rank: number of pairs.
+        turned: the channels of a pair add up in one logit; else they are those of two maps, whose energies add up.
 
     Returns:
         Their numbers, (rank,), ascending.
     """
     first, second = torch.arange(len(queries), device=queries.device).chunk(2)
     product = queries * keys
-    energy = product[first, first] + 2 * product[first, second] + product[second, second]
+    energy = product[first, first] + 2 * turned * product[first, second] + product[second, second]
     return energy.topk(rank).indices.sort().values
 
 

@@ -18,6 +18,8 @@ def can_recover(arch: Arch) -> str | None:
     """
     if not family_of(arch).supports(*NEEDS):
         return f"{arch.source} is of family {arch.family!r}: subspaces are computed for {names_with(*NEEDS)}"
+    if arch.parallel:
+        return f"{arch.source}: its MLPs read what attention reads, and halves of blocks are fitted one after the other"
     for i, block in enumerate(arch.blocks):
         if block.conv_kernel or block.tokens is not None or block.token_scale or block.norm_residual:
             return f"{arch.source}: blocks[{i}] has a convolution, a token plan or token factors"

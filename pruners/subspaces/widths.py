@@ -92,13 +92,13 @@ def can_project(arch: Arch, space: str) -> bool:
 def can_narrow(arch: Arch, space: str) -> bool:
     """Whether a space of queries, keys or values may be made smaller here.
 
-    That is where it can be projected, and where pairs of channels are turned by places: pairs are chosen.
+    That is where it can be projected, and where a unit is a pair of channels: pairs are chosen.
 
     Args:
         arch: the source's record.
         space: ``blocks.I.q``, ``blocks.I.k`` or ``blocks.I.v``.
     """
-    return can_project(arch, space) or (arch.rope is not None and not space.endswith(".v"))
+    return can_project(arch, space) or (arch.qk_rows == 2 and not space.endswith(".v"))
 
 
 def equal_shares(arch: Arch, share: float, align: int = 1) -> Widths:

@@ -157,7 +157,7 @@ class Forward:
         if self.arch.head_norm == "tokens" or self.arch.attn_pool is not None:
             return model.forward_head(x)
         pooled = model.pool(x)[:, None]
-        if self.arch.head_norm == "pooled":
+        if self.arch.head_norm in ("pooled", "both"):
             pooled = normed(model.fc_norm, pooled, gate)
         elif gate is not None:
             pooled = pooled * gate
@@ -242,7 +242,7 @@ class Forward:
         q = attention.queries(y[:, : self._rows(i)])
         if reduction := attention.reduction:  # to (B, P, R)
             rows = self.arch.stages[self.stage_of[i]].grid[0]
-            y = normed(reduction.norm, reduction.convolve(y, rows), gates.get(f"blocks.{i}.sr"))
+            y = reduction.act(normed(reduction.norm, reduction.convolve(y, rows), gates.get(f"blocks.{i}.sr")))
         k, v = attention.keys_values(y)
         gate = self._value_gate(i, gates)
         return q, k, v if gate is None else v * gate

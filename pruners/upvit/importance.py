@@ -49,6 +49,8 @@ FAMILIES = FamiliesWith(
     "width",
     without={
         "mixed_maps": "its own passes, which leave one unit out after the other, mix no maps of heads",
+        "difference_maps": "its own passes, which leave one unit out after the other, have one map for a head",
+        "single_channels": "its own passes, which leave one unit out after the other, read a stage by linear layers",
         "channel_attention": "its own passes, which leave one unit out after the other, have attention of tokens alone",
         "local_mixers": "its own passes, which leave one unit out after the other, neither pool nor convolve",
         "pooled_queries": "its own passes, which leave one unit out after the other, pool no queries between stages",
@@ -171,7 +173,8 @@ def score_depth(
     """
     arch = arch_of(model)
     _check_batches(arch, batches)
-    resumes = arch.family in FAMILIES  # behind what is left out; of other families, whole passes are compared
+    # behind what is left out; else whole passes are compared
+    resumes = arch.family in FAMILIES and not arch.parallel
     depth = torch.full((arch.depth,), torch.inf, dtype=torch.float64)
     rounds, last = arch.depth - len(arch.stages), 0.0
     stage_of = [s for s, stage in enumerate(arch.stages) for _ in stage.blocks]
@@ -264,6 +267,11 @@ def _checked(model: nn.Module, batches: Batches) -> Arch:
     if arch.family not in FAMILIES:
         why = FAMILIES.why_not(arch.family)
         raise UserError(f"{arch.source} is a {arch.family!r}: UP-ViT scores families {', '.join(FAMILIES)}; {why}")
+    if arch.parallel:
+        raise UserError(
+            f"{arch.source}: its MLPs read what attention reads, and UP-ViT's passes go on behind either half of a "
+            "block; use a method that scores by gradients, as taylor"
+        )
     _check_batches(arch, batches)
     return arch
 

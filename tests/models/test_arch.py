@@ -74,7 +74,7 @@ def with_block(**changes: object) -> dict:
         (edited(in_chans="1"), "arch.in_chans = '1': must be int"),
         (edited(in_chans=True), "arch.in_chans = True: must be int"),
         (edited(img_size=[4]), "arch.img_size = [4]: must be tuple[int, int]"),
-        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, cait, xcit, swin"),
+        (edited(family="swim"), "family = 'swim': must be one of vit, eva, beit, diff, cait, xcit, swin"),
         (edited(pool="tokens"), "did you mean 'token'?"),
         (edited(class_token=False), "needs class_token = true"),
         (edited(img_size=[8, 6]), "stages[0].grid = [2, 3]: img_size / patch_size gives [4, 3]"),
@@ -155,7 +155,6 @@ def test_full_record_is_the_same_function(name: str, options: dict) -> None:
     ("name", "reason"),
     [
         ("mvitv2_tiny", "is a MultiScaleVit: this version represents timm's VisionTransformer,"),
-        ("pvt_v2_b2_li", "linear attention"),
         ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock"),
         ("vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'?"),
     ],

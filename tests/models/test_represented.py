@@ -16,14 +16,16 @@ README = Path(__file__).parents[2] / "README.md"
 # of timm 1.0.31
 AT_LEAST = {
     "vit": 318,
-    "eva": 145,
+    "eva": 148,
     "beit": 22,
+    "diff": 5,
     "cait": 10,
     "xcit": 42,
     "swin": 19,
     "swin_v2": 12,
     "hiera": 24,
-    "pvt_v2": 6,
+    "pvt_v2": 7,
+    "pit": 8,
     "metaformer": 50,
 }
 
@@ -33,14 +35,21 @@ def test_verdicts_say_why() -> None:
         "vit_tiny_patch16_224.augreg_in21k",
         "resnet18.a1_in1k",
         "pvt_v2_b2_li.in1k",
+        "qwen3_vit_88m_enc.qwen3_5_0_8b",
         "vit_dwee_patch16_reg1_gap_256",
     ]
     found = verdicts(names)
     assert [(one.kind, one.family, one.reason) for one in found] == [
         ("VisionTransformer", "vit", None),
         ("ResNet", None, "is a ResNet"),
-        ("PyramidVisionTransformerV2", None, "block 0 has linear attention (pooled keys and values)"),
-        ("VisionTransformer", None, "it has a normalisation that is not LayerNorm"),
+        ("PyramidVisionTransformerV2", "pvt_v2", None),
+        (
+            "Qwen3VitEncoder",
+            None,
+            "it gives one vector for every 2x2 patches, as a language model wants them; "
+            "create it with global_pool = 'avg'",
+        ),
+        ("VisionTransformer", "diff", None),
     ]
     assert Arch.from_timm(names[0]).family == found[0].family
 

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from prunesweep.models import Arch, Block, BlockCut, Cut, UserError, cost, cut, cut_arch
+from prunesweep.models.cutting import joint_values
 from prunesweep.models.latency.building import macs_table
 from prunesweep.models.layers.token_merging import TokenPlan
 from prunesweep.pruners import (
@@ -239,7 +240,7 @@ def decision(arch: Arch, left: dict[str, tuple]) -> Cut:
     choices = []
     for i, block in enumerate(arch.blocks):
         own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in GROUP_SIZES}
-        qk, v = own["dim"] or own["qk"], own["dim"] or own["v"]
+        qk, v = own["dim"] or own["qk"], joint_values(block, own["dim"]) if own["dim"] else own["v"]
         choice = BlockCut(mlp=own["mlp"])  # of attention that stays whole
         if block.convolves:
             choice = BlockCut(v=(v,), mlp=own["mlp"])

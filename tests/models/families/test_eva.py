@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import RmsNorm, RmsNormFp32
 from timm.models._registry import _model_to_module
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -32,6 +33,7 @@ from prunesweep.models.layers.rotary import Places, merged_places, place_coordin
 from prunesweep.models.layers.token_merging import TokenPlan, make_merge
 from prunesweep.models.without_values import without_values
 from tests.generate import random_eva, random_images, random_model
+from tests.models.test_counting import counted_macs
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 KINDS = [  # of position embedding, projections, biases, MLPs, norms, prefix tokens
@@ -53,7 +55,7 @@ KINDS = [  # of position embedding, projections, biases, MLPs, norms, prefix tok
     ("vit_base_patch16_sapiens2", (32, 48)),
 ]
 OTHERS = ("aimv2_", "beit3_", "vit_base_patch16_rpn_")
-MODULES = ("eva", "naflexvit", "qwen3_vit", "vitamin")  # timm's
+MODULES = ("eva", "naflexvit", "qwen3_vit", "deepseek_vit", "vitamin")  # timm's
 REFUSED = {
     **{
         f"qwen3_vit_{size}_{what}": reason
@@ -63,6 +65,8 @@ REFUSED = {
             ("merge", "reads 2x2 patches at once behind its blocks, .*create it with encoder_pool = ''"),
         )
     },
+    "deepseek_vit_412m_enc": "gives one vector for every 3x3 patches, .*create it with global_pool = 'avg'",
+    "deepseek_vit_412m_align": "reads 3x3 patches at once behind its blocks, .*create it with encoder_pool = ''",
 }
 
 
@@ -114,10 +118,10 @@ def test_every_published_name_is_read_or_refused_with_its_reason() -> None:
                 Arch.from_timm(model)
             continue
         own = adopted_on_meta(model)
-        if not name.startswith(("qwen3", "naflex")):  # positions of another grid, and a norm without weights
+        if not name.startswith(("qwen3", "deepseek", "naflex")):  # other positions, a norm without weights
             assert cost(own).params == num_params(model), name
         read.append(name)
-    assert len(read) == 107
+    assert len(read) == 108
 
 
 def adopted_on_meta(model: Any) -> Arch:
@@ -188,6 +192,34 @@ def test_a_language_model_s_tower_is_read_with_positions_of_its_grid(side: int) 
         tower = adopted(model.encoder)
         assert (arch_of(tower).num_classes, arch_of(tower).head_norm) == (0, "none")
         torch.testing.assert_close(tower(x), model.encoder(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 0}, {"final_norm": False}])
+def test_deepseek_s_tower_has_norms_over_tokens_and_over_their_average(options: dict[str, Any]) -> None:
+    """timm rounds its norms and angles to float32, which are compared in float64 here."""
+    model: Any = timm.create_model("deepseek_vit_412m", img_size=(28, 42), **{**SMALL, **options}).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (p.ndim == 1))
+    own = adopted(model).double()
+    arch, x = arch_of(own), random_images(arch_of(own), 1)
+    assert (arch.norm, arch.head_norm) == ("rms", "tokens" if "final_norm" in options else "both")
+    assert (cost(arch).params, cost(arch).macs) == (num_params(own), counted_macs(build(arch), arch))
+    rope, encoder = model.encoder.rope, model.double().encoder
+    rope.float()
+    embed = rope.get_embed
+    rope.get_embed = lambda shape: embed(shape=shape).double()
+    for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, RmsNormFp32)]:
+        exact = RmsNorm(norm.normalized_shape, eps=norm.eps, affine=norm.weight is not None)
+        exact.weight = norm.weight
+        model.set_submodule(name, exact)
+    with torch.no_grad():
+        torch.testing.assert_close(own(x), model(x), rtol=1e-12, atol=1e-12)
+    why = family_of(arch).only_chosen(arch, "stages.0.embed")
+    assert (why is None) == (arch.head_norm == "tokens")
+    encoder.global_pool = "avg"
+    assert Arch.from_timm(encoder).head_norm == "tokens"
 
 
 def test_heads_that_share_keys_and_values_get_their_own() -> None:

@@ -266,7 +266,7 @@ def test_impossible_settings_are_refused() -> None:
 def test_models_that_cannot_be_served_are_refused() -> None:
     arch = random_arch(Random(0), "pvt_v2")
     with pytest.raises(
-        UserError, match="of family 'pvt_v2': NViT prunes families vit, eva, beit, cait, xcit, swin, swin_v2"
+        UserError, match="of family 'pvt_v2': NViT prunes families vit, eva, beit, diff, cait, xcit, swin, swin_v2"
     ):
         NViTPruning([1.0]).wrap(build(arch))
     arch = vit()

@@ -41,7 +41,7 @@ def test_impossible_choices_are_named() -> None:
         (
             random_arch(Random(0), "pvt_v2"),
             {"choices": []},
-            "of family 'pvt_v2': SPViT serves families vit, eva, beit, cait, swin",
+            "of family 'pvt_v2': SPViT serves families vit, eva, beit, diff, cait, swin",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -181,7 +181,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
     for bad in ({"budget": 1.0}, {"budgets": 0.5}, {"penalty": "soft"}, {"theta_lr": 0}, {"seed": -1}):
         with pytest.raises(ValidationError, match=next(iter(bad))):
             SPViTSettings(**bad)
-    with pytest.raises(UserError, match="of family 'pvt_v2': SPViT serves families vit, eva, beit, cait, swin"):
+    with pytest.raises(UserError, match="of family 'pvt_v2': SPViT serves families vit, eva, beit, diff, cait, swin"):
         SPViT().wrap(build(random_arch(Random(0), "pvt_v2")))
     grid = swin(grid=5)
     with pytest.raises(UserError, match="use conv_scope = 'map'"):

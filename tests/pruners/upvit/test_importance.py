@@ -37,7 +37,7 @@ def coupled(family: str, seed: int, **options: bool) -> nn.Module:
         )
         for s in arch.stages
     )
-    return random_model(dataclasses.replace(arch, stages=stages), seed)
+    return random_model(dataclasses.replace(arch, stages=stages, parallel=False), seed)
 
 
 def batches_of(model: nn.Module, *sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
