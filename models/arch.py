@@ -68,7 +68,7 @@ class Block:
     mlp: int
     sr: int = 0  # PVTv2: channels of the reduced or pooled map that keys and values read; 0 where they read the own
     shifted: bool = False  # Swin: attention in windows shifted by half a window
-    whole_map: bool = False  # Hiera: attention over the whole map, not in its stage's windows
+    whole_map: bool = False  # Hiera and SAM: attention over the whole map, not in its stage's windows
     norm_residual: bool = False  # a missing mixer adds the normalised input (SPViT's finetuned skip), not nothing
     tokens: int | None = None  # tokens inside the block, prefix included, merged before and recovered after it
     merge: str = "sparse"  # sparse | dense: every token in at most one merged token, or full matrices
@@ -107,7 +107,7 @@ class Stage:
     width: int
     grid: tuple[int, int]
     blocks: tuple[Block, ...]
-    window: tuple[int, int] | None = None  # Swin and Hiera: rows and columns of an attention window
+    window: tuple[int, int] | None = None  # Swin, Hiera, SAM: rows and columns of an attention window
     reference_window: tuple[int, int] | None = None  # Swin V2: the window that distances are parts of; None for its own
     sr_ratio: int = 1  # PVTv2: stride of the spatial reduction
     res_scale: bool = False  # MetaFormer: what passes by either half of a block is multiplied by a factor per channel
@@ -134,11 +134,12 @@ class Rope:
 class PositionBias:
     """Relative position bias: attention logits of two tokens have a term that follows from how far apart they are.
 
-    Sources: BEiT, arXiv 2106.08254 (``table``: one weight per distance and head), and Swin V2, arXiv 2111.09883, as
-    timm's ViTs have it (``mlp``: an MLP of the logarithms of distances).
+    Sources: BEiT, arXiv 2106.08254 (``table``: one weight per distance and head), Swin V2, arXiv 2111.09883, as timm's
+    ViTs have it (``mlp``: an MLP of the logarithms of distances), and MViTv2, arXiv 2112.01526, as SAM has it
+    (``decomposed``: queries read a table of rows and one of columns).
     """
 
-    kind: str  # table | mlp
+    kind: str  # table | mlp | decomposed
     hidden: int = 0  # units of the MLP
 
 
@@ -223,7 +224,7 @@ class Stem:
 class Arch:
     """A compressed transformer. Equal records build equal modules; ``hash`` names the record in caches and reports."""
 
-    family: str  # vit | eva | beit | diff | cait | xcit | swin | swin_v2 | hiera | pvt_v2 | pit | metaformer | lm
+    family: str  # vit | eva | beit | diff | cait | xcit | swin | swin_v2 | hiera | sam | pvt_v2 | pit | metaformer | lm
     source: str  # name of the source model
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -266,6 +267,7 @@ class Arch:
     proj_bias: bool = True  # of attention's output projection
     mlp_bias: bool = True  # of both layers of an MLP
     position_bias: PositionBias | None = None
+    neck: int = 0  # SAM: channels of two convolutions at the end, which no cut narrows; 0 where a norm ends the model
     stem: Stem | None = None  # ``patch_size`` is in pixels, then, too
     patch_factors: bool = False  # a frozen factor multiplies every patch before positions are added: UVC's patch gates
     pooled_map: int = 0  # PVTv2-li: rows and columns of the map, averaged from a stage's, that keys and values read
@@ -313,15 +315,17 @@ class Arch:
     @property
     def outputs(self) -> int:
         """Number of logits, or of features."""
-        return self.num_classes or (self.stages[-1].width if self.attn_pool is None else self.attn_pool.width)
+        pool = self.stages[-1].width if self.attn_pool is None else self.attn_pool.width
+        return self.num_classes or self.neck or pool
 
     def with_stages(self, stages: tuple[Stage, ...]) -> Arch:
         """Return the record with other stages, narrower or not.
 
         A backbone without a head gets a linear map to its features where the last stage's width changes; an attention
-        pool ends with one.
+        pool ends with one, and a neck has its own width.
         """
-        if self.num_classes or self.attn_pool is not None or stages[-1].width == self.stages[-1].width:
+        whole = self.num_classes or self.neck or self.attn_pool is not None
+        if whole or stages[-1].width == self.stages[-1].width:
             return replace(self, stages=stages)
         return replace(self, stages=stages, num_classes=self.outputs, feature_head=True)
 

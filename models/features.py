@@ -15,15 +15,15 @@ __all__ = ["features"]
 
 
 def features(model: nn.Module, x: torch.Tensor, block: int | None = None) -> torch.Tensor:
-    """Return a ViT's features of every patch: (B, rows, columns, D), row by row as in the image.
+    """Return the features of every patch, of a model of one stage: (B, rows, columns, D), row by row as in the image.
 
     A token plan gives fewer tokens to the inside of a block only, so the grid is whole behind every block, however
     many tokens were merged or pruned.
 
     Args:
-        model: a ViT that ``Arch.from_timm`` accepts, planned or not.
+        model: a ViT or SAM that ``Arch.from_timm`` accepts, planned or not.
         x: images (B, C, image rows, image columns).
-        block: behind which block; behind the last one, and the model's last norm, by default.
+        block: behind which block; behind the last one, and the model's last norm or SAM's neck, by default.
 
     Raises:
         UserError: another family, or a block that does not exist.

@@ -130,8 +130,8 @@ def _validate_extras(family: Family, arch: Arch, stage: Stage, block: Block, whe
     attends = block.mixer == "attn"
     if block.shifted and not (attends and family.supports("windows")):
         raise UserError(f"{where}.shifted: is for attention in the windows of {names_with('windows')} only")
-    if block.whole_map and not (attends and family.supports("pooled_queries")):
-        raise UserError(f"{where}.whole_map: is for attention of {names_with('pooled_queries')} only")
+    if block.whole_map and not (attends and family.leaves_windows):
+        raise UserError(f"{where}.whole_map: family {family.name!r} has no attention that leaves its stage's windows")
     if block.norm_residual and block.mixer != "none":
         raise UserError(f"{where}.norm_residual: is for mixer 'none' only, got {block.mixer!r}")
     if block.conv_kernel and not family.supports("convolutions"):

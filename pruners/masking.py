@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import RmsNorm
+from timm.layers import LayerNorm2d, RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch
@@ -42,6 +42,14 @@ class KeptLayerNorm(nn.LayerNorm):
         bias = self.bias.index_select(0, self.kept) if self.bias is not None else None
         y = F.layer_norm(x.index_select(-1, self.kept), (len(self.kept),), weight, bias, self.eps)
         return y.new_zeros(x.shape).index_copy(-1, self.kept, y)
+
+
+class KeptLayerNorm2d(KeptLayerNorm):
+    """The same of a norm over the channels of maps (B, D, rows, columns)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise a map to the same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class KeptRmsNorm(RmsNorm):  # type: ignore[misc]  # timm is untyped
@@ -107,7 +115,8 @@ class KeptHeadNorm(HeadNorm):
         return torch.cat(heads, -1) * self.weight
 
 
-KEPT: Mapping[type[nn.Module], Any] = {  # by the norm that it stands in for
+KEPT: Mapping[type[nn.Module], Any] = {  # by the norm that it stands in for, the first that fits
+    LayerNorm2d: KeptLayerNorm2d,
     nn.LayerNorm: KeptLayerNorm,
     RmsNorm: KeptRmsNorm,
     TokenGroupNorm: KeptGroupNorm,

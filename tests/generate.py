@@ -38,6 +38,7 @@ FAMILIES = (
     "swin",
     "swin_v2",
     "hiera",
+    "sam",
     "pvt_v2",
     "pit",
     "metaformer",
@@ -81,6 +82,7 @@ def random_arch(
         "pvt_v2": random_pvt,
         "pit": random_pit,
         "metaformer": random_metaformer,
+        "sam": random_sam,
         "lm": random_lm,
     }
     return makers[family](random, ragged, missing, extras)
@@ -398,6 +400,33 @@ def random_metaformer(random: Random, ragged: bool, missing: bool, extras: bool)
         proj_bias=random.random() < 0.5,
         mlp_bias=random.random() < 0.5,
         head_mlp=random.choice([0, random.randint(1, 12)]),
+    )
+
+
+def random_sam(random: Random, ragged: bool, missing: bool, extras: bool) -> Arch:
+    """Windows that may not divide the map, blocks over all of it, positions of either kind and none, with a neck."""
+    patch, rows, columns = random.choice([2, 3]), random.randint(2, 5), random.randint(2, 5)
+    blocks = []
+    for i in range(random.randint(1, 3)):
+        block = random_block(random, i, ragged=ragged, missing=missing, extras=extras)
+        spans = block.mixer == "attn" and random.random() < 0.4
+        blocks.append(dataclasses.replace(block, whole_map=spans))
+    window = (random.randint(1, rows), random.randint(1, columns))
+    stage = Stage(width=random.randint(4, 20), grid=(rows, columns), blocks=tuple(blocks), window=window)
+    return _pyramid(
+        random,
+        "sam",
+        (rows * patch, columns * patch),
+        (patch, patch),
+        [stage],
+        pos_embed=random.random() < 0.7,
+        pre_norm=random.random() < 0.2,
+        qk_norm=random.random() < 0.2,
+        layer_scale=random.random() < 0.25,
+        position_bias=PositionBias(kind="decomposed") if random.random() < 0.7 else None,
+        neck=random.choice([0, 5]),
+        norm_eps=1e-5,
+        act=random.choice(list(ACTIVATIONS)),
     )
 
 

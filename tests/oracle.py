@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import RmsNorm
+from timm.layers import LayerNorm2d, RmsNorm
 from torch import nn
 
 from prunesweep.models import Arch, Block, BlockCut, Cut, arch_of, blocks_of
@@ -32,7 +32,11 @@ def _indicator(size: int, kept: tuple[int, ...] | None, like: torch.Tensor) -> t
 
 def _masked_norm(keep: torch.Tensor):
     def hook(norm: Any, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-        x, n = args[0].to(keep.dtype), keep.sum()
+        x = args[0].to(keep.dtype)
+        return normed(norm, x.movedim(1, -1)).movedim(-1, 1) if isinstance(norm, LayerNorm2d) else normed(norm, x)
+
+    def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+        n = keep.sum()
         if isinstance(norm, RmsNorm):
             return keep * norm.weight * x / ((x**2 * keep).sum(-1, keepdim=True) / n + norm.eps).sqrt()
         over = -1
@@ -116,6 +120,10 @@ def _mask_outside(model: nn.Module, arch: Arch, embed: list[torch.Tensor], hook:
         if name.startswith("patch_embed.backbone."):  # of own channels, which no cut takes away
             continue
         if name.startswith("attn_pool.") and arch.class_attention is None:  # likewise
+            continue
+        if name.startswith("neck.") and arch.neck:  # likewise, but its first convolution reads the stream
+            if name == "neck.0":
+                hook(module, lambda _m, args: (args[0] * embed[-1][:, None, None],), before=True)
             continue
         if name == "attn_pool" and arch.class_attention is None:
             hook(module, lambda _m, args: (args[0] * embed[-1],), before=True)

@@ -21,6 +21,7 @@ from .lm import LM
 from .metaformer import METAFORMER
 from .pit import PIT
 from .pvt_v2 import PVT_V2
+from .sam import SAM
 from .swin import SWIN
 from .swin_v2 import SWIN_V2
 from .vit import VIT
@@ -30,7 +31,7 @@ __all__ = ["CAPABILITIES", "FAMILIES", "FamiliesWith", "Family", "families_with"
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (VIT, EVA, BEIT, DIFF, CAIT, XCIT, SWIN, SWIN_V2, HIERA, PVT_V2, PIT, METAFORMER, LM)
+    for family in (VIT, EVA, BEIT, DIFF, CAIT, XCIT, SWIN, SWIN_V2, HIERA, SAM, PVT_V2, PIT, METAFORMER, LM)
 }
 
 

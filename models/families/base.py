@@ -99,6 +99,7 @@ class Family(ABC):
     one_head_only: ClassVar[str] = ""  # without "mixed_heads": why a head keeps channels of one head only
     conv_sharing: ClassVar[ConvSharing | None] = None  # with "mixers"
     norm_residuals: ClassVar[bool] = True  # a block without a mixer may add its normalised input
+    leaves_windows: ClassVar[bool] = False  # with "windows": a block may have ``whole_map``
     refers_to_windows: ClassVar[bool] = False  # with "windows": a stage may have a ``reference_window``
 
     block_tensors: ClassVar[Table]  # by the name within a block

@@ -76,6 +76,7 @@ class BeitFamily(EvaFamily):
         "cross_covariance": None,
         "norm_bias": True,
         "head_mlp": 0,
+        "neck": 0,
         "patch_factors": False,
         "pooled_map": 0,
     }

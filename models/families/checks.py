@@ -35,6 +35,7 @@ PLAIN: Mapping[str, Any] = {
     "class_attention": None,
     "cross_covariance": None,
     "query_pool": None,
+    "neck": 0,
 }
 # fields of every model of several stages: no prefix tokens, the average over places
 PYRAMID: Mapping[str, Any] = {

@@ -115,6 +115,7 @@ class EvaFamily(VisionTransformerFamily):
         "cross_covariance": None,
         "norm_bias": True,
         "head_mlp": 0,
+        "neck": 0,
         "patch_factors": False,
         "pooled_map": 0,
     }

@@ -53,6 +53,7 @@ class HieraFamily(Family):
     """timm's Hiera and SAM 2's: maps halved between stages by pooling, attention in windows or over the whole map."""
 
     name = "hiera"
+    leaves_windows = True
     capabilities = frozenset(
         {"images", "width", "depth", "convolutions", "mixers", "windows", "pooled_queries", "mixed_heads"}
     )

@@ -146,7 +146,7 @@ class LatencyTable:
 
     - ``attn``: whole blocks over embed, tokens (where token plans were measured), heads, qk, v, sr (where the stage
       reduces its map) and mlp; heads = 0 is a block without attention, mlp = 0 one without MLP;
-    - ``attn_shifted``: the same with Swin's shifted windows; ``attn_whole_map``: the same of Hiera's without windows;
+    - ``attn_shifted``: the same with Swin's shifted windows; ``attn_whole_map``: the same over whole maps (Hiera, SAM);
     - ``conv1x1``, ``conv3x3``, ``sepconv``: convolutions over embed and conv, their own width;
     - ``pool``: pooling, and ``xca``: what XCiT's attention between channels and its convolutions add, over embed;
     - ``norm_residual``: what the normalised residual of a missing mixer adds, over embed;

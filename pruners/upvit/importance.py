@@ -40,6 +40,7 @@ from .exact import Exact
 from .fisher import fisher_sums
 from .forward import Forward
 from .lm import TextExact, TextForward, text_fisher_sums
+from .maps import MapForward
 from .windows import WindowForward
 
 __all__ = ["FAMILIES", "IMPORTANCES", "KINDS", "SKIP", "merge", "score", "score_blocks", "score_depth"]
@@ -71,6 +72,7 @@ class _Parts(NamedTuple):
 
 
 _IMAGES, _WINDOWS = _Parts(Forward, Exact, fisher_sums), _Parts(WindowForward, Exact, fisher_sums)
+_MAPS = _Parts(MapForward, Exact, fisher_sums)
 _TEXTS = _Parts(TextForward, TextExact, text_fisher_sums)
 
 
@@ -259,7 +261,10 @@ def _check_mergeable(first: Mapping[str, Any], other: Mapping[str, Any]) -> None
 def _parts(arch: Arch) -> _Parts:
     if arch.text is not None:
         return _TEXTS
-    return _WINDOWS if family_of(arch).supports("windows") else _IMAGES
+    family = family_of(arch)
+    if not family.supports("windows"):
+        return _IMAGES
+    return _MAPS if family.single_stage else _WINDOWS
 
 
 def _checked(model: nn.Module, batches: Batches) -> Arch:

@@ -17,7 +17,6 @@ from einops import rearrange
 
 from prunesweep.models.families.swin import neighbours
 from prunesweep.models.layers.cosine_attention import Directions
-from prunesweep.models.layers.mixers import attend
 
 from .forward import UNGATED, Forward, Gates, normed, normed_over
 
@@ -68,7 +67,7 @@ class WindowForward(Forward):
         q, k = self.scaled_heads(i, q, k, gate)
         bias = windows.logit_bias(len(split))
         mask = None if bias is None else bias.to(q.dtype)
-        mixed = attend(q, k, v, block.v_widths, block.scale, attn_mask=mask)
+        mixed = attention.attend(q, k, v, block.v_widths, block.scale, attn_mask=mask)
         return attention.out.layer(windows.join(mixed, self.arch.stages[s].grid).flatten(1, 2))
 
     def scaled_heads(self, i: int, q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor | None) -> tuple[Any, Any]:

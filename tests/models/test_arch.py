@@ -206,7 +206,7 @@ def test_fields_of_one_family_or_mixer(name: str, changes: dict, message: str) -
     [
         ("swin_tiny_patch4_window7_224", {"window": [7, 57]}, {}, "stages[0].window[1] = 57: must lie in 1..56"),
         ("pvt_v2_b0", {"sr_ratio": 57}, {}, "stages[0].sr_ratio = 57: must not exceed the grid [56, 56]"),
-        ("pvt_v2_b0", {"window": [7, 7]}, {}, "is for families 'swin', 'swin_v2', 'hiera' only"),
+        ("pvt_v2_b0", {"window": [7, 7]}, {}, "is for families 'swin', 'swin_v2', 'hiera', 'sam' only"),
         ("pvt_v2_b0", {"grid": [55, 56]}, {}, "stages[0].grid = [55, 56]: img_size / patch_size gives [56, 56]"),
         ("pvt_v2_b0", {}, {"patch_size": [8, 8]}, "the patch embedding of pvt_v2 has stride [4, 4]"),
         ("pvt_v2_b0", {}, {"class_token": True}, "needs class_token = False"),

@@ -45,7 +45,8 @@ TIMM = [
 
 
 def headless(family: str, seed: int) -> Arch:
-    return dataclasses.replace(random_arch(Random(seed), family), num_classes=0)
+    """A backbone whose features are those of its stream: a neck has its own, however narrow that is."""
+    return dataclasses.replace(random_arch(Random(seed), family), num_classes=0, neck=0)
 
 
 def narrowed(family: str, seed: int) -> Cut:

@@ -24,6 +24,7 @@ AT_LEAST = {
     "swin": 19,
     "swin_v2": 12,
     "hiera": 24,
+    "sam": 3,
     "pvt_v2": 7,
     "pit": 8,
     "metaformer": 50,

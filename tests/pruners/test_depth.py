@@ -92,6 +92,6 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_family_that_cannot_be_scored_is_named() -> None:
     arch = random_arch(Random(0), "cait")
     with pytest.raises(
-        UserError, match="is a 'cait': UP-ViT scores families vit, eva, beit, swin, swin_v2, pvt_v2, lm"
+        UserError, match="is a 'cait': UP-ViT scores families vit, eva, beit, swin, swin_v2, sam, pvt_v2, lm"
     ):
         upvit.score_blocks(random_model(arch, 0), labelled(random_images(arch, 0)))

@@ -123,7 +123,7 @@ def test_names_are_taken_once() -> None:
 
 
 def test_families_with() -> None:
-    assert families_with("mixers") == ("vit", "eva", "beit", "diff", "cait", "swin", "hiera", "pit")
+    assert families_with("mixers") == ("vit", "eva", "beit", "diff", "cait", "swin", "hiera", "sam", "pit")
     of_images = (
         "vit",
         "eva",
@@ -134,6 +134,7 @@ def test_families_with() -> None:
         "swin",
         "swin_v2",
         "hiera",
+        "sam",
         "pvt_v2",
         "pit",
         "metaformer",

@@ -59,7 +59,7 @@ def train(
     raise AssertionError("the last budget was not reached")
 
 
-@pytest.mark.parametrize("family", ["vit", "eva", "beit", "swin", "swin_v2"])
+@pytest.mark.parametrize("family", ["vit", "eva", "beit", "swin", "swin_v2", "sam"])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_snapshot_is_the_masked_model_and_meets_its_budget(family: str, seed: int) -> None:
     """Any mixers, norms, token plans, stages; at the moment when it is taken, while the weights go on."""

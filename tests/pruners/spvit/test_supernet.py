@@ -36,7 +36,7 @@ def make(arch: Arch, seed: int = 0, **options) -> tuple[nn.Module, Supernet]:
     return model, Supernet(model, arch, theta=1.5, **options)
 
 
-@pytest.mark.parametrize("family", ["vit", "eva", "swin", "hiera"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "hiera", "sam"])
 @pytest.mark.parametrize("seed", range(12))
 def test_a_chosen_sub_network_is_the_model_that_is_cut(family: str, seed: int) -> None:
     """Any record; with gates as they start, with random ones, and with the gates taken out again."""

@@ -29,7 +29,7 @@ from prunesweep.pruners.subspaces.block_losses import BlockLosses
 from prunesweep.pruners.subspaces.compression import compress_all
 from tests.generate import random_arch, random_cut, random_images, random_model
 
-by_family = pytest.mark.parametrize("family", ["vit", "eva", "beit", "swin", "swin_v2", "pvt_v2", "lm"])
+by_family = pytest.mark.parametrize("family", ["vit", "eva", "beit", "swin", "swin_v2", "sam", "pvt_v2", "lm"])
 SEEDS = range(5)
 
 

@@ -12,16 +12,16 @@ from torch import nn
 
 from prunesweep.models import Arch, BlockCut, Cut, UserError, arch_of, blocks_of, cut
 from prunesweep.models.cutting import joint_values
-from prunesweep.models.families import family_of
 from prunesweep.pruners import Scores, kind_of, kl_divergence, upvit, vector_sizes
 from prunesweep.pruners.drawn_targets import draw_labels
 from prunesweep.pruners.upvit.forward import Forward
+from prunesweep.pruners.upvit.maps import MapForward
 from prunesweep.pruners.upvit.windows import WindowForward
 from tests.generate import random_arch, random_images, random_model
 from tests.oracle import masked
 
-IMAGES = ("vit", "eva", "beit", "swin", "swin_v2", "pvt_v2")  # test_upvit_lm has language models
-SEEDS = {"swin": 6, "swin_v2": 6, "beit": 6}  # of others twice as many
+IMAGES = ("vit", "eva", "beit", "swin", "swin_v2", "pvt_v2", "sam")  # test_upvit_lm has language models
+SEEDS = {"swin": 6, "swin_v2": 6, "beit": 6, "sam": 6}  # of others twice as many
 FAMILIES = [(family, seed) for family in IMAGES for seed in range(SEEDS.get(family, 12))]
 FAMILIES.append(("eva", 12))  # two norms in front of its MLPs
 by_family = pytest.mark.parametrize(("family", "seed"), FAMILIES)
@@ -59,7 +59,8 @@ def without(arch: Arch, name: str, unit: int) -> Cut:
 
 
 def pieces(model: nn.Module) -> Forward:
-    return (WindowForward if family_of(arch_of(model)).supports("windows") else Forward)(model)
+    kinds = {"swin": WindowForward, "swin_v2": WindowForward, "sam": MapForward}
+    return kinds.get(arch_of(model).family, Forward)(model)
 
 
 def gated(model: nn.Module, x: torch.Tensor, name: str, unit: int) -> torch.Tensor:
