@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import metaformer
 from torch import nn
 
 from prunesweep.models import Arch, Block, Stage, Stem, adopted, arch_of, cost, load, save
@@ -56,6 +57,22 @@ def test_three_trials_behind_a_stem(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for small in searched(random_model(arch, 0, torch.float32), True, tmp_path):
         assert arch_of(small).stem == arch.stem
     assert export(small, tmp_path / "alone", "standalone") < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no better than chance")
+def test_three_trials_where_one_stage_has_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    torch.manual_seed(0)
+    shape = {"in_chans": 1, "num_classes": 10, "dims": (12, 32), "depths": (2, 1), "res_scale_init_values": (None, 1.0)}
+    mixers = {
+        "token_mixers": [metaformer.SepConv, metaformer.Attention],
+        "norm_layers": [metaformer.LayerNorm2dNoBias, metaformer.LayerNormNoBias],
+    }
+    model = metaformer.MetaFormer(**shape, **mixers)
+    model.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    for small in searched(adopted(model), False, tmp_path):
+        assert {block.mixer for block in arch_of(small).blocks} == {"sepconv", "attn"}
 
 
 def searched(model: nn.Module, recover: bool, folder: Path) -> list[nn.Module]:
