@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunesweep.models import Arch
-from prunesweep.models.families import family_of, names_with
+from prunesweep.models.families import FamiliesWith, family_of, names_with
 
 __all__ = ["can_recover"]
 
@@ -17,7 +17,8 @@ def can_recover(arch: Arch) -> str | None:
         arch: the source's record, not that of a cut model.
     """
     if not family_of(arch).supports(*NEEDS):
-        return f"{arch.source} is of family {arch.family!r}: subspaces are computed for {names_with(*NEEDS)}"
+        able, reason = names_with(*NEEDS), FamiliesWith(*NEEDS).why_not(arch.family)
+        return f"{arch.source} is of family {arch.family!r}: subspaces are computed for {able}; {reason}"
     if arch.parallel:
         return f"{arch.source}: its MLPs read what attention reads, and halves of blocks are fitted one after the other"
     for i, block in enumerate(arch.blocks):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prunesweep.models import Arch, Block, Stage, UserError, arch_of, load, save
-from tests.generate import random_images, random_lm, random_model
+from tests.generate import random_images, random_lm, random_metaformer, random_model
 from tests.models.io.test_export import BEIT, HIERA, PVT, SWIN, SWIN_V2, VIT, attn, other
 
 
@@ -44,6 +44,7 @@ KINDS = {
     "swin_v2": SWIN_V2,
     "hiera": HIERA,
     "pvt_v2": PVT,
+    "metaformer": dataclasses.replace(random_metaformer(Random(5), True, True, True), in_chans=3, num_classes=3),
     "lm": random_lm(Random(1), True, False, True),
 }
 IMAGES = [kind for kind in KINDS if kind != "lm"]
@@ -108,8 +109,8 @@ def test_a_trace_takes_any_batch(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
-    [VIT, BEIT, SWIN, SWIN_V2, HIERA, PVT, KINDS["lm"]],
-    ids=["vit", "beit", "swin", "swin_v2", "hiera", "pvt_v2", "lm"],
+    [VIT, BEIT, SWIN, SWIN_V2, HIERA, PVT, KINDS["metaformer"], KINDS["lm"]],
+    ids=["vit", "beit", "swin", "swin_v2", "hiera", "pvt_v2", "metaformer", "lm"],
 )
 @torch.no_grad()
 def test_compiled_without_a_break_in_the_graph(arch: Arch) -> None:
@@ -210,7 +211,7 @@ def test_dropout_rates(kind: str, tmp_path: Path) -> None:
 @images_only
 def test_patches_are_dropped_where_attention_takes_any(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
-    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2", "hiera", "pvt_v2"):
+    if kind in ("conv1x1", "conv3x3", *BOUND, "beit", "swin", "swin_v2", "hiera", "pvt_v2", "metaformer"):
         with pytest.raises(UserError, match=r"patch_drop_rate = 0\.5: (block 1 of test|the maps of|test has biases)"):
             member(kind, tmp_path, patch_drop_rate=0.5)
         return
@@ -262,7 +263,7 @@ def test_another_image_size(kind: str, tmp_path: Path) -> None:
     again: Any = load(tmp_path / "larger")
     assert arch_of(again).img_size == again.pretrained_cfg["input_size"][1:] == size
     torch.testing.assert_close(again(x), model(x))
-    if kind != "pvt_v2":  # which has no such function: it takes any size
+    if kind not in ("pvt_v2", "metaformer"):  # which have no such function: they take any size
         by_hand = member(kind, tmp_path)
         by_hand.set_input_size(size)
         assert torch.equal(by_hand(x), model(x))
@@ -287,7 +288,7 @@ def test_images_of_other_channels(kind: str, tmp_path: Path) -> None:
 def test_another_pooling(kind: str, tmp_path: Path) -> None:
     arch = KINDS[kind]
     other_pool = "avg" if arch.pool == "token" else "token"
-    if kind in ("distilled", "swin", "swin_v2", "hiera", "pvt_v2"):
+    if kind in ("distilled", "swin", "swin_v2", "hiera", "pvt_v2", "metaformer"):
         with pytest.raises(UserError, match=f"needs pool = '{arch.pool}', got '{other_pool}'"):
             member(kind, tmp_path, global_pool=other_pool)
         return

@@ -32,6 +32,7 @@ from prunesweep.models import (
 )
 from prunesweep.models.builder import resize
 from prunesweep.models.families import family_of
+from prunesweep.models.io.export import export
 from prunesweep.models.latency.table import LatencyTable
 from prunesweep.models.without_values import without_values
 from prunesweep.pruners import upvit
@@ -194,6 +195,11 @@ def test_other_sizes_features_and_classifiers(tmp_path: Path) -> None:
         model.reset_classifier(7, "max")
 
 
+def test_onnx_computes_the_same(tmp_path: Path) -> None:
+    arch = dataclasses.replace(random_arch(Random(2), "metaformer", missing=False), head_mlp=3)
+    assert export(random_model(arch, 3, torch.float32), tmp_path / "small.onnx", "onnx") < 1e-5
+
+
 def test_latency_tables_have_every_mixer(tmp_path: Path) -> None:
     arch = random_arch(Random(7), "metaformer", ragged=False, missing=False, extras=False)
     assert {block.mixer for block in arch.blocks} == {"sepconv", "attn", "pool"}
@@ -243,7 +249,9 @@ def test_what_its_mixers_do_not_allow() -> None:
         UVC(UVCSettings(budgets=(0.5,))).wrap(model)
     with pytest.raises(UserError, match="it has 'local_mixers'"):
         upvit.score(model, [(x, torch.zeros(len(x), dtype=torch.long))])
-    with pytest.raises(UserError, match="subspaces are computed for"):
+    with pytest.raises(
+        UserError, match="subspaces are computed for .* it lacks 'streams': factors multiply single channels"
+    ):
         compress(model, equal_shares(arch, 0.5), [x])
     for choice, message in (
         (BlockCut(qk=((0,),), v=((0,),)), "a convolution takes v alone"),
