@@ -89,5 +89,5 @@ def test_unknown_methods_and_families_are_named() -> None:
         r"nvit, .* \(of 'cait', it has 'mixed_maps': its own passes",
     ):
         get_method("upvit", WidthMethod).check(Arch.from_timm("cait_xxs24_224"))
-    with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': inside a block, convolutions"):
+    with pytest.raises(UserError, match=r"of 'pvt_v2', it lacks 'tokens': convolutions of its MLPs"):
         get_method("pmvit", TokenMethod).check(Arch.from_timm("pvt_v2_b0"))

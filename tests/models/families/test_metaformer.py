@@ -245,7 +245,7 @@ def test_blocks_are_scored_by_leaving_them_out() -> None:
 def test_what_its_mixers_do_not_allow() -> None:
     arch = random_arch(Random(7), "metaformer", ragged=False, missing=False, extras=False)
     model, x = random_model(arch, 0), random_images(arch, 0)
-    with pytest.raises(UserError, match="UVC prunes families .*; it has 'local_mixers': a block may mix places"):
+    with pytest.raises(UserError, match="UVC prunes families .*; it has 'local_mixers': it gates heads"):
         UVC(UVCSettings(budgets=(0.5,))).wrap(model)
     with pytest.raises(UserError, match="it has 'local_mixers'"):
         upvit.score(model, [(x, torch.zeros(len(x), dtype=torch.long))])

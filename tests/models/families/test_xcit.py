@@ -125,7 +125,7 @@ def test_what_is_pruned_while_it_trains_is_the_masked_model() -> None:
 def test_what_attention_between_channels_does_not_allow() -> None:
     arch = random_arch(Random(1), "xcit", ragged=False, missing=False, extras=False)
     model, x = random_model(arch, 0), random_images(arch, 0)
-    with pytest.raises(UserError, match="UVC prunes families .*; it has 'channel_attention': attention is between"):
+    with pytest.raises(UserError, match="UVC prunes families .*; it has 'channel_attention': it gates heads"):
         UVC(UVCSettings(budgets=(0.5,))).wrap(model)
     with pytest.raises(UserError, match="it has 'channel_attention'"):
         upvit.score(model, [(x, torch.zeros(len(x), dtype=torch.long))])
