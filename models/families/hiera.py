@@ -126,7 +126,7 @@ class HieraFamily(Family):
         raise UserError(
             f"img_size = {list(img_size)}: position embeddings of {arch.source} repeat from window to window "
             f"(arXiv 2311.05613), so they cannot be resampled; it is for {arch.img_size[0]}x{arch.img_size[1]} images. "
-            "Where timm's own model takes that size, adopt it at that size"
+            "Where timm's own model takes that size (img_size, or input_size in pretrained_cfg_overlay), adopt it there"
         )
 
     def attention_view(self, block: Any, record: Block) -> AttentionView | None:
