@@ -170,7 +170,7 @@ def test_unit_gains_are_backward_differences(family: str) -> None:
                     want = macs - cost(_with_stage(source, s, dataclasses.replace(stage, blocks=blocks))).macs
                 assert gains[f"blocks.{index}.{kind}"] == pytest.approx(want), kind
             if attends:
-                both = gains[f"blocks.{index}.qk"] + gains[f"blocks.{index}.v"]
+                both = gains[f"blocks.{index}.qk"] + source.qk_rows * gains[f"blocks.{index}.v"]
                 assert gains[f"blocks.{index}.attn"] == pytest.approx(both / block.heads)
             index += 1
 
