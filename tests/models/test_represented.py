@@ -10,6 +10,7 @@ import pytest
 import timm
 
 from prunesweep.models import Arch
+from prunesweep.models.families import FAMILIES, families_with
 from prunesweep.models.represented import verdicts
 
 README = Path(__file__).parents[2] / "README.md"
@@ -29,6 +30,23 @@ AT_LEAST = {
     "pit": 8,
     "metaformer": 50,
 }
+
+
+def test_the_page_of_models_has_every_family_and_says_which_are_not_computed() -> None:
+    page = (README.parent / "docs" / "models.md").read_text()
+    rows = {
+        name: row
+        for row in page.splitlines()
+        if row.startswith("| `")
+        for name in re.findall("`(\\w+)`", row.split("|")[1])
+    }
+    assert rows.keys() == FAMILIES.keys()
+    assert {name for name, row in rows.items() if "not computed" in row} == FAMILIES.keys() - set(
+        families_with("streams")
+    )
+    assert {name for name, row in rows.items() if "no token plans" in row} <= FAMILIES.keys() - set(
+        families_with("tokens")
+    )
 
 
 def test_verdicts_say_why() -> None:
