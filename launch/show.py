@@ -63,7 +63,7 @@ def show(
         table.add_section()
         for block in stage.blocks:
             widths = str(block.v) if isinstance(block.v, int) else " ".join(map(str, block.v))
-            attends = block.mixer == "attn"
+            attends = block.mixer in ("attn", "xca")
             table.add_row(
                 f"{s}.{number}" if len(arch.stages) > 1 else str(number),
                 str(block.src),

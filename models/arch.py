@@ -34,7 +34,6 @@ __all__ = [
     "AttentionPool",
     "Block",
     "ClassAttention",
-    "CrossCovariance",
     "PositionBias",
     "QueryPool",
     "Rope",
@@ -57,6 +56,7 @@ class Block:
     for a separable one the number of channels between its layers.
     ``scale`` multiplies the attention logits and is the source model's: it never follows from a pruned ``qk``. What
     does not apply is 0: heads, qk and scale of a convolution, those and v of a missing mixer, ``mlp`` of a missing MLP.
+    Heads of attention between channels (``xca``) have one width, ``qk`` and ``v``, and a learned factor, no ``scale``.
     """
 
     src: int  # index of this block in the source model
@@ -182,14 +182,6 @@ class ClassAttention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossCovariance:
-    """Attention between channels (XCiT, arXiv 2106.09681), which all blocks of mixer ``xca`` have alike."""
-
-    width: int  # of queries, keys and values; the source's, however narrow the stream is
-    heads: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class QueryPool:
     """What leads from a stage to the next (Hiera, arXiv 2306.00989): four patches pooled to one, and attention.
 
@@ -239,7 +231,6 @@ class Arch:
     pool_prefix: bool = False  # the pool reads the prefix tokens, too
     attn_pool: AttentionPool | None = None  # where ``pool`` is map
     class_attention: ClassAttention | None = None  # of cait and xcit, where ``pool`` is map
-    cross_covariance: CrossCovariance | None = None  # of family xcit
     query_pool: QueryPool | None = None  # of family hiera
     head_norm: str = "tokens"  # tokens | pooled | both | none: what the last LayerNorm is over
     pre_norm: bool = False  # LayerNorm before the first block (and no patch bias), as CLIP has it
@@ -372,7 +363,6 @@ class Arch:
             ("rope", Rope),
             ("attn_pool", AttentionPool),
             ("class_attention", ClassAttention),
-            ("cross_covariance", CrossCovariance),
             ("query_pool", QueryPool),
             ("position_bias", PositionBias),
             ("stem", Stem),
@@ -451,7 +441,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Rope": (Rope,),
     "AttentionPool": (AttentionPool,),
     "ClassAttention": (ClassAttention,),
-    "CrossCovariance": (CrossCovariance,),
     "QueryPool": (QueryPool,),
     "PositionBias": (PositionBias,),
     "Stem": (Stem,),

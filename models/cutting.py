@@ -257,9 +257,8 @@ def _narrow_block(arch: Arch, block: Block, choice: BlockCut, where: str) -> Blo
         if choice.v is not None:
             _check(f"{where}.v[0]", choice.v[0], block.total_v)
             changes["v"] = len(choice.v[0])
-    elif block.mixer != "attn" and (choice.qk is not None or choice.v is not None):
-        why = family_of(arch).one_head_only if block.mixer != "none" else "there are no heads"
-        raise UserError(f"{where}: a block of mixer {block.mixer!r} takes neither qk nor v: {why}")
+    elif block.mixer not in ("attn", "xca") and (choice.qk is not None or choice.v is not None):
+        raise UserError(f"{where}: a block of mixer {block.mixer!r} takes neither qk nor v: there are no heads")
     elif choice.qk is not None and choice.v is not None:
         changes |= _cut_heads(arch, block, choice.qk, choice.v, where)
     elif choice.qk is not None or choice.v is not None:
@@ -280,6 +279,8 @@ def _cut_heads(arch: Arch, block: Block, qk: tuple[Indices, ...], v: tuple[Indic
         _check(f"{where}.v[{h}]", own_v, block.total_v)
         if not mixed and len({c // block.qk for c in own_qk} | _heads_of(block, own_v)) > 1:
             raise UserError(f"{where}.qk[{h}]: {family.one_head_only}; keep channels of one head")
+        if block.mixer == "xca" and (len(own_qk) < block.qk or own_v != own_qk):
+            raise UserError(f"{where}.qk[{h}]: {family.one_head_only}; keep all channels of the head, as qk and as v")
     if arch.qk_norm and len({tuple(c % block.qk for c in head) for head in qk}) > 1:
         # all heads share one q and one k LayerNorm
         raise UserError(f"{where}.qk: with q/k norm every head must keep the same channels")

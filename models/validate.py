@@ -93,6 +93,8 @@ def _validate_block(family: Family, arch: Arch, stage: Stage, block: Block, wher
     check_at_least(f"{where}.mlp", block.mlp, 0)
     if block.mixer == "attn":
         _validate_attention(block, where)
+    elif block.mixer == "xca":
+        _validate_channel_attention(block, where)
     else:
         _validate_other_mixer(block, where)
     _validate_extras(family, arch, stage, block, where)
@@ -109,6 +111,15 @@ def _validate_attention(block: Block, where: str) -> None:
         check_at_least(f"{where}.v[{head}]", width, 1)
     if not isinstance(block.scale, float) or not block.scale > 0:
         raise UserError(f"{where}.scale = {block.scale!r}: must be a positive float (the source's E ** -0.5)")
+
+
+def _validate_channel_attention(block: Block, where: str) -> None:
+    check_at_least(f"{where}.heads", block.heads, 1)
+    check_at_least(f"{where}.qk", block.qk, 1)
+    if block.v != block.qk:
+        raise UserError(f"{where}.v = {block.v!r}: must be qk, {block.qk}, where mixer is 'xca'")
+    if block.scale != 0:
+        raise UserError(f"{where}.scale = {block.scale!r}: must be 0 where mixer is 'xca', whose factor is learned")
 
 
 def _validate_other_mixer(block: Block, where: str) -> None:

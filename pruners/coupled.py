@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -39,7 +39,7 @@ def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, tor
                 continue
             total = tensor.transpose(0, axis).flatten(1).sum(1) if tensor.dim() > 1 else tensor
             parts = torch.split(total.double().cpu(), [sizes[space] for space in spaces])
-            vectors = [space if space in sums else _vector(space) for space in spaces]
+            vectors = [space if space in sums else _vector(space, sums) for space in spaces]
             for vector in dict.fromkeys(vectors):  # an axis may count a vector's units several times over
                 if vector in sums:
                     own = [part for part, where in zip(parts, vectors, strict=True) if where == vector]
@@ -48,10 +48,12 @@ def coupled_sums(arch: Arch, terms: Mapping[str, torch.Tensor]) -> dict[str, tor
     return sums
 
 
-def _vector(space: str) -> str:
-    """Name the vector whose units a space's channels are; queries, keys and values share one."""
+def _vector(space: str, scored: Container[str]) -> str:
+    """Name the vector whose units a space's channels are; queries, keys and values share one, or are of heads."""
     place, _, own = space.rpartition(".")
-    return f"{place}.attn" if own in ("q", "k", "v") else space
+    if own not in ("q", "k", "v"):
+        return space
+    return f"{place}.heads" if f"{place}.heads" in scored else f"{place}.attn"
 
 
 def heads_and_dims(arch: Arch, index: int, attn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -187,8 +187,10 @@ def _choice(
     if block.convolves:
         channels = kept.get(f"blocks.{index}.v")
         return BlockCut(v=None if channels is None else (channels,), mlp=mlp)
-    if heads is None or dims is None:
+    if heads is None:
         return BlockCut(mlp=mlp, sr=sr)
+    if dims is None:  # of attention between channels
+        return BlockCut.aligned(block, heads=heads, qk=range(block.qk), v=range(block.qk), mlp=mlp)
     own = [dims] * len(heads)
     if pairs is not None:
         columns = pairs[index] if embed is None else pairs[index][:, list(embed)]

@@ -222,8 +222,10 @@ def space_masks(arch: Arch, keep: Mapping[str, torch.Tensor]) -> dict[str, torch
         if "v" in own and "heads" not in own:  # of a separable convolution
             masks[f"blocks.{i}.v"] = own["v"]
         if "heads" in own:
-            heads = own["heads"][:, None]
-            q, v = (heads & own["qk"]).flatten(), (heads & own["v"]).flatten()
-            spaces = {"q": q, "k": q, "v": v, "heads": own["heads"], "qk_norm": own["qk"]}
+            heads, block = own["heads"][:, None], arch.blocks[i]
+            whole = torch.ones_like(own["heads"][:1]).expand(block.qk)  # of attention between channels, heads alone
+            qk, values = own.get("qk", whole), own.get("v", whole)
+            q, v = (heads & qk).flatten(), (heads & values).flatten()
+            spaces = {"q": q, "k": q, "v": v, "heads": own["heads"], "qk_norm": qk}
             masks |= {f"blocks.{i}.{space}": mask for space, mask in spaces.items()}
     return masks

@@ -66,7 +66,10 @@ class Narrowing:
         return self.outside + sum(self.costs.values())
 
     def has(self, name: str) -> bool:
-        """Whether there is anything to remove: a convolution has its channels, a missing mixer or MLP has nothing."""
+        """Whether there is anything to remove: a convolution has its channels, a missing mixer or MLP has nothing.
+
+        Attention between channels has heads alone.
+        """
         if kind_of(name) in ("embed", "tail"):
             return True
         block = self.blocks.get(place_of(name))
@@ -74,6 +77,8 @@ class Narrowing:
             return block is not None and block.mlp > 0
         if block.mixer == "attn":
             return True
+        if block.mixer == "xca":
+            return kind_of(name) == "heads"
         return block.convolves and kind_of(name) in ("v", "dim")
 
     def gain(self, name: str, units: int) -> float:

@@ -4,7 +4,7 @@ A vector is named by its place in the record, ``stages.0.embed`` or ``blocks.3.m
 stages), or ``depth`` (one entry per block). Larger is more important. The kinds of units:
 
     embed   channels of a stage's residual stream
-    heads   attention heads
+    heads   attention heads; those of attention between channels go whole, and methods that score ``attn`` score them
     qk, v   channels within a head, query/key and value, aligned over the heads of a block; ``v`` also those of a
             separable convolution, which methods that score ``attn`` score, too
     attn    channels of all heads, where query, key and value channels go together; heads and dims follow from it
@@ -62,6 +62,8 @@ def _block_counts(block: Block, qk_rows: int) -> Iterator[tuple[str, int]]:
         yield from (("heads", block.heads), ("qk", block.qk), ("v", block.v))
         if block.v == block.qk * qk_rows:
             yield "attn", block.heads * block.qk
+    if block.mixer == "xca":
+        yield "heads", block.heads
     if block.mixer == "sepconv":
         yield "v", block.total_v
     if block.mlp:
@@ -86,7 +88,10 @@ def vector_sizes(arch: Arch, kinds: tuple[str, ...]) -> dict[str, int]:
         if of_heads and block.mixer == "attn" and f"blocks.{i}.{of_heads}" not in counts:
             widths = "ragged" if isinstance(block.v, tuple) else f"{block.v}, query/key width {block.qk * arch.qk_rows}"
             raise UserError(f"blocks[{i}].v is {widths}: {of_heads!r} scores need equal widths in all heads")
-    wanted = {*kinds, *(f"blocks.{i}.v" for i, own in enumerate(arch.blocks) if own.convolves and "attn" in kinds)}
+    wanted = set(kinds)
+    if "attn" in kinds:
+        wanted |= {f"blocks.{i}.v" for i, block in enumerate(arch.blocks) if block.convolves}
+        wanted |= {f"blocks.{i}.heads" for i, block in enumerate(arch.blocks) if block.mixer == "xca"}
     return {name: count for name, count in counts.items() if kind_of(name) in wanted or name in wanted}
 
 

@@ -12,7 +12,7 @@ UVC = FamiliesWith(
     "depth",
     without={
         "difference_maps": "value channels that its gates close still count in the norm over those of their head",
-        "channel_attention": "it gates heads and their value channels, and attention between channels keeps them all",
+        "channel_attention": "it gates value channels, and heads of attention between channels have all of theirs",
         "local_mixers": "it gates heads and their value channels, and pooling and separable convolutions have none",
         "pooled_queries": "every block that it gates has attention, and the first of a stage is an MLP alone",
     },

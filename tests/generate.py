@@ -16,7 +16,6 @@ from prunesweep.models import (
     Block,
     BlockCut,
     ClassAttention,
-    CrossCovariance,
     Cut,
     PositionBias,
     QueryPool,
@@ -218,13 +217,16 @@ def random_xcit(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
     """Attention between channels, or none, behind one or two convolutions that halve an image."""
     drawn = random_cait(random, ragged, missing, extras=False)
     (stage,) = drawn.stages
-    blocks = []
+    blocks, each = [], random.randint(1, 6)
     for i in range(drawn.depth):
         mlp = random.choice([0, 5, 16, 33] if missing else [5, 16, 33])
         mixer = "none" if missing and random.random() < 0.15 else "xca"
-        blocks.append(Block(src=i, mixer=mixer, heads=0, qk=0, v=0, scale=0.0, mlp=mlp))
+        own = (
+            {"heads": 0, "qk": 0, "v": 0} if mixer == "none" else {"heads": random.randint(1, 3), "qk": each, "v": each}
+        )
+        blocks.append(Block(src=i, mixer=mixer, **own, scale=0.0, mlp=mlp))
     channels = tuple(random.randint(1, 6) for _ in range(random.randint(0, 1)))
-    heads, patch, pool = random.randint(1, 3), 2 ** (len(channels) + 1), drawn.class_attention
+    patch, pool = 2 ** (len(channels) + 1), drawn.class_attention
     assert pool is not None
     return dataclasses.replace(
         drawn,
@@ -234,7 +236,6 @@ def random_xcit(random: Random, ragged: bool, missing: bool, extras: bool) -> Ar
         stages=(dataclasses.replace(stage, blocks=tuple(blocks)),),
         layer_scale=True,
         class_attention=dataclasses.replace(pool, norm_patches=random.random() < 0.5),
-        cross_covariance=CrossCovariance(width=heads * random.randint(1, 6), heads=heads),
         stem=Stem(kind="conv3x3", channels=channels),
         pos_embed=random.random() < 0.7,
     )
@@ -522,8 +523,11 @@ def random_cut(random: Random, arch: Arch) -> Cut:
 def _random_choice(random: Random, arch: Arch, block: Block) -> BlockCut:
     mlp = subset(random, block.mlp) if block.mlp and random.random() < 0.8 else None
     sr = subset(random, block.sr) if block.sr and random.random() < 0.8 else None
-    if block.mixer in ("none", "xca", "pool") or random.random() < 0.2:
+    if block.mixer in ("none", "pool") or random.random() < 0.2:
         return BlockCut(mlp=mlp, sr=sr)
+    if block.mixer == "xca":
+        whole = range(block.qk)
+        return BlockCut.aligned(block, heads=subset(random, block.heads), qk=whole, v=whole, mlp=mlp)
     if block.convolves:
         return BlockCut(v=(subset(random, block.total_v),), mlp=mlp)
     heads, channels = subset(random, block.heads), subset(random, block.qk)

@@ -73,7 +73,6 @@ class BeitFamily(EvaFamily):
         "parallel": False,
         "stem": None,
         "class_attention": None,
-        "cross_covariance": None,
         "norm_bias": True,
         "head_mlp": 0,
         "neck": 0,

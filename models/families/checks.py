@@ -33,7 +33,6 @@ PLAIN: Mapping[str, Any] = {
     "patch_factors": False,
     "pooled_map": 0,
     "class_attention": None,
-    "cross_covariance": None,
     "query_pool": None,
     "neck": 0,
 }

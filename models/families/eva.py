@@ -112,7 +112,6 @@ class EvaFamily(VisionTransformerFamily):
         "differential": False,
         "position_bias": None,
         "class_attention": None,
-        "cross_covariance": None,
         "norm_bias": True,
         "head_mlp": 0,
         "neck": 0,

@@ -1,7 +1,10 @@
-"""XCiT: attention between channels and convolutions of single channels, kept but for the stream's channels.
+"""XCiT: attention between channels, whose heads are cut whole, and convolutions of single channels.
 
-In cross-covariance attention a softmax runs over a head's channels, so a channel of it cannot go without changing the
-others. MLP units, the stream's channels and blocks can be cut. Positions, which timm computes by a convolution of
+In cross-covariance attention a head's map has a row for every query channel and a column for every key channel. A
+softmax runs along the columns, so a key channel, and the value channel that it weighs, cannot go without changing all
+rows. A query channel could, with the output channel that is its row; but records have one width for a head's channels,
+so heads go whole: with their queries, keys, values, temperature and columns of the output. MLP units, the stream's
+channels and blocks can be cut, too. Positions, which timm computes by a convolution of
 Fourier features, become those of every place here, so a timm model is adopted (``families.eva``).
 """
 
@@ -19,14 +22,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import LPI, XCA, ClassAttentionBlock, ConvPatchEmbed, XCABlock, Xcit
 from torch import nn
 
-from prunesweep.models.arch import Arch, Block, ClassAttention, CrossCovariance, Stage, Stem
+from prunesweep.models.arch import Arch, Block, ClassAttention, Stage, Stem
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.cross_covariance import CrossCovarianceBlock, NormingClassPool
 
 from .base import Family
 from .block_costs import Cost
 from .cait import CaitFamily, ClassPooledTransformer
-from .checks import check_at_least
 from .reading import Require, activation_of, layer_norms, require, shared_eps
 from .spaces import MLP, AxisUse, Table, linear, per_channel, scales
 from .stem import check_stem
@@ -68,24 +70,20 @@ class XcitFamily(CaitFamily):
         **dict.fromkeys(("mixers", "global_attention"), "it has no attention of tokens: channels attend to each other"),
         "streams": "its blocks have a third part, a convolution of the stream, which no layer can be refitted for",
     }
-    one_head_only = "attention between channels stays whole"
+    one_head_only = "in attention between channels a softmax runs over all channels of a head"
     conv_sharing: ClassVar[Any] = None
     norm_residuals = False
     fixed_fields: ClassVar[dict[str, Any]] = {
-        **{
-            name: value
-            for name, value in CaitFamily.fixed_fields.items()
-            if name not in ("stem", "pos_embed", "cross_covariance")
-        },
+        **{name: value for name, value in CaitFamily.fixed_fields.items() if name not in ("stem", "pos_embed")},
         "layer_scale": True,
     }
     block_tensors: ClassVar[Table] = {
         **MLP,
         **{name: uses for i in "123" for name, uses in per_channel(f"norm{i}", "embed").items()},
         **{f"ls{i}.gamma": (scales("embed"),) for i in "123"},
-        **linear("attn.qkv", "", "embed"),
-        **linear("attn.proj", "embed", ""),
-        "attn.temperature": (),
+        **linear("attn.qkv", "qkv", "embed"),
+        **linear("attn.proj", "embed", "v"),
+        "attn.temperature": (scales("heads"),),
         **per_channel("local_mp.conv1", "embed"),
         **per_channel("local_mp.conv2", "embed"),
         **_batch_norm("local_mp.bn", scales("embed")),
@@ -101,8 +99,8 @@ class XcitFamily(CaitFamily):
         needs(model.global_pool == "token", f"its pooling is {model.global_pool!r}, not 'token'")
         eps = shared_eps(_layer_norms(model, needs), needs)
         blocks, features = zip(*(_read_block(i, b, needs) for i, b in enumerate(model.blocks)), strict=True)
-        needs(len(set(features)) == 1, "its blocks differ in heads, bias or activation")
-        heads, qkv_bias, act = features[0]
+        needs(len(set(features)) == 1, "its blocks differ in bias or activation")
+        qkv_bias, act = features[0]
         tokens = [_read_class_block(i, b, qkv_bias, act, needs) for i, b in enumerate(model.cls_attn_blocks)]
         needs(bool(tokens) and len(set(tokens)) == 1, "its blocks of the class token differ, or there are none")
         own_heads, hidden, normed = tokens[0]
@@ -122,7 +120,6 @@ class XcitFamily(CaitFamily):
             class_attention=ClassAttention(
                 blocks=len(tokens), width=width, heads=own_heads, mlp=hidden, norm_patches=normed
             ),
-            cross_covariance=CrossCovariance(width=width, heads=heads),
             qkv_bias=qkv_bias,
             layer_scale=True,
             norm_eps=eps,
@@ -166,16 +163,9 @@ class XcitFamily(CaitFamily):
         Family.set_patch_drop_rate(self, model, arch, rate)
 
     def check_fields(self, arch: Arch) -> None:
-        """Raise UserError for an impossible pool, or impossible attention between channels."""
+        """Raise UserError for an impossible pool or stem."""
         super().check_fields(arch)
         check_stem(arch)
-        record = arch.cross_covariance
-        if record is None:
-            raise UserError("family = 'xcit': needs cross_covariance, width and heads of attention between channels")
-        for name in ("width", "heads"):
-            check_at_least(f"cross_covariance.{name}", getattr(record, name), 1)
-        if record.width % record.heads:
-            raise UserError(f"cross_covariance.width = {record.width}: must be a multiple of heads = {record.heads}")
 
     def check_whole(self, arch: Arch) -> None:
         """Raise UserError for a block with another mixer."""
@@ -184,20 +174,20 @@ class XcitFamily(CaitFamily):
                 raise UserError(f"blocks[{i}].mixer = {block.mixer!r}: must be 'xca' or 'none', without norm_residual")
 
     def block_spaces(self, arch: Arch, block: Block) -> dict[str, int]:
-        """Return the size of the spaces within a block: MLP units alone."""
-        return {"mlp": block.mlp}
+        """Return the size of the spaces within a block; heads also have a temperature."""
+        width = block.heads * block.qk
+        return {"q": width, "k": width, "v": width, "heads": block.heads, "mlp": block.mlp}
 
     def block_cost(self, arch: Arch, stage: Stage, block: Block) -> Cost:
-        """Count a block of N patches, D channels, attention of width W in H heads.
+        """Count a block of N patches, D channels, attention of H heads of width E.
 
-        N (4 D W + 2 W W / H) MACs of attention, 18 N D of two convolutions, and those of the MLP.
+        N (4 D H E + 2 H E E) MACs of attention, 18 N D of two convolutions, and those of the MLP.
         """
         places, D = math.prod(stage.grid), stage.width
         macs = params = 0
         if block.mixer == "xca":
-            assert arch.cross_covariance is not None
-            W, H = arch.cross_covariance.width, arch.cross_covariance.heads
-            macs += places * (4 * D * W + 2 * W * W // H + 18 * D)
+            H, W = block.heads, block.heads * block.qk
+            macs += places * (4 * D * W + 2 * W * block.qk + 18 * D)
             params += 4 * D * W + 3 * W * arch.qkv_bias + D + H + 22 * D + 6 * D
         if block.mlp:
             mlp = self.mlp_cost(arch, stage, block, places)
@@ -219,6 +209,12 @@ class XcitFamily(CaitFamily):
             return ()
         return (AxisUse("stages.0.embed", "writes"),)
 
+    def only_chosen(self, arch: Arch, space: str) -> str | None:
+        """Say why the channels of a space can only be chosen; None where they can be projected."""
+        if space.rpartition(".")[2] in ("q", "k", "v"):
+            return self.one_head_only
+        return super().only_chosen(arch, space)
+
     def norm_writes(self, arch: Arch, stage: int) -> bool:
         """True: the stream begins with a norm's output, and convolutions of single channels act on it."""
         return True
@@ -239,14 +235,16 @@ def _read_stem(embed: Any, act: str, require: Require) -> Stem:
     return Stem(kind="conv3x3", channels=tuple(layer[0].out_channels for layer in embed.proj[:-1:2]))
 
 
-def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[int, bool, str]]:
+def _read_block(index: int, block: Any, require: Require) -> tuple[Block, tuple[bool, str]]:
     where = f"block {index}"
     require(type(block) is XCABlock, f"{where} is a {type(block).__name__}")
     require(type(block.attn) is XCA and type(block.local_mp) is LPI, f"{where} has other parts than XCiT's")
     require(block.local_mp.conv1.kernel_size == (3, 3), f"{where} has convolutions of another size than 3x3")
     act = activation_of(block.mlp, Mlp, where, require)
-    record = Block(src=index, mixer="xca", heads=0, qk=0, v=0, scale=0.0, mlp=block.mlp.fc1.out_features)
-    return record, (block.attn.num_heads, block.attn.qkv.bias is not None, act)
+    heads = block.attn.num_heads
+    each = block.attn.proj.in_features // heads
+    record = Block(src=index, mixer="xca", heads=heads, qk=each, v=each, scale=0.0, mlp=block.mlp.fc1.out_features)
+    return record, (block.attn.qkv.bias is not None, act)
 
 
 def _read_class_block(index: int, block: Any, bias: bool, act: str, require: Require) -> tuple[int, int, bool]:

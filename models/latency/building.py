@@ -178,7 +178,8 @@ def _axes(source: Arch, stage: Stage, points: int, token_points: int, least: Map
         return _spread(floor, most, number) if most else (0,)
 
     blocks = [block for block in stage.blocks if block.mixer == "attn"]
-    v = max((width for block in stage.blocks for width in (block.v_widths or (block.total_v,))), default=0)
+    valued = [block for block in stage.blocks if block.mixer != "xca"]
+    v = max((width for block in valued for width in (block.v_widths or (block.total_v,))), default=0)
     own: Axes = {"embed": axis("embed", stage.width)}
     if token_points:
         own["tokens"] = _spread(source.prefix_tokens + 1, source.tokens, token_points)
@@ -231,8 +232,16 @@ def _stage_parts(source: Arch, stage: Stage, axes: Axes) -> dict[str, Part]:
     used = {block.mixer for block in stage.blocks}
     if "sepconv" in used:
         parts["sepconv"] = part(lambda conv: absent(mixer="sepconv", v=conv), embed=embed, conv=axes["v"])
-    for mixer in sorted(used & {"pool", "xca"}):
-        parts[mixer] = part(lambda mixer=mixer: absent(mixer=mixer), embed=embed)
+    if "pool" in used:
+        parts["pool"] = part(lambda: absent(mixer="pool"), embed=embed)
+    if "xca" in used:
+        between = [block for block in stage.blocks if block.mixer == "xca"]
+        most, each = max(block.heads for block in between), between[0].qk
+        parts["xca"] = part(
+            lambda channel_heads: absent(mixer="xca", heads=channel_heads, qk=each, v=each),
+            embed=embed,
+            channel_heads=tuple(sorted({1, -(-most // 2), most})),
+        )
     if family_of(source).norm_residuals:
         parts["norm_residual"] = part(lambda: absent(norm_residual=True), embed=embed)
     if "tokens" in axes:

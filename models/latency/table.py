@@ -41,7 +41,7 @@ GRIDS: Mapping[str, tuple[str, ...]] = {  # axes in order
     "conv3x3": ("embed", "conv"),
     "sepconv": ("embed", "conv"),
     "pool": ("embed",),
-    "xca": ("embed",),
+    "xca": ("embed", "channel_heads"),
     "norm_residual": ("embed",),
     "merge_sparse": ("embed", "tokens"),
     "merge_dense": ("embed", "tokens"),
@@ -148,7 +148,8 @@ class LatencyTable:
       reduces its map) and mlp; heads = 0 is a block without attention, mlp = 0 one without MLP;
     - ``attn_shifted``: the same with Swin's shifted windows; ``attn_whole_map``: the same over whole maps (Hiera, SAM);
     - ``conv1x1``, ``conv3x3``, ``sepconv``: convolutions over embed and conv, their own width;
-    - ``pool``: pooling, and ``xca``: what XCiT's attention between channels and its convolutions add, over embed;
+    - ``pool``: pooling, over embed;
+    - ``xca``: what XCiT's attention between channels and its convolutions add, over embed and channel_heads, its heads;
     - ``norm_residual``: what the normalised residual of a missing mixer adds, over embed;
     - ``merge_sparse``, ``merge_dense``: what a token plan adds, over embed and tokens.
 
@@ -209,6 +210,8 @@ class LatencyTable:
                 for kind in ("heads", "qk", "v"):
                     gains[f"blocks.{i}.{kind}"] = placed.gain(**{kind: at[kind] - 1})
                 gains[f"blocks.{i}.attn"] = placed.gain(qk=at["qk"] - 1, v=at["v"] - arch.qk_rows) / block.heads
+            if block.mixer == "xca":
+                gains[f"blocks.{i}.heads"] = placed.gain(channel_heads=block.heads - 1)
             if block.mixer == "sepconv":
                 gains[f"blocks.{i}.v"] = placed.gain(conv=block.total_v - 1)
             for kind, size in (("mlp", block.mlp), ("sr", block.sr)):
@@ -243,7 +246,7 @@ class LatencyTable:
             at |= {"heads": block.heads, "qk": block.qk, "v": block.total_v / block.heads, "sr": block.sr}
         else:  # no attention at any widths; the first ones are as good as others
             at |= {name: points[0] for name, points in grids[0].axes.items() if name in ("qk", "v", "sr")}
-            at |= {"heads": 0, "conv": block.total_v}
+            at |= {"heads": 0, "conv": block.total_v, "channel_heads": block.heads}
         return _Placed(s, where, grids, at)
 
     def _check_kind(self, arch: Arch) -> None:

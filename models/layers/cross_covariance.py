@@ -1,8 +1,8 @@
 """XCiT (arXiv 2106.09681): attention between channels, convolutions of single channels, and class attention that norms.
 
-The width of attention and its heads are the source's, however narrow the stream is.
+The width of a head is the source's, however narrow the stream is; of heads every block has its own number.
 
-Shapes: B batch, N patches, D residual width, W width of attention, H heads.
+Shapes: B batch, N patches, D residual width, H heads, E width of a head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from einops import rearrange
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 from torch import nn
 
-from prunesweep.models.arch import Arch, Block, ClassAttention, CrossCovariance
+from prunesweep.models.arch import Arch, Block, ClassAttention
 
 from .class_attention import ClassTokenAttention
 
@@ -23,13 +23,21 @@ __all__ = ["CrossCovarianceAttention", "CrossCovarianceBlock", "LocalPatchIntera
 
 
 class CrossCovarianceAttention(nn.Module):
-    """Attention of a head's channels over its channels: y = softmax(t q k^T) v, of q and k whose rows have length 1."""
+    """Attention of a head's channels over its channels: y = softmax(t q k^T) v, of q and k whose rows have length 1.
 
-    def __init__(self, dim: int, record: CrossCovariance, bias: bool) -> None:
+    Args:
+        dim: D.
+        num_heads: H.
+        width: E.
+        bias: queries, keys and values have biases.
+    """
+
+    def __init__(self, dim: int, num_heads: int, width: int, bias: bool) -> None:
         super().__init__()
-        self.num_heads = record.heads
-        self.temperature = nn.Parameter(torch.ones(record.heads, 1, 1))
-        self.qkv, self.proj = nn.Linear(dim, 3 * record.width, bias=bias), nn.Linear(record.width, dim)
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * num_heads * width, bias=bias)
+        self.proj = nn.Linear(num_heads * width, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix channels, (B, N, D) to the same."""
@@ -67,9 +75,8 @@ class CrossCovarianceBlock(nn.Module):
         self.mixer, self.has_mlp = block.mixer, block.mlp > 0
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if self.mixer == "xca":
-            assert arch.cross_covariance is not None
             self.norm1, self.norm3 = norm_layer(dim), norm_layer(dim)
-            self.attn = CrossCovarianceAttention(dim, arch.cross_covariance, arch.qkv_bias)
+            self.attn = CrossCovarianceAttention(dim, block.heads, block.qk, arch.qkv_bias)
             self.local_mp = LocalPatchInteraction(dim, stage.grid, act_layer)
             self.ls1, self.ls3 = LayerScale(dim), LayerScale(dim)
         if self.has_mlp:

@@ -124,6 +124,11 @@ def raw_saliency(model: nn.Module, arch: Arch) -> dict[str, torch.Tensor]:
             part = _terms(block.module)
             inputs = part["attn.bconv.0.weight"].sum((0, 2, 3))
             embed[s] = embed[s] + inputs + _flat(part["attn.bconv.3.weight"]) + part["attn.bconv.3.bias"]
+        elif block.record.mixer == "xca":  # a head enters with all of its channels
+            attn: Any = block.module.get_submodule("attn")
+            rows, columns = _sums([LinearView("attn.qkv", attn.qkv)])
+            raw[f"blocks.{i}.heads"] = rows["attn.qkv"].view(3, block.record.heads, -1).sum((0, 2))
+            embed[s] = embed[s] + columns["attn.qkv"] + _rows_and_bias(LinearView("attn.proj", attn.proj))
         elif block.record.mixer == "sepconv":
             part = {name: _term(own) for name, own in block.module.named_parameters()}
             first = part["attn.pwconv1.weight"]

@@ -162,6 +162,8 @@ def cut_of(arch: Arch, keep: Vectors) -> Cut:
         own = {"mlp": None} | _own(i, kept)
         if "heads" not in own and "v" in own:  # of a separable convolution
             own["v"] = (own["v"],)
+        if "heads" in own and isinstance(block.v, int):  # of attention between channels, heads alone
+            own = {"qk": range(block.qk), "v": range(block.v)} | own
         choices.append(BlockCut.aligned(block, **own) if "heads" in own else BlockCut(**own))
     return Cut(embed=tuple(kept[f"stages.{s}.embed"] for s in range(len(arch.stages))), blocks=tuple(choices))
 

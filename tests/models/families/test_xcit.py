@@ -1,4 +1,4 @@
-"""XCiT: the full record is the same function; MLP units, the stream and blocks are cut, attention stays whole."""
+"""XCiT: the full record is the same function; heads, MLP units, the stream and blocks are cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from timm.models._registry import _model_to_module
 from prunesweep.models import (
     Arch,
     BlockCut,
-    CrossCovariance,
     Cut,
     Stem,
     UserError,
@@ -24,6 +23,7 @@ from prunesweep.models import (
     build,
     cost,
     cut,
+    cut_arch,
     load,
     num_params,
     save,
@@ -31,14 +31,15 @@ from prunesweep.models import (
 from prunesweep.models.families import family_of
 from prunesweep.models.latency.building import macs_table
 from prunesweep.models.without_values import without_values
-from prunesweep.pruners import upvit
+from prunesweep.pruners import WidthMethod, get_method, upvit
 from prunesweep.pruners.nvit.hook import NViTPruning
+from prunesweep.pruners.ranked import GROUP_SIZES
 from prunesweep.pruners.subspaces import compress, equal_shares
 from prunesweep.pruners.uvc.hook import UVC
 from prunesweep.pruners.uvc.settings import UVCSettings
 from tests.generate import random_arch, random_images, random_model
 from tests.models.test_counting import counted_macs
-from tests.pruners.nvit.test_hook import GROUPS, ladder, train
+from tests.pruners.nvit.test_hook import GROUPS, least, train
 
 
 def small(name: str = "xcit_nano_12_p16_224", **options: Any) -> Any:
@@ -110,13 +111,17 @@ def test_other_sizes_and_latency() -> None:
 def test_what_is_pruned_while_it_trains_is_the_masked_model() -> None:
     arch = random_arch(Random(0), "xcit", ragged=False, missing=False, extras=False)
     model, x = random_model(arch, 0), random_images(arch, 1000)
-    hook = NViTPruning(ladder(arch, 0.5), groups=GROUPS, interval=2, groups_per_step=4, exact=False)
+    groups = GROUPS | {"mlp": 64}  # of the units few are left to take, so that heads go
+    budget = (4 * least(arch, groups=groups) + cost(arch).macs) / 5
+    hook = NViTPruning([budget], groups=groups, interval=2, groups_per_step=4, exact=False)
     hook.wrap(model)
     for _ in train(model, hook):
         pass
     (snapshot,) = hook.snapshots
     narrow = arch_of(snapshot.model)
-    assert (narrow.cross_covariance, narrow.class_attention) == (arch.cross_covariance, arch.class_attention)
+    assert narrow.class_attention == arch.class_attention
+    assert all(new.qk == old.qk for new, old in zip(narrow.blocks, arch.blocks, strict=True))
+    assert sum(block.heads for block in narrow.blocks) < sum(block.heads for block in arch.blocks)
     assert narrow.stages[0].width < arch.stages[0].width
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), snapshot.model.eval()(x), rtol=0, atol=1e-9)
@@ -125,7 +130,7 @@ def test_what_is_pruned_while_it_trains_is_the_masked_model() -> None:
 def test_what_attention_between_channels_does_not_allow() -> None:
     arch = random_arch(Random(1), "xcit", ragged=False, missing=False, extras=False)
     model, x = random_model(arch, 0), random_images(arch, 0)
-    with pytest.raises(UserError, match="UVC prunes families .*; it has 'channel_attention': it gates heads"):
+    with pytest.raises(UserError, match="UVC prunes families .*; it has 'channel_attention': it gates value channels"):
         UVC(UVCSettings(budgets=(0.5,))).wrap(model)
     with pytest.raises(UserError, match="it has 'channel_attention'"):
         upvit.score(model, [(x, torch.zeros(len(x), dtype=torch.long))])
@@ -134,7 +139,9 @@ def test_what_attention_between_channels_does_not_allow() -> None:
     ):
         compress(model, equal_shares(arch, 0.5), [x])
     for choice, message in (
-        (BlockCut(qk=((0,),), v=((0,),)), "attention between channels stays whole"),
+        (BlockCut(qk=((0, 1),), v=((0,),)), "keep all channels of the head, as qk and as v"),
+        (BlockCut(qk=((0,),), v=((0,),)), "a softmax runs over all channels of a head; keep all channels of the head"),
+        (BlockCut(qk=((0, 3),), v=((0, 3),)), "a softmax runs over all channels of a head; keep channels of one head"),
         (BlockCut(mixer="conv3x3"), "convolutions come from attention of"),
         (BlockCut(mixer="norm"), "must be 'xca' or 'none', without norm_residual"),
     ):
@@ -145,16 +152,66 @@ def test_what_attention_between_channels_does_not_allow() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cross_covariance": None}, "needs cross_covariance"),
-        ({"cross_covariance": CrossCovariance(width=5, heads=2)}, "width = 5: must be a multiple of heads = 2"),
         ({"stem": Stem(kind="conv3x3", channels=(), strides=(2,))}, "without stem.strides"),
-        ({"family": "cait", "cross_covariance": None}, "stem"),
+        ({"family": "cait"}, "stem"),
     ],
 )
 def test_impossible_records_are_refused(fields: dict[str, Any], message: str) -> None:
     arch = random_arch(Random(1), "xcit", ragged=False, missing=False, extras=False)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(arch, **fields).validate()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 0}, r"blocks\[0\].heads = 0"),
+        ({"v": 1}, "v = 1: must be qk"),
+        ({"scale": 1.0}, "scale = 1.0: must be 0 where mixer is 'xca', whose factor is learned"),
+    ],
+)
+def test_impossible_attention_between_channels_is_refused(fields: dict[str, Any], message: str) -> None:
+    arch = arch_of(adopted(small()))
+    (stage,) = arch.stages
+    blocks = (dataclasses.replace(stage.blocks[0], **fields), *stage.blocks[1:])
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(arch, stages=(dataclasses.replace(stage, blocks=blocks),)).validate()
+
+
+def test_heads_go_whole_and_each_block_has_its_own_number() -> None:
+    """The others' softmax does not see them: a head that goes is as one whose values are nothing."""
+    model: Any = adopted(small())
+    whole = range(8)
+    first = BlockCut.aligned(arch_of(model).blocks[0], heads=(0, 2), qk=whole, v=whole, mlp=None)
+    narrow: Any = cut(model, Cut(blocks=(first, BlockCut())))
+    arch, x = arch_of(narrow), random_images(arch_of(model), 1)
+    assert [(block.heads, block.qk, block.v) for block in arch.blocks] == [(2, 8, 8), (3, 8, 8)]
+    assert torch.equal(narrow.blocks[0].attn.temperature, model.blocks[0].attn.temperature[[0, 2]])
+    assert (cost(arch).params, cost(arch).macs) == (num_params(narrow), counted_macs(build(arch), arch))
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight[:, 8:16] = 0
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["nvit", "taylor", "isomorphic", "magnitude"])
+def test_methods_take_heads_that_give_nothing_first(name: str) -> None:
+    model: Any = adopted(small())
+    arch, method = arch_of(model), get_method(name, WidthMethod)
+    with torch.no_grad():
+        qkv = model.blocks[0].attn.qkv.weight.view(3, 3, 8, 24)
+        qkv[:, 1] *= 1e-6
+        model.blocks[0].attn.proj.weight[:, 8:16] *= 1e-6
+    batch = (random_images(arch, 2), torch.tensor([0, 1, 2]))
+    scores = method.score(model, [batch])
+    vector = scores.vectors["blocks.0.heads"]
+    assert vector.shape == (3,)
+    assert vector.abs().argmin() == 1
+    if name != "isomorphic":
+        groups = dict.fromkeys(GROUP_SIZES, 0) | {"heads": 1}
+        found = method.decide(arch, scores, 0.95 * cost(arch).macs, groups=groups).cut
+        assert found.blocks[0].qk == (tuple(range(8)), tuple(range(16, 24)))
+    narrow = cut_arch(arch, method.decide(arch, scores, 0.6 * cost(arch).macs).cut)
+    assert all(block.qk == 8 for block in narrow.blocks)
 
 
 def test_a_block_may_lose_its_mixer_or_its_mlp() -> None:
