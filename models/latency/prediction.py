@@ -126,6 +126,9 @@ def _random_block(random: Random, grids: Mapping[str, Grid], stage: Stage, sourc
     if draw < 0.1 and "conv3x3" in grids and missing:
         mixer, v = random.choice(("conv1x1", "conv3x3")), _draw(random, grids["conv3x3"].axes["conv"], keep)
         return Block(src=source.src, mixer=mixer, heads=0, qk=0, v=v, scale=0.0, mlp=mlp)
+    if source.mixer == "xca" and "xca" in grids and draw >= 0.1:
+        heads = _draw(random, grids["xca"].axes["channel_heads"], keep)
+        return dataclasses.replace(source, heads=heads, mlp=mlp)
     if source.mixer not in ("attn", "none") and source.mixer in grids and draw >= 0.1:
         channels = grids[source.mixer].axes.get("conv")
         v = _draw(random, channels, keep) if channels else 0

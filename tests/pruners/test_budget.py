@@ -242,6 +242,8 @@ def decision(arch: Arch, left: dict[str, tuple]) -> Cut:
         own = {kind: kept.get(f"blocks.{i}.{kind}") for kind in GROUP_SIZES}
         qk, v = own["dim"] or own["qk"], joint_values(block, own["dim"]) if own["dim"] else own["v"]
         choice = BlockCut(mlp=own["mlp"])  # of attention that stays whole
+        if block.mixer == "xca":
+            qk = v = range(block.qk)
         if block.convolves:
             choice = BlockCut(v=(v,), mlp=own["mlp"])
         elif qk is not None:

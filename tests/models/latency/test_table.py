@@ -157,7 +157,7 @@ def test_unit_gains_are_backward_differences(family: str) -> None:
         assert gains[f"stages.{s}.embed"] == pytest.approx(macs - cost(_with_stage(source, s, narrower)).macs)
         for b, block in enumerate(stage.blocks):
             attends = block.mixer == "attn"
-            own = ["heads", "qk", "v"] if attends else ["v"] if block.mixer == "sepconv" else []
+            own = {"attn": ["heads", "qk", "v"], "sepconv": ["v"], "xca": ["heads"]}.get(block.mixer, [])
             for kind in (*own, "mlp", *(["sr"] if block.sr else [])):
                 less = getattr(block, kind) - 1
                 want = 0.0
