@@ -408,7 +408,7 @@ def random_sam(random: Random, ragged: bool, missing: bool, extras: bool) -> Arc
     """Windows that may not divide the map, blocks over all of it, positions of either kind and none, with a neck."""
     patch, rows, columns = random.choice([2, 3]), random.randint(2, 5), random.randint(2, 5)
     blocks = []
-    for i in range(random.randint(1, 3)):
+    for i in range(random.randint(2, 3)):
         block = random_block(random, i, ragged=ragged, missing=missing, extras=extras)
         spans = block.mixer == "attn" and random.random() < 0.4
         blocks.append(dataclasses.replace(block, whole_map=spans))

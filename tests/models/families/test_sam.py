@@ -142,16 +142,21 @@ def test_a_head_may_take_channels_of_several_and_its_positions_with_them() -> No
         assert torch.isfinite(one(x)).all()
 
 
-def test_latency_and_exports(tmp_path: Path) -> None:
-    arch, model = own(2)
+def test_blocks_over_the_whole_map_have_latencies_of_their_own() -> None:
+    arch, _ = own(2)
     spans = tuple(dataclasses.replace(b, whole_map=i == 0) for i, b in enumerate(arch.blocks))
     arch = dataclasses.replace(arch, stages=(dataclasses.replace(arch.stages[0], blocks=spans),))
     table = macs_table(arch, ms_per_gmac=1.0)
     assert "attn_whole_map" in table.stages[0]
     assert table.predict(arch) == pytest.approx(cost(arch).macs / 1e9)
-    model = random_model(arch, 2, torch.float32)
-    for to in ("torch-export", "standalone"):
-        assert export(model, tmp_path / to, to) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torch-export", "onnx"])
+def test_exported_models_have_windows_and_positions(to: str, tmp_path: Path) -> None:
+    arch, _ = own(2)
+    assert {block.whole_map for block in arch.blocks} == {True, False}
+    assert export(random_model(arch, 2, torch.float32), tmp_path / "model", to) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from prunesweep.models import UserError, arch_of, cut, load, load_provenance, preprocessing_of, read_arch, save
 from prunesweep.models.builder import set_label_names
+from prunesweep.models.families import family_of
 from prunesweep.models.io.files import publish_folder, write_text
 from prunesweep.models.io.store import check_saved
 from tests.generate import FAMILIES, random_arch, random_cut, random_images, random_model
@@ -142,7 +143,7 @@ def test_a_token_plan_is_for_one_image_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_only(family: str, tmp_path: Path) -> None:
-    """As timm's own models: the maps of the last three blocks of a ViT, of every stage of others."""
+    """As timm's own models: the maps of the last three blocks where there is one stage, of every stage of others."""
     arch = random_arch(Random(4), family)
     save(random_model(arch, 4, torch.float32), tmp_path / "model")
     whole: Any = load(tmp_path / "model")
@@ -151,7 +152,7 @@ def test_features_only(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found, wanted = part(x), whole.forward_intermediates(x, intermediates_only=True)
     assert part.feature_info.channels() == [m.shape[1] for m in found]
-    assert len(found) == (min(3, arch.depth) if family == "vit" else len(arch.stages))
+    assert len(found) == (min(3, arch.depth) if family_of(arch).single_stage else len(arch.stages))
     for ours, theirs in zip(found, wanted[-len(found) :], strict=True):
         assert torch.equal(ours, theirs)
 
