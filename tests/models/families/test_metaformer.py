@@ -195,6 +195,7 @@ def test_other_sizes_features_and_classifiers(tmp_path: Path) -> None:
         model.reset_classifier(7, "max")
 
 
+@pytest.mark.slow
 def test_onnx_computes_the_same(tmp_path: Path) -> None:
     arch = dataclasses.replace(random_arch(Random(2), "metaformer", missing=False), head_mlp=3)
     assert export(random_model(arch, 3, torch.float32), tmp_path / "small.onnx", "onnx") < 1e-5
