@@ -277,7 +277,9 @@ class SamFamily(Family):
         needs(isinstance(embed.norm, nn.Identity), "it has a LayerNorm in the patch embedding")
         needs(model.rope_global is None, "it turns queries and keys by their places (use_rope)")
         needs(type(model.head) is ClassifierHead, "its head has a hidden layer (head_hidden_size)")
-        needs(model.global_pool == "avg", f"its pooling is {model.global_pool!r}, not 'avg'")
+        pooled = "; of a model that is pooled, prunesweep.models.features.features gives the map"
+        pool = model.global_pool
+        needs(pool == "avg", f"its pooling is {pool!r}, not 'avg'{'' if pool else pooled}")
         (rows, columns), window = embed.grid_size, _read_window(model, needs)
         fits = window is None or (window[0] <= rows and window[1] <= columns)
         needs(fits, f"its windows {window} are larger than its map of {rows}x{columns} patches")

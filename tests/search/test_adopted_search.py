@@ -75,6 +75,19 @@ def test_three_trials_where_one_stage_has_attention(tmp_path: Path, monkeypatch:
         assert {block.mixer for block in arch_of(small).blocks} == {"sepconv", "attn"}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no better than chance", "ignore:.*images of any size")
+def test_three_trials_of_windows_and_a_whole_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    torch.manual_seed(0)
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "num_heads": 2}
+    windows = {"depth": 2, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 8}
+    model = timm.create_model("samvit_base_patch16_224", **shape, **windows)
+    model.pretrained_cfg |= {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    for small in searched(adopted(model), True, tmp_path):
+        assert (arch_of(small).neck, arch_of(small).stages[0].window) == (8, (3, 3))
+
+
 def searched(model: nn.Module, recover: bool, folder: Path) -> list[nn.Module]:
     """The models of a search from a source, smaller and else alike."""
     source = save(model, folder / "source")

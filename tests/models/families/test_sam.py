@@ -165,6 +165,7 @@ def test_exported_models_have_windows_and_positions(to: str, tmp_path: Path) -> 
         ({"use_rope": True, "use_rel_pos": False, "embed_dim": 16}, "turns queries and keys by their places"),
         ({"head_hidden_size": 7}, "its head has a hidden layer"),
         ({"global_pool": "max"}, "its pooling is 'max', not 'avg'"),
+        ({"global_pool": "", "num_classes": 0}, "its pooling is '', not 'avg'; of a model that is pooled"),
         ({"window_size": 9}, "are larger than its map of 4x4 patches"),
     ],
 )

@@ -176,6 +176,22 @@ FAMILIES = {
     "behind": dataclasses.replace(ARCH, family="eva", post_norm=True),
     "table": dataclasses.replace(ARCH, family="beit", position_bias=PositionBias(kind="table")),
     "mlp": dataclasses.replace(ARCH, family="beit", position_bias=PositionBias(kind="mlp", hidden=3)),
+    "windows": dataclasses.replace(
+        ARCH,
+        family="sam",
+        class_token=False,
+        pool="avg",
+        position_bias=PositionBias(kind="decomposed"),
+        neck=5,
+        stages=tuple(
+            dataclasses.replace(
+                s,
+                window=(min(s.grid[0], 3), 1),
+                blocks=tuple(dataclasses.replace(b, whole_map=b.src == 1) for b in s.blocks),
+            )
+            for s in ARCH.stages
+        ),
+    ),
 }
 
 
