@@ -4,6 +4,7 @@ They are ViTs that may have rotary position embedding, gated MLPs, norms within 
 layers without bias. They are built as ViTs (``families.vit``) whose attention turns pairs of channels by their token's
 place (``layers.rotary``). timm lays pairs out in two ways, joins projections or not, and keeps some biases apart; here
 all have one layout, so a timm model is *adopted*: its weights are given the names and the order of rows of this one.
+Where attention and MLP stand side by side behind one norm and in front of one layer scale, each gets them as its own.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def rows_in(memory_mb: int, arch: Arch, element_size: int) -> int:
         places = stage.grid[0] * stage.grid[1] + arch.prefix_tokens
         for block in stage.blocks:
             spans = stage.window is None or block.whole_map
-            keys = places // stage.sr_ratio**2 if spans else math.prod(stage.window or ())
+            reduced = arch.pooled_map**2 or places // stage.sr_ratio**2
+            keys = reduced if spans else math.prod(stage.window or ())
             channels = 6 * stage.width + 2 * block.mlp + 2 * block.heads * block.qk + block.total_v
             largest = max(largest, places * (channels + (block.heads + 2) * keys))
     return max(1, memory_mb * 2**20 // (largest * element_size))
