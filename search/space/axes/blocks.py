@@ -9,6 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from prunesweep.models import Arch
+from prunesweep.models.families import family_of
 from prunesweep.search.space.variables import Params, Variable
 
 from .base import Axis, Draft, ScoredSource
@@ -38,7 +39,7 @@ class Blocks(Axis):
         """All bits, then all mixers."""
         depth = source.arch.depth
         bits = [Variable(f"skip.{i}", f"block {i} is dropped", 0, 1, whole=True) for i in range(depth)]
-        mixers = [Variable(f"mixer.{i}", f"mixer of block {i}", choices=MIXERS) for i in range(depth)]
+        mixers = [Variable(f"mixer.{i}", f"mixer of block {i}", choices=_mixers(source.arch)) for i in range(depth)]
         return (*bits, *mixers)
 
     def apply(self, draft: Draft, point: Params, source: ScoredSource) -> Draft:
@@ -54,7 +55,8 @@ class Blocks(Axis):
         for i in range(target.depth):
             src = i * dense.depth // target.depth
             found[f"skip.{i}"] = int(src not in kept)
-            found[f"mixer.{i}"] = kept[src].mixer if src in kept else MIXERS[0]
+            own = kept[src].mixer if src in kept else MIXERS[0]
+            found[f"mixer.{i}"] = own if own in _mixers(target) else MIXERS[0]
         return found
 
     def prior(self, arch: Arch, random: Random) -> Params:
@@ -65,6 +67,12 @@ class Blocks(Axis):
         first stage and, now and then, late in the third. UVC's (arXiv 2203.08243): few blocks go, and late ones.
         """
         return dict(_drawn(arch, random))
+
+
+def _mixers(arch: Arch) -> tuple[str, ...]:
+    """The mixers that blocks of the source may have."""
+    convolutions = family_of(arch).supports("mixers")
+    return tuple(mixer for mixer in MIXERS if convolutions or not mixer.startswith("conv"))
 
 
 def _drawn(arch: Arch, random: Random) -> Iterator[tuple[str, float | int | str]]:
@@ -81,7 +89,7 @@ def _drawn(arch: Arch, random: Random) -> Iterator[tuple[str, float | int | str]
         else:
             mixer = "attn" if i >= prefix else "conv3x3" if i >= prefix - wide else "conv1x1"
         yield f"skip.{i}", int(i in dropped)
-        yield f"mixer.{i}", mixer
+        yield f"mixer.{i}", mixer if mixer in _mixers(arch) else MIXERS[0]
 
 
 AXIS = Blocks(

@@ -12,7 +12,7 @@ from prunesweep.models import Arch
 from prunesweep.search.space.variables import Params
 
 from .base import NATURAL, Axis, Draft, ScoredSource
-from .depth import check_depth
+from .depth import check_depth, check_family
 
 if TYPE_CHECKING:
     from prunesweep.search.config import SpaceTable
@@ -25,8 +25,9 @@ class Conv(Axis):
     """A prefix of 1x1 convolutions, the form that SPViT's searches found (arXiv 2111.11802)."""
 
     def fit(self, table: SpaceTable, arch: Arch) -> None:
-        """There are no more than the source's blocks."""
+        """There are no more than the source's blocks, and attention of its family can become a convolution."""
         check_depth(self.name, table, arch, arch.depth)
+        check_family(self.name, table, arch, "mixers", 0)
 
     def apply(self, draft: Draft, point: Params, source: ScoredSource) -> Draft:
         """Put 1x1 convolutions in the place of attention; ``conv3`` widens some of them."""

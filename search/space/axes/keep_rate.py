@@ -15,6 +15,7 @@ from prunesweep.pruners import Scores
 from prunesweep.search.space.variables import Params
 
 from .base import SHARE, TOKENS, Axis, Draft, ScoredSource
+from .depth import check_family
 
 if TYPE_CHECKING:
     from prunesweep.search.config import SpaceTable
@@ -35,6 +36,10 @@ class KeepRate(Axis):
                 0.1,
             ),
         }
+
+    def fit(self, table: SpaceTable, arch: Arch) -> None:
+        """Tokens of the source's family can be merged."""
+        check_family(self.name, table, arch, "tokens", 1)
 
     def needs(self, table: SpaceTable, method: str) -> tuple[str, ...]:
         """The importance of patches, where any may be merged."""

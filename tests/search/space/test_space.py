@@ -6,11 +6,13 @@ from random import Random
 import pytest
 import torch
 
-from prunesweep.models import Arch, UserError, cost
+from prunesweep.models import Arch, UserError, arch_of, cost
+from prunesweep.models.families import FAMILIES
 from prunesweep.pruners import GROUP_SIZES, Scores, WidthMethod, drop_order, get_method, score_depth, vector_sizes
 from prunesweep.pruners.nvit.saliency import KINDS
 from prunesweep.search.config import SpaceTable
 from prunesweep.search.space.space import Space, candidate_names
+from tests import contract_pruner
 from tests.generate import random_arch, random_images, random_model
 from tests.search.helpers import ARCH, make_space
 
@@ -193,3 +195,15 @@ def test_blocks_of_a_pyramid_are_dropped_and_every_stage_keeps_one() -> None:
         assert {b.src for b in found.blocks} == set(range(arch.depth)) - set(drop_order(scores["depth_kl"])[:skip])
     with pytest.raises(UserError, match=f"the source has {arch.depth} blocks, so it must not exceed {most}"):
         Space.check(table.model_copy(update={"skip": (0, most + 1)}), arch, "magnitude")
+
+
+@pytest.mark.parametrize("family", [name for name, own in FAMILIES.items() if not own.supports("mixers", "tokens")])
+def test_a_space_asks_for_nothing_that_the_source_s_family_cannot_have(family: str) -> None:
+    arch = arch_of(contract_pruner.source(family, 7, attn_norm=False, mlp_norm=False))
+    for capability, table in (("mixers", {"conv": (0, 1)}), ("tokens", {"keep_rate": (0.5, 1.0)})):
+        if not FAMILIES[family].supports(capability):
+            with pytest.raises(UserError, match=rf"space\.\w+ = .*which lacks '{capability}'.*set it to \["):
+                Space.blank(SpaceTable(budget=(0.5, 0.9), **table), arch, "magnitude")
+    space = Space.blank(SpaceTable(budget=(0.5, 0.9), encoding="full"), arch, "magnitude")
+    convolutions = {"conv1x1", "conv3x3"} & {mixer for v in space.variables for mixer in v.choices}
+    assert bool(convolutions) == FAMILIES[family].supports("mixers")
