@@ -107,7 +107,7 @@ class _Filling:
         size = self.ranked[name].finest
         self._remove(name, size)
         unit = UNITS[kind_of(name)].format(place_of(name))
-        many = unit if size == 1 else unit.replace(" ", "s ", 1)
+        many = unit if size == 1 else unit.replace(" of ", "s of ", 1)
         whole = {kind_of(other) for other in self.ranked} - {kind_of(other) for other in gains}
         return f"the smallest step left, {size} {many}, is {gains[name] / self.budget:.1%} of the budget" + (
             f" (at their floors or kept whole: {', '.join(sorted(whole))})" if whole else ""

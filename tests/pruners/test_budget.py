@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from random import Random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,6 +24,9 @@ from prunesweep.pruners import (
     vector_sizes,
     width_path,
 )
+from prunesweep.pruners.fill import fill
+from prunesweep.pruners.narrowing import Narrowing
+from prunesweep.pruners.ranked import Ranked
 from tests.generate import FAMILIES, random_arch, random_images, random_model
 
 GROUPS = {"embed": 2, "heads": 1, "qk": 2, "v": 2, "dim": 2, "mlp": 3, "sr": 2, "tail": 2}
@@ -206,6 +210,13 @@ def test_a_hindrance_is_named() -> None:
     little = without.reach(0.9 * total)
     assert little.cost == without.costs[0]
     assert f"with dropped blocks, has {without.costs[0]:,.6g}" in little.hindrance
+
+
+def test_several_units_that_are_one_step_are_named_in_the_plural() -> None:
+    arch = digits()
+    hidden = Ranked.of(np.ones(arch.blocks[0].mlp), 64, finest=64)
+    filled = fill(Narrowing(arch, MACS), {"blocks.0.mlp": hidden}, {}, cost(arch).macs - 1)
+    assert filled.hindrance.startswith("the smallest step left, 64 hidden units of block 0, is")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
