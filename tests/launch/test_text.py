@@ -77,7 +77,7 @@ def test_what_does_not_go_together_is_named(source: Path, tmp_path: Path) -> Non
     prune = ("prune", source, "--budget", 0.5, "--out", tmp_path / "out", "--data")
     text = refused(*prune, "pydocs", "--method", "nvit")
     assert "adaptive_lm is a 'lm', for which there are: upvit, magnitude, random" in text
-    assert "(of 'lm', it lacks 'images': takes images" in text
+    assert "(of 'lm', it lacks 'images': it takes words)" in text
     assert "are images" in refused(*prune, "digits", "--method", "upvit")
 
 
