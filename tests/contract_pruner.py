@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -76,13 +77,18 @@ class PrunerContract:
     def score(self, model: nn.Module | None = None) -> Scores:
         return self.pruner.score(self.model if model is None else model, self.batches)
 
+    @cached_property
+    def scores(self) -> Scores:
+        """Of the source, made once: that scoring is a pure function is checked by itself."""
+        return self.score()
+
     def decide(self, arch: Arch, scores: Scores, budget: float) -> Reached:
         """The method's decision; small models need groups smaller than the usual ones, where a rule has groups."""
         settings = {"groups": GROUPS} if self.pruner.along_path else {}
         return self.pruner.decide(arch, scores, budget, measure=MACS, **settings)
 
     def check_every_unit_is_scored(self) -> None:
-        scores = self.score()
+        scores = self.scores
         expected = vector_sizes(self.arch, self.pruner.kinds)
         if self.pruner.projected:  # queries and keys whose cosines count have no subspaces, nor have values with a norm
             spaces = {"qk": "q", "v": "v"}
@@ -121,7 +127,7 @@ class PrunerContract:
         assert calls[-1][0] == calls[-1][1]
 
     def check_budgets_are_met_or_the_hindrance_is_named(self) -> None:
-        scores, total = self.score(), cost(self.arch).macs
+        scores, total = self.scores, cost(self.arch).macs
         for share in (0.95, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5):
             found = self.decide(self.arch, scores, share * total)
             small = cut(self.model, found.cut)
@@ -132,7 +138,7 @@ class PrunerContract:
 
     def check_budgets_choose_alike(self) -> None:
         """Of the units of one kind in one place, what a budget keeps is part of what another keeps, or holds it."""
-        scores, total = self.score(), cost(self.arch).macs
+        scores, total = self.scores, cost(self.arch).macs
         kept = [kept_units(self.arch, self.decide(self.arch, scores, b * total).cut) for b in (0.9, 0.7, 0.5)]
         for larger, smaller in itertools.pairwise(kept):
             for name, units in larger.items():
@@ -141,6 +147,6 @@ class PrunerContract:
 
     def check_a_cut_model_can_be_scored_and_cut_again(self) -> None:
         total = cost(self.arch).macs
-        small = cut(self.model, self.decide(self.arch, self.score(), 0.8 * total).cut)
+        small = cut(self.model, self.decide(self.arch, self.scores, 0.8 * total).cut)
         again = self.decide(arch_of(small), self.score(small), 0.6 * total).cut
         assert cost(arch_of(cut(small, again))).macs <= 0.6 * total

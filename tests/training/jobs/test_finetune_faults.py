@@ -154,7 +154,10 @@ def lose_a_node(cluster: Cluster) -> Callable[[Watch], None]:
     def accident(watch: Watch) -> None:
         raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
         busy = [raylets[parent(pid)] for pid in watch.workers[-1] if parent(pid) in raylets]
-        cluster.remove_node(busy[0], allow_graceful=False)
+        if busy:
+            cluster.remove_node(busy[0], allow_graceful=False)
+        else:  # of a node that was lost a moment ago a worker goes on until it finds that out
+            watch.accidents[watch.epochs[-1].epoch + 1] = accident
 
     return accident
 
