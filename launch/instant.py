@@ -96,7 +96,7 @@ def instant(
     setting = _setting(predictor) if measure else None
     arch = check_source(source)
     if reason := can_recover(arch):
-        raise UserError(f"{source}: cannot be projected: {reason}")
+        raise UserError(f"{source}: cannot be projected: {reason}{_instead(source, arch)}")
     protected = check_protected(protect, source)
     model = open_source(source)
     budgeted: Any = objective if predictor is None else latency(predictor, arch_of(model))
@@ -140,6 +140,20 @@ def instant(
         return
     show_front(console, facts, out, [share for share in shares if share not in {p.budget for p in points}])
     show_next(console, list(after_model(str(out / rows[-1]["model"]), source, data)))
+
+
+def _instead(source: str, arch: Arch) -> str:
+    """Name the methods that cut a source which cannot be projected."""
+    from prunesweep.pruners import METHODS, WidthMethod
+
+    able = [
+        n for n, m in METHODS.items() if isinstance(m, WidthMethod) and not m.projected and arch.family in m.families
+    ]
+    if "taylor" not in able:
+        return ""
+    return (
+        f". Cut it, and train what is left: prunesweep prune {source} --method taylor (or {', '.join(able)}), finetune"
+    )
 
 
 def _shares(text: str) -> list[float]:

@@ -275,6 +275,14 @@ def test_bad_options_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_family_without_subspaces_is_told_what_cuts_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, text = call(capsys, "instant", "pit_ti_224", "--data", "digits", "--out", str(tmp_path / "front"))
+    assert code == 2
+    assert "it lacks 'streams'" in text
+    assert "prunesweep prune pit_ti_224 --method taylor (or nvit, isomorphic, taylor," in text
+    assert not (tmp_path / "front").exists()
+
+
 def test_data_of_another_size_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     save(build(dataclasses.replace(vit(), num_classes=10)), tmp_path / "source")
     code, _, err = call(capsys, "instant", tmp_path / "source", "--data", "digits", "--out", tmp_path / "out")
