@@ -149,11 +149,9 @@ def _instead(source: str, arch: Arch) -> str:
     able = [
         n for n, m in METHODS.items() if isinstance(m, WidthMethod) and not m.projected and arch.family in m.families
     ]
-    if "taylor" not in able:
-        return ""
-    return (
-        f". Cut it, and train what is left: prunesweep prune {source} --method taylor (or {', '.join(able)}), finetune"
-    )
+    others = ", ".join(name for name in able if name not in ("taylor", "random"))
+    best = f"prunesweep prune {source} --method taylor (or {others})"
+    return f". Cut it by scores, and finetune it: {best}" if "taylor" in able else ""
 
 
 def _shares(text: str) -> list[float]:

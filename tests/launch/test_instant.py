@@ -279,7 +279,7 @@ def test_a_family_without_subspaces_is_told_what_cuts_it(capsys: pytest.CaptureF
     code, _, text = call(capsys, "instant", "pit_ti_224", "--data", "digits", "--out", str(tmp_path / "front"))
     assert code == 2
     assert "it lacks 'streams'" in text
-    assert "prunesweep prune pit_ti_224 --method taylor (or nvit, isomorphic, taylor," in text
+    assert "prunesweep prune pit_ti_224 --method taylor (or nvit, isomorphic, magnitude)" in text
     assert not (tmp_path / "front").exists()
 
 
