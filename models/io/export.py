@@ -336,11 +336,21 @@ def _quantise(path: Path, precision: str, calibration: Iterable[torch.Tensor] | 
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    given, facts = path.with_suffix(".float.onnx"), onnx.load(path).metadata_props
+    given, read = path.with_suffix(".float.onnx"), onnx.load(path)
+    facts, ranks = read.metadata_props, {weight.name: len(weight.dims) for weight in read.graph.initializer}
+    # products with a matrix for every row or column, as of relative positions, have no integer form in onnxruntime
+    stacked = [node.name for node in read.graph.node if any(ranks.get(name, 2) > 2 for name in node.input)]
     path.rename(given)
     kinds = ["MatMul", "Gemm"]
     if calibration is None:
-        quantize_dynamic(given, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds)
+        quantize_dynamic(
+            given,
+            path,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=kinds,
+            nodes_to_exclude=[name for name in stacked if name],
+        )
     else:
         quantize_static(
             given,

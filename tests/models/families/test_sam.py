@@ -159,6 +159,14 @@ def test_exported_models_have_windows_and_positions(to: str, tmp_path: Path) -> 
     assert export(random_model(arch, 2, torch.float32), tmp_path / "model", to) < 1e-5
 
 
+@pytest.mark.slow
+def test_relative_positions_stay_floats_where_an_onnx_file_has_integers(tmp_path: Path) -> None:
+    """onnxruntime multiplies integers with one matrix alone, not with one for every row of the map."""
+    arch = random_arch(Random(11), "sam")
+    assert arch.position_bias is not None
+    assert export(random_model(arch, 0, torch.float32), tmp_path / "m.onnx", "onnx", precision="int8-dynamic") < 0.1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
