@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from timm.layers import (
     ClassifierHead,
-    DropPath,
     Format,
     LayerNorm,
     LayerNorm2d,
@@ -39,8 +38,9 @@ from prunesweep.models.arch import Arch, Block, PositionBias, Stage
 from prunesweep.models.errors import UserError
 from prunesweep.models.layers.activations import ACTIVATIONS
 from prunesweep.models.layers.conv_mixing import ConvSharing
+from prunesweep.models.layers.map_block import MapBlock, span
 from prunesweep.models.layers.mixers import ConvMixer
-from prunesweep.models.layers.relative_positions import RelativeAttention, join_windows, split_windows
+from prunesweep.models.layers.relative_positions import RelativeAttention
 
 from .base import Family
 from .block_costs import Cost, Counts, projection_params
@@ -55,60 +55,26 @@ KIND = "decomposed"
 NECK_EPS = 1e-6  # of timm's LayerNorm2d
 
 
-class SamBlock(nn.Module):
-    """Block of one record on a map: windows or the whole map, a convolution or no mixer; any MLP or none."""
+class SamBlock(MapBlock):
+    """Block of one record on a map, whose attention may have relative positions."""
 
     def __init__(self, arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> None:
-        super().__init__()
-        dim = stage.width
-
-        def scale() -> nn.Module:
-            return LayerScale(dim) if arch.layer_scale else nn.Identity()
-
-        def drop() -> nn.Module:
-            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
+        super().__init__(arch, stage, block, drop_path=drop_path, norm_layer=norm_layer)
         self.spans = block.whole_map
-        self.window_size, self.shift_size = _window(stage, block), (0, 0)
-        if block.mixer != "none" or block.norm_residual:
-            self.norm1, self.ls1, self.drop_path1 = norm_layer(dim), scale(), drop()
-        if block.mixer == "attn":
-            self.attn: nn.Module = RelativeAttention(
-                dim,
-                block.heads,
-                block.qk,
-                block.v_widths,
-                block.scale,
-                grid=self.window_size,
-                relative=arch.position_bias is not None,
-                qkv_bias=arch.qkv_bias,
-                qk_norm=arch.qk_norm,
-                norm_layer=norm_layer,
-            )
-        elif block.conv_kernel:
-            self.attn = ConvMixer(dim, block.total_v, block.conv_kernel, stage.grid)
-        if self.has_mlp:
-            self.norm2, self.ls2, self.drop_path2 = norm_layer(dim), scale(), drop()
-            self.mlp = Mlp(dim, block.mlp, act_layer=ACTIVATIONS[arch.act])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the block on a map, (B, rows, columns, D) to the same."""
-        if self.mixer != "none":
-            x = x + self.drop_path1(self.ls1(self._attn(self.norm1(x))))
-        elif self.norm_residual:
-            x = x + self.drop_path1(self.ls1(self.norm1(x)))
-        if self.has_mlp:
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
-
-    def _attn(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix a map, as timm's Swin blocks name it."""
-        grid = x.shape[1:3]
-        if self.mixer != "attn":
-            found: torch.Tensor = self.attn(x.flatten(1, 2)).view_as(x)
-            return found
-        return join_windows(self.attn(split_windows(x, self.window_size)), self.window_size, grid)
+    def _attention(self, arch: Arch, dim: int, block: Block, norm_layer: Any) -> nn.Module:
+        return RelativeAttention(
+            dim,
+            block.heads,
+            block.qk,
+            block.v_widths,
+            block.scale,
+            grid=self.window_size,
+            relative=arch.position_bias is not None,
+            qkv_bias=arch.qkv_bias,
+            qk_norm=arch.qk_norm,
+            norm_layer=norm_layer,
+        )
 
     def resize(self, grid: tuple[int, int]) -> None:
         """Take maps of another size."""
@@ -118,11 +84,6 @@ class SamBlock(nn.Module):
         elif isinstance(attn, RelativeAttention) and self.spans:
             attn.resize(grid)
             self.window_size = grid
-
-
-def _window(stage: Stage, block: Block) -> tuple[int, int]:
-    """Return the rows and columns that a block attends over."""
-    return stage.grid if block.whole_map or stage.window is None else stage.window
 
 
 class HeteroVisionTransformerSAM(VisionTransformerSAM):  # type: ignore[misc]  # timm is untyped
@@ -390,7 +351,7 @@ class SamFamily(Family):
 
     def attention_cost(self, arch: Arch, stage: Stage, block: Block, tokens: int) -> Counts:
         """Count attention within windows, the map padded to whole ones, or over the map; queries read two tables."""
-        window = _window(stage, block)
+        window = span(stage, block)
         qk, v, keys = block.heads * block.qk, block.total_v, math.prod(window)
         queries = keys * math.prod(-(-side // own) for side, own in zip(stage.grid, window, strict=True))
         macs = queries * (stage.width + keys) * (qk + v) + queries * stage.width * (qk + v)

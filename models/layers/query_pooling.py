@@ -14,40 +14,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, LayerScale
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prunesweep.models.arch import Arch, Block, QueryPool, Stage
+from prunesweep.models.arch import Arch, QueryPool, Stage
 
-from .activations import ACTIVATIONS
-from .mixers import ConvMixer, HeteroAttention
+from .map_block import MapBlock, join_windows, split_windows
 
 __all__ = [
-    "MapBlock",
     "PooledEntrance",
     "PooledTransformer",
-    "join_windows",
     "largest_of_four",
     "mean_of_four",
-    "split_windows",
 ]
-
-
-def split_windows(x: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
-    """Split a map (B, rows, columns, D) into windows (windows*B, N, D), those of an image together."""
-    if tuple(x.shape[1:3]) == tuple(window):
-        return x.flatten(1, 2)
-    return rearrange(x, "b (r h) (c w) d -> (b r c) (h w) d", h=window[0], w=window[1])
-
-
-def join_windows(windows: torch.Tensor, window: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
-    """Put windows (windows*B, N, D) together to a map (B, rows, columns, D) of ``grid`` rows and columns."""
-    if tuple(window) == tuple(grid):
-        return rearrange(windows, "b (r c) d -> b r c d", r=grid[0])
-    r, c = (side // own for side, own in zip(grid, window, strict=True))
-    return rearrange(windows, "(b r c) (h w) d -> b (r h) (c w) d", r=r, c=c, h=window[0])
 
 
 def largest_of_four(x: torch.Tensor) -> torch.Tensor:
@@ -117,50 +98,6 @@ class PooledEntrance(nn.Module):
             shortcut = largest_of_four(self.proj(normed))
         found: torch.Tensor = shortcut + self.drop_path(self.ls(self.attn(normed)))
         return found
-
-
-class MapBlock(nn.Module):
-    """A block of one record on maps: attention in windows, a convolution or no mixer; an MLP or none."""
-
-    def __init__(self, arch: Arch, stage: Stage, block: Block, *, drop_path: float, norm_layer: Any) -> None:
-        super().__init__()
-        dim = stage.width
-
-        def scale() -> nn.Module:
-            return LayerScale(dim) if arch.layer_scale else nn.Identity()
-
-        self.mixer, self.norm_residual, self.has_mlp = block.mixer, block.norm_residual, block.mlp > 0
-        self.window_size = stage.grid if block.whole_map or stage.window is None else stage.window
-        self.shift_size = (0, 0)
-
-        def drop() -> nn.Module:
-            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        if block.mixer != "none" or block.norm_residual:
-            self.norm1, self.ls1, self.drop_path1 = norm_layer(dim), scale(), drop()
-        if block.mixer == "attn":
-            self.attn: nn.Module = HeteroAttention(dim, block.heads, block.qk, block.v_widths, block.scale)
-        elif block.conv_kernel:
-            self.attn = ConvMixer(dim, block.total_v, block.conv_kernel, stage.grid)
-        if self.has_mlp:
-            self.norm2, self.ls2, self.drop_path2 = norm_layer(dim), scale(), drop()
-            self.mlp = Mlp(dim, block.mlp, act_layer=ACTIVATIONS[arch.act])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the block on a map, (B, rows, columns, D) to the same."""
-        if self.mixer != "none":
-            x = x + self.drop_path1(self.ls1(self._attn(self.norm1(x))))
-        elif self.norm_residual:
-            x = x + self.drop_path1(self.ls1(self.norm1(x)))
-        if self.has_mlp:
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
-
-    def _attn(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix places of a map as timm's Swin blocks do: all between the norm and what is added to the stream."""
-        if self.mixer != "attn":  # a convolution
-            return rearrange(self.attn(x.flatten(1, 2)), "b (r c) d -> b r c d", r=x.shape[1])
-        return join_windows(self.attn(split_windows(x, self.window_size)), self.window_size, x.shape[1:3])
 
 
 class _PatchEmbed(nn.Module):

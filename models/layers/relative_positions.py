@@ -20,22 +20,7 @@ from torch import nn
 
 from .mixers import HeteroAttention, attend
 
-__all__ = ["RelativeAttention", "join_windows", "split_windows"]
-
-
-def split_windows(x: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
-    """Split a map (B, rows, columns, D), padded with zeros to whole windows, into these, (windows*B, N, D)."""
-    h, w = window
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % h))
-    return rearrange(x, "b (r h) (c w) d -> (b r c) (h w) d", h=h, w=w)
-
-
-def join_windows(windows: torch.Tensor, window: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
-    """Put windows (windows*B, N, D) together to a map (B, rows, columns, D) of ``grid``, without what was padded."""
-    (rows, columns), (h, w) = grid, window
-    r, c = -(-rows // h), -(-columns // w)
-    x = rearrange(windows, "(b r c) (h w) d -> b (r h) (c w) d", h=h, w=w, r=r, c=c)
-    return x[:, :rows, :columns]
+__all__ = ["RelativeAttention"]
 
 
 class RelativeAttention(HeteroAttention):
